@@ -1,0 +1,150 @@
+"""A run as data: frozen sections, validated once, printed into the run's folder, and the presets that fill them.
+
+Free of torch, so that `--help` costs nothing.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipelines.config import DataConfig, ViewsConfig
+
+__all__ = [
+    "BatchNormConfig",
+    "CheckpointConfig",
+    "Config",
+    "EvalConfig",
+    "LogConfig",
+    "ModelConfig",
+    "MocoConfig",
+    "OptimConfig",
+    "RunConfig",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The encoder and the head on top of it."""
+
+    encoder: str = "resnet50"
+    """Name of an encoder: one of moco_fast.encoders.ENCODERS, or any name that timm knows."""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """`cifar`: a 3x3 first convolution with stride 1 and no pooling, for images of about 32 pixels."""
+    head: Literal["linear", "mlp"] = "mlp"
+    """Projection on top of the encoder: one linear layer (v1), or linear, ReLU, linear (v2)."""
+    dim: int = 128
+    """Size of a query or key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MocoConfig:
+    """The dictionary and the loss."""
+
+    queue_size: int = 65536
+    """Keys in the dictionary (the paper's K)."""
+    momentum: float = 0.999
+    """Momentum of the key encoder (the paper's m)."""
+    temperature: float = 0.2
+    """Temperature of the softmax (the paper's tau)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchNormConfig:
+    """How batch statistics are kept from leaking which key belongs to which query."""
+
+    policy: Literal["auto", "exchange", "virtual", "none"] = "auto"
+    """`exchange`: keys are computed on other ranks' images (the paper's shuffling BN). `virtual`: one rank's batch is split into
+    groups with statistics of their own. `auto`: exchange on several ranks, virtual on one. `none`: do nothing."""
+    num_groups: int = 8
+    """Groups of the `virtual` policy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and the learning rate over time."""
+
+    name: Literal["sgd"] = "sgd"
+    """The optimizer."""
+    lr: float = 0.03
+    """Peak learning rate, as it is used: nothing rescales it by the batch size."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-4
+    """Weight decay on all parameters."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """Learning rate over the run."""
+    milestones: tuple[float, ...] = (0.6, 0.8)
+    """`step`: shares of the run at which the learning rate drops to a tenth."""
+    warmup: float = 0.0
+    """Share of the run over which the learning rate rises from 0."""
+    accumulate: int = 1
+    """Batches whose gradients are summed before a step. The dictionary takes in each batch, so this is not a larger batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives, how long it is, and in which precision."""
+
+    out: str = "runs/default"
+    """Folder of the run. Running the same command again continues it."""
+    epochs: float = 200.0
+    """Passes over the samples; ignored when `steps` is set."""
+    steps: int | None = None
+    """Optimizer steps."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto`: what `accelerate launch --mixed_precision` chose; if it chose nothing, bf16 on a GPU that has it, else fp32."""
+    compile: bool = False
+    """Compile the encoders with torch.compile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every_steps: int = 1000
+    """Optimizer steps between checkpoints; one is always written at the end."""
+    keep: int = 2
+    """Newest checkpoints that stay on disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """kNN classification of held-out samples while the run goes on."""
+
+    shards: str | None = None
+    """Labelled held-out shards; unset: no evaluation."""
+    every_steps: int = 5000
+    """Optimizer steps between evaluations; one is always done before the first step and after the last."""
+    k: int = 200
+    """Neighbours that vote."""
+    temperature: float = 0.07
+    """Temperature of the vote's weights."""
+    max_bank: int = 100_000
+    """At most this many training samples serve as neighbours, evenly spread over the set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written down while the run goes on."""
+
+    every_steps: int = 10
+    """Optimizer steps between lines of metrics."""
+    tensorboard: bool = True
+    """Also write TensorBoard events."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    data: DataConfig
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moco: MocoConfig = field(default_factory=MocoConfig)
+    bn: BatchNormConfig = field(default_factory=BatchNormConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)

@@ -1,0 +1,1 @@
+"""Shards in, two augmented views of every sample out."""

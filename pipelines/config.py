@@ -1,0 +1,83 @@
+"""What a user chooses about data: which shards, how they are read, and how two views are drawn from a sample.
+
+Free of torch, numpy and DALI, so that `--help` costs nothing.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = ["VIEWS", "DataConfig", "ViewConfig", "ViewsConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which samples, in which batches, decoded by what."""
+
+    shards: str
+    """Folder that `make-shards` wrote (the one that holds manifest.json)."""
+    batch_size: int = 256
+    """Samples in a global step, over all ranks; each sample gives two views."""
+    lanes: int = 64
+    """Ranges of the set read side by side; more lanes mix better. Ranks and batch size must divide into them."""
+    backend: Literal["auto", "dali"] = "auto"
+    """What decodes and augments."""
+    num_threads: int | None = None
+    """Decoding threads a rank; unset: the CPUs this rank really has."""
+    prefetch: int = 2
+    """Batches kept ready ahead of the training step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """How one view of a sample is drawn. Probabilities in 0..1; jitter strengths as in torchvision's ColorJitter."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of the random crop as a share of the image's."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio (width / height) of the random crop."""
+    flip_p: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter_p: float = 0.8
+    """Probability of colour jitter."""
+    brightness: float = 0.4
+    """Brightness factor is drawn from [1 - b, 1 + b]."""
+    contrast: float = 0.4
+    """Contrast factor is drawn from [1 - c, 1 + c]."""
+    saturation: float = 0.4
+    """Saturation factor is drawn from [1 - s, 1 + s]."""
+    hue: float = 0.1
+    """Hue shift is drawn from [-h, h], in turns."""
+    grayscale_p: float = 0.2
+    """Probability of dropping colour."""
+    grayscale_first: bool = False
+    """Drop colour before the jitter (MoCo v1) instead of after it."""
+    blur_p: float = 0.5
+    """Probability of Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's sigma in output pixels."""
+    solarize_p: float = 0.0
+    """Probability of inverting all pixels of value 128 and above."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """The two views of a sample."""
+
+    size: int = 224
+    """Height and width of a view in pixels."""
+    query: ViewConfig = field(default_factory=ViewConfig)
+    """The view that the query encoder sees."""
+    key: ViewConfig = field(default_factory=ViewConfig)
+    """The view that the key encoder sees."""
+
+
+def _same(view: ViewConfig, size: int) -> ViewsConfig:
+    return ViewsConfig(size=size, query=view, key=view)
+
+
+VIEWS: dict[str, ViewsConfig] = {
+    "moco-v1": _same(ViewConfig(jitter_p=1.0, hue=0.4, grayscale_first=True, blur_p=0.0), 224),
+    "moco-v2": _same(ViewConfig(), 224),
+    "cifar10": _same(ViewConfig(crop_scale=(0.08, 1.0), blur_p=0.0), 32),
+}
+"""The published recipes by name."""

@@ -1,0 +1,1 @@
+"""Images in, WebDataset shards with index and manifest out."""
