@@ -14,8 +14,8 @@ __all__ = [
     "Config",
     "EvalConfig",
     "LogConfig",
-    "ModelConfig",
     "MocoConfig",
+    "ModelConfig",
     "OptimConfig",
     "RunConfig",
 ]
@@ -52,8 +52,8 @@ class BatchNormConfig:
     """How batch statistics are kept from leaking which key belongs to which query."""
 
     policy: Literal["auto", "exchange", "virtual", "none"] = "auto"
-    """`exchange`: keys are computed on other ranks' images (the paper's shuffling BN). `virtual`: one rank's batch is split into
-    groups with statistics of their own. `auto`: exchange on several ranks, virtual on one. `none`: do nothing."""
+    """`exchange`: keys are computed on other ranks' images (the paper's shuffling BN). `virtual`: one rank's batch is
+    split into groups with statistics of their own. `auto`: exchange on several ranks, virtual on one."""
     num_groups: int = 8
     """Groups of the `virtual` policy."""
 
@@ -77,7 +77,7 @@ class OptimConfig:
     warmup: float = 0.0
     """Share of the run over which the learning rate rises from 0."""
     accumulate: int = 1
-    """Batches whose gradients are summed before a step. The dictionary takes in each batch, so this is not a larger batch."""
+    """Batches whose gradients are averaged for one step. The dictionary takes in each batch: not a larger batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class RunConfig:
     seed: int = 0
     """Seed of weights, order and augmentation."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """`auto`: what `accelerate launch --mixed_precision` chose; if it chose nothing, bf16 on a GPU that has it, else fp32."""
+    """`auto`: what `accelerate launch --mixed_precision` chose; if nothing, bf16 on a GPU that has it, else fp32."""
     compile: bool = False
     """Compile the encoders with torch.compile."""
 
