@@ -3,8 +3,9 @@
 Free of torch, so that `--help` costs nothing.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 from pipelines.config import DataConfig, ViewsConfig
 
@@ -18,6 +19,10 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RunConfig",
+    "differences",
+    "from_dict",
+    "to_dict",
+    "validate",
 ]
 
 
@@ -92,10 +97,14 @@ class RunConfig:
     """Optimizer steps."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU where there is one, unless `accelerate launch --cpu` said otherwise."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: what `accelerate launch --mixed_precision` chose; if nothing, bf16 on a GPU that has it, else fp32."""
     compile: bool = False
-    """Compile the encoders with torch.compile."""
+    """Compile the encoders with torch.compile. `accelerate launch --dynamo_backend` is not used."""
+    timeout_s: float = 600.0
+    """Seconds that a rank waits for the others before it gives the run up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +129,8 @@ class EvalConfig:
     """Neighbours that vote."""
     temperature: float = 0.07
     """Temperature of the vote's weights."""
+    crop: float = 0.875
+    """Side of the central square that is evaluated, as a share of the shorter side (0.875 is 224 of 256)."""
     max_bank: int = 100_000
     """At most this many training samples serve as neighbours, evenly spread over the set."""
 
@@ -148,3 +159,88 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+def validate(config: Config) -> None:
+    """Refuse what cannot work, before any work starts.
+
+    Raises:
+        ValueError: with the option, its value and what would work.
+    """
+    positive = {
+        "data.batch_size": config.data.batch_size,
+        "moco.queue_size": config.moco.queue_size,
+        "moco.temperature": config.moco.temperature,
+        "model.dim": config.model.dim,
+        "bn.num_groups": config.bn.num_groups,
+        "optim.lr": config.optim.lr,
+        "optim.accumulate": config.optim.accumulate,
+        "run.epochs": config.run.epochs,
+        "run.timeout_s": config.run.timeout_s,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.keep": config.checkpoint.keep,
+        "eval.every_steps": config.eval.every_steps,
+        "eval.k": config.eval.k,
+        "eval.max_bank": config.eval.max_bank,
+        "log.every_steps": config.log.every_steps,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"--{_option(name)} is {value}, but must be above 0")
+    if config.run.steps is not None and config.run.steps < 1:
+        raise ValueError(f"--run.steps is {config.run.steps}, but a run takes at least one step")
+    if not 0 <= config.moco.momentum <= 1:
+        raise ValueError(f"--moco.momentum is {config.moco.momentum}, but a moving average needs a value from 0 to 1")
+    if not 0 < config.eval.crop <= 1:
+        raise ValueError(f"--eval.crop is {config.eval.crop}, but must be a share of the image: above 0, at most 1")
+    if not 0 <= config.optim.warmup < 1:
+        raise ValueError(f"--optim.warmup is {config.optim.warmup}, but must be a share of the run from 0 to below 1")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the configuration as nested dictionaries that JSON can hold."""
+    return dataclasses.asdict(config)
+
+
+T = TypeVar("T")
+
+
+def from_dict(data: dict[str, Any], cls: type[T] = Config) -> T:
+    """Rebuild a configuration from `to_dict`'s dictionaries (tuples may have become lists).
+
+    Raises:
+        ValueError: a field is unknown to this version, or one is missing that has no default.
+    """
+    types = get_type_hints(cls)
+    if unknown := sorted(set(data) - set(types)):
+        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}: the file comes from another version")
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        if dataclasses.is_dataclass(types[name]):
+            values[name] = from_dict(value, types[name])  # pyright: ignore[reportArgumentType]
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType]
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"{cls.__name__}: {error}") from None
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Name every option in which two configurations differ, as `--option: old -> new`."""
+
+    def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        items: dict[str, Any] = {}
+        for name, value in data.items():
+            if isinstance(value, dict):
+                items |= flat(cast("dict[str, Any]", value), f"{prefix}{name}.")
+            else:
+                items[f"{prefix}{name}"] = value
+        return items
+
+    before, after = flat(to_dict(old)), flat(to_dict(new))
+    return [f"--{_option(name)}: {before[name]} -> {after[name]}" for name in after if before[name] != after[name]]
+
+
+def _option(field_name: str) -> str:
+    return field_name.replace("_", "-")

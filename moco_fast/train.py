@@ -1,0 +1,58 @@
+"""`accelerate launch -m moco_fast.train RECIPE [options]`: pretrain an encoder.
+
+Only reads the command line; everything that needs torch is imported once the options make sense.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from moco_fast.config import Config, validate
+from moco_fast.presets import PRESETS
+
+__all__ = ["main", "parse"]
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """Read the command line into a validated configuration.
+
+    Raises:
+        SystemExit: 2 when an option is wrong (the message is on stderr), 0 after `--help`.
+        ValueError: the options cannot work together, or a folder is not there.
+    """
+    config = tyro.extras.overridable_config_cli(
+        PRESETS,
+        prog="moco_fast.train",
+        description="Pretrain an image encoder without labels. Several processes: start it with `accelerate launch`.",
+        args=argv,
+        console_outputs=_is_first_rank(),
+    )
+    validate(config)
+    for option, shards in (("--data.shards", config.data.shards), ("--eval.shards", config.eval.shards)):
+        if shards is not None and "://" not in shards and not (Path(shards) / "manifest.json").is_file():
+            raise ValueError(f"{option} {shards} has no manifest.json: give the folder that `make-shards pack` wrote")
+    return config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, and return the process's exit code: 0 finished, 2 refused, 128 + signal when told to stop."""
+    try:
+        config = parse(argv)
+        from moco_fast.run import train
+
+        return train(config)
+    except ValueError as error:
+        if _is_first_rank():
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _is_first_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
