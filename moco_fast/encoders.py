@@ -1,0 +1,126 @@
+"""Image encoders: a backbone by name, a stem for its image size, and a projection head.
+
+A backbone's initial weights are the authors' (torchvision's): He-normal convolutions (fan-out), batch-norm scales of 1
+in every block, torch's defaults elsewhere.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import timm
+import torch
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+
+from moco_fast.config import ModelConfig
+
+__all__ = ["ENCODERS", "Encoder", "build_encoder", "normalize_images"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Encoder(nn.Module):
+    """A backbone with pooled features and the head that turns them into queries or keys.
+
+    State dict: `backbone.*`, `head.*`.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, *, feature_dim: int, dim: int):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.feature_dim = feature_dim
+        self.dim = dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to (B, dim), not normalized."""
+        return self.head(self.backbone(images))
+
+
+def build_encoder(model: ModelConfig) -> Encoder:
+    """A freshly initialized encoder in float32 on the CPU; torch's global generator decides its weights.
+
+    Raises:
+        ValueError: an encoder that neither we nor timm know, or one without the stem that was asked for.
+    """
+    backbone = _build_backbone(model.encoder)
+    if model.stem == "cifar":
+        _use_cifar_stem(backbone, model.encoder)
+    feature_dim = int(backbone.num_features)  # pyright: ignore[reportArgumentType]
+    return Encoder(backbone, _build_head(model, feature_dim), feature_dim=feature_dim, dim=model.dim)
+
+
+def _timm_resnet(name: str, **options: Any) -> nn.Module:
+    return timm.create_model(name, num_classes=0, zero_init_last=False, **options)
+
+
+def _narrow_resnet18(width: int) -> nn.Module:
+    # The deep stem is the only one of timm's whose width follows `stem_width` (its output has twice as many channels).
+    channels = (width, 2 * width, 4 * width, 8 * width)
+    return ResNet(
+        BasicBlock,  # pyright: ignore[reportArgumentType]
+        (2, 2, 2, 2),
+        num_classes=0,
+        channels=channels,
+        stem_type="deep",
+        stem_width=width // 2,
+        zero_init_last=False,
+    )
+
+
+ENCODERS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": lambda: _timm_resnet("resnet18"),
+    "resnet50": lambda: _timm_resnet("resnet50"),
+    "resnext50_32x8d": lambda: _timm_resnet("resnext50_32x4d", base_width=8),
+    "resnet50_w2x": lambda: _timm_resnet("resnet50", channels=(128, 256, 512, 1024)),
+    "resnet50_w4x": lambda: _timm_resnet("resnet50", channels=(256, 512, 1024, 2048)),
+    "resnet18_half": lambda: _narrow_resnet18(32),
+    "resnet18_quarter": lambda: _narrow_resnet18(16),
+}
+"""The paper's encoders (24M, 46M, 94M and 375M parameters), its CIFAR demo's ResNet-18, and that at half and a quarter
+of the channels for CPUs. Builders of backbones without a classifier."""
+
+
+def _build_backbone(name: str) -> nn.Module:
+    if name in ENCODERS:
+        return ENCODERS[name]()
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name}*")[:3]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(ENCODERS)} or a timm model"
+        raise ValueError(f"encoder {name!r} is unknown, so there is nothing to train: {hint}")
+    if timm.model_entrypoint(name).__module__ == "timm.models.resnet":
+        return _timm_resnet(name)
+    return timm.create_model(name, num_classes=0)
+
+
+def _use_cifar_stem(backbone: nn.Module, name: str) -> None:
+    """Put a 3x3 convolution with stride 1 and no pooling in front, as in the authors' CIFAR demo."""
+    if not isinstance(backbone, ResNet):
+        raise ValueError(f"encoder {name!r} is no ResNet, so it has no CIFAR stem: use the `imagenet` stem or a ResNet")
+    # The demo leaves this convolution at torch's default initialization.
+    width = int(backbone.bn1.num_features)  # pyright: ignore[reportArgumentType]
+    backbone.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
+    backbone.maxpool = nn.Identity()
+
+
+def _build_head(model: ModelConfig, feature_dim: int) -> nn.Module:
+    if model.head == "linear":
+        return nn.Linear(feature_dim, model.dim)
+    return nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, model.dim))
+
+
+@lru_cache(maxsize=8)
+def _scale_and_shift(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (1 / (255 * std)).to(device), (-mean / std).to(device)
+
+
+def normalize_images(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Pixels in 0..255 to ImageNet-normalized values.
+
+    (B, 3, H, W) uint8 -> (B, 3, H, W) `dtype`, in the same memory format; computed in float32, in one pass.
+    """
+    scale, shift = _scale_and_shift(images.device)
+    return torch.addcmul(shift, images, scale, out=torch.empty_like(images, dtype=dtype))

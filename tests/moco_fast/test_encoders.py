@@ -1,0 +1,136 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moco_fast.config import ModelConfig
+from moco_fast.encoders import ENCODERS, build_encoder, normalize_images
+
+PAPER_MILLIONS = {"resnet50": 24, "resnext50_32x8d": 46, "resnet50_w2x": 94, "resnet50_w4x": 375}
+
+
+@pytest.mark.parametrize(("name", "millions"), PAPER_MILLIONS.items())
+def test_parameter_counts_are_the_papers(name, millions):
+    with torch.device("meta"):
+        encoder = build_encoder(ModelConfig(encoder=name, head="linear"))
+    count = sum(parameter.numel() for parameter in encoder.parameters())
+    assert abs(count / 1e6 - millions) < 0.5 + 0.005 * millions
+
+
+@pytest.mark.parametrize(
+    "name", [*(name for name in ENCODERS if name not in PAPER_MILLIONS), "resnet26", "convnext_atto"]
+)
+def test_output_shapes(name):
+    encoder = build_encoder(ModelConfig(encoder=name, dim=16))
+    images = torch.zeros(2, 3, 64, 64)
+    assert encoder.backbone(images).shape == (2, encoder.feature_dim)
+    assert encoder(images).shape == (2, 16)
+    assert {key.split(".")[0] for key in encoder.state_dict()} == {"backbone", "head"}
+
+
+def test_narrow_resnets_have_the_layout_of_resnet18():
+    def layout(name, factor):
+        backbone = ENCODERS[name]()
+        layers = [backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4]
+        return [
+            (tuple(p * factor for p in w.shape[:2]), w.shape[2:])
+            for w in nn.Sequential(*layers).parameters()
+            if w.ndim == 4
+        ]
+
+    # The first block's projection exists only where the widths differ, so it must not appear in the narrow ones either.
+    assert layout("resnet18_quarter", 4) == layout("resnet18_half", 2) == layout("resnet18", 1)
+
+
+def test_cifar_stem_keeps_the_resolution():
+    encoder = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar"))
+    backbone = encoder.backbone
+    stem = backbone.maxpool(backbone.act1(backbone.bn1(backbone.conv1(torch.zeros(2, 3, 32, 32)))))
+    assert stem.shape == (2, 16, 32, 32)
+
+
+def test_linear_head_is_one_layer_and_mlp_head_is_the_v2_one():
+    linear = build_encoder(ModelConfig(encoder="resnet18_quarter", head="linear", dim=7)).head
+    assert isinstance(linear, nn.Linear)
+    assert linear.weight.shape == (7, 128)
+    mlp = build_encoder(ModelConfig(encoder="resnet18_quarter", head="mlp", dim=7)).head
+    assert [type(layer) for layer in mlp] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert [mlp[0].weight.shape, mlp[2].weight.shape] == [(128, 128), (7, 128)]
+
+
+@pytest.mark.parametrize("name", ["resnet18_quarter", "resnet18"])
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_every_parameter_is_initialized_as_the_authors_are(name, stem):
+    encoder = build_encoder(ModelConfig(encoder=name, stem=stem))
+    for layer_name, layer in encoder.named_modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            # timm's own default would set the last scale of a block to zero.
+            assert (layer.weight == 1).all(), layer_name
+            assert (layer.bias == 0).all(), layer_name
+        elif isinstance(layer, nn.Conv2d):
+            fan_out = layer.out_channels * np.prod(layer.kernel_size)
+            expected = (2 / fan_out) ** 0.5
+            if layer.in_channels == 3 and stem == "cifar":
+                expected = 1 / (3 * 27) ** 0.5  # torch's default: uniform in +-1/sqrt(fan_in)
+            assert abs(layer.weight.std().item() / expected - 1) < 0.2, layer_name
+    assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet18_quarter", "resnet26", "vit_tiny_patch16_224"])
+def test_no_parameter_is_left_as_memory_held_it(monkeypatch, name):
+    made = []
+
+    def poisoned(self, data=None, requires_grad=True):
+        parameter = original(self, data, requires_grad)
+        if data is not None and data.is_floating_point():
+            with torch.no_grad():
+                parameter.fill_(float("nan"))
+        made.append(parameter)
+        return parameter
+
+    original = nn.Parameter.__new__
+    monkeypatch.setattr(nn.Parameter, "__new__", poisoned)
+    encoder = build_encoder(ModelConfig(encoder=name, head="mlp"))
+    assert len(made) >= len(list(encoder.parameters()))
+    left = [key for key, parameter in encoder.named_parameters() if not parameter.isfinite().all()]
+    assert not left
+
+
+def test_same_seed_same_weights():
+    def build(seed):
+        torch.manual_seed(seed)
+        return build_encoder(ModelConfig(encoder="resnet18_quarter")).state_dict()
+
+    first, again, other = build(1), build(1), build(2)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_an_encoder_can_be_copied():
+    encoder = build_encoder(ModelConfig(encoder="resnet18_quarter"))
+    assert copy.deepcopy(encoder).dim == encoder.dim
+
+
+def test_unknown_encoder_is_told_with_near_names():
+    with pytest.raises(ValueError, match=r"'resnet5' is unknown.*did you mean"):
+        build_encoder(ModelConfig(encoder="resnet5"))
+    with pytest.raises(ValueError, match=r"'frobnicate' is unknown.*resnet50_w2x"):
+        build_encoder(ModelConfig(encoder="frobnicate"))
+    with pytest.raises(ValueError, match="no CIFAR stem"):
+        build_encoder(ModelConfig(encoder="convnext_atto", stem="cifar"))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_normalize_images_is_the_formula(memory_format):
+    images = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8).contiguous(memory_format=memory_format)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    expected = (images.numpy().transpose(0, 2, 3, 1) / 255 - mean) / std
+    values = normalize_images(images)
+    assert values.is_contiguous(memory_format=memory_format)
+    np.testing.assert_allclose(values.numpy().transpose(0, 2, 3, 1), expected, atol=1e-6)
+    half = normalize_images(images, torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert half.is_contiguous(memory_format=memory_format)
+    np.testing.assert_allclose(half.float().numpy().transpose(0, 2, 3, 1), expected, atol=2.7 / 256)
