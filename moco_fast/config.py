@@ -102,7 +102,7 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: what `accelerate launch --mixed_precision` chose; if nothing, bf16 on a GPU that has it, else fp32."""
     compile: bool = False
-    """Compile the encoders with torch.compile. `accelerate launch --dynamo_backend` is not used."""
+    """Compile the encoders with torch.compile; `accelerate launch --dynamo_backend inductor` asks for the same."""
     timeout_s: float = 600.0
     """Seconds that a rank waits for the others before it gives the run up."""
 

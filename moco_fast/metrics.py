@@ -1,0 +1,96 @@
+"""Numbers of a run: averaged on the device, read without making it wait, written as JSON lines and for TensorBoard."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Average", "MetricsFile"]
+
+
+class Average:
+    """Means over steps and ranks of named scalars that stay on the device until they are asked for.
+
+    Neither `add` nor `take` waits for the device: `take` starts a copy to the host, to be looked at one interval later.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device):
+        self.names = names
+        self.sums = torch.zeros(len(names) + 1, device=device)  # (N + 1,) fp32; the last one counts
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Take in one value a name, each a 0-d tensor on the device."""
+        row = [values[name].detach().float() for name in self.names]
+        self.sums += torch.stack([*row, torch.ones_like(row[0])])
+
+    def take(self) -> "Pending":
+        """Start to copy the means of what came since the last call, over all ranks, to the host."""
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+        means = self.sums[:-1] / self.sums[-1]
+        self.sums.zero_()
+        return Pending(self.names, means)
+
+
+class Pending:
+    """Means on their way to the host."""
+
+    def __init__(self, names: tuple[str, ...], means: Tensor):
+        self._names = names
+        self._means = means.to("cpu", non_blocking=True)
+        self._ready = torch.cuda.Event() if means.is_cuda else None
+        if self._ready is not None:
+            self._ready.record()
+
+    def wait(self) -> dict[str, float]:
+        """Return the means; waits for the copy if it is still under way."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return dict(zip(self._names, self._means.tolist(), strict=True))
+
+
+class MetricsFile:
+    """`metrics.jsonl` and TensorBoard events of a run; lines after the step that a run resumes from are dropped."""
+
+    def __init__(self, folder: Path, *, step: int, tensorboard: bool):
+        self._path = folder / "metrics.jsonl"
+        _keep_until(self._path, step)
+        self._file = self._path.open("a", buffering=1)
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line; it must hold `step`."""
+        self._file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self._board.add_scalar(name if "/" in name else f"train/{name}", value, line["step"])
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop lines after `step`, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept: list[str] = []
+    for text in path.read_text().splitlines():
+        try:
+            if json.loads(text)["step"] <= step:
+                kept.append(text + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    aside = path.with_suffix(".partial")
+    aside.write_text("".join(kept))
+    aside.replace(path)

@@ -1,0 +1,172 @@
+"""Processes, device and precision: the one file that knows accelerate.
+
+Who decides where both `accelerate launch` and our options have a say:
+
+- precision: `--run.precision` if it is given; else `--mixed_precision` of the launcher if that is bf16 or fp16; else
+  bf16 on a GPU that has it; else fp32. (The launcher exports "no" also when nobody chose: "no" cannot be a choice.)
+- torch.compile: on when `--run.compile` or the launcher's `--dynamo_backend inductor` asks for it.
+- gradient accumulation: `--optim.accumulate` alone; the launcher's option is for DeepSpeed.
+- device: `--run.device` if given; else the CPU after `accelerate launch --cpu`; else a GPU if there is one.
+"""
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, TorchDynamoPlugin
+from torch import Tensor, nn
+
+from moco_fast.config import RunConfig
+
+__all__ = ["Runtime", "alone_by_mistake", "choose_precision", "start"]
+
+_ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What a process knows of its place in the world, and how it computes."""
+
+    accelerator: Accelerator
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    precision: str
+    compile: bool
+    notes: tuple[str, ...]
+    """What was decided on the user's behalf, one line each."""
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Compute in the run's precision inside this context."""
+        return self.accelerator.autocast()
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate, with loss scaling in fp16."""
+        self.accelerator.backward(loss)
+
+    def wrap_model(self, model: nn.Module) -> nn.Module:
+        """Average gradients over ranks (DDP) and run the forward pass in the run's precision."""
+        return self.accelerator.prepare_model(model)
+
+    def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Undo loss scaling before a step, and skip the step after an overflow (fp16)."""
+        return self.accelerator.prepare_optimizer(optimizer)
+
+    def scaler_state(self) -> dict[str, float]:
+        """Return the loss scaler's numbers, or nothing outside fp16."""
+        scaler = self.accelerator.scaler
+        return {} if scaler is None else dict(scaler.state_dict())
+
+    def load_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Take back what `scaler_state` returned."""
+        if self.accelerator.scaler is not None and state:
+            self.accelerator.scaler.load_state_dict(dict(state))
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self.accelerator.end_training()
+
+
+def start(config: RunConfig, *, accumulate: int = 1, env: Mapping[str, str] = os.environ) -> Runtime:
+    """Join the other processes and settle device and precision.
+
+    Raises:
+        ValueError: the device is not there, or this process would train alone though several were meant.
+    """
+    if reason := alone_by_mistake(env):
+        raise ValueError(reason)
+    on_cpu = _choose_cpu(config.device, env)
+    has_bf16 = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision, note = choose_precision(config.precision, env.get("ACCELERATE_MIXED_PRECISION"), has_bf16=has_bf16)
+    if precision == "fp16" and on_cpu:
+        raise ValueError("--run.precision fp16 needs a GPU (its loss scaling does): on the CPU take fp32 or bf16")
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=_ACCELERATE_NAMES[precision],
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),  # pyright: ignore[reportArgumentType]
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=accumulate == 1
+            ),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
+        ],
+    )
+    meant = int(env.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != meant:
+        raise ValueError(
+            f"{meant} processes were started, but this one sees {accelerator.num_processes} and would train alone: "
+            "launch with one of configs/accelerate/*.yaml"
+        )
+    launcher_compiles = env.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO"
+    notes = [note]
+    if launcher_compiles and not config.compile:
+        notes.append("compile: on, as `accelerate launch --dynamo_backend` says")
+    return Runtime(
+        accelerator=accelerator,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        local_rank=accelerator.local_process_index,
+        local_world_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
+        device=accelerator.device,
+        precision=precision,
+        compile=config.compile or launcher_compiles,
+        notes=tuple(notes),
+    )
+
+
+def choose_precision(asked: str, launcher: str | None, *, has_bf16: bool) -> tuple[str, str]:
+    """Settle the precision between our option and the launcher's (see the top of this file).
+
+    Returns:
+        the precision (`fp32`, `bf16` or `fp16`) and one line that says who decided.
+
+    Raises:
+        ValueError: the launcher asks for a precision that we do not train in.
+    """
+    chosen_by_launcher = launcher not in (None, "no")
+    if asked != "auto":
+        over = f" (over the launcher's {launcher})" if chosen_by_launcher and launcher != asked else ""
+        return asked, f"precision: {asked}, as --run.precision says{over}"
+    if chosen_by_launcher:
+        if launcher not in ("bf16", "fp16"):
+            raise ValueError(f"accelerate launch --mixed_precision {launcher} is not supported: take bf16, fp16 or no")
+        return launcher, f"precision: {launcher}, as `accelerate launch` says"
+    if has_bf16:
+        return "bf16", "precision: bf16, for this GPU has it (--run.precision fp32 for full precision)"
+    return "fp32", "precision: fp32 (--run.precision bf16 or fp16 to choose another)"
+
+
+def alone_by_mistake(env: Mapping[str, str]) -> str | None:
+    """Tell from the environment whether several processes were meant but this one was told of no other.
+
+    Returns:
+        the error to show, or None if all is well.
+    """
+    if "WORLD_SIZE" in env:
+        return None
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return (
+            f"srun started {env['SLURM_STEP_NUM_TASKS']} processes, but none was told of the others, so each would "
+            "train alone: start one `accelerate launch` a node (see configs/accelerate/multi-node.yaml)"
+        )
+    # For one process accelerate exports no address; for several on CPUs without MPI it does, and then starts only one.
+    if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
+        return (
+            "accelerate launch was asked for several processes but started one that would train alone: on CPUs use "
+            "configs/accelerate/cpu-2.yaml (or unset MASTER_ADDR if one process is meant)"
+        )
+    return None
+
+
+def _choose_cpu(device: str, env: Mapping[str, str]) -> bool:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--run.device cuda: torch finds no GPU here; take --run.device cpu")
+    if device != "auto":
+        return device == "cpu"
+    return env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()

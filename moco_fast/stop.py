@@ -1,0 +1,55 @@
+"""Stopping in good order: a signal to any rank makes all ranks stop after the same step."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["StopSignal"]
+
+
+class StopSignal:
+    """Listens for SIGTERM, SIGUSR1 and SIGINT, and agrees with the other ranks on when to stop.
+
+    `poll` is called once a step on every rank. It returns what the ranks agreed on in the call before, so the exchange
+    (one integer over gloo, on the host) goes on beside the step and nothing waits for the GPU. A second SIGINT
+    interrupts at once.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self):
+        self._received = 0
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._agreed = torch.zeros(1, dtype=torch.int32)
+        self._exchange: dist.Work | None = None
+        self._before: dict[int, Any] = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+
+    def poll(self) -> int:
+        """Return the signal that all ranks obey now, or 0."""
+        if self._group is None:
+            return self._received
+        agreed = self._wait()
+        self._agreed.fill_(self._received)
+        self._exchange = dist.all_reduce(self._agreed, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def close(self) -> None:
+        """Give the signals back to whom they belonged."""
+        self._wait()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _wait(self) -> int:
+        if self._exchange is None:
+            return 0
+        self._exchange.wait()
+        self._exchange = None
+        return int(self._agreed.item())
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._received:
+            raise KeyboardInterrupt
+        self._received = number
