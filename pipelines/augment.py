@@ -1,0 +1,197 @@
+"""Augmentation as data: what is done to each sample's view, drawn from counters and not from a generator's state.
+
+The parameters of a view are a pure function of (seed, epoch, view, dense sample number) and of the image's size and
+mean colour. Every backend applies the same table, so a resume is exact, backends can be compared pixel by pixel, and a
+preview shows what training sees.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.config import ViewConfig
+from pipelines.philox import philox4x64, uniform
+
+__all__ = ["KEY_VIEW", "LUMA", "QUERY_VIEW", "ViewTable", "colour_matrix", "draw_view", "hue_rotation"]
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Integers = npt.NDArray[np.int64]
+
+QUERY_VIEW, KEY_VIEW = 0, 1
+
+LUMA: Floats = np.array([0.299, 0.587, 0.114])
+"""Share of R, G and B in gray (ITU-R BT.601, as PIL and torchvision)."""
+
+# Second word of the Philox key; pipelines.order has 1 to 4.
+_PURPOSE = 16
+
+# A sample owns a fixed run of blocks of four words; what each word is for is part of the golden table.
+_NUM_TRIES = 10
+_BLOCKS = 9
+_FLIP, _JITTER, _GRAYSCALE, _BLUR = range(4)
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4, 8)
+_ORDER, _SIGMA, _SOLARIZE = 8, 9, 10
+_CROP_X, _CROP_Y = 12, 13
+_TRIES = slice(14, 14 + 2 * _NUM_TRIES)
+
+_YIQ: Floats = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+_RGB_FROM_YIQ: Floats = np.linalg.inv(_YIQ).astype(np.float64)
+_HUE_FIXED: Floats = _RGB_FROM_YIQ @ np.diag([1.0, 0.0, 0.0]) @ _YIQ
+_HUE_COS: Floats = _RGB_FROM_YIQ @ np.diag([0.0, 1.0, 1.0]) @ _YIQ
+_HUE_SIN: Floats = _RGB_FROM_YIQ @ np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]]) @ _YIQ
+_TO_GRAY: Floats = np.tile(LUMA, (3, 1))
+
+_PERMUTATIONS: Integers = np.array(
+    [(a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewTable:
+    """What is done to one view of n samples, in the order of the fields."""
+
+    box: npt.NDArray[np.int32]
+    """(n, 4) crop: x, y, width, height in pixels of the image; never empty, never outside."""
+    flip: Bools
+    """(n,) mirror left and right."""
+    sigma: npt.NDArray[np.float32]
+    """(n,) sigma of the Gaussian blur in pixels of the view; 0: none."""
+    matrix: npt.NDArray[np.float32]
+    """(n, 3, 4) colour map in 0..255: `matrix[:, :3] @ rgb + matrix[:, 3]`, rounded and clamped."""
+    solarize: Bools
+    """(n,) invert all values of 128 and above."""
+    factors: Floats
+    """(n, 4) what the matrix is made of: brightness, contrast, saturation (1: unchanged), hue shift in turns (0)."""
+    jitter_order: Integers
+    """(n, 4) in which the four are applied: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    grayscale: Bools
+    """(n,) drop colour."""
+
+
+def draw_view(
+    config: ViewConfig,
+    *,
+    seed: int,
+    epoch: int,
+    view: int,
+    index: Integers,
+    width: Integers,
+    height: Integers,
+    mean_rgb: Floats,
+) -> ViewTable:
+    """Draw the parameters of one view for n samples.
+
+    Args:
+        config: the distributions.
+        seed: 0 to 2**64 - 1.
+        epoch: 0 and up.
+        view: QUERY_VIEW or KEY_VIEW.
+        index: (n,) dense sample numbers.
+        width: (n,) of the images as decoded, in pixels.
+        height: (n,).
+        mean_rgb: (n, 3) mean colour of each image in 0..255 (128 where unknown): the pivot of contrast.
+
+    The distributions are those of torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale and of the blur and
+    solarization of MoCo v2 and v3.
+    """
+    blocks = np.asarray(index, dtype=np.uint64)[:, None] * np.uint64(_BLOCKS) + np.arange(_BLOCKS, dtype=np.uint64)
+    words = philox4x64((blocks, epoch, view, 0), (seed, _PURPOSE)).reshape(len(index), 4 * _BLOCKS)
+    u = uniform(words)
+    jitter = u[:, _JITTER] < config.jitter_p
+    factors = _factors(config, u, jitter)
+    order = _PERMUTATIONS[(u[:, _ORDER] * len(_PERMUTATIONS)).astype(np.int64)]
+    grayscale = u[:, _GRAYSCALE] < config.grayscale_p
+    matrix = colour_matrix(factors, order, grayscale, mean_rgb, grayscale_first=config.grayscale_first)
+    low, high = config.blur_sigma
+    sigma = np.where(u[:, _BLUR] < config.blur_p, low + (high - low) * u[:, _SIGMA], 0.0)
+    return ViewTable(
+        box=_crop_boxes(config, u, np.asarray(width), np.asarray(height)),
+        flip=u[:, _FLIP] < config.flip_p,
+        sigma=sigma.astype(np.float32),
+        matrix=matrix.astype(np.float32),
+        solarize=u[:, _SOLARIZE] < config.solarize_p,
+        factors=factors,
+        jitter_order=order,
+        grayscale=grayscale,
+    )
+
+
+def colour_matrix(
+    factors: Floats, order: Integers, grayscale: Bools, mean_rgb: Floats, *, grayscale_first: bool
+) -> Floats:
+    """Chain brightness, contrast, saturation, hue and grayscale into one affine map of RGB.
+
+    Args:
+        factors: (n, 4) as in ViewTable.
+        order: (n, 4) as in ViewTable.
+        grayscale: (n,).
+        mean_rgb: (n, 3) in 0..255; contrast pivots about its gray value, taken through the chain so far.
+        grayscale_first: drop colour before the other four instead of after them.
+
+    Returns:
+        (n, 3, 4) float64 in 0..255. Against torchvision's ColorJitter it differs by the pivot, by hue in YIQ instead of
+        HSV, and by clamping once at the end instead of after each stage.
+    """
+    num = len(factors)
+    chain = np.zeros((num, 3, 4))
+    chain[:, :, :3] = np.eye(3)
+    gray_linear = np.where(grayscale[:, None, None], _TO_GRAY, np.eye(3))
+    if grayscale_first:
+        chain = gray_linear @ chain
+    brightness, contrast, saturation, hue = factors.T
+    linear = np.empty((num, 4, 3, 3))
+    linear[:, 0] = brightness[:, None, None] * np.eye(3)
+    linear[:, 1] = contrast[:, None, None] * np.eye(3)
+    linear[:, 2] = saturation[:, None, None] * np.eye(3) + (1 - saturation)[:, None, None] * _TO_GRAY
+    linear[:, 3] = hue_rotation(hue)
+    for place in range(4):
+        stage = order[:, place]
+        pivot = ((chain[:, :, :3] @ mean_rgb[:, :, None])[:, :, 0] + chain[:, :, 3]) @ LUMA
+        chain = linear[np.arange(num), stage] @ chain
+        chain[:, :, 3] += np.where(stage == 1, (1 - contrast) * pivot, 0.0)[:, None]
+    return chain if grayscale_first else gray_linear @ chain
+
+
+def hue_rotation(turns: Floats) -> Floats:
+    """Rotate hue in the plane of I and Q: (n,) turns, red towards green where positive, to (n, 3, 3) matrices."""
+    angle = 2 * np.pi * turns[:, None, None]
+    return _HUE_FIXED + np.cos(angle) * _HUE_COS + np.sin(angle) * _HUE_SIN
+
+
+def _factors(config: ViewConfig, u: Floats, jitter: Bools) -> Floats:
+    strengths = np.array([config.brightness, config.contrast, config.saturation])
+    low = np.maximum(0.0, 1 - strengths)
+    factors = np.empty((len(u), 4))
+    factors[:, :3] = low + (1 + strengths - low) * u[:, [_BRIGHTNESS, _CONTRAST, _SATURATION]]
+    factors[:, 3] = config.hue * (2 * u[:, _HUE] - 1)
+    factors[~jitter] = (1.0, 1.0, 1.0, 0.0)
+    return factors
+
+
+def _crop_boxes(config: ViewConfig, u: Floats, width: Integers, height: Integers) -> npt.NDArray[np.int32]:
+    """Do as torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest central crop."""
+    area = (width * height).astype(np.float64)
+    tries = u[:, _TRIES].reshape(len(u), _NUM_TRIES, 2)
+    low, high = config.crop_scale
+    target = area[:, None] * (low + (high - low) * tries[:, :, 0])
+    log_low, log_high = np.log(config.crop_ratio)
+    ratio = np.exp(log_low + (log_high - log_low) * tries[:, :, 1])
+    w, h = np.rint(np.sqrt(target * ratio)), np.rint(np.sqrt(target / ratio))
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
+    first = fits.argmax(axis=1)
+    rows = np.arange(len(u))
+    fitted = fits[rows, first]
+
+    least, most = config.crop_ratio
+    image_ratio = width / height
+    tall, wide = image_ratio < least, image_ratio > most
+    # At least one pixel: an image of one row would round to none.
+    central_w = np.where(wide, np.maximum(1, np.rint(height * most)), width)
+    central_h = np.where(tall, np.maximum(1, np.rint(width / least)), height)
+    box_w = np.where(fitted, w[rows, first], central_w)
+    box_h = np.where(fitted, h[rows, first], central_h)
+    x = np.where(fitted, np.floor(u[:, _CROP_X] * (width - box_w + 1)), (width - box_w) // 2)
+    y = np.where(fitted, np.floor(u[:, _CROP_Y] * (height - box_h + 1)), (height - box_h) // 2)
+    return np.stack((x, y, box_w, box_h), axis=1).astype(np.int32)

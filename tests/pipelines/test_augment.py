@@ -1,0 +1,193 @@
+import colorsys
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.augment import KEY_VIEW, QUERY_VIEW, colour_matrix, draw_view, hue_rotation
+from pipelines.config import VIEWS, ViewConfig
+
+V2 = VIEWS["moco-v2"].query
+FIELDS = ("box", "flip", "sigma", "matrix", "solarize", "factors", "jitter_order", "grayscale")
+
+
+def draw(config: ViewConfig = V2, index=None, *, width=500, height=375, mean=(128.0, 128.0, 128.0), **options):
+    index = np.arange(64) if index is None else np.asarray(index)
+    size = len(index)
+    return draw_view(
+        config,
+        **{"seed": 1, "epoch": 2, "view": QUERY_VIEW, **options},
+        index=index,
+        width=np.broadcast_to(np.asarray(width, dtype=np.int64), size),
+        height=np.broadcast_to(np.asarray(height, dtype=np.int64), size),
+        mean_rgb=np.broadcast_to(np.asarray(mean), (size, 3)),
+    )
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.permutations(range(40)), st.integers(1, 40))
+def test_a_samples_view_does_not_depend_on_its_neighbours(permutation, size):
+    whole, part = draw(index=np.arange(40)), draw(index=permutation[:size])
+    for field in FIELDS:
+        assert np.array_equal(getattr(part, field), getattr(whole, field)[permutation[:size]]), field
+
+
+@pytest.mark.parametrize("other", [{"seed": 7}, {"epoch": 3}, {"view": KEY_VIEW}])
+def test_seed_epoch_and_view_each_give_other_parameters(other):
+    index = np.arange(500)
+    one, two = draw(index=index), draw(index=index, **other)
+    assert (one.box == two.box).all(axis=1).mean() < 0.02
+    for field in ("flip", "grayscale"):
+        a, b = getattr(one, field), getattr(two, field)
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.2
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)).map(sorted),
+    st.tuples(st.floats(0.2, 5), st.floats(0.2, 5)).map(sorted),
+)
+def test_boxes_are_never_empty_and_never_outside(width, height, scale, ratio):
+    config = replace(V2, crop_scale=tuple(scale), crop_ratio=tuple(ratio))
+    x, y, w, h = draw(config, np.arange(16), width=width, height=height).box.T
+    assert (w >= 1).all()
+    assert (h >= 1).all()
+    assert (x >= 0).all()
+    assert (y >= 0).all()
+    assert (x + w <= width).all()
+    assert (y + h <= height).all()
+
+
+def torchvision_central(width, height, least, most):
+    if width / height < least:
+        w, h = width, round(width / least)
+    elif width / height > most:
+        w, h = round(height * most), height
+    else:
+        w, h = width, height
+    return [(width - w) // 2, (height - h) // 2, w, h]
+
+
+@pytest.mark.parametrize(("width", "height"), [(1000, 3), (3, 1000), (999, 100), (100, 1001)])
+def test_where_no_try_fits_the_crop_is_torchvisions_central_one(width, height):
+    whole = replace(V2, crop_scale=(1.0, 1.0))
+    expected = torchvision_central(width, height, *whole.crop_ratio)
+    assert draw(whole, np.arange(8), width=width, height=height).box.tolist() == [expected] * 8
+
+
+def naive_chain(factors, order, gray, mean, grayscale_first, pixel):
+    """One pixel through the stages one by one, in plain floats; the mean colour goes along as the pivot."""
+
+    def luma(rgb):
+        return 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
+
+    def hue(rgb, turns):
+        r, g, b = rgb
+        y = luma(rgb)
+        i = 0.596 * r - 0.274 * g - 0.322 * b
+        q = 0.211 * r - 0.523 * g + 0.312 * b
+        c, s = math.cos(2 * math.pi * turns), math.sin(2 * math.pi * turns)
+        yiq = np.array([y, c * i + s * q, -s * i + c * q])
+        return np.linalg.solve([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], yiq)
+
+    def stages(rgb, pivot):
+        brightness, contrast, saturation, turns = factors
+        return {
+            0: lambda: [brightness * v for v in rgb],
+            1: lambda: [contrast * v + (1 - contrast) * pivot for v in rgb],
+            2: lambda: [saturation * v + (1 - saturation) * luma(rgb) for v in rgb],
+            3: lambda: hue(rgb, turns),
+        }
+
+    if gray and grayscale_first:
+        pixel, mean = [luma(pixel)] * 3, [luma(mean)] * 3
+    for stage in order:
+        pivot = luma(mean)
+        pixel, mean = stages(pixel, pivot)[stage](), stages(mean, pivot)[stage]()
+    return [luma(pixel)] * 3 if gray and not grayscale_first else list(pixel)
+
+
+@pytest.mark.parametrize("grayscale_first", [False, True])
+def test_the_matrix_is_the_chain_of_its_stages(grayscale_first):
+    rng = np.random.default_rng(0)
+    config = replace(V2, hue=0.4, grayscale_p=0.5, grayscale_first=grayscale_first)
+    mean = rng.uniform(0, 255, 3)
+    table = draw(config, np.arange(100), mean=mean)
+    assert len({tuple(order) for order in table.jitter_order.tolist()}) > 15
+    for row in range(100):
+        pixel = rng.uniform(0, 255, 3)
+        expected = naive_chain(
+            table.factors[row], table.jitter_order[row].tolist(), table.grayscale[row], mean, grayscale_first, pixel
+        )
+        matrix = table.matrix[row].astype(np.float64)
+        assert matrix[:, :3] @ pixel + matrix[:, 3] == pytest.approx(expected, abs=1e-3)
+
+
+def test_hue_turns_the_way_of_torchvision():
+    for turns in (0.1, -0.1, 0.3):
+        wanted = colorsys.hsv_to_rgb(turns % 1, 1, 1)
+        turned = hue_rotation(np.array([turns]))[0] @ np.array([1.0, 0.0, 0.0])
+        opposite = hue_rotation(np.array([-turns]))[0] @ np.array([1.0, 0.0, 0.0])
+        assert np.linalg.norm(turned - wanted) < np.linalg.norm(opposite - wanted)
+
+
+def test_gray_stays_gray_under_hue_and_saturation():
+    factors = np.array([[1.0, 1.0, 0.3, 0.4]])
+    matrix = colour_matrix(
+        factors, np.array([[0, 1, 2, 3]]), np.array([False]), np.zeros((1, 3)), grayscale_first=False
+    )
+    assert matrix[0, :, :3] @ np.full(3, 99.0) == pytest.approx([99.0] * 3)
+
+
+def test_shares_of_the_flags_are_their_probabilities():
+    num = 20_000
+    config = replace(V2, flip_p=0.3, jitter_p=0.7, grayscale_p=0.15, blur_p=0.6, solarize_p=0.25)
+    table = draw(config, np.arange(num))
+    jittered = (table.factors != (1, 1, 1, 0)).any(axis=1)
+    for flags, p in (
+        (table.flip, 0.3),
+        (jittered, 0.7),
+        (table.grayscale, 0.15),
+        (table.sigma > 0, 0.6),
+        (table.solarize, 0.25),
+    ):
+        assert abs(flags.mean() - p) < 4 * math.sqrt(p * (1 - p) / num)
+    counts = np.unique(table.jitter_order, axis=0, return_counts=True)[1]
+    assert len(counts) == 24
+    # Chi-square with 23 degrees of freedom: above 58 once in 10,000.
+    assert ((counts - num / 24) ** 2 / (num / 24)).sum() < 58
+    blurred = table.sigma[table.sigma > 0]
+    assert 0.1 <= blurred.min() < 0.11
+    assert 1.99 < blurred.max() <= 2.0
+
+
+def test_the_golden_table_has_not_moved():
+    index = np.array([0, 1, 2**40])
+    table = draw(replace(V2, solarize_p=0.5), index, seed=2**63 + 5, epoch=4, view=KEY_VIEW, mean=(90.0, 120.0, 200.0))
+    assert table.box.tolist() == GOLDEN["box"]
+    assert table.flip.tolist() == GOLDEN["flip"]
+    assert table.solarize.tolist() == GOLDEN["solarize"]
+    assert table.grayscale.tolist() == GOLDEN["grayscale"]
+    assert table.jitter_order.tolist() == GOLDEN["jitter_order"]
+    assert table.sigma == pytest.approx(np.array(GOLDEN["sigma"]), abs=1e-6)
+    assert table.factors == pytest.approx(np.array(GOLDEN["factors"]), abs=1e-9)
+
+
+GOLDEN = {
+    "box": [[138, 82, 352, 279], [39, 17, 239, 300], [28, 68, 221, 198]],
+    "flip": [True, True, False],
+    "solarize": [True, True, True],
+    "grayscale": [True, False, True],
+    "jitter_order": [[1, 3, 2, 0], [0, 2, 1, 3], [0, 3, 1, 2]],
+    "sigma": [0.0, 1.8121654, 0.3878337],
+    "factors": [
+        [1.0060988547, 0.8057069827, 0.8846744634, -0.089345816],
+        [0.7980313277, 1.3318600612, 0.6986924338, -0.0841705414],
+        [0.8160698363, 1.0358441868, 0.9249488811, -0.0373354487],
+    ],
+}
