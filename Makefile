@@ -1,0 +1,81 @@
+# The project's commands; `make` alone lists them. What they run is printed, to be copied.
+
+VENV := $(CURDIR)/.venv
+PYTHON ?= # interpreter for .venv, 3.11 to 3.13; unset: the first one found
+DEVICE ?= cuda
+OUT ?= build/gpu-check
+
+export PATH := $(VENV)/bin:$(PATH)
+export PYTHON
+# pyright asks the network for a newer version of itself unless told not to.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+HAS_GPU = $(shell $(VENV)/bin/python -c 'import torch; print("yes" if torch.cuda.is_available() else "")')
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test format lock gpu-check clean \
+	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint demo-steps
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+setup: ## Make or update .venv; every target below does it first
+	@deploy/setup.sh
+
+demo: setup ## Pack real images, train, evaluate, report: about five minutes on two cores
+	@echo '. .venv/bin/activate'
+	@$(MAKE) --no-print-directory demo-steps DEMO_CONFIG=$(if $(HAS_GPU),gpu-1,cpu-1)
+
+# nproc knows about affinity; without OMP_NUM_THREADS, accelerate counts the machine's cores and warns that it did.
+demo-steps: export OMP_NUM_THREADS ?= $(shell nproc)
+demo-steps:
+	python -m moco_fast.demo demo/images
+	make-shards pack demo/images/train --out demo/shards/train
+	make-shards pack demo/images/val --out demo/shards/val
+	accelerate launch --config_file configs/accelerate/$(DEMO_CONFIG).yaml -m moco_fast.train demo --data.shards demo/shards/train --eval.shards demo/shards/val --run.out demo/run
+	moco-fast eval knn --checkpoint demo/run
+	moco-fast report demo/run
+
+test: setup ## Run every check: format, lint, types, imports, Dockerfile, tests
+	@$(MAKE) --no-print-directory --keep-going checks
+
+lint: setup ## The checks that take seconds
+	@$(MAKE) --no-print-directory --keep-going ruff-format ruff-check pyright lint-imports hadolint
+
+checks: ruff-format ruff-check pyright lint-imports hadolint pytest
+
+ruff-format:
+	ruff format --check
+
+ruff-check:
+	ruff check
+
+pyright:
+	pyright
+
+lint-imports:
+	lint-imports
+
+hadolint:
+	hadolint Dockerfile
+
+pytest:
+	python -m pytest --cov $(if $(HAS_GPU),,-m 'not gpu')
+
+format: setup ## Format the code, and repair what ruff can
+	ruff check --fix
+	ruff format
+
+lock: setup ## Resolve pyproject.toml anew into requirements.lock
+	$$(command -v uv || echo .uv/bin/uv) pip compile --quiet --no-header --generate-hashes --universal --python-version 3.11 --all-extras --group dev pyproject.toml --output-file requirements.lock
+
+# No set-up: machines that have a GPU often have their own Python and torch, and no network.
+gpu-check: ## GPU tests and figures into build/gpu-check; DEVICE=cpu for a small version
+	DEVICE=$(DEVICE) $(CHECK_PYTHON) -m pytest -m gpu tests/gpu
+	$(CHECK_PYTHON) benchmarks/gpu_check.py --device $(DEVICE) --out $(OUT)
+
+gpu-check: CHECK_PYTHON = $(if $(wildcard $(VENV)/bin/python),python,$(or $(PYTHON),python3))
+
+clean: ## Remove what the commands above made, but not .venv nor your runs
+	rm -rf demo build dist .coverage .pytest_cache .ruff_cache .hypothesis .import_linter_cache

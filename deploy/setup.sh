@@ -1,0 +1,94 @@
+#!/bin/sh
+# Makes the environment in .venv, or brings it up to date: uv, the packages of requirements.lock, and this project in
+# editable mode. Does nothing where nothing has changed. PYTHON=... chooses the interpreter (3.11 to 3.13).
+set -eu
+cd "$(dirname "$0")/.."
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() {
+    say "$@" >&2
+    exit 1
+}
+
+supported='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
+
+find_python() {
+    for name in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+        if "$name" -c "$supported" 2>/dev/null; then
+            command -v "$name"
+            return
+        fi
+    done
+    fail "no Python 3.11, 3.12 or 3.13 found (looked for: ${PYTHON:-python3, python3.13, python3.12, python3.11});" \
+        "install one, or name it: make setup PYTHON=/path/to/python3"
+}
+
+# Debian and Ubuntu ship python3 without pip.
+install_pip() {
+    case $python in
+        /usr/bin/* | /bin/*) ;;
+        *) fail "$python has no pip; run: $python -m ensurepip --upgrade" ;;
+    esac
+    command -v apt-get >/dev/null || fail "$python has no pip; install your system's package for it and try again"
+    if [ "$(id -u)" = 0 ]; then
+        as_root=
+    elif command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
+        as_root=sudo
+    else
+        fail "$python has no pip; run as root: apt-get update && apt-get install -y --no-install-recommends python3-pip"
+    fi
+    say "installing the system package python3-pip ${as_root:+with sudo}"
+    $as_root apt-get update -qq
+    $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-pip >/dev/null
+}
+
+# uv from the package index: needs neither the venv module nor ensurepip, which Debian leaves out.
+find_uv() {
+    if command -v uv >/dev/null; then
+        uv=uv
+        return
+    fi
+    uv=.uv/bin/uv
+    if [ ! -x "$uv" ]; then
+        "$python" -m pip --version >/dev/null 2>&1 || install_pip
+        say "getting uv"
+        "$python" -m pip install --quiet --disable-pip-version-check --root-user-action ignore --target .uv 'uv>=0.9,<1'
+    fi
+}
+
+# What the environment is made from; the folder counts because the commands in .venv/bin hold its path.
+fingerprint() {
+    {
+        pwd
+        .venv/bin/python -VV
+        cat requirements.lock pyproject.toml deploy/setup.sh
+    } | cksum
+}
+
+warn_if_disk_is_small() {
+    free_kib=$(df -Pk . | awk 'NR == 2 { print $4 }')
+    if [ ! -d .venv ] && [ "$free_kib" -lt 8000000 ]; then
+        say "only $((free_kib / 1000000)) GB are free here, and the environment takes about 7" >&2
+    fi
+}
+
+stamp=.venv/.setup
+if [ -f "$stamp" ] && .venv/bin/python -c "$supported" 2>/dev/null && [ "$(fingerprint)" = "$(cat "$stamp")" ]; then
+    exit 0
+fi
+
+quiet=--quiet # without a terminal, uv's progress is noise
+[ -t 2 ] && quiet=
+export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-300}"
+warn_if_disk_is_small
+python=$(find_python)
+find_uv
+if ! .venv/bin/python -c "$supported" 2>/dev/null; then
+    say "making .venv with $("$python" -V)"
+    "$uv" venv $quiet --clear --no-python-downloads --python "$python" .venv
+fi
+say "installing the packages of requirements.lock: about 3 GB to download the first time, then about a minute"
+"$uv" pip install $quiet --python .venv --compile-bytecode --requirement requirements.lock
+"$uv" pip install $quiet --python .venv --no-deps --no-build-isolation --editable .
+fingerprint >"$stamp"
+say "done; to use the commands by name: . .venv/bin/activate"
