@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00000100/
         model.safetensors       query.*, key.*, queue.*: weights, batch statistics, the dictionary
-        optimizer.safetensors   <index of the parameter>.<name of its state>
+        optimizer.safetensors   the optimizer's state, <state>/<parameter>
         rng.safetensors         <rank>.cpu, <rank>.cuda: states of torch's generators
         state.json              step, loader, scaler, configuration; digests of the files above and of itself
 
@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,13 +28,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "find_newest",
-    "flatten_optimizer",
     "load",
     "load_encoder",
     "part",
     "save",
     "sweep",
-    "unflatten_optimizer",
 ]
 
 VERSION = 1
@@ -90,7 +87,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     for old in _whole(folder)[:-keep]:
-        shutil.rmtree(old)
+        # A kill while files go one by one must not leave half of them under a name that promises all.
+        shutil.rmtree(old.rename(folder / f".{old.name}.partial"))
     return final
 
 
@@ -147,29 +145,6 @@ def load_encoder(path: str | Path) -> "tuple[Config, Encoder]":
 def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """Return the tensors below `name.`, without that prefix."""
     return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-
-
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as `<index of the parameter>.<name>` tensors.
-
-    Learning rate and the like are not state: they come from the configuration and the step.
-    """
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value)
-        for index, values in state.items()
-        for name, value in values.items()
-        if value is not None
-    }
-
-
-def unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give an optimizer back what `flatten_optimizer` returned."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _whole(folder: Path) -> list[Path]:

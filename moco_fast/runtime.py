@@ -14,15 +14,24 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, TorchDynamoPlugin
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 
 from moco_fast.config import RunConfig
 
 __all__ = ["Runtime", "alone_by_mistake", "choose_precision", "start"]
+
+T = TypeVar("T")
 
 _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -57,6 +66,22 @@ class Runtime:
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Undo loss scaling before a step, and skip the step after an overflow (fp16)."""
         return self.accelerator.prepare_optimizer(optimizer)
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide gradients by what `backward` scaled them with (fp16)."""
+        self.accelerator.unscale_gradients(optimizer)
+
+    def tell_all(self, value: T) -> T:
+        """Return the first rank's `value` on every rank."""
+        return broadcast_object_list([value])[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's `value`, in the order of ranks."""
+        return gather_object([value])
+
+    def wait_for_all(self) -> None:
+        """Wait until every rank has come here."""
+        self.accelerator.wait_for_everyone()
 
     def scaler_state(self) -> dict[str, float]:
         """Return the loss scaler's numbers, or nothing outside fp16."""

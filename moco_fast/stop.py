@@ -1,6 +1,7 @@
 """Stopping in good order: a signal to any rank makes all ranks stop after the same step."""
 
 import signal
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -20,9 +21,11 @@ class StopSignal:
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self):
+    def __init__(self, *, timeout_s: float):
         self._received = 0
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = None
+        if dist.is_initialized():
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._agreed = torch.zeros(1, dtype=torch.int32)
         self._exchange: dist.Work | None = None
         self._before: dict[int, Any] = {number: signal.signal(number, self._receive) for number in self.SIGNALS}

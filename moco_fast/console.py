@@ -1,0 +1,79 @@
+"""What a run says of itself: to the terminal, and into its folder."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moco_fast import __version__
+from moco_fast.batchnorm import resolve_policy
+from moco_fast.build import Parts
+from moco_fast.config import Config
+from moco_fast.runtime import Runtime
+
+__all__ = ["environment", "print_closing", "print_opening"]
+
+
+def environment(runtime: Runtime, parts: Parts) -> dict[str, Any]:
+    """Return on what the run takes place, as JSON can hold it."""
+    on_gpu = runtime.device.type == "cuda"
+    return {
+        "command": [*sys.orig_argv],
+        "moco_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "device": torch.cuda.get_device_name(runtime.device) if on_gpu else _processor(),
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "num_threads": torch.get_num_threads(),
+        "world_size": runtime.world_size,
+        "precision": runtime.precision,
+        "compile": runtime.compile,
+        "loader": parts.loader.description,
+        "num_samples": parts.loader.num_samples,
+        "steps_per_epoch": len(parts.loader),
+    }
+
+
+def print_opening(config: Config, runtime: Runtime, parts: Parts, step: int) -> None:
+    """Say what is about to happen, and what was decided on the user's behalf."""
+    ranks = f"{runtime.world_size} ranks" if runtime.world_size > 1 else "1 rank"
+    _say(
+        f"{config.model.encoder}, {ranks} on {runtime.device.type}, {parts.num_steps} steps of {config.data.batch_size}"
+    )
+    _say(f"data: {parts.loader.num_samples} samples in {config.data.shards}, {len(parts.loader)} steps an epoch")
+    _say(f"loader: {parts.loader.description}")
+    for note in runtime.notes:
+        _say(note)
+    policy = resolve_policy(config.bn)
+    _say(f"batch norm: {policy}" + (f", {config.bn.num_groups} groups" if policy == "virtual" else ""))
+    if config.optim.accumulate > 1:
+        _say(
+            f"accumulation: gradients of {config.optim.accumulate} batches a step; the dictionary takes in each by itself, "
+            "so this is not one large batch"
+        )
+    if step:
+        _say(f"continuing {config.run.out} from step {step}")
+
+
+def print_closing(config: Config, outcome: str, step: int, num_steps: int) -> None:
+    """Say how the run ended, and what to do next."""
+    if outcome == "stopped":
+        _say(f"stopped and saved at step {step} of {num_steps}; the same command continues from there")
+    else:
+        _say(f"finished {num_steps} steps; encoder, metrics and configuration are in {config.run.out}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _processor() -> str:
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()

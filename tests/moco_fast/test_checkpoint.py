@@ -1,0 +1,137 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from moco_fast import checkpoint
+from moco_fast.checkpoint import Checkpoint
+
+
+def make(step: int, value: float = 0.0) -> Checkpoint:
+    return Checkpoint(
+        step=step,
+        config={"run": {"seed": 1}},
+        model={"query.weight": torch.full((3, 2), value), "queue.keys": torch.arange(4.0)},
+        optimizer={"momentum_buffer/weight": torch.ones(3, 2)},
+        rng={"0.cpu": torch.get_rng_state()},
+        numbers={"loader": {"epoch": 1, "step": 2}},
+    )
+
+
+def test_comes_back_as_it_went(tmp_path):
+    written = make(7, 0.1)
+    path = checkpoint.save(tmp_path, written, keep=2)
+    read = checkpoint.load(path)
+    assert path.name == "step-00000007"
+    assert (read.step, read.config, read.numbers) == (written.step, written.config, written.numbers)
+    for name in ("model", "optimizer", "rng"):
+        before, after = getattr(written, name), getattr(read, name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_keeps_the_newest(tmp_path):
+    for step in (5, 10, 15, 1000):
+        checkpoint.save(tmp_path, make(step), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000015", "step-00001000"]
+    assert checkpoint.find_newest(tmp_path) == tmp_path / "step-00001000"
+
+
+def test_no_file_holds_a_pickle(tmp_path):
+    path = checkpoint.save(tmp_path, make(1), keep=1)
+    assert sorted(file.suffix for file in path.iterdir()) == [".json", ".safetensors", ".safetensors", ".safetensors"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"])
+def test_refuses_a_flipped_bit_anywhere(tmp_path, name):
+    path = checkpoint.save(tmp_path, make(1), keep=1)
+    content = bytearray((path / name).read_bytes())
+    for position in range(0, len(content), max(1, len(content) // 50)):
+        content[position] ^= 1
+        (path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name.split(".")[0]):
+            checkpoint.load(path)
+        content[position] ^= 1
+    (path / name).write_bytes(content)
+    checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors"])
+def test_refuses_a_missing_file(tmp_path, name):
+    path = checkpoint.save(tmp_path, make(1), keep=1)
+    (path / name).unlink()
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        checkpoint.load(path)
+
+
+def test_refuses_a_pickle_in_place_of_tensors(tmp_path):
+    path = checkpoint.save(tmp_path, make(1), keep=1)
+    torch.save({"weight": torch.ones(1)}, path / "model.safetensors")
+    with pytest.raises(ValueError, match="not what was written"):
+        checkpoint.load(path)
+
+
+def test_refuses_another_format(tmp_path):
+    path = checkpoint.save(tmp_path, make(1), keep=1)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"version": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        checkpoint.load(path)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, make(1), keep=1)
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_sync", refuse)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path, make(2), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    checkpoint.load(tmp_path / "step-00000001")
+
+
+def test_load_encoder_says_when_there_is_nothing(tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        checkpoint.load_encoder(tmp_path)
+
+
+SAVES_FOR_EVER = """
+import sys, torch
+from pathlib import Path
+from moco_fast.checkpoint import Checkpoint, save
+for step in range(1, 10_000):
+    save(Path(sys.argv[1]), Checkpoint(step=step, config={}, model={"w": torch.full((200_000,), float(step))},
+                                       optimizer={}, rng={}), keep=1)
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    for round_ in range(6):
+        folder = tmp_path / str(round_)
+        process = subprocess.Popen([sys.executable, "-c", SAVES_FOR_EVER, folder], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        saved = int(process.stdout.readline())
+        # The moments differ from round to round, so that kills fall into writing, syncing, renaming and pruning.
+        deadline = time.monotonic() + 0.013 * round_
+        while time.monotonic() < deadline:
+            saved = int(process.stdout.readline())
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        newest = checkpoint.find_newest(folder)
+        assert newest is not None
+        read = checkpoint.load(newest)
+        assert read.step >= saved
+        assert torch.equal(read.model["w"], torch.full((200_000,), float(read.step)))
+        checkpoint.sweep(folder)
+        assert not list(folder.glob(".*"))
