@@ -51,10 +51,8 @@ def print_opening(config: Config, runtime: Runtime, parts: Parts, step: int) -> 
     policy = resolve_policy(config.bn)
     _say(f"batch norm: {policy}" + (f", {config.bn.num_groups} groups" if policy == "virtual" else ""))
     if config.optim.accumulate > 1:
-        _say(
-            f"accumulation: gradients of {config.optim.accumulate} batches a step; the dictionary takes in each by itself, "
-            "so this is not one large batch"
-        )
+        batches = f"{config.optim.accumulate} batches"
+        _say(f"accumulation: {batches} a step; the dictionary takes in each by itself, so this is not one large batch")
     if step:
         _say(f"continuing {config.run.out} from step {step}")
 

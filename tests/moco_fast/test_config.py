@@ -1,0 +1,123 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from moco_fast.config import Config, differences, from_dict, to_dict, validate
+from moco_fast.presets import PRESETS
+from moco_fast.train import main, parse
+from pipelines.config import DataConfig
+
+
+def config(**sections) -> Config:
+    return Config(data=DataConfig(shards="somewhere"), **sections)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_parses_validates_and_survives_json(name, shards):
+    parsed = parse([name, "--data.shards", shards])
+    assert parsed.data.shards == shards
+    assert from_dict(to_dict(parsed)) == parsed
+
+
+# The published numbers, from the papers and the authors' code.
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "moco-v1",
+            {"head": "linear", "temperature": 0.07, "lr": 0.03, "weight_decay": 1e-4, "schedule": "step", "hue": 0.4}
+            | {"queue_size": 65536, "momentum": 0.999, "batch_size": 256, "blur_p": 0.0, "jitter_p": 1.0},
+        ),
+        (
+            "moco-v2",
+            {"head": "mlp", "temperature": 0.2, "lr": 0.03, "weight_decay": 1e-4, "schedule": "cosine", "hue": 0.1}
+            | {"queue_size": 65536, "momentum": 0.999, "batch_size": 256, "blur_p": 0.5, "jitter_p": 0.8},
+        ),
+        (
+            "cifar10",
+            {"head": "linear", "temperature": 0.1, "lr": 0.06, "weight_decay": 5e-4, "schedule": "cosine", "hue": 0.1}
+            | {"queue_size": 4096, "momentum": 0.99, "batch_size": 512, "blur_p": 0.0, "jitter_p": 0.8},
+        ),
+    ],
+)
+def test_presets_hold_the_published_numbers(name, expected):
+    preset = PRESETS[name][1]
+    sections = (preset.model, preset.moco, preset.optim, preset.data, preset.views.query)
+    found = {}
+    for section in reversed(sections):
+        found |= {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    found |= {"momentum": preset.moco.momentum}
+    assert {name: found[name] for name in expected} == expected
+    assert preset.optim.momentum == 0.9
+
+
+def test_every_option_reaches_the_configuration(shards):
+    parsed = parse(["moco-v2", "--data.shards", shards, "--optim.lr", "0.5", "--run.steps", "3", "--bn.policy", "none"])
+    assert (parsed.optim.lr, parsed.run.steps, parsed.bn.policy) == (0.5, 3, "none")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--data.batch-size", "0"], "--data.batch-size is 0"),
+        (["--moco.momentum", "1.5"], "--moco.momentum is 1.5"),
+        (["--optim.accumulate", "0"], "--optim.accumulate is 0"),
+        (["--run.steps", "0"], "--run.steps is 0"),
+        (["--eval.crop", "2"], "--eval.crop is 2"),
+        (["--optim.warmup", "1"], "--optim.warmup is 1"),
+        (["--optim.lr", "nan"], "--optim.lr is nan"),
+    ],
+)
+def test_impossible_values_are_named(shards, capsys, options, says):
+    assert main(["moco-v2", "--data.shards", shards, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {says}")
+    assert error.count("\n") == 1
+
+
+def test_missing_shards_are_named_before_any_work(tmp_path, capsys):
+    assert main(["moco-v2", "--data.shards", str(tmp_path)]) == 2
+    assert "has no manifest.json" in capsys.readouterr().err
+
+
+def test_a_misspelt_option_suggests_the_right_one(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["moco-v2", "--data.shards", "x", "--optim.lrr", "3"])
+    assert "--optim.lr" in capsys.readouterr().err
+
+
+def test_differences_name_the_options():
+    old = config()
+    new = dataclasses.replace(old, optim=dataclasses.replace(old.optim, weight_decay=0.5))
+    assert differences(old, new) == ["--optim.weight-decay: 0.0001 -> 0.5"]
+    assert differences(old, old) == []
+
+
+def test_from_dict_refuses_what_it_does_not_know():
+    data = to_dict(config())
+    data["optim"]["lrr"] = 1
+    with pytest.raises(ValueError, match="OptimConfig has no field lrr"):
+        from_dict(data)
+    with pytest.raises(ValueError, match="data"):
+        from_dict({})
+
+
+def test_validate_accepts_the_defaults():
+    validate(config())
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys\nfrom moco_fast.train import main\n"
+        "try:\n    main(['moco-v2', '--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "sys.exit('torch' in sys.modules or 'nvidia.dali' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from moco_fast.config import RunConfig
+from moco_fast.runtime import alone_by_mistake, choose_precision, start
+
+
+@pytest.mark.parametrize(
+    ("asked", "launcher", "has_bf16", "expected"),
+    [
+        ("auto", None, False, "fp32"),
+        ("auto", None, True, "bf16"),
+        ("auto", "no", True, "bf16"),  # the launcher says "no" also when nobody chose
+        ("auto", "no", False, "fp32"),
+        ("auto", "fp16", True, "fp16"),
+        ("auto", "bf16", False, "bf16"),
+        ("fp32", "bf16", True, "fp32"),
+        ("bf16", None, False, "bf16"),
+        ("fp16", "fp16", True, "fp16"),
+    ],
+)
+def test_whose_word_wins(asked, launcher, has_bf16, expected):
+    precision, note = choose_precision(asked, launcher, has_bf16=has_bf16)
+    assert precision == expected
+    assert expected in note
+
+
+def test_an_overruled_launcher_is_told():
+    assert "over the launcher's bf16" in choose_precision("fp32", "bf16", has_bf16=True)[1]
+    assert "launcher" not in choose_precision("fp32", "no", has_bf16=True)[1]
+
+
+def test_fp8_is_refused():
+    with pytest.raises(ValueError, match="fp8 is not supported"):
+        choose_precision("auto", "fp8", has_bf16=True)
+
+
+@pytest.mark.parametrize(
+    ("env", "alone"),
+    [
+        ({}, False),
+        ({"WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "a"}, False),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, False),
+        ({"MASTER_ADDR": "a"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, True),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, True),
+    ],
+)
+def test_a_process_alone_by_mistake_is_found(env, alone):
+    assert bool(alone_by_mistake(env)) == alone
+
+
+def test_what_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="finds no GPU"):
+        start(RunConfig(device="cuda"), env={})
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        start(RunConfig(device="cpu", precision="fp16"), env={})
