@@ -1,0 +1,80 @@
+"""The few collectives of a run; in a single process they do what a world of one rank would."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["all_gather_rows", "average_", "broadcast_", "exchange_rows", "is_distributed", "rank", "world_size"]
+
+# The new name of torch 2.13, which warns of the old one.
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def is_distributed() -> bool:
+    """Whether this process belongs to a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """This process's place in the group (default: the world)."""
+    return dist.get_rank(group) if is_distributed() else 0
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Ranks in the group (default: the world)."""
+    return dist.get_world_size(group) if is_distributed() else 1
+
+
+def all_gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """(B, ...) of every rank -> (W * B, ...), in the order of ranks; without gradient. B must be equal on all ranks."""
+    if world_size(group) == 1:
+        return rows.detach()
+    gathered = rows.new_empty((world_size(group) * len(rows), *rows.shape[1:]))
+    _all_gather_into(gathered, rows.detach().contiguous(), group=group)
+    return gathered
+
+
+def exchange_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Part j of rank i's rows becomes part i of rank j's: (B, ...) -> (B, ...), its own inverse.
+
+    The rows are cut into as many equal parts as the group has ranks. Keeps the memory format; sends (W - 1) / W of the
+    rows' bytes from each rank.
+    """
+    if world_size(group) == 1:
+        return rows
+    # A channels_last batch is exchanged as it lies in memory, rows outermost.
+    channels_last = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last)
+    as_stored = rows.permute(0, 2, 3, 1) if channels_last else rows.contiguous()
+    received = torch.empty_like(as_stored)
+    dist.all_to_all_single(received, as_stored, group=group)
+    return received.permute(0, 3, 1, 2) if channels_last else received
+
+
+def _flat_collective(tensors: Iterable[Tensor], group: dist.ProcessGroup | None, *, average: bool) -> None:
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for same_dtype in by_dtype.values():
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in same_dtype])
+        if average:
+            dist.all_reduce(flat, group=group)
+            flat /= world_size(group)
+        else:
+            dist.broadcast(flat, group_src=0, group=group)
+        parts = flat.split([tensor.numel() for tensor in same_dtype])
+        for tensor, part in zip(same_dtype, parts, strict=True):
+            tensor.detach().copy_(part.view_as(tensor))
+
+
+def average_(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replace each floating-point tensor by its mean over the group's ranks, in one collective a dtype."""
+    if world_size(group) > 1:
+        _flat_collective(tensors, group, average=True)
+
+
+def broadcast_(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Overwrite each tensor by that of the group's first rank, in one collective a dtype."""
+    if world_size(group) > 1:
+        _flat_collective(tensors, group, average=False)

@@ -1,0 +1,26 @@
+"""Schedules as pure functions of the step. Free of torch."""
+
+import math
+
+from moco_fast.config import OptimConfig
+
+__all__ = ["lr_at"]
+
+
+def lr_at(step: int, num_steps: int, optim: OptimConfig) -> float:
+    """Learning rate of optimizer step `step` (from 0) in a run of `num_steps`.
+
+    A linear warm-up from 0 (MoCo v3), then the schedule: `cosine` from the peak to 0 over the steps that are left
+    (MoCo v2, there by epochs), `step` by a tenth at each milestone, a share of the whole run (MoCo v1), or `constant`.
+    """
+    warmup_steps = round(optim.warmup * num_steps)
+    if step < warmup_steps:
+        return optim.lr * step / warmup_steps
+    match optim.schedule:
+        case "cosine":
+            progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+            return optim.lr * (1 + math.cos(math.pi * progress)) / 2
+        case "step":
+            return optim.lr * 0.1 ** sum(step >= round(share * num_steps) for share in optim.milestones)
+        case "constant":
+            return optim.lr
