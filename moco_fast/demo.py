@@ -1,0 +1,175 @@
+"""The demo's images: patches of photographs that scikit-image ships, so that nothing has to be downloaded.
+
+    python -m moco_fast.demo OUT
+
+    OUT/train/<photograph>/0000.jpg ...     what the encoder learns from
+    OUT/val/<photograph>/0000.jpg ...       held out, from other parts of the same photographs
+    OUT/demo.json                           the settings; written last
+
+A patch's class is the photograph that it was cut from. Each photograph is divided into cells; every fourth one is held
+out, and no patch crosses the margin between cells, so no pixel is both learned from and tested on.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from PIL import Image
+
+__all__ = ["PHOTOGRAPHS", "DemoConfig", "cut_positions", "main", "write_images"]
+
+PHOTOGRAPHS: dict[str, str] = {
+    "astronaut": "astronaut.png",
+    "brick": "brick.png",
+    "camera": "camera.png",
+    "cat": "chelsea.png",
+    "cell": "cell.png",
+    "clock": "clock_motion.png",
+    "coffee": "coffee.png",
+    "coins": "coins.png",
+    "galaxies": "hubble_deep_field.jpg",
+    "grass": "grass.png",
+    "gravel": "gravel.png",
+    "handwriting": "text.png",
+    "moon": "moon.png",
+    "motorcycle": "motorcycle_left.png",
+    "print": "page.png",
+    "retina": "retina.jpg",
+    "rocket": "rocket.jpg",
+    "tissue": "ihc.png",
+}
+"""Class name -> file among those that scikit-image ships."""
+
+_STRIDE = 4  # pixels between neighbouring patches
+_HELD_OUT_EVERY = 4  # cells
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Cut the demo's images out of the photographs that scikit-image ships."""
+
+    out: Annotated[str, tyro.conf.arg(metavar="OUT"), tyro.conf.Positional]
+    """Folder to write; one that holds the same images already is left as it is."""
+    size: int = 32
+    """Height and width of an image in pixels."""
+    num_train: int = 256
+    """Training images a photograph."""
+    num_held_out: int = 64
+    """Held-out images a photograph."""
+
+
+def write_images(config: DemoConfig) -> bool:
+    """Write the images; the same settings give the same bytes.
+
+    Returns:
+        whether there was anything to do.
+
+    Raises:
+        ValueError: scikit-image's photographs are not there, `out` holds something else, or the photographs are too
+            small for so many images of this size.
+    """
+    out = Path(config.out)
+    settings = {"version": 1, **asdict(config)}
+    del settings["out"]
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if _read_settings(out) == settings:
+            return False
+        raise ValueError(f"{out} is there already and holds something else: remove it or name another folder")
+    photographs = {name: _photograph_path(file) for name, file in PHOTOGRAPHS.items()}
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        for name, path in photographs.items():
+            with Image.open(path) as photograph:
+                _cut(photograph, name, aside, config)
+        (aside / "demo.json").write_text(json.dumps(settings, indent=2) + "\n")
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return True
+
+
+def cut_positions(width: int, height: int, size: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """List where patches may be cut from a photograph: left and top, for training and held out.
+
+    Cells are about twice as wide and high as a patch, and held-out cells are spread over the whole photograph.
+    """
+    rows, columns = max(height // (2 * size), 1), max(width // (2 * size), 1)
+    train: list[tuple[int, int]] = []
+    held_out: list[tuple[int, int]] = []
+    for row in range(rows):
+        for column in range(columns):
+            # Two columns further on every row: held-out cells never stand above each other.
+            held = (column + 2 * row) % _HELD_OUT_EVERY == 1
+            places = product(_starts(height, rows, row, size), _starts(width, columns, column, size))
+            (held_out if held else train).extend((left, top) for top, left in places)
+    return train, held_out
+
+
+def _starts(length: int, cells: int, cell: int, size: int) -> range:
+    """Where a patch may start along one side of a photograph so that it lies well inside this cell."""
+    inset = size // 8  # from either end of the cell: twice this lies between the patches of two cells
+    return range(length * cell // cells + inset, length * (cell + 1) // cells - inset - size + 1, _STRIDE)
+
+
+def _cut(photograph: Image.Image, name: str, folder: Path, config: DemoConfig) -> None:
+    image = photograph if photograph.mode == "L" else photograph.convert("RGB")
+    train, held_out = cut_positions(*image.size, config.size)
+    for split, positions, wanted in (("train", train, config.num_train), ("val", held_out, config.num_held_out)):
+        if not 0 < wanted <= len(positions):
+            raise ValueError(
+                f"{wanted} images of {config.size} pixels for {split} are not to be had from {name!r}, which gives "
+                f"{len(positions)}: ask for fewer or for smaller ones"
+            )
+        target = folder / split / name
+        target.mkdir(parents=True)
+        # Evenly spread over the photograph, and no random generator whose stream may change.
+        for number, chosen in enumerate(np.linspace(0, len(positions) - 1, wanted).round().astype(int)):
+            left, top = positions[chosen]
+            patch = image.crop((left, top, left + config.size, top + config.size))
+            patch.save(target / f"{number:04d}.jpg", quality=95, subsampling=0)
+
+
+def _photograph_path(file: str) -> Path:
+    spec = find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise ValueError("the demo's photographs come with scikit-image, which is missing: pip install scikit-image")
+    path = Path(spec.origin).parent / "data" / file
+    if not path.is_file():
+        raise ValueError(f"this scikit-image does not ship {file}: pip install 'scikit-image>=0.25,<0.27'")
+    return path
+
+
+def _read_settings(out: Path) -> dict[str, object] | None:
+    try:
+        return json.loads((out / "demo.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the images as the command line says; return the exit code."""
+    config = tyro.cli(DemoConfig, prog="python -m moco_fast.demo", args=argv)
+    try:
+        written = write_images(config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    num_classes = len(PHOTOGRAPHS)
+    print(
+        f"{config.out}: {num_classes * config.num_train:,} training and {num_classes * config.num_held_out:,} held-out "
+        f"images of {config.size} x {config.size} pixels, {num_classes} classes{'' if written else ' (already there)'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
