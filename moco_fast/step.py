@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +15,7 @@ from moco_fast.encoders import normalize_images
 from moco_fast.loss import feature_std, info_nce
 from moco_fast.momentum import MomentumUpdate
 from moco_fast.queue import Queue
-
-if TYPE_CHECKING:
-    from pipelines.batch import TwoViewBatch
+from pipelines.batch import TwoViewBatch
 
 __all__ = ["TrainStep"]
 
@@ -61,7 +58,7 @@ class TrainStep:
         self._temperature = temperature
         self._autocast, self._backward, self._unscale = autocast, backward, unscale
 
-    def __call__(self, batches: Sequence["TwoViewBatch"], *, lr: float, momentum: float) -> dict[str, Tensor]:
+    def __call__(self, batches: Sequence[TwoViewBatch], *, lr: float, momentum: float) -> dict[str, Tensor]:
         """Step once on the mean gradient of `batches`; the dictionary takes in the keys of each.
 
         Returns:
@@ -79,7 +76,7 @@ class TrainStep:
         means = {name: torch.stack([each[name] for each in watched]).mean() for name in watched[0]}
         return means | {"grad_norm": grad_norm}
 
-    def _accumulate(self, batch: "TwoViewBatch", weight: float, last: bool) -> dict[str, Tensor]:
+    def _accumulate(self, batch: TwoViewBatch, weight: float, last: bool) -> dict[str, Tensor]:
         """Add `weight` times the gradient of one batch; gradients are averaged over ranks in the last one only."""
         with torch.no_grad(), self._autocast():
             shuffled = self._key(normalize_images(self._policy.shuffle(batch.view_k)))

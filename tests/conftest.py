@@ -1,0 +1,98 @@
+import os
+import pickle
+import subprocess
+import sys
+import time
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import pytest
+
+
+class RankFailedError(Exception):
+    """What a rank raised, with its traceback."""
+
+
+class Ranks:
+    """Processes that are ranks of gloo worlds on this machine; they are started once and used by many tests."""
+
+    def __init__(self, folder):
+        self._folder = folder
+        self._workers = []
+        self._num_jobs = 0
+
+    def __call__(self, function, *arguments, world_size=2, timeout_s=120):
+        """What `function(*arguments)` returns on each rank of a fresh process group, in the order of ranks.
+
+        `function` is a module-level function of a test file. Raises the first failing rank's error.
+        """
+        while len(self._workers) < world_size:
+            self._workers.append(self._start())
+        store = self._folder / f"store-{self._num_jobs}"
+        self._num_jobs += 1
+        connections = [connection for _, connection in self._workers[:world_size]]
+        for rank, connection in enumerate(connections):
+            job = {"path": function.__code__.co_filename, "function": function.__name__, "arguments": arguments}
+            world = {"rank": rank, "world_size": world_size, "store": str(store), "timeout_s": timeout_s}
+            connection.send_bytes(pickle.dumps(job | world))
+        return self._collect(connections, time.monotonic() + timeout_s)
+
+    def _collect(self, connections, deadline):
+        results, errors = {}, []
+        while waiting := [rank for rank in range(len(connections)) if rank not in results]:
+            ready = wait([connections[rank] for rank in waiting], timeout=max(0, deadline - time.monotonic()))
+            if not ready:
+                self._replace(waiting)
+                errors.append(f"ranks {waiting} did not return")
+                break
+            for rank in (connections.index(connection) for connection in ready):
+                kind, results[rank] = self._receive(rank)
+                if kind == "error":
+                    errors.append(f"rank {rank}:\n{results[rank]}")
+                    # The others may wait for this one in a collective.
+                    deadline = min(deadline, time.monotonic() + 5)
+        if errors:
+            raise RankFailedError(errors[0])
+        return [results[rank] for rank in range(len(connections))]
+
+    def _receive(self, rank):
+        try:
+            return pickle.loads(self._workers[rank][1].recv_bytes())
+        except EOFError:
+            self._replace([rank])
+            return "error", "the process died"
+
+    def _replace(self, ranks):
+        for rank in ranks:
+            self._stop(*self._workers[rank])
+            self._workers[rank] = self._start()
+
+    def _start(self):
+        ours, theirs = Pipe()
+        worker = Path(__file__).with_name("rank_worker.py")
+        one_thread = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        process = subprocess.Popen(
+            [sys.executable, str(worker), str(theirs.fileno())], pass_fds=[theirs.fileno()], env=os.environ | one_thread
+        )
+        theirs.close()
+        return process, ours
+
+    @staticmethod
+    def _stop(process, connection):
+        process.kill()
+        process.wait()
+        connection.close()
+
+    def close(self):
+        for process, connection in self._workers:
+            self._stop(process, connection)
+        self._workers.clear()
+
+
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory):
+    """Run a function on several gloo ranks: `run_ranks(function, *arguments, world_size=2)`."""
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()

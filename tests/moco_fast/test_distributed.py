@@ -1,0 +1,107 @@
+import os
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moco_fast import distributed
+
+
+def gather(batch):
+    rows = torch.arange(batch * 3.0).reshape(batch, 3) + 100 * distributed.rank()
+    return distributed.rank(), distributed.world_size(), distributed.all_gather_rows(rows)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_all_gather_rows_keeps_the_order_of_ranks(run_ranks, world_size):
+    expected = torch.cat([torch.arange(6.0).reshape(2, 3) + 100 * rank for rank in range(world_size)])
+    for rank, result in enumerate(run_ranks(gather, 2, world_size=world_size)):
+        assert result[:2] == (rank, world_size)
+        assert torch.equal(result[2], expected)
+
+
+def exchange(channels_last):
+    rank, world_size = distributed.rank(), distributed.world_size()
+    rows = torch.zeros(2 * world_size, 3, 4, 5, dtype=torch.uint8)
+    for row in range(len(rows)):
+        rows[row] = (torch.arange(60) + 10 * row + 100 * rank).reshape(3, 4, 5)
+    if channels_last:
+        rows = rows.contiguous(memory_format=torch.channels_last)
+    received = distributed.exchange_rows(rows)
+    assert received.stride() == rows.stride()
+    assert torch.equal(distributed.exchange_rows(received), rows)
+    return rows, received
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_exchange_rows_transposes_parts_and_ranks(run_ranks, world_size, channels_last):
+    sent, received = zip(*run_ranks(exchange, channels_last, world_size=world_size), strict=True)
+    for i in range(world_size):
+        for j in range(world_size):
+            assert torch.equal(received[j][2 * i : 2 * i + 2], sent[i][2 * j : 2 * j + 2])
+
+
+def average_and_broadcast():
+    rank = distributed.rank()
+    tensors = [torch.full((2, 2), 1.0 + rank), torch.full((), 5.0 * rank, dtype=torch.float64)]
+    distributed.average_(tensors)
+    mine = [torch.full((3,), rank), torch.full((2,), float(rank)).requires_grad_()]
+    distributed.broadcast_(mine)
+    return [t.detach() for t in tensors + mine]
+
+
+def test_average_and_broadcast_over_dtypes(run_ranks):
+    for averaged, averaged_double, integers, floats in run_ranks(average_and_broadcast):
+        assert torch.equal(averaged, torch.full((2, 2), 1.5))
+        assert torch.equal(averaged_double, torch.tensor(2.5, dtype=torch.float64))
+        assert torch.equal(integers, torch.zeros(3, dtype=torch.int64))
+        assert torch.equal(floats, torch.zeros(2))
+
+
+def test_a_single_process_is_a_world_of_one():
+    rows = torch.rand(4, 2, requires_grad=True)
+    gathered = distributed.all_gather_rows(rows)
+    assert torch.equal(gathered, rows)
+    assert not gathered.requires_grad
+    assert torch.equal(distributed.exchange_rows(rows), rows)
+    before = rows.detach().clone()
+    distributed.average_([rows])
+    distributed.broadcast_([rows])
+    assert torch.equal(rows, before)
+    assert (distributed.rank(), distributed.world_size(), distributed.is_distributed()) == (0, 1, False)
+
+
+def fail_on_rank_1():
+    if distributed.rank() == 1:
+        raise ArithmeticError("rank one is broken")
+    dist.barrier()
+
+
+def die_on_rank_0():
+    if distributed.rank() == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def wait_for_nobody():
+    if distributed.rank() == 0:
+        dist.barrier()
+    else:
+        signal.pause()
+
+
+def test_the_helper_shows_the_error_of_the_rank_that_failed(run_ranks):
+    with pytest.raises(Exception, match=r"(?s)rank .*(rank one is broken|Connection)"):
+        run_ranks(fail_on_rank_1)
+    assert len(run_ranks(gather, 1)) == 2
+
+
+@pytest.mark.slow
+def test_the_helper_replaces_ranks_that_die_or_hang(run_ranks):
+    with pytest.raises(Exception, match="rank 0:\nthe process died"):
+        run_ranks(die_on_rank_0)
+    with pytest.raises(Exception, match=r"ranks \[0, 1\] did not return"):
+        run_ranks(wait_for_nobody, timeout_s=10)
+    assert len(run_ranks(gather, 1)) == 2
