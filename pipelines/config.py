@@ -18,11 +18,15 @@ class DataConfig:
     batch_size: int = 256
     """Samples in a global step, over all ranks; each sample gives two views."""
     lanes: int = 64
-    """Ranges of the set read side by side; more lanes mix better. Ranks and batch size must divide into them."""
+    """At most so many ranges of the set are read side by side; more lanes mix better. A small set has fewer."""
+    window_shards: int = 4
+    """Samples are shuffled among about so many shards of a lane."""
     backend: Literal["auto", "dali"] = "auto"
     """What decodes and augments."""
     num_threads: int | None = None
     """Decoding threads a rank; unset: the CPUs this rank really has."""
+    read_threads: int = 4
+    """Threads a rank that read shards."""
     prefetch: int = 2
     """Batches kept ready ahead of the training step."""
 

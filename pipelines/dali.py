@@ -1,0 +1,224 @@
+"""The DALI backend: encoded bytes and parameter tables in, views out. One definition for the CPU and the GPU.
+
+Stages, each with uint8 between them: decode, crop-and-resize (linear, antialiased; a reversed region is the flip),
+Gaussian blur, one affine colour map with rounding and clamping, solarize.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nvidia.dali import fn as untyped_fn
+from nvidia.dali import types as untyped_types
+from nvidia.dali.pipeline import Pipeline, pipeline_def
+
+from pipelines.augment import ViewTable
+from pipelines.channel import Channel, ChannelClosed
+from pipelines.config import ViewConfig
+from pipelines.samples import EncodedBatch
+
+__all__ = ["DaliOptions", "DaliViews", "ViewStages", "blur_kernels"]
+
+# DALI makes its operators and type names at run time: their stubs know half of what works.
+fn: Any = untyped_fn
+types: Any = untyped_types
+
+Floats = npt.NDArray[np.float32]
+Views = tuple[torch.Tensor, ...]
+
+
+class ViewStages:
+    """Which stages a view's graph needs after the resize."""
+
+    def __init__(self, config: ViewConfig | None) -> None:
+        self.colour = config is not None and (config.jitter_p > 0 or config.grayscale_p > 0)
+        self.blur = config is not None and config.blur_p > 0
+        self.solarize = config is not None and config.solarize_p > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DaliOptions:
+    """How a pipeline is built."""
+
+    size: int
+    """Height and width of a view."""
+    max_batch: int
+    """Samples in the largest batch."""
+    device: torch.device
+    """Where the views shall be; decoding is done there too."""
+    num_threads: int
+    """Threads of DALI's own."""
+
+
+class DaliViews:
+    """Views of encoded batches, made ahead of need by a thread of its own.
+
+    Args:
+        batches: what to make views of; consumed in the background.
+        stages: one a view, in the order of each batch's tables.
+        options: how the pipeline is built.
+        prefetch: batches kept ready, here and inside DALI.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[EncodedBatch],
+        stages: tuple[ViewStages, ...],
+        options: DaliOptions,
+        *,
+        prefetch: int,
+    ) -> None:
+        self._batches = batches
+        self._stages = stages
+        self._options = options
+        self._prefetch = prefetch
+        self._out: Channel[tuple[EncodedBatch, Views]] = Channel(prefetch)
+        self._thread = threading.Thread(target=self._run, name="dali-views", daemon=True)
+        self._thread.start()
+
+    def get(self) -> tuple[EncodedBatch, Views]:
+        """Wait for the next batch and its views, (B, 3, H, W) uint8 each. Raises StopIteration, or what went wrong."""
+        return self._out.get()
+
+    def close(self) -> None:
+        """End the thread; what is ready is dropped."""
+        self._out.close()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            # The first `schedule_run` starts as many runs as DALI's queue is long: there must be input for all of them.
+            under_way = deque(islice(self._batches, self._prefetch))
+            pipe = _build(self._stages, self._options, depth=len(under_way)) if under_way else None
+            if pipe is not None:
+                for batch in under_way:
+                    self._feed(pipe, batch)
+                pipe.schedule_run()
+                self._hand_over_all(pipe, under_way)
+            self._out.fail(StopIteration())
+        except ChannelClosed:
+            pass
+        except BaseException as error:
+            self._out.fail(error)
+
+    def _hand_over_all(self, pipe: Pipeline, under_way: deque[EncodedBatch]) -> None:
+        while under_way:
+            outputs = pipe.outputs()
+            # DALI reads the encoded bytes where they lie: a batch is kept until its views are out.
+            done = under_way.popleft()
+            batch = next(self._batches, None)
+            if batch is not None:
+                self._feed(pipe, batch)
+                pipe.schedule_run()
+                under_way.append(batch)
+            # Safe without a copy: the dynamic executor writes to no output that someone still holds.
+            views = tuple(torch.from_dlpack(view.as_tensor()).permute(0, 3, 1, 2) for view in outputs)
+            self._out.put((done, views))
+
+    def _feed(self, pipe: Pipeline, batch: EncodedBatch) -> None:
+        pipe.feed_input("encoded", batch.encoded)
+        for number, (stages, table) in enumerate(zip(self._stages, batch.tables, strict=True)):
+            for name, data in _inputs(stages, table, on_gpu=self._options.device.type == "cuda").items():
+                pipe.feed_input(f"{name}_{number}", data)
+
+
+def _build(stages: tuple[ViewStages, ...], options: DaliOptions, *, depth: int) -> Pipeline:
+    on_gpu = options.device.type == "cuda"
+    pipe = _views(
+        stages,
+        options.size,
+        "mixed" if on_gpu else "cpu",
+        batch_size=options.max_batch,
+        num_threads=options.num_threads,
+        device_id=(options.device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=depth,
+        exec_dynamic=True,
+    )
+    pipe.build()
+    return pipe
+
+
+@pipeline_def(enable_conditionals=True)
+def _views(stages: tuple[ViewStages, ...], size: int, decoder: str) -> tuple[Any, ...]:
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+    # The packer has turned the pixels already, and the boxes are in stored coordinates.
+    images = fn.decoders.image(
+        encoded, device=decoder, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True
+    )
+    on_gpu = decoder == "mixed"
+    return tuple(_view(images, size, view, number, on_gpu=on_gpu) for number, view in enumerate(stages))
+
+
+def _view(images: Any, size: int, stages: ViewStages, number: int, *, on_gpu: bool) -> Any:
+    def given(name: str, dtype: Any, ndim: int) -> Any:
+        return fn.external_source(name=f"{name}_{number}", dtype=dtype, ndim=ndim)
+
+    view = fn.resize(
+        images,
+        size=(size, size),
+        roi_start=given("start", types.FLOAT, 1),
+        roi_end=given("end", types.FLOAT, 1),
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
+    if stages.blur:
+        # DALI turns an `if` over a parameter into a split and a merge of the batch.
+        is_blurred = given("is_blurred", types.BOOL, 0)
+        if on_gpu:
+            sigma = given("sigma", types.FLOAT, 0)
+            if is_blurred:
+                view = fn.gaussian_blur(view, sigma=sigma)
+        else:
+            # On the CPU two passes with a kernel each cost half as much as fn.gaussian_blur.
+            row, column = given("row", types.FLOAT, 2), given("column", types.FLOAT, 2)
+            if is_blurred:
+                view = fn.filter(fn.filter(view, row), column)
+    if stages.colour:
+        view = fn.coord_transform(
+            view, M=given("linear", types.FLOAT, 2), T=given("shift", types.FLOAT, 1), dtype=types.UINT8
+        )
+    if stages.solarize:
+        inverted = (view >= 128) & given("solarize", types.BOOL, 0)
+        view = view ^ (inverted * types.Constant(255, dtype=types.UINT8))
+    return view
+
+
+def _inputs(stages: ViewStages, table: ViewTable, *, on_gpu: bool) -> dict[str, Any]:
+    """What the graph of one view is fed with, by name."""
+    box = table.box.astype(np.float32)
+    x, y, right, bottom = box[:, 0], box[:, 1], box[:, 0] + box[:, 2], box[:, 1] + box[:, 3]
+    left, right = np.where(table.flip, right, x), np.where(table.flip, x, right)
+    inputs: dict[str, Any] = {"start": np.stack((y, left), axis=1), "end": np.stack((bottom, right), axis=1)}
+    if stages.blur:
+        inputs["is_blurred"] = table.sigma > 0
+        if on_gpu:
+            inputs["sigma"] = np.maximum(table.sigma, np.float32(0.1))
+        else:
+            kernels = blur_kernels(table.sigma)
+            inputs["row"] = [kernel[None, :] for kernel in kernels]
+            inputs["column"] = [kernel[:, None] for kernel in kernels]
+    if stages.colour:
+        inputs["linear"] = np.ascontiguousarray(table.matrix[:, :, :3])
+        inputs["shift"] = np.ascontiguousarray(table.matrix[:, :, 3])
+    if stages.solarize:
+        inputs["solarize"] = table.solarize
+    return inputs
+
+
+def blur_kernels(sigma: Floats) -> list[Floats]:
+    """Give one normalized kernel of 2 * ceil(3 * sigma) + 1 taps a sample; one tap of 1 where sigma is 0."""
+    radius = np.ceil(3 * sigma).astype(np.int64)
+    widest = int(radius.max(initial=0))
+    distance = np.arange(-widest, widest + 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weights = np.exp(-0.5 * (distance / sigma[:, None].astype(np.float64)) ** 2)
+    weights[np.abs(distance) > radius[:, None]] = 0.0
+    weights[radius == 0] = distance == 0
+    weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return [row[widest - r : widest + r + 1] for row, r in zip(weights, radius.tolist(), strict=True)]
