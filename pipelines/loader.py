@@ -17,7 +17,7 @@ from pipelines.reader import Reader
 from pipelines.samples import EncodedBatch, draw_views, encoded_batches, plan_steps
 from shards import ShardSet
 
-__all__ = ["EvalLoader", "Loader", "open_eval_loader", "open_loader"]
+__all__ = ["EvalLoader", "Loader", "central_crops", "make_views", "open_eval_loader", "open_loader"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -284,6 +284,21 @@ def open_eval_loader(
         return _Closing(dali.DaliViews(batches, (dali.ViewStages(None),), options, prefetch=2), reader)
 
     return EvalLoader(start, -(-len(mine) // batch_size), device)
+
+
+def make_views(batch: EncodedBatch, views: ViewsConfig, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Make the views of one batch: (B, 3, H, W) uint8 each."""
+    from pipelines import dali
+
+    options = dali.DaliOptions(
+        size=views.size, max_batch=len(batch.samples), device=device, num_threads=available_cpus()
+    )
+    stages = (dali.ViewStages(views.query), dali.ViewStages(views.key))
+    stream = dali.DaliViews(iter((batch,)), stages, options, prefetch=1)
+    try:
+        return stream.get()[1]
+    finally:
+        stream.close()
 
 
 def central_crops(width: Indices, height: Indices, crop: float) -> ViewTable:

@@ -1,0 +1,123 @@
+"""The two views of chosen samples exactly as training sees them, and a sheet of them to look at."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw
+
+from pipelines.config import ViewsConfig
+from pipelines.loader import make_views
+from pipelines.reader import Reader
+from pipelines.samples import EncodedBatch, draw_views
+from shards import ShardSet
+
+__all__ = ["Preview", "draw", "sheet"]
+
+Pixels = npt.NDArray[np.uint8]
+
+_QUERY_COLOUR, _KEY_COLOUR = (230, 85, 13), (33, 113, 181)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """A sample and its two views."""
+
+    index: int
+    """Dense sample number."""
+    original: Pixels
+    """(H, W, 3) as stored."""
+    box_q: tuple[int, int, int, int]
+    """Crop of the query view in the original: x, y, width, height in pixels."""
+    box_k: tuple[int, int, int, int]
+    """Crop of the key view."""
+    view_q: Pixels
+    """(S, S, 3)."""
+    view_k: Pixels
+    """(S, S, 3)."""
+
+
+def draw(shards: str, views: ViewsConfig, *, seed: int, epoch: int, indices: Sequence[int]) -> list[Preview]:
+    """Make the views of some samples as a run with this seed sees them in this epoch.
+
+    Args:
+        shards: folder that make-shards wrote.
+        views: the recipe.
+        seed: of the run.
+        epoch: of the run.
+        indices: dense sample numbers.
+
+    Raises:
+        ValueError: shards that are absent or unfinished, or a sample that is not in them.
+    """
+    opened = ShardSet.open(shards)
+    samples = np.asarray(indices, dtype=np.int64)
+    if samples.size and not 0 <= samples.min() <= samples.max() < opened.num_samples:
+        raise ValueError(f"indices reach beyond the {opened.num_samples} samples of {shards}")
+    reader = Reader(opened, num_threads=1)
+    try:
+        records = reader.records(samples)
+        encoded = reader.submit(samples, records).result()
+    finally:
+        reader.close()
+    tables = draw_views(views, samples, records, seed=seed, epoch=epoch)
+    labels = records["label"].astype(np.int64)
+    batch = EncodedBatch(samples=samples, labels=labels, encoded=encoded, tables=tables)
+    view_q, view_k = (view.permute(0, 2, 3, 1).numpy() for view in make_views(batch, views, torch.device("cpu")))
+    return [
+        Preview(
+            index=int(sample),
+            original=np.asarray(Image.open(io.BytesIO(encoded[row].tobytes())).convert("RGB")),
+            box_q=_as_box(tables[0].box[row]),
+            box_k=_as_box(tables[1].box[row]),
+            view_q=view_q[row].copy(),
+            view_k=view_k[row].copy(),
+        )
+        for row, sample in enumerate(samples)
+    ]
+
+
+def sheet(previews: Sequence[Preview], *, side: int = 160, columns: int = 3) -> Image.Image:
+    """Lay samples out on one sheet: the original with both crops outlined, then the query and the key view.
+
+    Args:
+        previews: what to show.
+        side: of a tile in pixels.
+        columns: samples side by side.
+    """
+    margin = 8
+    rows = -(-len(previews) // columns)
+    cell_w, cell_h = 3 * side + 4 * margin, side + margin
+    canvas = Image.new("RGB", (columns * cell_w, rows * cell_h + margin), (255, 255, 255))
+    for number, preview in enumerate(previews):
+        left, top = number % columns * cell_w + margin, number // columns * cell_h + margin
+        canvas.paste(_outlined(preview, side), (left, top))
+        for place, (view, colour) in enumerate(((preview.view_q, _QUERY_COLOUR), (preview.view_k, _KEY_COLOUR))):
+            tile = Image.fromarray(view).resize((side, side), Image.Resampling.NEAREST)
+            ImageDraw.Draw(tile).rectangle((0, 0, side - 1, side - 1), outline=colour, width=2)
+            canvas.paste(tile, (left + (place + 1) * (side + margin), top))
+    return canvas
+
+
+def _outlined(preview: Preview, side: int) -> Image.Image:
+    """Fit the original into a square tile, with both boxes drawn on it."""
+    height, width = preview.original.shape[:2]
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = Image.fromarray(preview.original).resize(size, Image.Resampling.BILINEAR)
+    tile = Image.new("RGB", (side, side), (240, 240, 240))
+    left, top = (side - size[0]) // 2, (side - size[1]) // 2
+    tile.paste(small, (left, top))
+    pen = ImageDraw.Draw(tile)
+    for (x, y, w, h), colour in ((preview.box_k, _KEY_COLOUR), (preview.box_q, _QUERY_COLOUR)):
+        corners = (left + x * scale, top + y * scale, left + (x + w) * scale - 1, top + (y + h) * scale - 1)
+        pen.rectangle((*corners[:2], max(corners[0], corners[2]), max(corners[1], corners[3])), outline=colour, width=2)
+    return tile
+
+
+def _as_box(row: npt.NDArray[np.int32]) -> tuple[int, int, int, int]:
+    x, y, w, h = row.tolist()
+    return x, y, w, h
