@@ -1,1 +1,95 @@
 """The `make-shards` command."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from shards.config import PackConfig
+from shards.errors import PackError
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackCommand(PackConfig):
+    """Pack images into shards. Interrupted, the same command goes on where it stopped."""
+
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyCommand:
+    """Check that a set of shards is what it was when it was packed."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder that holds manifest.json."""
+    decode: bool = False
+    """Also decode every pixel."""
+
+
+def _pack(command: PackCommand) -> int:
+    from shards.pack import pack
+    from shards.progress import Progress
+    from shards.summary import summarize
+
+    manifests = pack(command, Progress())
+    return summarize(command, manifests)
+
+
+def _verify(command: VerifyCommand) -> int:
+    from shards.progress import Progress
+    from shards.verify import verify
+
+    problems = verify(command.folder, decode=command.decode, progress=Progress())
+    for problem in problems:
+        print(problem)
+    print(f"{command.folder}: {f'{len(problems)} problems' if problems else 'everything is as it was packed'}")
+    return 1 if problems else 0
+
+
+_RUN: dict[type, Callable[[Any], int]] = {PackCommand: _pack, VerifyCommand: _verify}
+
+_Commands = (
+    Annotated[PackCommand, tyro.conf.subcommand("pack")] | Annotated[VerifyCommand, tyro.conf.subcommand("verify")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `make-shards`; returns the exit status.
+
+    0: done. 1: packing or verification failed. 2: the command cannot work as given. 3: more than --max-rejected of the
+    inputs were rejected. 130: interrupted.
+    """
+    try:
+        command: Any = tyro.cli(
+            _Commands,  # pyright: ignore[reportArgumentType]
+            prog="make-shards",
+            args=arguments,
+            description="Images in, shards out: what MoCo training reads.",
+            config=(tyro.conf.OmitSubcommandPrefixes,),
+        )
+        return _RUN[type(command)](command)
+    except PackError as error:
+        return _fail(str(error), 1)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(
+            f"{where}{error.strerror or error}: finished shards are kept; mend this and run the same command", 1
+        )
+    except KeyboardInterrupt:
+        return _fail("interrupted: finished shards are kept; run the same command to go on", 130)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"make-shards: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

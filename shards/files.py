@@ -1,0 +1,78 @@
+"""Files that appear whole or not at all, and a lock that dies with its owner."""
+
+import fcntl
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shards.errors import PackError
+
+__all__ = ["locked", "publish", "sync_file", "sync_folder", "write_and_sync", "write_atomically"]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_and_sync(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish(pairs: list[tuple[Path, Path]]) -> None:
+    """Rename synced temporary files to their final names, in one folder, and sync that folder."""
+    for temporary, final in pairs:
+        temporary.replace(final)
+    for folder in {final.parent for _, final in pairs}:
+        sync_folder(folder)
+
+
+def write_atomically(path: Path, data: bytes, *, scratch: Path) -> None:
+    """Write a file so that it is there whole or not at all; `scratch` is a folder of the same file system."""
+    temporary = scratch / f"{path.name}.{os.getpid()}"
+    write_and_sync(temporary, data)
+    publish([(temporary, path)])
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False, holder: str) -> Generator[None]:
+    """Hold a lock file; the kernel releases it when the process ends, however it ends.
+
+    Args:
+        path: the file.
+        shared: others may hold it shared too.
+        holder: what the lock stands for, in the error.
+
+    Raises:
+        PackError: someone else holds it.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(fd, 100, 0).decode(errors="replace").strip()
+            raise PackError(
+                f"{holder} is in use by another make-shards ({owner}): wait for it, end it, or choose another folder"
+            ) from None
+        if not shared:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,122 @@
+"""What a JPEG says about itself, read from its markers without decoding anything."""
+
+from typing import NamedTuple
+
+__all__ = ["JpegError", "JpegHeader", "is_jpeg", "parse_jpeg"]
+
+_SOI = b"\xff\xd8\xff"
+_SOF_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})
+_ORIENTATION_TAG = 0x0112
+
+
+class JpegError(ValueError):
+    """The markers make no JPEG."""
+
+
+class JpegHeader(NamedTuple):
+    """The facts that decide whether an image can be stored as it is."""
+
+    width: int
+    height: int
+    num_components: int
+    precision: int
+    """Bits a component."""
+    sof: int
+    """Low byte of the frame marker: 0xC0 is baseline, 0xC2 progressive."""
+    orientation: int
+    """EXIF orientation, 1 to 8; 1 is upright, and stands for none."""
+    color_transform: int
+    """Adobe's transform: 0 none (RGB or CMYK), 1 YCbCr, 2 YCCK; -1 where there is no Adobe marker."""
+    has_rgb_ids: bool
+    """The components are called R, G, B, which libjpeg takes for RGB."""
+
+    @property
+    def is_baseline(self) -> bool:
+        """Sequential, Huffman-coded, eight bits."""
+        return self.sof == 0xC0 and self.precision == 8
+
+    @property
+    def is_ycbcr_or_gray(self) -> bool:
+        """Stored in the colour spaces that every JPEG decoder takes alike."""
+        if self.num_components == 1:
+            return True
+        is_rgb = self.color_transform == 0 or (self.color_transform < 0 and self.has_rgb_ids)
+        return self.num_components == 3 and not is_rgb
+
+
+def is_jpeg(data: bytes) -> bool:
+    """Whether the first bytes are a JPEG's."""
+    return data[:3] == _SOI
+
+
+def parse_jpeg(data: bytes) -> JpegHeader:
+    """Read the markers up to the first scan (ITU T.81, annex B).
+
+    Raises:
+        JpegError: cut short, no frame before the scan, or a frame without a size.
+    """
+    position, orientation, transform = 2, 1, -1
+    frame: tuple[int, int, int, int, int, bool] | None = None
+    try:
+        while True:
+            marker, position = _next_marker(data, position)
+            if marker in _STANDALONE:
+                continue
+            if marker == 0xD9:
+                raise JpegError("ends before its first scan")
+            length = (data[position] << 8) | data[position + 1]
+            start, end = position + 2, position + length
+            if marker == 0xDA:
+                break
+            if marker in _SOF_MARKERS and frame is None:
+                frame = _parse_frame(data, start, marker)
+            elif marker == 0xE1 and orientation == 1 and data[start : start + 6] == b"Exif\0\0":
+                orientation = _exif_orientation(data[start + 6 : end])
+            elif marker == 0xEE and length >= 14 and data[start : start + 5] == b"Adobe":
+                transform = data[start + 11]
+            position = end
+    except IndexError:
+        raise JpegError("cut short inside its header") from None
+    if frame is None:
+        raise JpegError("has no frame before its first scan")
+    width, height, num_components, precision, sof, has_rgb_ids = frame
+    if not width or not height:
+        raise JpegError(f"says that it is {width} x {height} pixels")
+    return JpegHeader(width, height, num_components, precision, sof, orientation, transform, has_rgb_ids)
+
+
+def _next_marker(data: bytes, position: int) -> tuple[int, int]:
+    while True:
+        # Some writers leave junk between segments; decoders skip to the next 0xFF, and over runs of it.
+        if data[position] != 0xFF:
+            position = data.find(b"\xff", position)
+            if position < 0:
+                raise JpegError("cut short inside its header")
+        while data[position] == 0xFF:
+            position += 1
+        # A stuffed zero is no marker: it belongs to junk.
+        if data[position]:
+            return data[position], position + 1
+
+
+def _parse_frame(data: bytes, start: int, marker: int) -> tuple[int, int, int, int, int, bool]:
+    height = (data[start + 1] << 8) | data[start + 2]
+    width = (data[start + 3] << 8) | data[start + 4]
+    num_components = data[start + 5]
+    has_rgb_ids = bytes(data[start + 6 : start + 6 + 3 * num_components : 3]) == b"RGB"
+    return width, height, num_components, data[start], marker, has_rgb_ids
+
+
+def _exif_orientation(tiff: bytes) -> int:
+    """Orientation from an EXIF block; 1 where it says nothing sensible."""
+    if tiff[:2] not in (b"II", b"MM"):
+        return 1
+    order = "little" if tiff[:2] == b"II" else "big"
+    ifd = int.from_bytes(tiff[4:8], order)
+    count = int.from_bytes(tiff[ifd : ifd + 2], order)
+    for entry in range(ifd + 2, min(ifd + 2 + 12 * count, len(tiff) - 11), 12):
+        if int.from_bytes(tiff[entry : entry + 2], order) == _ORIENTATION_TAG:
+            value = int.from_bytes(tiff[entry + 8 : entry + 10], order)
+            return value if 1 <= value <= 8 else 1
+    return 1

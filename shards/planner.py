@@ -1,0 +1,84 @@
+"""Lists the sources and fixes the plan."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from shards.config import PackConfig
+from shards.encode import encode
+from shards.errors import Rejected
+from shards.files import sync_file, sync_folder
+from shards.plan import ROW, ClassTable, Header, Plan, Split, TableWriter, Task, shuffled
+from shards.progress import Progress
+from shards.sources import Source, open_source
+
+__all__ = ["make_plan"]
+
+_PROBED = 64
+_MOST_SAMPLES = 10_000
+
+
+def make_plan(config: PackConfig, folder: Path, progress: Progress) -> Plan:
+    """List the sources and write the plan to `folder`, which appears whole or not at all.
+
+    Raises:
+        ValueError: a source is not there, or is empty.
+        PackError: a source cannot be listed.
+    """
+    sources = [open_source(path) for path in config.sources]
+    building = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    class_names = _list_inputs(config, sources, building, progress)
+    rows = np.memmap(building / "rows.bin", dtype=ROW, mode="r")
+    order = shuffled(len(rows), config.seed) if config.shuffle else np.arange(len(rows), dtype=np.uint64)
+    order.astype("<u8").tofile(building / "order.bin")
+    whole = Split(name="", first=0, num_positions=len(rows), shard_samples=len(rows))
+    header = Header(settings=config.settings(), sources=sources, class_names=class_names, splits=[whole])
+    header.write(building)
+    shard_samples = config.shard_samples or _samples_for(config, Plan.open(building))
+    replace(header, splits=[replace(whole, shard_samples=shard_samples)]).write(building)
+    for name in ("rows.bin", "names.bin", "order.bin"):
+        sync_file(building / name)
+    building.replace(folder)
+    sync_folder(folder.parent)
+    return Plan.open(folder)
+
+
+def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progress: Progress) -> tuple[str, ...]:
+    """Write rows.bin and names.bin; returns the class names."""
+    table, classes = TableWriter(folder), ClassTable()
+    labelled = config.labels != "none"
+    with progress.stage("listing", unit=" inputs") as tick:
+        for number, source in enumerate(sources):
+            for name, label, offset, size in source.inputs():
+                table.add(number, classes.number(label) if labelled else -1, name, offset, size)
+                tick(1)
+    table.close()
+    if not table.num_rows:
+        raise ValueError(f"no files in {', '.join(config.sources)}: is this the right folder?")
+    class_names, final = classes.resolve(need_two=config.labels == "auto")
+    if len(final):
+        rows = np.memmap(folder / "rows.bin", dtype=ROW, mode="r+")
+        provisional = rows["label"]
+        rows["label"] = np.where(provisional < 0, -1, final[provisional])
+        rows.flush()
+    return class_names
+
+
+def _samples_for(config: PackConfig, plan: Plan) -> int:
+    """Inputs a shard so that it comes to about `shard_bytes`: a few inputs, evenly spread, are packed to find out."""
+    task = Task(split=0, shard=0)
+    num_inputs = plan.num_inputs
+    probed = np.unique(np.linspace(0, num_inputs - 1, min(_PROBED, num_inputs)).astype(np.int64))
+    total = 0
+    for source, name, offset, size, _ in plan.inputs(plan.rows(task)[probed]):
+        try:
+            data = encode(source.read(name, offset, size), config).data
+        except Rejected:
+            continue
+        total += len(data) + 1536
+    mean = max(1, total // len(probed))
+    return int(min(_MOST_SAMPLES, max(1, config.shard_bytes // mean), num_inputs))

@@ -1,0 +1,35 @@
+"""Progress bars: rate and time left, on a terminal only."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """Draws one bar for each stage of the work.
+
+    Args:
+        enabled: False draws nothing.
+    """
+
+    def __init__(self, *, enabled: bool = True) -> None:
+        self._enabled = enabled
+
+    @contextmanager
+    def stage(
+        self, title: str, *, unit: str, total: int | None = None, done: int = 0
+    ) -> Generator[Callable[[int], object]]:
+        """A bar over one stage; calling what it gives moves the bar by a number of units."""
+        if not self._enabled:
+            yield _nothing
+            return
+        from tqdm import tqdm
+
+        # None: silent where standard error is no terminal.
+        with tqdm(desc=title, unit=unit, total=total, initial=done, unit_scale=True, disable=None) as bar:
+            yield bar.update
+
+
+def _nothing(count: int) -> None:
+    del count

@@ -1,0 +1,5 @@
+"""Where images come from: each kind of source lists its inputs once, and later reads any one of them."""
+
+from shards.sources.base import Input, Source, open_source, reopen_source
+
+__all__ = ["Input", "Source", "open_source", "reopen_source"]

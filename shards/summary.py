@@ -1,0 +1,46 @@
+"""What `pack` prints when it is done."""
+
+import sys
+from pathlib import Path
+
+from shards.config import PackConfig
+from shards.manifest import Manifest
+
+__all__ = ["summarize"]
+
+
+def summarize(config: PackConfig, manifests: dict[str, Manifest]) -> int:
+    """Print what was packed and rejected; returns the exit status: 3 where too much was rejected."""
+    for name, manifest in manifests.items():
+        size = sum(shard.num_bytes for shard in manifest.shards)
+        folder = Path(config.out) / name
+        print(f"{folder}: {manifest.num_samples:,} images in {len(manifest.shards):,} shards, {_human(size)}", end="")
+        print(f", {len(manifest.class_names):,} classes" if manifest.class_names else ", no labels")
+        if manifest.outcomes:
+            print("  " + ", ".join(f"{what} {count:,}" for what, count in manifest.outcomes.items()))
+    inputs = sum(manifest.num_inputs for manifest in manifests.values())
+    rejected = sum(manifest.num_rejected for manifest in manifests.values())
+    if not rejected:
+        return 0
+    reasons: dict[str, int] = {}
+    for manifest in manifests.values():
+        for reason, count in manifest.rejections.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    tally = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+    print(f"  rejected {rejected:,} of {inputs:,} ({tally}): see rejected.jsonl")
+    if rejected <= config.max_rejected * inputs:
+        return 0
+    print(
+        f"make-shards: {rejected / inputs:.1%} of the inputs were rejected, more than --max-rejected "
+        f"{config.max_rejected:.1%}: the shards are whole, but look at rejected.jsonl before you train on them",
+        file=sys.stderr,
+    )
+    return 3
+
+
+def _human(num_bytes: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.4g} TB"

@@ -1,0 +1,163 @@
+"""`verify`: compare every byte of a set with what its manifest and indexes promise."""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from shards.codecs import crc32c, decode_jpeg
+from shards.index import Flag, ShardSet
+from shards.jpeg import JpegError, is_jpeg, parse_jpeg
+from shards.manifest import ShardEntry
+from shards.progress import Progress
+from shards.tar import BLOCK, EndOfTar, TarError, parse_header
+
+__all__ = ["Problem", "verify"]
+
+_READ_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is not as promised."""
+
+    shard: str
+    sample: str | None
+    """Key of the sample; None where the whole shard is concerned."""
+    what: str
+
+    def __str__(self) -> str:
+        where = f"{self.shard}, sample {self.sample}" if self.sample else self.shard
+        return f"{where}: {self.what}"
+
+
+def verify(path: str | Path, *, decode: bool = False, progress: Progress | None = None) -> list[Problem]:
+    """Check digests, tar structure, offsets, labels, checksums and image headers of a set.
+
+    Args:
+        path: folder with manifest.json.
+        decode: also decode every pixel.
+        progress: draws a bar.
+
+    Returns:
+        What is wrong, in the order of the shards; empty for a sound set.
+
+    Raises:
+        ValueError: there is no finished set.
+    """
+    shards = ShardSet.open(path)
+    problems: list[Problem] = []
+    with (progress or Progress(enabled=False)).stage("verifying", unit=" images", total=shards.num_samples) as tick:
+        for number in range(shards.num_shards):
+            problems += verify_shard(shards, number, decode=decode, tick=tick)
+    return problems
+
+
+def verify_shard(shards: ShardSet, number: int, *, decode: bool, tick: Callable[[int], object]) -> list[Problem]:
+    """Check one shard."""
+    entry = shards.manifest.shards[number]
+    problems = [Problem(shard=entry.name, sample=None, what=what) for what in _check_digests(shards.path, entry)]
+    try:
+        records = shards.index(number)
+    except ValueError as error:
+        return [*problems, Problem(shard=entry.name, sample=None, what=str(error))]
+    try:
+        with shards.shard_path(number).open("rb") as file:
+            problems += [
+                Problem(shard=entry.name, sample=key, what=what)
+                for key, what in _check_samples(file, entry, records, decode=decode)
+            ]
+    except OSError as error:
+        problems.append(Problem(shard=entry.name, sample=None, what=f"cannot be read: {error.strerror}"))
+    tick(entry.num_samples)
+    return problems
+
+
+def _check_digests(folder: Path, entry: ShardEntry) -> Iterator[str]:
+    for suffix, promised in entry.digests.items():
+        digest = xxhash.xxh3_128()
+        try:
+            with (folder / f"{entry.stem}{suffix}").open("rb") as file:
+                while data := file.read(_READ_BYTES):
+                    digest.update(data)
+        except OSError as error:
+            yield f"{entry.stem}{suffix} cannot be read: {error.strerror}"
+            continue
+        if digest.hexdigest() != promised:
+            yield f"{entry.stem}{suffix} has changed since it was packed: digest {digest.hexdigest()}, not {promised}"
+
+
+def _check_samples(
+    file: io.BufferedReader, entry: ShardEntry, records: NDArray[np.void], *, decode: bool
+) -> Iterator[tuple[str | None, str]]:
+    """Walk the tar from member to member and compare it with the index; yields (key, what is wrong)."""
+    at = 0
+    for record in records:
+        key = f"{int(record['position']):012d}"
+        try:
+            name, data, start = _member(file, at)
+        except (TarError, EndOfTar) as error:
+            yield key, f"the tar ends or breaks at byte {at}: {error or 'end of archive'}"
+            return
+        if name != f"{key}.jpg" or start != record["offset"] or len(data) != record["size"]:
+            yield (
+                key,
+                f"the tar has {name} of {len(data)} bytes at {start}, the index {record['size']} at {record['offset']}",
+            )
+            return
+        at = start + len(data) + -len(data) % BLOCK
+        yield from ((key, what) for what in _check_image(data, record, decode=decode))
+        if record["label"] >= 0:
+            try:
+                name, data, start = _member(file, at)
+            except (TarError, EndOfTar) as error:
+                yield key, f"its label is missing: {error or 'end of archive'}"
+                return
+            if name != f"{key}.cls" or data != b"%d" % record["label"]:
+                yield key, f"its label is {name} with {data[:20]!r}, the index says {record['label']}"
+            at = start + len(data) + -len(data) % BLOCK
+    file.seek(at)
+    if file.read() != bytes(2 * BLOCK):
+        yield None, f"does not end with two empty blocks at byte {at}"
+    if os.fstat(file.fileno()).st_size != entry.num_bytes:
+        yield None, f"has {os.fstat(file.fileno()).st_size} bytes, not {entry.num_bytes}"
+
+
+def _member(file: io.BufferedReader, at: int) -> tuple[str, bytes, int]:
+    """(name, data, offset of the data) of the member at a byte."""
+    file.seek(at)
+    member = parse_header(file.read(BLOCK))
+    data = file.read(member.size)
+    if len(data) != member.size:
+        raise TarError(f"cut after {len(data)} of {member.size} bytes")
+    return os.fsdecode(member.name), data, at + BLOCK
+
+
+def _check_image(data: bytes, record: Any, *, decode: bool) -> Iterator[str]:
+    if crc32c(data) != record["crc32c"]:
+        yield "its bytes have changed since it was packed: crc32c differs"
+        return
+    if not is_jpeg(data):
+        if not record["flags"] & Flag.NOT_JPEG:
+            yield "is no JPEG"
+        return
+    try:
+        header = parse_jpeg(data)
+    except JpegError as error:
+        yield f"is a JPEG that {error}"
+        return
+    if (header.width, header.height) != (record["width"], record["height"]):
+        yield f"is {header.width} x {header.height} pixels, the index says {record['width']} x {record['height']}"
+    if not header.is_baseline and not record["flags"] & Flag.NOT_BASELINE:
+        yield "is no baseline JPEG"
+    if decode:
+        try:
+            decode_jpeg(data, gray=header.num_components == 1)
+        except ValueError as error:
+            yield f"does not decode: {error}"

@@ -1,0 +1,177 @@
+"""Writes one shard of a plan: the tar, its index, and the files beside them."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from shards.codecs import crc32c
+from shards.config import EncodeConfig
+from shards.encode import Encoded, encode
+from shards.errors import Rejected
+from shards.files import publish, write_and_sync, write_atomically
+from shards.index import RECORD, SUFFIXES, Flag, npy_header
+from shards.manifest import ShardEntry
+from shards.plan import Plan, Task
+from shards.tar import TarWriter
+
+__all__ = ["KEY_DIGITS", "Workplace", "shard_stem", "write_shard"]
+
+KEY_DIGITS = 12
+
+
+def shard_stem(shard: int) -> str:
+    """Name of a shard's files without their suffix."""
+    return f"shard-{shard:06d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """The folders that a packing writes to, all on one file system."""
+
+    out: Path
+    """Where the set (or each split's folder) appears."""
+    work: Path
+    """What packing keeps until it is finished."""
+
+    @property
+    def plan(self) -> Path:
+        """The plan's folder."""
+        return self.work / "plan"
+
+    @property
+    def scratch(self) -> Path:
+        """Files that are being written."""
+        return self.work / "scratch"
+
+    @property
+    def done(self) -> Path:
+        """One record for each finished shard."""
+        return self.work / "done"
+
+    def folder(self, split: str) -> Path:
+        """Where a split's shards appear."""
+        return self.out / split if split else self.out
+
+    def record(self, task: Task) -> Path:
+        """The record of a finished shard."""
+        return self.done / f"{task.split}-{task.shard:06d}.json"
+
+
+class _Columns:
+    """What is written beside a shard, collected while its tar is written."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[Any, ...]] = []
+        self.sources: list[str] = []
+        self.idx: list[str] = []
+        self.rejected: list[dict[str, Any]] = []
+        self.outcomes: Counter[str] = Counter()
+        self.rejections: Counter[str] = Counter()
+
+    def add(self, position: int, image: Encoded, label: int, offset: int, source: str) -> None:
+        flags = 0 if image.mean_rgb is None else int(Flag.HAS_MEAN_RGB)
+        crc = crc32c(image.data)
+        mean = image.mean_rgb or (0, 0, 0)
+        size = len(image.data)
+        self.records.append((position, offset, size, image.width, image.height, label, crc, mean, flags))
+        self.sources.append(source)
+        self.outcomes.update(image.outcomes)
+
+    def reject(self, position: int, source: str, rejected: Rejected) -> None:
+        key = f"{position:0{KEY_DIGITS}d}"
+        self.rejected.append({"key": key, "source": source, "reason": rejected.reason, "detail": rejected.detail})
+        self.rejections[rejected.reason] += 1
+
+    def files(self) -> dict[str, bytes]:
+        """Content of each file beside the tar, by suffix."""
+        records = np.array(self.records, dtype=RECORD)
+        # DALI's format: a head line, then extension, offset, size and name of each member of a sample.
+        idx = f"v1.2 {len(self.idx)}\n" + "".join(self.idx)
+        sources = "".join(f"{line}\n" for line in self.sources)
+        return {
+            ".index.npy": npy_header(len(records)) + records.tobytes(),
+            ".sources.txt": sources.encode(),
+            ".idx": idx.encode(),
+        }
+
+
+def write_shard(plan: Plan, task: Task, place: Workplace, config: EncodeConfig, tick: Callable[[], object]) -> None:
+    """Write a shard and the record that it is finished. Same plan, same bytes.
+
+    Args:
+        plan: what goes where.
+        task: which shard.
+        place: where to.
+        config: what becomes of each image.
+        tick: called after each input.
+    """
+    stem, folder = shard_stem(task.shard), place.folder(plan.splits[task.split].name)
+    temporary = {suffix: place.scratch / f"{task.split}-{stem}{suffix}.{os.getpid()}" for suffix in SUFFIXES}
+    try:
+        entry, rejected = _write_files(plan, task, config, temporary, tick)
+        publish([(temporary[suffix], folder / f"{stem}{suffix}") for suffix in SUFFIXES])
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    text = json.dumps({"entry": asdict(entry), "rejected": rejected}, ensure_ascii=False)
+    write_atomically(place.record(task), text.encode(), scratch=place.scratch)
+
+
+def _write_files(
+    plan: Plan, task: Task, config: EncodeConfig, paths: dict[str, Path], tick: Callable[[], object]
+) -> tuple[ShardEntry, list[dict[str, Any]]]:
+    columns = _Columns()
+    fd = os.open(paths[".tar"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        tar = TarWriter(fd)
+        inputs = plan.inputs(plan.rows(task))
+        for position, (source, name, offset, size, label) in zip(plan.positions(task), inputs, strict=True):
+            try:
+                image = encode(source.read(name, offset, size), config)
+            except Rejected as rejected:
+                columns.reject(position, source.describe(name), rejected)
+            else:
+                _add_sample(tar, columns, position, image, label, source.describe(name))
+            tick()
+        digests = {".tar": tar.finish()}
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    for suffix, data in columns.files().items():
+        write_and_sync(paths[suffix], data)
+        digests[suffix] = xxhash.xxh3_128_hexdigest(data)
+    return _entry(task, tar.num_bytes, digests, columns), columns.rejected
+
+
+def _add_sample(tar: TarWriter, columns: _Columns, position: int, image: Encoded, label: int, source: str) -> None:
+    key = f"{position:0{KEY_DIGITS}d}"
+    offset = tar.add(b"%b.jpg" % key.encode(), image.data)
+    line = f"jpg {offset} {len(image.data)} {key}.jpg"
+    if label >= 0:
+        text = b"%d" % label
+        line += f" cls {tar.add(b'%b.cls' % key.encode(), text)} {len(text)} {key}.cls"
+    columns.idx.append(line + "\n")
+    columns.add(position, image, label, offset, source)
+
+
+def _entry(task: Task, num_bytes: int, digests: dict[str, str], columns: _Columns) -> ShardEntry:
+    records = np.array(columns.records, dtype=RECORD)
+    return ShardEntry(
+        name=f"{shard_stem(task.shard)}.tar",
+        num_samples=len(records),
+        num_rejected=len(columns.rejected),
+        num_bytes=num_bytes,
+        digests=digests,
+        max_width=int(records["width"].max(initial=0)),
+        max_height=int(records["height"].max(initial=0)),
+        max_bytes=int(records["size"].max(initial=0)),
+        outcomes=dict(sorted(columns.outcomes.items())),
+        rejections=dict(sorted(columns.rejections.items())),
+    )

@@ -1,0 +1,217 @@
+import io
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from shards.config import EncodeConfig
+from shards.encode import encode
+from shards.errors import Rejected
+from shards.jpeg import parse_jpeg
+from tests.shards.pictures import encoded, jpeg, picture
+
+DEFAULT = EncodeConfig()
+
+
+def pixels(data: bytes, mode: str = "RGB") -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert(mode)).astype(int)
+
+
+def test_a_baseline_jpeg_is_copied_byte_for_byte():
+    for mode in ("RGB", "L"):
+        data = encoded(picture(mode=mode))
+        image = encode(data, DEFAULT)
+        assert image.data == data
+        assert image.outcomes == ("copied",)
+        assert (image.width, image.height) == (48, 40)
+
+
+def test_the_mean_is_that_of_the_pixels():
+    for data in (encoded(picture(3, 320, 240)), encoded(picture(3, 321, 245), "PNG"), encoded(picture(4, 90, 70, "L"))):
+        expected = pixels(data).mean(axis=(0, 1))
+        assert np.abs(np.array(encode(data, DEFAULT).mean_rgb) - expected).max() < 1.5
+    assert encode(jpeg(), EncodeConfig(mean_rgb=False)).mean_rgb is None
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_orientation_is_applied_as_pillow_does(orientation, kind):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(picture(5, 64, 40), kind, exif=exif)
+    image = encode(data, EncodeConfig(quality=98))
+    with Image.open(io.BytesIO(data)) as original:
+        expected = np.asarray(ImageOps.exif_transpose(original)).astype(int)
+    assert "turned upright" in image.outcomes
+    assert parse_jpeg(image.data).orientation == 1
+    assert pixels(image.data).shape == expected.shape
+    assert np.abs(pixels(image.data) - expected).mean() < 4
+
+
+def with_transparent_left_half() -> Image.Image:
+    image = picture(mode="RGBA")
+    image.paste((255, 0, 0, 0), (0, 0, 24, 40))
+    return image
+
+
+ODD = {
+    "progressive": (encoded(picture(), progressive=True), "made baseline"),
+    "cmyk": (encoded(picture(mode="CMYK")), "recolored"),
+    "rgb jpeg": (encoded(picture(), keep_rgb=True), "recolored"),
+    "png": (encoded(picture(), "PNG"), "converted"),
+    "16-bit png": (
+        encoded(Image.fromarray((np.arange(48 * 40).reshape(40, 48) * 30).astype(np.uint16)), "PNG"),
+        "16 bit to 8",
+    ),
+    "palette": (encoded(picture().quantize(64, dither=Image.Dither.NONE), "PNG"), "converted"),
+    "bilevel": (encoded(picture(mode="1"), "PNG"), "converted"),
+    "alpha": (encoded(with_transparent_left_half(), "PNG"), "flattened"),
+    "gif": (encoded(picture(), "GIF", save_all=True, append_images=[picture(9)]), "first frame"),
+    "webp": (encoded(picture(), "WEBP"), "converted"),
+    "tiff": (encoded(picture(), "TIFF"), "converted"),
+    "bmp": (encoded(picture(), "BMP"), "converted"),
+    "avif": (encoded(picture(), "AVIF"), "converted"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_formats_become_baseline_jpegs_that_look_the_same(kind):
+    data, outcome = ODD[kind]
+    image = encode(data, EncodeConfig(quality=98))
+    header = parse_jpeg(image.data)
+    assert header.is_baseline
+    assert header.is_ycbcr_or_gray
+    assert (header.width, header.height) == (48, 40)
+    assert outcome in image.outcomes
+    with Image.open(io.BytesIO(data)) as original:
+        if kind == "16-bit png":
+            expected = np.asarray(original).astype(int)[:, :, None].repeat(3, axis=2) >> 8
+        elif kind == "alpha":
+            white = Image.new("RGBA", original.size, "white")
+            expected = np.asarray(Image.alpha_composite(white, original).convert("RGB")).astype(int)
+        else:
+            expected = np.asarray(original.convert("RGB")).astype(int)
+    assert np.abs(pixels(image.data) - expected).mean() < 8
+
+
+def test_transparent_parts_become_white():
+    image = encode(encoded(with_transparent_left_half(), "PNG"), DEFAULT)
+    assert pixels(image.data)[:, :16].min() > 245
+
+
+@given(
+    width=st.integers(1, 200),
+    height=st.integers(1, 200),
+    goal=st.integers(1, 120),
+    mode=st.sampled_from(["shorter", "longer", "exact"]),
+    kind=st.sampled_from(["JPEG", "PNG"]),
+    orientation=st.sampled_from([1, 3, 6]),
+)
+def test_resizing_gives_the_promised_size(width, height, goal, mode, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(picture(0, width, height), kind, exif=exif)
+    if orientation == 6:
+        width, height = height, width
+    image = encode(data, EncodeConfig(resize=goal, resize_mode=mode))
+    header = parse_jpeg(image.data)
+    assert (header.width, header.height) == (image.width, image.height)
+    if mode == "exact":
+        assert (image.width, image.height) == (goal, goal)
+        return
+    side = min if mode == "shorter" else max
+    assert side(image.width, image.height) == min(goal, side(width, height))
+    assert image.width <= width
+    assert image.height <= height
+    scale = min(1, goal / side(width, height))
+    assert abs(image.width - width * scale) <= 1
+    assert abs(image.height - height * scale) <= 1
+
+
+def test_resized_pixels_are_close_to_pillows():
+    data = encoded(picture(7, 640, 480), quality=95)
+    image = encode(data, EncodeConfig(resize=100, quality=98))
+    with Image.open(io.BytesIO(data)) as original:
+        expected = np.asarray(original.resize((133, 100), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(pixels(image.data) - expected).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("data", "config", "reason"),
+    [
+        (b"", DEFAULT, "empty"),
+        (b"hello, world", DEFAULT, "not an image"),
+        (b"\xff\xd8\xff", DEFAULT, "damaged"),
+        (jpeg()[:-30], DEFAULT, "damaged"),
+        (jpeg()[:-30], EncodeConfig(mean_rgb=False), "damaged"),
+        (jpeg()[:-30], EncodeConfig(resize=20), "damaged"),
+        (encoded(picture(), "PNG")[:200], DEFAULT, "damaged"),
+        (jpeg(), EncodeConfig(min_size=41), "too small"),
+        (encoded(picture(), "PNG"), EncodeConfig(min_size=41), "too small"),
+        (jpeg(), EncodeConfig(max_pixels=1900), "too many pixels"),
+        (encoded(picture(), "PNG"), EncodeConfig(max_pixels=1900), "too many pixels"),
+        (jpeg(), EncodeConfig(max_aspect=1.1), "too elongated"),
+        (encoded(picture(mode="L").convert("F"), "TIFF"), DEFAULT, "unsupported"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", DEFAULT, "not an image"),
+    ],
+)
+def test_what_cannot_be_packed_is_rejected_with_a_reason(data, config, reason):
+    with pytest.raises(Rejected) as caught:
+        encode(data, config)
+    assert caught.value.reason == reason
+
+
+def test_a_missing_end_marker_is_mended_without_loss():
+    data = jpeg()
+    for cut in (data[:-1], data[:-2]):
+        image = encode(cut, DEFAULT)
+        assert image.data == data
+        assert image.outcomes == ("repaired",)
+
+
+def test_stray_bytes_before_the_end_are_repaired():
+    data = jpeg()
+    image = encode(data[:-2] + b"\x01" * 300 + data[-2:], DEFAULT)
+    assert "repaired" in image.outcomes
+    assert np.abs(pixels(image.data) - pixels(data)).mean() < 4
+
+
+def test_a_bomb_inside_an_icon_is_refused():
+    inner = encoded(Image.new("1", (4000, 4000)), "PNG")
+    icon = (
+        b"\0\0\1\0\1\0"
+        + bytes([16, 16, 0, 0, 1, 0, 32, 0])
+        + len(inner).to_bytes(4, "little")
+        + (22).to_bytes(4, "little")
+    )
+    with pytest.raises(Rejected) as caught:
+        encode(icon + inner, EncodeConfig(max_pixels=1_000_000))
+    assert caught.value.reason == "too many pixels"
+
+
+@given(data=st.data())
+def test_whatever_the_bytes_the_result_is_rejected_or_a_baseline_jpeg(data):
+    name = data.draw(st.sampled_from(sorted(ODD)))
+    damaged = bytearray(ODD[name][0])
+    for _ in range(data.draw(st.integers(1, 8))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    damaged = damaged[: data.draw(st.integers(1, len(damaged)))]
+    before = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            image = encode(
+                bytes(damaged), EncodeConfig(max_pixels=100_000, resize=data.draw(st.sampled_from([None, 20])))
+            )
+        except Rejected:
+            return
+        finally:
+            assert before == Image.MAX_IMAGE_PIXELS
+    header = parse_jpeg(image.data)
+    assert header.is_baseline
+    assert header.is_ycbcr_or_gray
+    assert pixels(image.data).shape == (image.height, image.width, 3)
