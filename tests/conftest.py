@@ -72,8 +72,11 @@ class Ranks:
         ours, theirs = Pipe()
         worker = Path(__file__).with_name("rank_worker.py")
         one_thread = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        # -P: the folder of the worker's file holds folders with our packages' names.
         process = subprocess.Popen(
-            [sys.executable, str(worker), str(theirs.fileno())], pass_fds=[theirs.fileno()], env=os.environ | one_thread
+            [sys.executable, "-P", str(worker), str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=os.environ | one_thread,
         )
         theirs.close()
         return process, ours
