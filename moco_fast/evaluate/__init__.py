@@ -1,0 +1,1 @@
+"""What an encoder has learned, measured on labelled samples that it has not seen."""

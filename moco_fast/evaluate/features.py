@@ -1,0 +1,155 @@
+"""Features of a set of samples: an encoder without its head, run over shards."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+from moco_fast import distributed
+from moco_fast.encoders import Encoder, normalize_images
+from pipelines.batch import ImageBatch
+from pipelines.loader import open_eval_loader
+from shards import ShardSet
+
+__all__ = ["Features", "extract", "gather", "labelled_features"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Features of N samples with what is known of each."""
+
+    values: Tensor
+    """(N, D) float32, on the device that computed them."""
+    labels: Tensor
+    """(N,) int64 on the host; -1 where there is none."""
+    index: Tensor
+    """(N,) int64 on the host: dense sample numbers."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@torch.no_grad()
+def extract(
+    encoder: Encoder,
+    batches: Iterable[ImageBatch],
+    *,
+    device: torch.device,
+    l2_normalize: bool = True,
+    title: str | None = None,
+) -> Features:
+    """Compute the backbone's features of every sample that `batches` hands over.
+
+    The encoder works in eval mode and gets each of its modules' modes back; autocast around the call is respected.
+
+    Args:
+        encoder: on `device`.
+        batches: images (B, 3, H, W) uint8.
+        device: where the features stay.
+        l2_normalize: scale every feature vector to length 1.
+        title: shows a progress bar with this title, if it takes longer than a few seconds.
+    """
+    values: list[Tensor] = []
+    labels: list[Tensor] = []
+    index: list[Tensor] = []
+    with _eval_mode(encoder):
+        for batch in tqdm(batches, desc=title, disable=title is None, delay=3, leave=False, unit="batch"):
+            features = encoder.backbone(normalize_images(batch.images.to(device, non_blocking=True))).float()
+            values.append(normalize(features) if l2_normalize else features)
+            labels.append(batch.label)
+            index.append(batch.index)
+    return Features(
+        values=torch.cat(values) if values else torch.empty(0, encoder.feature_dim, device=device),
+        labels=torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64),
+        index=torch.cat(index) if index else torch.empty(0, dtype=torch.int64),
+    )
+
+
+def labelled_features(
+    encoder: Encoder,
+    shards: str,
+    *,
+    size: int,
+    crop: float,
+    batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    max_samples: int | None = None,
+    title: str | None = None,
+) -> Features:
+    """Compute this rank's share of the features, of length 1, of the labelled samples in a folder of shards.
+
+    Args:
+        encoder: on `device`.
+        shards: folder that make-shards wrote.
+        size: height and width of the images in pixels.
+        crop: side of the central square that is used, as a share of the image's shorter side.
+        batch_size: images taken at once.
+        device: where to compute and where the features stay.
+        rank: this process.
+        world_size: processes.
+        max_samples: take at most so many, evenly spread over the set.
+        title: of a progress bar, shown by the first rank only.
+    """
+    loader = open_eval_loader(
+        shards,
+        size=size,
+        crop=crop,
+        batch_size=batch_size,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        indices=_spread(ShardSet.open(shards).num_samples, max_samples),
+    )
+    try:
+        features = extract(encoder, loader, device=device, title=title if rank == 0 else None)
+    finally:
+        loader.close()
+    keep = features.labels >= 0
+    return Features(values=features.values[keep.to(device)], labels=features.labels[keep], index=features.index[keep])
+
+
+def gather(features: Features) -> Features:
+    """Bring together the features of all ranks, in order of dense sample number; collective.
+
+    Every rank receives the same; without other ranks only the order is settled.
+    """
+    values, labels, index = features.values, features.labels, features.index
+    if distributed.world_size() > 1:
+        labels, index = (_gather_rows(rows.to(values.device)).cpu() for rows in (labels, index))
+        values = _gather_rows(values)
+    order = index.argsort(stable=True)
+    return Features(values=values[order.to(values.device)], labels=labels[order], index=index[order])
+
+
+def _spread(num_samples: int, at_most: int | None) -> np.ndarray | None:
+    """Dense sample numbers of at most so many samples, evenly spread; None for all."""
+    if at_most is None or num_samples <= at_most:
+        return None
+    return np.arange(at_most, dtype=np.int64) * num_samples // at_most
+
+
+def _gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate (N_r, ...) of every rank r, whose lengths may differ, to (sum N_r, ...)."""
+    sizes = distributed.all_gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = distributed.all_gather_rows(padded).unflatten(0, (len(sizes), max(sizes)))
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training

@@ -1,0 +1,177 @@
+"""Weighted kNN classification on frozen features (Wu et al. 2018, section 3.4; the authors' CIFAR-10 demo).
+
+No parameter is trained, so it tells in seconds whether an encoder is learning.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moco_fast.encoders import Encoder
+from moco_fast.evaluate.features import Features, gather, labelled_features
+from shards import ShardSet
+
+__all__ = ["KnnResult", "Votes", "classify", "evaluate_knn"]
+
+_CHUNK_ELEMENTS = 1 << 25  # similarities held at once: 128 MiB of float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Votes:
+    """What the neighbours of Q queries say."""
+
+    predictions: Tensor
+    """(Q,) int64: the class with the largest sum of weights."""
+    neighbours: Tensor
+    """(Q, k) int64: rows of the bank, nearest first."""
+    similarities: Tensor
+    """(Q, k) float32: their cosine similarities."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnResult:
+    """How well neighbours among the training samples name the class of held-out samples."""
+
+    top1: float
+    """Share of queries classified rightly, 0..1."""
+    num_bank: int
+    """Labelled training samples that served as neighbours."""
+    num_queries: int
+    """Labelled held-out samples that were classified."""
+    k: int
+    """Neighbours that voted."""
+    note: str | None = None
+    """What was done otherwise than asked, in one line."""
+
+
+def classify(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, *, num_classes: int, k: int, temperature: float
+) -> Votes:
+    """Let the k nearest rows of the bank vote on each query's class, with weights exp(similarity / temperature).
+
+    Args:
+        bank: (N, D) float32, rows of length 1.
+        bank_labels: (N,) int64 in 0..num_classes-1, on the same device.
+        queries: (Q, D) float32, rows of length 1.
+        num_classes: number of classes.
+        k: neighbours that vote; all N if the bank is smaller.
+        temperature: smaller gives near neighbours more weight.
+    """
+    k = min(k, len(bank))
+    rows = max(_CHUNK_ELEMENTS // len(bank), 1)
+    predictions: list[Tensor] = []
+    neighbours: list[Tensor] = []
+    similarities: list[Tensor] = []
+    for chunk in queries.split(rows):
+        nearest, where = (chunk @ bank.T).topk(k, dim=1)  # (q, k) each, nearest first
+        # Relative to the nearest neighbour: the same vote, and no temperature overflows.
+        weights = ((nearest - nearest[:, :1]) / temperature).exp()
+        votes = weights.new_zeros(len(chunk), num_classes).scatter_add_(1, bank_labels[where], weights)
+        predictions.append(votes.argmax(dim=1))
+        neighbours.append(where)
+        similarities.append(nearest)
+    return Votes(
+        predictions=torch.cat(predictions), neighbours=torch.cat(neighbours), similarities=torch.cat(similarities)
+    )
+
+
+def evaluate_knn(
+    encoder: Encoder,
+    *,
+    bank_shards: str,
+    query_shards: str,
+    size: int,
+    crop: float = 0.875,
+    k: int = 200,
+    temperature: float = 0.07,
+    max_bank: int | None = 100_000,
+    batch_size: int = 256,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+) -> KnnResult:
+    """Classify held-out samples by their nearest training samples; collective: every rank calls it and gets the result.
+
+    Each rank computes its share of the features and classifies its share of the queries.
+
+    Args:
+        encoder: on `device`; its modes are left as they were.
+        bank_shards: labelled training shards.
+        query_shards: labelled held-out shards with the same classes.
+        size: height and width of the images in pixels.
+        crop: side of the central square that is used, as a share of the image's shorter side.
+        k: neighbours that vote; capped to the bank, with a note.
+        temperature: temperature of the vote's weights.
+        max_bank: at most this many samples serve as bank, evenly spread over the shards.
+        batch_size: images a rank takes at once.
+        device: where to compute.
+        rank: this process.
+        world_size: processes.
+
+    Raises:
+        ValueError: shards without labels, with different classes, or features that are not finite.
+    """
+    num_classes = len(_common_classes(bank_shards, query_shards))
+    features_of = partial(
+        labelled_features,
+        encoder,
+        size=size,
+        crop=crop,
+        batch_size=batch_size,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+    )
+    bank = gather(features_of(bank_shards, max_samples=max_bank, title="features of the bank"))
+    queries = features_of(query_shards, title="features of the queries")
+    counts = _count(bank, queries, num_classes=num_classes, k=k, temperature=temperature)
+    if world_size > 1:
+        dist.all_reduce(counts)
+    right, num_queries, num_broken = counts.tolist()
+    if num_broken:
+        raise ValueError("the encoder's features are not finite: it has diverged, evaluate an earlier checkpoint")
+    if not len(bank) or not num_queries:
+        empty = bank_shards if not len(bank) else query_shards
+        raise ValueError(f"{empty} holds no labelled sample, so kNN has nothing to compare: pack it with labels")
+    note = f"k = {k} neighbours were asked for, but the bank holds {len(bank)}: all of them vote"
+    return KnnResult(
+        top1=right / num_queries,
+        num_bank=len(bank),
+        num_queries=num_queries,
+        k=min(k, len(bank)),
+        note=note if k > len(bank) else None,
+    )
+
+
+def _count(bank: Features, queries: Features, *, num_classes: int, k: int, temperature: float) -> Tensor:
+    """Count queries classified rightly, queries, and numbers that are not finite: (3,) int64 on the device."""
+    counts = torch.zeros(3, dtype=torch.int64, device=bank.values.device)
+    counts[1] = len(queries)
+    counts[2] = (~queries.values.isfinite()).sum() + (~bank.values.isfinite()).sum()
+    if len(queries) and len(bank):
+        votes = classify(
+            bank.values,
+            bank.labels.to(bank.values.device),
+            queries.values,
+            # Shards that others wrote may have labels without names.
+            num_classes=max(num_classes, int(bank.labels.max()) + 1),
+            k=k,
+            temperature=temperature,
+        )
+        counts[0] = (votes.predictions.cpu() == queries.labels).sum()
+    return counts
+
+
+def _common_classes(bank_shards: str, query_shards: str) -> tuple[str, ...]:
+    bank, queries = (ShardSet.open(path).class_names for path in (bank_shards, query_shards))
+    if bank == queries:
+        return bank
+    odd = sorted(set(bank) ^ set(queries))
+    what = f"{odd[0]!r} is in one only" if odd else "the same names in another order"
+    raise ValueError(
+        f"{bank_shards} and {query_shards} number their classes differently ({what}): pack both from folders with the "
+        "same class names"
+    )
