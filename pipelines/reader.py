@@ -131,7 +131,10 @@ class _ShardFile:
 
 
 def _read_all(wanted: list[_Wanted]) -> list[tuple[int, Encoded]]:
-    return [(one.place, _read(one)) for one in wanted]
+    images = [(one.place, _read(one)) for one in wanted]
+    # An evicted shard is closed when the last read from it is done, not when the pool lets go of its arguments.
+    wanted.clear()
+    return images
 
 
 def _read(wanted: _Wanted) -> Encoded:

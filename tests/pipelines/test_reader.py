@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines import reader as reader_module
+from pipelines.reader import Reader
+from shards import ShardSet
+from tests.pipelines.shard_files import write_shards
+
+PAYLOADS = [bytes([number]) * (50 + 37 * number) for number in range(30)]
+
+
+@pytest.fixture(scope="module")
+def odd_shards(tmp_path_factory):
+    """30 samples that are no images at all: the reader does not care."""
+    return ShardSet.open(write_shards(tmp_path_factory.mktemp("odd"), PAYLOADS, per_shard=4))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 29), min_size=1, max_size=60), st.integers(1, 5))
+def test_bytes_come_in_the_order_asked_for(odd_shards, samples, num_threads):
+    reader = Reader(odd_shards, num_threads=num_threads)
+    try:
+        wanted = np.array(samples)
+        images = reader.submit(wanted, reader.records(wanted)).result()
+    finally:
+        reader.close()
+    assert [image.tobytes() for image in images] == [PAYLOADS[sample] for sample in samples]
+
+
+def test_records_are_those_of_a_walk_through_the_shards(odd_shards):
+    walk = np.concatenate([odd_shards.index(shard) for shard in range(odd_shards.num_shards)])
+    reader = Reader(odd_shards)
+    samples = np.random.default_rng(0).permutation(30)
+    assert (reader.records(samples) == walk[samples]).all()
+    reader.close()
+
+
+def open_files() -> set[Path]:
+    return {link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+
+
+def test_few_shards_stay_open_and_none_after_closing(odd_shards, monkeypatch):
+    monkeypatch.setattr(reader_module, "_OPEN_SHARDS", 2)
+    reader = Reader(odd_shards)
+    samples = np.arange(30)
+    records = reader.records(samples)
+    for _ in range(5):
+        assert len(reader.submit(samples, records).result()) == 30
+        assert sum(path.suffix == ".tar" for path in open_files()) <= 2
+    reader.close()
+    assert not any(path.is_relative_to(odd_shards.path) for path in open_files())
+
+
+def test_the_record_cache_stays_in_its_budget(odd_shards, monkeypatch):
+    monkeypatch.setattr(reader_module, "_RECORDS_BYTES", 9 * 40)
+    reader = Reader(odd_shards)
+    for _ in range(3):
+        reader.records(np.arange(30))
+        assert reader._records._bytes <= 9 * 40
+        assert len(reader._records._kept) == 2
+    reader.close()
