@@ -131,8 +131,8 @@ class VirtualGroups:
         return torch.arange(size, device=device).view(self._num_groups, -1).T.reshape(-1)
 
 
-def exchange_group(local_world_size: int) -> dist.ProcessGroup | None:
-    """The ranks that exchange key images: those of one node if there are at least 4, else (None) all.
+def exchange_group(local_world_size: int, *, smallest: int = 4) -> dist.ProcessGroup | None:
+    """The ranks that exchange key images: those of one node if there are at least `smallest`, else (None) all.
 
     Every rank must call this, at the same point.
 
@@ -140,7 +140,7 @@ def exchange_group(local_world_size: int) -> dist.ProcessGroup | None:
         ValueError: nodes with different numbers of ranks.
     """
     world_size = distributed.world_size()
-    if local_world_size < 4 or local_world_size == world_size:
+    if local_world_size < smallest or local_world_size == world_size:
         return None
     if world_size % local_world_size:
         raise ValueError(

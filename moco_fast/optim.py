@@ -1,5 +1,6 @@
 """Optimizers, and their state as named tensors."""
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -37,12 +38,13 @@ def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tens
 
 
 def load_optimizer_tensors(optimizer: Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave.
+    """Put back copies of what `optimizer_tensors` gave.
 
     Raises:
         ValueError: tensors of another optimizer or module.
     """
     indices = {name: index for index, name in _named_indices(optimizer, module).items()}
+    parameters = dict(module.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition("/")
@@ -50,5 +52,7 @@ def load_optimizer_tensors(optimizer: Optimizer, module: nn.Module, tensors: dic
             raise ValueError(
                 f"the optimizer's state has {full_name!r}, which this encoder lacks: load the run it is of"
             )
-        state.setdefault(indices[name], {})[key] = tensor
+        # As the parameter lies in memory: a file keeps values, not strides, and fused kernels need them equal.
+        like = parameters[name] if parameters[name].shape == tensor.shape else tensor
+        state.setdefault(indices[name], {})[key] = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
