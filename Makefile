@@ -14,13 +14,13 @@ HAS_GPU = $(shell $(VENV)/bin/python -c 'import torch; print("yes" if torch.cuda
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test format lock gpu-check clean \
+.PHONY: help setup demo test format lock gpu-check image clean \
 	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint demo-steps
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
-setup: ## Make or update .venv; every target below does it first
+setup: ## Make or update .venv (demo, test, lint and format do it first)
 	@deploy/setup.sh
 
 demo: setup ## Pack real images, train, evaluate, report: about five minutes on two cores
@@ -76,6 +76,10 @@ gpu-check: ## GPU tests and figures into build/gpu-check; DEVICE=cpu for a small
 	$(CHECK_PYTHON) benchmarks/gpu_check.py --device $(DEVICE) --out $(OUT)
 
 gpu-check: CHECK_PYTHON = $(if $(wildcard $(VENV)/bin/python),python,$(or $(PYTHON),python3))
+
+image: ## Build the Docker image (docs/docker.md)
+	docker build --tag moco-fast --build-arg REVISION=$$(git rev-parse HEAD) \
+		--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' moco_fast/__init__.py) .
 
 clean: ## Remove what the commands above made, but not .venv nor your runs
 	rm -rf demo build dist .coverage .pytest_cache .ruff_cache .hypothesis .import_linter_cache
