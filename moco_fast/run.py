@@ -189,8 +189,8 @@ class Run:
             self._bar.update()
             if progress.step % config.log.every_steps == 0:
                 self._log(lr)
-            stopped_by = self._stop.poll()
             last = progress.step == num_steps
+            stopped_by = 0 if last else self._stop.poll()
             if stopped_by or last or progress.step % config.checkpoint.every_steps == 0:
                 self.save()
             if stopped_by:

@@ -10,6 +10,7 @@ Who decides where both `accelerate launch` and our options have a say:
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -61,7 +62,10 @@ class Runtime:
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
         """Average gradients over ranks (DDP) and run the forward pass in the run's precision."""
-        return self.accelerator.prepare_model(model)
+        with warnings.catch_warnings():
+            # torch 2.13 renames the option, but accelerate passes on the old name only.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            return self.accelerator.prepare_model(model)
 
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Undo loss scaling before a step, and skip the step after an overflow (fp16)."""

@@ -185,20 +185,22 @@ def test_a_loss_that_is_no_number_stops_the_run(packed_demo, tmp_path):
 
 
 @pytest.mark.faults
-def test_two_ranks_train_and_continue_after_a_kill(packed_demo, tmp_path):
-    options = {"launcher": TWO_RANKS}
-    Training(packed_demo, tmp_path / "whole", "--eval.shards", str(packed_demo.val), **options).finish()
+def test_two_ranks_train_and_continue_after_a_stop(packed_demo, tmp_path):
+    def start(name: str) -> Training:
+        options = ("--run.steps", "40", "--eval.shards", str(packed_demo.val), "--eval.every-steps", "1000")
+        return Training(packed_demo, tmp_path / name, *options, launcher=TWO_RANKS)
+
+    start("whole").finish()
     environment = json.loads((tmp_path / "whole" / "environment.json").read_text())
     assert environment["world_size"] == 2
     assert environment["steps_per_epoch"] == packed_demo.num_train // 32
-    assert [line["samples"] for line in read_metrics(tmp_path / "whole") if "loss" in line][-1] == 640
-    first = Training(packed_demo, tmp_path / "cut", "--eval.shards", str(packed_demo.val), **options)
-    first.wait_for_step(8)
-    first.process.send_signal(signal.SIGTERM)  # the launcher passes it on to its ranks
-    assert "stopped and saved at step" in first.finish(
-        expected_code=1
-    )  # the launcher's code, whatever the ranks returned
-    Training(packed_demo, tmp_path / "cut", "--eval.shards", str(packed_demo.val), **options).finish()
+    assert [line["samples"] for line in read_metrics(tmp_path / "whole") if "loss" in line][-1] == 40 * 32
+    cut = start("cut")
+    cut.wait_for_step(2)
+    cut.process.send_signal(signal.SIGTERM)  # the launcher passes it on to its ranks
+    assert "stopped and saved at step" in cut.finish(expected_code=1)  # the launcher's code, whatever the ranks return
+    assert json.loads((tmp_path / "cut" / "outcome.json").read_text())["step"] < 40
+    start("cut").finish()
     assert_same_end(tmp_path / "whole", tmp_path / "cut")
 
 
