@@ -31,13 +31,33 @@ class VerifyCommand:
     """Also decode every pixel."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinishCommand:
+    """Write the manifest of a set whose parts (pack --part I/N) are all done."""
+
+    folder: tyro.conf.Positional[str]
+    """The folder that was given as --out."""
+    max_rejected: float = 0.05
+    """Exit with an error when more than this share of the inputs was rejected."""
+
+
 def _pack(command: PackCommand) -> int:
     from shards.pack import pack
     from shards.progress import Progress
     from shards.summary import summarize
 
     manifests = pack(command, Progress())
-    return summarize(command, manifests)
+    if manifests is None:
+        print(f"part {command.part} is done; when all are: make-shards finish {command.out}")
+        return 0
+    return summarize(command.out, manifests, command.max_rejected)
+
+
+def _finish(command: FinishCommand) -> int:
+    from shards.pack import finish
+    from shards.summary import summarize
+
+    return summarize(command.folder, finish(command.folder), command.max_rejected)
 
 
 def _verify(command: VerifyCommand) -> int:
@@ -51,10 +71,12 @@ def _verify(command: VerifyCommand) -> int:
     return 1 if problems else 0
 
 
-_RUN: dict[type, Callable[[Any], int]] = {PackCommand: _pack, VerifyCommand: _verify}
+_RUN: dict[type, Callable[[Any], int]] = {PackCommand: _pack, VerifyCommand: _verify, FinishCommand: _finish}
 
 _Commands = (
-    Annotated[PackCommand, tyro.conf.subcommand("pack")] | Annotated[VerifyCommand, tyro.conf.subcommand("verify")]
+    Annotated[PackCommand, tyro.conf.subcommand("pack")]
+    | Annotated[VerifyCommand, tyro.conf.subcommand("verify")]
+    | Annotated[FinishCommand, tyro.conf.subcommand("finish")]
 )
 
 

@@ -1,5 +1,6 @@
 """What a user chooses about packing. Free of numpy and Pillow, so that `--help` costs nothing."""
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -47,6 +48,15 @@ class PackConfig(EncodeConfig):
     """Size to aim at; turned into a number of inputs by packing a few."""
     max_rejected: float = 0.05
     """Exit with an error when more than this share of the inputs was rejected (after finishing)."""
+    val_fraction: float = 0.0
+    """Share of the inputs that becomes a held-out set: OUT/train and OUT/val are written. An image's content decides
+    where it goes, so it is always the same side."""
+    split: tuple[str, ...] = ()
+    """The same for any held-out sets, as NAME=SHARE, such as `val=0.01 test=0.01`; OUT/train takes the rest."""
+    dedup: bool = False
+    """Leave out inputs whose bytes are those of an earlier one (reads everything once before packing)."""
+    part: str | None = None
+    """I/N: write only part I (from 0) of N, for array jobs that share OUT; then `make-shards finish OUT`."""
     workers: int | None = None
     """Worker processes; unset: one for each CPU that this process may use."""
 
@@ -73,10 +83,43 @@ class PackConfig(EncodeConfig):
         if self.max_aspect is not None and self.max_aspect < 1:
             raise ValueError(f"--max-aspect {self.max_aspect} rejects every image: use 1 or more")
 
+        self._check_splits()
+        if self.part is not None:
+            number, slash, count = self.part.partition("/")
+            if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+                raise ValueError(f"--part {self.part} is no part: use 0/N to N-1/N, such as 0/8")
+
+    def _check_splits(self) -> None:
+        if self.split and self.val_fraction:
+            raise ValueError("--val-fraction and --split exclude each other: give val=SHARE to --split")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"--val-fraction {self.val_fraction} is no share: use 0 to 1, such as 0.01")
+        for text in self.split:
+            name, _, share = text.partition("=")
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not re.fullmatch(r"0?\.[0-9]+", share):
+                raise ValueError(f"--split {text} is not NAME=SHARE: write it as val=0.01")
+        names = self.split_names()
+        if len(set(names)) < len(names) or sum(share for _, share in self.splits) >= 1:
+            raise ValueError(
+                f"--split {' '.join(self.split)}: names must differ (train takes the rest), shares add to < 1"
+            )
+
+    @property
+    def splits(self) -> tuple[tuple[str, float], ...]:
+        """(name, share) of each held-out set."""
+        if self.val_fraction:
+            return (("val", self.val_fraction),)
+        return tuple((name, float(share)) for name, _, share in (text.partition("=") for text in self.split))
+
+    def split_names(self) -> list[str]:
+        """Folders below OUT; empty for OUT itself."""
+        return ["train", *(name for name, _ in self.splits)] if self.splits else [""]
+
     def settings(self) -> dict[str, Any]:
         """The options that decide what the shards hold: a resumed or finished set must have the same."""
         values = asdict(self)
-        for name in ("out", "workers", "max_rejected"):
+        for name in ("out", "workers", "max_rejected", "part"):
             del values[name]
         values["sources"] = list(self.sources)
+        values["split"] = list(self.split)
         return values

@@ -50,29 +50,43 @@ def write_atomically(path: Path, data: bytes, *, scratch: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, shared: bool = False, holder: str) -> Generator[None]:
+def locked(path: Path, *, holder: str, shared: bool = False, wait: bool = False) -> Generator[None]:
     """Hold a lock file; the kernel releases it when the process ends, however it ends.
 
     Args:
         path: the file.
-        shared: others may hold it shared too.
         holder: what the lock stands for, in the error.
+        shared: others may hold it shared too.
+        wait: wait for others instead of refusing.
 
     Raises:
         PackError: someone else holds it.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    fd = _open_locked(path, how, holder)
     try:
-        try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(fd, 100, 0).decode(errors="replace").strip()
-            raise PackError(
-                f"{holder} is in use by another make-shards ({owner}): wait for it, end it, or choose another folder"
-            ) from None
         if not shared:
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         yield
     finally:
+        os.close(fd)
+
+
+def _open_locked(path: Path, how: int, holder: str) -> int:
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, how)
+            # Its last owner may have removed it between our two calls; such a lock would hold off nobody.
+            if path.stat().st_ino == os.fstat(fd).st_ino:
+                return fd
+        except BlockingIOError:
+            owner = os.pread(fd, 100, 0).decode(errors="replace").strip() or "its owner is not known"
+            os.close(fd)
+            raise PackError(
+                f"{holder} is in use by another make-shards ({owner}): wait for it, end it, or choose another folder"
+            ) from None
+        except FileNotFoundError:
+            pass
         os.close(fd)

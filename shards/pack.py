@@ -13,21 +13,22 @@ from shards.files import locked, write_atomically
 from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from shards.plan import Plan, Task, difference
 from shards.planner import make_plan
-from shards.pool import default_workers, write_shards
+from shards.pool import default_workers, run_tasks
 from shards.progress import Progress
 from shards.sources import open_source
-from shards.write import Workplace, shard_stem
+from shards.write import Workplace, WriteShard, shard_stem
 
-__all__ = ["REJECTED_NAME", "pack"]
+__all__ = ["REJECTED_NAME", "finish", "pack"]
 
 REJECTED_NAME = "rejected.jsonl"
 
 
-def pack(config: PackConfig, progress: Progress | None = None) -> dict[str, Manifest]:
+def pack(config: PackConfig, progress: Progress | None = None) -> dict[str, Manifest] | None:
     """Pack images into shards, or finish a packing that was interrupted.
 
     Returns:
-        The manifest of each split by its name; the name is empty where nothing is split.
+        The manifest of each split by its name; the name is empty where nothing is split. None where only one part of
+        the plan was asked for: `finish` writes the manifests when all parts are done.
 
     Raises:
         ValueError: the options or the sources cannot work, or disagree with what the target holds.
@@ -35,8 +36,7 @@ def pack(config: PackConfig, progress: Progress | None = None) -> dict[str, Mani
         OSError: the target cannot be written.
     """
     progress = progress or Progress(enabled=False)
-    out = Path(config.out)
-    place = Workplace(out=out, work=out / ".pack")
+    place = workplace(config.out, part="" if config.part is None else f"-{config.part.replace('/', '-of-')}")
     finished = _finished(config, place)
     if finished is not None and not place.work.exists():
         return finished
@@ -45,23 +45,64 @@ def pack(config: PackConfig, progress: Progress | None = None) -> dict[str, Mani
         for path in config.sources:
             open_source(path)
     place.work.mkdir(parents=True, exist_ok=True)
-    with locked(place.work / "lock", holder=str(out)):
+    if config.part is not None:
+        return _pack_part(config, place, progress)
+    with locked(place.work / "lock", holder=config.out):
         finished = _finished(config, place)
         if finished is None:
             plan = _open_plan(config, place, progress)
-            _write_missing(plan, config, place, progress)
-            finished = finish(plan, place)
+            _write_missing(plan, plan.tasks(), config, place, progress)
+            finished = _finish(plan, place)
         _remove_work(place)
     return finished
 
 
+def _pack_part(config: PackConfig, place: Workplace, progress: Progress) -> None:
+    """Write one part of the plan, beside others who write theirs. Whoever comes first makes the plan."""
+    number, _, count = (config.part or "").partition("/")
+    with (
+        locked(place.work / "lock", shared=True, holder=config.out),
+        locked(place.work / f"lock{place.part}", holder=f"part {config.part} of {config.out}"),
+    ):
+        with locked(place.work / "lock-plan", holder="the plan", wait=True):
+            plan = _open_plan(config, place, progress)
+        _write_missing(plan, plan.tasks()[int(number) :: int(count)], config, place, progress)
+        shutil.rmtree(place.scratch)
+
+
+def finish(out: str) -> dict[str, Manifest]:
+    """Check that every part of a plan is done, and write the manifests.
+
+    Raises:
+        ValueError: nothing is being packed there.
+        PackError: shards are missing.
+    """
+    place = workplace(out)
+    if not place.plan.exists():
+        finished = sorted([*place.out.glob(MANIFEST_NAME), *place.out.glob(f"*/{MANIFEST_NAME}")])
+        if finished:
+            return {str(p.parent.relative_to(place.out)).strip("."): Manifest.read(p.parent) for p in finished}
+        raise ValueError(f"{out} has no plan to finish: begin with `make-shards pack SOURCE --out {out} --part 0/N`")
+    with locked(place.work / "lock", holder=out):
+        place.scratch.mkdir(exist_ok=True)
+        manifests = _finish(Plan.open(place.plan), place)
+        _remove_work(place)
+    return manifests
+
+
+def workplace(out: str, *, part: str = "") -> Workplace:
+    """The folders of a packing."""
+    return Workplace(out=Path(out), work=Path(out) / ".pack", part=part)
+
+
 def _finished(config: PackConfig, place: Workplace) -> dict[str, Manifest] | None:
     """The manifests of an earlier packing with the same settings."""
-    if (place.plan / "plan.json").exists() or not (place.out / MANIFEST_NAME).exists():
+    names = config.split_names()
+    if (place.plan / "plan.json").exists() or not all((place.folder(n) / MANIFEST_NAME).exists() for n in names):
         return None
-    manifest = Manifest.read(place.out)
-    _refuse_changes(manifest.settings, config, place)
-    return {"": manifest}
+    manifests = {name: Manifest.read(place.folder(name)) for name in names}
+    _refuse_changes(manifests[names[0]].settings, config, place)
+    return manifests
 
 
 def _refuse_changes(old: dict[str, Any], config: PackConfig, place: Workplace) -> None:
@@ -83,7 +124,7 @@ def _open_plan(config: PackConfig, place: Workplace, progress: Progress) -> Plan
         plan = Plan.open(place.plan)
         _refuse_changes(plan.settings, config, place)
     else:
-        if any(place.out.glob("shard-*.tar")):
+        if any(any(place.folder(name).glob("shard-*.tar")) for name in config.split_names()):
             _discard_work(place)
             raise ValueError(f"{place.out} holds shards of unknown origin: choose an empty folder, or remove them")
         try:
@@ -96,11 +137,18 @@ def _open_plan(config: PackConfig, place: Workplace, progress: Progress) -> Plan
     return plan
 
 
-def _write_missing(plan: Plan, config: PackConfig, place: Workplace, progress: Progress) -> None:
-    missing = [task for task in plan.tasks() if _entry_of(plan, place, task) is None]
-    todo = sum(len(plan.positions(task)) for task in missing)
-    with progress.stage("packing", unit=" images", total=plan.num_inputs, done=plan.num_inputs - todo) as tick:
-        write_shards(plan, missing, place, config, workers=config.workers or default_workers(), tick=tick)
+def _write_missing(plan: Plan, tasks: list[Task], config: PackConfig, place: Workplace, progress: Progress) -> None:
+    missing = [task for task in tasks if _entry_of(plan, place, task) is None]
+    total, todo = (sum(len(plan.positions(task)) for task in some) for some in (tasks, missing))
+    job, workers = WriteShard(place, config), config.workers or default_workers()
+    try:
+        with progress.stage("packing", unit=" images", total=total, done=total - todo) as tick:
+            for _ in run_tasks(job, missing, workers=workers, tick=tick):
+                pass
+    finally:
+        # Workers that were ended could not remove what they were writing.
+        for path in place.scratch.iterdir():
+            path.unlink()
 
 
 def _entry_of(plan: Plan, place: Workplace, task: Task) -> ShardEntry | None:
@@ -114,7 +162,7 @@ def _entry_of(plan: Plan, place: Workplace, task: Task) -> ShardEntry | None:
     return entry if sizes[0] == entry.num_bytes else None
 
 
-def finish(plan: Plan, place: Workplace) -> dict[str, Manifest]:
+def _finish(plan: Plan, place: Workplace) -> dict[str, Manifest]:
     """Check that every shard of the plan is there, and write rejected.jsonl and the manifest of each split.
 
     Raises:
@@ -130,29 +178,37 @@ def finish(plan: Plan, place: Workplace) -> dict[str, Manifest]:
     manifests: dict[str, Manifest] = {}
     for number, split in enumerate(plan.splits):
         shards = tuple(entry for task, entry in entries.items() if entry is not None and task.split == number)
-        manifest = _manifest(plan, shards)
-        assert manifest.num_samples + manifest.num_rejected == split.num_positions
+        manifest = _manifest(plan, shards, num_duplicates=plan.num_duplicates(number))
+        assert manifest.num_inputs == split.num_positions + plan.num_duplicates(number)
         folder = place.folder(split.name)
-        rejected = "".join(_rejected_lines(place, [task for task in entries if task.split == number]))
+        rejected = "".join(_rejected_lines(plan, number, place))
         write_atomically(folder / REJECTED_NAME, rejected.encode(), scratch=place.scratch)
         write_atomically(folder / MANIFEST_NAME, manifest.to_json().encode(), scratch=place.scratch)
         manifests[split.name] = manifest
     return manifests
 
 
-def _rejected_lines(place: Workplace, tasks: list[Task]) -> Iterator[str]:
-    for task in tasks:
-        for line in json.loads(place.record(task).read_bytes())["rejected"]:
-            yield json.dumps(line, ensure_ascii=False) + "\n"
+def _rejected_lines(plan: Plan, split: int, place: Workplace) -> Iterator[str]:
+    for source, first in plan.duplicates(split):
+        yield _line({"key": None, "source": source, "reason": "duplicate", "detail": f"same bytes as {first}"})
+    for task in plan.tasks():
+        if task.split == split:
+            yield from map(_line, json.loads(place.record(task).read_bytes())["rejected"])
 
 
-def _manifest(plan: Plan, shards: tuple[ShardEntry, ...]) -> Manifest:
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _manifest(plan: Plan, shards: tuple[ShardEntry, ...], *, num_duplicates: int) -> Manifest:
     outcomes: Counter[str] = Counter()
     rejections: Counter[str] = Counter()
     for shard in shards:
         outcomes.update(shard.outcomes)
         rejections.update(shard.rejections)
-    num_samples, num_rejected = sum(s.num_samples for s in shards), sum(s.num_rejected for s in shards)
+    if num_duplicates:
+        rejections["duplicate"] = num_duplicates
+    num_samples, num_rejected = sum(s.num_samples for s in shards), sum(s.num_rejected for s in shards) + num_duplicates
     return Manifest(
         shards=shards,
         class_names=plan.class_names,

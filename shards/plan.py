@@ -4,6 +4,7 @@
     .pack/plan/rows.bin     one ROW for each listed input, in the order of the listing
     .pack/plan/names.bin    the names that the rows point into
     .pack/plan/order.bin    the row at each planned position, split after split (<u8)
+    .pack/plan/dropped.bin  inputs that have no position since an earlier one has the same content (DROPPED)
 
 Whoever has the plan can write any of its shards, in any order, alone, and gets the same bytes.
 """
@@ -21,7 +22,18 @@ from shards.errors import PackError
 from shards.files import write_and_sync
 from shards.sources import Source, reopen_source
 
-__all__ = ["ROW", "ClassTable", "Header", "Plan", "Split", "TableWriter", "Task", "difference", "shuffled"]
+__all__ = [
+    "ROW",
+    "ClassTable",
+    "Duplicates",
+    "Header",
+    "Plan",
+    "Split",
+    "TableWriter",
+    "Task",
+    "difference",
+    "shuffled",
+]
 
 ROW = np.dtype(
     [
@@ -33,6 +45,9 @@ ROW = np.dtype(
         ("size", "<i8"),
     ]
 )
+DROPPED = np.dtype([("row", "<u8"), ("first", "<u8"), ("split", "<u4")])
+"""A row, the earlier row of the same content, and the split that both belong to."""
+
 PLAN_VERSION = 1
 
 
@@ -78,6 +93,7 @@ class Plan:
         self.splits = [Split(**split) for split in header["splits"]]
         self._rows = np.memmap(folder / "rows.bin", dtype=ROW, mode="r")
         self._names = np.memmap(folder / "names.bin", dtype=np.uint8, mode="r")
+        # Nothing can be mapped where every input is a duplicate or none was listed; that is refused before.
         self._order = np.memmap(folder / "order.bin", dtype="<u8", mode="r")
         self._sources: dict[int, Source] = {}
 
@@ -113,6 +129,24 @@ class Plan:
         split = self.splits[task.split]
         first = task.shard * split.shard_samples
         return range(first, min(first + split.shard_samples, split.num_positions))
+
+    def listed(self, start: int, stop: int) -> NDArray[np.void]:
+        """Rows in the order of the listing."""
+        return self._rows[start:stop]
+
+    def duplicates(self, split: int) -> Iterator[tuple[str, str]]:
+        """(source, source of the earlier input with the same content) of each input that was left out of a split."""
+        dropped = np.fromfile(self.folder / "dropped.bin", dtype=DROPPED)
+        dropped = dropped[dropped["split"] == split]
+        for start in range(0, len(dropped), 4096):
+            chunk = dropped[start : start + 4096]
+            pairs = (self.inputs(self._rows[chunk[column]]) for column in ("row", "first"))
+            for (source, name, *_), (first_source, first_name, *_) in zip(*pairs, strict=True):
+                yield source.describe(name), first_source.describe(first_name)
+
+    def num_duplicates(self, split: int) -> int:
+        """Inputs that were left out of a split."""
+        return int((np.fromfile(self.folder / "dropped.bin", dtype=DROPPED)["split"] == split).sum())
 
     def rows(self, task: Task) -> NDArray[np.void]:
         """Rows of a shard, (len(positions(task)),) of ROW."""
@@ -164,11 +198,43 @@ class TableWriter:
         self._pending.clear()
         self._pending_names.clear()
 
-    def close(self) -> None:
-        """Write what is left."""
-        self._flush()
-        self._rows.close()
-        self._names.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        with self._rows, self._names:
+            if kind is None:
+                self._flush()
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """The inputs that get no position."""
+
+    dropped: NDArray[np.void]
+    """(N,) of DROPPED."""
+
+    @classmethod
+    def none(cls) -> Self:
+        """Everything is kept."""
+        return cls(np.empty(0, dtype=DROPPED))
+
+    @classmethod
+    def of(cls, firsts: NDArray[np.int64], split: NDArray[np.int64]) -> Self:
+        """Every row but the first of its content.
+
+        Args:
+            firsts: (num_rows,) first row of the same content.
+            split: (num_rows,) split of each row.
+        """
+        rows = np.flatnonzero(firsts != np.arange(len(firsts)))
+        dropped = np.empty(len(rows), dtype=DROPPED)
+        dropped["row"], dropped["first"], dropped["split"] = rows, firsts[rows], split[rows]
+        return cls(dropped)
+
+    def write(self, folder: Path) -> None:
+        """Write dropped.bin."""
+        self.dropped.tofile(folder / "dropped.bin")
 
 
 class ClassTable:

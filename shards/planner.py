@@ -5,12 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shards.config import PackConfig
+from shards.content import digest_contents, first_of_each, split_of
 from shards.encode import encode
 from shards.errors import Rejected
 from shards.files import sync_file, sync_folder
-from shards.plan import ROW, ClassTable, Header, Plan, Split, TableWriter, Task, shuffled
+from shards.plan import ROW, ClassTable, Duplicates, Header, Plan, Split, TableWriter, Task, shuffled
+from shards.pool import default_workers
 from shards.progress import Progress
 from shards.sources import Source, open_source
 
@@ -32,16 +35,20 @@ def make_plan(config: PackConfig, folder: Path, progress: Progress) -> Plan:
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     class_names = _list_inputs(config, sources, building, progress)
-    rows = np.memmap(building / "rows.bin", dtype=ROW, mode="r")
-    order = shuffled(len(rows), config.seed) if config.shuffle else np.arange(len(rows), dtype=np.uint64)
+    num_rows = (building / "rows.bin").stat().st_size // ROW.itemsize
+    order = shuffled(num_rows, config.seed) if config.shuffle else np.arange(num_rows, dtype=np.uint64)
     order.astype("<u8").tofile(building / "order.bin")
-    whole = Split(name="", first=0, num_positions=len(rows), shard_samples=len(rows))
+    whole = Split(name="", first=0, num_positions=num_rows, shard_samples=num_rows)
     header = Header(settings=config.settings(), sources=sources, class_names=class_names, splits=[whole])
+    # What follows reads inputs, and for that it needs a plan, if only of one shard.
+    Duplicates.none().write(building)
     header.write(building)
     shard_samples = config.shard_samples or _samples_for(config, Plan.open(building))
-    replace(header, splits=[replace(whole, shard_samples=shard_samples)]).write(building)
-    for name in ("rows.bin", "names.bin", "order.bin"):
-        sync_file(building / name)
+    by_content = bool(config.splits) or config.dedup
+    splits = _cut_by_content(config, building, order, progress) if by_content else [whole]
+    replace(header, splits=[replace(split, shard_samples=shard_samples) for split in splits]).write(building)
+    for path in building.iterdir():
+        sync_file(path)
     building.replace(folder)
     sync_folder(folder.parent)
     return Plan.open(folder)
@@ -49,14 +56,13 @@ def make_plan(config: PackConfig, folder: Path, progress: Progress) -> Plan:
 
 def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progress: Progress) -> tuple[str, ...]:
     """Write rows.bin and names.bin; returns the class names."""
-    table, classes = TableWriter(folder), ClassTable()
+    classes = ClassTable()
     labelled = config.labels != "none"
-    with progress.stage("listing", unit=" inputs") as tick:
+    with TableWriter(folder) as table, progress.stage("listing", unit=" inputs") as tick:
         for number, source in enumerate(sources):
             for name, label, offset, size in source.inputs():
                 table.add(number, classes.number(label) if labelled else -1, name, offset, size)
                 tick(1)
-    table.close()
     if not table.num_rows:
         raise ValueError(f"no files in {', '.join(config.sources)}: is this the right folder?")
     class_names, final = classes.resolve(need_two=config.labels == "auto")
@@ -70,11 +76,10 @@ def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progre
 
 def _samples_for(config: PackConfig, plan: Plan) -> int:
     """Inputs a shard so that it comes to about `shard_bytes`: a few inputs, evenly spread, are packed to find out."""
-    task = Task(split=0, shard=0)
     num_inputs = plan.num_inputs
     probed = np.unique(np.linspace(0, num_inputs - 1, min(_PROBED, num_inputs)).astype(np.int64))
     total = 0
-    for source, name, offset, size, _ in plan.inputs(plan.rows(task)[probed]):
+    for source, name, offset, size, _ in plan.inputs(plan.rows(Task(split=0, shard=0))[probed]):
         try:
             data = encode(source.read(name, offset, size), config).data
         except Rejected:
@@ -82,3 +87,21 @@ def _samples_for(config: PackConfig, plan: Plan) -> int:
         total += len(data) + 1536
     mean = max(1, total // len(probed))
     return int(min(_MOST_SAMPLES, max(1, config.shard_bytes // mean), num_inputs))
+
+
+def _cut_by_content(config: PackConfig, folder: Path, order: NDArray[np.uint64], progress: Progress) -> list[Split]:
+    """Rewrite order.bin split after split, without duplicates if these are to go."""
+    digests = digest_contents(folder, len(order), workers=config.workers or default_workers(), progress=progress)
+    names = ["train", *(name for name, _ in config.splits)] if config.splits else [""]
+    split = split_of(digests, [share for _, share in config.splits])
+    rows = np.arange(len(order))
+    firsts = first_of_each(digests) if config.dedup else rows
+    Duplicates.of(firsts, split).write(folder)
+    kept = order[firsts[order] == order]
+    parts = [kept[split[kept] == number] for number in range(len(names))]
+    np.concatenate(parts).astype("<u8").tofile(folder / "order.bin")
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+    return [
+        Split(name=name, first=int(start), num_positions=len(part), shard_samples=1)
+        for name, start, part in zip(names, starts, parts, strict=False)
+    ]

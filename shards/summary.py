@@ -3,17 +3,16 @@
 import sys
 from pathlib import Path
 
-from shards.config import PackConfig
 from shards.manifest import Manifest
 
 __all__ = ["summarize"]
 
 
-def summarize(config: PackConfig, manifests: dict[str, Manifest]) -> int:
+def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> int:
     """Print what was packed and rejected; returns the exit status: 3 where too much was rejected."""
     for name, manifest in manifests.items():
         size = sum(shard.num_bytes for shard in manifest.shards)
-        folder = Path(config.out) / name
+        folder = Path(out) / name
         print(f"{folder}: {manifest.num_samples:,} images in {len(manifest.shards):,} shards, {_human(size)}", end="")
         print(f", {len(manifest.class_names):,} classes" if manifest.class_names else ", no labels")
         if manifest.outcomes:
@@ -28,11 +27,13 @@ def summarize(config: PackConfig, manifests: dict[str, Manifest]) -> int:
             reasons[reason] = reasons.get(reason, 0) + count
     tally = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
     print(f"  rejected {rejected:,} of {inputs:,} ({tally}): see rejected.jsonl")
-    if rejected <= config.max_rejected * inputs:
+    # Duplicates were left out on purpose.
+    rejected -= reasons.get("duplicate", 0)
+    if rejected <= max_rejected * inputs:
         return 0
     print(
         f"make-shards: {rejected / inputs:.1%} of the inputs were rejected, more than --max-rejected "
-        f"{config.max_rejected:.1%}: the shards are whole, but look at rejected.jsonl before you train on them",
+        f"{max_rejected:.1%}: the shards are whole, but look at rejected.jsonl before you train on them",
         file=sys.stderr,
     )
     return 3

@@ -3,8 +3,8 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from shards.files import publish, write_and_sync, write_atomically
 from shards.index import RECORD, SUFFIXES, Flag, npy_header
 from shards.manifest import ShardEntry
 from shards.plan import Plan, Task
+from shards.pool import Tick
 from shards.tar import TarWriter
 
-__all__ = ["KEY_DIGITS", "Workplace", "shard_stem", "write_shard"]
+__all__ = ["KEY_DIGITS", "Workplace", "WriteShard", "shard_stem"]
 
 KEY_DIGITS = 12
 
@@ -39,6 +40,8 @@ class Workplace:
     """Where the set (or each split's folder) appears."""
     work: Path
     """What packing keeps until it is finished."""
+    part: str = ""
+    """Sets the files that this process is writing apart from those of other parts of an array job."""
 
     @property
     def plan(self) -> Path:
@@ -48,7 +51,7 @@ class Workplace:
     @property
     def scratch(self) -> Path:
         """Files that are being written."""
-        return self.work / "scratch"
+        return self.work / f"scratch{self.part}"
 
     @property
     def done(self) -> Path:
@@ -102,7 +105,22 @@ class _Columns:
         }
 
 
-def write_shard(plan: Plan, task: Task, place: Workplace, config: EncodeConfig, tick: Callable[[], object]) -> None:
+@dataclass(frozen=True)
+class WriteShard:
+    """The job of writing one shard, for a worker process."""
+
+    place: Workplace
+    config: EncodeConfig
+
+    def __call__(self, task: Task, tick: Tick) -> None:
+        """Write a shard and the record that it is finished."""
+        _write_shard(_open(self.place.plan), task, self.place, self.config, tick)
+
+
+_open = lru_cache(maxsize=1)(Plan.open)
+
+
+def _write_shard(plan: Plan, task: Task, place: Workplace, config: EncodeConfig, tick: Tick) -> None:
     """Write a shard and the record that it is finished. Same plan, same bytes.
 
     Args:
@@ -125,7 +143,7 @@ def write_shard(plan: Plan, task: Task, place: Workplace, config: EncodeConfig, 
 
 
 def _write_files(
-    plan: Plan, task: Task, config: EncodeConfig, paths: dict[str, Path], tick: Callable[[], object]
+    plan: Plan, task: Task, config: EncodeConfig, paths: dict[str, Path], tick: Tick
 ) -> tuple[ShardEntry, list[dict[str, Any]]]:
     columns = _Columns()
     fd = os.open(paths[".tar"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -139,7 +157,7 @@ def _write_files(
                 columns.reject(position, source.describe(name), rejected)
             else:
                 _add_sample(tar, columns, position, image, label, source.describe(name))
-            tick()
+            tick(1)
         digests = {".tar": tar.finish()}
         os.fsync(fd)
     finally:

@@ -20,17 +20,18 @@ class FolderSource:
     """Every file below a folder. Links to folders are not followed; links to files only where they stay inside.
 
     Args:
-        path: the folder.
+        path: the folder, as the user wrote it.
+        root: the same from the root; found from `path` if empty.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, root: str = "") -> None:
         self.path = path
-        self._root = os.fsencode(path)
+        self._root = os.fsencode(root or os.path.abspath(path))  # noqa: PTH100 - links stay as they are
         self._real_root: bytes | None = None
 
     def spec(self) -> dict[str, Any]:
         """What `reopen_source` needs."""
-        return {"kind": "folder", "path": self.path}
+        return {"kind": "folder", "path": self.path, "root": os.fsdecode(self._root)}
 
     def inputs(self) -> Iterator[Input]:
         """List everything that is not a folder, sorted by name within each folder, subfolders after files."""
@@ -102,7 +103,7 @@ class FolderSource:
         if self._real_root is None:
             self._real_root = os.path.realpath(self._root)
         target = os.path.realpath(path)
-        if not target.startswith(self._real_root.rstrip(b"/") + b"/"):
+        if not (target + b"/").startswith(self._real_root.rstrip(b"/") + b"/"):
             raise Rejected("link leaves the source", printable(target))
         if os.path.isdir(target):  # noqa: PTH112
             raise Rejected("not a file", "a link to a folder")
@@ -110,4 +111,4 @@ class FolderSource:
 
     def describe(self, name: bytes) -> str:
         """Path of the file."""
-        return printable(self._root.rstrip(b"/") + b"/" + name)
+        return printable(os.fsencode(self.path).rstrip(b"/") + b"/" + name)

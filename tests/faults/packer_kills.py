@@ -1,0 +1,94 @@
+"""Kills a packing at each of its file operations in turn, and packs again; test_packer.py runs it.
+
+Usage: packer_kills.py SOURCE REFERENCE FOLDER [options of PackConfig as JSON]
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from shards.config import PackConfig
+from shards.pack import pack
+
+EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def kill_at(operation: int, below: str) -> None:
+    """Kill this process before its n-th operation on a file below a folder; a write is cut in half first."""
+    left = operation
+
+    def count() -> bool:
+        nonlocal left
+        left -= 1
+        return left == 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event in EVENTS and below in str(arguments[0]) and count():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    writev, fsync = os.writev, os.fsync
+
+    def half_writev(fd, buffers):
+        if count():
+            whole = b"".join(buffers)
+            os.write(fd, whole[: len(whole) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return writev(fd, buffers)
+
+    def no_fsync(fd):
+        if count():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return fsync(fd)
+
+    os.writev, os.fsync = half_writev, no_fsync
+    sys.addaudithook(hook)
+
+
+def run(config: PackConfig, operation: int | None) -> int:
+    """Wait status of a child that packs."""
+    child = os.fork()
+    if not child:
+        try:
+            if operation is not None:
+                kill_at(operation, config.out)
+            pack(config)
+        except BaseException as error:
+            print(f"operation {operation}: {error!r}", file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def main() -> None:
+    source, reference, folder = sys.argv[1:4]
+    options = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
+    out = Path(folder) / "out"
+    expected = contents(Path(reference))
+    config = PackConfig(sources=(source,), out=str(out), workers=1, **options)
+    operation = 0
+    while True:
+        operation += 1
+        status = run(config, operation)
+        found = (
+            {name: data for name, data in contents(out).items() if not name.startswith(".pack")} if out.exists() else {}
+        )
+        wrong = [name for name, data in found.items() if expected.get(name) != data]
+        assert not wrong, f"killed at operation {operation}: partial {wrong}"
+        if os.WIFEXITED(status):
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        assert os.WEXITSTATUS(run(config, None)) == 0, f"could not go on after a kill at operation {operation}"
+        assert contents(out) == expected, f"differs after a kill at operation {operation}"
+        shutil.rmtree(out)
+    print(operation - 1)
+
+
+if __name__ == "__main__":
+    main()
