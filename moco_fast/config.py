@@ -34,10 +34,15 @@ class ModelConfig:
     """Name of an encoder: one of moco_fast.encoders.ENCODERS, or any name that timm knows."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """`cifar`: a 3x3 first convolution with stride 1 and no pooling, for images of about 32 pixels."""
-    head: Literal["linear", "mlp"] = "mlp"
-    """Projection on top of the encoder: one linear layer (v1), or linear, ReLU, linear (v2)."""
+    head: Literal["linear", "mlp", "v3"] = "mlp"
+    """Projection on top of the encoder: one linear layer (v1); linear, ReLU, linear (v2); or MoCo v3's projector with
+    batch norm, and its predictor on top for queries."""
     dim: int = 128
     """Size of a query or key."""
+    mlp_dim: int = 4096
+    """`v3`: width of the hidden layers."""
+    freeze_patch_projection: bool = False
+    """Vision transformers: keep the patch projection as it was initialized (MoCo v3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,20 +50,32 @@ class MocoConfig:
     """The dictionary and the loss."""
 
     queue_size: int = 65536
-    """Keys in the dictionary (the paper's K)."""
+    """Keys in the dictionary (the paper's K); under `bank`, how many are drawn from it; unused under `batch`."""
     momentum: float = 0.999
     """Momentum of the key encoder (the paper's m)."""
     temperature: float = 0.2
     """Temperature of the softmax (the paper's tau)."""
+    momentum_schedule: Literal["constant", "cosine"] = "constant"
+    """`cosine`: m rises to 1 over the run (MoCo v3)."""
+    key_encoder: Literal["momentum", "query"] = "momentum"
+    """What makes keys: a slow copy of the query encoder, or the query encoder itself, with gradients (end-to-end)."""
+    dictionary: Literal["queue", "batch", "bank"] = "queue"
+    """What a query is told apart from: the keys of past batches, the other keys of the batch on all ranks, or a memory
+    bank with one key for every sample, which needs no key encoder."""
+    bank_momentum: float = 0.5
+    """`bank`: momentum with which a sample's key follows its queries."""
+    loss: Literal["one-sided", "symmetric", "v3"] = "one-sided"
+    """`symmetric`: each view is query and key once, and the two losses are added. `v3`: that, times 2 * temperature."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNormConfig:
     """How batch statistics are kept from leaking which key belongs to which query."""
 
-    policy: Literal["auto", "exchange", "virtual", "none"] = "auto"
+    policy: Literal["auto", "exchange", "virtual", "gather", "sync", "none"] = "auto"
     """`exchange`: keys are computed on other ranks' images (the paper's shuffling BN). `virtual`: one rank's batch is
-    split into groups with statistics of their own. `auto`: exchange on several ranks, virtual on one."""
+    split into groups with statistics of their own. `auto`: exchange on several ranks, virtual on one. `gather`: the
+    authors' way to shuffle, slower, for comparisons. `sync`: statistics of the whole global batch (MoCo v3)."""
     num_groups: int = 8
     """Groups of the `virtual` policy."""
 
@@ -67,18 +84,30 @@ class BatchNormConfig:
 class OptimConfig:
     """The optimizer and the learning rate over time."""
 
-    name: Literal["sgd"] = "sgd"
+    name: Literal["sgd", "lars", "adamw", "lamb"] = "sgd"
     """The optimizer."""
+    kernels: Literal["torch", "apex"] = "torch"
+    """`apex`: the fused kernels of NVIDIA's apex, which its container image brings; there is no LARS among them."""
     lr: float = 0.03
     """Peak learning rate, as it is used: nothing rescales it by the batch size."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD and LARS."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moments of AdamW and LAMB."""
+    trust: float = 0.001
+    """Trust coefficient of LARS."""
     weight_decay: float = 1e-4
-    """Weight decay on all parameters."""
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """Weight decay on all parameters; LARS leaves out biases and batch-norm scales, as MoCo v3 does."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient; a longer one is scaled down to it. Unset: no clipping."""
+    schedule: Literal["cosine", "step", "exponential", "constant"] = "cosine"
     """Learning rate over the run."""
     milestones: tuple[float, ...] = (0.6, 0.8)
     """`step`: shares of the run at which the learning rate drops to a tenth."""
+    decay: float = 0.9
+    """`exponential`: factor by which the learning rate drops each time."""
+    decay_every: float = 0.05
+    """`exponential`: share of the run between drops."""
     warmup: float = 0.0
     """Share of the run over which the learning rate rises from 0."""
     accumulate: int = 1
@@ -172,9 +201,13 @@ def validate(config: Config) -> None:
         "moco.queue_size": config.moco.queue_size,
         "moco.temperature": config.moco.temperature,
         "model.dim": config.model.dim,
+        "model.mlp_dim": config.model.mlp_dim,
         "bn.num_groups": config.bn.num_groups,
         "optim.lr": config.optim.lr,
         "optim.accumulate": config.optim.accumulate,
+        "optim.trust": config.optim.trust,
+        "optim.decay": config.optim.decay,
+        "optim.decay_every": config.optim.decay_every,
         "run.epochs": config.run.epochs,
         "run.timeout_s": config.run.timeout_s,
         "checkpoint.every_steps": config.checkpoint.every_steps,
@@ -189,12 +222,41 @@ def validate(config: Config) -> None:
             raise ValueError(f"--{_option(name)} is {value}, but must be above 0")
     if config.run.steps is not None and config.run.steps < 1:
         raise ValueError(f"--run.steps is {config.run.steps}, but a run takes at least one step")
-    if not 0 <= config.moco.momentum <= 1:
-        raise ValueError(f"--moco.momentum is {config.moco.momentum}, but a moving average needs a value from 0 to 1")
+    averages = {"moco.momentum": config.moco.momentum, "moco.bank_momentum": config.moco.bank_momentum}
+    for name, value in averages.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"--{_option(name)} is {value}, but a moving average needs a value from 0 to 1")
+    if config.optim.clip_norm is not None and not config.optim.clip_norm > 0:
+        raise ValueError(
+            f"--optim.clip-norm is {config.optim.clip_norm}, but must be above 0, or unset for no clipping"
+        )
+    _validate_mechanism(config)
     if not 0 < config.eval.crop <= 1:
         raise ValueError(f"--eval.crop is {config.eval.crop}, but must be a share of the image: above 0, at most 1")
     if not 0 <= config.optim.warmup < 1:
         raise ValueError(f"--optim.warmup is {config.optim.warmup}, but must be a share of the run from 0 to below 1")
+
+
+def _validate_mechanism(config: Config) -> None:
+    """Refuse parts of the method that do not go together."""
+    moco = config.moco
+    if moco.key_encoder == "query" and moco.dictionary != "batch":
+        raise ValueError(
+            f"--moco.key-encoder query trains through its keys, but --moco.dictionary {moco.dictionary} holds keys of "
+            "the past: use --moco.dictionary batch"
+        )
+    if moco.key_encoder == "query" and config.model.head == "v3":
+        raise ValueError(
+            "--model.head v3 has a predictor for queries alone, but with --moco.key-encoder query the "
+            "keys would pass it too: use --model.head mlp"
+        )
+    if moco.key_encoder == "query" and config.bn.policy == "gather":
+        raise ValueError("--bn.policy gather carries no gradients, which --moco.key-encoder query needs: use exchange")
+    if moco.dictionary == "bank" and moco.loss != "one-sided":
+        raise ValueError(
+            f"--moco.dictionary bank has one key for both views of a sample, so --moco.loss {moco.loss} would take it "
+            "in twice a step: use --moco.loss one-sided"
+        )
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -1,40 +1,74 @@
 """Optimizers, and their state as named tensors."""
 
-import torch
-from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from collections.abc import Iterator
+from typing import Any
 
+import torch
+from timm.optim.lamb import Lamb
+from timm.optim.lars import Lars
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from moco_fast.apex import apex_optimizer
 from moco_fast.config import OptimConfig
 
 __all__ = ["build_optimizer", "load_optimizer_tensors", "optimizer_tensors"]
 
 
 def build_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
-    """The optimizer of all parameters of `module` that take gradients, with torch's fused kernels.
+    """The optimizer of all parameters of `module` that take gradients.
+
+    SGD and AdamW are torch's with its fused kernels, LARS and LAMB are timm's, which handle all parameters at once too.
+    LARS neither decays nor adapts biases and scales, as MoCo v3's (whose trust ratio has |g + d w| where timm's has
+    |g| + d |w|; with v3's d of 1e-6 the two agree).
 
     Raises:
-        ValueError: an unknown optimizer.
+        ValueError: apex is asked for, but it is not there or has no such optimizer.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return SGD(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True)
+    if optim.kernels == "apex":
+        return apex_optimizer(parameters, optim)
+    match optim.name:
+        case "sgd":
+            return SGD(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True)
+        case "adamw":
+            return AdamW(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+        case "lamb":
+            # Clipping is a step of its own, for all optimizers.
+            options: dict[str, Any] = {"betas": optim.betas, "weight_decay": optim.weight_decay, "max_grad_norm": None}
+            return Lamb(parameters, lr=optim.lr, **options)
+        case "lars":
+            groups: list[dict[str, Any]] = [
+                {"params": [p for p in parameters if p.ndim > 1], "always_adapt": True},
+                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            ]
+            settings: dict[str, Any] = {"momentum": optim.momentum, "weight_decay": optim.weight_decay}
+            return Lars(groups, lr=optim.lr, trust_coeff=optim.trust, **settings)
 
 
-def _named_indices(optimizer: Optimizer, module: nn.Module) -> dict[int, str]:
-    """Place of each parameter in the optimizer's state dict -> its name in the module."""
+def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
+    """Name in the module of each parameter, in the order of the optimizer's state dict."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {index: names[id(parameter)] for index, parameter in enumerate(parameters)}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _group_steps(optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The parameter groups that count their steps (LAMB, apex), by a name for the count."""
+    for number, group in enumerate(optimizer.param_groups):
+        if "step" in group:
+            yield f"step/group {number}", group
 
 
 def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state as `<state>/<parameter's name>` -> tensor. Settings are left to the configuration."""
-    names = _named_indices(optimizer, module)
-    return {
+    names = _names(optimizer, module)
+    of_parameters = {
         f"{key}/{names[index]}": value
         for index, values in optimizer.state_dict()["state"].items()
         for key, value in values.items()
         if isinstance(value, Tensor)
     }
+    return of_parameters | {name: torch.as_tensor(group["step"]) for name, group in _group_steps(optimizer)}
 
 
 def load_optimizer_tensors(optimizer: Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -43,11 +77,16 @@ def load_optimizer_tensors(optimizer: Optimizer, module: nn.Module, tensors: dic
     Raises:
         ValueError: tensors of another optimizer or module.
     """
-    indices = {name: index for index, name in _named_indices(optimizer, module).items()}
+    indices = {name: index for index, name in enumerate(_names(optimizer, module))}
     parameters = dict(module.named_parameters())
+    groups = {f"group {number}": group for number, group in enumerate(optimizer.param_groups)}
     state: dict[int, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition("/")
+        if key == "step" and name in groups:
+            # apex counts in Python, timm in a tensor.
+            groups[name]["step"] = tensor.clone() if tensor.is_floating_point() else int(tensor)
+            continue
         if name not in indices:
             raise ValueError(
                 f"the optimizer's state has {full_name!r}, which this encoder lacks: load the run it is of"

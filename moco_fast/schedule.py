@@ -2,16 +2,17 @@
 
 import math
 
-from moco_fast.config import OptimConfig
+from moco_fast.config import MocoConfig, OptimConfig
 
-__all__ = ["lr_at"]
+__all__ = ["lr_at", "momentum_at"]
 
 
 def lr_at(step: int, num_steps: int, optim: OptimConfig) -> float:
     """Learning rate of optimizer step `step` (from 0) in a run of `num_steps`.
 
     A linear warm-up from 0 (MoCo v3), then the schedule: `cosine` from the peak to 0 over the steps that are left
-    (MoCo v2, there by epochs), `step` by a tenth at each milestone, a share of the whole run (MoCo v1), or `constant`.
+    (MoCo v2, there by epochs), `step` by a tenth at each milestone, a share of the whole run (MoCo v1), `exponential`
+    by a factor at regular intervals (MoCo v1 on a billion images), or `constant`.
     """
     warmup_steps = round(optim.warmup * num_steps)
     if step < warmup_steps:
@@ -22,5 +23,14 @@ def lr_at(step: int, num_steps: int, optim: OptimConfig) -> float:
             return optim.lr * (1 + math.cos(math.pi * progress)) / 2
         case "step":
             return optim.lr * 0.1 ** sum(step >= round(share * num_steps) for share in optim.milestones)
+        case "exponential":
+            return optim.lr * optim.decay ** (step // max(1, round(optim.decay_every * num_steps)))
         case "constant":
             return optim.lr
+
+
+def momentum_at(step: int, num_steps: int, moco: MocoConfig) -> float:
+    """The paper's m at optimizer step `step` (from 0): constant, or from `moco.momentum` to 1 by a cosine (MoCo v3)."""
+    if moco.momentum_schedule == "constant":
+        return moco.momentum
+    return 1 - (1 - moco.momentum) * (1 + math.cos(math.pi * step / num_steps)) / 2

@@ -1,3 +1,6 @@
+import sys
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -43,18 +46,137 @@ def test_frozen_parameters_are_left_out():
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
 
 
-def test_state_as_tensors_continues_bit_for_bit():
+STATES = {
+    "sgd": {"momentum_buffer"},
+    "lars": {"momentum_buffer"},
+    "adamw": {"exp_avg", "exp_avg_sq", "step"},
+    "lamb": {"exp_avg", "exp_avg_sq", "step"},
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_state_as_tensors_continues_bit_for_bit(name):
     module, other = model(0), model(1)
-    optimizer, other_optimizer = (build_optimizer(each, OptimConfig(lr=0.1)) for each in (module, other))
+    optim = OptimConfig(name=name, lr=0.1, weight_decay=0.01)
+    optimizer, other_optimizer = (build_optimizer(each, optim) for each in (module, other))
     train(module, optimizer, 3)
     tensors = optimizer_tensors(optimizer, module)
-    assert tensors.keys() == {f"momentum_buffer/{name}" for name, _ in module.named_parameters()}
+    assert {key.partition("/")[0] for key in tensors} == STATES[name]
+    assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
     other.load_state_dict(module.state_dict())
     load_optimizer_tensors(other_optimizer, other, {name: tensor.clone() for name, tensor in tensors.items()})
     train(module, optimizer, 3, seed=5)
     train(other, other_optimizer, 3, seed=5)
     for ours, theirs in zip(module.parameters(), other.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_state_is_laid_out_in_memory_as_its_parameter_is():
+    module = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(module, OptimConfig())
+    as_in_a_file = {"momentum_buffer/weight": torch.rand(4, 4, 3, 3)}
+    load_optimizer_tensors(optimizer, module, as_in_a_file)
+    loaded = optimizer.state[module.weight]["momentum_buffer"]
+    assert loaded.stride() == module.weight.stride()
+    assert torch.equal(loaded, as_in_a_file["momentum_buffer/weight"])
+
+
+def naive_lars(values, gradients, velocity, lr, momentum, weight_decay, trust):
+    """MoCo v3's optimizer in float64."""
+    for name, w in values.items():
+        update = gradients[name]
+        if w.ndim > 1:
+            update = update + weight_decay * w
+            norms = np.linalg.norm(w), np.linalg.norm(update)
+            update = update * (trust * norms[0] / norms[1] if min(norms) > 0 else 1)
+        velocity[name] = momentum * velocity[name] + update
+        values[name] = w - lr * velocity[name]
+
+
+@pytest.mark.parametrize("weight_decay", [1e-6, 0.0])
+def test_lars_is_v3s(weight_decay):
+    module = model()
+    optim = OptimConfig(name="lars", lr=2.0, momentum=0.9, weight_decay=weight_decay, trust=0.01)
+    optimizer = build_optimizer(module, optim)
+    values = {name: p.detach().numpy().astype(np.float64) for name, p in module.named_parameters()}
+    velocity = dict.fromkeys(values, 0.0)
+    for step in range(4):
+        gradients = {}
+        for number, (name, p) in enumerate(module.named_parameters()):
+            gradients[name] = np.random.default_rng([step, number]).standard_normal(p.shape)
+            p.grad = torch.tensor(gradients[name], dtype=torch.float32)
+        optimizer.step()
+        naive_lars(values, gradients, velocity, 2.0, 0.9, weight_decay, 0.01)
+    for name, p in module.named_parameters():
+        np.testing.assert_allclose(p.detach().numpy(), values[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_adamw_is_the_papers():
+    module = model()
+    optim = OptimConfig(name="adamw", lr=0.01, weight_decay=0.1)
+    optimizer = build_optimizer(module, optim)
+    w = {name: p.detach().numpy().astype(np.float64) for name, p in module.named_parameters()}
+    m, v = dict.fromkeys(w, 0.0), dict.fromkeys(w, 0.0)
+    for step in range(1, 4):
+        for name, p in module.named_parameters():
+            g = np.full(p.shape, 0.3 * step)
+            p.grad = torch.tensor(g, dtype=torch.float32)
+            m[name], v[name] = 0.9 * m[name] + 0.1 * g, 0.999 * v[name] + 0.001 * g**2
+            update = m[name] / (1 - 0.9**step) / (np.sqrt(v[name] / (1 - 0.999**step)) + 1e-8)
+            w[name] = w[name] * (1 - 0.01 * 0.1) - 0.01 * update
+        optimizer.step()
+    for name, p in module.named_parameters():
+        np.testing.assert_allclose(p.detach().numpy(), w[name], rtol=1e-4, atol=1e-6)
+
+
+def test_lamb_scales_each_layer_by_its_norm_and_does_not_clip_by_itself():
+    module = nn.Linear(3, 2, bias=False)
+    before = module.weight.detach().numpy().astype(np.float64)
+    optimizer = build_optimizer(module, OptimConfig(name="lamb", lr=0.1, weight_decay=0.02))
+    gradient = np.array([[5.0, -5.0, 5.0], [5.0, 5.0, -5.0]])
+    module.weight.grad = torch.tensor(gradient, dtype=torch.float32)
+    optimizer.step()
+    update = np.sign(gradient) + 0.02 * before
+    expected = before - 0.1 * np.linalg.norm(before) / np.linalg.norm(update) * update
+    np.testing.assert_allclose(module.weight.detach().numpy(), expected, rtol=1e-4)
+
+
+def install(folder, monkeypatch, files):
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+APEX = OptimConfig(kernels="apex", lr=0.1, momentum=0.8, weight_decay=0.05)
+
+
+def test_without_apex_the_way_to_it_is_told():
+    with pytest.raises(ValueError, match="NVIDIA's apex, which is not installed"):
+        build_optimizer(model(), APEX)
+
+
+def test_the_other_apex_is_told_apart(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, {"apex/__init__.py": ""})
+    with pytest.raises(ValueError, match="unrelated web toolkit"):
+        build_optimizer(model(), APEX)
+
+
+def test_apex_optimizers_get_our_settings(tmp_path, monkeypatch):
+    recorder = "def {0}(parameters, **settings):\n    return '{0}', len(parameters), settings\n"
+    source = "".join(recorder.format(name) for name in ("FusedSGD", "FusedAdam", "FusedLAMB"))
+    install(tmp_path, monkeypatch, {"apex/__init__.py": "", "apex/optimizers/__init__.py": source})
+    common = {"lr": 0.1, "weight_decay": 0.05}
+    assert build_optimizer(model(), APEX) == ("FusedSGD", 6, common | {"momentum": 0.8})
+    adam = ("FusedAdam", 6, common | {"betas": (0.9, 0.999), "adam_w_mode": True})
+    assert build_optimizer(model(), replace(APEX, name="adamw")) == adam
+    lamb = ("FusedLAMB", 6, common | {"betas": (0.9, 0.999), "max_grad_norm": float("inf")})
+    assert build_optimizer(model(), replace(APEX, name="lamb")) == lamb
+    with pytest.raises(ValueError, match="no LARS"):
+        build_optimizer(model(), replace(APEX, name="lars"))
 
 
 def test_state_of_another_encoder_is_refused():

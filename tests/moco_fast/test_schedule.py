@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moco_fast.config import OptimConfig
-from moco_fast.schedule import lr_at
+from moco_fast.config import MocoConfig, OptimConfig
+from moco_fast.schedule import lr_at, momentum_at
 
 
 def test_v1_drops_to_a_tenth_at_120_and_160_of_200_epochs():
@@ -28,8 +28,22 @@ def test_v3_warms_up_from_zero_then_follows_the_cosine_of_what_is_left():
     assert values[10:] == pytest.approx([1.2 * (1 + math.cos(math.pi * (step - 10) / 90)) for step in range(10, 100)])
 
 
+def test_a_billion_images_decay_by_a_tenth_every_62500_of_1250000_steps():
+    optim = OptimConfig(lr=0.12, schedule="exponential", decay=0.9, decay_every=0.05)
+    for step in (0, 62_499, 62_500, 125_000, 1_249_999):
+        assert lr_at(step, 1_250_000, optim) == pytest.approx(0.12 * 0.9 ** (step // 62_500))
+
+
+def test_v3_momentum_rises_to_one_by_a_cosine():
+    moco = MocoConfig(momentum=0.99, momentum_schedule="cosine")
+    values = [momentum_at(step, 100, moco) for step in range(101)]
+    assert values == pytest.approx([1 - 0.5 * (1 + math.cos(math.pi * i / 100)) * (1 - 0.99) for i in range(101)])
+    assert (values[0], values[100]) == (pytest.approx(0.99), 1)
+    assert momentum_at(50, 100, MocoConfig(momentum=0.999)) == 0.999
+
+
 @given(
-    schedule=st.sampled_from(["cosine", "step", "constant"]),
+    schedule=st.sampled_from(["cosine", "step", "exponential", "constant"]),
     warmup=st.floats(0, 1),
     num_steps=st.integers(1, 300),
 )

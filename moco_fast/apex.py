@@ -1,0 +1,47 @@
+"""NVIDIA's apex, where it is installed: the one file that knows it."""
+
+import importlib
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from moco_fast.config import OptimConfig
+
+__all__ = ["apex_optimizer"]
+
+
+def apex_optimizer(parameters: list[nn.Parameter], optim: OptimConfig) -> Optimizer:
+    """One of apex's fused optimizers, with the settings that `build_optimizer` gives torch's and timm's.
+
+    Raises:
+        ValueError: apex is not installed, or what is installed under its name is another package, or it has no such
+            optimizer.
+    """
+    if optim.name == "lars":
+        raise ValueError("--optim.kernels apex has no LARS: use --optim.kernels torch, whose LARS is fused too")
+    optimizers: Any = _import_optimizers()
+    common = {"lr": optim.lr, "weight_decay": optim.weight_decay}
+    match optim.name:
+        case "sgd":
+            return optimizers.FusedSGD(parameters, momentum=optim.momentum, **common)
+        case "adamw":
+            return optimizers.FusedAdam(parameters, betas=optim.betas, adam_w_mode=True, **common)
+        case "lamb":
+            # Clipping is a step of its own, for all optimizers; apex takes no "never".
+            return optimizers.FusedLAMB(parameters, betas=optim.betas, max_grad_norm=float("inf"), **common)
+
+
+def _import_optimizers() -> object:
+    if find_spec("apex") is None:
+        raise ValueError(
+            "--optim.kernels apex needs NVIDIA's apex, which is not installed: run in the container image that our "
+            "Dockerfile builds, or use --optim.kernels torch"
+        )
+    if find_spec("apex.optimizers") is None:
+        raise ValueError(
+            "--optim.kernels apex found PyPI's `apex`, an unrelated web toolkit, not NVIDIA's: pip uninstall apex, and "
+            "run in the container image that our Dockerfile builds, or use --optim.kernels torch"
+        )
+    return importlib.import_module("apex.optimizers")
