@@ -221,7 +221,9 @@ class Run:
             world_size=runtime.world_size,
         )
         self._write({"knn/top1": result.top1, "knn/num_bank": result.num_bank, "knn/num_queries": result.num_queries})
-        self._bar.write(f"step {self.progress.step}: kNN top-1 {100 * result.top1:.1f}%", file=sys.stderr)
+        if self._metrics is not None:
+            self._bar.write(f"step {self.progress.step}: kNN top-1 {100 * result.top1:.1f}%", file=sys.stderr)
+        self._bar.unpause()
 
     def save(self) -> None:
         """Write a checkpoint of the whole world; the first rank writes it.
