@@ -13,7 +13,7 @@ import tyro
 from moco_fast.config import Config, validate
 from moco_fast.presets import PRESETS
 
-__all__ = ["main", "parse"]
+__all__ = ["check", "is_first_rank", "main", "parse"]
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
@@ -28,12 +28,9 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         prog="moco_fast.train",
         description="Pretrain an image encoder without labels. Several processes: start it with `accelerate launch`.",
         args=argv,
-        console_outputs=_is_first_rank(),
+        console_outputs=is_first_rank(),
     )
-    validate(config)
-    for option, shards in (("--data.shards", config.data.shards), ("--eval.shards", config.eval.shards)):
-        if shards is not None and "://" not in shards and not (Path(shards) / "manifest.json").is_file():
-            raise ValueError(f"{option} {shards} has no manifest.json: give the folder that `make-shards pack` wrote")
+    check(config)
     return config
 
 
@@ -45,12 +42,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return train(config)
     except ValueError as error:
-        if _is_first_rank():
+        if is_first_rank():
             print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _is_first_rank() -> bool:
+def check(config: Config) -> None:
+    """Refuse what can be seen to be wrong without importing torch.
+
+    Raises:
+        ValueError: the options cannot work together, or a folder is not there.
+    """
+    validate(config)
+    for option, shards in (("--data.shards", config.data.shards), ("--eval.shards", config.eval.shards)):
+        if shards is not None and "://" not in shards and not (Path(shards) / "manifest.json").is_file():
+            raise ValueError(f"{option} {shards} has no manifest.json: give the folder that `make-shards pack` wrote")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks for all."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
