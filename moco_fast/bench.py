@@ -176,8 +176,8 @@ def verdict(result: BenchResult) -> str:
         return found + "on a CPU both share the cores, so less than the slower one alone is what to expect."
     if ratio < 1.0:
         return found + (
-            "bound by the loader. Pack with `make-shards pack --resize` if the images are much larger than the views, or "
-            "give each rank more CPUs."
+            "bound by the loader. Pack with `make-shards pack --resize` if the images are much larger than the views, "
+            "or give each rank more CPUs."
         )
     if result.overlap < 0.97:
         return found + (
