@@ -18,7 +18,8 @@ class PackCommand(PackConfig):
     """Pack images into shards. Interrupted, the same command goes on where it stopped."""
 
     sources: tyro.conf.Positional[tuple[str, ...]]
-    """Folders of images."""
+    """Folders, tar and zip archives, WebDataset shards, Parquet or Arrow files, lists (.txt, .csv, .tsv, .jsonl);
+    local, or s3:// gs:// az:// http(s):// addresses."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,15 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["EncodeConfig", "PackConfig"]
+__all__ = ["Columns", "EncodeConfig", "PackConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Names of the columns of lists and tables; unset: found by their usual names."""
+
+    image: str | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +41,18 @@ class PackConfig(EncodeConfig):
     """Which images, and how they are laid out in shards."""
 
     sources: tuple[str, ...]
-    """Folders of images."""
+    """Folders, tar and zip archives, WebDataset shards, Parquet or Arrow files, lists (.txt, .csv, .tsv, .jsonl);
+    local, or s3:// gs:// az:// http(s):// addresses."""
     out: str
     """Folder for the shards. Running the same command again continues an unfinished one."""
-    labels: Literal["auto", "none", "folder"] = "auto"
-    """`folder`: an image's label is the name of the folder that holds it. `auto`: so, if there are at least two."""
+    labels: Literal["auto", "none", "folder", "column"] = "auto"
+    """`folder`: an image's label is the name of the folder that holds it. `column`: the label that the source itself
+    carries: a list's or table's column, WebDataset's .cls. `auto`: the source's own, else the folder's, if there are at
+    least two."""
+    image_column: str | None = None
+    """Column of lists and tables that holds the image or its path; unset: found by its usual names."""
+    label_column: str | None = None
+    """Column of lists and tables that holds the label; unset: found by its usual names."""
     shuffle: bool = True
     """Shuffle all inputs together before they are cut into shards."""
     seed: int = 0
@@ -63,7 +78,7 @@ class PackConfig(EncodeConfig):
     def __post_init__(self) -> None:
         """Refuse what cannot work, before any work starts."""
         if not self.sources:
-            raise ValueError("no SOURCE: name at least one folder of images")
+            raise ValueError("no SOURCE: name at least one folder, archive, table or list of images")
         for name, least in (
             ("shard_samples", 1),
             ("shard_bytes", 1 << 16),
@@ -114,6 +129,10 @@ class PackConfig(EncodeConfig):
     def split_names(self) -> list[str]:
         """Folders below OUT; empty for OUT itself."""
         return ["train", *(name for name, _ in self.splits)] if self.splits else [""]
+
+    def columns(self) -> Columns:
+        """Which columns of lists and tables are meant."""
+        return Columns(image=self.image_column, label=self.label_column)
 
     def settings(self) -> dict[str, Any]:
         """The options that decide what the shards hold: a resumed or finished set must have the same."""

@@ -1,6 +1,7 @@
 """The pass over the content of all inputs: what decides splits, and which inputs are the same image twice."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,10 +10,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shards.errors import Rejected
 from shards.plan import Plan
 from shards.pool import Tick, run_tasks
 from shards.progress import Progress
+from shards.reading import read_inputs
 
 __all__ = ["DIGEST", "digest_contents", "first_of_each", "split_of"]
 
@@ -31,14 +32,13 @@ class _DigestRows:
     def __call__(self, start: int, tick: Tick) -> NDArray[np.void]:
         plan = _open(self.folder)
         digests = np.zeros(min(_ROWS_A_TASK, plan.num_inputs - start), dtype=DIGEST)
-        for i, (source, name, offset, size, _) in enumerate(plan.inputs(plan.listed(start, start + len(digests)))):
-            try:
-                value = xxhash.xxh3_128_intdigest(source.read(name, offset, size))
-                digests[i] = (value >> 64, value & 0xFFFFFFFFFFFFFFFF)
-            except Rejected:
-                # Packing will meet it again and write down why.
-                pass
-            tick(1)
+        with closing(read_inputs(plan, plan.listed(start, start + len(digests)))) as inputs:
+            for i, item in enumerate(inputs):
+                # What cannot be read is met again when packing, and written down then.
+                if isinstance(item.data, bytes):
+                    value = xxhash.xxh3_128_intdigest(item.data)
+                    digests[i] = (value >> 64, value & 0xFFFFFFFFFFFFFFFF)
+                tick(1)
         return digests
 
 

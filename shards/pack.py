@@ -43,7 +43,7 @@ def pack(config: PackConfig, progress: Progress | None = None) -> dict[str, Mani
     if not place.work.exists():
         # A mistyped source should not leave a folder behind.
         for path in config.sources:
-            open_source(path)
+            open_source(path, config.columns())
     place.work.mkdir(parents=True, exist_ok=True)
     if config.part is not None:
         return _pack_part(config, place, progress)

@@ -120,6 +120,11 @@ class Plan:
         """Rows of the table."""
         return len(self._rows)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading any of the sources waits for a network."""
+        return any(self.source(number).is_remote for number in range(len(self.source_specs)))
+
     def tasks(self) -> list[Task]:
         """Every shard of the plan, in order."""
         return [Task(split=s, shard=i) for s, split in enumerate(self.splits) for i in range(split.num_shards)]
@@ -162,7 +167,7 @@ class Plan:
     def source(self, number: int) -> Source:
         """One of the plan's sources, opened once a process."""
         if number not in self._sources:
-            self._sources[number] = reopen_source(self.source_specs[number])
+            self._sources[number] = reopen_source(self.source_specs[number], self.folder)
         return self._sources[number]
 
 

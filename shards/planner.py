@@ -1,6 +1,8 @@
 """Lists the sources and fixes the plan."""
 
 import shutil
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from shards.files import sync_file, sync_folder
 from shards.plan import ROW, ClassTable, Duplicates, Header, Plan, Split, TableWriter, Task, shuffled
 from shards.pool import default_workers
 from shards.progress import Progress
-from shards.sources import Source, open_source
+from shards.reading import read_inputs
+from shards.sources import Input, Source, open_source
 
 __all__ = ["make_plan"]
 
@@ -30,7 +33,7 @@ def make_plan(config: PackConfig, folder: Path, progress: Progress) -> Plan:
         ValueError: a source is not there, or is empty.
         PackError: a source cannot be listed.
     """
-    sources = [open_source(path) for path in config.sources]
+    sources = [open_source(path, config.columns()) for path in config.sources]
     building = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -54,15 +57,31 @@ def make_plan(config: PackConfig, folder: Path, progress: Progress) -> Plan:
     return Plan.open(folder)
 
 
+def _own_or_folder(item: Input) -> str | int | None:
+    return item.folder if item.label is None else item.label
+
+
+_LABEL_OF: dict[str, Callable[[Input], str | int | None]] = {
+    "auto": _own_or_folder,
+    "folder": lambda item: item.folder,
+    "column": lambda item: item.label,
+}
+
+
 def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progress: Progress) -> tuple[str, ...]:
     """Write rows.bin and names.bin; returns the class names."""
     classes = ClassTable()
-    labelled = config.labels != "none"
+    labelled, pick = config.labels != "none", _LABEL_OF.get(config.labels, _own_or_folder)
     with TableWriter(folder) as table, progress.stage("listing", unit=" inputs") as tick:
+        # The list grows while it is walked: by the archives that folders hold.
         for number, source in enumerate(sources):
-            for name, label, offset, size in source.inputs():
-                table.add(number, classes.number(label) if labelled else -1, name, offset, size)
-                tick(1)
+            for item in source.inputs(folder / f"spool-{number}"):
+                if isinstance(item, Input):
+                    label = classes.number(pick(item)) if labelled else -1
+                    table.add(number, label, item.name, item.offset, item.size)
+                    tick(1)
+                else:
+                    sources.append(item)
     if not table.num_rows:
         raise ValueError(f"no files in {', '.join(config.sources)}: is this the right folder?")
     class_names, final = classes.resolve(need_two=config.labels == "auto")
@@ -79,12 +98,12 @@ def _samples_for(config: PackConfig, plan: Plan) -> int:
     num_inputs = plan.num_inputs
     probed = np.unique(np.linspace(0, num_inputs - 1, min(_PROBED, num_inputs)).astype(np.int64))
     total = 0
-    for source, name, offset, size, _ in plan.inputs(plan.rows(Task(split=0, shard=0))[probed]):
-        try:
-            data = encode(source.read(name, offset, size), config).data
-        except Rejected:
-            continue
-        total += len(data) + 1536
+    with closing(read_inputs(plan, plan.rows(Task(split=0, shard=0))[probed])) as inputs:
+        for item in inputs:
+            # What cannot be packed takes no room.
+            with suppress(Rejected):
+                if isinstance(item.data, bytes):
+                    total += len(encode(item.data, config).data) + 1536
     mean = max(1, total // len(probed))
     return int(min(_MOST_SAMPLES, max(1, config.shard_bytes // mean), num_inputs))
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from shards.index import RECORD, SUFFIXES, Flag, npy_header
 from shards.manifest import ShardEntry
 from shards.plan import Plan, Task
 from shards.pool import Tick
+from shards.reading import read_inputs
 from shards.tar import TarWriter
 
 __all__ = ["KEY_DIGITS", "Workplace", "WriteShard", "shard_stem"]
@@ -149,15 +151,17 @@ def _write_files(
     fd = os.open(paths[".tar"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
         tar = TarWriter(fd)
-        inputs = plan.inputs(plan.rows(task))
-        for position, (source, name, offset, size, label) in zip(plan.positions(task), inputs, strict=True):
-            try:
-                image = encode(source.read(name, offset, size), config)
-            except Rejected as rejected:
-                columns.reject(position, source.describe(name), rejected)
-            else:
-                _add_sample(tar, columns, position, image, label, source.describe(name))
-            tick(1)
+        with closing(read_inputs(plan, plan.rows(task))) as inputs:
+            for position, (source, name, label, data) in zip(plan.positions(task), inputs, strict=True):
+                try:
+                    if isinstance(data, Rejected):
+                        raise data
+                    image = encode(data, config)
+                except Rejected as rejected:
+                    columns.reject(position, source.describe(name), rejected)
+                else:
+                    _add_sample(tar, columns, position, image, label, source.describe(name))
+                tick(1)
         digests = {".tar": tar.finish()}
         os.fsync(fd)
     finally:

@@ -3,17 +3,19 @@
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from shards.errors import PackError, Rejected
-from shards.sources.base import Input, printable
+from shards.sources.base import Columns, Input, Source, nested_source, printable
 
-__all__ = ["FolderSource"]
+__all__ = ["FolderSource", "read_file"]
 
 # These say something about the disk or the network, not about one file.
 _SOURCE_IS_GONE = frozenset({errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV})
 _MAX_FILE_BYTES = 1 << 30
+_NESTED = (b".tar", b".gz", b".tgz", b".bz2", b".xz", b".zip", b".parquet", b".arrow")
 
 
 class FolderSource:
@@ -21,11 +23,15 @@ class FolderSource:
 
     Args:
         path: the folder, as the user wrote it.
+        columns: for tables among the files.
         root: the same from the root; found from `path` if empty.
     """
 
-    def __init__(self, path: str, root: str = "") -> None:
+    is_remote = False
+
+    def __init__(self, path: str, columns: Columns | None = None, root: str = "") -> None:
         self.path = path
+        self._columns = columns or Columns()
         self._root = os.fsencode(root or os.path.abspath(path))  # noqa: PTH100 - links stay as they are
         self._real_root: bytes | None = None
 
@@ -33,8 +39,13 @@ class FolderSource:
         """What `reopen_source` needs."""
         return {"kind": "folder", "path": self.path, "root": os.fsdecode(self._root)}
 
-    def inputs(self) -> Iterator[Input]:
-        """List everything that is not a folder, sorted by name within each folder, subfolders after files."""
+    def inputs(self, spool: Path) -> Iterator[Input | Source]:
+        """List everything that is not a folder, sorted by name within each folder, subfolders after files.
+
+        Archives and tables among the files are sources of their own.
+        """
+        del spool
+        nested: list[Source] = []
         folders = [b""]
         while folders:
             folder = folders.pop()
@@ -53,50 +64,31 @@ class FolderSource:
             label = os.fsdecode(folder.rpartition(b"/")[2]) or None
             prefix = folder + b"/" if folder else b""
             for name in files:
-                yield Input(prefix + name, label)
+                source = self._nested(prefix + name) if name.lower().endswith(_NESTED) else None
+                if source is None:
+                    yield Input(prefix + name, label)
+                else:
+                    nested.append(source)
             subfolders.sort(reverse=True)
             folders += [prefix + name for name in subfolders]
+        yield from nested
+
+    def _nested(self, name: bytes) -> Source | None:
+        # A link may lead out of the folder; like any link, it is looked at when it is read.
+        if os.path.islink(os.path.join(self._root, name)):  # noqa: PTH114, PTH118
+            return None
+        return nested_source(os.path.join(self.path, os.fsdecode(name)), self._columns)  # noqa: PTH118
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:
         """Bytes of a file; `offset` and `size` are not used."""
         del offset, size
         path = self._root + b"/" + name
         try:
-            return self._read(path)
-        except OSError as error:
-            if error.errno in _SOURCE_IS_GONE or not os.path.isdir(self._root):  # noqa: PTH112
-                raise PackError(
-                    f"cannot read {printable(path)} ({error.strerror}): is {self.path} still there?"
-                ) from error
-            raise Rejected("unreadable", error.strerror or str(error)) from None
-
-    def _read(self, path: bytes) -> bytes:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer.
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
-        try:
-            fd = os.open(path, flags)
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                fd = os.open(self._resolve(path), flags)
-            elif error.errno == errno.ENXIO:
-                raise Rejected("not a file", "a socket or a device") from None
-            else:
-                raise
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise Rejected("not a file", stat.filemode(status.st_mode))
-            if status.st_size > _MAX_FILE_BYTES:
-                raise Rejected("too many bytes", f"{status.st_size} bytes, more than {_MAX_FILE_BYTES}")
-            data = os.read(fd, status.st_size + 1) if status.st_size else b""
-            while len(data) < status.st_size:
-                more = os.read(fd, status.st_size - len(data))
-                if not more:
-                    raise Rejected("unreadable", "changed while it was read")
-                data += more
-            return data
-        finally:
-            os.close(fd)
+            return read_file(path, follow=self._resolve)
+        except Rejected as rejected:
+            if rejected.reason == "unreadable" and not os.path.isdir(self._root):  # noqa: PTH112
+                raise PackError(f"cannot read {printable(path)}: is {self.path} still there?") from None
+            raise
 
     def _resolve(self, path: bytes) -> bytes:
         """Where a link leads, if that is inside the source."""
@@ -112,3 +104,55 @@ class FolderSource:
     def describe(self, name: bytes) -> str:
         """Path of the file."""
         return printable(os.fsencode(self.path).rstrip(b"/") + b"/" + name)
+
+
+def read_file(path: bytes, *, follow: Callable[[bytes], bytes] = os.path.realpath) -> bytes:
+    """Bytes of a regular file.
+
+    Args:
+        path: absolute.
+        follow: where a link leads, or Rejected.
+
+    Raises:
+        Rejected: no regular file, or it cannot be read.
+        PackError: the disk or the network fails.
+    """
+    try:
+        return _read_whole(_open(path, follow))
+    except OSError as error:
+        if error.errno in _SOURCE_IS_GONE:
+            raise PackError(
+                f"cannot read {printable(path)} ({error.strerror}): mend this and run the same command again"
+            ) from error
+        raise Rejected("unreadable", error.strerror or str(error)) from None
+
+
+def _open(path: bytes, follow: Callable[[bytes], bytes]) -> int:
+    # O_NONBLOCK: opening a FIFO must not wait for a writer.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return os.open(follow(path), flags)
+        if error.errno == errno.ENXIO:
+            raise Rejected("not a file", "a socket or a device") from None
+        raise
+
+
+def _read_whole(fd: int) -> bytes:
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise Rejected("not a file", stat.filemode(status.st_mode))
+        if status.st_size > _MAX_FILE_BYTES:
+            raise Rejected("too many bytes", f"{status.st_size} bytes, more than {_MAX_FILE_BYTES}")
+        data = os.read(fd, status.st_size) if status.st_size else b""
+        while len(data) < status.st_size:
+            more = os.read(fd, status.st_size - len(data))
+            if not more:
+                raise Rejected("unreadable", "changed while it was read")
+            data += more
+        return data
+    finally:
+        os.close(fd)

@@ -1,0 +1,147 @@
+"""A list of images: text, CSV, TSV or JSON lines, or a bucket's CSV inventory."""
+
+import csv
+import gzip
+import io
+import json
+import os
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, cast
+from urllib.parse import unquote
+
+from shards.errors import PackError, Rejected
+from shards.sources.base import Columns, Input, Source, printable
+from shards.sources.folder import read_file
+from shards.storage import SeekableFile, is_url, open_bytes, open_folder, split_url
+
+__all__ = ["ListSource"]
+
+_PATHS = ("path", "file", "filename", "file_name", "image", "image_path", "filepath", "url", "key")
+_LABELS = ("label", "class", "target", "class_name", "category", "label_name")
+
+
+class ListSource:
+    """Images that a list names, each by a path (absolute, or relative to the list) or a URL.
+
+    Args:
+        path: path or URL of the list.
+        columns: which columns hold path and label.
+        root: absolute path, for other processes.
+        is_remote: some of the images are not on this machine.
+    """
+
+    def __init__(
+        self, path: str, columns: Columns | None = None, root: str = "", is_remote: bool | None = None
+    ) -> None:
+        self.path = path
+        self._columns = columns or Columns()
+        self._root = root or (path if is_url(path) else os.path.abspath(path))  # noqa: PTH100
+        self._base = split_url(self._root)[0]
+        self.is_remote = is_url(self._base) if is_remote is None else is_remote
+
+    def spec(self) -> dict[str, Any]:
+        """What `reopen_source` needs."""
+        return {"kind": "list", "path": self.path, "root": self._root, "is_remote": self.is_remote}
+
+    def inputs(self, spool: Path) -> Iterator[Input | Source]:
+        """List what the list names, in its order."""
+        del spool
+        try:
+            raw: IO[bytes] = io.BufferedReader(SeekableFile(open_bytes(self._root)))
+            if self._root.lower().endswith(".gz"):
+                raw = cast("IO[bytes]", gzip.GzipFile(fileobj=raw))
+            with raw:
+                for path, label in self._entries(raw):
+                    self.is_remote = self.is_remote or is_url(path)
+                    folder = path.rpartition("/")[0].rpartition("/")[2] or None
+                    yield Input(path.encode("utf-8", "surrogateescape"), folder, label)
+        except (OSError, EOFError, csv.Error, UnicodeDecodeError) as error:
+            raise PackError(f"cannot read {self.path} to its end: {error}") from error
+
+    def _entries(self, raw: IO[bytes]) -> Iterator[tuple[str, str | int | None]]:
+        kind = self.path.lower().removesuffix(".gz").rpartition(".")[2]
+        text = io.TextIOWrapper(cast("Any", raw), encoding="utf-8", errors="surrogateescape", newline="")
+        if kind == "jsonl":
+            return self._json_entries(text)
+        if kind == "txt":
+            return _text_entries(text)
+        return self._csv_entries(csv.reader(text, delimiter="\t" if kind == "tsv" else ","))
+
+    def _json_entries(self, text: Iterator[str]) -> Iterator[tuple[str, str | int | None]]:
+        for number, line in enumerate(text, 1):
+            if not line.strip():
+                continue
+            try:
+                values: Any = json.loads(line)
+                names = list(cast("dict[str, Any]", values))
+            except (ValueError, TypeError):
+                raise PackError(f"{self.path}, line {number}: not a JSON object") from None
+            path, label = self._find(names)
+            if path is None:
+                raise PackError(f"{self.path}, line {number}: has no {_wanted(self._columns.image, _PATHS)}")
+            value = values.get(label) if label is not None else None
+            yield str(values[path]), value if isinstance(value, str | int) else None
+
+    def _csv_entries(self, rows: Iterator[list[str]]) -> Iterator[tuple[str, str | int | None]]:
+        first: list[str] = next(rows, list[str]())
+        path, label = self._find(first)
+        if path is not None:
+            at, label_at = first.index(path), None if label is None else first.index(label)
+        elif self._columns.image is not None:
+            raise PackError(f"{self.path} has no column {self._columns.image!r}: it has {', '.join(first)}")
+        elif self.path.startswith("s3://") and len(first) >= 2 and "/" not in first[0] and "." in first[1]:
+            # An inventory has no head line: bucket, key (quoted as in URLs), and whatever else was asked for.
+            for bucket, key, *_ in chain([first], rows):
+                yield f"s3://{bucket}/{unquote(key)}", None
+            return
+        else:
+            at, label_at = 0, 1 if len(first) > 1 else None
+            if first:
+                yield first[0], None if label_at is None else _number_or_name(first[1])
+        for row in rows:
+            if row:
+                yield row[at], None if label_at is None or label_at >= len(row) else _number_or_name(row[label_at])
+
+    def _find(self, names: list[str]) -> tuple[str | None, str | None]:
+        """Columns of path and label among some names."""
+        path = next((n for n in ([self._columns.image] if self._columns.image else _PATHS) if n in names), None)
+        label = next((n for n in ([self._columns.label] if self._columns.label else _LABELS) if n in names), None)
+        return path, label
+
+    def read(self, name: bytes, offset: int, size: int) -> bytes:
+        """Bytes of an image."""
+        del offset, size
+        path = os.fsdecode(name)
+        if not is_url(path) and not is_url(self._base):
+            return read_file(os.fsencode(os.path.join(self._base, path)))  # noqa: PTH118
+        url = path if is_url(path) else f"{self._base}/{path}"
+        folder, base = split_url(url)
+        try:
+            return open_folder(folder).read(base)
+        except FileNotFoundError:
+            raise Rejected("unreadable", "no such object") from None
+        except ValueError as error:
+            if isinstance(error, PackError):
+                raise
+            raise Rejected("unreadable", str(error)) from None
+
+    def describe(self, name: bytes) -> str:
+        """The list's entry."""
+        return printable(name)
+
+
+def _wanted(chosen: str | None, usual: tuple[str, ...]) -> str:
+    return repr(chosen) if chosen else f"path: looked for {', '.join(usual)}; name it with --image-column"
+
+
+def _number_or_name(text: str) -> str | int | None:
+    return int(text) if text.isdecimal() else text or None
+
+
+def _text_entries(text: Iterator[str]) -> Iterator[tuple[str, str | int | None]]:
+    for line in text:
+        path, tab, label = line.rstrip("\r\n").partition("\t")
+        if path:
+            yield path, _number_or_name(label) if tab else None
