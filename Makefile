@@ -15,7 +15,7 @@ HAS_GPU = $(shell $(VENV)/bin/python -c 'import torch; print("yes" if torch.cuda
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup demo test format lock gpu-check image clean \
-	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint demo-steps
+	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint demo-steps gpu-tests gpu-figures
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -72,14 +72,18 @@ lock: setup ## Resolve pyproject.toml anew into requirements.lock
 
 # No set-up: machines that have a GPU often have their own Python and torch, and no network.
 gpu-check: ## GPU tests and figures into build/gpu-check; DEVICE=cpu for a small version
-	DEVICE=$(DEVICE) $(CHECK_PYTHON) -m pytest -m gpu tests/gpu
-	$(CHECK_PYTHON) benchmarks/gpu_check.py --device $(DEVICE) --out $(OUT)
+	@$(MAKE) --no-print-directory --keep-going gpu-tests gpu-figures \
+		GPU_PYTHON=$(if $(wildcard $(VENV)/bin/python),python,$(or $(PYTHON),python3))
 
-gpu-check: CHECK_PYTHON = $(if $(wildcard $(VENV)/bin/python),python,$(or $(PYTHON),python3))
+gpu-tests:
+	DEVICE=$(DEVICE) $(GPU_PYTHON) -m pytest -m gpu tests/gpu --junitxml $(OUT)/tests.xml
+
+gpu-figures:
+	$(GPU_PYTHON) benchmarks/gpu_check.py --device $(DEVICE) --out $(OUT)
 
 image: ## Build the Docker image (docs/docker.md)
 	docker build --tag moco-fast --build-arg REVISION=$$(git rev-parse HEAD) \
 		--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' moco_fast/__init__.py) .
 
 clean: ## Remove what the commands above made, but not .venv nor your runs
-	rm -rf demo build dist .coverage .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf demo build dist .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis .import_linter_cache
