@@ -6,6 +6,7 @@ of the image. So keys are computed among other samples than their queries. A pol
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, Protocol, cast
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as _CudaSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from moco_fast import distributed
@@ -26,9 +28,11 @@ __all__ = [
     "VirtualGroups",
     "average_batch_statistics",
     "build_policy",
+    "convert_batch_norm",
     "exchange_group",
     "resolve_policy",
     "use_group_statistics",
+    "use_statistics_of_all_ranks",
 ]
 
 
@@ -45,7 +49,7 @@ class KeyPolicy(Protocol):
 
 
 class Together:
-    """Keys are computed on their queries' batch: what the paper warns of, and right for encoders without batch norm."""
+    """Keys are computed on their queries' batch: right if there is no batch norm, or a synchronized one."""
 
     def shuffle(self, images: Tensor) -> Tensor:
         """The images as they are."""
@@ -153,7 +157,7 @@ def exchange_group(local_world_size: int, *, smallest: int = 4) -> dist.ProcessG
 
 
 def build_policy(bn: BatchNormConfig, *, batch_size: int, local_world_size: int) -> KeyPolicy:
-    """The policy that the configuration names, checked against the world; `virtual` leaves encoders to be converted.
+    """The policy that the configuration names, checked against the world; see also `convert_batch_norm`.
 
     Args:
         bn: the configuration; `auto` is `exchange` on several ranks and `virtual` on one.
@@ -165,8 +169,10 @@ def build_policy(bn: BatchNormConfig, *, batch_size: int, local_world_size: int)
     """
     world_size = distributed.world_size()
     match resolve_policy(bn):
-        case "none":
+        case "none" | "sync":
             return Together()
+        case "gather":
+            return Gather()
         case "virtual":
             if world_size > 1:
                 raise ValueError(
@@ -183,7 +189,7 @@ def build_policy(bn: BatchNormConfig, *, batch_size: int, local_world_size: int)
             return Exchange(group)
 
 
-def resolve_policy(bn: BatchNormConfig) -> Literal["exchange", "virtual", "none"]:
+def resolve_policy(bn: BatchNormConfig) -> Literal["exchange", "virtual", "gather", "sync", "none"]:
     """`bn.policy`, with `auto` decided."""
     if bn.policy != "auto":
         return bn.policy
@@ -225,26 +231,49 @@ def batch_norm_in_groups(layer: _BatchNorm, inputs: Tensor, num_groups: int) -> 
     return torch.cat(outputs)
 
 
-class _GroupStatistics(_BatchNorm):
-    """Mixed in before a batch norm: groups in training, the layer itself in evaluation."""
+def batch_norm_over_ranks(layer: _BatchNorm, inputs: Tensor) -> Tensor:
+    """Batch norm with statistics of all ranks' batches, which must be equally large: (B, C, ...) -> (B, C, ...)."""
+    assert layer.momentum is not None, "cumulative averages are not supported"
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+    running_mean, running_var = layer.running_mean, layer.running_var
+    if inputs.is_cuda:
+        parts = (inputs, layer.weight, layer.bias, running_mean, running_var, layer.eps, layer.momentum)
+        return _CudaSyncBatchNorm.apply(*parts, dist.group.WORLD, distributed.world_size())
+    num_ranks, axes = distributed.world_size(), [axis for axis in range(inputs.ndim) if axis != 1]
+    of_channel = [1, -1] + [1] * (inputs.ndim - 2)
+    values = inputs.float()
+    mean = distributed.sum_over_ranks(values.mean(axes)) / num_ranks
+    centred = values - mean.view(of_channel)
+    variance = distributed.sum_over_ranks(centred.square().mean(axes)) / num_ranks
+    if running_mean is not None and running_var is not None:
+        count = num_ranks * inputs.numel() / inputs.shape[1]
+        running_mean.lerp_(mean.detach(), layer.momentum)
+        running_var.lerp_(variance.detach() * (count / (count - 1)), layer.momentum)
+    outputs = centred * (variance + layer.eps).rsqrt().view(of_channel)
+    if layer.affine:
+        outputs = outputs * layer.weight.view(of_channel) + layer.bias.view(of_channel)
+    return outputs.to(inputs.dtype)
 
-    num_groups: int
+
+class _OtherStatistics(_BatchNorm):
+    """Mixed in before a kind of batch norm: other statistics in training, the layer itself in evaluation."""
+
+    normalize: Callable[[_BatchNorm, Tensor], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name is torch's)
-        if not self.training:
-            return super().forward(input)
-        return batch_norm_in_groups(self, input, self.num_groups)
+        return self.normalize(self, input) if self.training else super().forward(input)
 
 
-class _GroupBatchNorm1d(_GroupStatistics, nn.BatchNorm1d):
+class _OtherBatchNorm1d(_OtherStatistics, nn.BatchNorm1d):
     pass
 
 
-class _GroupBatchNorm2d(_GroupStatistics, nn.BatchNorm2d):
+class _OtherBatchNorm2d(_OtherStatistics, nn.BatchNorm2d):
     pass
 
 
-class _GroupBatchNormAct2d(_GroupStatistics, BatchNormAct2d):
+class _OtherBatchNormAct2d(_OtherStatistics, BatchNormAct2d):
     drop: nn.Module
     act: nn.Module
 
@@ -253,11 +282,20 @@ class _GroupBatchNormAct2d(_GroupStatistics, BatchNormAct2d):
         return self.act(self.drop(outputs)) if self.training else outputs
 
 
-_IN_GROUPS: dict[type[nn.Module], type[_GroupStatistics]] = {
-    nn.BatchNorm1d: _GroupBatchNorm1d,
-    nn.BatchNorm2d: _GroupBatchNorm2d,
-    BatchNormAct2d: _GroupBatchNormAct2d,
+_CONVERTED: dict[type[nn.Module], type[_OtherStatistics]] = {
+    nn.BatchNorm1d: _OtherBatchNorm1d,
+    nn.BatchNorm2d: _OtherBatchNorm2d,
+    BatchNormAct2d: _OtherBatchNormAct2d,
 }
+
+
+def convert_batch_norm(encoder: nn.Module, bn: BatchNormConfig) -> None:
+    """Give the encoder the batch statistics that the policy needs, in place; most policies need none but its own."""
+    policy = resolve_policy(bn)
+    if policy == "virtual":
+        use_group_statistics(encoder, bn.num_groups)
+    elif policy == "sync" and distributed.world_size() > 1:
+        use_statistics_of_all_ranks(encoder)
 
 
 def use_group_statistics(encoder: nn.Module, num_groups: int) -> None:
@@ -268,16 +306,28 @@ def use_group_statistics(encoder: nn.Module, num_groups: int) -> None:
     Raises:
         ValueError: a kind of batch norm that we cannot convert.
     """
+    _convert(encoder, partial(batch_norm_in_groups, num_groups=num_groups))
+
+
+def use_statistics_of_all_ranks(encoder: nn.Module) -> None:
+    """Make every batch norm of `encoder` normalize by statistics of the global batch (SyncBN), in place.
+
+    Works on the CPU too, and with timm's layers, unlike torch's own conversion. See `use_group_statistics`.
+    """
+    _convert(encoder, batch_norm_over_ranks)
+
+
+def _convert(encoder: nn.Module, normalize: Callable[[_BatchNorm, Tensor], Tensor]) -> None:
     for name, layer in encoder.named_modules():
         if not isinstance(layer, _BatchNorm):
             continue
-        if type(layer) not in _IN_GROUPS:
+        if type(layer) not in _CONVERTED:
             raise ValueError(
-                f"{name} is a {type(layer).__name__}, for which there are no virtual groups: choose another encoder, "
-                "or several ranks and the exchange policy"
+                f"{name} is a {type(layer).__name__}, which knows neither virtual groups nor synchronized statistics: "
+                "choose another encoder, or several ranks and the exchange policy"
             )
-        layer.__class__ = _IN_GROUPS[type(layer)]
-        cast("_GroupStatistics", layer).num_groups = num_groups
+        layer.__class__ = _CONVERTED[type(layer)]
+        cast("_OtherStatistics", layer).normalize = normalize
 
 
 def average_batch_statistics(encoder: nn.Module) -> None:

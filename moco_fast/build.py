@@ -3,20 +3,25 @@
 Encoders know no rank, device or precision: all of that is applied here, from outside.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from moco_fast.batchnorm import build_policy, resolve_policy, use_group_statistics
+from moco_fast.batchnorm import build_policy, convert_batch_norm
 from moco_fast.config import Config
+from moco_fast.dictionary import Batch, MemoryBank, build_dictionary
 from moco_fast.distributed import broadcast_
 from moco_fast.encoders import Encoder, build_encoder
+from moco_fast.keys import BankKeys, MomentumKeys, QueryKeys
 from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.optim import build_optimizer
 from moco_fast.queue import Queue
 from moco_fast.runtime import Runtime
 from moco_fast.step import TrainStep
 from pipelines.loader import Loader, open_loader
+from shards import ShardSet
 
 __all__ = ["Parts", "build"]
 
@@ -26,8 +31,10 @@ class Parts:
     """What a run trains and feeds; `train_step` is built of the rest."""
 
     query: Encoder
-    key: Encoder
-    queue: Queue
+    key: nn.Module
+    """The key encoder; empty where keys are made without one."""
+    queue: Queue | Batch | MemoryBank
+    """The dictionary; most often a queue."""
     optimizer: torch.optim.Optimizer
     train_step: TrainStep
     loader: Loader
@@ -45,37 +52,25 @@ def build(config: Config, runtime: Runtime) -> Parts:
             f"--data.batch-size {config.data.batch_size} does not divide among {runtime.world_size} ranks: "
             f"take a multiple of {runtime.world_size}"
         )
-    policy = build_policy(
-        config.bn,
-        batch_size=config.data.batch_size // runtime.world_size,
-        local_world_size=runtime.local_world_size,
-    )
     torch.manual_seed(config.run.seed)
     query = build_encoder(config.model)
-    if resolve_policy(config.bn) == "virtual":
-        use_group_statistics(query, config.bn.num_groups)
+    convert_batch_norm(query, config.bn)
     query.to(runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     broadcast_([*query.parameters(), *query.buffers()])
-    key = copy_as_key_encoder(query)
-    queue = Queue(config.model.dim, config.moco.queue_size, torch.Generator().manual_seed(config.run.seed))
-    queue.to(runtime.device)
+    dictionary = build_dictionary(
+        config.moco,
+        config.model.dim,
+        num_samples=ShardSet.open(config.data.shards).num_samples,
+        seed=config.run.seed,
+        available_bytes=_available_bytes(runtime.device),
+    ).to(runtime.device)
     optimizer = build_optimizer(query, config.optim)
-    momentum_update = MomentumUpdate(query, key)
+    has_key_encoder = config.moco.key_encoder == "momentum" and config.moco.dictionary != "bank"
+    key = copy_as_key_encoder(query) if has_key_encoder else nn.Module()
     if runtime.compile:
         query.compile()
         key.compile()
-    train_step = TrainStep(
-        query=runtime.wrap_model(query),
-        key=key,
-        momentum_update=momentum_update,
-        queue=queue,
-        policy=policy,
-        optimizer=runtime.wrap_optimizer(optimizer),
-        temperature=config.moco.temperature,
-        autocast=runtime.autocast,
-        backward=runtime.backward,
-        unscale=runtime.unscale,
-    )
+    train_step = _build_step(config, runtime, query, key, dictionary, optimizer)
     loader = open_loader(
         config.data,
         config.views,
@@ -89,9 +84,51 @@ def build(config: Config, runtime: Runtime) -> Parts:
     return Parts(
         query=query,
         key=key,
-        queue=queue,
+        queue=dictionary,
         optimizer=optimizer,
         train_step=train_step,
         loader=loader,
         num_steps=num_steps,
     )
+
+
+def _build_step(
+    config: Config,
+    runtime: Runtime,
+    query: Encoder,
+    key: nn.Module,
+    dictionary: Queue | Batch | MemoryBank,
+    optimizer: torch.optim.Optimizer,
+) -> TrainStep:
+    policy = build_policy(
+        config.bn,
+        batch_size=config.data.batch_size // runtime.world_size,
+        local_world_size=runtime.local_world_size,
+    )
+    wrapped = runtime.wrap_model(query)
+    if isinstance(dictionary, MemoryBank):
+        keys = BankKeys(dictionary)
+    elif isinstance(key, Encoder):
+        keys = MomentumKeys(key, MomentumUpdate(query, key), policy, runtime.autocast)
+    else:
+        keys = QueryKeys(wrapped, policy, runtime.autocast)
+    return TrainStep(
+        query=wrapped,
+        keys=keys,
+        dictionary=dictionary,
+        optimizer=runtime.wrap_optimizer(optimizer),
+        temperature=config.moco.temperature,
+        symmetric=config.moco.loss != "one-sided",
+        loss_scale=2 * config.moco.temperature if config.moco.loss == "v3" else 1.0,
+        clip_norm=config.optim.clip_norm,
+        autocast=runtime.autocast,
+        backward=runtime.backward,
+        unscale=runtime.unscale,
+    )
+
+
+def _available_bytes(device: torch.device) -> int:
+    """Memory that is free on a GPU, or all that this machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

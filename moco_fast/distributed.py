@@ -1,12 +1,22 @@
 """The few collectives of a run; in a single process they do what a world of one rank would."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_gather_rows", "average_", "broadcast_", "exchange_rows", "is_distributed", "rank", "world_size"]
+__all__ = [
+    "all_gather_rows",
+    "average_",
+    "broadcast_",
+    "exchange_rows",
+    "is_distributed",
+    "rank",
+    "sum_over_ranks",
+    "world_size",
+]
 
 # The new name of torch 2.13, which warns of the old one.
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -27,23 +37,66 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if is_distributed() else 1
 
 
-def all_gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """(B, ...) of every rank -> (W * B, ...), in the order of ranks; without gradient. B must be equal on all ranks."""
-    if world_size(group) == 1:
-        return rows.detach()
-    gathered = rows.new_empty((world_size(group) * len(rows), *rows.shape[1:]))
-    _all_gather_into(gathered, rows.detach().contiguous(), group=group)
-    return gathered
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """(B, ...) of every rank -> (W * B, ...), in the order of ranks, with gradient. B must be equal on all ranks."""
+    return rows if world_size() == 1 else _AllGatherRows.apply(rows)  # pyright: ignore[reportReturnType]
+
+
+class _AllGatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:  # noqa: ARG004
+        gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
+        _all_gather_into(gathered, rows.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004
+        # Every rank's loss depends on these rows: their gradients add up.
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total.view(world_size(), -1, *total.shape[1:])[rank()]
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of every rank's tensor, with gradient: that of a rank's tensor is the sum of all ranks' gradients."""
+    return values if world_size() == 1 else _SumOverRanks.apply(values)  # pyright: ignore[reportReturnType]
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total
 
 
 def exchange_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Part j of rank i's rows becomes part i of rank j's: (B, ...) -> (B, ...), its own inverse.
 
-    The rows are cut into as many equal parts as the group has ranks. Keeps the memory format; sends (W - 1) / W of the
-    rows' bytes from each rank.
+    The rows are cut into as many equal parts as the group has ranks. Keeps the memory format and carries gradients;
+    sends (W - 1) / W of the rows' bytes from each rank.
     """
-    if world_size(group) == 1:
-        return rows
+    return rows if world_size(group) == 1 else _ExchangeRows.apply(rows, group)  # pyright: ignore[reportReturnType]
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return _exchange(rows, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _exchange(grads[0], ctx.group), None
+
+
+def _exchange(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     # A channels_last batch is exchanged as it lies in memory, rows outermost.
     channels_last = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last)
     as_stored = rows.permute(0, 2, 3, 1) if channels_last else rows.contiguous()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["feature_std", "info_nce"]
+__all__ = ["feature_std", "info_nce", "info_nce_in_batch"]
 
 
 def info_nce(queries: Tensor, keys: Tensor, dictionary: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -36,6 +36,34 @@ def info_nce(queries: Tensor, keys: Tensor, dictionary: Tensor, temperature: flo
             "similarity_positive": positives.mean() * temperature,
             # The mean over all pairs is the product of the means.
             "similarity_negative": queries.mean(dim=0) @ dictionary.mean(dim=0),
+        }
+    return loss, watched
+
+
+def info_nce_in_batch(
+    queries: Tensor, candidates: Tensor, first: int, temperature: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """InfoNCE whose negatives are the other keys of the batch (MoCo v3, equation 1; v1's end-to-end mechanism).
+
+    Args:
+        queries: (B, D) float32 unit vectors.
+        candidates: (K, D) float32 unit vectors, the keys of all ranks.
+        first: row of the first query's own key; the others follow.
+        temperature: divides the similarities.
+
+    Returns:
+        As `info_nce`.
+    """
+    logits = (queries / temperature) @ candidates.T  # (B, K)
+    own = torch.arange(first, first + len(queries), device=queries.device)  # (B,)
+    loss = F.cross_entropy(logits, own)
+    with torch.no_grad():
+        positives = (queries * candidates[own]).sum(dim=1)  # (B,)
+        sum_of_all = (queries.sum(dim=0) @ candidates.sum(dim=0)) - positives.sum()
+        watched = {
+            "accuracy": (logits.argmax(dim=1) == own).float().mean(),
+            "similarity_positive": positives.mean(),
+            "similarity_negative": sum_of_all / (len(queries) * max(1, len(candidates) - 1)),
         }
     return loss, watched
 

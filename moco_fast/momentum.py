@@ -11,12 +11,13 @@ __all__ = ["MomentumUpdate", "copy_as_key_encoder"]
 
 
 def copy_as_key_encoder(query: Encoder) -> Encoder:
-    """The key encoder at the start: the query encoder's weights and buffers, float32, without gradient.
+    """The key encoder at the start: the query encoder without predictor, the same weights, float32, no gradient.
 
     Take it after the query encoder's weights, memory format and batch-norm policy are settled: the fused update needs
     equal strides.
     """
     key = copy.deepcopy(query)
+    key.predictor = None
     return key.requires_grad_(False)
 
 

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moco_fast.distributed import all_gather_rows
+from moco_fast.loss import info_nce
+
 __all__ = ["Queue"]
 
 
@@ -23,6 +26,15 @@ class Queue(nn.Module):
         self.register_buffer("keys", F.normalize(torch.randn(size, dim, generator=generator)))
         # On the device with the keys: enqueueing then neither waits for the device nor depends on the host.
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    def contrast(self, queries: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tell each query's own key from those in the queue: see `info_nce`."""
+        return info_nce(queries, keys, self.keys, temperature)
+
+    @torch.no_grad()
+    def take_in(self, queries: Tensor, keys: Tensor, index: Tensor) -> None:  # noqa: ARG002
+        """Enqueue the keys (B, D) of every rank."""
+        self.enqueue(all_gather_rows(keys))
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""One optimizer step of momentum contrast (MoCo v1, algorithm 1)."""
+"""One optimizer step of momentum contrast (MoCo v1, algorithm 1; MoCo v3, algorithm 1)."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,12 +9,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from moco_fast.batchnorm import KeyPolicy
-from moco_fast.distributed import all_gather_rows
+from moco_fast.dictionary import Dictionary
 from moco_fast.encoders import normalize_images
-from moco_fast.loss import feature_std, info_nce
-from moco_fast.momentum import MomentumUpdate
-from moco_fast.queue import Queue
+from moco_fast.keys import KeySource
+from moco_fast.loss import feature_std
 from pipelines.batch import TwoViewBatch
 
 __all__ = ["TrainStep"]
@@ -25,12 +23,13 @@ class TrainStep:
 
     Args:
         query: the query encoder as it is called: itself, or wrapped in DistributedDataParallel or by accelerate.
-        key: the key encoder, from `copy_as_key_encoder`, on the same device.
-        momentum_update: of the bare query encoder and `key`.
-        queue: on the same device, and the same on all ranks.
-        policy: where keys are computed.
+        keys: where keys come from.
+        dictionary: what queries are told apart from; on the same device, and the same on all ranks.
         optimizer: of the query encoder's parameters.
         temperature: of the loss.
+        symmetric: add the loss with the views' roles exchanged.
+        loss_scale: multiplies the loss (2 * temperature in MoCo v3).
+        clip_norm: largest norm of the gradient; None: any.
         autocast: makes the context that chooses the encoders' precision.
         backward: backpropagates a loss (and scales it, if float16 needs that).
         unscale: divides gradients by what `backward` scaled them with.
@@ -40,22 +39,20 @@ class TrainStep:
         self,
         *,
         query: nn.Module,
-        key: nn.Module,
-        momentum_update: MomentumUpdate,
-        queue: Queue,
-        policy: KeyPolicy,
+        keys: KeySource,
+        dictionary: Dictionary,
         optimizer: Optimizer,
         temperature: float,
+        symmetric: bool = False,
+        loss_scale: float = 1.0,
+        clip_norm: float | None = None,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         backward: Callable[[Tensor], object] = Tensor.backward,
         unscale: Callable[[Optimizer], object] = lambda _: None,
     ):
-        self._query, self._key = query, key
-        self._momentum_update = momentum_update
-        self._queue = queue
-        self._policy = policy
-        self._optimizer = optimizer
-        self._temperature = temperature
+        self._query, self._keys, self._dictionary, self._optimizer = query, keys, dictionary, optimizer
+        self._temperature, self._symmetric, self._loss_scale = temperature, symmetric, loss_scale
+        self._clip_norm = clip_norm
         self._autocast, self._backward, self._unscale = autocast, backward, unscale
 
     def __call__(self, batches: Sequence[TwoViewBatch], *, lr: float, momentum: float) -> dict[str, Tensor]:
@@ -67,33 +64,51 @@ class TrainStep:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._momentum_update(momentum)
-        watched = [self._accumulate(batch, 1 / len(batches), batch is batches[-1]) for batch in batches]
+        self._keys.advance(momentum)
+        watched = [self._accumulate(batch, 1 / len(batches), last=batch is batches[-1]) for batch in batches]
         self._unscale(self._optimizer)
-        grad_norm = nn.utils.get_total_norm([p.grad for p in self._query.parameters() if p.grad is not None])
+        grad_norm = self._clip_gradient()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        means = {name: torch.stack([each[name] for each in watched]).mean() for name in watched[0]}
-        return means | {"grad_norm": grad_norm}
+        return _mean(watched) | {"grad_norm": grad_norm}
 
-    def _accumulate(self, batch: TwoViewBatch, weight: float, last: bool) -> dict[str, Tensor]:
+    def _accumulate(self, batch: TwoViewBatch, weight: float, *, last: bool) -> dict[str, Tensor]:
         """Add `weight` times the gradient of one batch; gradients are averaged over ranks in the last one only."""
-        with torch.no_grad(), self._autocast():
-            shuffled = self._key(normalize_images(self._policy.shuffle(batch.view_k)))
-            keys = self._policy.unshuffle(F.normalize(shuffled.float()))
-            # Gathered here, so that no collective of ours meets the gradients' in the backward pass.
-            keys_of_all_ranks = all_gather_rows(keys)
-        with self._gradients_averaged(last):
-            with self._autocast():
-                queries = self._query(normalize_images(batch.view_q))
-            # In float32: in half precision, the length of a short vector would round to zero.
-            queries = F.normalize(queries.float())
-            loss, watched = info_nce(queries, keys, self._queue.keys, self._temperature)
-            self._backward(loss * weight)
-        self._queue.enqueue(keys_of_all_ranks)
-        return watched | {"loss": loss.detach(), "feature_std": feature_std(queries)}
+        directions = [(batch.view_q, batch.view_k), (batch.view_k, batch.view_q)][: 1 + self._symmetric]
+        outcomes = []
+        for number, (view_q, view_k) in enumerate(directions, start=1):
+            with self._averaging(last and number == len(directions)):
+                keys = self._keys(view_k, batch.index)
+                with self._autocast():
+                    queries = self._query(normalize_images(view_q))
+                # In float32: in half precision, the length of a short vector would round to zero.
+                queries = F.normalize(queries.float())
+                loss, watched = self._dictionary.contrast(queries, keys, self._temperature)
+                loss = loss * self._loss_scale
+                self._backward(loss * weight)
+            outcomes.append((queries.detach(), keys.detach(), watched, loss.detach()))
+        # Both directions are told apart from the same dictionary.
+        for queries, keys, _, _ in outcomes:
+            self._dictionary.take_in(queries, keys, batch.index)
+        watched = _mean([watched | {"feature_std": feature_std(queries)} for queries, _, watched, _ in outcomes])
+        return watched | {"loss": torch.stack([loss for *_, loss in outcomes]).sum()}
 
-    def _gradients_averaged(self, last: bool) -> AbstractContextManager[object]:
-        if last or not isinstance(self._query, DistributedDataParallel):
+    def _averaging(self, wanted: bool) -> AbstractContextManager[object]:
+        """Let the backward pass average gradients over ranks, or let them pile up on each."""
+        if wanted or not isinstance(self._query, DistributedDataParallel):
             return nullcontext()
         return self._query.no_sync()
+
+    def _clip_gradient(self) -> Tensor:
+        """Scale the gradient down to the largest norm allowed; return its norm before."""
+        parameters = [parameter for parameter in self._query.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if self._clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+        return norm
+
+
+def _mean(watched: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(watched) == 1:
+        return watched[0]
+    return {name: torch.stack([each[name] for each in watched]).mean() for name in watched[0]}

@@ -60,11 +60,42 @@ def test_average_and_broadcast_over_dtypes(run_ranks):
         assert torch.equal(floats, torch.zeros(2))
 
 
+def gradients(kind):
+    """Each rank's loss weighs the result by its own number; the gradient must be that of the sum over ranks."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    rows = (torch.arange(2.0 * world_size)[:, None] + 10 * rank).requires_grad_()
+    operation = getattr(distributed, kind)
+    result = operation(rows)
+    weights = torch.arange(len(result) * 1.0)[:, None] + 100 * rank
+    (result * weights).sum().backward()
+    return result.detach(), rows.grad
+
+
+def weights_by_rank(world_size, num_rows):
+    return [torch.arange(num_rows * 1.0)[:, None] + 100 * rank for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_gradients_flow_back_through_collectives_to_the_rows_owner(run_ranks, world_size):
+    num_rows = 2 * world_size
+    for rank, (_, grad) in enumerate(run_ranks(gradients, "all_gather_rows", world_size=world_size)):
+        total = sum(weights_by_rank(world_size, num_rows * world_size))
+        assert torch.equal(grad, total[rank * num_rows : (rank + 1) * num_rows])
+    results = run_ranks(gradients, "sum_over_ranks", world_size=world_size)
+    expected = sum(torch.arange(num_rows * 1.0)[:, None] + 10 * rank for rank in range(world_size))
+    for result, grad in results:
+        assert torch.equal(result, expected)
+        assert torch.equal(grad, sum(weights_by_rank(world_size, num_rows)))
+    weights = weights_by_rank(world_size, num_rows)
+    for rank, (_, grad) in enumerate(run_ranks(gradients, "exchange_rows", world_size=world_size)):
+        for owner in range(world_size):
+            assert torch.equal(grad[2 * owner : 2 * owner + 2], weights[owner][2 * rank : 2 * rank + 2])
+
+
 def test_a_single_process_is_a_world_of_one():
     rows = torch.rand(4, 2, requires_grad=True)
-    gathered = distributed.all_gather_rows(rows)
-    assert torch.equal(gathered, rows)
-    assert not gathered.requires_grad
+    assert torch.equal(distributed.all_gather_rows(rows), rows)
+    assert torch.equal(distributed.sum_over_ranks(rows), rows)
     assert torch.equal(distributed.exchange_rows(rows), rows)
     before = rows.detach().clone()
     distributed.average_([rows])

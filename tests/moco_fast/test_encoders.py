@@ -24,7 +24,8 @@ def test_parameter_counts_are_the_papers(name, millions):
 )
 def test_output_shapes(name):
     encoder = build_encoder(ModelConfig(encoder=name, dim=16))
-    images = torch.zeros(2, 3, 64, 64)
+    size = 224 if name.startswith("vit") else 64
+    images = torch.zeros(2, 3, size, size)
     assert encoder.backbone(images).shape == (2, encoder.feature_dim)
     assert encoder(images).shape == (2, 16)
     assert {key.split(".")[0] for key in encoder.state_dict()} == {"backbone", "head"}
@@ -78,7 +79,7 @@ def test_every_parameter_is_initialized_as_the_authors_are(name, stem):
     assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in encoder.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet18_quarter", "resnet26", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("name", ["resnet18_quarter", "resnet26", "vit_tiny_patch16_224", "vit_small"])
 def test_no_parameter_is_left_as_memory_held_it(monkeypatch, name):
     made = []
 
@@ -92,10 +93,59 @@ def test_no_parameter_is_left_as_memory_held_it(monkeypatch, name):
 
     original = nn.Parameter.__new__
     monkeypatch.setattr(nn.Parameter, "__new__", poisoned)
-    encoder = build_encoder(ModelConfig(encoder=name, head="mlp"))
+    encoder = build_encoder(ModelConfig(encoder=name, head="v3", mlp_dim=8))
     assert len(made) >= len(list(encoder.parameters()))
     left = [key for key, parameter in encoder.named_parameters() if not parameter.isfinite().all()]
     assert not left
+
+
+def layers_of(module):
+    def describe(layer):
+        if isinstance(layer, nn.Linear):
+            return f"{layer.in_features}-{layer.out_features}{'' if layer.bias is None else ' with bias'}"
+        if isinstance(layer, nn.BatchNorm1d):
+            return f"norm {layer.num_features}{'' if layer.affine else ' without scale'}"
+        return type(layer).__name__
+
+    return [describe(layer) for layer in module]
+
+
+def test_v3_heads_are_the_authors():
+    options = {"head": "v3", "dim": 8, "mlp_dim": 16}
+    resnet = build_encoder(ModelConfig(encoder="resnet18_quarter", **options))
+    assert layers_of(resnet.head) == ["128-16", "norm 16", "ReLU", "16-8", "norm 8 without scale"]
+    assert layers_of(resnet.predictor) == ["8-16", "norm 16", "ReLU", "16-8"]
+    vit = build_encoder(ModelConfig(encoder="vit_tiny_patch16_224", **options))
+    hidden = ["norm 16", "ReLU"]
+    assert layers_of(vit.head) == ["192-16", *hidden, "16-16", *hidden, "16-8", "norm 8 without scale"]
+    assert layers_of(vit.predictor) == ["8-16", *hidden, "16-8", "norm 8 without scale"]
+    images = torch.rand(4, 3, 32, 32)
+    expected = resnet.predictor(resnet.head(resnet.backbone(images)))
+    torch.testing.assert_close(resnet(images), expected)
+    assert "predictor.0.weight" in resnet.state_dict()
+
+
+def test_v3_transformers_have_fixed_positions_and_xavier_weights():
+    vit = ENCODERS["vit_small"]()
+    assert vit.blocks[0].attn.num_heads == 12
+    assert not vit.pos_embed.requires_grad
+    positions = vit.pos_embed[0]
+    assert (positions[0] == 0).all()
+    assert len({tuple(row.tolist()) for row in positions[1:]}) == 196
+    np.testing.assert_allclose(positions[1:].square().sum(1), 192, rtol=1e-5)  # sine^2 + cosine^2 of 192 frequencies
+    attention, patches = vit.blocks[3].attn.qkv, vit.patch_embed.proj
+    assert attention.weight.abs().max().item() == pytest.approx((6 / (384 + 384)) ** 0.5, rel=1e-3)
+    assert patches.weight.abs().max().item() == pytest.approx((6 / (3 * 256 + 384)) ** 0.5, rel=1e-3)
+    assert all((layer.bias == 0).all() for layer in (attention, patches))
+    assert vit.cls_token.std().item() == pytest.approx(1e-6, rel=0.2)
+
+
+def test_the_patch_projection_can_be_frozen():
+    vit = build_encoder(ModelConfig(encoder="vit_tiny_patch16_224", freeze_patch_projection=True))
+    frozen = {name for name, parameter in vit.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"}
+    with pytest.raises(ValueError, match="no vision transformer"):
+        build_encoder(ModelConfig(encoder="resnet18", freeze_patch_projection=True))
 
 
 def test_same_seed_same_weights():

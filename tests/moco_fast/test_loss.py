@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moco_fast.loss import feature_std, info_nce
+from moco_fast.loss import feature_std, info_nce, info_nce_in_batch
 
 shapes = {"batch": st.integers(1, 7), "size": st.integers(1, 20), "dim": st.integers(2, 9)}
 
@@ -54,6 +54,35 @@ def test_info_nce_equals_the_authors_cross_entropy_in_float32():
     torch.testing.assert_close(loss, reference, rtol=1e-6, atol=1e-6)
     ours, theirs = (torch.autograd.grad(each, queries)[0] for each in (loss, reference))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+@given(
+    batch=st.integers(1, 6),
+    world_size=st.integers(1, 4),
+    dim=st.integers(2, 9),
+    temperature=st.floats(0.05, 2),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_info_nce_in_batch_is_the_papers_with_the_other_keys_as_dictionary(batch, world_size, dim, temperature, seed):
+    queries, candidates = unit(seed, batch, dim), unit(seed + 1, batch * world_size, dim)
+    rank = seed % world_size
+    tensor, keys = torch.tensor(queries, requires_grad=True), torch.tensor(candidates, requires_grad=True)
+    loss, watched = info_nce_in_batch(tensor, keys, rank * batch, temperature)
+    loss.backward()
+    losses, gradients, hits, negatives = [], [], [], []
+    for row, q in enumerate(queries):
+        own = rank * batch + row
+        others = np.delete(candidates, own, axis=0)
+        value, gradient, picks = naive_info_nce(q[None], candidates[own : own + 1], others, temperature)
+        losses.append(value)
+        gradients.append(gradient[0] / batch)
+        hits.append(picks[0] == 0)
+        negatives.extend(others @ q)
+    np.testing.assert_allclose(loss.item(), np.mean(losses), rtol=1e-9, atol=1e-8)
+    np.testing.assert_allclose(tensor.grad.numpy(), np.stack(gradients), rtol=1e-7, atol=1e-7)
+    assert keys.grad.abs().sum() > 0 or len(candidates) == 1
+    np.testing.assert_allclose(watched["accuracy"], np.mean(hits), rtol=1e-6)
+    np.testing.assert_allclose(watched["similarity_negative"], np.mean(negatives or [0]), atol=1e-12)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

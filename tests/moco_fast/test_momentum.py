@@ -55,6 +55,17 @@ def test_the_copy_starts_equal_takes_no_gradient_and_shares_nothing():
     assert query.state_dict().keys() == key.state_dict().keys()
 
 
+def test_the_predictor_is_the_querys_alone():
+    query = build_encoder(ModelConfig(encoder="resnet18_quarter", head="v3", dim=4, mlp_dim=8))
+    key = copy_as_key_encoder(query)
+    assert key.predictor is None
+    assert query.predictor is not None
+    with torch.no_grad():
+        query.head[0].weight.add_(1)
+    MomentumUpdate(query, key)(0.0)
+    assert torch.equal(key.head[0].weight, query.head[0].weight)
+
+
 def test_buffers_stay_each_encoders_own():
     query, key = pair()
     query.backbone.bn1.running_mean.fill_(3.0)

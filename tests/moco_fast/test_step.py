@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from moco_fast import distributed
 from moco_fast.batchnorm import Exchange, Gather, Together, VirtualGroups, use_group_statistics
 from moco_fast.config import ModelConfig, OptimConfig
 from moco_fast.encoders import build_encoder, normalize_images
+from moco_fast.keys import MomentumKeys
 from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from moco_fast.queue import Queue
@@ -48,19 +50,20 @@ def make_batch(step, rank):
     return TwoViewBatch(view_q=view(0), view_k=view(1), index=torch.arange(BATCH), label=none)
 
 
-def make_step(policy, num_groups=1, wrap=lambda query: query):
+def make_step(policy, num_groups=1, wrap=lambda query: query, autocast=nullcontext, **options):
     query, key, queue = make_parts(num_groups)
     optimizer = build_optimizer(query, OPTIM)
+    keys = MomentumKeys(key, MomentumUpdate(query, key), policy, autocast)
     step = TrainStep(
         query=wrap(query),
-        key=key,
-        momentum_update=MomentumUpdate(query, key),
-        queue=queue,
-        policy=policy,
+        keys=keys,
+        dictionary=queue,
         optimizer=optimizer,
         temperature=TEMPERATURE,
+        autocast=autocast,
+        **options,
     )
-    return SimpleNamespace(query=query, key=key, queue=queue, step=step)
+    return SimpleNamespace(query=query, key=key, queue=queue, optimizer=optimizer, step=step)
 
 
 def result_of(parts, watched):
@@ -223,15 +226,14 @@ def test_a_saved_state_continues_bit_for_bit():
         parts.step([make_batch(step, 0)], lr=0.1, momentum=MOMENTUM)
     for name in ("query", "key", "queue"):
         getattr(fresh, name).load_state_dict(copy.deepcopy(getattr(parts, name).state_dict()))
-    load_optimizer_tensors(fresh.step._optimizer, fresh.query, optimizer_tensors(parts.step._optimizer, parts.query))
+    load_optimizer_tensors(fresh.optimizer, fresh.query, optimizer_tensors(parts.optimizer, parts.query))
     for step in range(2, 4):
         ours, theirs = (each.step([make_batch(step, 0)], lr=0.1, momentum=MOMENTUM) for each in (parts, fresh))
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_half_precision_keeps_the_key_encoder_and_the_loss_in_float32():
-    parts = make_step(Together())
-    parts.step._autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    parts = make_step(Together(), autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     full = make_step(Together())
     watched, reference = (each.step([make_batch(0, 0)], lr=0.1, momentum=MOMENTUM) for each in (parts, full))
     assert {p.dtype for p in parts.key.parameters()} == {torch.float32}

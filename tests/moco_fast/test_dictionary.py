@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moco_fast import distributed
+from moco_fast.config import MocoConfig
+from moco_fast.dictionary import Batch, MemoryBank, build_dictionary
+from moco_fast.loss import info_nce, info_nce_in_batch
+from moco_fast.queue import Queue
+
+
+def unit(seed, *shape):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def make_bank(num_samples=20, num_negatives=6, momentum=0.5):
+    generator = torch.Generator().manual_seed(0)
+    return MemoryBank(4, num_samples, generator, num_negatives=num_negatives, momentum=momentum)
+
+
+def build(moco, available_bytes=1 << 40):
+    return build_dictionary(moco, 4, num_samples=10, seed=3, available_bytes=available_bytes)
+
+
+def test_each_mechanism_has_its_dictionary():
+    queue, batch, bank = (build(MocoConfig(dictionary=name, queue_size=7)) for name in ("queue", "batch", "bank"))
+    assert isinstance(queue, Queue)
+    assert queue.keys.shape == (7, 4)
+    assert isinstance(batch, Batch)
+    assert not batch.state_dict()
+    assert isinstance(bank, MemoryBank)
+    assert {name: tuple(tensor.shape) for name, tensor in bank.state_dict().items()} == {"keys": (10, 4)}
+    assert torch.equal(bank.keys, build(MocoConfig(dictionary="bank")).keys)
+
+
+def test_a_bank_that_does_not_fit_is_refused_with_the_arithmetic():
+    moco = MocoConfig(dictionary="bank")
+    with pytest.raises(ValueError, match=r"1,000,000,000 samples x 128 features x 4 bytes = 476.8 GiB .* 80.0 GiB are"):
+        build_dictionary(moco, 128, num_samples=10**9, seed=0, available_bytes=80 * 2**30)
+
+
+def test_a_queue_contrasts_with_the_keys_that_it_holds():
+    queue = build(MocoConfig(queue_size=7))
+    queries, keys = unit(1, 3, 4), unit(2, 3, 4)
+    assert torch.equal(queue.contrast(queries, keys, 0.1)[0], info_nce(queries, keys, queue.keys, 0.1)[0])
+    queue.take_in(queries, keys, torch.arange(3))
+    assert torch.equal(queue.keys[:3], keys)
+
+
+def test_a_bank_draws_its_negatives_from_all_samples_anew_each_time():
+    bank = make_bank(num_samples=50, num_negatives=4000)
+    queries, keys = unit(1, 3, 4), unit(2, 3, 4)
+    torch.manual_seed(0)
+    first, again = (bank.contrast(queries, keys, 0.5)[1]["similarity_negative"] for _ in range(2))
+    assert first != again
+    expected = (queries @ bank.keys.T).mean()
+    assert abs(first - expected) < 0.03
+
+
+def test_a_banks_keys_follow_their_samples_queries_by_the_momentum():
+    bank = make_bank(momentum=0.7)
+    before = bank.keys.numpy().astype(np.float64)
+    queries, index = unit(5, 3, 4), torch.tensor([17, 0, 4])
+    assert torch.equal(bank.look_up(index), bank.keys[index])
+    bank.take_in(queries, bank.look_up(index), index)
+    for row, sample in enumerate(index.tolist()):
+        moved = 0.7 * before[sample] + 0.3 * queries[row].numpy()
+        before[sample] = moved / np.linalg.norm(moved)
+    np.testing.assert_allclose(bank.keys.numpy(), before, rtol=1e-5, atol=1e-6)
+
+
+def take_in_on_ranks():
+    bank, rank = make_bank(), distributed.rank()
+    bank.take_in(unit(rank, 2, 4), unit(9, 2, 4), torch.tensor([rank, 10 + rank]))
+    queue = Queue(4, 5, torch.Generator().manual_seed(0))
+    queue.take_in(unit(9, 2, 4), unit(rank, 2, 4), torch.arange(2))
+    return bank.keys, queue.keys
+
+
+def test_every_rank_learns_the_keys_of_all(run_ranks):
+    bank = make_bank()
+    for rank in range(2):
+        bank.take_in(unit(rank, 2, 4), unit(9, 2, 4), torch.tensor([rank, 10 + rank]))
+    for bank_keys, queue_keys in run_ranks(take_in_on_ranks):
+        torch.testing.assert_close(bank_keys, bank.keys)
+        assert torch.equal(queue_keys[:4], torch.cat([unit(0, 2, 4), unit(1, 2, 4)]))
+
+
+def contrast_in_batch():
+    rank = distributed.rank()
+    queries, keys = unit(rank, 3, 4), unit(10 + rank, 3, 4).requires_grad_()
+    loss, _ = Batch().contrast(queries, keys, 0.2)
+    loss.backward()
+    return loss.detach(), keys.grad
+
+
+def test_a_batch_dictionary_spans_all_ranks_and_carries_gradients(run_ranks):
+    keys = torch.cat([unit(10, 3, 4), unit(11, 3, 4)]).requires_grad_()
+    losses = [info_nce_in_batch(unit(rank, 3, 4), keys, 3 * rank, 0.2)[0] for rank in range(2)]
+    gradient = torch.autograd.grad(sum(losses), keys)[0]
+    for rank, (loss, grad) in enumerate(run_ranks(contrast_in_batch)):
+        torch.testing.assert_close(loss, losses[rank].detach())
+        torch.testing.assert_close(grad, gradient[3 * rank : 3 * rank + 3])
