@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
+from moco_fast.checkpoint import find_newest
 from moco_fast.config import Config, differences, from_dict, to_dict
 
 __all__ = ["RunFolder", "open_folder"]
@@ -28,6 +29,10 @@ class RunFolder:
         self.path = path
         self._lock = lock
 
+    def write_config(self, config: Config) -> None:
+        """Write down what is run."""
+        _write(self.path / "config.json", to_dict(config))
+
     def write_environment(self, facts: dict[str, Any]) -> None:
         """Write down on what the run takes place."""
         _write(self.path / "environment.json", facts)
@@ -42,7 +47,7 @@ class RunFolder:
 
 
 def open_folder(config: Config) -> RunFolder:
-    """Create or reopen `config.run.out`, and write the configuration into it.
+    """Create or reopen `config.run.out`.
 
     Raises:
         ValueError: another run has the folder, it holds a run with other settings, or it cannot be written.
@@ -63,12 +68,12 @@ def open_folder(config: Config) -> RunFolder:
     except ValueError:
         lock.close()
         raise
-    _write(path / "config.json", to_dict(config))
     return RunFolder(path, lock)
 
 
 def _refuse_other_settings(path: Path, config: Config) -> None:
-    if not (path / "config.json").exists():
+    # Without a checkpoint there is nothing to continue: the run starts anew, with whatever settings.
+    if find_newest(path / "checkpoints") is None or not (path / "config.json").exists():
         return
     before = from_dict(json.loads((path / "config.json").read_text()))
     changed = [line for line in differences(before, config) if not line.startswith(_FREE)]

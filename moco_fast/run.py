@@ -69,6 +69,8 @@ def train(config: Config) -> int:
     try:
         folder = _open_folder(config, runtime)
         return _run(config, runtime, folder)
+    except ValueError:
+        raise  # Refused: what the folder says of an earlier start stays true.
     except BaseException as error:
         if folder is not None:
             folder.write_outcome("failed", error=f"{type(error).__name__}: {error}")
@@ -100,15 +102,16 @@ def _run(config: Config, runtime: Runtime, folder: RunFolder | None) -> int:
         restore(config, runtime, parts, progress)
         metrics = None
         if folder is not None:
+            folder.write_config(config)
             folder.write_environment(console.environment(runtime, parts))
             folder.write_outcome("running")
             console.print_opening(config, runtime, parts, progress.step)
             metrics = MetricsFile(folder.path, step=progress.step, tensorboard=config.log.tensorboard)
         run = Run(config, runtime, parts, progress, metrics)
         try:
+            if progress.step == 0:
+                run.evaluate()
             stopped_by = run.loop()
-        except ValueError as error:  # From here on it is our fault, not the user's.
-            raise RuntimeError(f"training failed after step {progress.step}: {error}") from error
         finally:
             run.close()
     finally:
@@ -169,11 +172,20 @@ class Run:
         )
 
     def loop(self) -> int:
-        """Train until the last step or a signal; return the signal, or 0."""
+        """Train until the last step or a signal; return the signal, or 0.
+
+        Raises:
+            RuntimeError: whatever went wrong; a ValueError from here on is our fault, not the user's.
+            FloatingPointError: the loss is no longer a number.
+        """
+        try:
+            return self._loop()
+        except ValueError as error:
+            raise RuntimeError(f"training failed after step {self.progress.step}: {error}") from error
+
+    def _loop(self) -> int:
         config, progress, num_steps = self.config, self.progress, self.parts.num_steps
         batches = self._batches()
-        if progress.step == 0:
-            self.evaluate()
         clock = time.perf_counter()
         while progress.step < num_steps:
             step_batches = list(islice(batches, config.optim.accumulate))
@@ -191,13 +203,14 @@ class Run:
                 self._log(lr)
             last = progress.step == num_steps
             stopped_by = 0 if last else self._stop.poll()
+            # Before saving: a run that is killed in between evaluates again, and no result is missing.
+            if not stopped_by and (last or progress.step % config.eval.every_steps == 0):
+                self.evaluate()
             if stopped_by or last or progress.step % config.checkpoint.every_steps == 0:
                 self.save()
             if stopped_by:
                 return stopped_by
-            if last or progress.step % config.eval.every_steps == 0:
-                self.evaluate()
-            clock += time.perf_counter() - now  # Logging, saving and evaluating are not training.
+            clock = time.perf_counter()  # What was done since the step is not training.
         return 0
 
     def evaluate(self) -> None:
@@ -311,10 +324,13 @@ class Run:
             self._metrics.write(self._where() | numbers)
 
     def _where(self) -> dict[str, float]:
-        steps, samples = self.progress.step, self.progress.step * self.config.data.batch_size
-        samples *= self.config.optim.accumulate
-        epoch = steps * self.config.optim.accumulate / len(self.parts.loader)
-        return {"step": steps, "epoch": epoch, "samples": samples, "time_s": self.progress.time_s}
+        num_batches = self.progress.step * self.config.optim.accumulate
+        return {
+            "step": self.progress.step,
+            "epoch": num_batches / len(self.parts.loader),
+            "samples": num_batches * self.config.data.batch_size,
+            "time_s": self.progress.time_s,
+        }
 
 
 def _checkpoints(config: Config) -> Path:

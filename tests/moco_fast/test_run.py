@@ -144,6 +144,12 @@ def test_told_to_stop_it_saves_and_continues_bit_for_bit(packed_demo, uninterrup
     assert_same_end(uninterrupted, tmp_path / "run")
 
 
+def test_a_start_that_was_refused_leaves_the_folder_to_another(packed_demo, tmp_path):
+    said = Training(packed_demo, tmp_path / "run", "--data.batch-size", "289").finish(expected_code=2)
+    assert "less than one batch" in said or "multiple of" in said
+    Training(packed_demo, tmp_path / "run", "--run.steps", "1").finish()
+
+
 def test_a_second_run_in_the_same_folder_is_refused(packed_demo, tmp_path):
     first = Training(packed_demo, tmp_path / "run", "--run.steps", "1000")
     first.wait_for_step(1)
