@@ -1,5 +1,6 @@
 """Features of a set of samples: an encoder without its head, run over shards."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pipelines.batch import ImageBatch
 from pipelines.loader import open_eval_loader
 from shards import ShardSet
 
-__all__ = ["Features", "extract", "gather", "labelled_features"]
+__all__ = ["Features", "extract", "gather", "labelled_features", "spread"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def extract(
     labels: list[Tensor] = []
     index: list[Tensor] = []
     with _eval_mode(encoder):
-        for batch in tqdm(batches, desc=title, disable=title is None, delay=3, leave=False, unit="batch"):
+        for batch in _with_progress(batches, title):
             features = encoder.backbone(normalize_images(batch.images.to(device, non_blocking=True))).float()
             values.append(normalize(features) if l2_normalize else features)
             labels.append(batch.label)
@@ -68,6 +69,11 @@ def extract(
         labels=torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64),
         index=torch.cat(index) if index else torch.empty(0, dtype=torch.int64),
     )
+
+
+def _with_progress(batches: Iterable[ImageBatch], title: str | None) -> Iterable[ImageBatch]:
+    interval_s = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm(batches, desc=title, disable=title is None, delay=3, mininterval=interval_s, leave=False, unit="batch")
 
 
 def labelled_features(
@@ -80,7 +86,7 @@ def labelled_features(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
-    max_samples: int | None = None,
+    indices: np.ndarray | None = None,
     title: str | None = None,
 ) -> Features:
     """Compute this rank's share of the features, of length 1, of the labelled samples in a folder of shards.
@@ -94,7 +100,7 @@ def labelled_features(
         device: where to compute and where the features stay.
         rank: this process.
         world_size: processes.
-        max_samples: take at most so many, evenly spread over the set.
+        indices: dense sample numbers to take; all, if not given.
         title: of a progress bar, shown by the first rank only.
     """
     loader = open_eval_loader(
@@ -105,7 +111,7 @@ def labelled_features(
         device=device,
         rank=rank,
         world_size=world_size,
-        indices=_spread(ShardSet.open(shards).num_samples, max_samples),
+        indices=indices,
     )
     try:
         features = extract(encoder, loader, device=device, title=title if rank == 0 else None)
@@ -128,9 +134,10 @@ def gather(features: Features) -> Features:
     return Features(values=values[order.to(values.device)], labels=labels[order], index=index[order])
 
 
-def _spread(num_samples: int, at_most: int | None) -> np.ndarray | None:
-    """Dense sample numbers of at most so many samples, evenly spread; None for all."""
-    if at_most is None or num_samples <= at_most:
+def spread(shards: str, at_most: int) -> np.ndarray | None:
+    """Choose at most so many samples, evenly spread over a set: dense sample numbers, or None for all."""
+    num_samples = ShardSet.open(shards).num_samples
+    if num_samples <= at_most:
         return None
     return np.arange(at_most, dtype=np.int64) * num_samples // at_most
 

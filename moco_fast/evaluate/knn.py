@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moco_fast.encoders import Encoder
-from moco_fast.evaluate.features import Features, gather, labelled_features
+from moco_fast.evaluate.features import Features, gather, labelled_features, spread
 from shards import ShardSet
 
-__all__ = ["KnnResult", "Votes", "classify", "evaluate_knn"]
+__all__ = ["KnnResult", "Votes", "classify", "common_classes", "evaluate_knn"]
 
 _CHUNK_ELEMENTS = 1 << 25  # similarities held at once: 128 MiB of float32
 
@@ -87,7 +87,7 @@ def evaluate_knn(
     crop: float = 0.875,
     k: int = 200,
     temperature: float = 0.07,
-    max_bank: int | None = 100_000,
+    max_bank: int = 100_000,
     batch_size: int = 256,
     device: torch.device,
     rank: int = 0,
@@ -114,7 +114,7 @@ def evaluate_knn(
     Raises:
         ValueError: shards without labels, with different classes, or features that are not finite.
     """
-    num_classes = len(_common_classes(bank_shards, query_shards))
+    num_classes = len(common_classes(bank_shards, query_shards))
     features_of = partial(
         labelled_features,
         encoder,
@@ -125,7 +125,7 @@ def evaluate_knn(
         rank=rank,
         world_size=world_size,
     )
-    bank = gather(features_of(bank_shards, max_samples=max_bank, title="features of the bank"))
+    bank = gather(features_of(bank_shards, indices=spread(bank_shards, max_bank), title="features of the bank"))
     queries = features_of(query_shards, title="features of the queries")
     counts = _count(bank, queries, num_classes=num_classes, k=k, temperature=temperature)
     if world_size > 1:
@@ -165,7 +165,12 @@ def _count(bank: Features, queries: Features, *, num_classes: int, k: int, tempe
     return counts
 
 
-def _common_classes(bank_shards: str, query_shards: str) -> tuple[str, ...]:
+def common_classes(bank_shards: str, query_shards: str) -> tuple[str, ...]:
+    """Return the class names that two sets of shards share, in the order of their labels.
+
+    Raises:
+        ValueError: the sets number their classes differently.
+    """
     bank, queries = (ShardSet.open(path).class_names for path in (bank_shards, query_shards))
     if bank == queries:
         return bank

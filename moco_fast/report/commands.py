@@ -1,0 +1,40 @@
+"""What to do next with a run, as commands to copy."""
+
+from dataclasses import dataclass
+from shlex import quote
+
+from moco_fast.export import why_not
+from moco_fast.report.record import RunRecord
+
+__all__ = ["Command", "next_commands"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command line and what it is for."""
+
+    purpose: str
+    line: str
+
+
+def next_commands(record: RunRecord) -> list[Command]:
+    """Propose what makes sense in the run's state."""
+    config, run = record.config, str(record.path)
+    proposals: dict[str, str] = {}
+    if record.command and record.status != "finished":
+        proposals["Continue this run"] = record.command
+    if config.eval.shards is not None:
+        proposals["Compare with the untrained encoder"] = f"moco-fast eval knn --checkpoint {quote(run)}"
+    if record.command and record.status == "finished":
+        steps = 2 * int(record.last["step"])
+        into = quote(f"{run}-{steps}-steps")
+        proposals["Train twice as long, into another folder"] = f"{record.command} --run.steps {steps} --run.out {into}"
+    preview = f"moco-fast preview {quote(config.data.shards)} --views moco-v2 --out views.png"
+    proposals["See what another recipe makes of these images"] = preview
+    formats = [name for name in ("timm", "torchvision") if why_not(config.model, name) is None]
+    if formats:
+        line = f"moco-fast export {quote(run)} --format {formats[0]} --out encoder.safetensors"
+        proposals[f"Use the encoder with {formats[0]}"] = line
+    if config.log.tensorboard:
+        proposals["Watch the numbers in TensorBoard"] = f"tensorboard --logdir {quote(f'{run}/tensorboard')}"
+    return [Command(purpose=purpose, line=line) for purpose, line in proposals.items()]

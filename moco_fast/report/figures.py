@@ -1,0 +1,146 @@
+"""Curves of a run as inline SVG whose colours and fonts are the page's."""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+__all__ = ["Curve", "Level", "draw_curves", "thin_out"]
+
+_INK, _FAINT = "#010101", "#020202"
+_SERIES = ("#030303", "#040404")
+# Colours that no curve would have otherwise, so that each can be replaced by a variable of the page.
+_VARIABLES = {_INK: "var(--muted)", _FAINT: "var(--line)", _SERIES[0]: "var(--query)", _SERIES[1]: "var(--key)"}
+_MAX_POINTS = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A quantity over the steps of a run."""
+
+    steps: Sequence[float]
+    values: Sequence[float]
+    label: str = ""
+    points: bool = False
+    """Mark each value: for quantities that were measured a few times only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """A value to compare with, drawn over the whole width."""
+
+    value: float
+    label: str
+
+
+def draw_curves(
+    curves: Sequence[Curve],
+    *,
+    alt: str,
+    level: Level | None = None,
+    percent: bool = False,
+    from_zero: bool = False,
+    height: float = 2.3,
+) -> str:
+    """Draw at most two curves into one SVG element.
+
+    Args:
+        curves: what to draw, the first in the query's colour, the second in the key's.
+        alt: says in words what is shown.
+        level: a value to compare with.
+        percent: values are shares; write them as percentages.
+        from_zero: the vertical axis starts at 0.
+        height: in inches at a width of 5.4; the page scales both.
+    """
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt, "font.size": 10.5}):
+        figure = Figure(figsize=(5.4, height), layout="constrained", facecolor="none")
+        axes = figure.add_subplot(facecolor="none")
+        for curve, colour in zip(curves, _SERIES, strict=False):
+            steps, values = thin_out(curve.steps, curve.values)
+            axes.plot(steps, values, color=colour, linewidth=1.8, marker="o" if curve.points else "", markersize=4.5)
+        if level is not None:
+            axes.axhline(level.value, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        _dress(axes, percent=percent)
+        axes.set_xlim(left=0)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        if level is not None:
+            _write_level(axes, level)
+        for curve, colour in zip(curves, _SERIES, strict=False):
+            _write_label(axes, curve, colour)
+        out = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
+    return _for_page(out.getvalue(), alt)
+
+
+def thin_out(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Average neighbouring points so that at most a few hundred are left; returns steps and values."""
+    groups = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_POINTS))
+    at, of = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+    return np.array([at[group].mean() for group in groups]), np.array([of[group].mean() for group in groups])
+
+
+def _dress(axes: Axes, *, percent: bool) -> None:
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_FAINT)
+    axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, colors=_INK, pad=6)
+    axes.margins(x=0.02, y=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    if percent:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+    else:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+
+
+def _write_level(axes: Axes, level: Level) -> None:
+    axes.annotate(
+        level.label,
+        (1, level.value),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 4),
+        textcoords="offset points",
+        ha="right",
+        color=_INK,
+    )
+
+
+def _write_label(axes: Axes, curve: Curve, colour: str) -> None:
+    """Write a curve's name over its middle: shorter to read than a legend."""
+    if not curve.label or not len(curve.steps):
+        return
+    steps, values = thin_out(curve.steps, curve.values)
+    middle = len(steps) // 2
+    axes.annotate(
+        curve.label,
+        (steps[middle], values[middle]),
+        xytext=(0, 7),
+        textcoords="offset points",
+        ha="center",
+        color=colour,
+    )
+
+
+def _for_page(svg: str, alt: str) -> str:
+    """Take the SVG element out of its document and let the page decide on colours, fonts and size."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{alt}"', svg, count=1)
+    svg = re.sub(r"font-family: [^;\"]+;? ?", "", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<g/>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<g id=\"[^\"]*\"", "<g", svg)
+    svg = re.sub(r"\s*\n\s*", "\n", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return svg

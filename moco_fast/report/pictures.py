@@ -1,0 +1,70 @@
+"""Images in the page, and the views that a run trains on."""
+
+import base64
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from moco_fast.config import Config
+from pipelines.preview import draw
+from shards import ShardSet
+
+__all__ = ["Picture", "Sample", "show_views", "to_picture"]
+
+_LONGEST_SIDE = 256  # of a picture in the page, in pixels
+_PNG_PIXELS = 64 * 64  # up to here a picture is kept exact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image in the page."""
+
+    url: str
+    width: int
+    height: int
+    """In pixels, of the image as it was; the page may hold a smaller one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A training sample: the original with two crops, and the views that came of them."""
+
+    index: int
+    original: Picture
+    box_q: tuple[int, int, int, int]
+    box_k: tuple[int, int, int, int]
+    view_q: Picture
+    view_k: Picture
+
+
+def show_views(config: Config, *, epoch: int, num_samples: int) -> list[Sample]:
+    """Make the two views of some samples, evenly spread over the set, as training sees them in an epoch."""
+    total = ShardSet.open(config.data.shards).num_samples
+    chosen = np.unique(np.linspace(0, total - 1, min(num_samples, total)).round().astype(int)).tolist()
+    previews = draw(config.data.shards, config.views, seed=config.run.seed, epoch=epoch, indices=chosen)
+    return [
+        Sample(
+            index=preview.index,
+            original=to_picture(preview.original),
+            box_q=preview.box_q,
+            box_k=preview.box_k,
+            view_q=to_picture(preview.view_q),
+            view_k=to_picture(preview.view_k),
+        )
+        for preview in previews
+    ]
+
+
+def to_picture(pixels: npt.NDArray[np.uint8]) -> Picture:
+    """Put pixels (H, W, 3) into a URL: as PNG if they are few, so that they stay exact, else as JPEG."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    width, height = image.size
+    image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    kind = "png" if image.width * image.height <= _PNG_PIXELS else "jpeg"
+    image.save(out, kind, optimize=True, quality=85)
+    url = f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    return Picture(url=url, width=width, height=height)

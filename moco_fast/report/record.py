@@ -1,0 +1,97 @@
+"""What a run's folder tells: configuration, environment, metrics, outcome. Works on a run that is still going on."""
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moco_fast.config import Config, differences, from_dict
+from moco_fast.presets import PRESETS
+
+__all__ = ["RunRecord", "read_run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run's folder, read."""
+
+    path: Path
+    config: Config
+    environment: dict[str, Any]
+    outcome: dict[str, Any]
+    training: list[dict[str, float]]
+    """Lines of metrics that hold a loss, by step."""
+    evaluations: list[dict[str, float]]
+    """Lines of metrics that hold a kNN accuracy, by step."""
+
+    @property
+    def recipe(self) -> str:
+        """The preset that the run was started with, or that its settings are nearest to."""
+        named = [word for word in self.environment.get("command", []) if word in PRESETS]
+        return named[0] if named else min(PRESETS, key=lambda name: len(self.changes(name)))
+
+    @property
+    def command(self) -> str:
+        """How the training was started, without the path of the interpreter; empty if that is not known."""
+        words: list[str] = self.environment.get("command", [])
+        return shlex.join(["python", *words[words.index("-m") :]]) if "-m" in words else ""
+
+    @property
+    def status(self) -> str:
+        """`finished`, `stopped`, `failed` or `running`."""
+        return self.outcome.get("outcome", "running")
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The newest line of metrics, of either kind; a line of step 0 if there is none."""
+        nothing = {"step": 0, "epoch": 0.0, "samples": 0, "time_s": 0.0}
+        return max([nothing, *self.evaluations, *self.training], key=lambda line: line["step"])
+
+    def changes(self, recipe: str) -> list[str]:
+        """Name the options that differ from a preset's, as `--option: preset's -> run's`; paths are left out."""
+        paths = ("--data.shards", "--eval.shards", "--run.out")
+        return [line for line in differences(PRESETS[recipe][1], self.config) if not line.startswith(paths)]
+
+
+def read_run(path: str | Path) -> RunRecord:
+    """Read a run's folder, whatever its state.
+
+    Raises:
+        ValueError: the folder is no run's, or its configuration cannot be read.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json, so it is no run's folder: give the --run.out of a training")
+    try:
+        config = from_dict(json.loads((path / "config.json").read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}/config.json is damaged ({error}): restore it") from None
+    lines = sorted(_read_lines(path / "metrics.jsonl"), key=lambda line: line["step"])
+    return RunRecord(
+        path=path,
+        config=config,
+        environment=_read_json(path / "environment.json"),
+        outcome=_read_json(path / "outcome.json"),
+        training=[line for line in lines if "loss" in line],
+        evaluations=[line for line in lines if "knn/top1" in line],
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _read_lines(path: Path) -> list[dict[str, float]]:
+    """Read a file of JSON lines; a last line that is still being written is left out."""
+    if not path.is_file():
+        return []
+    lines: list[dict[str, float]] = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if "step" in line:
+            lines.append(line)
+    return lines

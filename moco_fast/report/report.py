@@ -1,0 +1,216 @@
+"""`report.html`: what was run, how it went, and what came of it, on one page that needs nothing else."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+
+from moco_fast import __version__
+from moco_fast.checkpoint import load_encoder
+from moco_fast.evaluate.untrained import untrained_twin
+from moco_fast.report.commands import next_commands
+from moco_fast.report.figures import Curve, Level, draw_curves
+from moco_fast.report.neighbours import Query, find_neighbours
+from moco_fast.report.pictures import show_views
+from moco_fast.report.record import RunRecord, read_run
+from moco_fast.report.words import configuration_table, environment_table, headline, tiles
+
+__all__ = ["write_report"]
+
+_NUM_NEIGHBOURS = 6
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A chart with the words around it."""
+
+    title: str
+    caption: str
+    svg: Markup
+
+
+def write_report(
+    run: str | Path, *, device: torch.device | None = None, num_samples: int = 8, max_bank: int = 2000
+) -> Path:
+    """Write `report.html` into a run's folder, whatever the run's state; what is not there yet is said to be missing.
+
+    Args:
+        run: the run's folder.
+        device: where the encoder computes; default: a GPU if there is one.
+        num_samples: training samples, and held-out samples, in the pictures.
+        max_bank: training samples among which neighbours are looked for.
+
+    Returns:
+        path of the page.
+
+    Raises:
+        ValueError: the folder is no run's.
+    """
+    record = read_run(run)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # The last epoch that is over: every sample shown has been trained on like this.
+    epoch = max(int(record.last["epoch"]) - 1, 0)
+    samples, no_samples = _unless_missing(lambda: show_views(record.config, epoch=epoch, num_samples=num_samples))
+    queries, no_queries = _unless_missing(lambda: _neighbours(record, device, num_samples, max_bank))
+    page = _template().render(
+        record=record,
+        headline=headline(record),
+        tiles=tiles(record),
+        learning=_learning(record),
+        health=_health(record),
+        speed=_speed(record),
+        epoch=epoch,
+        samples=samples,
+        no_samples=no_samples,
+        queries=queries,
+        no_queries=no_queries,
+        num_right={"trained": _count_right(queries, "trained"), "untrained": _count_right(queries, "untrained")},
+        configuration=configuration_table(record),
+        environment=environment_table(record),
+        commands=next_commands(record),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+    )
+    path = record.path / "report.html"
+    aside = path.with_suffix(".partial")
+    aside.write_text(page, encoding="utf-8")
+    return aside.replace(path)
+
+
+def _template() -> Template:
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return page.from_string(Path(__file__).with_name("template.html").read_text(encoding="utf-8"))
+
+
+def _unless_missing(make: Callable[[], list[T]]) -> tuple[list[T], str]:
+    """Return what `make` gives, or nothing and the reason: shards may have moved since, checkpoints be yet to come."""
+    try:
+        return make(), ""
+    except (ValueError, OSError) as error:
+        return [], str(error)
+
+
+def _neighbours(record: RunRecord, device: torch.device, num_queries: int, max_bank: int) -> list[Query]:
+    if record.config.eval.shards is None:
+        raise ValueError("the run has no held-out samples (--eval.shards)")
+    config, encoder = load_encoder(record.path)
+    return find_neighbours(
+        encoder.to(device),
+        untrained_twin(config).to(device),
+        config,
+        device=device,
+        num_queries=num_queries,
+        num_neighbours=_NUM_NEIGHBOURS,
+        max_bank=max_bank,
+    )
+
+
+def _count_right(queries: list[Query], which: str) -> tuple[int, int]:
+    shown = [neighbour.is_right for query in queries for neighbour in getattr(query, which)]
+    return sum(shown), len(shown)
+
+
+def _curve(lines: list[dict[str, float]], name: str, label: str = "", *, points: bool = False) -> Curve:
+    there = [line for line in lines if name in line]
+    return Curve(
+        steps=[line["step"] for line in there], values=[line[name] for line in there], label=label, points=points
+    )
+
+
+def _learning(record: RunRecord) -> list[Figure]:
+    figures: list[Figure] = []
+    untrained = [line for line in record.evaluations if line["step"] == 0]
+    if record.evaluations:
+        figures.append(
+            _figure(
+                "kNN accuracy",
+                f"Share of held-out samples whose {record.config.eval.k} nearest training samples vote for the right "
+                "class.",
+                [_curve(record.evaluations, "knn/top1", points=True)],
+                level=Level(value=untrained[0]["knn/top1"], label="untrained") if untrained else None,
+                percent=True,
+            )
+        )
+    if record.training:
+        num_choices = record.config.moco.queue_size + 1
+        figures += [
+            _figure(
+                "Loss",
+                f"InfoNCE: the key of the same sample among {num_choices:,} choices. It rises at first, while the "
+                "queue fills with keys that are harder to tell apart.",
+                [_curve(record.training, "loss")],
+                level=Level(value=math.log(num_choices), label="guessing"),
+            ),
+            _figure(
+                "Contrastive accuracy",
+                "Share of queries that are more like their own key than like any key in the queue.",
+                [_curve(record.training, "accuracy")],
+                percent=True,
+                from_zero=True,
+            ),
+            _figure("Learning rate", "As it was used.", [_curve(record.training, "lr")], from_zero=True),
+        ]
+    return figures
+
+
+def _health(record: RunRecord) -> list[Figure]:
+    if not record.training:
+        return []
+    spread = 1 / math.sqrt(record.config.model.dim)
+    return [
+        _figure(
+            "Similarities",
+            "Mean cosine similarity of a query with its own key and with the queue. Both at 1 would be collapse.",
+            [
+                _curve(record.training, "similarity_positive", "own key"),
+                _curve(record.training, "similarity_negative", "queue"),
+            ],
+        ),
+        _figure(
+            "Spread of the queries",
+            "Standard deviation of the normalized queries, averaged over their dimensions. Near 0 is collapse.",
+            [_curve(record.training, "feature_std")],
+            level=Level(value=spread, label="evenly spread"),
+            from_zero=True,
+        ),
+    ]
+
+
+def _speed(record: RunRecord) -> list[Figure]:
+    if not record.training:
+        return []
+    return [
+        _figure(
+            "Samples a second",
+            "Over all ranks; each sample is two views. Evaluation and saving are not counted.",
+            [_curve(record.training, "samples_per_s")],
+            from_zero=True,
+        ),
+        _figure(
+            "Waiting for data",
+            "Share of the time in which the training step had nothing to do but wait for its next batch.",
+            [_curve(record.training, "data_wait_share")],
+            percent=True,
+            from_zero=True,
+        ),
+    ]
+
+
+def _figure(
+    title: str,
+    caption: str,
+    curves: list[Curve],
+    *,
+    level: Level | None = None,
+    percent: bool = False,
+    from_zero: bool = False,
+) -> Figure:
+    svg = draw_curves(curves, alt=f"{title} over training steps", level=level, percent=percent, from_zero=from_zero)
+    return Figure(title=title, caption=caption, svg=Markup(svg))  # noqa: S704 - matplotlib escapes its text
