@@ -67,10 +67,15 @@ def last_tensors(out: Path) -> dict[str, torch.Tensor]:
     return {**saved.model, **saved.optimizer}
 
 
-def assert_same_end(one: Path, other: Path) -> None:
+def assert_same_end(one: Path, other: Path, *, world_size: int = 1) -> None:
     assert exact_numbers(one) == exact_numbers(other)
     before, after = last_tensors(one), last_tensors(other)
     assert before.keys() == after.keys()
+    if world_size > 1:
+        # Running statistics are averaged over ranks at every saving; when that happens changes their last bits.
+        averaged = [name for name in before if name.startswith("query.") and "running_" in name]
+        for name in averaged:
+            torch.testing.assert_close(before.pop(name), after[name], rtol=1e-5, atol=1e-6)
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
@@ -207,7 +212,7 @@ def test_two_ranks_train_and_continue_after_a_stop(packed_demo, tmp_path):
     assert "stopped and saved at step" in cut.finish(expected_code=1)  # the launcher's code, whatever the ranks return
     assert json.loads((tmp_path / "cut" / "outcome.json").read_text())["step"] < 40
     start("cut").finish()
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    assert_same_end(tmp_path / "whole", tmp_path / "cut", world_size=2)
 
 
 def test_a_process_that_would_train_alone_refuses_to_start(packed_demo, tmp_path):
