@@ -38,6 +38,8 @@ class FinishCommand:
 
     folder: tyro.conf.Positional[str]
     """The folder that was given as --out."""
+    work_folder: str = "/tmp"  # noqa: S108 - a default that the user sees and may change
+    """Where the target is a bucket: local folder for the plan."""
     max_rejected: float = 0.05
     """Exit with an error when more than this share of the inputs was rejected."""
 
@@ -58,7 +60,7 @@ def _finish(command: FinishCommand) -> int:
     from shards.pack import finish
     from shards.summary import summarize
 
-    return summarize(command.folder, finish(command.folder), command.max_rejected)
+    return summarize(command.folder, finish(command.folder, work_folder=command.work_folder), command.max_rejected)
 
 
 def _verify(command: VerifyCommand) -> int:

@@ -72,6 +72,8 @@ class PackConfig(EncodeConfig):
     """Leave out inputs whose bytes are those of an earlier one (reads everything once before packing)."""
     part: str | None = None
     """I/N: write only part I (from 0) of N, for array jobs that share OUT; then `make-shards finish OUT`."""
+    work_folder: str = "/tmp"  # noqa: S108 - a default that the user sees and may change
+    """Where the target is a bucket: local folder for the plan and for shards that are being written."""
     workers: int | None = None
     """Worker processes; unset: one for each CPU that this process may use."""
 
@@ -137,7 +139,7 @@ class PackConfig(EncodeConfig):
     def settings(self) -> dict[str, Any]:
         """The options that decide what the shards hold: a resumed or finished set must have the same."""
         values = asdict(self)
-        for name in ("out", "workers", "max_rejected", "part"):
+        for name in ("out", "workers", "max_rejected", "part", "work_folder"):
             del values[name]
         values["sources"] = list(self.sources)
         values["split"] = list(self.split)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shards.errors import PackError
 
-__all__ = ["locked", "publish", "sync_file", "sync_folder", "write_and_sync", "write_atomically"]
+__all__ = ["locked", "publish", "sync_file", "sync_folder", "write_and_sync"]
 
 
 def sync_folder(folder: Path) -> None:
@@ -40,13 +40,6 @@ def publish(pairs: list[tuple[Path, Path]]) -> None:
         temporary.replace(final)
     for folder in {final.parent for _, final in pairs}:
         sync_folder(folder)
-
-
-def write_atomically(path: Path, data: bytes, *, scratch: Path) -> None:
-    """Write a file so that it is there whole or not at all; `scratch` is a folder of the same file system."""
-    temporary = scratch / f"{path.name}.{os.getpid()}"
-    write_and_sync(temporary, data)
-    publish([(temporary, path)])
 
 
 @contextmanager

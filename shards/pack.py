@@ -9,14 +9,16 @@ from typing import Any
 
 from shards.config import PackConfig
 from shards.errors import PackError
-from shards.files import locked, write_atomically
+from shards.files import locked
+from shards.index import SUFFIXES
 from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from shards.plan import Plan, Task, difference
 from shards.planner import make_plan
 from shards.pool import default_workers, run_tasks
 from shards.progress import Progress
 from shards.sources import open_source
-from shards.write import Workplace, WriteShard, shard_stem
+from shards.target import WORK_NAME, BucketTarget, LocalTarget, Target, open_target, path_in
+from shards.write import WriteShard, record_name, shard_stem
 
 __all__ = ["REJECTED_NAME", "finish", "pack"]
 
@@ -36,164 +38,194 @@ def pack(config: PackConfig, progress: Progress | None = None) -> dict[str, Mani
         OSError: the target cannot be written.
     """
     progress = progress or Progress(enabled=False)
-    place = workplace(config.out, part="" if config.part is None else f"-{config.part.replace('/', '-of-')}")
-    finished = _finished(config, place)
-    if finished is not None and not place.work.exists():
+    part = "" if config.part is None else f"-{config.part.replace('/', '-of-')}"
+    target = open_target(config.out, work_folder=config.work_folder, part=part)
+    finished = _finished(config, target)
+    if finished is not None and not target.work.exists():
         return finished
-    if not place.work.exists():
+    if not target.work.exists():
         # A mistyped source should not leave a folder behind.
         for path in config.sources:
             open_source(path, config.columns())
-    place.work.mkdir(parents=True, exist_ok=True)
+    target.work.mkdir(parents=True, exist_ok=True)
     if config.part is not None:
-        return _pack_part(config, place, progress)
-    with locked(place.work / "lock", holder=config.out):
-        finished = _finished(config, place)
+        return _pack_part(config, target, progress)
+    with locked(target.work / "lock", holder=config.out):
+        finished = _finished(config, target)
         if finished is None:
-            plan = _open_plan(config, place, progress)
-            _write_missing(plan, plan.tasks(), config, place, progress)
-            finished = _finish(plan, place)
-        _remove_work(place)
+            plan = _open_plan(config, target, progress)
+            _write_missing(plan, plan.tasks(), config, target, progress)
+            finished = _finish(plan, target)
+        target.remove_work()
     return finished
 
 
-def _pack_part(config: PackConfig, place: Workplace, progress: Progress) -> None:
+def _pack_part(config: PackConfig, target: Target, progress: Progress) -> None:
     """Write one part of the plan, beside others who write theirs. Whoever comes first makes the plan."""
     number, _, count = (config.part or "").partition("/")
     with (
-        locked(place.work / "lock", shared=True, holder=config.out),
-        locked(place.work / f"lock{place.part}", holder=f"part {config.part} of {config.out}"),
+        locked(target.work / "lock", shared=True, holder=config.out),
+        locked(target.work / f"lock-{number}-of-{count}", holder=f"part {config.part} of {config.out}"),
     ):
-        with locked(place.work / "lock-plan", holder="the plan", wait=True):
-            plan = _open_plan(config, place, progress)
-        _write_missing(plan, plan.tasks()[int(number) :: int(count)], config, place, progress)
-        shutil.rmtree(place.scratch)
+        with locked(target.work / "lock-plan", holder="the plan", wait=True):
+            plan = _open_plan(config, target, progress)
+        _write_missing(plan, plan.tasks()[int(number) :: int(count)], config, target, progress)
+        shutil.rmtree(target.scratch)
 
 
-def finish(out: str) -> dict[str, Manifest]:
+def finish(out: str, *, work_folder: str) -> dict[str, Manifest]:
     """Check that every part of a plan is done, and write the manifests.
+
+    Args:
+        out: what was given to `pack`.
+        work_folder: local folder for a bucket's plan.
 
     Raises:
         ValueError: nothing is being packed there.
         PackError: shards are missing.
     """
-    place = workplace(out)
-    if not place.plan.exists():
-        finished = sorted([*place.out.glob(MANIFEST_NAME), *place.out.glob(f"*/{MANIFEST_NAME}")])
+    target = open_target(out, work_folder=work_folder)
+    if not target.has_plan():
+        finished = [name for name in target.sizes() if name.rpartition("/")[2] == MANIFEST_NAME]
         if finished:
-            return {str(p.parent.relative_to(place.out)).strip("."): Manifest.read(p.parent) for p in finished}
+            return {name.rpartition("/")[0]: _read_manifest(target, name.rpartition("/")[0]) for name in finished}
         raise ValueError(f"{out} has no plan to finish: begin with `make-shards pack SOURCE --out {out} --part 0/N`")
-    with locked(place.work / "lock", holder=out):
-        place.scratch.mkdir(exist_ok=True)
-        manifests = _finish(Plan.open(place.plan), place)
-        _remove_work(place)
+    target.work.mkdir(parents=True, exist_ok=True)
+    with locked(target.work / "lock", holder=out):
+        target.scratch.mkdir(exist_ok=True)
+        target.fetch_plan(_plan_folder(target))
+        manifests = _finish(Plan.open(_plan_folder(target)), target)
+        target.remove_work()
     return manifests
 
 
-def workplace(out: str, *, part: str = "") -> Workplace:
-    """The folders of a packing."""
-    return Workplace(out=Path(out), work=Path(out) / ".pack", part=part)
+def _plan_folder(target: Target) -> Path:
+    return target.work / "plan"
 
 
-def _finished(config: PackConfig, place: Workplace) -> dict[str, Manifest] | None:
+def _read_manifest(target: Target, split: str) -> Manifest:
+    name = path_in(split, MANIFEST_NAME)
+    return Manifest.from_json(target.get(name) or b"", where=f"{target.out}/{name}")
+
+
+def _finished(config: PackConfig, target: Target) -> dict[str, Manifest] | None:
     """The manifests of an earlier packing with the same settings."""
     names = config.split_names()
-    if (place.plan / "plan.json").exists() or not all((place.folder(n) / MANIFEST_NAME).exists() for n in names):
+    if target.has_plan() or any(target.get(path_in(name, MANIFEST_NAME)) is None for name in names):
         return None
-    manifests = {name: Manifest.read(place.folder(name)) for name in names}
-    _refuse_changes(manifests[names[0]].settings, config, place)
+    manifests = {name: _read_manifest(target, name) for name in names}
+    _refuse_changes(manifests[names[0]].settings, config)
     return manifests
 
 
-def _refuse_changes(old: dict[str, Any], config: PackConfig, place: Workplace) -> None:
+def _refuse_changes(old: dict[str, Any], config: PackConfig) -> None:
     changes = difference(old, config.settings())
     if changes:
         raise ValueError(
-            f"{place.out} was begun with other settings: {changes}. Use the settings of before, another folder, "
-            f"or remove {place.out} to begin anew"
+            f"{config.out} was begun with other settings: {changes}. Use the settings of before, another folder, "
+            f"or remove {config.out} to begin anew"
         )
 
 
-def _open_plan(config: PackConfig, place: Workplace, progress: Progress) -> Plan:
+def _open_plan(config: PackConfig, target: LocalTarget | BucketTarget | Target, progress: Progress) -> Plan:
     """The plan to follow: the one that is there, or a new one."""
-    if place.scratch.exists():
-        shutil.rmtree(place.scratch)
-    place.scratch.mkdir()
-    place.done.mkdir(exist_ok=True)
-    if (place.plan / "plan.json").exists():
-        plan = Plan.open(place.plan)
-        _refuse_changes(plan.settings, config, place)
+    if target.scratch.exists():
+        shutil.rmtree(target.scratch)
+    target.scratch.mkdir()
+    folder = _plan_folder(target)
+    if target.has_plan():
+        target.fetch_plan(folder)
+        plan = Plan.open(folder)
+        _refuse_changes(plan.settings, config)
     else:
-        if any(any(place.folder(name).glob("shard-*.tar")) for name in config.split_names()):
-            _discard_work(place)
-            raise ValueError(f"{place.out} holds shards of unknown origin: choose an empty folder, or remove them")
-        try:
-            plan = make_plan(config, place.plan, progress)
-        except ValueError:
-            _discard_work(place)
-            raise
-    for split in plan.splits:
-        place.folder(split.name).mkdir(exist_ok=True)
+        plan = _new_plan(config, target, progress)
+    target.begin([split.name for split in plan.splits])
     return plan
 
 
-def _write_missing(plan: Plan, tasks: list[Task], config: PackConfig, place: Workplace, progress: Progress) -> None:
-    missing = [task for task in tasks if _entry_of(plan, place, task) is None]
+def _new_plan(config: PackConfig, target: Target, progress: Progress) -> Plan:
+    folder = _plan_folder(target)
+    try:
+        first = {path_in(name, f"{shard_stem(0)}.tar") for name in config.split_names()}
+        if any(target.get(name) is not None for name in first):
+            raise ValueError(f"{config.out} holds shards of unknown origin: choose an empty folder, or remove them")
+        make_plan(config, folder, progress)
+        target.share_plan(folder)
+    except ValueError:
+        _discard_work(target)
+        raise
+    plan = Plan.open(folder)
+    _refuse_changes(plan.settings, config)
+    return plan
+
+
+def _discard_work(target: Target) -> None:
+    """Leave the target as it was before a packing that never got a plan."""
+    shutil.rmtree(target.work)
+    if isinstance(target, LocalTarget) and not any(Path(target.out).iterdir()):
+        Path(target.out).rmdir()
+
+
+def _write_missing(plan: Plan, tasks: list[Task], config: PackConfig, target: Target, progress: Progress) -> None:
+    sizes = target.sizes()
+    missing = [task for task in tasks if _entry_of(plan, target, task, sizes) is None]
     total, todo = (sum(len(plan.positions(task)) for task in some) for some in (tasks, missing))
-    job, workers = WriteShard(place, config), config.workers or default_workers()
+    job, workers = WriteShard(plan.folder, target, config), config.workers or default_workers()
     try:
         with progress.stage("packing", unit=" images", total=total, done=total - todo) as tick:
             for _ in run_tasks(job, missing, workers=workers, tick=tick):
                 pass
     finally:
         # Workers that were ended could not remove what they were writing.
-        for path in place.scratch.iterdir():
+        for path in target.scratch.iterdir():
             path.unlink()
 
 
-def _entry_of(plan: Plan, place: Workplace, task: Task) -> ShardEntry | None:
-    """What a finished shard holds; None where it is not finished, or its tar has gone."""
-    try:
-        entry = ShardEntry.from_dict(json.loads(place.record(task).read_bytes())["entry"])
-        folder = place.folder(plan.splits[task.split].name)
-        sizes = [(folder / f"{entry.stem}{suffix}").stat().st_size for suffix in entry.digests]
-    except FileNotFoundError:
+def _entry_of(plan: Plan, target: Target, task: Task, sizes: dict[str, int]) -> ShardEntry | None:
+    """What a finished shard holds; None where it is not finished, or one of its files has gone."""
+    record = f"{WORK_NAME}/done/{record_name(task)}"
+    data = target.get(record) if record in sizes else None
+    if data is None:
         return None
-    return entry if sizes[0] == entry.num_bytes else None
+    entry = ShardEntry.from_dict(json.loads(data)["entry"])
+    names = [path_in(plan.splits[task.split].name, f"{entry.stem}{suffix}") for suffix in SUFFIXES]
+    return entry if sizes.get(names[0]) == entry.num_bytes and all(name in sizes for name in names) else None
 
 
-def _finish(plan: Plan, place: Workplace) -> dict[str, Manifest]:
+def _finish(plan: Plan, target: Target) -> dict[str, Manifest]:
     """Check that every shard of the plan is there, and write rejected.jsonl and the manifest of each split.
 
     Raises:
         PackError: shards are missing.
     """
-    entries = {task: _entry_of(plan, place, task) for task in plan.tasks()}
+    sizes = target.sizes()
+    entries = {task: _entry_of(plan, target, task, sizes) for task in plan.tasks()}
     missing = [shard_stem(task.shard) for task, entry in entries.items() if entry is None]
     if missing:
         shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise PackError(
-            f"{len(missing)} of {len(entries)} shards are not there yet ({shown}): run the same command again"
+            f"{len(missing)} of {len(entries)} shards are not there yet ({shown}): run the same command again, or the "
+            "missing --part"
         )
     manifests: dict[str, Manifest] = {}
     for number, split in enumerate(plan.splits):
         shards = tuple(entry for task, entry in entries.items() if entry is not None and task.split == number)
         manifest = _manifest(plan, shards, num_duplicates=plan.num_duplicates(number))
         assert manifest.num_inputs == split.num_positions + plan.num_duplicates(number)
-        folder = place.folder(split.name)
-        rejected = "".join(_rejected_lines(plan, number, place))
-        write_atomically(folder / REJECTED_NAME, rejected.encode(), scratch=place.scratch)
-        write_atomically(folder / MANIFEST_NAME, manifest.to_json().encode(), scratch=place.scratch)
+        rejected = "".join(_rejected_lines(plan, number, target))
+        target.put(path_in(split.name, REJECTED_NAME), rejected.encode())
+        target.put(path_in(split.name, MANIFEST_NAME), manifest.to_json().encode())
         manifests[split.name] = manifest
     return manifests
 
 
-def _rejected_lines(plan: Plan, split: int, place: Workplace) -> Iterator[str]:
+def _rejected_lines(plan: Plan, split: int, target: Target) -> Iterator[str]:
     for source, first in plan.duplicates(split):
         yield _line({"key": None, "source": source, "reason": "duplicate", "detail": f"same bytes as {first}"})
     for task in plan.tasks():
         if task.split == split:
-            yield from map(_line, json.loads(place.record(task).read_bytes())["rejected"])
+            record = target.get(f"{WORK_NAME}/done/{record_name(task)}")
+            yield from map(_line, json.loads(record or b"")["rejected"])
 
 
 def _line(values: dict[str, Any]) -> str:
@@ -222,16 +254,3 @@ def _manifest(plan: Plan, shards: tuple[ShardEntry, ...], *, num_duplicates: int
         rejections=dict(sorted(rejections.items())),
         settings=plan.settings,
     )
-
-
-def _remove_work(place: Workplace) -> None:
-    # Without its plan, what a kill leaves of the folder is not mistaken for a packing to go on with.
-    (place.plan / "plan.json").unlink(missing_ok=True)
-    shutil.rmtree(place.work)
-
-
-def _discard_work(place: Workplace) -> None:
-    """Leave the target as it was before a packing that never got a plan."""
-    shutil.rmtree(place.work)
-    if not any(place.out.iterdir()):
-        place.out.rmdir()

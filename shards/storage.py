@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
-__all__ = ["ByteFile", "Folder", "SeekableFile", "check_url", "is_url", "open_bytes", "split_url"]
+__all__ = ["ByteFile", "Folder", "SeekableFile", "check_url", "is_url", "open_bytes", "open_folder", "split_url"]
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 CLIENT_OPTIONS: "ClientConfig" = {"timeout": "60s", "connect_timeout": "10s"}
 RETRIES: "RetryConfig" = {"max_retries": 6, "retry_timeout": timedelta(minutes=3)}
 _WINDOW_BYTES = 4 << 20
+_UPLOAD_BYTES = 16 << 20
 
 
 def is_url(path: str) -> bool:
@@ -164,7 +166,7 @@ class Folder:
         self.url = url
         self._store = _connect(url)
 
-    def list(self) -> Iterator[tuple[str, int]]:
+    def objects(self) -> Iterator[tuple[str, int]]:
         """(name, size) of every object below, in the store's order."""
         import obstore
 
@@ -212,6 +214,46 @@ class Folder:
                 f"{self.url}/{name} gave {len(data)} of {count} bytes at {start}: run the same command again"
             )
         return data
+
+    def put(self, name: str, data: bytes | Path, *, only_if_new: bool = False) -> bool:
+        """Write an object, whole or not at all; False where it was there and `only_if_new`. Raises PackError."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        try:
+            if only_if_new:
+                obstore.put(self._store, name, data, mode="create")
+            else:
+                obstore.put(self._store, name, data, chunk_size=_UPLOAD_BYTES)
+        except AlreadyExistsError:
+            return False
+        except Exception as error:
+            raise self._explain("write", name, error) from None
+        return True
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy an object to a local file. Raises PackError."""
+        import obstore
+
+        try:
+            with path.open("wb") as file:
+                for chunk in obstore.get(self._store, name).stream():
+                    file.write(chunk)
+        except OSError:
+            raise
+        except Exception as error:
+            raise self._explain("read", name, error) from None
+
+    def delete(self, names: list[str]) -> None:
+        """Remove objects. Raises PackError."""
+        import obstore
+
+        try:
+            obstore.delete(self._store, names)
+        except FileNotFoundError:
+            pass
+        except Exception as error:
+            raise self._explain("remove", self.url, error) from None
 
     def _explain(self, verb: str, name: str, error: Exception) -> PackError:
         # The libraries' messages are many lines; the first says what happened.

@@ -1,7 +1,6 @@
 """What `pack` prints when it is done."""
 
 import sys
-from pathlib import Path
 
 from shards.manifest import Manifest
 
@@ -12,7 +11,7 @@ def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> 
     """Print what was packed and rejected; returns the exit status: 3 where too much was rejected."""
     for name, manifest in manifests.items():
         size = sum(shard.num_bytes for shard in manifest.shards)
-        folder = Path(out) / name
+        folder = f"{out.rstrip('/')}/{name}".rstrip("/")
         print(f"{folder}: {manifest.num_samples:,} images in {len(manifest.shards):,} shards, {_human(size)}", end="")
         print(f", {len(manifest.class_names):,} classes" if manifest.class_names else ", no labels")
         if manifest.outcomes:

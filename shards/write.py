@@ -16,15 +16,16 @@ from shards.codecs import crc32c
 from shards.config import EncodeConfig
 from shards.encode import Encoded, encode
 from shards.errors import Rejected
-from shards.files import publish, write_and_sync, write_atomically
+from shards.files import write_and_sync
 from shards.index import RECORD, SUFFIXES, Flag, npy_header
 from shards.manifest import ShardEntry
 from shards.plan import Plan, Task
 from shards.pool import Tick
 from shards.reading import read_inputs
 from shards.tar import TarWriter
+from shards.target import WORK_NAME, Target, path_in
 
-__all__ = ["KEY_DIGITS", "Workplace", "WriteShard", "shard_stem"]
+__all__ = ["KEY_DIGITS", "WriteShard", "record_name", "shard_stem"]
 
 KEY_DIGITS = 12
 
@@ -34,39 +35,9 @@ def shard_stem(shard: int) -> str:
     return f"shard-{shard:06d}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Workplace:
-    """The folders that a packing writes to, all on one file system."""
-
-    out: Path
-    """Where the set (or each split's folder) appears."""
-    work: Path
-    """What packing keeps until it is finished."""
-    part: str = ""
-    """Sets the files that this process is writing apart from those of other parts of an array job."""
-
-    @property
-    def plan(self) -> Path:
-        """The plan's folder."""
-        return self.work / "plan"
-
-    @property
-    def scratch(self) -> Path:
-        """Files that are being written."""
-        return self.work / f"scratch{self.part}"
-
-    @property
-    def done(self) -> Path:
-        """One record for each finished shard."""
-        return self.work / "done"
-
-    def folder(self, split: str) -> Path:
-        """Where a split's shards appear."""
-        return self.out / split if split else self.out
-
-    def record(self, task: Task) -> Path:
-        """The record of a finished shard."""
-        return self.done / f"{task.split}-{task.shard:06d}.json"
+def record_name(task: Task) -> str:
+    """Name of the record that a shard is finished."""
+    return f"{task.split}-{task.shard:06d}.json"
 
 
 class _Columns:
@@ -109,39 +80,28 @@ class _Columns:
 
 @dataclass(frozen=True)
 class WriteShard:
-    """The job of writing one shard, for a worker process."""
+    """The job of writing one shard, for a worker process. Same plan, same bytes."""
 
-    place: Workplace
+    plan: Path
+    target: Target
     config: EncodeConfig
 
     def __call__(self, task: Task, tick: Tick) -> None:
-        """Write a shard and the record that it is finished."""
-        _write_shard(_open(self.place.plan), task, self.place, self.config, tick)
+        """Write a shard, then the record that it is finished."""
+        plan, target, stem = _open(self.plan), self.target, shard_stem(task.shard)
+        split = plan.splits[task.split].name
+        temporary = {suffix: target.scratch / f"{task.split}-{stem}{suffix}.{os.getpid()}" for suffix in SUFFIXES}
+        try:
+            entry, rejected = _write_files(plan, task, self.config, temporary, tick)
+            target.publish({path_in(split, f"{stem}{suffix}"): path for suffix, path in temporary.items()})
+        finally:
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+        text = json.dumps({"entry": asdict(entry), "rejected": rejected}, ensure_ascii=False)
+        target.put(f"{WORK_NAME}/done/{record_name(task)}", text.encode())
 
 
 _open = lru_cache(maxsize=1)(Plan.open)
-
-
-def _write_shard(plan: Plan, task: Task, place: Workplace, config: EncodeConfig, tick: Tick) -> None:
-    """Write a shard and the record that it is finished. Same plan, same bytes.
-
-    Args:
-        plan: what goes where.
-        task: which shard.
-        place: where to.
-        config: what becomes of each image.
-        tick: called after each input.
-    """
-    stem, folder = shard_stem(task.shard), place.folder(plan.splits[task.split].name)
-    temporary = {suffix: place.scratch / f"{task.split}-{stem}{suffix}.{os.getpid()}" for suffix in SUFFIXES}
-    try:
-        entry, rejected = _write_files(plan, task, config, temporary, tick)
-        publish([(temporary[suffix], folder / f"{stem}{suffix}") for suffix in SUFFIXES])
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-    text = json.dumps({"entry": asdict(entry), "rejected": rejected}, ensure_ascii=False)
-    write_atomically(place.record(task), text.encode(), scratch=place.scratch)
 
 
 def _write_files(

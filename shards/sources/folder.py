@@ -15,6 +15,8 @@ __all__ = ["FolderSource", "read_file"]
 # These say something about the disk or the network, not about one file.
 _SOURCE_IS_GONE = frozenset({errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV})
 _MAX_FILE_BYTES = 1 << 30
+# gzip, bzip2, xz, zip (and an empty one), Parquet, Arrow files, Arrow streams.
+_ARCHIVE_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\3\4", b"PK\5\6", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
 _NESTED = (b".tar", b".gz", b".tgz", b".bz2", b".xz", b".zip", b".parquet", b".arrow")
 
 
@@ -74,8 +76,10 @@ class FolderSource:
         yield from nested
 
     def _nested(self, name: bytes) -> Source | None:
-        # A link may lead out of the folder; like any link, it is looked at when it is read.
-        if os.path.islink(os.path.join(self._root, name)):  # noqa: PTH114, PTH118
+        # A link may lead out of the folder; like any link, it is looked at when it is read. What only bears the name
+        # of an archive is an input like any other.
+        path = os.path.join(self._root, name)  # noqa: PTH118
+        if not stat.S_ISREG(os.lstat(path).st_mode) or not _is_archive(path):
             return None
         return nested_source(os.path.join(self.path, os.fsdecode(name)), self._columns)  # noqa: PTH118
 
@@ -104,6 +108,12 @@ class FolderSource:
     def describe(self, name: bytes) -> str:
         """Path of the file."""
         return printable(os.fsencode(self.path).rstrip(b"/") + b"/" + name)
+
+
+def _is_archive(path: bytes) -> bool:
+    with open(path, "rb") as file:  # noqa: PTH123 - bytes, for any name
+        head = file.read(512)
+    return head.startswith(_ARCHIVE_STARTS) or head[257:262] == b"ustar"
 
 
 def read_file(path: bytes, *, follow: Callable[[bytes], bytes] = os.path.realpath) -> bytes:

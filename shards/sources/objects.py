@@ -37,7 +37,7 @@ class ObjectsSource:
         """List all objects, sorted by name; archives and tables among them are sources of their own."""
         del spool
         nested: list[Source] = []
-        for name, size in sorted(self._folder().list()):
+        for name, size in sorted(self._folder().objects()):
             source = nested_source(f"{self.path.rstrip('/')}/{name}", self._columns)
             if source is not None:
                 nested.append(source)

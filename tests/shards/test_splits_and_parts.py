@@ -129,7 +129,7 @@ def test_parts_in_any_order_give_the_bytes_of_one_process(tmp_path_factory, num_
         assert pack(config(source, folder / "out", shard_samples=shard_samples, part=f"{part}/{num_parts}")) is None
         with pytest.raises(ValueError, match="is not finished"):
             ShardSet.open(folder / "out")
-    finish(str(folder / "out"))
+    finish(str(folder / "out"), work_folder=str(folder))
     assert contents(folder / "out") == contents(folder / "whole")
 
 
@@ -156,7 +156,7 @@ def test_finish_names_the_missing_shards(tmp_path, capsys):
     source = fill(tmp_path / "in", 30)
     pack(config(source, tmp_path / "out", part="0/2"))
     with pytest.raises(PackError, match=r"4 of 8 shards are not there yet .shard-000001, shard-000003, shard-000005"):
-        finish(str(tmp_path / "out"))
+        finish(str(tmp_path / "out"), work_folder=str(tmp_path))
     assert main(["finish", str(tmp_path / "nothing")]) == 2
     assert "no plan to finish" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--part 2/2"):

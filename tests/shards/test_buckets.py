@@ -1,0 +1,259 @@
+"""Buckets as sources and targets, against an S3 server on this machine."""
+
+import http.server
+import io
+import json
+import os
+import tarfile
+import threading
+import urllib.request
+from datetime import timedelta
+
+import pytest
+
+from shards import storage
+from shards.cli import main
+from shards.config import PackConfig
+from shards.errors import PackError
+from shards.pack import finish, pack
+from tests.shards.pictures import contents, fill, jpeg
+
+
+@pytest.fixture(scope="module")
+def server():
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+class Faults(http.server.BaseHTTPRequestHandler):
+    """Hands requests on to the S3 server, but the first `remaining` reads of images go wrong as `fault` says."""
+
+    upstream = ""
+    fault = ""
+    remaining = 0
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def _relay(self):
+        cls = type(self)
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length) if length else None
+        request = urllib.request.Request(cls.upstream + self.path, data=body, method=self.command)
+        for name, value in self.headers.items():
+            if name.lower() not in ("host", "content-length", "accept-encoding"):
+                request.add_header(name, value)
+        request.add_header("Host", self.headers["Host"])
+        try:
+            with urllib.request.urlopen(request) as answer:
+                status, headers, data = answer.status, answer.headers, answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                status, headers, data = error.code, error.headers, error.read()
+        broken = self.command == "GET" and ".jpg" in self.path and cls.remaining > 0
+        if broken:
+            cls.remaining -= 1
+            if cls.fault == "503":
+                status, data = 503, b"<Error><Code>SlowDown</Code></Error>"
+            if cls.fault == "reset":
+                self.connection.close()
+                return
+            if cls.fault == "stall":
+                cls.release.wait(20)
+                return
+        self.send_response(status)
+        for name, value in headers.items():
+            if name.lower() in ("etag", "last-modified", "content-type", "content-range", "x-amz-bucket-region"):
+                self.send_header(name, value)
+        size = headers.get("Content-Length", len(data)) if self.command == "HEAD" else len(data)
+        self.send_header("Content-Length", str(size))
+        self.end_headers()
+        if self.command != "HEAD":
+            if broken and cls.fault == "short":
+                self.wfile.write(data[: len(data) // 2])
+                self.close_connection = True
+                return
+            self.wfile.write(data)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _relay  # noqa: N815
+
+
+@pytest.fixture(scope="module")
+def proxy(server):
+    Faults.upstream = server
+    Faults.release = threading.Event()
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faults)
+    proxy.daemon_threads = True
+    thread = threading.Thread(target=proxy.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{proxy.server_port}"
+    Faults.release.set()
+    proxy.shutdown()
+    proxy.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch, request):
+    """A fresh bucket; gives a function that lists what is in it."""
+    name = f"bucket-{abs(hash(request.node.name)) % 10**9}"
+    for key, value in {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    urllib.request.urlopen(urllib.request.Request(f"{server}/{name}", method="PUT")).close()
+    for cached in (storage.open_folder, storage._open_remote):
+        cached.cache_clear()
+    yield f"s3://{name}"
+    for cached in (storage.open_folder, storage._open_remote):
+        cached.cache_clear()
+
+
+def upload(url, files):
+    folder = storage.Folder(url)
+    for name, data in files.items():
+        folder.put(name, data)
+
+
+def objects(url):
+    folder = storage.Folder(url)
+    return {name: folder.read(name) for name, _ in folder.objects()}
+
+
+def config(*sources, out, **options):
+    return PackConfig(sources=tuple(map(str, sources)), out=str(out), **{"workers": 1, "shard_samples": 4, **options})
+
+
+def shard_bytes(files):
+    """What does not name the source's address."""
+    return {name: data for name, data in files.items() if name.endswith((".tar", ".npy", ".idx"))}
+
+
+def test_a_prefix_is_packed_like_a_folder(bucket, tmp_path):
+    source = fill(tmp_path / "in", 10, classes=2)
+    (source / "class0" / "notes.txt").write_text("no image")
+    upload(bucket + "/some/prefix", contents(source))
+    pack(config(source, out=tmp_path / "local", max_rejected=1.0))
+    pack(config(bucket + "/some/prefix", out=tmp_path / "remote", max_rejected=1.0))
+    assert shard_bytes(contents(tmp_path / "local")) == shard_bytes(contents(tmp_path / "remote"))
+    line = json.loads((tmp_path / "remote" / "rejected.jsonl").read_text())
+    assert line["source"] == f"{bucket}/some/prefix/class0/notes.txt"
+
+
+def test_archives_lists_and_inventories_in_a_bucket(bucket, tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for i in range(5):
+            info = tarfile.TarInfo(f"{i}.jpg")
+            info.size = len(jpeg(i))
+            tar.addfile(info, io.BytesIO(jpeg(i)))
+    upload(bucket, {"d/x.tar": buffer.getvalue(), "d/more/7.jpg": jpeg(7), "d/list.txt": b"more/7.jpg\n"})
+    name = bucket.removeprefix("s3://")
+    upload(bucket, {"inventory.csv": f'"{name}","d/more/7.jpg","512"\n"{name}","gone%20one.jpg","1"\n'.encode()})
+    for source, count, rejected in (
+        ("d/x.tar", 5, 0),
+        ("d", 6, 1),
+        ("d/list.txt", 1, 0),
+        ("inventory.csv", 1, 1),
+    ):
+        manifest = pack(config(f"{bucket}/{source}", out=tmp_path / source.replace("/", "-"), max_rejected=1.0))[""]
+        assert (manifest.num_samples, manifest.num_rejected) == (count, rejected), source
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bucket_as_target_holds_what_a_folder_would(bucket, tmp_path, workers):
+    source = fill(tmp_path / "in", 10, classes=2)
+    options = {"work_folder": str(tmp_path), "val_fraction": 0.3}
+    local = pack(config(source, out=tmp_path / "local", **options))
+    remote = pack(config(source, out=bucket + "/out", workers=workers, **options))
+    assert remote == local
+    assert objects(bucket + "/out") == contents(tmp_path / "local")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "local"]
+    assert pack(config(source, out=bucket + "/out", **options)) == local
+    with pytest.raises(ValueError, match="--seed was 0, is 1"):
+        pack(config(source, out=bucket + "/out", seed=1, **options))
+
+
+def test_parts_on_machines_that_share_only_the_bucket(bucket, tmp_path):
+    source = fill(tmp_path / "in", 18, classes=2)
+    pack(config(source, out=tmp_path / "local"))
+    out = bucket + "/out"
+    for i in range(3):
+        (tmp_path / f"machine{i}").mkdir()
+        assert pack(config(source, out=out, part=f"{i}/3", work_folder=str(tmp_path / f"machine{i}"))) is None
+        assert "manifest.json" not in objects(out)
+    with pytest.raises(ValueError, match="--seed was 0, is 1"):
+        pack(config(source, out=out, seed=1, part="0/3", work_folder=str(tmp_path / "machine0")))
+    (tmp_path / "machine3").mkdir()
+    finish(out, work_folder=str(tmp_path / "machine3"))
+    assert objects(out) == contents(tmp_path / "local")
+
+
+def test_an_interrupted_upload_goes_on(bucket, tmp_path, monkeypatch):
+    source = fill(tmp_path / "in", 12)
+    put, calls = storage.Folder.put, []
+
+    def failing(self, name, data, **options):
+        calls.append(name)
+        if len(calls) == 12:
+            raise PackError("cannot write: the network is gone")
+        return put(self, name, data, **options)
+
+    monkeypatch.setattr(storage.Folder, "put", failing)
+    with pytest.raises(PackError, match="network is gone"):
+        pack(config(source, out=bucket + "/out", work_folder=str(tmp_path)))
+    monkeypatch.setattr(storage.Folder, "put", put)
+    done = [name for name in objects(bucket + "/out") if "/done/" in name]
+    assert len(done) == 1
+    pack(config(source, out=bucket + "/out", work_folder=str(tmp_path)))
+    pack(config(source, out=tmp_path / "local"))
+    assert objects(bucket + "/out") == contents(tmp_path / "local")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", ["503", "reset", "short", "stall"])
+def test_faults_of_the_storage_are_overcome_or_told(bucket, proxy, tmp_path, monkeypatch, fault):
+    source = fill(tmp_path / "in", 6)
+    upload(bucket + "/in", contents(source))
+    pack(config(source, out=tmp_path / "local", labels="none"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+    monkeypatch.setattr(storage, "CLIENT_OPTIONS", {"timeout": "1s", "connect_timeout": "1s"})
+    backoff = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
+    retries = {"max_retries": 5, "retry_timeout": timedelta(seconds=10), "backoff": backoff}
+    monkeypatch.setattr(storage, "RETRIES", retries)
+    storage.open_folder.cache_clear()
+    Faults.fault, Faults.remaining = fault, 3
+    pack(config(bucket + "/in", out=tmp_path / "remote", labels="none"))
+    assert Faults.remaining == 0
+    assert shard_bytes(contents(tmp_path / "remote")) == shard_bytes(contents(tmp_path / "local"))
+    Faults.remaining = 10**6
+    with pytest.raises(PackError, match=rf"cannot read {bucket}/in/.*\.jpg"):
+        pack(config(bucket + "/in", out=tmp_path / "never", labels="none"))
+    Faults.remaining = 0
+    pack(config(bucket + "/in", out=tmp_path / "never", labels="none"))
+    assert shard_bytes(contents(tmp_path / "never")) == shard_bytes(contents(tmp_path / "local"))
+
+
+def test_addresses_that_cannot_work_are_told_in_one_line(bucket, tmp_path, capsys):
+    source = str(fill(tmp_path / "in", 2))
+    for arguments, message in (
+        (["pack", source, "--out", "https://host/x"], "cannot be written to"),
+        (["pack", source, "--out", "s3://key:secret@b/x"], "through the environment"),
+        (["pack", bucket + "/nothing/here", "--out", str(tmp_path / "out")], "no files in"),
+        (["pack", "s3://no-such-bucket-anywhere/x", "--out", str(tmp_path / "out")], "cannot list s3://no-such-bucket"),
+        (["pack", bucket + "/gone.tar", "--out", str(tmp_path / "out")], "gone.tar"),
+    ):
+        assert main(arguments) in (1, 2)
+        error = capsys.readouterr().err
+        assert message in error
+        assert "secret" not in error
+        assert error.count("\n") == 1
+    assert not os.path.lexists(tmp_path / "out")
