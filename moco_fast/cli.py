@@ -123,9 +123,7 @@ def _eval_knn(command: EvalKnn) -> int:
         return 0
     if trained.note:
         print(f"note: {trained.note}", file=sys.stderr)
-    print(
-        f"kNN top-1: {trained.num_queries:,} held-out samples, {trained.k} of {trained.num_bank:,} training samples vote"
-    )
+    print(f"kNN top-1 of {trained.num_queries:,} held-out samples by {trained.k} of {trained.num_bank:,} neighbours:")
     print(f"  trained    {100 * trained.top1:5.1f}%")
     print(f"  untrained  {100 * untrained.top1:5.1f}%")
     return 0

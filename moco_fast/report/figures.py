@@ -64,7 +64,15 @@ def draw_curves(
         axes = figure.add_subplot(facecolor="none")
         for curve, colour in zip(curves, _SERIES, strict=False):
             steps, values = thin_out(curve.steps, curve.values)
-            axes.plot(steps, values, color=colour, linewidth=1.8, marker="o" if curve.points else "", markersize=4.5)
+            axes.plot(
+                steps,
+                values,
+                color=colour,
+                linewidth=1.8,
+                marker="o" if curve.points else "",
+                markersize=4.5,
+                clip_on=not curve.points,
+            )
         if level is not None:
             axes.axhline(level.value, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
         _dress(axes, percent=percent)

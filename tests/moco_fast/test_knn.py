@@ -1,11 +1,16 @@
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -13,8 +18,8 @@ from moco_fast import distributed
 from moco_fast.config import ModelConfig
 from moco_fast.encoders import Encoder, build_encoder, normalize_images
 from moco_fast.evaluate import knn
-from moco_fast.evaluate.features import Features, extract, gather
-from moco_fast.evaluate.knn import classify
+from moco_fast.evaluate.features import Features, extract, gather, labelled_features, spread
+from moco_fast.evaluate.knn import KnnResult, classify, evaluate_knn
 from pipelines.batch import ImageBatch
 
 
@@ -141,3 +146,104 @@ def test_gather_brings_uneven_shares_together_on_every_rank(run_ranks, sizes: li
         assert index == expected
         assert labels == [number % 5 for number in expected]
         assert values == [[number, -number] for number in expected]
+
+
+def knn_of(encoder: Encoder, packed: Any, **changes: Any) -> KnnResult:
+    options = {"bank_shards": str(packed.train), "query_shards": str(packed.val), "size": 32, "crop": 1.0, "k": 5}
+    options |= {"temperature": 0.1, "batch_size": 50, "device": torch.device("cpu")}
+    return evaluate_knn(encoder, **(options | changes))
+
+
+def test_evaluate_knn_agrees_with_a_plain_loop(encoder: Encoder, packed_demo: Any) -> None:
+    cpu = torch.device("cpu")
+    bank, queries = (
+        labelled_features(encoder, str(shards), size=32, crop=1.0, batch_size=64, device=cpu)
+        for shards in (packed_demo.train, packed_demo.val)
+    )
+    predictions = naive_predictions(bank.values.numpy(), bank.labels.numpy(), queries.values.numpy(), 5, 0.1)
+    result = knn_of(encoder, packed_demo)
+    assert result.top1 == np.mean(np.array(predictions) == queries.labels.numpy())
+    assert (result.num_bank, result.num_queries, result.k, result.note) == (288, 72, 5, None)
+    assert 1 / 18 < result.top1 < 1
+
+
+def test_a_sample_s_nearest_neighbour_is_itself(encoder: Encoder, packed_demo: Any) -> None:
+    assert knn_of(encoder, packed_demo, query_shards=str(packed_demo.train), k=1).top1 > 0.99
+
+
+def test_a_bank_smaller_than_k_is_noted(encoder: Encoder, packed_demo: Any) -> None:
+    result = knn_of(encoder, packed_demo, k=200, max_bank=30)
+    assert (result.k, result.num_bank) == (30, 30)
+    assert result.note is not None
+    assert "the bank holds 30" in result.note
+
+
+def test_the_bank_is_spread_over_the_whole_set(packed_demo: Any) -> None:
+    chosen = spread(str(packed_demo.train), 9)
+    assert chosen is not None
+    assert chosen.tolist() == [0, 32, 64, 96, 128, 160, 192, 224, 256]
+    assert spread(str(packed_demo.train), 288) is None
+
+
+def knn_on_this_rank(train: str, val: str) -> KnnResult:
+    torch.manual_seed(0)
+    encoder = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8))
+    return evaluate_knn(
+        encoder,
+        bank_shards=train,
+        query_shards=val,
+        size=32,
+        crop=1.0,
+        k=5,
+        temperature=0.1,
+        batch_size=50,
+        device=torch.device("cpu"),
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+
+
+@pytest.mark.slow
+def test_ranks_together_find_what_one_finds(run_ranks, encoder: Encoder, packed_demo: Any) -> None:
+    alone = knn_of(encoder, packed_demo)
+    assert run_ranks(knn_on_this_rank, str(packed_demo.train), str(packed_demo.val)) == [alone, alone]
+
+
+def test_a_diverged_encoder_is_told(encoder: Encoder, packed_demo: Any) -> None:
+    with torch.no_grad():
+        next(encoder.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        knn_of(encoder, packed_demo)
+
+
+@pytest.fixture(scope="module")
+def other_shards(packed_demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images of another class, and the same two without a label."""
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "images" / "zebra").mkdir(parents=True)
+    for number in range(2):
+        Image.new("RGB", (40, 40), (90 * number, 20, 20)).save(folder / "images" / "zebra" / f"{number}.jpg")
+    for name, source in (("labelled", "images"), ("unlabelled", "images/zebra")):
+        words = ["pack", str(folder / source), "--out", str(folder / name), "--workers", "1"]
+        program = f"import sys; from shards.cli import main; sys.exit(main({words!r}))"
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    return folder
+
+
+def test_sets_with_different_classes_are_refused(encoder: Encoder, packed_demo: Any, other_shards: Path) -> None:
+    with pytest.raises(ValueError, match=r"number their classes differently \('astronaut' is in one only\)"):
+        knn_of(encoder, packed_demo, query_shards=str(other_shards / "labelled"))
+
+
+def test_shards_without_labels_are_refused(encoder: Encoder, other_shards: Path) -> None:
+    unlabelled = str(other_shards / "unlabelled")
+    with pytest.raises(ValueError, match="holds no labelled sample"):
+        evaluate_knn(
+            encoder,
+            bank_shards=unlabelled,
+            query_shards=unlabelled,
+            size=32,
+            k=1,
+            temperature=0.1,
+            device=torch.device("cpu"),
+        )
