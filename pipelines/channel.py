@@ -23,6 +23,11 @@ class Channel(Generic[T]):
         self._closed = False
         self._error: BaseException | None = None
 
+    @property
+    def closed(self) -> bool:
+        """Whether the consumer is gone."""
+        return self._closed
+
     def put(self, item: T) -> None:
         """Hand over an item. Raises ChannelClosed."""
         with self._changed:

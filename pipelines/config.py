@@ -21,10 +21,10 @@ class DataConfig:
     """At most so many ranges of the set are read side by side; more lanes mix better. A small set has fewer."""
     window_shards: int = 4
     """Samples are shuffled among about so many shards of a lane."""
-    backend: Literal["auto", "dali"] = "auto"
-    """What decodes and augments."""
+    backend: Literal["auto", "dali", "torch"] = "auto"
+    """What decodes and augments. `dali`: on the GPU where there is one. `torch`: worker processes on the CPU."""
     num_threads: int | None = None
-    """Decoding threads a rank; unset: the CPUs this rank really has."""
+    """Threads (dali) or processes (torch) a rank that decode; unset: the CPUs this rank really has."""
     read_threads: int = 4
     """Threads a rank that read shards."""
     prefetch: int = 2

@@ -7,7 +7,6 @@ Gaussian blur, one affine colour map with rounding and clamping, solarize.
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -19,21 +18,23 @@ from nvidia.dali import types as untyped_types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from pipelines.augment import ViewTable
+from pipelines.backends import Job, Made
 from pipelines.channel import Channel, ChannelClosed
 from pipelines.config import ViewConfig
-from pipelines.samples import EncodedBatch
+from pipelines.reader import Reader
+from pipelines.samples import EncodedBatch, encoded_batches
 
-__all__ = ["DaliOptions", "DaliViews", "ViewStages", "blur_kernels"]
+__all__ = ["DaliViews", "blur_kernels"]
 
 # DALI makes its operators and type names at run time: their stubs know half of what works.
 fn: Any = untyped_fn
 types: Any = untyped_types
 
 Floats = npt.NDArray[np.float32]
-Views = tuple[torch.Tensor, ...]
+Indices = npt.NDArray[np.int64]
 
 
-class ViewStages:
+class _Stages:
     """Which stages a view's graph needs after the resize."""
 
     def __init__(self, config: ViewConfig | None) -> None:
@@ -42,60 +43,38 @@ class ViewStages:
         self.solarize = config is not None and config.solarize_p > 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class DaliOptions:
-    """How a pipeline is built."""
-
-    size: int
-    """Height and width of a view."""
-    max_batch: int
-    """Samples in the largest batch."""
-    device: torch.device
-    """Where the views shall be; decoding is done there too."""
-    num_threads: int
-    """Threads of DALI's own."""
-
-
 class DaliViews:
-    """Views of encoded batches, made ahead of need by a thread of its own.
+    """Views of the samples of `steps`, made ahead of need by a thread of its own.
 
     Args:
-        batches: what to make views of; consumed in the background.
-        stages: one a view, in the order of each batch's tables.
-        options: how the pipeline is built.
-        prefetch: batches kept ready, here and inside DALI.
+        job: what to do.
+        steps: (epoch, dense sample numbers) of each batch; consumed in the background.
     """
 
-    def __init__(
-        self,
-        batches: Iterator[EncodedBatch],
-        stages: tuple[ViewStages, ...],
-        options: DaliOptions,
-        *,
-        prefetch: int,
-    ) -> None:
-        self._batches = batches
-        self._stages = stages
-        self._options = options
-        self._prefetch = prefetch
-        self._out: Channel[tuple[EncodedBatch, Views]] = Channel(prefetch)
+    def __init__(self, job: Job, steps: Iterator[tuple[int, Indices]]) -> None:
+        self._job = job
+        self._stages = tuple(_Stages(view) for view in job.views)
+        self._reader = Reader(job.shards, num_threads=job.read_threads)
+        self._batches = encoded_batches(self._reader, steps, ahead=job.prefetch, draw=job.draw)
+        self._out: Channel[Made] = Channel(job.prefetch)
         self._thread = threading.Thread(target=self._run, name="dali-views", daemon=True)
         self._thread.start()
 
-    def get(self) -> tuple[EncodedBatch, Views]:
-        """Wait for the next batch and its views, (B, 3, H, W) uint8 each. Raises StopIteration, or what went wrong."""
+    def get(self) -> Made:
+        """Wait for the next batch. Raises StopIteration at the end, or what went wrong."""
         return self._out.get()
 
     def close(self) -> None:
-        """End the thread; what is ready is dropped."""
+        """End all threads; what is ready is dropped."""
         self._out.close()
         self._thread.join()
+        self._reader.close()
 
     def _run(self) -> None:
         try:
             # The first `schedule_run` starts as many runs as DALI's queue is long: there must be input for all of them.
-            under_way = deque(islice(self._batches, self._prefetch))
-            pipe = _build(self._stages, self._options, depth=len(under_way)) if under_way else None
+            under_way = deque(islice(self._batches, self._job.prefetch))
+            pipe = _build(self._stages, self._job, depth=len(under_way)) if under_way else None
             if pipe is not None:
                 for batch in under_way:
                     self._feed(pipe, batch)
@@ -119,24 +98,24 @@ class DaliViews:
                 under_way.append(batch)
             # Safe without a copy: the dynamic executor writes to no output that someone still holds.
             views = tuple(torch.from_dlpack(view.as_tensor()).permute(0, 3, 1, 2) for view in outputs)
-            self._out.put((done, views))
+            self._out.put((done.samples, done.labels, views))
 
     def _feed(self, pipe: Pipeline, batch: EncodedBatch) -> None:
         pipe.feed_input("encoded", batch.encoded)
         for number, (stages, table) in enumerate(zip(self._stages, batch.tables, strict=True)):
-            for name, data in _inputs(stages, table, on_gpu=self._options.device.type == "cuda").items():
+            for name, data in _inputs(stages, table, on_gpu=self._job.device.type == "cuda").items():
                 pipe.feed_input(f"{name}_{number}", data)
 
 
-def _build(stages: tuple[ViewStages, ...], options: DaliOptions, *, depth: int) -> Pipeline:
-    on_gpu = options.device.type == "cuda"
+def _build(stages: tuple[_Stages, ...], job: Job, *, depth: int) -> Pipeline:
+    on_gpu = job.device.type == "cuda"
     pipe = _views(
         stages,
-        options.size,
+        job.size,
         "mixed" if on_gpu else "cpu",
-        batch_size=options.max_batch,
-        num_threads=options.num_threads,
-        device_id=(options.device.index or 0) if on_gpu else None,
+        batch_size=job.max_batch,
+        num_threads=job.num_threads,
+        device_id=(job.device.index or 0) if on_gpu else None,
         prefetch_queue_depth=depth,
         exec_dynamic=True,
     )
@@ -145,7 +124,7 @@ def _build(stages: tuple[ViewStages, ...], options: DaliOptions, *, depth: int) 
 
 
 @pipeline_def(enable_conditionals=True)
-def _views(stages: tuple[ViewStages, ...], size: int, decoder: str) -> tuple[Any, ...]:
+def _views(stages: tuple[_Stages, ...], size: int, decoder: str) -> tuple[Any, ...]:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
     # The packer has turned the pixels already, and the boxes are in stored coordinates.
     images = fn.decoders.image(
@@ -155,7 +134,7 @@ def _views(stages: tuple[ViewStages, ...], size: int, decoder: str) -> tuple[Any
     return tuple(_view(images, size, view, number, on_gpu=on_gpu) for number, view in enumerate(stages))
 
 
-def _view(images: Any, size: int, stages: ViewStages, number: int, *, on_gpu: bool) -> Any:
+def _view(images: Any, size: int, stages: _Stages, number: int, *, on_gpu: bool) -> Any:
     def given(name: str, dtype: Any, ndim: int) -> Any:
         return fn.external_source(name=f"{name}_{number}", dtype=dtype, ndim=ndim)
 
@@ -189,7 +168,7 @@ def _view(images: Any, size: int, stages: ViewStages, number: int, *, on_gpu: bo
     return view
 
 
-def _inputs(stages: ViewStages, table: ViewTable, *, on_gpu: bool) -> dict[str, Any]:
+def _inputs(stages: _Stages, table: ViewTable, *, on_gpu: bool) -> dict[str, Any]:
     """What the graph of one view is fed with, by name."""
     box = table.box.astype(np.float32)
     x, y, right, bottom = box[:, 0], box[:, 1], box[:, 0] + box[:, 2], box[:, 1] + box[:, 3]

@@ -2,36 +2,24 @@
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, Self
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.augment import ViewTable
+from pipelines.backends import BACKENDS, Job, Stream, choose
 from pipelines.batch import ImageBatch, TwoViewBatch
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.cpus import available_cpus
 from pipelines.order import OrderPlan, check_ranks
-from pipelines.reader import Reader
-from pipelines.samples import EncodedBatch, draw_views, encoded_batches, plan_steps
+from pipelines.samples import draw_central, draw_training, plan_steps
 from shards import ShardSet
 
-__all__ = ["EvalLoader", "Loader", "central_crops", "make_views", "open_eval_loader", "open_loader"]
+__all__ = ["EvalLoader", "Loader", "make_views", "open_eval_loader", "open_loader"]
 
 Indices = npt.NDArray[np.int64]
-
-
-class Stream(Protocol):
-    """A running backend."""
-
-    def get(self) -> tuple[EncodedBatch, tuple[torch.Tensor, ...]]:
-        """Wait for the next batch and its views. Raises StopIteration at the end, or what went wrong."""
-        ...
-
-    def close(self) -> None:
-        """End all threads and processes."""
-        ...
 
 
 class Loader:
@@ -106,13 +94,13 @@ class Loader:
         if self._stream is None:
             self._stream = self._start(self._epoch, self._step)
             self._finalizer = weakref.finalize(self, self._stream.close)
-        encoded, (view_q, view_k) = self._stream.get()
+        samples, labels, (view_q, view_k) = self._stream.get()
         self._kept.add(view_q, view_k)
         return TwoViewBatch(
             view_q=view_q,
             view_k=view_k,
-            index=torch.from_numpy(encoded.samples),
-            label=torch.from_numpy(encoded.labels),
+            index=torch.from_numpy(samples),
+            label=torch.from_numpy(labels),
         )
 
     def _stop(self) -> None:
@@ -141,11 +129,9 @@ class EvalLoader:
         kept = _HandedOver(self._device)
         try:
             for _ in range(self._num_batches):
-                encoded, (images,) = stream.get()
+                samples, labels, (images,) = stream.get()
                 kept.add(images)
-                yield ImageBatch(
-                    images=images, index=torch.from_numpy(encoded.samples), label=torch.from_numpy(encoded.labels)
-                )
+                yield ImageBatch(images=images, index=torch.from_numpy(samples), label=torch.from_numpy(labels))
                 kept.mark()
         finally:
             finalizer()
@@ -204,8 +190,6 @@ def open_loader(
     Raises:
         ValueError: shards that are absent or unfinished, or numbers that do not fit each other.
     """
-    from pipelines import dali
-
     shards = ShardSet.open(data.shards)
     plan = OrderPlan(
         shard_sizes=shards.shard_sizes,
@@ -215,23 +199,24 @@ def open_loader(
         window_shards=data.window_shards,
     )
     check_ranks(data.batch_size, world_size)
-    num_threads = data.num_threads or available_cpus(local_world_size)
-    options = dali.DaliOptions(
-        size=views.size, max_batch=data.batch_size // world_size, device=device, num_threads=num_threads
+    name, reason = choose(data.backend, device=device, size=views.size)
+    job = Job(
+        shards=shards,
+        draw=partial(draw_training, views=views, seed=seed),
+        views=(views.query, views.key),
+        size=views.size,
+        max_batch=data.batch_size // world_size,
+        device=device,
+        num_threads=data.num_threads or available_cpus(local_world_size),
+        read_threads=data.read_threads,
+        prefetch=data.prefetch,
     )
-    stages = (dali.ViewStages(views.query), dali.ViewStages(views.key))
-
-    def draw(epoch: int, samples: Indices, records: npt.NDArray[np.void]) -> tuple[ViewTable, ...]:
-        return draw_views(views, samples, records, seed=seed, epoch=epoch)
 
     def start(epoch: int, step: int) -> Stream:
-        steps = plan_steps(plan, epoch=epoch, step=step, rank=rank, world_size=world_size)
-        reader = Reader(shards, num_threads=data.read_threads)
-        batches = encoded_batches(reader, steps, ahead=data.prefetch, draw=draw)
-        return _Closing(dali.DaliViews(batches, stages, options, prefetch=data.prefetch), reader)
+        return BACKENDS[name](job, plan_steps(plan, epoch=epoch, step=step, rank=rank, world_size=world_size))
 
-    where = "on the GPU" if device.type == "cuda" else "on the CPU"
-    description = f"dali, decoding {where} with {num_threads} threads; {plan.num_lanes} lanes"
+    what = "processes" if name == "torch" else "threads"
+    description = f"{name} ({reason}), {job.num_threads} {what} a rank, {plan.num_lanes} lanes"
     return Loader(plan, start, device=device, description=description)
 
 
@@ -245,6 +230,8 @@ def open_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     indices: Indices | None = None,
+    local_world_size: int = 1,
+    backend: str = "dali",
 ) -> EvalLoader:
     """Open a loader for evaluation.
 
@@ -257,12 +244,12 @@ def open_eval_loader(
         rank: takes one contiguous part of the samples.
         world_size: number of parts.
         indices: dense sample numbers to take; all, if not given.
+        local_world_size: ranks on this machine, which share its CPUs.
+        backend: as in DataConfig.
 
     Raises:
         ValueError: shards that are absent or unfinished, or a number out of its range.
     """
-    from pipelines import dali
-
     if not 0 < crop <= 1:
         raise ValueError(f"crop is {crop}: it must lie above 0 and at most at 1")
     if batch_size < 1:
@@ -272,60 +259,39 @@ def open_eval_loader(
     if wanted.size and not 0 <= wanted.min() <= wanted.max() < opened.num_samples:
         raise ValueError(f"indices reach beyond the {opened.num_samples} samples of {shards}")
     mine = wanted[len(wanted) * rank // world_size : len(wanted) * (rank + 1) // world_size]
-    options = dali.DaliOptions(size=size, max_batch=batch_size, device=device, num_threads=available_cpus())
-
-    def draw(_epoch: int, _samples: Indices, records: npt.NDArray[np.void]) -> tuple[ViewTable, ...]:
-        return (central_crops(records["width"].astype(np.int64), records["height"].astype(np.int64), crop),)
+    name, _ = choose(backend, device=device, size=size)
+    job = Job(
+        shards=opened,
+        draw=partial(draw_central, crop=crop),
+        views=(None,),
+        size=size,
+        max_batch=batch_size,
+        device=device,
+        num_threads=available_cpus(local_world_size),
+    )
 
     def start() -> Stream:
         steps = ((0, mine[begin : begin + batch_size]) for begin in range(0, len(mine), batch_size))
-        reader = Reader(opened)
-        batches = encoded_batches(reader, steps, ahead=2, draw=draw)
-        return _Closing(dali.DaliViews(batches, (dali.ViewStages(None),), options, prefetch=2), reader)
+        return BACKENDS[name](job, steps)
 
     return EvalLoader(start, -(-len(mine) // batch_size), device)
 
 
-def make_views(batch: EncodedBatch, views: ViewsConfig, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Make the views of one batch: (B, 3, H, W) uint8 each."""
-    from pipelines import dali
-
-    options = dali.DaliOptions(
-        size=views.size, max_batch=len(batch.samples), device=device, num_threads=available_cpus()
+def make_views(
+    shards: ShardSet, samples: Indices, views: ViewsConfig, *, seed: int, epoch: int, backend: str = "dali"
+) -> tuple[torch.Tensor, ...]:
+    """Make the query and the key views of chosen samples on the CPU: (n, 3, S, S) uint8 each."""
+    job = Job(
+        shards=shards,
+        draw=partial(draw_training, views=views, seed=seed),
+        views=(views.query, views.key),
+        size=views.size,
+        max_batch=len(samples),
+        device=torch.device("cpu"),
+        num_threads=1,
     )
-    stages = (dali.ViewStages(views.query), dali.ViewStages(views.key))
-    stream = dali.DaliViews(iter((batch,)), stages, options, prefetch=1)
+    stream = BACKENDS[backend](job, iter(((epoch, samples),)))
     try:
-        return stream.get()[1]
+        return stream.get()[2]
     finally:
         stream.close()
-
-
-def central_crops(width: Indices, height: Indices, crop: float) -> ViewTable:
-    """Give the table that cuts the central square of side `crop` times the shorter side and does nothing else."""
-    side = np.maximum(1, np.rint(crop * np.minimum(width, height)).astype(np.int64))
-    num = len(side)
-    identity = np.concatenate((np.eye(3), np.zeros((3, 1))), axis=1)
-    return ViewTable(
-        box=np.stack(((width - side) // 2, (height - side) // 2, side, side), axis=1).astype(np.int32),
-        flip=np.zeros(num, dtype=np.bool_),
-        sigma=np.zeros(num, dtype=np.float32),
-        matrix=np.broadcast_to(identity.astype(np.float32), (num, 3, 4)),
-        solarize=np.zeros(num, dtype=np.bool_),
-        factors=np.broadcast_to(np.array([1.0, 1.0, 1.0, 0.0]), (num, 4)),
-        jitter_order=np.broadcast_to(np.arange(4), (num, 4)),
-        grayscale=np.zeros(num, dtype=np.bool_),
-    )
-
-
-class _Closing:
-    """A stream that closes its reader when it is closed."""
-
-    def __init__(self, views: Stream, reader: Reader) -> None:
-        self._views = views
-        self._reader = reader
-        self.get = views.get
-
-    def close(self) -> None:
-        self._views.close()
-        self._reader.close()

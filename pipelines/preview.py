@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageDraw
 
 from pipelines.config import ViewsConfig
 from pipelines.loader import make_views
 from pipelines.reader import Reader
-from pipelines.samples import EncodedBatch, draw_views
+from pipelines.samples import draw_training
 from shards import ShardSet
 
 __all__ = ["Preview", "draw", "sheet"]
@@ -40,7 +39,9 @@ class Preview:
     """(S, S, 3)."""
 
 
-def draw(shards: str, views: ViewsConfig, *, seed: int, epoch: int, indices: Sequence[int]) -> list[Preview]:
+def draw(
+    shards: str, views: ViewsConfig, *, seed: int, epoch: int, indices: Sequence[int], backend: str = "dali"
+) -> list[Preview]:
     """Make the views of some samples as a run with this seed sees them in this epoch.
 
     Args:
@@ -49,6 +50,7 @@ def draw(shards: str, views: ViewsConfig, *, seed: int, epoch: int, indices: Seq
         seed: of the run.
         epoch: of the run.
         indices: dense sample numbers.
+        backend: what makes the views.
 
     Raises:
         ValueError: shards that are absent or unfinished, or a sample that is not in them.
@@ -63,10 +65,9 @@ def draw(shards: str, views: ViewsConfig, *, seed: int, epoch: int, indices: Seq
         encoded = reader.submit(samples, records).result()
     finally:
         reader.close()
-    tables = draw_views(views, samples, records, seed=seed, epoch=epoch)
-    labels = records["label"].astype(np.int64)
-    batch = EncodedBatch(samples=samples, labels=labels, encoded=encoded, tables=tables)
-    view_q, view_k = (view.permute(0, 2, 3, 1).numpy() for view in make_views(batch, views, torch.device("cpu")))
+    tables = draw_training(epoch, samples, records, views=views, seed=seed)
+    made = make_views(opened, samples, views, seed=seed, epoch=epoch, backend=backend)
+    view_q, view_k = (view.permute(0, 2, 3, 1).numpy() for view in made)
     return [
         Preview(
             index=int(sample),

@@ -13,7 +13,7 @@ from pipelines.order import EpochOrder, OrderPlan
 from pipelines.reader import PendingBytes, Reader
 from shards.index import Flag
 
-__all__ = ["EncodedBatch", "draw_views", "encoded_batches", "plan_steps"]
+__all__ = ["Draw", "EncodedBatch", "draw_central", "draw_training", "encoded_batches", "plan_steps"]
 
 Indices = npt.NDArray[np.int64]
 Draw = Callable[[int, Indices, npt.NDArray[np.void]], tuple[ViewTable, ...]]
@@ -42,8 +42,8 @@ def plan_steps(plan: OrderPlan, *, epoch: int, step: int, rank: int, world_size:
         epoch, step = epoch + 1, 0
 
 
-def draw_views(
-    views: ViewsConfig, samples: Indices, records: npt.NDArray[np.void], *, seed: int, epoch: int
+def draw_training(
+    epoch: int, samples: Indices, records: npt.NDArray[np.void], *, views: ViewsConfig, seed: int
 ) -> tuple[ViewTable, ViewTable]:
     """Draw both views of samples whose index records are given."""
     known = (records["flags"] & Flag.HAS_MEAN_RGB) != 0
@@ -62,6 +62,25 @@ def draw_views(
         )
 
     return draw(views.query, QUERY_VIEW), draw(views.key, KEY_VIEW)
+
+
+def draw_central(_epoch: int, _samples: Indices, records: npt.NDArray[np.void], *, crop: float) -> tuple[ViewTable]:
+    """Cut the central square of side `crop` times the shorter side, and do nothing else."""
+    width, height = records["width"].astype(np.int64), records["height"].astype(np.int64)
+    side = np.maximum(1, np.rint(crop * np.minimum(width, height)).astype(np.int64))
+    num = len(side)
+    identity = np.concatenate((np.eye(3), np.zeros((3, 1))), axis=1)
+    table = ViewTable(
+        box=np.stack(((width - side) // 2, (height - side) // 2, side, side), axis=1).astype(np.int32),
+        flip=np.zeros(num, dtype=np.bool_),
+        sigma=np.zeros(num, dtype=np.float32),
+        matrix=np.broadcast_to(identity.astype(np.float32), (num, 3, 4)),
+        solarize=np.zeros(num, dtype=np.bool_),
+        factors=np.broadcast_to(np.array([1.0, 1.0, 1.0, 0.0]), (num, 4)),
+        jitter_order=np.broadcast_to(np.arange(4), (num, 4)),
+        grayscale=np.zeros(num, dtype=np.bool_),
+    )
+    return (table,)
 
 
 def encoded_batches(

@@ -133,7 +133,7 @@ def test_views_stay_whole_while_later_ones_are_made(loader):
 
 def test_the_next_epoch_is_made_ready_before_it_is_asked_for(loader):
     list(loader)
-    ready = loader._stream._views._out
+    ready = loader._stream._out
     with ready._changed:
         assert ready._changed.wait_for(lambda: len(ready._items) == 2, timeout=30)
     assert loader.state_dict() == {"epoch": 1, "step": 0}

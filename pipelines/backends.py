@@ -1,0 +1,116 @@
+"""What turns encoded samples into views: the backends, one contract, and the choice between them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipelines.config import ViewConfig
+from pipelines.samples import Draw
+from shards import ShardSet
+
+__all__ = ["BACKENDS", "Job", "Made", "Stream", "choose"]
+
+Indices = npt.NDArray[np.int64]
+
+Made = tuple[Indices, Indices, tuple[torch.Tensor, ...]]
+"""(B,) dense sample numbers, (B,) labels, and the views, (B, 3, H, W) uint8, channels_last."""
+
+
+class Stream(Protocol):
+    """A running backend."""
+
+    def get(self) -> Made:
+        """Wait for the next batch. Raises StopIteration at the end, or what went wrong."""
+        ...
+
+    def close(self) -> None:
+        """End all threads and processes; what is ready is dropped."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a backend shall do."""
+
+    shards: ShardSet
+    draw: Draw
+    """Gives the views' tables from (epoch, samples, records). Can be pickled."""
+    views: tuple[ViewConfig | None, ...]
+    """The recipe of each view: which stages there can be. None: crop and resize only."""
+    size: int
+    """Height and width of a view."""
+    max_batch: int
+    """Samples in the largest batch."""
+    device: torch.device
+    """Where the views shall be."""
+    num_threads: int
+    """Threads or processes that decode."""
+    read_threads: int = 4
+    """Threads that read shards."""
+    prefetch: int = 2
+    """Batches kept ready."""
+
+
+def _start_dali(job: Job, steps: Iterator[tuple[int, Indices]]) -> Stream:
+    from pipelines.dali import DaliViews
+
+    return DaliViews(job, steps)
+
+
+def _start_torch(job: Job, steps: Iterator[tuple[int, Indices]]) -> Stream:
+    from pipelines.workers import WorkerViews
+
+    return WorkerViews(job, steps)
+
+
+BACKENDS: dict[str, Callable[[Job, Iterator[tuple[int, Indices]]], Stream]] = {
+    "dali": _start_dali,
+    "torch": _start_torch,
+}
+"""Start a backend on (epoch, dense sample numbers) of batch after batch."""
+
+# Without a GPU and below this size, the work on a sample is less than what Python adds to it in a worker process, and
+# the workers take longer to start (benchmarks/loader.py).
+_SMALL = 96
+
+_NEEDS = {"dali": ("nvidia.dali",), "torch": ("cv2", "simplejpeg")}
+
+
+def choose(backend: str, *, device: torch.device, size: int) -> tuple[str, str]:
+    """Resolve `auto` into a backend, and say why in a few words.
+
+    Raises:
+        ValueError: no such backend, or what it needs is not installed.
+    """
+    if backend == "auto":
+        return _choose_for(device, size)
+    if backend not in BACKENDS:
+        raise ValueError(f"there is no backend {backend!r}: choose auto, {' or '.join(BACKENDS)}")
+    missing = _missing(backend)
+    if missing:
+        raise ValueError(f"the {backend} backend needs {' and '.join(missing)}: install it, or use --data.backend auto")
+    return backend, "as asked for"
+
+
+def _choose_for(device: torch.device, size: int) -> tuple[str, str]:
+    if device.type == "cuda":
+        name, reason = "dali", "it decodes on the GPU"
+    elif size < _SMALL:
+        name, reason = "dali", f"the faster one without a GPU for views below {_SMALL} pixels"
+    else:
+        name, reason = "torch", "the faster one without a GPU"
+    if not _missing(name):
+        return name, reason
+    other = "dali" if name == "torch" else "torch"
+    if _missing(other):
+        raise ValueError(f"no backend is installed: {name} needs {', '.join(_missing(name))}")
+    return other, f"{' and '.join(_missing(name))} is not installed"
+
+
+def _missing(backend: str) -> list[str]:
+    return [module for module in _NEEDS[backend] if find_spec(module) is None]
