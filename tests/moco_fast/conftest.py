@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -38,3 +39,47 @@ def packed_demo(tmp_path_factory) -> PackedDemo:
             capture_output=True,
         )
     return PackedDemo(train=folder / "train", val=folder / "val", num_train=18 * 16)
+
+
+@pytest.fixture(scope="session")
+def finished_run(packed_demo, tmp_path_factory) -> Path:
+    """A run's folder as training leaves it: 40 steps that nobody took, and an encoder that is not the first one."""
+    import torch
+
+    from moco_fast import checkpoint
+    from moco_fast.config import Config, EvalConfig, ModelConfig, RunConfig, to_dict
+    from moco_fast.encoders import build_encoder
+    from pipelines.config import VIEWS, DataConfig
+
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    config = Config(
+        data=DataConfig(shards=str(packed_demo.train), batch_size=32, lanes=8),
+        views=VIEWS["cifar10"],
+        model=ModelConfig(encoder="resnet18_quarter", dim=16),
+        run=RunConfig(out=str(run), steps=40, seed=3),
+        eval=EvalConfig(shards=str(packed_demo.val), k=5, crop=1.0),
+    )
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(to_dict(config)))
+    command = ["/usr/bin/python", "-m", "moco_fast.train", "cifar10", "--data.shards", str(packed_demo.train)]
+    environment = {"command": command, "device": "abacus", "precision": "fp32", "world_size": 1, "num_samples": 288}
+    (run / "environment.json").write_text(json.dumps(environment))
+    (run / "outcome.json").write_text(json.dumps({"outcome": "finished", "step": 40, "num_steps": 40}))
+    lines = []
+    for step in range(0, 41, 10):
+        where = {"step": step, "epoch": step / 9, "samples": 32 * step, "time_s": 2.5 * step}
+        if step:
+            watched = {"loss": 9 - step / 20, "accuracy": step / 100, "similarity_positive": 0.5 + step / 100}
+            watched |= {"similarity_negative": 0.1, "feature_std": 0.2, "grad_norm": 1.0}
+            rates = {"lr": 0.03, "momentum": 0.99, "samples_per_s": 100.0 + step, "data_wait_share": 0.25}
+            lines.append(where | rates | watched)
+        if step % 20 == 0:
+            lines.append(where | {"knn/top1": 0.25 + step / 100, "knn/num_bank": 288, "knn/num_queries": 72})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        query = build_encoder(config.model).state_dict()
+    model = {f"query.{name}": tensor for name, tensor in query.items()}
+    saved = checkpoint.Checkpoint(step=40, config=to_dict(config), model=model, optimizer={}, rng={})
+    checkpoint.save(run / "checkpoints", saved, keep=1)
+    return run

@@ -1,0 +1,159 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moco_fast import cli
+from moco_fast.cli import VERBS, main
+
+
+@pytest.mark.parametrize("words", ["", "eval", *VERBS])
+def test_help_answers_without_loading_torch(words: str) -> None:
+    program = f"""
+import sys
+from moco_fast.cli import main
+try:
+    code = main({[*words.split(), "--help"]!r})
+except SystemExit as left:
+    code = left.code
+heavy = [name for name in ("torch", "nvidia.dali", "timm", "matplotlib", "numpy") if name in sys.modules]
+sys.exit(f"loaded {{heavy}}" if heavy else code)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: moco-fast" in done.stdout
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for name, verb in VERBS.items():
+        assert f"  {name}" in printed
+        assert verb.summary in printed
+
+
+@pytest.mark.parametrize("words", [["fly"], ["eval", "fly"], ["eval fly", "--x"]])
+def test_an_unknown_verb_is_told_with_those_that_are_known(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "there is no `" in error
+    assert "eval knn, preview" in error
+
+
+def test_no_verb_at_all_shows_the_help_as_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: moco-fast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("eval knn --checkpoint {nowhere}", "holds no checkpoint"),
+        ("report {nowhere}", "is no run's folder"),
+        ("export {nowhere} --out {nowhere}/x", "holds no checkpoint"),
+        ("preview {nowhere} --out {there}/x.png", "not a folder"),
+        ("preview {nowhere} --views moco-v9 --out {there}/x.png", "take one of moco-v1"),
+        ("preview {nowhere} --out {there}/x.tiff", "name a .png"),
+        ("eval knn --checkpoint {run} --k 0", "--k is 0"),
+        ("eval knn --checkpoint {run} --query-shards {nowhere}", "nowhere is not a folder"),
+    ],
+)
+def test_what_a_user_got_wrong_is_one_line(
+    words: str, says: str, tmp_path: Path, finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"nowhere": tmp_path / "nowhere", "there": tmp_path, "run": finished_run}
+    assert main(words.format(**places).split()) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert says in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+def test_eval_knn_compares_trained_and_untrained(
+    finished_run: Path, packed_demo: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from moco_fast.checkpoint import load_encoder
+    from moco_fast.encoders import build_encoder
+    from moco_fast.evaluate.knn import evaluate_knn
+
+    assert main(["eval", "knn", "--checkpoint", str(finished_run), "--json", "--device", "cpu"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    config, trained = load_encoder(finished_run)
+    torch.manual_seed(config.run.seed)
+    for name, encoder in (("top1", trained), ("untrained_top1", build_encoder(config.model))):
+        expected = evaluate_knn(
+            encoder,
+            bank_shards=str(packed_demo.train),
+            query_shards=str(packed_demo.val),
+            size=32,
+            crop=1.0,
+            k=5,
+            temperature=config.eval.temperature,
+            device=torch.device("cpu"),
+        )
+        assert facts[name] == expected.top1
+    assert facts["top1"] != facts["untrained_top1"]
+    assert (facts["num_bank"], facts["num_queries"], facts["k"]) == (288, 72, 5)
+
+    assert main(["eval", "knn", "--checkpoint", str(finished_run), "--k", "400", "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert "kNN top-1 of 72 held-out samples by 288 of 288 neighbours" in printed.out
+    assert "trained" in printed.out
+    assert "the bank holds 288" in printed.err
+
+
+def test_preview_writes_a_sheet(packed_demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines.config import VIEWS
+    from pipelines.preview import draw, sheet
+
+    out = tmp_path / "sheet.png"
+    words = ["preview", str(packed_demo.train), "--views", "cifar10", "--num", "4", "--seed", "5", "--out", str(out)]
+    assert main(words) == 0
+    expected = sheet(draw(str(packed_demo.train), VIEWS["cifar10"], seed=5, epoch=0, indices=[0, 96, 191, 287]))
+    with Image.open(out) as written:
+        assert np.array_equal(np.asarray(written), np.asarray(expected))
+    assert "seed 5" in capsys.readouterr().out
+
+
+def test_export_writes_and_tells_how_to_load(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "encoder.safetensors"
+    assert main(["export", str(finished_run), "--out", str(out)]) == 0
+    assert out.is_file()
+    assert f"load_file({str(out)!r})" in capsys.readouterr().out
+
+
+def test_report_prints_its_path_after_the_next_commands(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(finished_run), "--num-samples", "2", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == f"Report: {finished_run / 'report.html'}"
+    assert f"moco-fast eval knn --checkpoint {finished_run}" in printed
+
+
+def test_a_missing_gpu_is_told(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["report", str(finished_run), "--device", "cuda"]) == 2
+    assert "torch finds no GPU" in capsys.readouterr().err
+
+
+def test_an_interrupted_verb_says_so_by_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(argv: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(VERBS, "report", cli.Verb(summary="", run=interrupted))
+    assert main(["report", "x"]) == 130

@@ -1,0 +1,304 @@
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from moco_fast.checkpoint import load_encoder
+from moco_fast.config import to_dict
+from moco_fast.evaluate.features import labelled_features
+from moco_fast.evaluate.untrained import untrained_twin
+from moco_fast.presets import PRESETS
+from moco_fast.report.figures import Curve, Level, draw_curves, thin_out
+from moco_fast.report.neighbours import find_neighbours
+from moco_fast.report.record import read_run
+from moco_fast.report.report import write_report
+from moco_fast.report.words import configuration_table, duration, headline
+from pipelines.loader import open_loader
+from shards import ShardSet
+
+VOID = {"meta", "link", "img", "br", "hr", "input", "image", "rect", "path", "use", "circle", "line"}
+
+
+class Page(HTMLParser):
+    """What a test wants to know of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html = html
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.images: dict[str, list[str]] = {}
+        self.boxes: dict[str, list[tuple[int, ...]]] = {"of-query": [], "of-key": []}
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        assert tag not in ("script", "iframe", "object", "embed")
+        self.links += [value for name in ("src", "href", "xlink:href", "srcset") if (value := values.get(name))]
+        if tag == "img":
+            self.images.setdefault(values["alt"] or "", []).append(values["src"] or "")
+        if tag == "rect" and values.get("class") in self.boxes:
+            box = tuple(int(values[name] or "") for name in ("x", "y", "width", "height"))
+            self.boxes[values["class"] or ""].append(box)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def write(run: Path, **options: Any) -> Page:
+    path = write_report(run, device=torch.device("cpu"), **options)
+    assert path == run / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def pixels(url: str) -> np.ndarray:
+    assert url.startswith("data:image/")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
+
+
+@pytest.fixture(scope="module")
+def page(finished_run: Path) -> Page:
+    return write(finished_run, num_samples=4)
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy to tamper with."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+def change(run: Path, **sections: dict[str, Any]) -> None:
+    """Change fields of a run's configuration."""
+    config = json.loads((run / "config.json").read_text())
+    for section, fields in sections.items():
+        config[section] |= fields
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def test_the_page_needs_nothing_else(page: Page) -> None:
+    assert page.open == []
+    assert all(link.startswith(("data:", "#")) for link in page.links)
+    style = page.html[page.html.index("<style>") : page.html.index("</style>")]
+    assert "@import" not in style
+    assert "url(" not in style
+    assert "prefers-color-scheme: dark" in style
+    assert len(page.html) < 2_000_000
+
+
+def test_it_says_what_was_run_and_what_came_of_it(page: Page) -> None:
+    for words in (
+        "cifar10 · resnet18_quarter",
+        "Finished: 40 steps (4.44 epochs, 1,280 samples) in 1 min 40 s.",
+        "abacus",
+        "65.0%",
+        "untrained 25.0%, +40.0 points",
+        "25.0% of the time waiting for data",
+        "python -m moco_fast.train cifar10",
+        "moco-fast eval knn --checkpoint",
+        "moco-fast export",
+    ):
+        assert words in page.text
+    for chart in ("kNN accuracy", "Loss", "Learning rate", "Similarities", "Spread of the queries", "Waiting for data"):
+        assert chart in page.text
+        assert f'aria-label="{chart} over training steps"' in page.html
+
+
+def test_views_are_those_that_training_saw(page: Page, finished_run: Path) -> None:
+    config = read_run(finished_run).config
+    seen: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    loader = open_loader(config.data, config.views, seed=config.run.seed, device=torch.device("cpu"))
+    try:
+        loader.load_state_dict({"epoch": 3, "step": 0})  # 40 steps are 4.4 epochs: the fourth is the last whole one
+        for batch in loader:
+            views = (batch.view_q.permute(0, 2, 3, 1).numpy(), batch.view_k.permute(0, 2, 3, 1).numpy())
+            seen |= {int(index): (q.copy(), k.copy()) for index, q, k in zip(batch.index, *views, strict=True)}
+    finally:
+        loader.close()
+    assert "as in epoch 4" in page.text
+    shown = [int(number) for number in re.findall(r"sample (\d+)</div>", page.html)]
+    assert shown == [0, 96, 191, 287]
+    for place, index in enumerate(shown):
+        for kind, name in enumerate(("query view", "key view")):
+            assert np.array_equal(pixels(page.images[name][place]), seen[index][kind])
+
+
+def test_boxes_lie_where_the_views_were_cut(page: Page, finished_run: Path) -> None:
+    from pipelines.preview import draw
+
+    config = read_run(finished_run).config
+    previews = draw(config.data.shards, config.views, seed=config.run.seed, epoch=3, indices=[0, 96, 191, 287])
+    assert page.boxes["of-query"] == [preview.box_q for preview in previews]
+    assert page.boxes["of-key"] == [preview.box_k for preview in previews]
+
+
+def test_neighbours_agree_with_a_plain_search(finished_run: Path) -> None:
+    cpu = torch.device("cpu")
+    config, trained = load_encoder(finished_run)
+    assert config.eval.shards is not None
+    untrained = untrained_twin(config)
+    found = find_neighbours(trained, untrained, config, device=cpu, num_queries=5, num_neighbours=4, max_bank=10_000)
+    names = ShardSet.open(config.data.shards).class_names
+    assert len(found) == 5
+    assert len({query.label for query in found}) == 5
+    for encoder, which in ((trained, "trained"), (untrained, "untrained")):
+        bank, held_out = (
+            labelled_features(encoder, shards, size=32, crop=1.0, batch_size=64, device=cpu)
+            for shards in (config.data.shards, config.eval.shards)
+        )
+        for query in found:
+            row = held_out.labels.tolist().index(names.index(query.label))
+            similarity = bank.values @ held_out.values[row]
+            nearest = sorted(range(len(bank)), key=lambda place: -float(similarity[place]))[:4]
+            shown = getattr(query, which)
+            assert [n.label for n in shown] == [names[int(bank.labels[place])] for place in nearest]
+            assert [n.is_right for n in shown] == [n.label == query.label for n in shown]
+            assert [n.similarity for n in shown] == pytest.approx([float(similarity[p]) for p in nearest], abs=1e-4)
+
+
+def test_right_and_wrong_are_marked_and_counted(page: Page) -> None:
+    marks = re.findall(r'class="hit (right|wrong)"', page.html)
+    assert len(marks) == 4 * 6 * 2
+    counted = re.search(r"Right neighbours: (\d+) of 24 after training, (\d+) of 24 before", page.text)
+    assert counted
+    assert sum(map(int, counted.groups())) == marks.count("right")
+    assert page.text.count("✓") == marks.count("right")
+
+
+def test_a_run_that_still_goes_on(run: Path) -> None:
+    (run / "outcome.json").write_text(json.dumps({"outcome": "running"}))
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    page = write(run, num_samples=2)
+    assert "Under way: 20 steps" in page.text
+    assert "Continue this run" in page.text
+
+
+def test_a_run_that_has_logged_nothing_yet(run: Path) -> None:
+    for name in ("metrics.jsonl", "environment.json", "outcome.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "checkpoints")
+    page = write(run, num_samples=2)
+    assert "Nothing has been measured yet" in page.text
+    assert "holds no checkpoint" in page.text
+    assert "no evaluation has been done yet" in page.text
+    assert page.open == []
+
+
+def test_a_run_without_evaluation(run: Path) -> None:
+    change(run, eval={"shards": None})
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "knn" not in line]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    page = write(run, num_samples=2)
+    assert "the run has no held-out samples" in page.text
+    assert "Loss over training steps" in page.html
+    assert "moco-fast eval" not in page.text
+
+
+def test_shards_that_have_moved_cost_the_pictures_only(run: Path, tmp_path: Path) -> None:
+    change(run, data={"shards": str(tmp_path / "moved")})
+    page = write(run, num_samples=2)
+    assert "The views cannot be shown" in page.text
+    assert "65.0%" in page.text
+
+
+def test_a_failed_run_tells_why_and_markup_in_it_is_text(run: Path) -> None:
+    (run / "outcome.json").write_text(json.dumps({"outcome": "failed", "error": "loss is <b>nan</b> & worse"}))
+    page = write(run, num_samples=2)
+    assert "Failed after 40 steps" in page.text
+    assert "loss is <b>nan</b> & worse" in page.text
+
+
+def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no run's folder"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_configuration_lists_every_option_and_marks_what_differs(finished_run: Path) -> None:
+    record = read_run(finished_run)
+    assert record.recipe == "cifar10"
+    options = {option.name: option for option in configuration_table(record)}
+    assert options["--model.dim"].value == "16"
+    assert options["--model.dim"].recipe == "128"
+    assert options["--moco.momentum"].recipe is not None
+    assert options["--views.query.flip-p"].recipe is None
+    assert len(options) == len(list(leaves(to_dict(record.config))))
+
+
+def leaves(values: Any) -> Any:
+    for value in values.values():
+        yield from leaves(value) if isinstance(value, dict) else (value,)
+
+
+def test_the_recipe_of_a_run_without_environment_is_the_nearest(run: Path) -> None:
+    (run / "environment.json").unlink()
+    for name, (_, preset) in PRESETS.items():
+        config = to_dict(preset)
+        config["data"]["shards"] = "somewhere"
+        config["optim"]["lr"] = 0.5
+        (run / "config.json").write_text(json.dumps(config))
+        record = read_run(run)
+        assert (record.recipe, record.command) == (name, "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (59.4, "59 s"), (151, "2 min 31 s"), (3600, "1 h 0 min"), (7 * 86400, "7 d 0 h")],
+)
+def test_durations_are_written_as_people_say_them(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_the_headline_of_a_stopped_run(run: Path) -> None:
+    (run / "outcome.json").write_text(json.dumps({"outcome": "stopped"}))
+    assert headline(read_run(run)).startswith("Stopped and saved after 40 steps")
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=3000))
+def test_thinning_out_keeps_ends_bounds_and_short_curves(values: list[float]) -> None:
+    steps, thinned = thin_out(range(len(values)), values)
+    assert len(steps) == len(thinned) == min(len(values), 400)
+    assert np.all(np.diff(steps) > 0)
+    assert min(values) - 1e-6 <= thinned.min() <= thinned.max() <= max(values) + 1e-6
+    if len(values) <= 400:
+        assert thinned.tolist() == values
+
+
+def test_a_figure_takes_its_colours_from_the_page_and_stays_small() -> None:
+    curves = [Curve(steps=range(100_000), values=[0.0] * 100_000, label="a"), Curve(steps=[0, 9], values=[1, 2])]
+    svg = draw_curves(curves, alt="both", level=Level(value=3, label="<level>"), from_zero=True)
+    for variable in ("var(--query)", "var(--key)", "var(--muted)", "var(--line)"):
+        assert variable in svg
+    assert not re.search(r"#0\d0\d0\d", svg)
+    assert "#ffffff" not in svg
+    assert "&lt;level&gt;" in svg
+    assert len(svg) < 40_000
+    assert svg == draw_curves(curves, alt="both", level=Level(value=3, label="<level>"), from_zero=True)
