@@ -242,7 +242,7 @@ def batch_norm_over_ranks(layer: _BatchNorm, inputs: Tensor) -> Tensor:
         return _CudaSyncBatchNorm.apply(*parts, dist.group.WORLD, distributed.world_size())
     num_ranks, axes = distributed.world_size(), [axis for axis in range(inputs.ndim) if axis != 1]
     of_channel = [1, -1] + [1] * (inputs.ndim - 2)
-    values = inputs.float()
+    values = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
     mean = distributed.sum_over_ranks(values.mean(axes)) / num_ranks
     centred = values - mean.view(of_channel)
     variance = distributed.sum_over_ranks(centred.square().mean(axes)) / num_ranks

@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from moco_fast.config import ModelConfig
 
-__all__ = ["ENCODERS", "Encoder", "build_encoder", "normalize_images"]
+__all__ = ["ENCODERS", "Encoder", "build_encoder", "normalize_images", "unit_vectors"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -175,6 +176,14 @@ def _mlp_with_batch_norm(widths: list[int], *, last_norm: bool) -> nn.Sequential
     if last_norm:
         layers.append(nn.BatchNorm1d(widths[-1], affine=False))
     return nn.Sequential(*layers)
+
+
+def unit_vectors(features: Tensor) -> Tensor:
+    """Features (B, D) divided by their lengths, in float32 (or float64 if they are).
+
+    Not in half precision, where the length of a short vector rounds to zero and the result is not a number.
+    """
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)))
 
 
 @lru_cache(maxsize=8)

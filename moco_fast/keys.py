@@ -5,12 +5,11 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco_fast.batchnorm import KeyPolicy
 from moco_fast.dictionary import MemoryBank
-from moco_fast.encoders import normalize_images
+from moco_fast.encoders import normalize_images, unit_vectors
 from moco_fast.momentum import MomentumUpdate
 
 __all__ = ["BankKeys", "KeySource", "MomentumKeys", "QueryKeys"]
@@ -33,8 +32,7 @@ class KeySource(Protocol):
 def _encode(encoder: nn.Module, images: Tensor, policy: KeyPolicy, autocast: Autocast) -> Tensor:
     with autocast():
         shuffled = encoder(normalize_images(policy.shuffle(images)))
-    # In float32: in half precision, the length of a short vector would round to zero.
-    return policy.unshuffle(F.normalize(shuffled.float()))
+    return policy.unshuffle(unit_vectors(shuffled))
 
 
 class MomentumKeys:

@@ -34,7 +34,9 @@ class MomentumUpdate:
         self._key: list[Tensor] = list(key.parameters())
         self._query: list[Tensor] = [of_query[name] for name in names]
         for name, k, q in zip(names, self._key, self._query, strict=True):
-            assert k.dtype == torch.float32, f"{name} of the key encoder is {k.dtype}: too coarse for the momentum"
+            assert k.dtype in (torch.float32, torch.float64), (
+                f"{name} of the key encoder is {k.dtype}: too coarse for the momentum"
+            )
             assert k.stride() == q.stride(), f"{name} lies differently in memory in the two encoders"
 
     @torch.no_grad()

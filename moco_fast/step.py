@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from moco_fast.dictionary import Dictionary
-from moco_fast.encoders import normalize_images
+from moco_fast.encoders import normalize_images, unit_vectors
 from moco_fast.keys import KeySource
 from moco_fast.loss import feature_std
 from pipelines.batch import TwoViewBatch
@@ -81,8 +80,7 @@ class TrainStep:
                 keys = self._keys(view_k, batch.index)
                 with self._autocast():
                     queries = self._query(normalize_images(view_q))
-                # In float32: in half precision, the length of a short vector would round to zero.
-                queries = F.normalize(queries.float())
+                queries = unit_vectors(queries)
                 loss, watched = self._dictionary.contrast(queries, keys, self._temperature)
                 loss = loss * self._loss_scale
                 self._backward(loss * weight)
