@@ -23,7 +23,7 @@ from moco_fast.folder import RunFolder, open_folder
 from moco_fast.metrics import Average, MetricsFile, Pending
 from moco_fast.optim import load_optimizer_tensors, optimizer_tensors
 from moco_fast.runtime import Runtime, start
-from moco_fast.schedule import lr_at
+from moco_fast.schedule import lr_at, momentum_at
 from moco_fast.stop import StopSignal
 from pipelines.batch import TwoViewBatch
 
@@ -64,7 +64,8 @@ def train(config: Config) -> int:
         ValueError: what the user asked for cannot work; nothing has been trained.
         FloatingPointError: the loss is no longer a number.
     """
-    runtime = start(config.run, accumulate=config.optim.accumulate)
+    backwards_per_batch = 1 if config.moco.loss == "one-sided" else 2
+    runtime = start(config.run, accumulate=config.optim.accumulate * backwards_per_batch)
     folder = None
     try:
         folder = _open_folder(config, runtime)
@@ -191,7 +192,8 @@ class Run:
             step_batches = list(islice(batches, config.optim.accumulate))
             progress.data_wait_s += time.perf_counter() - clock
             lr = lr_at(progress.step, num_steps, config.optim)
-            watched = self.parts.train_step(step_batches, lr=lr, momentum=config.moco.momentum)
+            momentum = momentum_at(progress.step, num_steps, config.moco)
+            watched = self.parts.train_step(step_batches, lr=lr, momentum=momentum)
             progress.averages.add(watched)
             progress.step += 1
             progress.interval_steps += 1
@@ -200,7 +202,7 @@ class Run:
             clock = now
             self._bar.update()
             if progress.step % config.log.every_steps == 0:
-                self._log(lr)
+                self._log(lr, momentum)
             last = progress.step == num_steps
             stopped_by = 0 if last else self._stop.poll()
             # Before saving: a run that is killed in between evaluates again, and no result is missing.
@@ -284,7 +286,7 @@ class Run:
         while True:
             yield from self.parts.loader
 
-    def _log(self, lr: float) -> None:
+    def _log(self, lr: float, momentum: float) -> None:
         """Write the line of the last interval, and set this one's on its way."""
         self._settle()
         progress = self.progress
@@ -293,7 +295,7 @@ class Run:
         line = {
             **self._where(),
             "lr": lr,
-            "momentum": self.config.moco.momentum,
+            "momentum": momentum,
             "samples_per_s": samples / progress.interval_s,
             "data_wait_share": progress.data_wait_s / progress.interval_s,
         }
