@@ -188,10 +188,10 @@ def test_each_mechanism_does_what_its_paper_says(run_ranks, mechanism, world_siz
         assert norm > CLIP_NORM, "the test would not see clipping"
     for result in results:
         for name, expected in simulation.query.named_parameters():
-            torch.testing.assert_close(result.query[name], expected.detach(), rtol=1e-8, atol=1e-9, msg=name)
+            torch.testing.assert_close(result.query[name], expected.detach(), rtol=1e-6, atol=1e-8, msg=name)
         if mechanism in ("symmetric", "bank"):
             expected = simulation.queue if mechanism == "symmetric" else simulation.bank
-            torch.testing.assert_close(result.dictionary, expected, rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(result.dictionary, expected, rtol=1e-6, atol=1e-8)
 
 
 LAYERS = {

@@ -162,10 +162,10 @@ def test_a_world_of_ranks_does_what_the_paper_says(run_ranks, world_size, policy
     query, key, dictionary, losses = simulate(policy_name, num_steps, accumulate, world_size)
     for result in results:
         for name, expected in query.items():
-            torch.testing.assert_close(result["query"][name], expected.detach(), rtol=1e-8, atol=1e-9, msg=name)
+            torch.testing.assert_close(result["query"][name], expected.detach(), rtol=1e-6, atol=1e-8, msg=name)
         for name, expected in key.items():
-            torch.testing.assert_close(result["key"][name], expected, rtol=1e-8, atol=1e-9, msg=name)
-        torch.testing.assert_close(result["queue"], dictionary, rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(result["key"][name], expected, rtol=1e-6, atol=1e-8, msg=name)
+        torch.testing.assert_close(result["queue"], dictionary, rtol=1e-6, atol=1e-8)
         assert torch.equal(result["queue"], results[0]["queue"]), "the queue differs between ranks"
     ours = sum(result["watched"][step]["loss"] for result in results for step in range(num_steps))
     assert ours.item() == pytest.approx(sum(losses) / accumulate, rel=1e-9)
