@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pipelines.config import ViewConfig
 from pipelines.philox import philox4x64, uniform
 
-__all__ = ["KEY_VIEW", "LUMA", "QUERY_VIEW", "ViewTable", "colour_matrix", "draw_view", "hue_rotation"]
+__all__ = ["KEY_VIEW", "LUMA", "QUERY_VIEW", "ViewTable", "colour_matrix", "draw_view", "hue_map"]
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -36,12 +36,13 @@ _ORDER, _SIGMA, _SOLARIZE = 8, 9, 10
 _CROP_X, _CROP_Y = 12, 13
 _TRIES = slice(14, 14 + 2 * _NUM_TRIES)
 
-_YIQ: Floats = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-_RGB_FROM_YIQ: Floats = np.linalg.inv(_YIQ).astype(np.float64)
-_HUE_FIXED: Floats = _RGB_FROM_YIQ @ np.diag([1.0, 0.0, 0.0]) @ _YIQ
-_HUE_COS: Floats = _RGB_FROM_YIQ @ np.diag([0.0, 1.0, 1.0]) @ _YIQ
-_HUE_SIN: Floats = _RGB_FROM_YIQ @ np.array([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]]) @ _YIQ
 _TO_GRAY: Floats = np.tile(LUMA, (3, 1))
+
+# Channels by size, largest first, in the six sectors of the hue circle from red over yellow and green.
+_SECTORS: Integers = np.array([(0, 1, 2), (1, 0, 2), (1, 2, 0), (2, 1, 0), (2, 0, 1), (0, 2, 1)])
+# Turns a vector by 90 degrees about the gray axis, in the plane across it.
+_ACROSS_GRAY: Floats = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / np.sqrt(3)
+_ONTO_GRAY: Floats = np.full((3, 3), 1 / 3)
 
 _PERMUTATIONS: Integers = np.array(
     [(a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3]
@@ -131,8 +132,8 @@ def colour_matrix(
         grayscale_first: drop colour before the other four instead of after them.
 
     Returns:
-        (n, 3, 4) float64 in 0..255. Against torchvision's ColorJitter it differs by the pivot, by hue in YIQ instead of
-        HSV, and by clamping once at the end instead of after each stage.
+        (n, 3, 4) float64 in 0..255. Against torchvision's ColorJitter it differs by the pivot, by a linear hue, and by
+        clamping once at the end instead of after each stage.
     """
     num = len(factors)
     chain = np.zeros((num, 3, 4))
@@ -145,19 +146,67 @@ def colour_matrix(
     linear[:, 0] = brightness[:, None, None] * np.eye(3)
     linear[:, 1] = contrast[:, None, None] * np.eye(3)
     linear[:, 2] = saturation[:, None, None] * np.eye(3) + (1 - saturation)[:, None, None] * _TO_GRAY
-    linear[:, 3] = hue_rotation(hue)
     for place in range(4):
         stage = order[:, place]
-        pivot = ((chain[:, :, :3] @ mean_rgb[:, :, None])[:, :, 0] + chain[:, :, 3]) @ LUMA
+        mean = (chain[:, :, :3] @ mean_rgb[:, :, None])[:, :, 0] + chain[:, :, 3]
+        pivot = mean @ LUMA
+        turned = np.flatnonzero(stage == 3)
+        linear[turned, 3] = hue_map(hue[turned], mean[turned])
         chain = linear[np.arange(num), stage] @ chain
         chain[:, :, 3] += np.where(stage == 1, (1 - contrast) * pivot, 0.0)[:, None]
     return chain if grayscale_first else gray_linear @ chain
 
 
-def hue_rotation(turns: Floats) -> Floats:
-    """Rotate hue in the plane of I and Q: (n,) turns, red towards green where positive, to (n, 3, 3) matrices."""
+def hue_map(turns: Floats, mean_rgb: Floats) -> Floats:
+    """Give the linear map nearest to a shift of hue in HSV, for images of a given mean colour.
+
+    Args:
+        turns: (n,) red towards green where positive.
+        mean_rgb: (n, 3).
+
+    Returns:
+        (n, 3, 3). A shift of hue in HSV is linear within one sector of the hue circle. Where the mean colour is
+        saturated, most pixels lie in its sector: its map is taken. Where it is gray the map is a rotation about the
+        gray axis, in between a mixture. Both keep gray. On photos this is nearly three times as near to HSV as the
+        usual rotation in YIQ (docs/data.md).
+    """
+    high, low = mean_rgb.max(axis=1), mean_rgb.min(axis=1)
+    saturation = (high - low) / np.maximum(high, 1e-6)
+    weight = np.minimum(1.0, 4 * saturation)[:, None, None]
+    return weight * _sector_map(turns, mean_rgb) + (1 - weight) * _gray_axis_rotation(turns)
+
+
+def _gray_axis_rotation(turns: Floats) -> Floats:
     angle = 2 * np.pi * turns[:, None, None]
-    return _HUE_FIXED + np.cos(angle) * _HUE_COS + np.sin(angle) * _HUE_SIN
+    return _ONTO_GRAY + np.cos(angle) * (np.eye(3) - _ONTO_GRAY) + np.sin(angle) * _ACROSS_GRAY
+
+
+def _sector_map(turns: Floats, mean_rgb: Floats) -> Floats:
+    """Shift hue in HSV, as the linear map that holds between the mean's sector before and after the shift."""
+    rows = np.arange(len(turns))
+    ranked = np.argsort(-mean_rgb, axis=1, kind="stable")
+    sector = (ranked[:, None, :] == _SECTORS).all(axis=2).argmax(axis=1)
+    channels: Floats = np.eye(3, dtype=np.float64)
+    largest: Floats = channels[_SECTORS[sector, 0]]
+    middle: Floats = channels[_SECTORS[sector, 1]]
+    smallest: Floats = channels[_SECTORS[sector, 2]]
+    chroma = largest - smallest
+    # Hue times chroma, with hue in sixths of a turn, is linear in RGB within a sector; so is what follows from it.
+    ascending = (sector % 2 == 0)[:, None]
+    rise = middle - smallest
+    begin: Floats = sector[:, None].astype(np.float64)
+    hue_chroma: Floats = np.where(ascending, begin * chroma + rise, (begin + 1) * chroma - rise)
+    shifted = hue_chroma + 6 * turns[:, None] * chroma
+    mean_chroma = np.maximum((chroma * mean_rgb).sum(axis=1), 1e-6)
+    target = np.floor((shifted * mean_rgb).sum(axis=1) / mean_chroma).astype(np.int64)
+    ascending = (target % 2 == 0)[:, None]
+    begin = target[:, None].astype(np.float64)
+    rise = np.where(ascending, shifted - begin * chroma, (begin + 1) * chroma - shifted)
+    result: Floats = np.empty((len(turns), 3, 3))
+    places = _SECTORS[target % 6]
+    for rank, row in enumerate((largest, smallest + rise, smallest)):
+        result[rows, places[:, rank]] = row
+    return result
 
 
 def _factors(config: ViewConfig, u: Floats, jitter: Bools) -> Floats:

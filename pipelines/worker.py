@@ -116,7 +116,11 @@ def _work(connection: "Connection[Any, Any]", spec: WorkerSpec) -> None:
             begun = waiting.popleft()
             slot = begun.task.slot
             if slot.number not in slots:
-                slots[slot.number] = map_slot(slot, spec)
+                try:
+                    slots[slot.number] = map_slot(slot, spec)
+                except FileNotFoundError:
+                    # The loader's process is gone, and its memory with it.
+                    return
             try:
                 _fill(begun, spec, slots[slot.number])
             except Exception as error:
