@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 import numpy as np
 from PIL import Image, ImageOps
 
-from shards.codecs import Pixels, decode_jpeg, encode_jpeg
+from shards.codecs import Pixels, decode_jpeg, encode_jpeg, shrink
 from shards.config import EncodeConfig
 from shards.errors import Rejected
 from shards.jpeg import JpegError, JpegHeader, is_jpeg, parse_jpeg
@@ -75,6 +75,16 @@ def _target_size(width: int, height: int, config: EncodeConfig) -> tuple[int, in
     return max(1, (width * goal + side // 2) // side), max(1, (height * goal + side // 2) // side)
 
 
+def _reduction(size: tuple[int, int], target: tuple[int, int]) -> int:
+    """How far a decoder may shrink an image that is to become `target`, with twice the target's sides to spare."""
+    fits = (
+        factor
+        for factor in (8, 4, 2)
+        if all(2 * goal * factor <= side for side, goal in zip(size, target, strict=True))
+    )
+    return next(fits, 1)
+
+
 def _encode_jpeg(data: bytes, header: JpegHeader, config: EncodeConfig) -> Encoded:
     upright = header.orientation == 1
     turned = header.orientation >= 5
@@ -86,9 +96,7 @@ def _encode_jpeg(data: bytes, header: JpegHeader, config: EncodeConfig) -> Encod
             return copied
     outcomes: list[str] = []
     if header.num_components in (1, 3) and header.precision == 8:
-        # A scaled decode may shrink while it decodes, as long as no side falls below the target.
-        least = (target[1], target[0]) if turned else target
-        pixels, repaired = _decode_jpeg(data, least if target != size else None, gray=header.num_components == 1)
+        pixels, repaired = _decode_jpeg(data, _reduction(size, target), gray=header.num_components == 1)
         outcomes += ["repaired"] if repaired else []
         pixels = _orient(pixels, header.orientation)
     else:
@@ -132,24 +140,24 @@ def _decode_small(data: bytes, header: JpegHeader) -> Pixels:
     """An eighth of each side: only the first coefficient of each block is transformed, but all are read."""
     # Blocks that reach over the border weigh too much in the mean of a small image; decoding it whole costs little.
     is_small = header.width * header.height < _SMALL_PIXELS
-    return decode_jpeg(data, gray=header.num_components == 1, least=None if is_small else (1, 1))
+    return decode_jpeg(data, gray=header.num_components == 1, reduce=1 if is_small else 8)
 
 
-def _decode_jpeg(data: bytes, least: tuple[int, int] | None, *, gray: bool) -> tuple[Pixels, bool]:
+def _decode_jpeg(data: bytes, reduce: int, *, gray: bool) -> tuple[Pixels, bool]:
     """Pixels of a JPEG, and whether the decoder had to skip stray bytes.
 
     Args:
         data: the file.
-        least: (width, height) that a scaled decode must not fall below; None: full size.
+        reduce: 1, 2, 4 or 8: shrink each side while decoding.
         gray: (H, W, 1) instead of (H, W, 3).
     """
     try:
-        return decode_jpeg(data, gray=gray, least=least), False
+        return decode_jpeg(data, gray=gray, reduce=reduce), False
     except ValueError as error:
         if "extraneous" not in str(error):
             raise Rejected("damaged", str(error)) from None
     try:
-        return decode_jpeg(data, gray=gray, least=least, strict=False), True
+        return decode_jpeg(data, gray=gray, reduce=reduce, strict=False), True
     except ValueError as error:
         raise Rejected("damaged", str(error)) from None
 
@@ -177,16 +185,21 @@ def _finish(pixels: Pixels, target: tuple[int, int], outcomes: list[str], config
 
 
 def _resize(pixels: Pixels, target: tuple[int, int]) -> Pixels:
-    """(H, W, C) to (target[1], target[0], C) with an antialiased Lanczos filter."""
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    resized = np.asarray(image.resize(target, Image.Resampling.LANCZOS, reducing_gap=3.0))
+    """(H, W, C) to (target[1], target[0], C): areas are averaged where both sides shrink, else Lanczos."""
+    height, width, channels = pixels.shape
+    if target[0] <= width and target[1] <= height:
+        return shrink(np.ascontiguousarray(pixels), target)
+    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    resized = np.asarray(image.resize(target, Image.Resampling.LANCZOS))
     return resized if resized.ndim == 3 else resized[:, :, None]
 
 
 def _mean_rgb(pixels: Pixels) -> tuple[int, int, int]:
-    mean = pixels.reshape(-1, pixels.shape[2]).mean(axis=0, dtype=np.float64)
-    values = [int(value + 0.5) for value in mean]
-    return (values[0], values[0], values[0]) if len(values) == 1 else (values[0], values[1], values[2])
+    height, width, channels = pixels.shape
+    # Summing columns first is 15 times as fast as a mean over both axes; uint32 holds 16 million rows of 255.
+    sums = pixels.sum(axis=0, dtype=np.uint32).sum(axis=0, dtype=np.uint64).tolist()
+    values = [(2 * value + height * width) // (2 * height * width) for value in sums]
+    return (values[0], values[0], values[0]) if channels == 1 else (values[0], values[1], values[2])
 
 
 def _orient(pixels: Pixels, orientation: int) -> Pixels:

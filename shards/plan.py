@@ -92,7 +92,7 @@ class Plan:
         self.class_names: tuple[str, ...] = tuple(header["class_names"])
         self.splits = [Split(**split) for split in header["splits"]]
         self._rows = np.memmap(folder / "rows.bin", dtype=ROW, mode="r")
-        self._names = np.memmap(folder / "names.bin", dtype=np.uint8, mode="r")
+        self._names = memoryview(cast("Any", np.memmap(folder / "names.bin", dtype=np.uint8, mode="r")))
         # Nothing can be mapped where every input is a duplicate or none was listed; that is refused before.
         self._order = np.memmap(folder / "order.bin", dtype="<u8", mode="r")
         self._sources: dict[int, Source] = {}

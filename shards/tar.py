@@ -1,6 +1,7 @@
 """ustar archives, by hand: the speed of a packer that copies is the speed of these lines."""
 
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import xxhash
@@ -19,6 +20,7 @@ _MAX_SIZE = 8**11
 # writev takes at most 1,024 buffers a call (IOV_MAX on Linux).
 _MAX_BUFFERS = 1000
 _FLUSH_BYTES = 8 << 20
+_SYNC_BYTES = 32 << 20
 
 
 class TarError(ValueError):
@@ -95,11 +97,14 @@ class TarWriter:
     """Writes a tar through `writev`, and its digest with it.
 
     Args:
-        fd: file descriptor, open for writing at offset 0; the caller syncs and closes it.
+        fd: file descriptor, open for writing at offset 0; the caller closes it.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._syncer = ThreadPoolExecutor(1)
+        self._syncing: Future[None] | None = None
+        self._unsynced_bytes = 0
         self._buffers: list[bytes] = []
         self._pending_bytes = 0
         self._digest: _Digest = xxhash.xxh3_128()
@@ -113,10 +118,25 @@ class TarWriter:
         return offset
 
     def finish(self) -> str:
-        """Write the end of the archive; returns the digest of all of it."""
+        """Write the end of the archive and wait until it is on the disk; returns the digest of all of it."""
         self._append((_END,))
         self._flush()
+        if self._syncing is not None:
+            self._syncing.result()
+        os.fsync(self._fd)
         return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """End the thread that syncs, before the descriptor is closed."""
+        self._syncer.shutdown(wait=True)
+
+    def _sync_meanwhile(self) -> None:
+        # The disk works while the next images are read; a sync at the end alone would leave it idle till then.
+        if self._unsynced_bytes >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+            if self._syncing is not None:
+                self._syncing.result()
+            self._syncing = self._syncer.submit(os.fdatasync, self._fd)
+            self._unsynced_bytes = 0
 
     def _append(self, parts: tuple[bytes, ...]) -> None:
         for part in parts:
@@ -135,5 +155,7 @@ class TarWriter:
                 written -= len(buffers.pop(0))
             if written:
                 buffers[0] = memoryview(buffers[0])[written:]
+        self._unsynced_bytes += self._pending_bytes
         self._buffers.clear()
         self._pending_bytes = 0
+        self._sync_meanwhile()

@@ -109,8 +109,8 @@ def _write_files(
 ) -> tuple[ShardEntry, list[dict[str, Any]]]:
     columns = _Columns()
     fd = os.open(paths[".tar"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    tar = TarWriter(fd)
     try:
-        tar = TarWriter(fd)
         with closing(read_inputs(plan, plan.rows(task))) as inputs:
             for position, (source, name, label, data) in zip(plan.positions(task), inputs, strict=True):
                 try:
@@ -123,8 +123,8 @@ def _write_files(
                     _add_sample(tar, columns, position, image, label, source.describe(name))
                 tick(1)
         digests = {".tar": tar.finish()}
-        os.fsync(fd)
     finally:
+        tar.close()
         os.close(fd)
     for suffix, data in columns.files().items():
         write_and_sync(paths[suffix], data)

@@ -139,4 +139,6 @@ def reopen_source(spec: dict[str, Any], folder: Path) -> Source:
 def printable(name: bytes) -> str:
     """A name on one line of valid UTF-8; what cannot be printed, and backslashes, become hexadecimal escapes."""
     text = name.replace(b"\\", rb"\x5c").decode("utf-8", "backslashreplace")
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
