@@ -44,7 +44,7 @@ _CIFAR10 = Config(
 
 _DEMO = replace(
     _CIFAR10,
-    data=replace(_DATA, batch_size=128),
+    data=replace(_DATA, batch_size=128, backend="dali"),
     optim=OptimConfig(lr=0.06, weight_decay=5e-4),
     run=RunConfig(steps=300),
     checkpoint=CheckpointConfig(every_steps=100),

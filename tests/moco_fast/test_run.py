@@ -136,17 +136,18 @@ def test_killed_in_mid_epoch_the_same_command_continues_bit_for_bit(packed_demo,
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_told_to_stop_it_saves_and_continues_bit_for_bit(packed_demo, uninterrupted, tmp_path, number):
-    first = Training(packed_demo, tmp_path / "run")
-    first.wait_for_step(7)
-    first.process.send_signal(number)
-    assert "stopped and saved at step" in first.finish(expected_code=128 + number)
-    outcome = json.loads((tmp_path / "run" / "outcome.json").read_text())
-    assert outcome["outcome"] == "stopped"
-    assert 7 <= outcome["step"] < 20
-    Training(packed_demo, tmp_path / "run").finish()
-    assert_same_end(uninterrupted, tmp_path / "run")
+def test_told_to_stop_it_saves_and_continues_bit_for_bit(packed_demo, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    for number, step in ((signal.SIGUSR1, 2), (signal.SIGINT, 7), (signal.SIGTERM, 12)):
+        started = Training(packed_demo, out)
+        started.wait_for_step(step)
+        started.process.send_signal(number)
+        assert "stopped and saved at step" in started.finish(expected_code=128 + number)
+        outcome = json.loads((out / "outcome.json").read_text())
+        assert outcome["outcome"] == "stopped"
+        assert step <= outcome["step"] < 20
+    Training(packed_demo, out).finish()
+    assert_same_end(uninterrupted, out)
 
 
 def test_a_start_that_was_refused_leaves_the_folder_to_another(packed_demo, tmp_path):
@@ -164,19 +165,13 @@ def test_a_second_run_in_the_same_folder_is_refused(packed_demo, tmp_path):
     first.finish(expected_code=128 + signal.SIGTERM)
 
 
-def test_evaluation_while_the_run_goes_on(packed_demo, tmp_path):
+def test_evaluation_while_the_run_goes_on_changes_nothing_else(packed_demo, uninterrupted, tmp_path):
     out = tmp_path / "run"
-    Training(
-        packed_demo, out, "--eval.shards", str(packed_demo.val), "--eval.every-steps", "10", "--eval.k", "5"
-    ).finish()
+    options = ("--eval.shards", str(packed_demo.val), "--eval.every-steps", "7", "--eval.k", "5")
+    Training(packed_demo, out, *options).finish()
     found = {line["step"]: line["knn/top1"] for line in read_metrics(out) if "knn/top1" in line}
-    assert list(found) == [0, 10, 20]
+    assert list(found) == [0, 7, 14, 20]
     assert all(0 < top1 <= 1 for top1 in found.values())
-
-
-def test_evaluation_changes_nothing(packed_demo, uninterrupted, tmp_path):
-    out = tmp_path / "run"
-    Training(packed_demo, out, "--eval.shards", str(packed_demo.val), "--eval.every-steps", "7").finish()
     assert_same_end(uninterrupted, out)
 
 
