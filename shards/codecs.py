@@ -31,9 +31,13 @@ def decode_jpeg(data: bytes, *, gray: bool = False, reduce: int = 1, strict: boo
     Raises:
         ValueError: damaged.
     """
-    least = 0 if reduce == 1 else 1
     space = "GRAY" if gray else "RGB"
-    return simplejpeg.decode_jpeg(data, space, min_width=least, min_height=least, min_factor=reduce, strict=strict)
+    if reduce == 1:
+        return simplejpeg.decode_jpeg(data, space, strict=strict)
+    # Of all scales above the least sides, the library takes the smallest.
+    header = simplejpeg.decode_jpeg_header(data, strict=strict)
+    height, width = -(-int(header[0]) // reduce), -(-int(header[1]) // reduce)
+    return simplejpeg.decode_jpeg(data, space, min_width=width, min_height=height, min_factor=reduce, strict=strict)
 
 
 def encode_jpeg(pixels: Pixels, quality: int) -> bytes:

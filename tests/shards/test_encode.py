@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from shards.codecs import decode_jpeg
 from shards.config import EncodeConfig
 from shards.encode import encode
 from shards.errors import Rejected
@@ -215,3 +216,11 @@ def test_whatever_the_bytes_the_result_is_rejected_or_a_baseline_jpeg(data):
     assert header.is_baseline
     assert header.is_ycbcr_or_gray
     assert pixels(image.data).shape == (image.height, image.width, 3)
+
+
+@pytest.mark.parametrize("reduce", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(640, 480), (641, 487), (9, 300)])
+def test_reduced_decoding_gives_the_size_asked_for(reduce, size):
+    width, height = size
+    pixels = decode_jpeg(encoded(picture(0, width, height)), reduce=reduce)
+    assert pixels.shape == (-(-height // reduce), -(-width // reduce), 3)
