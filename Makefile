@@ -9,6 +9,8 @@ export PATH := $(VENV)/bin:$(PATH)
 export PYTHON
 # pyright asks the network for a newer version of itself unless told not to.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# Idle threads of OpenMP sleep instead of spinning: DALI, torch and the other ranks share the cores.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 HAS_GPU = $(shell $(VENV)/bin/python -c 'import torch; print("yes" if torch.cuda.is_available() else "")')
 
