@@ -23,10 +23,10 @@ RUN PIP_CONSTRAINT='' python -m pip install --no-cache-dir --break-system-packag
     && make-shards --help >/dev/null && moco-fast --help >/dev/null && python -m moco_fast.train --help >/dev/null
 
 # Relative paths of the README work here: configs/accelerate/*.yaml to read, anything else to write.
-RUN useradd --create-home --uid 10001 moco && install --directory --owner moco /work
-COPY --chown=moco configs /work/configs
+RUN useradd --create-home --uid 10001 moco && install --directory --owner moco /moco
+COPY --chown=moco configs /moco/configs
 USER 10001
-WORKDIR /work
+WORKDIR /moco
 
 ARG VERSION=unknown
 ARG REVISION=unknown
