@@ -33,6 +33,26 @@ class VerifyCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IndexCommand:
+    """Write index and manifest for WebDataset tars that someone else wrote, without rewriting them."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder of the tars."""
+    workers: int | None = None
+    """Worker processes; unset: one for each CPU that this process may use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectCommand:
+    """Tell what a set of shards holds."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder that holds manifest.json."""
+    sheet: str | None = None
+    """Write a sheet of pictures to this PNG file."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinishCommand:
     """Write the manifest of a set whose parts (pack --part I/N) are all done."""
 
@@ -45,15 +65,46 @@ class FinishCommand:
 
 
 def _pack(command: PackCommand) -> int:
+    from shards.estimate import estimate
     from shards.pack import pack
     from shards.progress import Progress
     from shards.summary import summarize
 
+    if command.dry_run:
+        for line in estimate(command, Progress()).lines(command):
+            print(line)
+        return 0
     manifests = pack(command, Progress())
     if manifests is None:
         print(f"part {command.part} is done; when all are: make-shards finish {command.out}")
         return 0
     return summarize(command.out, manifests, command.max_rejected)
+
+
+def _index(command: IndexCommand) -> int:
+    from shards.foreign import advice, index_folder
+    from shards.pool import default_workers
+    from shards.progress import Progress
+
+    indexed = index_folder(command.folder, workers=command.workers or default_workers(), progress=Progress())
+    manifest = indexed.manifest
+    print(f"{command.folder}: {manifest.num_samples:,} samples in {len(manifest.shards):,} tars are indexed")
+    for line in advice(indexed, command.folder):
+        print(line)
+    return 0
+
+
+def _inspect(command: InspectCommand) -> int:
+    from shards.index import ShardSet
+    from shards.inspect import contact_sheet, describe
+
+    shards = ShardSet.open(command.folder)
+    for line in describe(shards):
+        print(line)
+    if command.sheet is not None:
+        contact_sheet(shards).save(command.sheet, format="PNG")
+        print(f"pictures: {command.sheet}")
+    return 0
 
 
 def _finish(command: FinishCommand) -> int:
@@ -74,12 +125,20 @@ def _verify(command: VerifyCommand) -> int:
     return 1 if problems else 0
 
 
-_RUN: dict[type, Callable[[Any], int]] = {PackCommand: _pack, VerifyCommand: _verify, FinishCommand: _finish}
+_RUN: dict[type, Callable[[Any], int]] = {
+    PackCommand: _pack,
+    VerifyCommand: _verify,
+    FinishCommand: _finish,
+    IndexCommand: _index,
+    InspectCommand: _inspect,
+}
 
 _Commands = (
     Annotated[PackCommand, tyro.conf.subcommand("pack")]
     | Annotated[VerifyCommand, tyro.conf.subcommand("verify")]
     | Annotated[FinishCommand, tyro.conf.subcommand("finish")]
+    | Annotated[IndexCommand, tyro.conf.subcommand("index")]
+    | Annotated[InspectCommand, tyro.conf.subcommand("inspect")]
 )
 
 

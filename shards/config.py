@@ -70,6 +70,8 @@ class PackConfig(EncodeConfig):
     """The same for any held-out sets, as NAME=SHARE, such as `val=0.01 test=0.01`; OUT/train takes the rest."""
     dedup: bool = False
     """Leave out inputs whose bytes are those of an earlier one (reads everything once before packing)."""
+    dry_run: bool = False
+    """Write nothing: list the inputs, try a few, and tell counts, sizes, time and how fast the result will decode."""
     part: str | None = None
     """I/N: write only part I (from 0) of N, for array jobs that share OUT; then `make-shards finish OUT`."""
     work_folder: str = "/tmp"  # noqa: S108 - a default that the user sees and may change
@@ -139,7 +141,7 @@ class PackConfig(EncodeConfig):
     def settings(self) -> dict[str, Any]:
         """The options that decide what the shards hold: a resumed or finished set must have the same."""
         values = asdict(self)
-        for name in ("out", "workers", "max_rejected", "part", "work_folder"):
+        for name in ("out", "workers", "max_rejected", "part", "work_folder", "dry_run"):
             del values[name]
         values["sources"] = list(self.sources)
         values["split"] = list(self.split)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from shards.manifest import Manifest
 
-__all__ = ["RECORD", "SUFFIXES", "Flag", "ShardSet", "npy_header"]
+__all__ = ["INDEXED", "RECORD", "SUFFIXES", "Flag", "ShardSet", "npy_header"]
 
 RECORD = np.dtype(
     [
@@ -39,6 +39,10 @@ def npy_header(num_records: int) -> bytes:
     buffer = io.BytesIO()
     write_array_header_1_0(buffer, {"descr": dtype_to_descr(RECORD), "fortran_order": False, "shape": (num_records,)})
     return buffer.getvalue()
+
+
+INDEXED = "indexed"
+"""In a manifest's settings: others wrote the tars, and `make-shards index` described them."""
 
 
 class Flag(IntFlag):

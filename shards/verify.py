@@ -12,7 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shards.codecs import crc32c, decode_jpeg
-from shards.index import Flag, ShardSet
+from shards.index import INDEXED, Flag, ShardSet
 from shards.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.manifest import ShardEntry
 from shards.progress import Progress
@@ -67,11 +67,13 @@ def verify_shard(shards: ShardSet, number: int, *, decode: bool, tick: Callable[
         records = shards.index(number)
     except ValueError as error:
         return [*problems, Problem(shard=entry.name, sample=None, what=str(error))]
+    # Tars that others wrote have names and members of their own.
+    check = _check_images_only if shards.manifest.settings.get(INDEXED) else _check_samples
     try:
         with shards.shard_path(number).open("rb") as file:
             problems += [
                 Problem(shard=entry.name, sample=key, what=what)
-                for key, what in _check_samples(file, entry, records, decode=decode)
+                for key, what in check(file, entry, records, decode=decode)
             ]
     except OSError as error:
         problems.append(Problem(shard=entry.name, sample=None, what=f"cannot be read: {error.strerror}"))
@@ -129,6 +131,18 @@ def _check_samples(
         yield None, f"has {os.fstat(file.fileno()).st_size} bytes, not {entry.num_bytes}"
 
 
+def _check_images_only(
+    file: io.BufferedReader, entry: ShardEntry, records: NDArray[np.void], *, decode: bool
+) -> Iterator[tuple[str | None, str]]:
+    """Compare each image with the index; yields (number of the sample, what is wrong)."""
+    del entry
+    for record in records:
+        file.seek(int(record["offset"]))
+        data = file.read(int(record["size"]))
+        for what in _check_image(data, record, decode=decode and not record["flags"] & Flag.NOT_JPEG):
+            yield str(record["position"]), what
+
+
 def _member(file: io.BufferedReader, at: int) -> tuple[str, bytes, int]:
     """(name, data, offset of the data) of the member at a byte."""
     file.seek(at)
@@ -150,7 +164,8 @@ def _check_image(data: bytes, record: Any, *, decode: bool) -> Iterator[str]:
     try:
         header = parse_jpeg(data)
     except JpegError as error:
-        yield f"is a JPEG that {error}"
+        if not record["flags"] & Flag.DAMAGED:
+            yield f"is a JPEG that {error}"
         return
     if (header.width, header.height) != (record["width"], record["height"]):
         yield f"is {header.width} x {header.height} pixels, the index says {record['width']} x {record['height']}"

@@ -1,0 +1,239 @@
+"""`index`: index and manifest for WebDataset tars that someone else wrote, which stay as they are."""
+
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from PIL import Image
+
+from shards.codecs import crc32c
+from shards.errors import PackError
+from shards.files import publish, sync_folder, write_and_sync
+from shards.index import INDEXED, RECORD, Flag, npy_header
+from shards.jpeg import JpegError, is_jpeg, parse_jpeg
+from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from shards.plan import ClassTable
+from shards.pool import Tick, run_tasks
+from shards.progress import Progress
+from shards.sources.base import Input, printable
+from shards.sources.tarfiles import TarSource
+from shards.storage import open_bytes
+from shards.tar import TarError
+
+__all__ = ["Indexed", "advice", "index_folder"]
+
+_BAD = Flag.NEEDS_ORIENTATION | Flag.NOT_BASELINE | Flag.NOT_RGB | Flag.NOT_JPEG | Flag.DAMAGED
+_LONG_RUN = 1000
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Indexed:
+    """What was found."""
+
+    manifest: Manifest
+    flagged: dict[str, int]
+    """Samples by what a decoder may stumble over; a sample can count more than once."""
+    examples: dict[str, list[str]]
+    """A few samples of each kind."""
+    longest_run: int
+    """Most samples in a row, in the order of the tars, that share a label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    entry: ShardEntry
+    records: NDArray[np.void]
+    """Without labels and positions, which depend on the other tars."""
+    labels: list[str | int | None]
+    names: list[str]
+    idx: list[str]
+
+
+@dataclass(frozen=True)
+class _IndexTar:
+    folder: Path
+
+    def __call__(self, name: str, tick: Tick) -> _Shard:
+        path = self.folder / name
+        records: list[tuple[Any, ...]] = []
+        labels: list[str | int | None] = []
+        names: list[str] = []
+        idx: list[str] = []
+        file = open_bytes(str(path))
+        for item in TarSource(str(path)).inputs(path):
+            assert isinstance(item, Input)
+            if item.size < 0:
+                continue
+            data = file.read(item.offset, item.size)
+            width, height, flags = _look_at(data)
+            if flags & Flag.NOT_JPEG and flags & Flag.DAMAGED:
+                continue
+            crc = crc32c(data)
+            records.append((0, item.offset, item.size, width, height, -1, crc, (0, 0, 0), int(flags)))
+            labels.append(item.label)
+            names.append(printable(item.name))
+            base = os.fsdecode(item.name.rpartition(b"/")[2])
+            idx.append(f"{base.partition('.')[2]} {item.offset} {item.size} {names[-1]}\n")
+            tick(1)
+        table = np.array(records, dtype=RECORD)
+        return _Shard(entry=_entry(path, table), records=table, labels=labels, names=names, idx=idx)
+
+
+def _look_at(data: bytes) -> tuple[int, int, Flag]:
+    """(width, height, flags) from the header of an image; NOT_JPEG and DAMAGED for what is no image at all."""
+    flags = Flag(0)
+    if is_jpeg(data):
+        try:
+            header = parse_jpeg(data)
+        except JpegError:
+            return 0, 0, Flag.DAMAGED
+        if data.rfind(b"\xff\xd9") < 0:
+            flags |= Flag.DAMAGED
+        if header.orientation != 1:
+            flags |= Flag.NEEDS_ORIENTATION
+        if not header.is_baseline:
+            flags |= Flag.NOT_BASELINE
+        if not header.is_ycbcr_or_gray:
+            flags |= Flag.NOT_RGB
+        return header.width, header.height, flags
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.width, image.height, Flag.NOT_JPEG
+    # Pillow's plugins raise whatever their parsing runs into.
+    except Exception:
+        return 0, 0, Flag.NOT_JPEG | Flag.DAMAGED
+
+
+def _entry(path: Path, records: NDArray[np.void]) -> ShardEntry:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while data := file.read(8 << 20):
+            digest.update(data)
+    return ShardEntry(
+        name=path.name,
+        num_samples=len(records),
+        num_rejected=0,
+        num_bytes=path.stat().st_size,
+        digests={".tar": digest.hexdigest()},
+        max_width=int(records["width"].max(initial=0)),
+        max_height=int(records["height"].max(initial=0)),
+        max_bytes=int(records["size"].max(initial=0)),
+        outcomes={"indexed": len(records)} if len(records) else {},
+        rejections={},
+    )
+
+
+def index_folder(folder: str, *, workers: int, progress: Progress | None = None) -> Indexed:
+    """Write indexes and a manifest beside the tars of a folder. The tars are only read.
+
+    Raises:
+        ValueError: no tars there, or they are described already.
+        PackError: a tar cannot be read to its end.
+    """
+    path = Path(folder)
+    if (path / MANIFEST_NAME).exists():
+        raise ValueError(f"{folder} has a {MANIFEST_NAME} already: `make-shards verify {folder}` checks it")
+    names = sorted(p.name for p in path.glob("*.tar"))
+    if not names:
+        raise ValueError(f"{folder} holds no .tar: give the folder of the shards")
+    found: dict[str, _Shard] = {}
+    with (progress or Progress(enabled=False)).stage("indexing", unit=" images") as tick:
+        try:
+            found.update(run_tasks(_IndexTar(path), names, workers=workers, tick=tick))
+        except TarError as error:
+            raise PackError(str(error)) from error
+    shards = [found[name] for name in names]
+    classes = ClassTable()
+    provisional = [np.array([classes.number(label) for label in s.labels], dtype=np.int64) for s in shards]
+    class_names, final = classes.resolve(need_two=False)
+    labels = [np.where(p < 0, -1, final[p]) if len(final) else np.full(len(p), -1) for p in provisional]
+    entries = list(_write(path, shards, labels))
+    manifest = _manifest(entries, class_names)
+    _put(path / MANIFEST_NAME, manifest.to_json().encode())
+    return _summary(manifest, shards, labels)
+
+
+def _write(path: Path, shards: list[_Shard], labels: list[NDArray[np.int64]]) -> Iterator[ShardEntry]:
+    first = 0
+    for shard, own in zip(shards, labels, strict=True):
+        records = shard.records
+        records["position"] = np.arange(first, first + len(records))
+        records["label"] = own
+        first += len(records)
+        files = {
+            ".index.npy": npy_header(len(records)) + records.tobytes(),
+            ".sources.txt": "".join(f"{name}\n" for name in shard.names).encode(),
+            ".idx": (f"v1.2 {len(shard.idx)}\n" + "".join(shard.idx)).encode("utf-8", "surrogateescape"),
+        }
+        for suffix, data in files.items():
+            _put(path / f"{shard.entry.stem}{suffix}", data)
+        digests = {suffix: xxhash.xxh3_128_hexdigest(data) for suffix, data in files.items()}
+        yield replace(shard.entry, digests={**shard.entry.digests, **digests})
+
+
+def _put(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    try:
+        write_and_sync(temporary, data)
+        publish([(temporary, path)])
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def _manifest(entries: list[ShardEntry], class_names: tuple[str, ...]) -> Manifest:
+    num_samples = sum(entry.num_samples for entry in entries)
+    return Manifest(
+        shards=tuple(entries),
+        class_names=class_names,
+        num_inputs=num_samples,
+        num_samples=num_samples,
+        num_rejected=0,
+        max_width=max(entry.max_width for entry in entries),
+        max_height=max(entry.max_height for entry in entries),
+        max_bytes=max(entry.max_bytes for entry in entries),
+        outcomes={"indexed": num_samples},
+        settings={INDEXED: True},
+    )
+
+
+def _summary(manifest: Manifest, shards: list[_Shard], labels: list[NDArray[np.int64]]) -> Indexed:
+    flagged: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
+    for shard in shards:
+        for name, flags in zip(shard.names, shard.records["flags"].tolist(), strict=True):
+            for flag in Flag(flags) & _BAD:
+                kind = (flag.name or "").lower().replace("_", " ")
+                flagged[kind] += 1
+                if len(examples.setdefault(kind, [])) < _EXAMPLES:
+                    examples[kind].append(f"{shard.entry.name}/{name}")
+    run = _longest_run(np.concatenate(labels)) if manifest.class_names else 0
+    return Indexed(manifest=manifest, flagged=dict(flagged), examples=examples, longest_run=run)
+
+
+def _longest_run(labels: NDArray[np.int64]) -> int:
+    if not len(labels):
+        return 0
+    changes = np.flatnonzero(np.diff(labels)) + 1
+    edges = np.concatenate([[0], changes, [len(labels)]])
+    return int(np.diff(edges).max())
+
+
+def advice(indexed: Indexed, folder: str) -> Iterator[str]:
+    """What to tell about tars that training can read less well than it could."""
+    for kind, count in indexed.flagged.items():
+        yield f"  {kind}: {count:,} samples, such as {', '.join(indexed.examples[kind])}"
+    samples = indexed.manifest.num_samples
+    is_sorted = indexed.longest_run > max(_LONG_RUN, 2 * samples // max(1, len(indexed.manifest.class_names)) // 3)
+    if is_sorted:
+        yield f"  {indexed.longest_run:,} samples in a row share one label: batches would be far from random"
+    if indexed.flagged or is_sorted:
+        yield f"  this mends it: make-shards pack {folder} --out {folder.rstrip('/')}-packed"
