@@ -44,6 +44,8 @@ class Job:
     """The recipe of each view: which stages there can be. None: crop and resize only."""
     size: int
     """Height and width of a view."""
+    exact: bool = False
+    """Apply torchvision's colour operations one by one."""
     max_batch: int
     """Samples in the largest batch."""
     device: torch.device
@@ -81,12 +83,16 @@ _SMALL = 96
 _NEEDS = {"dali": ("nvidia.dali",), "torch": ("cv2", "simplejpeg")}
 
 
-def choose(backend: str, *, device: torch.device, size: int) -> tuple[str, str]:
+def choose(backend: str, *, device: torch.device, size: int, exact: bool = False) -> tuple[str, str]:
     """Resolve `auto` into a backend, and say why in a few words.
 
     Raises:
-        ValueError: no such backend, or what it needs is not installed.
+        ValueError: no such backend, or one that cannot do what is asked, or what it needs is not installed.
     """
+    if exact and backend not in ("auto", "torch"):
+        raise ValueError(f"views.colour torchvision cannot be done by {backend}: choose --data.backend torch")
+    if exact:
+        backend = "torch"
     if backend == "auto":
         return _choose_for(device, size)
     if backend not in BACKENDS:

@@ -3,7 +3,7 @@
 Free of torch, numpy and DALI, so that `--help` costs nothing.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 __all__ = ["VIEWS", "DataConfig", "ViewConfig", "ViewsConfig"]
@@ -29,6 +29,12 @@ class DataConfig:
     """Threads a rank that read shards."""
     prefetch: int = 2
     """Batches kept ready ahead of the training step."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "lanes", "window_shards", "read_threads", "prefetch", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} is {value}: it must be 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,20 @@ class ViewConfig:
     solarize_p: float = 0.0
     """Probability of inverting all pixels of value 128 and above."""
 
+    def __post_init__(self) -> None:
+        for name in ("flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: a probability lies in 0 .. 1")
+        for name in ("brightness", "contrast", "saturation"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: a strength is 0 or more")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"hue is {self.hue}: a shift lies in 0 .. 0.5 turns")
+        for name, least, most in (("crop_scale", 0, 1), ("crop_ratio", 0, float("inf")), ("blur_sigma", 0, 20)):
+            low, high = getattr(self, name)
+            if not least < low <= high <= most:
+                raise ValueError(f"{name} is {low} to {high}: it must rise, lie above {least} and be at most {most}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViewsConfig:
@@ -73,15 +93,29 @@ class ViewsConfig:
     """The view that the query encoder sees."""
     key: ViewConfig = field(default_factory=ViewConfig)
     """The view that the key encoder sees."""
+    colour: Literal["linear", "torchvision"] = "linear"
+    """`linear`: jitter and grayscale as one matrix. `torchvision`: its own operations one by one, as a control; slower,
+    and only with the torch backend."""
+
+    def __post_init__(self) -> None:
+        if self.size < 8:
+            raise ValueError(f"views.size is {self.size}: a view has at least 8 pixels a side")
 
 
 def _same(view: ViewConfig, size: int) -> ViewsConfig:
     return ViewsConfig(size=size, query=view, key=view)
 
 
+def _v3(crop_scale: tuple[float, float]) -> ViewsConfig:
+    view = ViewConfig(crop_scale=crop_scale, saturation=0.2, blur_p=1.0)
+    return ViewsConfig(size=224, query=view, key=replace(view, blur_p=0.1, solarize_p=0.2))
+
+
 VIEWS: dict[str, ViewsConfig] = {
     "moco-v1": _same(ViewConfig(jitter_p=1.0, hue=0.4, grayscale_first=True, blur_p=0.0), 224),
     "moco-v2": _same(ViewConfig(), 224),
+    "moco-v3": _v3((0.2, 1.0)),
+    "moco-v3-vit": _v3((0.08, 1.0)),
     "cifar10": _same(ViewConfig(crop_scale=(0.08, 1.0), blur_p=0.0), 32),
 }
 """The published recipes by name."""

@@ -199,12 +199,14 @@ def open_loader(
         window_shards=data.window_shards,
     )
     check_ranks(data.batch_size, world_size)
-    name, reason = choose(data.backend, device=device, size=views.size)
+    exact = views.colour == "torchvision"
+    name, reason = choose(data.backend, device=device, size=views.size, exact=exact)
     job = Job(
         shards=shards,
         draw=partial(draw_training, views=views, seed=seed),
         views=(views.query, views.key),
         size=views.size,
+        exact=exact,
         max_batch=data.batch_size // world_size,
         device=device,
         num_threads=data.num_threads or available_cpus(local_world_size),

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.augment import ViewTable
+from pipelines.config import ViewConfig
 from pipelines.reader import DamagedSampleError, PendingBytes, Reader
 from pipelines.samples import Draw
 from shards import ShardSet
@@ -38,8 +39,10 @@ class WorkerSpec:
     """Gives the views' tables from (epoch, samples, records)."""
     size: int
     """Height and width of a view."""
-    num_views: int
-    """Views a sample."""
+    views: tuple[ViewConfig | None, ...]
+    """The recipe of each view."""
+    exact: bool
+    """Apply torchvision's operations one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,7 @@ class SlotArrays:
     """A slot's memory as arrays."""
 
     def __init__(self, memory: mmap.mmap, spec: WorkerSpec, capacity: int) -> None:
-        shape = (spec.num_views, capacity, spec.size, spec.size, 3)
+        shape = (len(spec.views), capacity, spec.size, spec.size, 3)
         self.labels: Indices = np.frombuffer(memory, dtype=np.int64, count=capacity)
         self.views: Pixels = np.frombuffer(memory, dtype=np.uint8, offset=8 * capacity, count=int(np.prod(shape)))
         self.views = self.views.reshape(shape)
@@ -78,7 +81,7 @@ class SlotArrays:
 
 def slot_bytes(spec: WorkerSpec, capacity: int) -> int:
     """Bytes of a slot for so many samples."""
-    return capacity * (8 + spec.num_views * spec.size * spec.size * 3)
+    return capacity * (8 + len(spec.views) * spec.size * spec.size * 3)
 
 
 def map_slot(slot: Slot, spec: WorkerSpec) -> SlotArrays:
@@ -147,7 +150,7 @@ class _Begun:
 
 
 def _fill(begun: _Begun, spec: WorkerSpec, arrays: SlotArrays) -> None:
-    from pipelines.pixels import decode, render
+    from pipelines.pixels import decode, render, render_as_torchvision
 
     if begun.error is not None:
         raise begun.error
@@ -160,8 +163,11 @@ def _fill(begun: _Begun, spec: WorkerSpec, arrays: SlotArrays) -> None:
             image = decode(encoded)
         except ValueError as error:
             raise DamagedSampleError(_name(spec.shards, begun, row, error)) from error
-        for view, table in enumerate(tables):
-            render(image, table, row, arrays.views[view, task.begin + row])
+        for out, table, view in zip(arrays.views[:, task.begin + row], tables, spec.views, strict=True):
+            if spec.exact and view is not None:
+                render_as_torchvision(image, table, row, out, grayscale_first=view.grayscale_first)
+            else:
+                render(image, table, row, out)
 
 
 def _name(shards: ShardSet, begun: _Begun, row: int, error: Exception) -> str:

@@ -11,7 +11,7 @@ import torchvision.transforms.functional as F
 from pipelines.augment import QUERY_VIEW, draw_view
 from pipelines.config import VIEWS, ViewConfig, ViewsConfig
 from pipelines.loader import make_views
-from pipelines.pixels import decode, render
+from pipelines.pixels import decode, render, render_as_torchvision
 from pipelines.samples import draw_training
 from shards import ShardSet
 from tests.pipelines import reference
@@ -178,3 +178,27 @@ def test_the_colour_map_is_near_torchvisions_color_jitter(hue, largest_mean):
     assert np.mean(differences) < largest_mean
     # As a share of what the jitter changes at all.
     assert np.mean(differences) < 0.3 * np.mean(unlike)
+
+
+@pytest.mark.parametrize("grayscale_first", [False, True])
+def test_the_control_is_torchvisions_own_chain_to_the_bit(encoded, photo_shards, grayscale_first):
+    view = replace(NONE, jitter_p=0.8, grayscale_p=0.5, flip_p=0.5, hue=0.4, grayscale_first=grayscale_first)
+    views = ViewsConfig(size=SIZE, query=view, key=NONE, colour="torchvision")
+    for epoch in range(3):
+        table = draw_training(epoch, np.arange(len(NAMES)), photo_shards.index(0), views=views, seed=1)[0]
+        for row, image in enumerate(encoded):
+            x, y, w, h = table.box[row].tolist()
+            region = torch.from_numpy(decode(image)[y : y + h, x : x + w].copy()).permute(2, 0, 1)[None]
+            resized = torch.nn.functional.interpolate(region, (SIZE, SIZE), mode="bilinear", antialias=True)
+            cropped = resized[0].permute(1, 2, 0).numpy()
+            gray, order = bool(table.grayscale[row]), table.jitter_order[row]
+            if grayscale_first and gray:
+                cropped = jittered_by_torchvision(cropped, table.factors[row], [], grayscale=True).astype(np.uint8)
+            expected = jittered_by_torchvision(
+                cropped, table.factors[row], order, grayscale=gray and not grayscale_first
+            )
+            if table.flip[row]:
+                expected = expected[:, ::-1]
+            out = np.empty((SIZE, SIZE, 3), dtype=np.uint8)
+            render_as_torchvision(decode(image), table, row, out, grayscale_first=grayscale_first)
+            assert np.array_equal(out, expected)

@@ -6,11 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pipelines.config import DataConfig, ViewConfig, ViewsConfig
 from pipelines.loader import open_eval_loader, open_loader
+from pipelines.pixels import decode, render_as_torchvision
+from pipelines.reader import Reader
+from pipelines.samples import draw_training
 from pipelines.workers import WorkerDiedError
 from shards import ShardSet
 
@@ -82,10 +86,30 @@ def test_slots_are_used_again_and_pixels_are_nearly_those_of_dali(small_shards):
         for a, b in zip(loader, two, strict=True):
             assert torch.equal(a.index, b.index)
             inner = slice(4, -4)
-            difference = (a.view_q.int() - b.view_q.int()).abs()[:, :, inner, inner]
-            assert difference.float().mean() < 0.5
-            assert difference.max() <= 4
+            difference = (a.view_q.int() - b.view_q.int()).abs()[:, :, inner, inner].float()
+            # The blur carries inwards what the two read differently beyond the crop's border.
+            assert difference.mean() < 0.5
+            assert difference.max() <= 8
         two.close()
+
+
+def test_the_control_is_rendered_by_the_workers_too(small_shards):
+    views = ViewsConfig(size=24, query=VIEWS.query, key=VIEWS.key, colour="torchvision")
+    data = DataConfig(shards=str(small_shards), batch_size=16, num_threads=1)
+    with open_loader(data, views, seed=3, device=CPU) as loader:
+        batch = next(iter(loader))
+    shards = ShardSet.open(small_shards)
+    reader = Reader(shards, num_threads=1)
+    samples = batch.index.numpy()
+    records = reader.records(samples)
+    images = [decode(encoded) for encoded in reader.submit(samples, records).result()]
+    reader.close()
+    tables = draw_training(0, samples, records, views=views, seed=3)
+    for table, made in zip(tables, (batch.view_q, batch.view_k), strict=True):
+        for row, image in enumerate(images):
+            expected = np.empty((24, 24, 3), dtype=np.uint8)
+            render_as_torchvision(image, table, row, expected, grayscale_first=False)
+            assert np.array_equal(made[row].permute(1, 2, 0).numpy(), expected)
 
 
 def test_evaluation_with_a_short_last_batch(small_shards):

@@ -1,0 +1,52 @@
+import importlib.util
+
+import pytest
+import torch
+
+from pipelines import backends
+from pipelines.backends import choose
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Make chosen modules look as if they were not installed."""
+
+    def hide(*names):
+        real = importlib.util.find_spec
+        monkeypatch.setattr(backends, "find_spec", lambda name: None if name in names else real(name))
+
+    return hide
+
+
+def test_auto_takes_what_is_faster():
+    assert choose("auto", device=GPU, size=224)[0] == "dali"
+    assert choose("auto", device=CPU, size=224)[0] == "torch"
+    assert choose("auto", device=CPU, size=32) == (
+        "dali",
+        "the faster one without a GPU for views below 96 pixels",
+    )
+
+
+def test_auto_takes_what_is_installed(without):
+    without("cv2")
+    assert choose("auto", device=CPU, size=224) == ("dali", "cv2 is not installed")
+    with pytest.raises(ValueError, match="the torch backend needs cv2: install it"):
+        choose("torch", device=CPU, size=224)
+    without("nvidia.dali")
+    assert choose("auto", device=GPU, size=224) == ("torch", "nvidia.dali is not installed")
+    without("nvidia.dali", "simplejpeg")
+    with pytest.raises(ValueError, match=r"no backend is installed: dali needs nvidia\.dali"):
+        choose("auto", device=GPU, size=224)
+
+
+def test_torchvisions_colours_are_for_the_torch_backend():
+    assert choose("auto", device=CPU, size=32, exact=True)[0] == "torch"
+    with pytest.raises(ValueError, match=r"choose --data\.backend torch"):
+        choose("dali", device=CPU, size=32, exact=True)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="no backend 'tf': choose auto, dali or torch"):
+        choose("tf", device=CPU, size=32)
