@@ -1,0 +1,159 @@
+"""The training step on the device; with DEVICE=cpu, all but the device."""
+
+import copy
+import gc
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+
+from moco_fast.batchnorm import Together, VirtualGroups, use_group_statistics
+from moco_fast.config import MocoConfig, ModelConfig, OptimConfig
+from moco_fast.dictionary import build_dictionary
+from moco_fast.encoders import build_encoder
+from moco_fast.keys import BankKeys, MomentumKeys, QueryKeys
+from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.optim import build_optimizer
+from moco_fast.step import TrainStep
+from pipelines.batch import TwoViewBatch
+
+pytestmark = pytest.mark.gpu
+
+BATCH = 16
+MECHANISMS = {
+    "queue": MocoConfig(queue_size=256),
+    "symmetric": MocoConfig(queue_size=256, loss="symmetric"),
+    "v3": MocoConfig(dictionary="batch", loss="v3"),
+    "end-to-end": MocoConfig(dictionary="batch", key_encoder="query"),
+    "bank": MocoConfig(dictionary="bank", queue_size=64),
+}
+OPTIMIZERS = ("sgd", "lars", "adamw", "lamb")
+
+
+class Training:
+    """A small training on a device, from weights that are the same on all devices."""
+
+    def __init__(self, device, *, moco=MECHANISMS["queue"], optimizer="sgd", num_groups=1, autocast=nullcontext):
+        self.device = device
+        torch.manual_seed(0)
+        query = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=16))
+        if num_groups > 1:
+            use_group_statistics(query, num_groups)
+        self.query = query.to(device, memory_format=torch.channels_last)
+        self.dictionary = build_dictionary(moco, 16, num_samples=500, seed=1, available_bytes=1 << 30).to(device)
+        policy = VirtualGroups(num_groups) if num_groups > 1 else Together()
+        if moco.dictionary == "bank":
+            keys = BankKeys(self.dictionary)
+        elif moco.key_encoder == "query":
+            keys = QueryKeys(self.query, policy, autocast)
+        else:
+            key = copy_as_key_encoder(self.query)
+            keys = MomentumKeys(key, MomentumUpdate(self.query, key), policy, autocast)
+        self.step = TrainStep(
+            query=self.query,
+            keys=keys,
+            dictionary=self.dictionary,
+            optimizer=build_optimizer(self.query, OptimConfig(name=optimizer)),
+            temperature=0.2,
+            symmetric=moco.loss != "one-sided",
+            clip_norm=1.0,
+            autocast=autocast,
+        )
+
+    def batch(self, number):
+        generator = torch.Generator().manual_seed(number)
+        shape = (BATCH, 3, 32, 32)
+        views = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(2)]
+        view_q, view_k = (view.to(self.device, memory_format=torch.channels_last) for view in views)
+        index = torch.arange(BATCH) + number * BATCH
+        return TwoViewBatch(view_q=view_q, view_k=view_k, index=index, label=torch.full((BATCH,), -1))
+
+    def run(self, num_steps, start=0):
+        batches = [self.batch(start + number) for number in range(num_steps)]
+        return [self.step([batch], lr=0.01, momentum=0.99) for batch in batches]
+
+
+@pytest.fixture(autouse=True)
+def full_float32():
+    """Without TF32, which would round the device's products to ten bits."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.conv.fp32_precision = before[1]
+
+
+@pytest.mark.parametrize("num_groups", [1, 4])
+def test_a_step_is_the_cpus(device, num_groups):
+    ours, reference = (Training(where, num_groups=num_groups) for where in (device, torch.device("cpu")))
+    for step in range(3):
+        (watched,), (expected,) = (training.run(1, start=step) for training in (ours, reference))
+        for name in ("loss", "similarity_positive", "feature_std", "grad_norm"):
+            assert watched[name].item() == pytest.approx(expected[name].item(), rel=2e-3), (step, name)
+    for name, value in reference.query.named_parameters():
+        torch.testing.assert_close(ours.query.get_parameter(name).cpu(), value, rtol=1e-3, atol=1e-4, msg=name)
+    torch.testing.assert_close(ours.dictionary.keys.cpu(), reference.dictionary.keys, rtol=1e-2, atol=1e-3)
+
+
+@contextmanager
+def no_host_sync(device):
+    """Fail at the first operation that makes the host wait for the GPU."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "optimizer"), [*((name, "sgd") for name in MECHANISMS), *(("queue", name) for name in OPTIMIZERS[1:])]
+)
+def test_the_host_never_waits_in_a_step(device, mechanism, optimizer):
+    training = Training(device, moco=MECHANISMS[mechanism], optimizer=optimizer, num_groups=2)
+    training.run(2)
+    batch = training.batch(2)
+    with no_host_sync(device):
+        watched = training.step([batch, batch], lr=0.01, momentum=0.99)
+    assert watched["loss"].device.type == device.type
+    assert all(value.isfinite() for value in watched.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_follows_full_precision(device, dtype):
+    half = Training(device, autocast=lambda: torch.autocast(device.type, dtype=dtype))
+    full = Training(device)
+    for ours, expected in zip(half.run(2), full.run(2), strict=True):
+        assert ours["loss"].item() == pytest.approx(expected["loss"].item(), rel=0.05)
+        assert ours["loss"].dtype == torch.float32
+    assert {parameter.dtype for parameter in half.query.parameters()} == {torch.float32}
+
+
+def test_memory_does_not_grow(device):
+    training = Training(device)
+    training.run(3)
+    used = []
+    for number in range(3, 8):
+        training.run(1, start=number)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            used.append(torch.cuda.memory_allocated(device))
+        else:
+            gc.collect()
+            used.append(sum(each.nbytes for each in gc.get_objects() if issubclass(type(each), torch.Tensor)))
+    assert len(set(used)) == 1, used
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_compiled_encoders_give_the_same_losses(device):
+    compiled, eager = Training(device, num_groups=2), Training(device, num_groups=2)
+    before = copy.deepcopy(compiled.query.state_dict())
+    # The CPU's compiler takes minutes; its turn is only to show that the graph can be captured.
+    compiled.query.compile(backend="inductor" if device.type == "cuda" else "aot_eager")
+    losses = [[watched["loss"].item() for watched in training.run(2)] for training in (compiled, eager)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert compiled.query.state_dict().keys() == before.keys()
