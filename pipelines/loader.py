@@ -21,6 +21,8 @@ __all__ = ["EvalLoader", "Loader", "make_views", "open_eval_loader", "open_loade
 
 Indices = npt.NDArray[np.int64]
 
+_CPU = torch.device("cpu")
+
 
 class Loader:
     """Two augmented views of every sample, in an order that is a pure function of the seed.
@@ -280,20 +282,31 @@ def open_eval_loader(
 
 
 def make_views(
-    shards: ShardSet, samples: Indices, views: ViewsConfig, *, seed: int, epoch: int, backend: str = "dali"
+    shards: ShardSet,
+    samples: Indices,
+    views: ViewsConfig,
+    *,
+    seed: int,
+    epoch: int,
+    backend: str = "dali",
+    device: torch.device = _CPU,
 ) -> tuple[torch.Tensor, ...]:
-    """Make the query and the key views of chosen samples on the CPU: (n, 3, S, S) uint8 each."""
+    """Make the query and the key views of chosen samples as a run would: (n, 3, S, S) uint8 each, on the device."""
+    exact = views.colour == "torchvision"
+    name, _ = choose(backend, device=device, size=views.size, exact=exact)
     job = Job(
         shards=shards,
         draw=partial(draw_training, views=views, seed=seed),
         views=(views.query, views.key),
         size=views.size,
+        exact=exact,
         max_batch=len(samples),
-        device=torch.device("cpu"),
+        device=device,
         num_threads=1,
     )
-    stream = BACKENDS[backend](job, iter(((epoch, samples),)))
+    stream = BACKENDS[name](job, iter(((epoch, samples),)))
     try:
-        return stream.get()[2]
+        # A copy of one's own: a backend may take its memory back once it is closed.
+        return tuple(view.clone() for view in stream.get()[2])
     finally:
         stream.close()
