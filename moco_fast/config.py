@@ -197,7 +197,6 @@ def validate(config: Config) -> None:
         ValueError: with the option, its value and what would work.
     """
     positive = {
-        "data.batch_size": config.data.batch_size,
         "moco.queue_size": config.moco.queue_size,
         "moco.temperature": config.moco.temperature,
         "model.dim": config.model.dim,

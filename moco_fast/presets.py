@@ -30,7 +30,50 @@ _MOCO_V1 = Config(
     optim=OptimConfig(schedule="step"),
 )
 
+# Section 4.1: 64 GPUs, the learning rate times 0.9 every 62,500 of 1.25 million steps.
+_MOCO_V1_1B = replace(
+    _MOCO_V1,
+    data=replace(_DATA, batch_size=1024),
+    optim=OptimConfig(lr=0.12, schedule="exponential", decay=0.9, decay_every=0.05),
+    run=RunConfig(steps=1_250_000),
+    checkpoint=CheckpointConfig(every_steps=5000),
+)
+
+# Section 4.1, figure 3: the other two mechanisms, with v1's encoder and views. A batch of 1,024 is the largest there.
+_END_TO_END = replace(
+    _MOCO_V1,
+    data=replace(_DATA, batch_size=1024),
+    moco=replace(_MOCO_V1.moco, key_encoder="query", dictionary="batch"),
+    optim=replace(_MOCO_V1.optim, lr=0.12),
+)
+_MEMORY_BANK = replace(_MOCO_V1, moco=replace(_MOCO_V1.moco, dictionary="bank", bank_momentum=0.5))
+
 _MOCO_V2 = Config(data=_DATA, views=VIEWS["moco-v2"])
+
+_MOCO_V2_SYMMETRIC = replace(_MOCO_V2, moco=replace(_MOCO_V2.moco, loss="symmetric"))
+
+_V3_MOCO = MocoConfig(momentum=0.99, momentum_schedule="cosine", dictionary="batch", loss="v3")
+
+# Learning rates are the published ones for each 256 samples, times 4096 / 256.
+_MOCO_V3_RESNET50 = Config(
+    data=replace(_DATA, batch_size=4096),
+    views=VIEWS["moco-v3"],
+    model=ModelConfig(head="v3", dim=256),
+    moco=replace(_V3_MOCO, temperature=1.0),
+    bn=BatchNormConfig(policy="sync"),
+    optim=OptimConfig(name="lars", lr=0.6 * 16, weight_decay=1e-6, warmup=0.1),
+    run=RunConfig(epochs=100),
+)
+_MOCO_V3_VIT_SMALL = Config(
+    data=replace(_DATA, batch_size=4096),
+    views=VIEWS["moco-v3-vit"],
+    model=ModelConfig(encoder="vit_small", head="v3", dim=256, freeze_patch_projection=True),
+    moco=replace(_V3_MOCO, temperature=0.2),
+    bn=BatchNormConfig(policy="sync"),
+    optim=OptimConfig(name="adamw", lr=1.5e-4 * 16, weight_decay=0.1, warmup=40 / 300),
+    run=RunConfig(epochs=300),
+)
+_MOCO_V3_VIT_BASE = replace(_MOCO_V3_VIT_SMALL, model=replace(_MOCO_V3_VIT_SMALL.model, encoder="vit_base"))
 
 _CIFAR10 = Config(
     data=replace(_DATA, batch_size=512),
@@ -54,7 +97,14 @@ _DEMO = replace(
 
 PRESETS: dict[str, tuple[str, Config]] = {
     "moco-v1": ("MoCo v1: ResNet-50, linear head, step schedule; 200 epochs at batch 256 (He et al. 2020)", _MOCO_V1),
+    "moco-v1-1b": ("MoCo v1 for a billion images: batch 1,024, 1.25 million steps (He et al. 2020)", _MOCO_V1_1B),
     "moco-v2": ("MoCo v2: v1 with an MLP head, blur and a cosine schedule (Chen et al. 2020)", _MOCO_V2),
+    "moco-v2-symmetric": ("MoCo v2 with each view as query and as key once", _MOCO_V2_SYMMETRIC),
+    "moco-v3-resnet50": ("MoCo v3: no queue, LARS, batch 4,096; 100 epochs (Chen et al. 2021)", _MOCO_V3_RESNET50),
+    "moco-v3-vit-small": ("MoCo v3 with ViT-S/16: AdamW, batch 4,096; 300 epochs", _MOCO_V3_VIT_SMALL),
+    "moco-v3-vit-base": ("MoCo v3 with ViT-B/16: AdamW, batch 4,096; 300 epochs", _MOCO_V3_VIT_BASE),
+    "end-to-end": ("The paper's first alternative: keys with gradients, the batch as dictionary", _END_TO_END),
+    "memory-bank": ("The paper's second alternative: one remembered key for every sample", _MEMORY_BANK),
     "cifar10": ("The authors' CIFAR-10 demo: ResNet-18 for 32-pixel images, 8 virtual BN groups", _CIFAR10),
     "demo": ("What `make demo` runs: the CIFAR recipe with a small encoder, minutes on two CPU cores", _DEMO),
 }

@@ -42,6 +42,24 @@ def test_every_preset_parses_validates_and_survives_json(name, shards):
             | {"queue_size": 65536, "momentum": 0.999, "batch_size": 256, "blur_p": 0.5, "jitter_p": 0.8},
         ),
         (
+            "moco-v1-1b",
+            {"head": "linear", "temperature": 0.07, "lr": 0.12, "schedule": "exponential", "decay": 0.9}
+            | {"decay_every": 62_500 / 1_250_000, "queue_size": 65536, "momentum": 0.999, "batch_size": 1024},
+        ),
+        (
+            "moco-v3-resnet50",
+            {"head": "v3", "dim": 256, "temperature": 1.0, "lr": 9.6, "weight_decay": 1e-6, "schedule": "cosine"}
+            | {"name": "lars", "trust": 0.001, "warmup": 10 / 100, "momentum": 0.99, "batch_size": 4096}
+            | {"dictionary": "batch", "loss": "v3", "blur_p": 1.0, "saturation": 0.2, "mlp_dim": 4096},
+        ),
+        (
+            "moco-v3-vit-small",
+            {"head": "v3", "temperature": 0.2, "lr": 2.4e-3, "weight_decay": 0.1, "warmup": 40 / 300, "name": "adamw"}
+            | {"freeze_patch_projection": True, "crop_scale": (0.08, 1.0), "momentum": 0.99, "batch_size": 4096},
+        ),
+        ("memory-bank", {"dictionary": "bank", "bank_momentum": 0.5, "lr": 0.03, "batch_size": 256}),
+        ("end-to-end", {"dictionary": "batch", "key_encoder": "query", "lr": 0.12, "batch_size": 1024}),
+        (
             "cifar10",
             {"head": "linear", "temperature": 0.1, "lr": 0.06, "weight_decay": 5e-4, "schedule": "cosine", "hue": 0.1}
             | {"queue_size": 4096, "momentum": 0.99, "batch_size": 512, "blur_p": 0.0, "jitter_p": 0.8},
@@ -67,7 +85,6 @@ def test_every_option_reaches_the_configuration(shards):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--data.batch-size", "0"], "--data.batch-size is 0"),
         (["--moco.momentum", "1.5"], "--moco.momentum is 1.5"),
         (["--optim.accumulate", "0"], "--optim.accumulate is 0"),
         (["--run.steps", "0"], "--run.steps is 0"),
@@ -81,6 +98,12 @@ def test_impossible_values_are_named(shards, capsys, options, says):
     error = capsys.readouterr().err
     assert error.startswith(f"error: {says}")
     assert error.count("\n") == 1
+
+
+def test_an_impossible_section_is_named(shards, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["moco-v2", "--data.shards", shards, "--data.batch-size", "0"])
+    assert "data.batch_size is 0" in capsys.readouterr().err
 
 
 def test_missing_shards_are_named_before_any_work(tmp_path, capsys):
