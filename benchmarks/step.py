@@ -1,0 +1,276 @@
+"""The training step: ours against the authors' and a supervised one, and what each part of ours costs.
+
+    python benchmarks/step.py --encoder resnet18 --batch 64                              # two CPU cores
+    python benchmarks/step.py --device cuda --encoder resnet50 --batch 256 --precision bf16 [--compile]
+    python benchmarks/step.py --shuffle --batch 64                                       # two gloo ranks
+
+Alternating, in one process, on one batch; ratios are taken round by round. The authors' step is restated with what
+theirs does: a Python loop for the momentum update, logits that are concatenated, a queue that is cloned, torch's SGD with
+its defaults. It gets images that are normalized already, the same memory format and the same precision.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from alternating import alternate, bars, table
+from torch import Tensor, nn
+
+from moco_fast.batchnorm import Exchange, Gather, Together
+from moco_fast.config import ModelConfig, OptimConfig
+from moco_fast.encoders import build_encoder, normalize_images, unit_vectors
+from moco_fast.keys import MomentumKeys
+from moco_fast.loss import feature_std, info_nce
+from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.optim import build_optimizer
+from moco_fast.queue import Queue
+from moco_fast.step import TrainStep
+from pipelines.batch import TwoViewBatch
+
+MOMENTUM, TEMPERATURE, LR = 0.999, 0.2, 0.03
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is measured."""
+
+    encoder: str
+    batch: int
+    size: int
+    queue: int
+    device: torch.device
+    precision: str
+    compile: bool
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Compute in the setting's precision."""
+        enabled = self.precision != "fp32"
+        return torch.autocast(self.device.type, dtype=DTYPES[self.precision], enabled=enabled)
+
+    def build(self) -> tuple[nn.Module, nn.Module]:
+        """A query encoder and its key encoder."""
+        torch.manual_seed(0)
+        query = build_encoder(ModelConfig(encoder=self.encoder)).to(self.device, memory_format=torch.channels_last)
+        key = copy_as_key_encoder(query)
+        if self.compile:
+            query.compile()
+            key.compile()
+        return query, key
+
+    def views(self) -> list[Tensor]:
+        """Two uint8 views on the device."""
+        shape = (self.batch, 3, self.size, self.size)
+        views = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(2)]
+        return [view.to(self.device, memory_format=torch.channels_last) for view in views]
+
+
+class Ours:
+    """The step of a run, and its parts one by one."""
+
+    def __init__(self, setting: Setting, views: list[Tensor]):
+        self.setting, self.views = setting, views
+        self.query, self.key = setting.build()
+        self.queue = Queue(128, setting.queue, torch.Generator().manual_seed(0)).to(setting.device)
+        self.update = MomentumUpdate(self.query, self.key)
+        self.optimizer = build_optimizer(self.query, OptimConfig())
+        keys = MomentumKeys(self.key, self.update, Together(), setting.autocast)
+        self.train_step = TrainStep(
+            query=self.query,
+            keys=keys,
+            dictionary=self.queue,
+            optimizer=self.optimizer,
+            temperature=TEMPERATURE,
+            autocast=setting.autocast,
+        )
+        none = torch.full((setting.batch,), -1)
+        self.batch = TwoViewBatch(view_q=views[0], view_k=views[1], index=none, label=none)
+
+    def step(self) -> None:
+        """One step."""
+        self.train_step([self.batch], lr=LR, momentum=MOMENTUM)
+
+    def parts(self) -> dict[str, Callable[[], object]]:
+        """What a step is made of. Encoder work is named so."""
+        with torch.no_grad(), self.setting.autocast():
+            normalized = normalize_images(self.views[0])
+            features = self.key(normalized).float()
+        keys = unit_vectors(features)
+        queries = unit_vectors(torch.randn_like(features)).requires_grad_()
+        gradient = torch.randn_like(features)
+
+        def key_forward() -> None:
+            with torch.no_grad(), self.setting.autocast():
+                self.key(normalized)
+
+        def query_forward_backward() -> None:
+            with self.setting.autocast():
+                outputs = self.query(normalized)
+            outputs.float().backward(gradient)
+
+        def loss() -> None:
+            value, _ = info_nce(unit_vectors(queries), keys, self.queue.keys, TEMPERATURE)
+            value.backward()
+            feature_std(queries.detach())
+
+        def gradient_norm() -> None:
+            nn.utils.get_total_norm([p.grad for p in self.query.parameters() if p.grad is not None])
+
+        return {
+            "encoder: key forward": key_forward,
+            "encoder: query forward and backward": query_forward_backward,
+            "normalize images": lambda: [normalize_images(view) for view in self.views],
+            "momentum update": lambda: self.update(MOMENTUM),
+            "loss, forward and backward": loss,
+            "queue": lambda: self.queue.enqueue(keys),
+            "gradient norm": gradient_norm,
+            "optimizer": self.optimizer.step,
+        }
+
+
+class Authors:
+    """The authors' step (moco/builder.py, main_moco.py), restated."""
+
+    def __init__(self, setting: Setting, views: list[Tensor]):
+        self.setting = setting
+        self.query, self.key = setting.build()
+        self.queue = F.normalize(torch.randn(128, setting.queue), dim=0).to(setting.device)
+        self.pointer = 0
+        self.optimizer = torch.optim.SGD(self.query.parameters(), LR, momentum=0.9, weight_decay=1e-4)
+        self.views = [normalize_images(view) for view in views]
+        self.labels = torch.zeros(setting.batch, dtype=torch.int64, device=setting.device)
+
+    def step(self) -> None:
+        """One step."""
+        with self.setting.autocast():
+            queries = F.normalize(self.query(self.views[0]).float(), dim=1)
+            with torch.no_grad():
+                for q, k in zip(self.query.parameters(), self.key.parameters(), strict=True):
+                    k.data = k.data * MOMENTUM + q.data * (1 - MOMENTUM)
+                keys = F.normalize(self.key(self.views[1]).float(), dim=1)
+        positives = torch.einsum("nc,nc->n", queries, keys).unsqueeze(-1)
+        negatives = torch.einsum("nc,ck->nk", queries, self.queue.clone().detach())
+        logits = torch.cat([positives, negatives], dim=1) / TEMPERATURE
+        end = self.pointer + len(keys)
+        self.queue[:, self.pointer : end] = keys.T
+        self.pointer = end % self.queue.shape[1]
+        loss = F.cross_entropy(logits, self.labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+class Supervised:
+    """Plain classification with the same backbone, one view a sample."""
+
+    def __init__(self, setting: Setting, views: list[Tensor]):
+        self.setting, self.view = setting, views[0]
+        query, _ = setting.build()
+        self.model = nn.Sequential(query.get_submodule("backbone"), nn.LazyLinear(1000, device=setting.device))
+        with torch.no_grad():
+            self.model(normalize_images(self.view[:2]))
+        if setting.compile:
+            self.model.compile()
+        self.optimizer = build_optimizer(self.model, OptimConfig())
+        self.labels = torch.randint(0, 1000, (setting.batch,), device=setting.device)
+
+    def step(self) -> None:
+        """One step."""
+        with self.setting.autocast():
+            logits = self.model(normalize_images(self.view))
+        F.cross_entropy(logits.float(), self.labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def compare_steps(setting: Setting, rounds: int, out: Path) -> None:
+    """Print and draw whole steps, then the parts of ours."""
+    views = setting.views()
+    ours = Ours(setting, views)
+    alternatives = {"ours": ours.step, "authors'": Authors(setting, views).step}
+    alternatives["supervised, one view"] = Supervised(setting, views).step
+    warmup = 10 if setting.device.type == "cuda" else 1
+    steps = alternate(alternatives, rounds=rounds, device=setting.device, warmup=warmup)
+    title = f"{setting.encoder}, {setting.size} px, batch {setting.batch}, K {setting.queue}, {setting.precision}"
+    title += f"{', compiled' if setting.compile else ''}, {setting.device}"
+    print(f"Whole steps: {title}\n\n{table(steps, base='ours')}\n")
+    parts = alternate(ours.parts(), rounds=rounds, device=setting.device, warmup=warmup)
+    print(f"Parts of ours\n\n{table(parts, base='encoder: key forward')}\n")
+    costs = {name: median(values) for name, values in parts.items()}
+    other = sum(cost for name, cost in costs.items() if not name.startswith("encoder"))
+    print(f"Not encoder work: {100 * other / median(steps['ours']):.2f}% of the step")
+    print(f"Samples/s: {', '.join(f'{name} {setting.batch / median(values):.1f}' for name, values in steps.items())}")
+    if setting.device.type == "cuda":
+        print(f"Peak memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    bars(steps, title=title, path=out / "steps.svg")
+    bars(parts, title=f"Parts of ours: {title}", path=out / "parts.svg")
+
+
+def shuffle_on_rank(rank: int, store: str, batch: int, size: int, rounds: int, out: Path) -> None:
+    """One of two gloo ranks: the exchange against the authors' gather, at equal dtype and as each is used."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(memory_format=torch.channels_last)
+    keys, floats = torch.randn(batch, 128), normalize_images(images)
+    exchange, gather = Exchange(None), Gather()
+
+    def both_ways(policy: Exchange | Gather, of: Tensor) -> None:
+        policy.shuffle(of)
+        policy.unshuffle(keys)
+
+    alternatives = {
+        "exchange, uint8 (ours)": lambda: both_ways(exchange, images),
+        "gather, uint8": lambda: both_ways(gather, images),
+        "exchange, float32": lambda: both_ways(exchange, floats),
+        "gather, float32 (authors')": lambda: both_ways(gather, floats),
+    }
+    seconds = alternate(alternatives, rounds=rounds, device=torch.device("cpu"), warmup=2)
+    if rank == 0:
+        title = f"Shuffling BN, two gloo ranks, batch {batch} a rank, {size} px"
+        print(f"{title}\n\n{table(seconds, base='exchange, uint8 (ours)')}")
+        bars(seconds, title=title, path=out / "shuffle.svg")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", default="resnet18")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--queue", type=int, default=65536)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=DTYPES, default="fp32")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--shuffle", action="store_true")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("build/step"))
+    options = parser.parse_args()
+    if options.shuffle:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = (f"{folder}/store", options.batch, options.size, options.rounds, options.out)
+            torch.multiprocessing.spawn(shuffle_on_rank, arguments, nprocs=2)
+        return
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    setting = Setting(
+        encoder=options.encoder,
+        batch=options.batch,
+        size=options.size,
+        queue=options.queue,
+        device=torch.device(options.device),
+        precision=options.precision,
+        compile=options.compile,
+    )
+    compare_steps(setting, options.rounds, options.out)
+
+
+if __name__ == "__main__":
+    main()
