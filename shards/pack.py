@@ -17,6 +17,7 @@ from shards.planner import make_plan
 from shards.pool import default_workers, run_tasks
 from shards.progress import Progress
 from shards.sources import open_source
+from shards.storage import is_url
 from shards.target import WORK_NAME, BucketTarget, LocalTarget, Target, open_target, path_in
 from shards.write import WriteShard, record_name, shard_stem
 
@@ -47,6 +48,7 @@ def pack(config: PackConfig, progress: Progress | None = None) -> dict[str, Mani
         # A mistyped source should not leave a folder behind.
         for path in config.sources:
             open_source(path, config.columns())
+            _refuse_target_inside(path, config.out)
     target.work.mkdir(parents=True, exist_ok=True)
     if config.part is not None:
         return _pack_part(config, target, progress)
@@ -58,6 +60,12 @@ def pack(config: PackConfig, progress: Progress | None = None) -> dict[str, Mani
             finished = _finish(plan, target)
         target.remove_work()
     return finished
+
+
+def _refuse_target_inside(source: str, out: str) -> None:
+    """Shards must not become inputs of the next listing."""
+    if not is_url(source) and not is_url(out) and Path(out).resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"--out {out} lies inside the source {source}: choose a folder outside of it")
 
 
 def _pack_part(config: PackConfig, target: Target, progress: Progress) -> None:

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -200,3 +202,45 @@ def test_bytes_do_not_depend_on_workers(tmp_path):
     assert len(first) == 6 * 4 + 2
     assert contents(tmp_path / "out2") == first
     assert contents(tmp_path / "out3") == first
+
+
+def test_a_target_inside_its_source_is_refused(tmp_path):
+    source = fill(tmp_path / "in", 3)
+    (tmp_path / "link").symlink_to(source)
+    for out in (source, source / "out", tmp_path / "link" / "out"):
+        with pytest.raises(ValueError, match="lies inside the source"):
+            pack(config(source, out))
+    assert len(contents(source)) == 3
+    pack(config(source, tmp_path))
+
+
+@pytest.mark.slow
+def test_planning_a_long_list_takes_little_memory_and_time(tmp_path):
+    """An eighth of what ten million inputs may take: 3 GiB and a minute beyond the listing."""
+    count = 1_250_000
+    path = tmp_path / "list.txt"
+    with path.open("w") as file:
+        file.writelines(f"/photos/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG\tn{i % 1000:08d}\n" for i in range(count))
+    code = f"""
+import resource, time
+from pathlib import Path
+from shards.config import PackConfig
+from shards.planner import make_plan
+from shards.progress import Progress
+from shards.sources import open_source
+config = PackConfig(sources=({str(path)!r},), out="unused", shard_samples=10_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+begin = time.process_time()
+num_inputs = sum(1 for _ in open_source({str(path)!r}, config.columns()).inputs(Path("unused")))
+middle = time.process_time()
+plan = make_plan(config, Path({str(tmp_path / "plan")!r}), Progress(enabled=False))
+end = time.process_time()
+assert plan.num_inputs == num_inputs == {count}
+assert len(plan.class_names) == 1000 and len(plan.tasks()) == 125
+# The plan lists too: that time is not its own.
+print((end - middle) - (middle - begin), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, gibibytes = map(float, result.stdout.split())
+    assert seconds < 60 / 8
+    assert gibibytes < 3 / 8
