@@ -5,8 +5,8 @@
     python benchmarks/step.py --shuffle --batch 64                                       # two gloo ranks
 
 Alternating, in one process, on one batch; ratios are taken round by round. The authors' step is restated with what
-theirs does: a Python loop for the momentum update, logits that are concatenated, a queue that is cloned, torch's SGD with
-its defaults. It gets images that are normalized already, the same memory format and the same precision.
+theirs does: a Python loop for the momentum update, logits that are concatenated, a queue that is cloned, torch's SGD
+with its defaults. It gets images that are normalized already, the same memory format and the same precision.
 """
 
 import argparse
