@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from moco_fast import __version__
 from moco_fast.checkpoint import load_encoder
+from moco_fast.config import Config
 from moco_fast.evaluate.untrained import untrained_twin
 from moco_fast.report.commands import next_commands
 from moco_fast.report.figures import Curve, Level, draw_curves
@@ -21,7 +22,7 @@ from moco_fast.report.pictures import show_views
 from moco_fast.report.record import RunRecord, read_run
 from moco_fast.report.words import configuration_table, environment_table, headline, tiles
 
-__all__ = ["write_report"]
+__all__ = ["guessing", "write_report"]
 
 _NUM_NEIGHBOURS = 6
 T = TypeVar("T")
@@ -139,18 +140,19 @@ def _learning(record: RunRecord) -> list[Figure]:
             )
         )
     if record.training:
-        num_choices = record.config.moco.queue_size + 1
+        num_choices, level = guessing(record.config)
+        filling = "It rises at first, while the queue fills with keys that are harder to tell apart."
         figures += [
             _figure(
                 "Loss",
-                f"InfoNCE: the key of the same sample among {num_choices:,} choices. It rises at first, while the "
-                "queue fills with keys that are harder to tell apart.",
+                f"Finding the key of the same sample among {num_choices:,}. "
+                + (filling if record.config.moco.dictionary == "queue" else ""),
                 [_curve(record.training, "loss")],
-                level=Level(value=math.log(num_choices), label="guessing"),
+                level=Level(value=level, label="guessing"),
             ),
             _figure(
                 "Contrastive accuracy",
-                "Share of queries that are more like their own key than like any key in the queue.",
+                "Share of queries that are more like their own key than like any other.",
                 [_curve(record.training, "accuracy")],
                 percent=True,
                 from_zero=True,
@@ -160,6 +162,15 @@ def _learning(record: RunRecord) -> list[Figure]:
     return figures
 
 
+def guessing(config: Config) -> tuple[int, float]:
+    """Return how many keys a query is told apart from, its own included, and the loss of one who guesses."""
+    moco = config.moco
+    num_choices = config.data.batch_size if moco.dictionary == "batch" else moco.queue_size + 1
+    directions = 1 if moco.loss == "one-sided" else 2
+    scale = 2 * moco.temperature if moco.loss == "v3" else 1
+    return num_choices, directions * scale * math.log(num_choices)
+
+
 def _health(record: RunRecord) -> list[Figure]:
     if not record.training:
         return []
@@ -167,10 +178,10 @@ def _health(record: RunRecord) -> list[Figure]:
     return [
         _figure(
             "Similarities",
-            "Mean cosine similarity of a query with its own key and with the queue. Both at 1 would be collapse.",
+            "Mean cosine similarity of a query with its own key and with the others. Both at 1 would be collapse.",
             [
                 _curve(record.training, "similarity_positive", "own key"),
-                _curve(record.training, "similarity_negative", "queue"),
+                _curve(record.training, "similarity_negative", "other keys"),
             ],
         ),
         _figure(

@@ -1,6 +1,8 @@
 import base64
+import dataclasses
 import io
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -22,7 +24,7 @@ from moco_fast.presets import PRESETS
 from moco_fast.report.figures import Curve, Level, draw_curves, thin_out
 from moco_fast.report.neighbours import find_neighbours
 from moco_fast.report.record import read_run
-from moco_fast.report.report import write_report
+from moco_fast.report.report import guessing, write_report
 from moco_fast.report.words import configuration_table, duration, headline
 from pipelines.loader import open_loader
 from shards import ShardSet
@@ -275,6 +277,22 @@ def test_the_recipe_of_a_run_without_environment_is_the_nearest(run: Path) -> No
 )
 def test_durations_are_written_as_people_say_them(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("moco", "choices", "loss"),
+    [
+        ({}, 4097, math.log(4097)),
+        ({"loss": "symmetric"}, 4097, 2 * math.log(4097)),
+        ({"dictionary": "batch", "loss": "v3", "temperature": 0.5}, 32, 2 * math.log(32)),
+    ],
+)
+def test_guessing_is_the_loss_of_one_who_cannot_tell(
+    moco: dict[str, Any], choices: int, loss: float, finished_run: Path
+) -> None:
+    config = read_run(finished_run).config
+    changed = dataclasses.replace(config, moco=dataclasses.replace(config.moco, queue_size=4096, **moco))
+    assert guessing(changed) == (choices, pytest.approx(loss))
 
 
 def test_the_headline_of_a_stopped_run(run: Path) -> None:
