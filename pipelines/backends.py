@@ -17,8 +17,19 @@ __all__ = ["BACKENDS", "Job", "Made", "Stream", "choose"]
 
 Indices = npt.NDArray[np.int64]
 
-Made = tuple[Indices, Indices, tuple[torch.Tensor, ...]]
-"""(B,) dense sample numbers, (B,) labels, and the views, (B, 3, H, W) uint8, channels_last."""
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A batch as a backend gives it."""
+
+    samples: Indices
+    """(B,) dense sample numbers."""
+    labels: Indices
+    """(B,), -1 where there is none."""
+    views: tuple[torch.Tensor, ...]
+    """(B, 3, H, W) uint8 each, channels_last."""
+    replaced: tuple[str, ...] = ()
+    """What was wrong with each sample that another took the place of."""
 
 
 class Stream(Protocol):
@@ -52,6 +63,8 @@ class Job:
     """Where the views shall be."""
     num_threads: int
     """Threads or processes that decode."""
+    skip: bool = False
+    """Replace samples that are damaged, instead of ending."""
     read_threads: int = 4
     """Threads that read shards."""
     prefetch: int = 2

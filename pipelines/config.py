@@ -25,6 +25,8 @@ class DataConfig:
     """What decodes and augments. `dali`: on the GPU where there is one. `torch`: worker processes on the CPU."""
     num_threads: int | None = None
     """Threads (dali) or processes (torch) a rank that decode; unset: the CPUs this rank really has."""
+    on_bad_sample: Literal["error", "skip"] = "error"
+    """A damaged sample ends the run, or is replaced by the next good one of the set, counted and told."""
     read_threads: int = 4
     """Threads a rank that read shards."""
     prefetch: int = 2

@@ -21,7 +21,7 @@ from pipelines.augment import ViewTable
 from pipelines.backends import Job, Made
 from pipelines.channel import Channel, ChannelClosed
 from pipelines.config import ViewConfig
-from pipelines.reader import Reader
+from pipelines.reader import DamagedSampleError, Reader
 from pipelines.samples import EncodedBatch, encoded_batches
 
 __all__ = ["DaliViews", "blur_kernels"]
@@ -55,7 +55,7 @@ class DaliViews:
         self._job = job
         self._stages = tuple(_Stages(view) for view in job.views)
         self._reader = Reader(job.shards, num_threads=job.read_threads)
-        self._batches = encoded_batches(self._reader, steps, ahead=job.prefetch, draw=job.draw)
+        self._batches = encoded_batches(self._reader, steps, ahead=job.prefetch, draw=job.draw, skip=job.skip)
         self._out: Channel[Made] = Channel(job.prefetch)
         self._thread = threading.Thread(target=self._run, name="dali-views", daemon=True)
         self._thread.start()
@@ -88,7 +88,7 @@ class DaliViews:
 
     def _hand_over_all(self, pipe: Pipeline, under_way: deque[EncodedBatch]) -> None:
         while under_way:
-            outputs = pipe.outputs()
+            outputs = self._outputs(pipe, under_way)
             # DALI reads the encoded bytes where they lie: a batch is kept until its views are out.
             done = under_way.popleft()
             batch = next(self._batches, None)
@@ -98,7 +98,19 @@ class DaliViews:
                 under_way.append(batch)
             # Safe without a copy: the dynamic executor writes to no output that someone still holds.
             views = tuple(torch.from_dlpack(view.as_tensor()).permute(0, 3, 1, 2) for view in outputs)
-            self._out.put((done.samples, done.labels, views))
+            self._out.put(Made(samples=done.samples, labels=done.labels, views=views, replaced=done.replaced))
+
+    def _outputs(self, pipe: Pipeline, under_way: deque[EncodedBatch]) -> Any:
+        try:
+            return pipe.outputs()
+        except RuntimeError as error:
+            # DALI says that a batch failed, and seldom which sample of it.
+            for batch in under_way:
+                for sample, encoded in zip(batch.samples.tolist(), batch.encoded, strict=True):
+                    if not _can_decode(encoded, self._job):
+                        name = self._reader.describe(sample)
+                        raise DamagedSampleError(f"{name} cannot be decoded by DALI") from error
+            raise
 
     def _feed(self, pipe: Pipeline, batch: EncodedBatch) -> None:
         pipe.feed_input("encoded", batch.encoded)
@@ -121,6 +133,30 @@ def _build(stages: tuple[_Stages, ...], job: Job, *, depth: int) -> Pipeline:
     )
     pipe.build()
     return pipe
+
+
+def _can_decode(encoded: npt.NDArray[np.uint8], job: Job) -> bool:
+    """Whether DALI decodes one image, tried in a pipeline of its own: one that has failed is of no more use."""
+    on_gpu = job.device.type == "cuda"
+    pipe = _decoded(
+        "mixed" if on_gpu else "cpu",
+        batch_size=1,
+        num_threads=1,
+        device_id=(job.device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=1,
+    )
+    try:
+        pipe.run(encoded=[encoded])
+    except RuntimeError:
+        return False
+    return True
+
+
+@pipeline_def
+def _decoded(decoder: str) -> Any:
+    return fn.decoders.image(
+        fn.external_source(name="encoded", dtype=types.UINT8, ndim=1), device=decoder, output_type=types.RGB
+    )
 
 
 @pipeline_def(enable_conditionals=True)
@@ -177,7 +213,7 @@ def _inputs(stages: _Stages, table: ViewTable, *, on_gpu: bool) -> dict[str, Any
     if stages.blur:
         inputs["is_blurred"] = table.sigma > 0
         if on_gpu:
-            inputs["sigma"] = np.maximum(table.sigma, np.float32(0.1))
+            inputs["sigma"] = np.where(table.sigma > 0, table.sigma, np.float32(1.0))
         else:
             kernels = blur_kernels(table.sigma)
             inputs["row"] = [kernel[None, :] for kernel in kernels]

@@ -1,5 +1,6 @@
 """Loaders: batches of views for training, batches of central crops for evaluation."""
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,6 +22,7 @@ __all__ = ["EvalLoader", "Loader", "make_views", "open_eval_loader", "open_loade
 
 Indices = npt.NDArray[np.int64]
 
+_LOG = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 
 
@@ -34,12 +36,14 @@ class Loader:
         num_samples: samples in the whole set.
         batch_size: samples in a global step.
         description: which backend runs, and why, in one line.
+        num_replaced: damaged samples of this rank that were replaced by others (`on_bad_sample`).
     """
 
     def __init__(self, plan: OrderPlan, start: Callable[[int, int], Stream], *, device: torch.device, description: str):
         self.num_samples = plan.num_samples
         self.batch_size = plan.batch_size
         self.description = description
+        self.num_replaced = 0
         self._num_steps = plan.num_steps
         self._start = start
         self._epoch = 0
@@ -96,13 +100,17 @@ class Loader:
         if self._stream is None:
             self._stream = self._start(self._epoch, self._step)
             self._finalizer = weakref.finalize(self, self._stream.close)
-        samples, labels, (view_q, view_k) = self._stream.get()
+        made = self._stream.get()
+        view_q, view_k = made.views
+        for reason in made.replaced:
+            self.num_replaced += 1
+            _LOG.warning("replaced by the next good sample: %s", reason)
         self._kept.add(view_q, view_k)
         return TwoViewBatch(
             view_q=view_q,
             view_k=view_k,
-            index=torch.from_numpy(samples),
-            label=torch.from_numpy(labels),
+            index=torch.from_numpy(made.samples),
+            label=torch.from_numpy(made.labels),
         )
 
     def _stop(self) -> None:
@@ -131,9 +139,12 @@ class EvalLoader:
         kept = _HandedOver(self._device)
         try:
             for _ in range(self._num_batches):
-                samples, labels, (images,) = stream.get()
+                made = stream.get()
+                [images] = made.views
                 kept.add(images)
-                yield ImageBatch(images=images, index=torch.from_numpy(samples), label=torch.from_numpy(labels))
+                yield ImageBatch(
+                    images=images, index=torch.from_numpy(made.samples), label=torch.from_numpy(made.labels)
+                )
                 kept.mark()
         finally:
             finalizer()
@@ -212,6 +223,7 @@ def open_loader(
         max_batch=data.batch_size // world_size,
         device=device,
         num_threads=data.num_threads or available_cpus(local_world_size),
+        skip=data.on_bad_sample == "skip",
         read_threads=data.read_threads,
         prefetch=data.prefetch,
     )
@@ -307,6 +319,6 @@ def make_views(
     stream = BACKENDS[name](job, iter(((epoch, samples),)))
     try:
         # A copy of one's own: a backend may take its memory back once it is closed.
-        return tuple(view.clone() for view in stream.get()[2])
+        return tuple(view.clone() for view in stream.get().views)
     finally:
         stream.close()

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from shards import ShardSet
 
-__all__ = ["DamagedSampleError", "PendingBytes", "Reader"]
+__all__ = ["DamagedSampleError", "Outcome", "PendingBytes", "Reader"]
 
 Indices = npt.NDArray[np.int64]
 Encoded = npt.NDArray[np.uint8]
@@ -28,20 +28,28 @@ class DamagedSampleError(ValueError):
     """A sample's bytes are not those that were packed."""
 
 
+Outcome = Encoded | DamagedSampleError
+
+
 class PendingBytes:
     """Encoded images on their way."""
 
-    def __init__(self, parts: list[Future[list[tuple[int, Encoded]]]], size: int) -> None:
+    def __init__(self, parts: list[Future[list[tuple[int, Outcome]]]]) -> None:
         self._parts = parts
-        self._size = size
+
+    def outcomes(self) -> list[Outcome]:
+        """Wait for all of them, in the order they were asked for; an error for each that is damaged. Raises OSError."""
+        by_place = dict(pair for part in self._parts for pair in part.result())
+        return [by_place[place] for place in range(len(by_place))]
 
     def result(self) -> list[Encoded]:
         """Wait for all of them, in the order they were asked for. Raises DamagedSampleError or OSError."""
-        images: list[Encoded | None] = [None] * self._size
-        for part in self._parts:
-            for place, image in part.result():
-                images[place] = image
-        return images  # pyright: ignore[reportReturnType] - every place has been filled
+        images: list[Encoded] = []
+        for outcome in self.outcomes():
+            if isinstance(outcome, DamagedSampleError):
+                raise outcome
+            images.append(outcome)
+        return images
 
 
 class Reader:
@@ -71,7 +79,7 @@ class Reader:
         shard, _ = self.locate(samples)
         # Sorted by place on disk, and split into runs of it: neighbours are read one after the other.
         places = np.lexsort((records["offset"], shard))
-        parts: list[Future[list[tuple[int, Encoded]]]] = []
+        parts: list[Future[list[tuple[int, Outcome]]]] = []
         for run in np.array_split(places, min(self._num_threads, len(places))):
             wanted = [
                 _Wanted(file=self._open(s), place=p, sample=n, position=k, offset=o, size=b, crc32c=c)
@@ -84,7 +92,18 @@ class Reader:
                 )
             ]
             parts.append(self._pool.submit(_read_all, wanted))
-        return PendingBytes(parts, len(samples))
+        return PendingBytes(parts)
+
+    def describe(self, sample: int) -> str:
+        """Name a sample: its shard's path, its dense number and its key."""
+        shard, _ = self.locate(np.array([sample]))
+        key = int(self.records(np.array([sample]))["position"][0])
+        return f"{self._shards.shard_path(int(shard[0]))}: sample {sample} (key {key})"
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the set."""
+        return self._shards.num_samples
 
     def close(self) -> None:
         """End the threads and close the files."""
@@ -130,8 +149,13 @@ class _ShardFile:
             os.close(self.descriptor)
 
 
-def _read_all(wanted: list[_Wanted]) -> list[tuple[int, Encoded]]:
-    images = [(one.place, _read(one)) for one in wanted]
+def _read_all(wanted: list[_Wanted]) -> list[tuple[int, Outcome]]:
+    images: list[tuple[int, Outcome]] = []
+    for one in wanted:
+        try:
+            images.append((one.place, _read(one)))
+        except DamagedSampleError as error:
+            images.append((one.place, error))
     # An evicted shard is closed when the last read from it is done, not when the pool lets go of its arguments.
     wanted.clear()
     return images

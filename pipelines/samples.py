@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,13 +11,16 @@ import numpy.typing as npt
 from pipelines.augment import KEY_VIEW, QUERY_VIEW, ViewTable, draw_view
 from pipelines.config import ViewConfig, ViewsConfig
 from pipelines.order import EpochOrder, OrderPlan
-from pipelines.reader import PendingBytes, Reader
+from pipelines.reader import DamagedSampleError, Outcome, Reader
 from shards.index import Flag
 
-__all__ = ["Draw", "EncodedBatch", "draw_central", "draw_training", "encoded_batches", "plan_steps"]
+__all__ = ["Draw", "EncodedBatch", "Pending", "draw_central", "draw_training", "encoded_batches", "plan_steps"]
 
 Indices = npt.NDArray[np.int64]
+Image = TypeVar("Image")
 Draw = Callable[[int, Indices, npt.NDArray[np.void]], tuple[ViewTable, ...]]
+
+_LONGEST_SEARCH = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,8 @@ class EncodedBatch:
     """B encoded images."""
     tables: tuple[ViewTable, ...]
     """What is done to each view."""
+    replaced: tuple[str, ...]
+    """What was wrong with each sample that another took the place of."""
 
 
 def plan_steps(plan: OrderPlan, *, epoch: int, step: int, rank: int, world_size: int) -> Iterator[tuple[int, Indices]]:
@@ -84,26 +90,101 @@ def draw_central(_epoch: int, _samples: Indices, records: npt.NDArray[np.void], 
 
 
 def encoded_batches(
-    reader: Reader, steps: Iterator[tuple[int, Indices]], *, ahead: int, draw: Draw
+    reader: Reader, steps: Iterator[tuple[int, Indices]], *, ahead: int, draw: Draw, skip: bool
 ) -> Iterator[EncodedBatch]:
     """Read batches in the order of `steps`, with `ahead` more of them under way.
 
-    `draw` gives the views' tables from (epoch, samples, records).
+    `draw` gives the views' tables from (epoch, samples, records); `skip`: as in `take`.
     """
-    waiting: deque[tuple[Indices, npt.NDArray[np.void], tuple[ViewTable, ...], PendingBytes]] = deque()
+    waiting: deque[tuple[int, Pending]] = deque()
     for epoch, samples in steps:
-        records = reader.records(samples)
-        pending = reader.submit(samples, records)
-        waiting.append((samples, records, draw(epoch, samples, records), pending))
+        waiting.append((epoch, Pending(reader, samples)))
         if len(waiting) > ahead:
-            yield _finish(*waiting.popleft())
+            yield _finish(draw, *waiting.popleft(), skip=skip)
     while waiting:
-        yield _finish(*waiting.popleft())
+        yield _finish(draw, *waiting.popleft(), skip=skip)
 
 
-def _finish(
-    samples: Indices, records: npt.NDArray[np.void], tables: tuple[ViewTable, ...], pending: PendingBytes
-) -> EncodedBatch:
+def _finish(draw: Draw, epoch: int, pending: "Pending", *, skip: bool) -> EncodedBatch:
+    taken = pending.take(_as_read, skip=skip)
     return EncodedBatch(
-        samples=samples, labels=records["label"].astype(np.int64), encoded=pending.result(), tables=tables
+        samples=taken.samples,
+        labels=taken.records["label"].astype(np.int64),
+        encoded=taken.images,
+        tables=draw(epoch, taken.samples, taken.records),
+        replaced=taken.replaced,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken(Generic[Image]):
+    """Samples whose bytes are good."""
+
+    samples: Indices
+    """(n,) dense sample numbers."""
+    records: npt.NDArray[np.void]
+    """(n,) of shards.index.RECORD."""
+    images: list[Image]
+    """n of what `convert` made."""
+    replaced: tuple[str, ...]
+    """What was wrong with each sample that another took the place of."""
+
+
+class Pending:
+    """Samples whose bytes are on their way."""
+
+    def __init__(self, reader: Reader, samples: Indices) -> None:
+        self._reader = reader
+        self._samples = samples
+        self._records = reader.records(samples)
+        self._bytes = reader.submit(samples, self._records)
+
+    def take(self, convert: Callable[[npt.NDArray[np.uint8]], Image], *, skip: bool) -> Taken[Image]:
+        """Wait for the bytes and convert each sample's.
+
+        Where `skip`, a sample that is damaged or that `convert` refuses with ValueError is replaced by the next one of
+        the set that is not. That rule knows no rank, so order and batches stay the same for any number of them.
+
+        Raises:
+            DamagedSampleError: without `skip`, or when 1,000 samples in a row are damaged.
+        """
+        samples, records = self._samples.copy(), self._records.copy()
+        images: list[Image] = []
+        replaced: list[str] = []
+        for place, outcome in enumerate(self._bytes.outcomes()):
+            converted = self._convert(outcome, int(samples[place]), convert)
+            if isinstance(converted, DamagedSampleError) and skip:
+                replaced.append(str(converted))
+                samples[place], converted = self._next_good(int(samples[place]), convert)
+                records[place] = self._reader.records(samples[place : place + 1])[0]
+            if isinstance(converted, DamagedSampleError):
+                raise converted
+            images.append(converted)
+        return Taken(samples=samples, records=records, images=images, replaced=tuple(replaced))
+
+    def _convert(
+        self, outcome: Outcome, sample: int, convert: Callable[[npt.NDArray[np.uint8]], Image]
+    ) -> Image | DamagedSampleError:
+        if isinstance(outcome, DamagedSampleError):
+            return outcome
+        try:
+            return convert(outcome)
+        except ValueError as error:
+            return DamagedSampleError(f"{self._reader.describe(sample)} {error}")
+
+    def _next_good(
+        self, sample: int, convert: Callable[[npt.NDArray[np.uint8]], Image]
+    ) -> tuple[int, Image | DamagedSampleError]:
+        converted: Image | DamagedSampleError = DamagedSampleError("")
+        for _ in range(_LONGEST_SEARCH):
+            sample = (sample + 1) % self._reader.num_samples
+            one = np.array([sample])
+            [outcome] = self._reader.submit(one, self._reader.records(one)).outcomes()
+            converted = self._convert(outcome, sample, convert)
+            if not isinstance(converted, DamagedSampleError):
+                break
+        return sample, converted
+
+
+def _as_read(encoded: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return encoded

@@ -1,13 +1,12 @@
 """One worker process of the torch backend: reads, decodes and augments runs of samples into shared memory.
 
-Started as `python -m pipelines.worker DESCRIPTOR`; the descriptor is its end of a connection to the loader. It is told
-what to do in tuples, and ends when the other end is gone.
+It runs `main` on the descriptor of its end of a connection to the loader: a WorkerSpec first, then a Report for every
+Task. It ends when the other end is gone.
 """
 
 import mmap
 import os
 import signal
-import sys
 import traceback
 from collections import deque
 from contextlib import suppress
@@ -20,11 +19,11 @@ import numpy.typing as npt
 
 from pipelines.augment import ViewTable
 from pipelines.config import ViewConfig
-from pipelines.reader import DamagedSampleError, PendingBytes, Reader
-from pipelines.samples import Draw
+from pipelines.reader import Reader
+from pipelines.samples import Draw, Pending
 from shards import ShardSet
 
-__all__ = ["Slot", "Task", "WorkerSpec", "main", "map_slot"]
+__all__ = ["Report", "Slot", "SlotArrays", "Task", "WorkerSpec", "main", "map_slot", "slot_bytes"]
 
 Indices = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
@@ -43,6 +42,8 @@ class WorkerSpec:
     """The recipe of each view."""
     exact: bool
     """Apply torchvision's operations one by one."""
+    skip: bool
+    """Replace samples that are damaged, instead of failing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +70,33 @@ class Task:
     """Dense sample numbers."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What became of a task."""
+
+    slot: int
+    """Number of the slot."""
+    num_samples: int = 0
+    """Samples whose views are in the slot now."""
+    replaced: tuple[str, ...] = ()
+    """What was wrong with each sample that another took the place of."""
+    error: Exception | None = None
+
+
 class SlotArrays:
     """A slot's memory as arrays."""
 
     def __init__(self, memory: mmap.mmap, spec: WorkerSpec, capacity: int) -> None:
         shape = (len(spec.views), capacity, spec.size, spec.size, 3)
-        self.labels: Indices = np.frombuffer(memory, dtype=np.int64, count=capacity)
-        self.views: Pixels = np.frombuffer(memory, dtype=np.uint8, offset=8 * capacity, count=int(np.prod(shape)))
+        self.samples: Indices = np.frombuffer(memory, dtype=np.int64, count=capacity)
+        self.labels: Indices = np.frombuffer(memory, dtype=np.int64, offset=8 * capacity, count=capacity)
+        self.views: Pixels = np.frombuffer(memory, dtype=np.uint8, offset=16 * capacity, count=int(np.prod(shape)))
         self.views = self.views.reshape(shape)
 
 
 def slot_bytes(spec: WorkerSpec, capacity: int) -> int:
     """Bytes of a slot for so many samples."""
-    return capacity * (8 + len(spec.views) * spec.size * spec.size * 3)
+    return capacity * (16 + len(spec.views) * spec.size * spec.size * 3)
 
 
 def map_slot(slot: Slot, spec: WorkerSpec) -> SlotArrays:
@@ -125,11 +140,11 @@ def _work(connection: "Connection[Any, Any]", spec: WorkerSpec) -> None:
                     # The loader's process is gone, and its memory with it.
                     return
             try:
-                _fill(begun, spec, slots[slot.number])
+                replaced = _fill(begun, spec, slots[slot.number])
             except Exception as error:
-                connection.send((slot.number, _portable(error)))
+                connection.send(Report(slot=slot.number, error=_portable(error)))
             else:
-                connection.send((slot.number, len(begun.task.samples)))
+                connection.send(Report(slot=slot.number, num_samples=len(begun.task.samples), replaced=replaced))
     finally:
         reader.close()
 
@@ -139,41 +154,32 @@ class _Begun:
 
     def __init__(self, task: Task, reader: Reader) -> None:
         self.task = task
-        self.error: Exception | None = None
-        self.pending: PendingBytes
-        self.records: npt.NDArray[np.void]
+        self.pending: Pending | Exception
         try:
-            self.records = reader.records(task.samples)
-            self.pending = reader.submit(task.samples, self.records)
+            self.pending = Pending(reader, task.samples)
         except Exception as error:
-            self.error = error
+            self.pending = error
 
 
-def _fill(begun: _Begun, spec: WorkerSpec, arrays: SlotArrays) -> None:
+def _fill(begun: _Begun, spec: WorkerSpec, arrays: SlotArrays) -> tuple[str, ...]:
+    """Do a task; give what was wrong with samples that were replaced."""
     from pipelines.pixels import decode, render, render_as_torchvision
 
-    if begun.error is not None:
-        raise begun.error
+    if isinstance(begun.pending, Exception):
+        raise begun.pending
     task = begun.task
-    tables: tuple[ViewTable, ...] = spec.draw(task.epoch, task.samples, begun.records)
+    taken = begun.pending.take(decode, skip=spec.skip)
+    tables: tuple[ViewTable, ...] = spec.draw(task.epoch, taken.samples, taken.records)
     places = slice(task.begin, task.begin + len(task.samples))
-    arrays.labels[places] = begun.records["label"]
-    for row, encoded in enumerate(begun.pending.result()):
-        try:
-            image = decode(encoded)
-        except ValueError as error:
-            raise DamagedSampleError(_name(spec.shards, begun, row, error)) from error
+    arrays.samples[places] = taken.samples
+    arrays.labels[places] = taken.records["label"]
+    for row, image in enumerate(taken.images):
         for out, table, view in zip(arrays.views[:, task.begin + row], tables, spec.views, strict=True):
             if spec.exact and view is not None:
                 render_as_torchvision(image, table, row, out, grayscale_first=view.grayscale_first)
             else:
                 render(image, table, row, out)
-
-
-def _name(shards: ShardSet, begun: _Begun, row: int, error: Exception) -> str:
-    sample, position = int(begun.task.samples[row]), int(begun.records["position"][row])
-    shard = int(np.searchsorted(np.cumsum(shards.shard_sizes), sample, side="right"))
-    return f"{shards.shard_path(shard)}: sample {sample} (key {position}) {error}"
+    return taken.replaced
 
 
 def _portable(error: Exception) -> Exception:
@@ -181,7 +187,3 @@ def _portable(error: Exception) -> Exception:
     error.add_note("in a worker process:\n" + "".join(traceback.format_exception(error)))
     error.__cause__ = error.__context__ = error.__traceback__ = None
     return error
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ import torch
 
 from pipelines.backends import Job, Made
 from pipelines.channel import Channel, ChannelClosed
-from pipelines.worker import Slot, SlotArrays, Task, WorkerSpec, map_slot, slot_bytes
+from pipelines.worker import Report, Slot, SlotArrays, Task, WorkerSpec, map_slot, slot_bytes
 
 __all__ = ["WorkerDiedError", "WorkerViews"]
 
@@ -44,6 +43,7 @@ class _Batch:
     samples: Indices
     slot: "_RingSlot"
     missing: int = field(init=False)
+    replaced: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.missing = len(self.samples)
@@ -60,7 +60,9 @@ class WorkerViews:
     def __init__(self, job: Job, steps: Iterator[tuple[int, Indices]]) -> None:
         self._steps = steps
         self._device = job.device
-        spec = WorkerSpec(shards=job.shards, draw=job.draw, size=job.size, views=job.views, exact=job.exact)
+        spec = WorkerSpec(
+            shards=job.shards, draw=job.draw, size=job.size, views=job.views, exact=job.exact, skip=job.skip
+        )
         max_batch, num_workers = job.max_batch, job.num_threads
         self._ahead = job.prefetch + 1
         self._task_size = max(1, min(_LARGEST_TASK, -(-max_batch // (2 * num_workers))))
@@ -136,19 +138,21 @@ class WorkerViews:
             if ready == self._ring.bell.descriptor:
                 self._ring.bell.clear()
                 continue
-            number, outcome = by_connection[ready].report()  # pyright: ignore[reportArgumentType]
-            if isinstance(outcome, BaseException):
-                raise outcome
-            batch = next(batch for batch in self._batches if batch.slot.slot.number == number)
-            batch.missing -= outcome
+            report = by_connection[ready].report()  # pyright: ignore[reportArgumentType]
+            if report.error is not None:
+                raise report.error
+            batch = next(batch for batch in self._batches if batch.slot.slot.number == report.slot)
+            batch.missing -= report.num_samples
+            batch.replaced += report.replaced
 
     def _hand_over(self, batch: _Batch) -> None:
         num = len(batch.samples)
-        labels, arrays = batch.slot.lease()
-        views = tuple(torch.from_numpy(view[:num]).permute(0, 3, 1, 2) for view in arrays)
+        arrays = batch.slot.arrays
+        samples, labels = arrays.samples[:num].copy(), arrays.labels[:num].copy()
+        views = tuple(torch.from_numpy(view[:num]).permute(0, 3, 1, 2) for view in batch.slot.lease())
         if self._device.type != "cpu":
             views = tuple(view.to(self._device, memory_format=torch.channels_last) for view in views)
-        self._out.put((batch.samples, labels[:num].copy(), views))
+        self._out.put(Made(samples=samples, labels=labels, views=views, replaced=batch.replaced))
 
 
 class _Worker:
@@ -159,7 +163,7 @@ class _Worker:
         self.held = 0
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter, a module of ours
-            [sys.executable, "-m", "pipelines.worker", str(theirs.fileno())],
+            [sys.executable, "-c", f"from pipelines.worker import main; main({theirs.fileno()})"],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             env=environment,
@@ -174,7 +178,7 @@ class _Worker:
             raise self._died() from None
         self.held += 1
 
-    def report(self) -> tuple[int, Any]:
+    def report(self) -> Report:
         try:
             report = self.connection.recv()
         except (EOFError, OSError):
@@ -252,17 +256,17 @@ class _Ring:
 
 
 class _RingSlot:
-    """One slot; `lease` gives arrays, and when the last of them is dropped the slot is free again."""
+    """One slot; `lease` gives its views, and when the last of them is dropped the slot is free again."""
 
     def __init__(self, slot: Slot, arrays: SlotArrays, free: "deque[_RingSlot]") -> None:
         self.slot = slot
-        self._arrays = arrays
+        self.arrays = arrays
         self._free = free
 
-    def lease(self) -> tuple[Indices, npt.NDArray[np.uint8]]:
-        lease = _Lease(self._arrays.views)
+    def lease(self) -> npt.NDArray[np.uint8]:
+        lease = _Lease(self.arrays.views)
         weakref.finalize(lease, self._free.append, self).atexit = False
-        return self._arrays.labels, np.asarray(lease)
+        return np.asarray(lease)
 
 
 class _Lease:

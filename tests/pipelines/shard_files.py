@@ -6,7 +6,7 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from shards.index import RECORD, Flag
 from shards.manifest import Manifest, ShardEntry
@@ -78,5 +78,5 @@ def write_shards(folder: Path, images: list[bytes], *, per_shard: int = 10, labe
 def _pixels(encoded: bytes) -> np.ndarray:
     try:
         return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    except UnidentifiedImageError:
+    except OSError:
         return np.zeros((1, 1, 3))

@@ -1,0 +1,99 @@
+import logging
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.config import DataConfig, ViewsConfig
+from pipelines.loader import open_loader
+from pipelines.reader import DamagedSampleError
+from shards import ShardSet
+from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
+
+pytestmark = pytest.mark.faults
+
+CPU = torch.device("cpu")
+
+
+def joined(lists) -> list:
+    return list(chain.from_iterable(lists))
+
+
+@pytest.fixture
+def images():
+    rng = np.random.default_rng(2)
+    return [jpeg(smooth_image(rng, 40, 40)) for _ in range(30)]
+
+
+@pytest.fixture
+def flipped(images, tmp_path):
+    """Samples 9, 10 and 29 do not match their crc."""
+    folder = write_shards(tmp_path / "flipped", images)
+    shards = ShardSet.open(folder)
+    for sample in (9, 10, 29):
+        path = shards.shard_path(sample // 10)
+        content = bytearray(path.read_bytes())
+        content[int(shards.index(sample // 10)[sample % 10]["offset"]) + 50] ^= 4
+        path.write_bytes(content)
+    return folder
+
+
+def samples_of_an_epoch(shards, *, rank=0, world_size=1, **options):
+    data = DataConfig(shards=str(shards), batch_size=10, num_threads=1, on_bad_sample="skip", **options)
+    with open_loader(data, ViewsConfig(size=16), seed=1, device=CPU, rank=rank, world_size=world_size) as loader:
+        steps = [batch.index.tolist() for batch in loader]
+        return steps, loader.num_replaced
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_damaged_samples_are_replaced_by_the_next_good_one_and_counted(flipped, backend, caplog):
+    with caplog.at_level(logging.WARNING):
+        steps, num_replaced = samples_of_an_epoch(flipped, backend=backend)
+    expected = sorted([*(set(range(30)) - {9, 10, 29}), 11, 11, 0])
+    assert sorted(joined(steps)) == expected
+    assert num_replaced == 3
+    told = [record.message for record in caplog.records]
+    for sample in (9, 10, 29):
+        assert sum(f"sample {sample} " in message and "replaced by the next good sample" in message for message in told)
+
+
+def test_ranks_agree_on_the_replacements(flipped):
+    [whole, _] = samples_of_an_epoch(flipped, backend="dali")
+    shares = [samples_of_an_epoch(flipped, backend="dali", rank=rank, world_size=2)[0] for rank in range(2)]
+    for step, parts in enumerate(zip(*shares, strict=True)):
+        assert [len(part) for part in parts] == [5, 5]
+        assert sorted(joined(parts)) == sorted(whole[step])
+
+
+def test_a_replacement_is_seen_as_itself(flipped):
+    data = DataConfig(shards=str(flipped), batch_size=10, num_threads=1, on_bad_sample="skip", backend="dali")
+    views = {}
+    with open_loader(data, ViewsConfig(size=16), seed=1, device=CPU) as loader:
+        for batch in loader:
+            for sample, view in zip(batch.index.tolist(), batch.view_q, strict=True):
+                # Sample 11 comes three times, with the same parameters and so the same pixels.
+                assert torch.equal(views.setdefault(sample, view.clone()), view)
+    assert len(views) == 27
+
+
+def test_an_image_that_cannot_be_decoded_is_replaced_or_named(images, tmp_path):
+    images[4] = images[4][:200]
+    images[5] = b"no image at all" * 20
+    folder = write_shards(tmp_path / "undecodable", images)
+    steps, num_replaced = samples_of_an_epoch(folder, backend="torch")
+    assert num_replaced == 2
+    assert joined(steps).count(6) == 3
+    data = DataConfig(shards=str(folder), batch_size=30, num_threads=1, backend="dali", on_bad_sample="skip")
+    with (
+        open_loader(data, ViewsConfig(size=16), seed=1, device=CPU) as loader,
+        pytest.raises(DamagedSampleError, match=r"shard-000000\.tar: sample (4|5) .*cannot be decoded by DALI"),
+    ):
+        next(iter(loader))
+
+
+def test_a_set_without_a_good_sample_ends_with_an_error(tmp_path):
+    images = [b"nothing" * 10] * 12
+    folder = write_shards(tmp_path / "hopeless", images)
+    with pytest.raises(DamagedSampleError, match="cannot be decoded"):
+        samples_of_an_epoch(folder, backend="torch")
