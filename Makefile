@@ -63,7 +63,7 @@ hadolint:
 	hadolint Dockerfile
 
 pytest:
-	python -m pytest --cov $(if $(HAS_GPU),,-m 'not gpu')
+	python -m pytest --continue-on-collection-errors --timeout 600 --cov $(if $(HAS_GPU),,-m 'not gpu')
 
 format: setup ## Format the code, and repair what ruff can
 	ruff check --fix
