@@ -1,6 +1,19 @@
 """Images in, WebDataset shards with index and manifest out."""
 
-from shards.index import ShardSet
-from shards.manifest import Manifest
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shards.index import ShardSet
+    from shards.manifest import Manifest
 
 __all__ = ["Manifest", "ShardSet"]
+
+_MODULES = {"Manifest": "shards.manifest", "ShardSet": "shards.index"}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when used: `make-shards --help` and configuration modules need no numpy.
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

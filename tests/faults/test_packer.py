@@ -78,10 +78,10 @@ def in_memory():
 @pytest.mark.parametrize("options", [{}, {"split": ["val=0.4"], "dedup": True}], ids=["plain", "split"])
 def test_killed_at_any_file_operation_the_next_run_ends_with_the_same_bytes(in_memory, options):
     tmp_path = in_memory
-    source = fill(tmp_path / "in", 5, classes=2)
+    source = fill(tmp_path / "in", 4, classes=2)
     (source / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     (source / "again.jpg").write_bytes(jpeg(3))
-    options = {"shard_samples": 4, **options}
+    options = {"shard_samples": 3, **options}
     pack(config(source, tmp_path / "reference", **options))
     (tmp_path / "kills").mkdir()
     result = subprocess.run(
@@ -93,7 +93,7 @@ def test_killed_at_any_file_operation_the_next_run_ends_with_the_same_bytes(in_m
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) > 60
+    assert int(result.stdout) > 50
 
 
 def test_a_killed_packer_leaves_no_workers_and_the_next_run_goes_on(tmp_path):

@@ -216,8 +216,8 @@ def test_a_target_inside_its_source_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_planning_a_long_list_takes_little_memory_and_time(tmp_path):
-    """An eighth of what ten million inputs may take: 3 GiB and a minute beyond the listing."""
-    count = 1_250_000
+    """A twentieth of what ten million inputs may take: 3 GiB and a minute beyond the listing."""
+    count = 500_000
     path = tmp_path / "list.txt"
     with path.open("w") as file:
         file.writelines(f"/photos/n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG\tn{i % 1000:08d}\n" for i in range(count))
@@ -236,11 +236,11 @@ middle = time.process_time()
 plan = make_plan(config, Path({str(tmp_path / "plan")!r}), Progress(enabled=False))
 end = time.process_time()
 assert plan.num_inputs == num_inputs == {count}
-assert len(plan.class_names) == 1000 and len(plan.tasks()) == 125
+assert len(plan.class_names) == 1000 and len(plan.tasks()) == 50
 # The plan lists too: that time is not its own.
 print((end - middle) - (middle - begin), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, gibibytes = map(float, result.stdout.split())
-    assert seconds < 60 / 8
-    assert gibibytes < 3 / 8
+    assert seconds < 60 / 20
+    assert gibibytes < 3 / 20

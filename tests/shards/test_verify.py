@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -68,3 +71,19 @@ def test_the_command_says_so_and_fails(packed, capsys):
         path.write_bytes(whole)
     assert "shard-000000.tar cannot be read" in capsys.readouterr().out
     assert main(["verify", str(packed / "nowhere")]) == 2
+
+
+def test_help_loads_nothing_heavy():
+    code = """
+import sys, shards.cli
+try:
+    shards.cli.main(["pack", "--help"])
+except SystemExit as end:
+    assert end.code == 0
+heavy = {"numpy", "PIL", "torch", "nvidia", "obstore", "pyarrow", "cv2", "tqdm"} & set(sys.modules)
+assert not heavy, heavy
+from shards import Manifest, ShardSet
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "--resize" in result.stdout

@@ -1,0 +1,215 @@
+"""Packing speed against what a user would take instead: the same files, alternating in one run, as ratios.
+
+    python benchmarks/pack.py --photos photos.tar [--copies 10] [--rounds 3] [--folder DIR]
+
+Copying is compared with GNU tar and fsync, and with webdataset's ShardWriter; shrinking with OpenCV called as
+img2dataset calls it (decode, INTER_AREA, encode at the same quality), on one core. The photos are unpacked `copies`
+times and are in the page cache; every contender writes to the same disk. Times leave out starting the
+interpreter; starting worker processes is measured with an all but empty set and told apart.
+"""
+
+import argparse
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from shards.config import EncodeConfig, PackConfig
+from shards.encode import encode
+from shards.pack import pack
+
+SIDE, QUALITY = 256, 90
+
+
+def unpack(photos: str, folder: Path, copies: int) -> list[Path]:
+    """Files of `copies` class folders, all in the page cache."""
+    files: list[Path] = []
+    with tarfile.open(photos) as tar:
+        images = [(Path(m.name).name, tar.extractfile(m).read()) for m in tar if m.isfile()]
+    for copy in range(copies):
+        inner = folder / f"class{copy}"
+        inner.mkdir(parents=True)
+        for name, data in images:
+            (inner / name).write_bytes(data)
+            files.append(inner / name)
+    return files
+
+
+def gnu_tar(source: Path, out: Path) -> None:
+    out.mkdir()
+    subprocess.run(["tar", "cf", out / "x.tar", "-C", source.parent, source.name], check=True)
+    with (out / "x.tar").open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def shard_writer(source: Path, out: Path) -> None:
+    import webdataset as wds
+
+    out.mkdir()
+    with wds.ShardWriter(str(out / "%06d.tar"), maxsize=512 << 20, verbose=0) as writer:
+        for i, path in enumerate(sorted(source.rglob("*.*"))):
+            writer.write({"__key__": f"{i:012d}", "jpg": path.read_bytes()})
+
+
+def ours(source: Path, out: Path, **options: object) -> None:
+    pack(PackConfig(sources=(str(source),), out=str(out), **options))
+
+
+def opencv(data: bytes) -> bytes:
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    height, width = image.shape[:2]
+    side = min(height, width)
+    if side > SIDE:
+        size = (max(1, round(width * SIDE / side)), max(1, round(height * SIDE / side)))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+
+
+def timed(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; they take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name, run in contenders.items():
+            os.sync()
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+            print(f"  round {number + 1}: {name}: {seconds[name][-1]:.2f} s", file=sys.stderr)
+    return seconds
+
+
+def into(run: Callable[[Path], None], folder: Path) -> Callable[[], None]:
+    """A run into a fresh folder; removing what was there is not free, but the same for all."""
+
+    def fresh() -> None:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        run(folder / "out")
+
+    return fresh
+
+
+def similarity(image: np.ndarray, reference: np.ndarray) -> float:
+    """Mean SSIM over channels (Wang et al. 2004), Gaussian window of sigma 1.5."""
+
+    def blur(values: np.ndarray) -> np.ndarray:
+        return cv2.GaussianBlur(values, (11, 11), 1.5)
+
+    a, b = image.astype(np.float64), reference.astype(np.float64)
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return float(
+        (((2 * mean_a * mean_b + c1) * (2 * cov + c2)) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean()
+    )
+
+
+def look(datas: list[bytes], shrink: Callable[[bytes], bytes]) -> float:
+    """SSIM of shrunk photos against Pillow's Lanczos of the originals."""
+    found = []
+    for data in datas:
+        with Image.open(io.BytesIO(data)) as original, Image.open(io.BytesIO(shrink(data))) as small:
+            reference = original.convert("RGB").resize(small.size, Image.Resampling.LANCZOS)
+            found.append(similarity(np.asarray(small.convert("RGB")), np.asarray(reference)))
+    return float(np.mean(found))
+
+
+def copying(source: Path, folder: Path, rounds: int, num_files: int) -> None:
+    tiny = folder / "tiny"
+    tiny.mkdir()
+    for path in sorted(source.rglob("*.*"))[:4]:
+        shutil.copy(path, tiny)
+    plain = {"mean_rgb": False}
+    seconds = timed(
+        {
+            "GNU tar and fsync": into(lambda out: gnu_tar(source, out), folder),
+            "make-shards, 1 worker": into(lambda out: ours(source, out, workers=1, **plain), folder),
+            "make-shards, 2 workers": into(lambda out: ours(source, out, workers=2, **plain), folder),
+            "webdataset.ShardWriter": into(lambda out: shard_writer(source, out), folder),
+            "starting 2 workers": into(lambda out: ours(tiny, out, workers=2, shard_samples=2, **plain), folder),
+        },
+        rounds,
+    )
+    start = median(seconds.pop("starting 2 workers"))
+    base = seconds["GNU tar and fsync"]
+    print(
+        f"\n### Copying {num_files:,} photos\n\n"
+        "| | s, median (all) | times GNU tar | less starting workers |\n|---|---|---|---|"
+    )
+    for name, own in seconds.items():
+        ratio = median(a / b for a, b in zip(own, base, strict=True))
+        less = median((a - start) / b for a, b in zip(own, base, strict=True)) if "2 workers" in name else ratio
+        print(f"| {name} | {median(own):.2f} ({', '.join(f'{s:.2f}' for s in own)}) | {ratio:.2f} | {less:.2f} |")
+    print(f"\nStarting 2 workers took {start:.2f} s.")
+
+
+def shrinking(source: Path, folder: Path, rounds: int) -> None:
+    datas = [path.read_bytes() for path in sorted((source / "class0").iterdir())]
+    config = EncodeConfig(resize=SIDE, quality=QUALITY)
+    options = {"resize": SIDE, "quality": QUALITY, "shard_samples": 100}
+    one = source / "class0"
+    cv2.setNumThreads(0)
+    tiny = folder / "tiny"
+
+    def each(shrink: Callable[[bytes], bytes]) -> Callable[[], None]:
+        return lambda: [shrink(data) for data in datas] and None
+
+    seconds = timed(
+        {
+            "OpenCV, 1 core": each(opencv),
+            "make-shards, encoding alone, 1 core": each(lambda data: encode(data, config).data),
+            "make-shards, all of packing, 1 worker": into(lambda out: ours(one, out, workers=1, **options), folder),
+            "make-shards, all of packing, 2 workers": into(lambda out: ours(one, out, workers=2, **options), folder),
+            "copying with mean colours, 1 worker": into(
+                lambda out: ours(one, out, workers=1, shard_samples=100), folder
+            ),
+            "copying with mean colours, 2 workers": into(
+                lambda out: ours(one, out, workers=2, shard_samples=100), folder
+            ),
+            "starting 2 workers": into(lambda out: ours(tiny, out, workers=2, shard_samples=2, resize=SIDE), folder),
+        },
+        rounds,
+    )
+    start = median(seconds.pop("starting 2 workers"))
+    base = seconds["OpenCV, 1 core"]
+    print(f"\n### Shrinking {len(datas):,} photos to {SIDE} at quality {QUALITY}\n")
+    print("| | images/s, median | times OpenCV | less starting workers |\n|---|---|---|---|")
+    for name, own in seconds.items():
+        ratio = median(b / a for a, b in zip(own, base, strict=True))
+        less = median(b / (a - start) for a, b in zip(own, base, strict=True)) if "2 workers" in name else ratio
+        print(f"| {name} | {len(datas) / median(own):.0f} | {ratio:.2f} | {less:.2f} |")
+    few = datas[:: max(1, len(datas) // 200)]
+    looks = look(few, opencv), look(few, lambda data: encode(data, config).data)
+    print(f"\nSSIM against Lanczos, {len(few)} photos: OpenCV {looks[0]:.4f}, make-shards {looks[1]:.4f}.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", required=True, help="tar of photos")
+    parser.add_argument("--copies", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", help="where to work; the disk matters")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        files = unpack(options.photos, folder / "in", options.copies)
+        load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+        print(
+            f"{len(os.sched_getaffinity(0))} cores; load of the machine when it began: {load}; {options.rounds} rounds"
+        )
+        copying(folder / "in", folder, options.rounds, len(files))
+        shrinking(folder / "in", folder, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
