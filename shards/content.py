@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shards.plan import Plan
+from shards.plan import cached_plan
 from shards.pool import Tick, run_tasks
 from shards.progress import Progress
 from shards.reading import read_inputs
@@ -30,7 +29,7 @@ class _DigestRows:
     folder: Path
 
     def __call__(self, start: int, tick: Tick) -> NDArray[np.void]:
-        plan = _open(self.folder)
+        plan = cached_plan(self.folder)
         digests = np.zeros(min(_ROWS_A_TASK, plan.num_inputs - start), dtype=DIGEST)
         with closing(read_inputs(plan, plan.listed(start, start + len(digests)))) as inputs:
             for i, item in enumerate(inputs):
@@ -42,9 +41,6 @@ class _DigestRows:
         return digests
 
 
-_open = lru_cache(maxsize=1)(Plan.open)
-
-
 def digest_contents(folder: Path, num_rows: int, *, workers: int, progress: Progress) -> NDArray[np.void]:
     """Digest of every listed input, (num_rows,) of DIGEST."""
     digests = np.zeros(num_rows, dtype=DIGEST)
@@ -52,7 +48,6 @@ def digest_contents(folder: Path, num_rows: int, *, workers: int, progress: Prog
         tasks = range(0, num_rows, _ROWS_A_TASK)
         for start, part in run_tasks(_DigestRows(folder), tasks, workers=workers, tick=tick):
             digests[start : start + len(part)] = part
-    _open.cache_clear()
     return digests
 
 

@@ -12,6 +12,7 @@ Whoever has the plan can write any of its shards, in any order, alone, and gets 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -31,6 +32,7 @@ __all__ = [
     "Split",
     "TableWriter",
     "Task",
+    "cached_plan",
     "difference",
     "shuffled",
 ]
@@ -169,6 +171,19 @@ class Plan:
         if number not in self._sources:
             self._sources[number] = reopen_source(self.source_specs[number], self.folder)
         return self._sources[number]
+
+
+def cached_plan(folder: Path) -> Plan:
+    """Open a plan, or take the one opened before if it is still the same; a worker asks for it with every task."""
+    status = (folder / "plan.json").stat()
+    return _open_cached(folder, (status.st_dev, status.st_ino, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=1)
+def _open_cached(folder: Path, identity: tuple[int, ...]) -> Plan:
+    # A later packing in the same process may have put another plan in the same place.
+    del identity
+    return Plan.open(folder)
 
 
 class TableWriter:

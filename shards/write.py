@@ -5,7 +5,6 @@ import os
 from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from shards.errors import Rejected
 from shards.files import write_and_sync
 from shards.index import RECORD, SUFFIXES, Flag, npy_header
 from shards.manifest import ShardEntry
-from shards.plan import Plan, Task
+from shards.plan import Plan, Task, cached_plan
 from shards.pool import Tick
 from shards.reading import read_inputs
 from shards.tar import TarWriter
@@ -88,7 +87,7 @@ class WriteShard:
 
     def __call__(self, task: Task, tick: Tick) -> None:
         """Write a shard, then the record that it is finished."""
-        plan, target, stem = _open(self.plan), self.target, shard_stem(task.shard)
+        plan, target, stem = cached_plan(self.plan), self.target, shard_stem(task.shard)
         split = plan.splits[task.split].name
         temporary = {suffix: target.scratch / f"{task.split}-{stem}{suffix}.{os.getpid()}" for suffix in SUFFIXES}
         try:
@@ -99,9 +98,6 @@ class WriteShard:
                 path.unlink(missing_ok=True)
         text = json.dumps({"entry": asdict(entry), "rejected": rejected}, ensure_ascii=False)
         target.put(f"{WORK_NAME}/done/{record_name(task)}", text.encode())
-
-
-_open = lru_cache(maxsize=1)(Plan.open)
 
 
 def _write_files(

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -202,6 +203,16 @@ def test_bytes_do_not_depend_on_workers(tmp_path):
     assert len(first) == 6 * 4 + 2
     assert contents(tmp_path / "out2") == first
     assert contents(tmp_path / "out3") == first
+
+
+def test_another_packing_to_the_same_place_has_its_own_plan(tmp_path):
+    for count in (9, 4, 12):
+        source = fill(tmp_path / f"in{count}", count, classes=count // 4)
+        assert pack(config(source, tmp_path / "out", val_fraction=0.2)).keys() == {"train", "val"}
+        expected = {p.name for p in source.rglob("*.jpg")}
+        found = "".join(p.read_text() for p in (tmp_path / "out").rglob("*.sources.txt"))
+        assert {line.rpartition("/")[2] for line in found.splitlines()} == expected
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_a_target_inside_its_source_is_refused(tmp_path):
