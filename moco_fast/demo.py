@@ -58,7 +58,7 @@ class DemoConfig:
 
     out: Annotated[str, tyro.conf.arg(metavar="OUT"), tyro.conf.Positional]
     """Folder to write; one that holds the same images already is left as it is."""
-    size: int = 32
+    size: int = 64
     """Height and width of an image in pixels."""
     num_train: int = 256
     """Training images a photograph."""

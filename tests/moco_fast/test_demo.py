@@ -47,16 +47,16 @@ def test_writes_every_photograph_in_both_splits(tmp_path: Path) -> None:
         assert sorted(path.name for path in folder.iterdir()) == sorted(PHOTOGRAPHS)
         assert {len(list(path.glob("*.jpg"))) for path in folder.iterdir()} == {number}
     with Image.open(tmp_path / "images" / "train" / "cat" / "0003.jpg") as image:
-        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (32, 32))
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 64))
 
 
 def test_patches_are_the_photograph_s_pixels(tmp_path: Path) -> None:
     write_images(small(tmp_path / "images"))
     with Image.open(demo._photograph_path(PHOTOGRAPHS["coffee"])) as photograph:
         pixels = np.asarray(photograph, dtype=int)
-    left, top = cut_positions(pixels.shape[1], pixels.shape[0], 32)[1][-1]
+    left, top = cut_positions(pixels.shape[1], pixels.shape[0], 64)[1][-1]
     with Image.open(tmp_path / "images" / "val" / "coffee" / "0001.jpg") as image:
-        difference = np.abs(np.asarray(image, dtype=int) - pixels[top : top + 32, left : left + 32])
+        difference = np.abs(np.asarray(image, dtype=int) - pixels[top : top + 64, left : left + 64])
     assert difference.mean() < 3
 
 
@@ -83,7 +83,7 @@ def test_a_foreign_folder_is_not_written_into(tmp_path: Path) -> None:
 
 
 def test_too_many_images_are_refused_and_leave_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"100000 images of 32 pixels for train.*ask for fewer"):
+    with pytest.raises(ValueError, match=r"100000 images of 64 pixels for train.*ask for fewer"):
         write_images(small(tmp_path / "images", num_train=100_000))
     assert not list(tmp_path.iterdir())
 
@@ -102,6 +102,6 @@ def test_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moco_fast.demo", str(out), "--num-train", "3", "--num-held-out", "1"]
     first = subprocess.run(command, check=True, capture_output=True, text=True)
     again = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "54 training and 18 held-out images of 32 x 32 pixels, 18 classes" in first.stdout
+    assert "54 training and 18 held-out images of 64 x 64 pixels, 18 classes" in first.stdout
     assert "(already there)" in again.stdout
     assert json.loads((out / "demo.json").read_text())["num_train"] == 3
