@@ -43,7 +43,6 @@ class Ranks:
         while waiting := [rank for rank in range(len(connections)) if rank not in results]:
             ready = wait([connections[rank] for rank in waiting], timeout=max(0, deadline - time.monotonic()))
             if not ready:
-                self._replace(waiting)
                 errors.append(f"ranks {waiting} did not return")
                 break
             for rank in (connections.index(connection) for connection in ready):
@@ -53,6 +52,10 @@ class Ranks:
                     # The others may wait for this one in a collective.
                     deadline = min(deadline, time.monotonic() + 5)
         if errors:
+            # What a failure left behind in any of them would meet the next test.
+            for rank in range(len(connections)):
+                self._stop(*self._workers[rank])
+                self._workers[rank] = self._start()
             raise RankFailedError(errors[0])
         return [results[rank] for rank in range(len(connections))]
 
@@ -60,13 +63,7 @@ class Ranks:
         try:
             return pickle.loads(self._workers[rank][1].recv_bytes())
         except EOFError:
-            self._replace([rank])
             return "error", "the process died"
-
-    def _replace(self, ranks):
-        for rank in ranks:
-            self._stop(*self._workers[rank])
-            self._workers[rank] = self._start()
 
     def _start(self):
         ours, theirs = Pipe()

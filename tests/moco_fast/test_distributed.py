@@ -123,6 +123,7 @@ def wait_for_nobody():
         signal.pause()
 
 
+@pytest.mark.slow
 def test_the_helper_shows_the_error_of_the_rank_that_failed(run_ranks):
     with pytest.raises(Exception, match=r"(?s)rank .*(rank one is broken|Connection)"):
         run_ranks(fail_on_rank_1)
