@@ -89,6 +89,7 @@ if ! .venv/bin/python -c "$supported" 2>/dev/null; then
 fi
 say "installing the packages of requirements.lock: about 3 GB to download the first time, then about a minute"
 "$uv" pip install $quiet --python .venv --compile-bytecode --requirement requirements.lock
-"$uv" pip install $quiet --python .venv --no-deps --no-build-isolation --editable .
+# By path (compat): with setuptools' import hook, a folder shards/ where somebody works would hide the package.
+"$uv" pip install $quiet --python .venv --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
 fingerprint >"$stamp"
 say "done; to use the commands by name: . .venv/bin/activate"
