@@ -15,7 +15,7 @@ from moco_fast.config import (
     OptimConfig,
     RunConfig,
 )
-from pipelines.config import VIEWS, DataConfig
+from pipelines.config import VIEWS, DataConfig, ViewsConfig
 
 __all__ = ["PRESETS"]
 
@@ -85,11 +85,12 @@ _CIFAR10 = Config(
     eval=EvalConfig(temperature=0.1, crop=1.0),
 )
 
-# MoCo v2 for images of 64 pixels and a run of minutes: a dictionary that the first tenth of the run fills, and a key
-# encoder that follows within it.
+# MoCo v2 for images of 64 pixels and a run of minutes: blur in proportion to the view, a dictionary that the first
+# steps fill, and a key encoder that follows within the run.
+_DEMO_VIEW = replace(VIEWS["moco-v2"].query, blur_sigma=(0.1, 0.6))
 _DEMO = Config(
     data=replace(_DATA, batch_size=128, backend="dali"),
-    views=replace(VIEWS["moco-v2"], size=64),
+    views=ViewsConfig(size=64, query=_DEMO_VIEW, key=_DEMO_VIEW),
     model=ModelConfig(encoder="resnet18_half"),
     moco=MocoConfig(queue_size=1024, momentum=0.99, temperature=0.1),
     bn=BatchNormConfig(num_groups=4),
