@@ -62,8 +62,10 @@ lint-imports:
 hadolint:
 	hadolint Dockerfile
 
+# One thread each: the tests themselves run side by side. Files stay together, for what their tests share.
+pytest: export OMP_NUM_THREADS ?= 1
 pytest:
-	python -m pytest --continue-on-collection-errors --timeout 600 --cov $(if $(HAS_GPU),,-m 'not gpu')
+	python -m pytest --numprocesses auto --dist loadfile --continue-on-collection-errors --timeout 600 --cov $(if $(HAS_GPU),,-m 'not gpu')
 
 format: setup ## Format the code, and repair what ruff can
 	ruff check --fix
