@@ -95,9 +95,9 @@ _DEMO = Config(
     moco=MocoConfig(queue_size=1024, momentum=0.99, temperature=0.1),
     bn=BatchNormConfig(num_groups=4),
     optim=OptimConfig(lr=0.06, weight_decay=5e-4),
-    run=RunConfig(steps=300),
+    run=RunConfig(steps=200),
     checkpoint=CheckpointConfig(every_steps=100),
-    eval=EvalConfig(every_steps=100, k=20, temperature=0.1, crop=1.0),
+    eval=EvalConfig(every_steps=50, k=20, temperature=0.1, crop=1.0),
     log=LogConfig(every_steps=5),
 )
 
