@@ -298,6 +298,7 @@ class Run:
             "momentum": momentum,
             "samples_per_s": samples / progress.interval_s,
             "data_wait_share": progress.data_wait_s / progress.interval_s,
+            "num_replaced": self.parts.loader.num_replaced,
         }
         progress.pending = (line, progress.averages.take())
         progress.data_wait_s = progress.interval_s = 0.0
