@@ -65,7 +65,7 @@ hadolint:
 # One thread each: the tests themselves run side by side. Files stay together, for what their tests share.
 pytest: export OMP_NUM_THREADS ?= 1
 pytest:
-	python -m pytest --numprocesses auto --dist loadfile --continue-on-collection-errors --timeout 600 --cov $(if $(HAS_GPU),,-m 'not gpu')
+	DEVICE=$(if $(HAS_GPU),cuda,cpu) python -m pytest --numprocesses auto --dist loadfile --continue-on-collection-errors --timeout 600 --cov
 
 format: setup ## Format the code, and repair what ruff can
 	ruff check --fix
