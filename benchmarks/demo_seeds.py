@@ -122,8 +122,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
     parser.add_argument("--out", type=Path, default=Path("build/demo-seeds"), help="folder for all that is written")
     arguments = parser.parse_args(ours)
-    # Without it accelerate counts the machine's cores, not this process's, and warns that it did.
+    # As `make demo` has it: as many threads as cores are ours, and idle ones asleep, not spinning beside the loader's.
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments.out.mkdir(parents=True, exist_ok=True)
     train, val = prepare(arguments.out)
     rows = [run_seed(seed, arguments.out, train, val, options) for seed in arguments.seeds]

@@ -113,6 +113,30 @@ def test_eval_knn_compares_trained_and_untrained(
     assert "the bank holds 288" in printed.err
 
 
+def test_each_figure_is_that_of_its_encoder(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from moco_fast.checkpoint import load_encoder
+    from moco_fast.encoders import build_encoder
+    from moco_fast.evaluate.knn import KnnResult
+
+    config, trained = load_encoder(finished_run)
+    torch.manual_seed(config.run.seed)
+    top1_of = {"top1": (trained, 0.75), "untrained_top1": (build_encoder(config.model), 0.5)}
+
+    def knn(_command: Any, _config: Any, encoder: torch.nn.Module, _device: Any) -> KnnResult:
+        weights = encoder.state_dict()
+        top1 = [top1 for known, top1 in top1_of.values() if torch.equal(weights["head.0.weight"], known.head[0].weight)]
+        return KnnResult(top1=top1[0], num_bank=1, num_queries=1, k=1)
+
+    monkeypatch.setattr(cli, "_knn", knn)
+    assert main(["eval", "knn", "--checkpoint", str(finished_run), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["top1"], facts["untrained_top1"]) == (0.75, 0.5)
+
+
 def test_preview_writes_a_sheet(packed_demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from pipelines.config import VIEWS
     from pipelines.preview import draw, sheet
