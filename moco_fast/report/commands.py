@@ -1,7 +1,7 @@
 """What to do next with a run, as commands to copy."""
 
 from dataclasses import dataclass
-from shlex import quote
+from shlex import join, quote, split
 
 from moco_fast.export import why_not
 from moco_fast.report.record import RunRecord
@@ -28,7 +28,8 @@ def next_commands(record: RunRecord) -> list[Command]:
     if record.command and record.status == "finished":
         steps = 2 * int(record.last["step"])
         into = quote(f"{run}-{steps}-steps")
-        proposals["Train twice as long, into another folder"] = f"{record.command} --run.steps {steps} --run.out {into}"
+        same = _without(record.command, "--run.out", "--run.steps", "--run.epochs")
+        proposals["Train twice as long, into another folder"] = f"{same} --run.steps {steps} --run.out {into}"
     preview = f"moco-fast preview {quote(config.data.shards)} --views moco-v2 --out views.png"
     proposals["See what another recipe makes of these images"] = preview
     formats = [name for name in ("timm", "torchvision") if why_not(config.model, name) is None]
@@ -38,3 +39,15 @@ def next_commands(record: RunRecord) -> list[Command]:
     if config.log.tensorboard:
         proposals["Watch the numbers in TensorBoard"] = f"tensorboard --logdir {quote(f'{run}/tensorboard')}"
     return [Command(purpose=purpose, line=line) for purpose, line in proposals.items()]
+
+
+def _without(command: str, *options: str) -> str:
+    """Take options, each with its value, out of a command line."""
+    kept: list[str] = []
+    words = iter(split(command))
+    for word in words:
+        if word in options:
+            next(words, None)
+        elif word.partition("=")[0] not in options:
+            kept.append(word)
+    return join(kept)

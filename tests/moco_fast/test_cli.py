@@ -164,6 +164,9 @@ def test_report_prints_its_path_after_the_next_commands(finished_run: Path, caps
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == f"Report: {finished_run / 'report.html'}"
     assert f"moco-fast eval knn --checkpoint {finished_run}" in printed
+    longer = next(line for line in printed.splitlines() if "moco_fast.train" in line)
+    assert longer.count("--run.out ") == longer.count("--run.steps ") == 1
+    assert longer.endswith("-steps")
 
 
 def test_a_missing_gpu_is_told(
