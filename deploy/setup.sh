@@ -3,6 +3,8 @@
 # editable mode. Does nothing where nothing has changed. PYTHON=... chooses the interpreter (3.11 to 3.13).
 set -eu
 cd "$(dirname "$0")/.."
+# The environment itself, first in PATH under make or when it is active, must not be what makes it: it has no pip.
+PATH=${PATH#"$PWD/.venv/bin:"}
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() {

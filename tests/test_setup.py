@@ -99,6 +99,17 @@ def test_an_installation_that_failed_is_done_again(checkout):
     assert (result.returncode, calls) == (0, ["pip", "pip"])
 
 
+def test_the_environment_does_not_make_itself(checkout):
+    checkout.setup()
+    (checkout.root / "requirements.lock").write_text("changed\n")
+    (checkout.tools / "uv").unlink()
+    first_in_path = checkout.root / ".venv" / "bin"
+    (first_in_path / "python3").symlink_to(sys.executable)
+    checkout.tool("python3", '#!/bin/sh\n[ "$1" = -m ] && exit 1\nexit 0\n')
+    result, _ = checkout.setup(PYTHON="python3", PATH=f"{first_in_path}:{checkout.tools}")
+    assert f"{checkout.tools}/python3 has no pip" in result.stderr
+
+
 def test_names_the_pythons_that_work(checkout):
     old = checkout.tool("python3.9", "#!/bin/sh\nexit 1\n")
     result, calls = checkout.setup(PYTHON=str(old))
