@@ -57,7 +57,7 @@ def test_no_file_over_a_megabyte():
 
 def test_no_address_of_a_package_registry():
     # pip and uv find their registry themselves; a mirror's address in a file would bind everyone to it.
-    registries = r"(pypi|pythonhosted|npmjs|registry\.|artifactory|/simple/?($|[\"' ]))"
+    registries = r"(py[p]i|python[h]osted|np[m]js|registry\.|artifactory|/simple/?($|[\"' ]))"
     assert lines_with(rf"https?://[^\s\"')]*{registries}|--(extra-)?index-url", but=[own_name()]) == []
 
 
