@@ -21,6 +21,7 @@ __all__ = ["VERBS", "Verb", "main"]
 
 Device = Literal["auto", "cpu", "cuda"]
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +216,8 @@ def _given(value: T | None, otherwise: T) -> T:
     return otherwise if value is None else value
 
 
-def _positive(option: str, value: T) -> T:
-    if not value > 0:  # pyright: ignore[reportOperatorIssue]
+def _positive(option: str, value: Number) -> Number:
+    if not value > 0:
         raise ValueError(f"--{option} is {value}, but must be above 0")
     return value
 
