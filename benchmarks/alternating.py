@@ -1,11 +1,107 @@
-"""Timing of alternatives by turns, so that all meet the same disturbances; tables and bars of the result."""
+"""What the benchmarks share: alternatives timed by turns, claims with their ratios, and how both are written down.
 
+A benchmark compares ours with what a user would take instead, in alternating rounds (A B A B ...) of one run, so that
+all meet the same disturbances; ratios are taken round by round. `python benchmarks/NAME.py --json FILE` writes its
+claims as a list of {claim, ours, theirs, ratio, goal, holds, ...}, from which the README's table is made.
+"""
+
+import json
+import os
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 
 import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One comparison; see `compare`."""
+
+    claim: str
+    """What is compared with what, in a few words."""
+    ours: float
+    theirs: float
+    unit: str
+    """Of `ours` and `theirs`: samples/s, ms, GB."""
+    ratio: float
+    """How many times better ours is, whether more or less is better: median over rounds."""
+    lowest: float
+    """The ratio of the worst round."""
+    highest: float
+    """The ratio of the best round."""
+    goal: float | None
+    """Least ratio that we promise; None: reported, nothing promised."""
+    holds: bool | None
+    """Whether the ratio reaches the goal."""
+
+
+def compare(
+    claim: str,
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    *,
+    unit: str,
+    less_is_better: bool = False,
+    goal: float | None = None,
+) -> Claim:
+    """Turn figures of equally many rounds into a claim; times and memory are `less_is_better`, rates are not."""
+    ratios = [b / a if less_is_better else a / b for a, b in zip(ours, theirs, strict=True)]
+    ratio = median(ratios)
+    return Claim(
+        claim=claim,
+        ours=median(ours),
+        theirs=median(theirs),
+        unit=unit,
+        ratio=ratio,
+        lowest=min(ratios),
+        highest=max(ratios),
+        goal=goal,
+        holds=None if goal is None else ratio >= goal,
+    )
+
+
+def claims_table(claims: Sequence[Claim]) -> str:
+    """Markdown: a line a claim."""
+    lines = ["| | ours | instead | times better | goal |", "|---|---|---|---|---|"]
+    for each in claims:
+        goal = "" if each.goal is None else f"{each.goal:.3g}: {'holds' if each.holds else 'MISSED'}"
+        figures = f"{each.ours:,.4g} {each.unit} | {each.theirs:,.4g} {each.unit}"
+        lines.append(
+            f"| {each.claim} | {figures} | **{each.ratio:.2f}** ({each.lowest:.2f} to {each.highest:.2f}) | {goal} |"
+        )
+    return "\n".join(lines)
+
+
+def write_claims(path: Path | None, claims: Sequence[Claim]) -> None:
+    """Write what `--json FILE` asks for, if it does."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([asdict(each) for each in claims], indent=2) + "\n")
+
+
+def header(device: str = "cpu") -> str:
+    """One line: hardware, its load and the versions, to be read beside any figure."""
+    names = ("torch", "nvidia-dali-cuda130", "numpy")
+    versions = {dist.name: dist.version for dist in metadata.distributions() if dist.name in names}
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else processor()
+    load = f"load {os.getloadavg()[0]:.1f}"
+    software = ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+    return f"{where}, {len(os.sched_getaffinity(0))} CPUs ({load}), Python {platform.python_version()}, {software}"
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def synchronize(device: torch.device) -> None:
@@ -40,20 +136,21 @@ def table(seconds: dict[str, list[float]], *, base: str) -> str:
     return "\n".join(lines)
 
 
-def bars(seconds: dict[str, list[float]], *, title: str, path: Path) -> None:
-    """Draw the medians, with whiskers from the fastest to the slowest."""
+def bars(values: dict[str, list[float]], *, title: str, path: Path, unit: str = "ms") -> None:
+    """Draw the medians, with whiskers from the lowest to the highest; `ms` takes seconds, other units values as is."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    middle = [1e3 * median(values) for values in seconds.values()]
-    below = [m - 1e3 * min(values) for m, values in zip(middle, seconds.values(), strict=True)]
-    above = [1e3 * max(values) - m for m, values in zip(middle, seconds.values(), strict=True)]
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.5 * len(seconds)), layout="constrained")
-    axes.barh(list(seconds), middle, xerr=[below, above], color="#4878a8")
+    scale = 1e3 if unit == "ms" else 1.0
+    middle = [scale * median(of_one) for of_one in values.values()]
+    below = [m - scale * min(of_one) for m, of_one in zip(middle, values.values(), strict=True)]
+    above = [scale * max(of_one) - m for m, of_one in zip(middle, values.values(), strict=True)]
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.5 * len(values)), layout="constrained")
+    axes.barh(list(values), middle, xerr=[below, above], color="#4878a8")
     axes.invert_yaxis()
-    axes.set(xlabel="ms", title=title)
+    axes.set(xlabel=unit, title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
