@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from moco_fast.batchnorm import KeyPolicy
 from moco_fast.dictionary import MemoryBank
 from moco_fast.encoders import normalize_images, unit_vectors
-from moco_fast.momentum import MomentumUpdate
 
 __all__ = ["BankKeys", "KeySource", "MomentumKeys", "QueryKeys"]
 
@@ -35,58 +35,57 @@ def _encode(encoder: nn.Module, images: Tensor, policy: KeyPolicy, autocast: Aut
     return policy.unshuffle(unit_vectors(shuffled))
 
 
+@dataclass(frozen=True, eq=False)
 class MomentumKeys:
-    """Keys of a slow copy of the query encoder, without gradient (MoCo).
+    """Keys of a slow copy of the query encoder, without gradient (MoCo)."""
 
-    Args:
-        key: the key encoder, from `copy_as_key_encoder`.
-        update: of the bare query encoder and `key`.
-        policy: among which samples keys are computed.
-        autocast: makes the context that chooses the precision.
-    """
-
-    def __init__(self, key: nn.Module, update: MomentumUpdate, policy: KeyPolicy, autocast: Autocast):
-        self._key, self._update, self._policy, self._autocast = key, update, policy, autocast
+    key: nn.Module
+    """The key encoder, from `copy_as_key_encoder`."""
+    update: Callable[[float], None]
+    """A `MomentumUpdate` of the bare query encoder and `key`."""
+    policy: KeyPolicy
+    """Among which samples keys are computed."""
+    autocast: Autocast
+    """Makes the context that chooses the precision."""
 
     def advance(self, momentum: float) -> None:
         """Move the key encoder towards the query encoder."""
-        self._update(momentum)
+        self.update(momentum)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, index: Tensor) -> Tensor:  # noqa: ARG002
         """Encode."""
-        return _encode(self._key, images, self._policy, self._autocast)
+        return _encode(self.key, images, self.policy, self.autocast)
 
 
+@dataclass(frozen=True, eq=False)
 class QueryKeys:
-    """Keys of the query encoder itself, with gradients (end-to-end).
+    """Keys of the query encoder itself, with gradients (end-to-end)."""
 
-    Args:
-        query: the query encoder as it is called for queries.
-        policy: among which samples keys are computed.
-        autocast: makes the context that chooses the precision.
-    """
-
-    def __init__(self, query: nn.Module, policy: KeyPolicy, autocast: Autocast):
-        self._query, self._policy, self._autocast = query, policy, autocast
+    query: nn.Module
+    """The query encoder as it is called for queries."""
+    policy: KeyPolicy
+    """Among which samples keys are computed."""
+    autocast: Autocast
+    """Makes the context that chooses the precision."""
 
     def advance(self, momentum: float) -> None:
         """Nothing follows."""
 
     def __call__(self, images: Tensor, index: Tensor) -> Tensor:  # noqa: ARG002
         """Encode."""
-        return _encode(self._query, images, self._policy, self._autocast)
+        return _encode(self.query, images, self.policy, self.autocast)
 
 
+@dataclass(frozen=True, eq=False)
 class BankKeys:
     """Keys that the memory bank remembers; no image is encoded for them."""
 
-    def __init__(self, bank: MemoryBank):
-        self._bank = bank
+    bank: MemoryBank
 
     def advance(self, momentum: float) -> None:
         """The bank follows by itself."""
 
     def __call__(self, images: Tensor, index: Tensor) -> Tensor:  # noqa: ARG002
         """Look up."""
-        return self._bank.look_up(index)
+        return self.bank.look_up(index)
