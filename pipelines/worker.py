@@ -5,7 +5,6 @@ Task. It ends when the other end is gone.
 """
 
 import mmap
-import os
 import signal
 import traceback
 from collections import deque
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from pipelines.augment import ViewTable
 from pipelines.config import ViewConfig
+from pipelines.memory import map_shared
 from pipelines.reader import Reader
 from pipelines.samples import Draw, Pending
 from shards import ShardSet
@@ -101,11 +101,7 @@ def slot_bytes(spec: WorkerSpec, capacity: int) -> int:
 
 def map_slot(slot: Slot, spec: WorkerSpec) -> SlotArrays:
     """Map a slot's memory into this process."""
-    descriptor = os.open(slot.path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return SlotArrays(mmap.mmap(descriptor, slot_bytes(spec, slot.capacity)), spec, slot.capacity)
-    finally:
-        os.close(descriptor)
+    return SlotArrays(map_shared(slot.path, slot_bytes(spec, slot.capacity)), spec, slot.capacity)
 
 
 def main(descriptor: int) -> None:

@@ -5,13 +5,11 @@ megabytes. A slot of the ring is handed to the consumer as it is, and comes back
 """
 
 import os
-import subprocess
-import sys
 import threading
-import weakref
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 
@@ -21,6 +19,8 @@ import torch
 
 from pipelines.backends import Job, Made
 from pipelines.channel import Channel, ChannelClosed
+from pipelines.child import WorkerDiedError, end_child, explain_death, start_child
+from pipelines.memory import create_shared, lend, shared_path
 from pipelines.worker import Report, Slot, SlotArrays, Task, WorkerSpec, map_slot, slot_bytes
 
 __all__ = ["WorkerDiedError", "WorkerViews"]
@@ -30,10 +30,6 @@ Indices = npt.NDArray[np.int64]
 # Tasks a worker holds: one in work, one whose bytes are being read.
 _QUEUED = 2
 _LARGEST_TASK = 64
-
-
-class WorkerDiedError(RuntimeError):
-    """A worker process ended without being told to."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -161,13 +157,7 @@ class _Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self.connection, theirs = Pipe()
         self.held = 0
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._process = subprocess.Popen(  # noqa: S603 - this interpreter, a module of ours
-            [sys.executable, "-c", f"from pipelines.worker import main; main({theirs.fileno()})"],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            env=environment,
-        )
+        self._process = start_child("pipelines.worker", theirs.fileno())
         theirs.close()
         self.connection.send(spec)
 
@@ -188,16 +178,10 @@ class _Worker:
 
     def end(self) -> None:
         """Wait for the process, which ends when its connection is closed; kill it if it does not."""
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_child(self._process)
 
     def _died(self) -> WorkerDiedError:
-        code = self._process.wait()
-        hint = ": the machine may have run out of memory" if code == -9 else ""
-        return WorkerDiedError(f"worker process {self._process.pid} ended with code {code}{hint}")
+        return explain_death(self._process, "worker process")
 
 
 class _Bell:
@@ -247,11 +231,9 @@ class _Ring:
             os.close(descriptor)
 
     def _grow(self) -> "_RingSlot":
-        descriptor = os.memfd_create("moco-fast-views", os.MFD_CLOEXEC)
+        descriptor = create_shared("moco-fast-views", slot_bytes(self._spec, self._capacity))
         self._descriptors.append(descriptor)
-        os.ftruncate(descriptor, slot_bytes(self._spec, self._capacity))
-        path = f"/proc/{os.getpid()}/fd/{descriptor}"
-        slot = Slot(path=path, number=len(self._descriptors), capacity=self._capacity)
+        slot = Slot(path=shared_path(descriptor), number=len(self._descriptors), capacity=self._capacity)
         return _RingSlot(slot, map_slot(slot, self._spec), self._free)
 
 
@@ -264,14 +246,4 @@ class _RingSlot:
         self._free = free
 
     def lease(self) -> npt.NDArray[np.uint8]:
-        lease = _Lease(self.arrays.views)
-        weakref.finalize(lease, self._free.append, self).atexit = False
-        return np.asarray(lease)
-
-
-class _Lease:
-    """Lends an array: every array and tensor made of it keeps this object alive."""
-
-    def __init__(self, array: npt.NDArray[np.uint8]) -> None:
-        self.__array_interface__ = array.__array_interface__
-        self._array = array
+        return lend(self.arrays.views, partial(self._free.append, self))

@@ -1,0 +1,50 @@
+"""Shared memory without a name, and the lending of it.
+
+No name in a file system: nothing stays behind whatever kills the processes that share it.
+"""
+
+import mmap
+import os
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["create_shared", "lend", "map_shared", "shared_path"]
+
+
+def create_shared(name: str, num_bytes: int) -> int:
+    """Make a block of memory and return its descriptor. Pages that are never written cost nothing."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, num_bytes)
+    return descriptor
+
+
+def shared_path(descriptor: int) -> str:
+    """Path by which other processes of this user open a block of this one."""
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def map_shared(path: str, num_bytes: int) -> mmap.mmap:
+    """Map a block. Raises FileNotFoundError when the process that made it is gone."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return mmap.mmap(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def lend(array: npt.NDArray[np.uint8], on_return: Callable[[], object]) -> npt.NDArray[np.uint8]:
+    """Give an array on the same memory; `on_return` is called when all arrays and tensors made of it are dropped."""
+    lease = _Lease(array)
+    weakref.finalize(lease, on_return).atexit = False
+    return np.asarray(lease)
+
+
+class _Lease:
+    """Lends an array: every array and tensor made of it keeps this object alive."""
+
+    def __init__(self, array: npt.NDArray[np.uint8]) -> None:
+        self.__array_interface__ = array.__array_interface__
+        self._array = array
