@@ -1,0 +1,315 @@
+"""CIFAR-10 on a CPU: our MoCo against lightly's, and our linear colour map against torchvision's operations.
+
+    python benchmarks/cifar10.py --data cifar10-jpeg.tar.xz --out build/cifar10 --json build/cifar10.json
+
+`ours` and `ours, torchvision's colour` are runs of the recipe `cifar10`; `lightly` is put together from its parts as in
+its MoCo example: MoCoV2Transform, NTXentLoss with a memory bank, update_momentum. All have the same images, initial
+weights, optimizer, schedule, batch and number of steps, and are judged by the same kNN. Ours has virtual BN groups, as
+the recipe says; on one process lightly has nothing in their place.
+
+Trainings are kept one by one under --out: interrupted, the same command goes on where it was. `--parts accuracy`
+trains, `--parts speed` times loader, step and both together, in alternating rounds on an otherwise idle machine.
+Needs benchmarks/requirements.txt. Writes cifar10.md.
+"""
+
+import argparse
+import copy
+import json
+import tarfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import cycle, islice
+from pathlib import Path, PurePosixPath
+from statistics import mean, median, stdev
+from typing import TypeVar
+
+import torch
+from claims import Claim, header, write_claims
+from torch import Tensor
+
+from moco_fast.build import build
+from moco_fast.config import Config
+from moco_fast.encoders import Encoder, build_encoder
+from moco_fast.evaluate.knn import evaluate_knn
+from moco_fast.report.record import read_run
+from moco_fast.run import train
+from moco_fast.runtime import start
+from moco_fast.schedule import lr_at
+from moco_fast.train import parse
+from shards.cli import main as make_shards
+
+OURS, EXACT, LIGHTLY = "ours", "ours, torchvision's colour", "lightly"
+PER_CLASS = {"train": 1000, "test": 200}
+RECIPE = (
+    "--model.encoder resnet18_quarter --data.batch-size 128 --bn.num-groups 4 --moco.queue-size 1024 --run.device cpu "
+    "--run.precision fp32 --eval.k 20 --eval.every-steps 1000000 --checkpoint.every-steps 50 --checkpoint.keep 1 "
+    "--log.every-steps 10 --log.no-tensorboard"
+)
+
+
+def prepare(data: Path, folder: Path) -> None:
+    """Unpack the first images of each class and pack them into shards, once."""
+    for split, per_class in PER_CLASS.items():
+        images, shards = folder / "images" / split, folder / "shards" / split
+        if (shards / "manifest.json").is_file():
+            continue
+        with tarfile.open(data) as archive:
+            for member in archive:
+                name = PurePosixPath(member.name)
+                if member.isfile() and name.parts[1] == split and int(name.stem) < per_class:
+                    path = images / name.parts[2] / name.name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    path.write_bytes(content.read())
+        assert make_shards(["pack", str(images), "--out", str(shards)]) == 0
+
+
+def configure(contender: str, seed: int, options: argparse.Namespace) -> Config:
+    """The whole recipe of one training."""
+    folder = options.out
+    words = ["cifar10", "--data.shards", f"{folder}/shards/train", "--eval.shards", f"{folder}/shards/test"]
+    words += ["--run.out", f"{folder}/runs/{'exact' if contender == EXACT else 'linear'}-seed-{seed}"]
+    words += ["--run.seed", str(seed), "--run.steps", str(options.steps), "--data.num-threads", str(options.workers)]
+    colour = ["--views.colour", "torchvision", "--data.backend", "torch"] if contender == EXACT else []
+    return parse([*words, *RECIPE.split(), *colour])
+
+
+class Lightly:
+    """MoCo from lightly's parts, as in its example examples/pytorch/moco.py."""
+
+    def __init__(self, config: Config):
+        from lightly.loss import NTXentLoss
+        from lightly.models.utils import deactivate_requires_grad
+
+        self._config = config
+        torch.manual_seed(config.run.seed)
+        self.query: Encoder = build_encoder(config.model)
+        self._key = copy.deepcopy(self.query)
+        deactivate_requires_grad(self._key)
+        bank_size = (config.moco.queue_size, config.model.dim)
+        self._criterion = NTXentLoss(temperature=config.moco.temperature, memory_bank_size=bank_size)
+        optim = config.optim
+        self._optimizer = torch.optim.SGD(
+            self.query.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+        )
+
+    def batches(self) -> Iterable[tuple[list[Tensor], Tensor, list[str]]]:
+        """Its loader: the same folder of files that our shards were packed from."""
+        from lightly.data import LightlyDataset
+        from lightly.transforms import MoCoV2Transform
+
+        data, view = self._config.data, self._config.views.query
+        images = Path(data.shards).parents[1] / "images" / "train"
+        transform = MoCoV2Transform(
+            input_size=self._config.views.size, min_scale=view.crop_scale[0], gaussian_blur=view.blur_p
+        )
+        return torch.utils.data.DataLoader(
+            LightlyDataset(str(images), transform=transform),
+            batch_size=data.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=data.num_threads or 0,
+            persistent_workers=True,
+        )
+
+    def step(self, views: list[Tensor], lr: float) -> None:
+        """One step, in the order of the example."""
+        from lightly.models.utils import update_momentum
+
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        update_momentum(self.query, self._key, m=self._config.moco.momentum)
+        queries = self.query(views[0])
+        with torch.no_grad():
+            keys = self._key(views[1])
+        loss = self._criterion(queries, keys)
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def train_lightly(config: Config) -> Encoder:
+    """A whole training."""
+    moco, num_steps = Lightly(config), config.run.steps
+    assert num_steps is not None
+    for step, (views, _, _) in enumerate(islice(forever(moco.batches()), num_steps)):
+        moco.step(views, lr_at(step, num_steps, config.optim))
+    return moco.query
+
+
+Item = TypeVar("Item")
+
+
+def forever(loader: Iterable[Item]) -> Iterator[Item]:
+    """Epoch after epoch."""
+    while True:
+        yield from loader
+
+
+def top1(encoder: Encoder, config: Config) -> float:
+    """The share of held-out images that kNN classifies rightly, with the settings of our runs."""
+    knn = config.eval
+    assert knn.shards is not None
+    return evaluate_knn(
+        encoder,
+        bank_shards=config.data.shards,
+        query_shards=knn.shards,
+        size=config.views.size,
+        crop=knn.crop,
+        k=knn.k,
+        temperature=knn.temperature,
+        max_bank=knn.max_bank,
+        device=torch.device("cpu"),
+    ).top1
+
+
+def measure_accuracy(contender: str, seed: int, options: argparse.Namespace) -> None:
+    """Train once and keep what came of it, unless that was done before."""
+    kept = options.out / "accuracy" / f"{contender} seed {seed}.json"
+    if kept.is_file():
+        return
+    config = configure(contender, seed, options)
+    if contender == LIGHTLY:
+        accuracy = {"trained": top1(train_lightly(config), config)}
+    else:
+        if code := train(config):
+            raise SystemExit(code)
+        evaluations = read_run(config.run.out).evaluations
+        accuracy = {"untrained": evaluations[0]["knn/top1"], "trained": evaluations[-1]["knn/top1"]}
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    row = {"contender": contender, "seed": seed, "steps": options.steps}
+    kept.write_text(json.dumps(row | accuracy) + "\n")
+    print(f"{contender}, seed {seed}: {accuracy}", flush=True)
+
+
+def timed(work: Callable[[], object], samples: int) -> float:
+    """Samples a second."""
+    started = time.perf_counter()
+    work()
+    return samples / (time.perf_counter() - started)
+
+
+def measure_speed(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Samples/s of loader, step and both together, by contender, one number a round."""
+    config = configure(OURS, 0, options)
+    runtime = start(config.run)
+    parts, theirs = build(config, runtime), Lightly(config)
+    lr, momentum, batch_size = config.optim.lr, config.moco.momentum, config.data.batch_size
+    our_batches, their_batches = (iter(forever(loader)) for loader in (parts.loader, theirs.batches()))
+    our_batch, (their_views, _, _) = next(our_batches), next(their_batches)
+    # More than is ready ahead of need, so that most of it is made while it is timed.
+    many, few = 8 * options.batches, options.batches
+    works: dict[str, dict[str, tuple[Callable[[], object], int]]] = {
+        "loader": {
+            OURS: (lambda: [None for _ in islice(our_batches, many)], many),
+            LIGHTLY: (lambda: [None for _ in islice(their_batches, many)], many),
+        },
+        "step": {
+            OURS: (lambda: [parts.train_step([our_batch], lr=lr, momentum=momentum) for _ in range(few)], few),
+            LIGHTLY: (lambda: [theirs.step(their_views, lr) for _ in range(few)], few),
+        },
+        "both": {
+            OURS: (
+                lambda: [parts.train_step([batch], lr=lr, momentum=momentum) for batch in islice(our_batches, many)],
+                many,
+            ),
+            LIGHTLY: (lambda: [theirs.step(views, lr) for views, _, _ in islice(their_batches, many)], many),
+        },
+    }
+    speeds: dict[str, dict[str, list[float]]] = {what: {OURS: [], LIGHTLY: []} for what in works}
+    for what, _ in zip(cycle(works), range(options.rounds * len(works)), strict=False):
+        for contender, (work, num_batches) in works[what].items():
+            speeds[what][contender].append(timed(work, num_batches * batch_size))
+    parts.loader.close()
+    runtime.close()
+    return speeds
+
+
+def accuracy_table(rows: list[dict[str, float]], seeds: list[int]) -> tuple[str, list[Claim]]:
+    """Markdown and claims of all trainings that are done."""
+    of = {(row["contender"], row["seed"]): row for row in rows}
+    done = [seed for seed in seeds if all((name, seed) in of for name in (OURS, EXACT, LIGHTLY))]
+    lines = ["| seed | untrained | ours | ours, torchvision's colour | lightly |", "|---|---|---|---|---|"]
+    columns: dict[str, list[float]] = {
+        "untrained": [of[OURS, seed]["untrained"] for seed in done],
+        **{name: [of[name, seed]["trained"] for seed in done] for name in (OURS, EXACT, LIGHTLY)},
+    }
+    for number, seed in enumerate(done):
+        lines.append(f"| {seed} | {' | '.join(f'{values[number]:.1%}' for values in columns.values())} |")
+    if len(done) < 2:
+        return "\n".join(lines) + "\n", []
+    lines.append(f"| mean | {' | '.join(f'{mean(values):.1%}' for values in columns.values())} |")
+    lines.append(f"| standard deviation | {' | '.join(f'{stdev(values):.1%}' for values in columns.values())} |")
+    claims: list[Claim] = []
+    for other, goal in ((LIGHTLY, "not worse by more than a point"), (EXACT, None)):
+        ours, theirs = mean(columns[OURS]), mean(columns[other])
+        apart = [a - b for a, b in zip(columns[OURS], columns[other], strict=True)]
+        error = stdev(apart) / len(done) ** 0.5
+        lines.append(f"\nOurs minus {other}: {100 * mean(apart):+.1f} points, standard error {100 * error:.1f}.")
+        claim = f"kNN top-1 on CIFAR-10, mean of {len(done)} seeds, against {other}"
+        holds = ours >= theirs - 0.01 if goal else None
+        claims.append(Claim(claim=claim, ours=ours, theirs=theirs, ratio=ours / theirs, goal=goal, holds=holds))
+    return "\n".join(lines) + "\n", claims
+
+
+def speed_table(speeds: dict[str, dict[str, list[float]]]) -> tuple[str, list[Claim]]:
+    """Markdown and claims of what was timed."""
+    lines = ["| samples/s, median of rounds | ours | lightly | ratio, median of rounds |", "|---|---|---|---|"]
+    claims: list[Claim] = []
+    for what, rates in speeds.items():
+        ours, theirs = median(rates[OURS]), median(rates[LIGHTLY])
+        ratio = median(a / b for a, b in zip(rates[OURS], rates[LIGHTLY], strict=True))
+        lines.append(f"| {what} | {ours:,.0f} | {theirs:,.0f} | {ratio:.2f} |")
+        claim = f"CIFAR-10, samples/s of {what}, against lightly"
+        claims.append(Claim(claim=claim, ours=ours, theirs=theirs, ratio=ratio, goal=None, holds=None))
+    return "\n".join(lines) + "\n", claims
+
+
+def report(options: argparse.Namespace) -> str:
+    """Write what is known so far; returns the Markdown."""
+    text = header("CIFAR-10: ours against lightly", "moco-fast", "lightly", "torchvision")
+    rows = [json.loads(path.read_text()) for path in sorted((options.out / "accuracy").glob("*.json"))]
+    text += (
+        f"ResNet-18's layout at a quarter of its channels, CIFAR stem; {sum(PER_CLASS.values()) * 10:,} images "
+        f"({PER_CLASS['train'] * 10:,} to train on, the rest held out), {options.steps} steps of 128. kNN, k = 20, "
+        "cosine-weighted.\n\n"
+    )
+    table, claims = accuracy_table(rows, options.seeds)
+    text += table
+    if (kept := options.out / "speed.json").is_file():
+        speeds, speed_claims = speed_table(json.loads(kept.read_text()))
+        text += f"\n{speeds}"
+        claims += speed_claims
+    (options.out / "cifar10.md").write_text(text)
+    write_claims(claims, options.json)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="tar of cifar10/{train,test}/CLASS/NUMBER.jpg")
+    parser.add_argument("--out", type=Path, default=Path("build/cifar10"))
+    parser.add_argument("--json", type=Path, help="write the claims here")
+    parser.add_argument("--parts", nargs="+", choices=("accuracy", "speed"), default=["accuracy", "speed"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=2, help="of the training step")
+    parser.add_argument("--workers", type=int, default=2, help="processes that make views")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing")
+    parser.add_argument("--batches", type=int, default=4, help="steps timed in a round; eight times as many batches")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    prepare(options.data, options.out)
+    if "accuracy" in options.parts:
+        for seed in options.seeds:
+            for contender in (OURS, LIGHTLY, EXACT):
+                measure_accuracy(contender, seed, options)
+                report(options)
+    if "speed" in options.parts:
+        (options.out / "speed.json").write_text(json.dumps(measure_speed(options)) + "\n")
+    print(report(options))
+
+
+if __name__ == "__main__":
+    main()
