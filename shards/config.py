@@ -25,6 +25,9 @@ class EncodeConfig:
     """`shorter`, `longer`: that side is shrunk to `resize`, never enlarged. `exact`: both sides become `resize`."""
     quality: int = 90
     """JPEG quality of images that are written anew."""
+    progressive: Literal["encode", "transcode"] = "encode"
+    """Progressive JPEGs that need nothing else: `encode` writes them anew; `transcode` keeps every pixel
+    (needs `pip install 'moco-fast[transcode]'`)."""
     min_size: int = 1
     """Images whose shorter side is below this are rejected."""
     max_pixels: int = 100_000_000
@@ -77,7 +80,11 @@ class PackConfig(EncodeConfig):
     work_folder: str = "/tmp"  # noqa: S108 - a default that the user sees and may change
     """Where the target is a bucket: local folder for the plan and for shards that are being written."""
     workers: int | None = None
-    """Worker processes; unset: one for each CPU that this process may use."""
+    """Worker processes; unset: one for each CPU that this process may use, or that the Ray cluster has."""
+    executor: Literal["local", "ray"] = "local"
+    """Who writes the shards: worker processes of this machine, or an existing Ray cluster (listing stays here)."""
+    ray_address: str = "auto"
+    """Address of the Ray cluster, HOST:PORT; `auto`: the one of this machine, or of RAY_ADDRESS."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before any work starts."""
@@ -107,6 +114,8 @@ class PackConfig(EncodeConfig):
             number, slash, count = self.part.partition("/")
             if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
                 raise ValueError(f"--part {self.part} is no part: use 0/N to N-1/N, such as 0/8")
+            if self.executor != "local":
+                raise ValueError("--part and --executor ray exclude each other: Ray hands out the shards itself")
 
     def _check_splits(self) -> None:
         if self.split and self.val_fraction:
@@ -141,7 +150,8 @@ class PackConfig(EncodeConfig):
     def settings(self) -> dict[str, Any]:
         """The options that decide what the shards hold: a resumed or finished set must have the same."""
         values = asdict(self)
-        for name in ("out", "workers", "max_rejected", "part", "work_folder", "dry_run"):
+        placing = ("out", "work_folder", "part", "workers", "executor", "ray_address")
+        for name in (*placing, "max_rejected", "dry_run"):
             del values[name]
         values["sources"] = list(self.sources)
         values["split"] = list(self.split)

@@ -37,6 +37,11 @@ class JpegHeader(NamedTuple):
         return self.sof == 0xC0 and self.precision == 8
 
     @property
+    def is_progressive(self) -> bool:
+        """Progressive, Huffman-coded, eight bits."""
+        return self.sof == 0xC2 and self.precision == 8
+
+    @property
     def is_ycbcr_or_gray(self) -> bool:
         """Stored in the colour spaces that every JPEG decoder takes alike."""
         if self.num_components == 1:

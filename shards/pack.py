@@ -9,16 +9,17 @@ from typing import Any
 
 from shards.config import PackConfig
 from shards.errors import PackError
+from shards.executors import executor
 from shards.files import locked
 from shards.index import SUFFIXES
 from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from shards.plan import Plan, Task, difference
 from shards.planner import make_plan
-from shards.pool import default_workers, run_tasks
 from shards.progress import Progress
 from shards.sources import open_source
 from shards.storage import is_url
 from shards.target import WORK_NAME, BucketTarget, LocalTarget, Target, open_target, path_in
+from shards.transcode import transcoder
 from shards.write import WriteShard, record_name, shard_stem
 
 __all__ = ["REJECTED_NAME", "finish", "pack"]
@@ -49,6 +50,8 @@ def pack(config: PackConfig, progress: Progress | None = None) -> dict[str, Mani
         for path in config.sources:
             open_source(path, config.columns())
             _refuse_target_inside(path, config.out)
+        if config.progressive == "transcode":
+            transcoder()
     target.work.mkdir(parents=True, exist_ok=True)
     if config.part is not None:
         return _pack_part(config, target, progress)
@@ -178,10 +181,10 @@ def _write_missing(plan: Plan, tasks: list[Task], config: PackConfig, target: Ta
     sizes = target.sizes()
     missing = [task for task in tasks if _entry_of(plan, target, task, sizes) is None]
     total, todo = (sum(len(plan.positions(task)) for task in some) for some in (tasks, missing))
-    job, workers = WriteShard(plan.folder, target, config), config.workers or default_workers()
+    run_tasks = executor(config)
     try:
         with progress.stage("packing", unit=" images", total=total, done=total - todo) as tick:
-            for _ in run_tasks(job, missing, workers=workers, tick=tick):
+            for _ in run_tasks(WriteShard(plan.folder, target, config), missing, tick=tick):
                 pass
     finally:
         # Workers that were ended could not remove what they were writing.

@@ -7,15 +7,22 @@ import os
 import tarfile
 import threading
 import urllib.request
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
 from shards import storage
 from shards.cli import main
+from shards.cluster import NodeJob, remove_copy
 from shards.config import PackConfig
 from shards.errors import PackError
 from shards.pack import finish, pack
+from shards.plan import Task
+from shards.planner import make_plan
+from shards.progress import Progress
+from shards.target import BucketTarget
+from shards.write import WriteShard
 from tests.shards.pictures import contents, fill, jpeg
 
 
@@ -194,6 +201,25 @@ def test_parts_on_machines_that_share_only_the_bucket(bucket, tmp_path):
         pack(config(source, out=out, seed=1, part="0/3", work_folder=str(tmp_path / "machine0")))
     (tmp_path / "machine3").mkdir()
     finish(out, work_folder=str(tmp_path / "machine3"))
+    assert objects(out) == contents(tmp_path / "local")
+
+
+def test_a_node_of_a_cluster_that_shares_only_the_bucket_fetches_the_plan(bucket, tmp_path):
+    source, out = fill(tmp_path / "in", 10), bucket + "/out"
+    pack(config(source, out=tmp_path / "local"))
+    driver = BucketTarget(out, str(tmp_path / "driver"))
+    driver.work.mkdir(parents=True)
+    make_plan(config(source, out=out), driver.work / "plan", Progress(enabled=False))
+    driver.share_plan(driver.work / "plan")
+    job = NodeJob.of(WriteShard(driver.work / "plan", driver, config(source, out=out)))
+    for node in ("one", "two"):
+        there = BucketTarget(out, str(tmp_path / node))
+        elsewhere = replace(job, job=WriteShard(there.work / "plan", there, job.job.config))
+        for shard in (0, 1) if node == "one" else (2,):
+            elsewhere(Task(split=0, shard=shard), print)
+        remove_copy(there)
+        assert not there.work.exists()
+    finish(out, work_folder=str(tmp_path / "driver"))
     assert objects(out) == contents(tmp_path / "local")
 
 

@@ -1,5 +1,7 @@
 import io
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from shards.cli import main
 from shards.codecs import decode_jpeg
 from shards.config import EncodeConfig
 from shards.encode import encode
@@ -51,6 +54,67 @@ def test_orientation_is_applied_as_pillow_does(orientation, kind):
     assert parse_jpeg(image.data).orientation == 1
     assert pixels(image.data).shape == expected.shape
     assert np.abs(pixels(image.data) - expected).mean() < 4
+
+
+TRANSCODE = EncodeConfig(progressive="transcode")
+
+
+@given(
+    width=st.integers(1, 90),
+    height=st.integers(1, 90),
+    mode=st.sampled_from(["L", "RGB"]),
+    quality=st.integers(1, 100),
+    subsampling=st.sampled_from([0, 1, 2]),
+    restart=st.sampled_from([0, 1]),
+)
+def test_a_transcoded_progressive_jpeg_keeps_every_pixel(width, height, mode, quality, subsampling, restart):
+    options = {"quality": quality, "subsampling": subsampling, "restart_marker_rows": restart, "comment": b"kept"}
+    data = encoded(picture(width, width, height, mode), progressive=True, **options)
+    assert not parse_jpeg(data).is_baseline
+    image = encode(data, TRANSCODE)
+    assert image.outcomes == ("transcoded",)
+    assert parse_jpeg(image.data).is_baseline
+    assert b"kept" in image.data
+    assert (pixels(image.data, mode) == pixels(data, mode)).all()
+    assert image.mean_rgb == encode(data, DEFAULT).mean_rgb or width * height > 1 << 16
+    assert encode(image.data, TRANSCODE)[:5] == (*image[:4], ("copied",))
+
+
+def test_what_cannot_be_transcoded_is_written_anew_or_rejected(capfd):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(picture(3, 90, 70), progressive=True)
+    for other, outcome in (
+        (encoded(picture(), progressive=True, exif=exif), "turned upright"),
+        (encoded(picture(mode="CMYK"), progressive=True), "recolored"),
+        (data[:-2] + b"stray bytes" + data[-2:], "repaired"),
+    ):
+        image = encode(other, TRANSCODE)
+        assert {outcome, "made baseline"} <= set(image.outcomes)
+        assert image.data == encode(other, DEFAULT).data
+    assert encode(data, EncodeConfig(progressive="transcode", resize=30)).outcomes == ("made baseline", "resized")
+    files = len(list(Path("/proc/self/fd").iterdir()))
+    for i in range(20, len(data) - 2, 40):
+        with pytest.raises(Rejected):
+            encode(data[:i], TRANSCODE)
+    # The library behind it prints what it stumbles over, and leaves the file open.
+    assert len(list(Path("/proc/self/fd").iterdir())) == files
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_the_library_nothing_is_written_anew_in_silence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.jpg").write_bytes(encoded(picture(), progressive=True))
+    arguments = ["pack", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--progressive", "transcode"]
+    monkeypatch.setitem(sys.modules, "jpegio", None)
+    assert main(arguments) == 2
+    assert "pip install 'moco-fast[transcode]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="needs pyjpegio"):
+        encode(encoded(picture(), progressive=True), TRANSCODE)
+    monkeypatch.undo()
+    assert main(arguments) == 0
+    assert "transcoded 1" in capsys.readouterr().out
 
 
 def with_transparent_left_half() -> Image.Image:

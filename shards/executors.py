@@ -1,0 +1,41 @@
+"""Who writes the shards of a plan: processes of this machine, or an existing Ray cluster."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib import import_module
+from typing import Protocol
+
+from shards.config import PackConfig
+from shards.plan import Task
+from shards.pool import Tick
+from shards.write import WriteShard
+
+__all__ = ["Executor", "executor"]
+
+
+class Executor(Protocol):
+    """Does tasks in any order and at any place, and yields each as it finishes, with what the job returned."""
+
+    def __call__(self, job: WriteShard, tasks: Sequence[Task], *, tick: Tick) -> Iterator[tuple[Task, None]]:
+        """Raises PackError where a task cannot be done."""
+        ...
+
+
+def _local(config: PackConfig) -> Executor:
+    from shards.pool import default_workers, run_tasks
+
+    return partial(run_tasks, workers=config.workers or default_workers())
+
+
+def _ray(config: PackConfig) -> Executor:
+    # Loaded by those who use it.
+    run_tasks = import_module("shards.cluster").run_tasks
+    return partial(run_tasks, address=config.ray_address, workers=config.workers)
+
+
+_EXECUTORS: dict[str, Callable[[PackConfig], Executor]] = {"local": _local, "ray": _ray}
+
+
+def executor(config: PackConfig) -> Executor:
+    """The executor that was chosen."""
+    return _EXECUTORS[config.executor](config)

@@ -1,0 +1,170 @@
+"""Shards written by a Ray cluster, one of whose workers is killed."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shards.cli import main
+from shards.cluster import NodeJob
+from shards.config import PackConfig
+from shards.errors import PackError
+from shards.pack import pack
+from shards.plan import Task
+from shards.planner import make_plan
+from shards.progress import Progress
+from shards.target import LocalTarget
+from shards.write import WriteShard
+from tests.shards.pictures import contents, encoded, picture
+
+pytestmark = pytest.mark.faults
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def wait_until(condition, limit_s=60):
+    end = time.monotonic() + limit_s
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+@pytest.fixture
+def cluster():
+    """(address, environment, session) of a Ray cluster of two workers on this machine; it dies with its session."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # Sockets lie below it, and their paths may be 107 bytes long at most.
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    # Ray listens on all addresses, whatever it is told.
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = os.environ | token | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    options = f"--head --block --num-cpus 2 --port {port} --include-dashboard false --temp-dir {folder}"
+    arguments = ["-c", "from ray.scripts.scripts import main; main()", "start", *options.split()]
+    with (folder / "log").open("wb") as log:
+        head = subprocess.Popen(
+            [sys.executable, *arguments, "--object-store-memory", "80000000"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        wait_until(lambda: b"runtime started" in (folder / "log").read_bytes() or head.poll() is not None)
+        assert head.poll() is None, (folder / "log").read_text()
+        address = (folder / "log").read_text().partition("--address='")[2].partition("'")[0]
+        yield address, environment, head.pid
+    finally:
+        head.terminate()
+        head.wait(20)
+        wait_until(lambda: not members(head.pid), 20)
+        shutil.rmtree(folder)
+
+
+def members(session):
+    """{pid: title} of the processes of a session."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, own = (path / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(own) == session and state != "Z":
+                found[int(path.name)] = (path / "cmdline").read_bytes().decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def kill_a_busy_worker(session):
+    """Kill a worker of Ray in the middle of a shard; False where none is at work."""
+    for pid, title in members(session).items():
+        if title.startswith("ray::_write"):
+            os.kill(pid, signal.SIGSTOP)
+            # Stopped, it cannot finish what it is at.
+            if members(session).get(pid, "").startswith("ray::_write"):
+                os.kill(pid, signal.SIGKILL)
+                return True
+            os.kill(pid, signal.SIGCONT)
+    return False
+
+
+@pytest.mark.slow
+def test_a_cluster_one_of_whose_workers_is_killed_gives_the_bytes_of_one_process(cluster, tmp_path):
+    address, environment, session = cluster
+    (tmp_path / "in").mkdir()
+    for i in range(48):
+        (tmp_path / "in" / f"{i}.png").write_bytes(encoded(picture(i, 400, 400), "PNG"))
+    arguments = [sys.executable, "-m", "shards.cli", "pack", "in", "--shard-samples", "3"]
+    packer = subprocess.Popen(
+        [*arguments, "--out", "ray", "--executor", "ray", "--ray-address", address],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: kill_a_busy_worker(session) or packer.poll() is not None)
+    assert packer.poll() is None, packer.communicate()
+    output, errors = packer.communicate(timeout=60)
+    assert packer.returncode == 0, errors
+    assert "48 images in 16 shards" in output
+    pack(PackConfig(sources=(str(tmp_path / "in"),), out=str(tmp_path / "one"), shard_samples=3, workers=1))
+    ours = {name: data for name, data in contents(tmp_path / "ray").items() if name.endswith((".tar", ".npy", ".idx"))}
+    assert len(ours) == 3 * 16
+    assert ours.items() <= contents(tmp_path / "one").items()
+
+
+@pytest.fixture
+def job(tmp_path):
+    """The job of a node, and its plan of one shard."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.png").write_bytes(encoded(picture(), "PNG"))
+    config = PackConfig(sources=(str(tmp_path / "in"),), out=str(tmp_path / "out"), shard_samples=1, workers=1)
+    target = LocalTarget(config.out)
+    target.work.mkdir(parents=True)
+    make_plan(config, target.work / "plan", Progress(enabled=False))
+    target.begin([])
+    return NodeJob.of(WriteShard(target.work / "plan", target, config))
+
+
+def test_a_node_without_the_shared_folder_says_what_it_lacks(job, tmp_path):
+    task = Task(split=0, shard=0)
+    away = replace(job, job=replace(job.job, plan=tmp_path / "nowhere" / ".pack" / "plan"))
+    with pytest.raises(PackError, match=rf"node {socket.gethostname()}: cannot read .*nowhere.*every node has"):
+        away(task, print)
+    with pytest.raises(PackError, match=r"holds another plan here: --out must be one folder"):
+        replace(job, plan_digest="0")(task, print)
+    with pytest.raises(PackError, match=r"has simplejpeg [\d.]+, not simplejpeg 0.0: .*install the same versions"):
+        replace(job, versions=("simplejpeg 0.0", *job.versions[1:]))(task, print)
+    (tmp_path / "in").rename(tmp_path / "unmounted")
+    with pytest.raises(PackError, match=rf"node {socket.gethostname()}: .*is .*in still there"):
+        job(task, print)
+    assert not list((tmp_path / "out").glob("shard-*"))
+
+
+def test_without_ray_or_a_cluster_it_says_what_to_do(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.png").write_bytes(encoded(picture(), "PNG"))
+    arguments = ["pack", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--executor", "ray"]
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        assert main([*arguments, "--ray-address", address]) == 2
+    assert f"--ray-address {address}: no Ray cluster answers" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--part and --executor ray exclude each other"):
+        PackConfig(sources=("in",), out="out", executor="ray", part="0/2")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(arguments) == 2
+    assert "pip install 'moco-fast[ray]'" in capsys.readouterr().err
+    # The plan is made by now, and can be gone on with.
+    assert main(arguments[:-2]) == 0
