@@ -1,5 +1,6 @@
 """The compiled libraries that packing leans on, with the types they lack."""
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -8,10 +9,13 @@ import numpy as np
 import simplejpeg  # pyright: ignore[reportMissingTypeStubs]
 from numpy.typing import NDArray
 
-__all__ = ["Pixels", "crc32c", "decode_jpeg", "encode_jpeg", "shrink"]
+__all__ = ["Pixels", "crc32c", "decode_jpeg", "encode_jpeg", "shrink", "sum_channels"]
 
 Pixels = NDArray[np.uint8]
 """(H, W, 1) gray or (H, W, 3) RGB."""
+
+# Shrinking a side by less than this is done by a Gaussian of three taps and cubic interpolation.
+_FAR = 1.7
 
 
 def crc32c(data: bytes) -> int:
@@ -48,14 +52,32 @@ def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
 
 
 def shrink(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """Shrink C-contiguous pixels to a (width, height) by averaging areas."""
-    resized = _opencv().resize(pixels, size, interpolation=_opencv().INTER_AREA)
+    """Shrink C-contiguous pixels to a (width, height).
+
+    Areas are averaged where that is a long way. Else a Gaussian takes away what the new grid cannot hold, and cubic
+    interpolation places the rest: closer to a Lanczos filter than averaging (SSIM, `benchmarks/pack.py`), in half the
+    time.
+    """
+    cv2 = _opencv()
+    factors = [old / new for old, new in zip((pixels.shape[1], pixels.shape[0]), size, strict=True)]
+    if max(factors) < _FAR:
+        # The new pixel's width and the old one's add in squares; the share of it gave the best SSIM on photos.
+        sigmas = [max(1e-6, 0.45 * math.sqrt(factor**2 - 1)) for factor in factors]
+        smooth = cv2.GaussianBlur(pixels, (3, 3), sigmas[0], sigmaY=sigmas[1], borderType=cv2.BORDER_REPLICATE)
+        resized = cv2.resize(smooth, size, interpolation=cv2.INTER_CUBIC)
+    else:
+        resized = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     return resized if resized.ndim == 3 else resized[:, :, None]
+
+
+def sum_channels(pixels: Pixels) -> list[int]:
+    """Sum of each channel, exact."""
+    return [int(value) for value in _opencv().sumElems(pixels)[: pixels.shape[2]]]
 
 
 @lru_cache(maxsize=1)
 def _opencv() -> Any:
-    # Loaded by those who resize; workers are processes, so its threads would only compete.
+    # Loaded by those who look at pixels; workers are processes, so its threads would only compete.
     import cv2
 
     cv2.setNumThreads(0)

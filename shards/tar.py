@@ -19,7 +19,8 @@ _CHECKSUM_BASE = sum(_MODE_UID_GID) + sum(_MTIME) + 8 * 0x20 + sum(_TYPE_TO_PREF
 _MAX_SIZE = 8**11
 # writev takes at most 1,024 buffers a call (IOV_MAX on Linux).
 _MAX_BUFFERS = 1000
-_FLUSH_BYTES = 8 << 20
+# Little enough to be in the processor's cache still when it is written: 8 MiB took twice as long.
+_FLUSH_BYTES = 2 << 20
 _SYNC_BYTES = 32 << 20
 
 
