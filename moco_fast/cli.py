@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 
-from moco_fast import bench
+from moco_fast.bench.cli import main as bench
 from moco_fast.export import Format
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ VERBS: dict[str, Verb] = {
     "preview": _verb(Preview, "preview", _preview),
     "report": _verb(Report, "report", _report),
     "export": _verb(Export, "export", _export),
-    "bench": Verb(summary="Measure what limits a run on this machine", run=bench.main),
+    "bench": Verb(summary="Measure what limits a run on this machine", run=bench),
 }
 """Every verb, in the order of the help; a name may have two words."""
 

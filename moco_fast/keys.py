@@ -12,7 +12,7 @@ from moco_fast.batchnorm import KeyPolicy
 from moco_fast.dictionary import MemoryBank
 from moco_fast.encoders import normalize_images, unit_vectors
 
-__all__ = ["BankKeys", "KeySource", "MomentumKeys", "QueryKeys"]
+__all__ = ["Autocast", "BankKeys", "KeySource", "MomentumKeys", "QueryKeys"]
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
