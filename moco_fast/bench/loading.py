@@ -1,0 +1,105 @@
+"""The stages of loading apart: bytes, decoded images, and the way to the device."""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
+
+import torch
+
+from moco_fast.config import Config
+from moco_fast.runtime import Runtime
+from pipelines.backends import choose
+from pipelines.batch import TwoViewBatch
+from pipelines.config import ViewConfig, ViewsConfig
+from pipelines.loader import Loader, open_loader
+from pipelines.order import EpochOrder, OrderPlan
+from pipelines.reader import Reader
+from pipelines.samples import Pending
+from shards import ShardSet
+
+__all__ = ["decoding", "made_on_device", "open_for", "reading", "resident_batch"]
+
+# Two crops of a few pixels, and nothing done to them: what is left is decoding.
+_NOTHING = ViewConfig(crop_scale=(1e-4, 2e-4), flip_p=0.0, jitter_p=0.0, grayscale_p=0.0, blur_p=0.0)
+_SMALLEST = ViewsConfig(size=8, query=_NOTHING, key=_NOTHING)
+
+
+@contextmanager
+def reading(config: Config, runtime: Runtime) -> Iterator[Iterator[int]]:
+    """Give an endless iterator of the encoded bytes in this rank's share of a batch, read and checked.
+
+    Epoch 1 of a run, while the loader is measured in epoch 0: of a set that is larger than the memory, other samples.
+    """
+    data = config.data
+    shards = ShardSet.open(data.shards)
+    plan = OrderPlan(
+        shard_sizes=shards.shard_sizes,
+        seed=config.run.seed,
+        batch_size=data.batch_size,
+        lanes=data.lanes,
+        window_shards=data.window_shards,
+    )
+    reader = Reader(shards, num_threads=data.read_threads)
+
+    def batches() -> Iterator[int]:
+        under_way: deque[Pending] = deque()
+        for epoch in count(1):
+            order = EpochOrder(plan, epoch)
+            for step in range(plan.num_steps):
+                under_way.append(Pending(reader, order.rank_step(step, runtime.rank, runtime.world_size)))
+                if len(under_way) > data.prefetch:
+                    yield sum(image.nbytes for image in under_way.popleft().take(lambda read: read, skip=True).images)
+
+    try:
+        yield batches()
+    finally:
+        reader.close()
+
+
+def open_for(config: Config, runtime: Runtime, views: ViewsConfig | None = None, *, epoch: int = 0) -> Loader:
+    """The run's loader at the start of an epoch, perhaps with other views."""
+    views = views or config.views
+    name, _ = _backend(config, runtime.device)
+    loader = open_loader(
+        replace(config.data, backend=name),  # pyright: ignore[reportArgumentType]
+        views,
+        seed=config.run.seed,
+        device=runtime.device,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        local_world_size=runtime.local_world_size,
+    )
+    loader.load_state_dict({"epoch": epoch, "step": 0})
+    return loader
+
+
+def decoding(config: Config, runtime: Runtime) -> Loader:
+    """The run's loader with views that cost next to nothing."""
+    return open_for(config, runtime, _SMALLEST, epoch=2)
+
+
+def made_on_device(config: Config, device: torch.device) -> bool:
+    """Whether the views come to be where the step needs them."""
+    return device.type == "cpu" or _backend(config, device)[0] == "dali"
+
+
+def resident_batch(config: Config, runtime: Runtime, size: int, device: torch.device) -> TwoViewBatch:
+    """A batch of `size` samples of this rank that looks like the loader's; its pixels are noise."""
+    generator = torch.Generator().manual_seed(runtime.rank)
+    shape = (size, 3, config.views.size, config.views.size)
+    view_q, view_k = (
+        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(
+            device, memory_format=torch.channels_last
+        )
+        for _ in range(2)
+    )
+    index = (torch.arange(size) + runtime.rank * size) % ShardSet.open(config.data.shards).num_samples
+    return TwoViewBatch(view_q=view_q, view_k=view_k, index=index, label=torch.full((size,), -1))
+
+
+def _backend(config: Config, device: torch.device) -> tuple[str, str]:
+    return choose(
+        config.data.backend, device=device, size=config.views.size, exact=config.views.colour == "torchvision"
+    )

@@ -1,0 +1,195 @@
+"""Takes the measurements of a recipe, stage by stage, on every rank."""
+
+from collections.abc import Callable, Collection
+from contextlib import closing
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any, Literal, get_args
+
+import torch
+
+from moco_fast import console
+from moco_fast.batchnorm import resolve_policy
+from moco_fast.bench.clock import PartClock
+from moco_fast.bench.loading import decoding, made_on_device, open_for, reading, resident_batch
+from moco_fast.bench.parts import on_a_clock
+from moco_fast.bench.result import BenchResult, Rate
+from moco_fast.bench.stopwatch import Job, Stopwatch
+from moco_fast.bench.turns import Round, Turns, made_ahead
+from moco_fast.build import Parts, build
+from moco_fast.config import Config
+from moco_fast.runtime import Runtime, start
+from pipelines.loader import Loader
+
+__all__ = ["STAGES", "Stage", "measure"]
+
+Stage = Literal["reading", "decoding", "loader", "step", "end_to_end"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+_ROUNDS = 3
+# Rounds are long where both halves of a run have to find their pace, short where one thing is done over and over.
+_SHARES: dict[Stage, float] = {"reading": 0.5, "decoding": 0.5, "loader": 1.0, "step": 1.0, "end_to_end": 1.5}
+
+
+def measure(
+    config: Config,
+    *,
+    seconds: float,
+    stages: Collection[Stage] = STAGES,
+    tell: Callable[[str], object] = lambda _: None,
+) -> BenchResult:
+    """Measure a recipe on this machine; under several processes, all of them call this.
+
+    On a CPU, where a step of the whole batch would take too long, smaller batches are measured.
+
+    Args:
+        config: the recipe; nothing is written to `run.out`.
+        seconds: about how long to measure; starting up, warming up and compiling come on top.
+        stages: what to measure.
+        tell: is told what goes on, in a few words.
+
+    Raises:
+        ValueError: the recipe does not fit the data or the machine.
+    """
+    runtime = start(config.run, accumulate=config.optim.accumulate)
+    try:
+        parts = build(config, runtime)
+        parts.loader.close()
+        round_s = seconds / (_ROUNDS * sum(_SHARES[stage] for stage in stages))
+        stopwatch = Stopwatch(runtime)
+        fitted = config
+        if "step" in stages and runtime.device.type == "cpu":
+            tell("trying a step")
+            fitted = _fit_batch(config, parts, stopwatch, round_s / 2)
+        bench = _Bench(config=fitted, parts=parts, stopwatch=stopwatch, round_s=round_s)
+        found: dict[str, Any] = {}
+        if "reading" in stages:
+            tell("reading")
+            found |= bench.reading()
+        if "decoding" in stages:
+            tell("decoding")
+            found |= bench.decoding()
+        with closing(open_for(fitted, runtime)) as loader:
+            in_turns = [stage for stage in STAGES[2:] if stage in stages]
+            tell(", ".join(in_turns).replace("_", " "))
+            found |= bench.in_turns(in_turns, loader)
+            found |= _memory(runtime.device)
+            environment = console.environment(runtime, replace(parts, loader=loader))
+        return BenchResult(
+            **found,
+            batch_size=fitted.data.batch_size,
+            recipe_batch_size=config.data.batch_size,
+            environment=environment | {"encoder": config.model.encoder, "size": config.views.size},
+        )
+    finally:
+        runtime.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bench:
+    """What the stages share. Each gives fields of BenchResult."""
+
+    config: Config
+    parts: Parts
+    stopwatch: Stopwatch
+    round_s: float
+
+    def reading(self) -> dict[str, Any]:
+        num_bytes = num_batches = 0
+        with reading(self.config, self._runtime) as batches:
+
+            def read() -> None:
+                nonlocal num_bytes, num_batches
+                num_bytes += next(batches)
+                num_batches += 1
+
+            rate = self._rate(read, _SHARES["reading"] * self.round_s)
+        bytes_a_sample = num_bytes / (num_batches * (self.config.data.batch_size // self._runtime.world_size))
+        return {"reading": rate, "read_bytes_per_s": self._runtime.tell_all(bytes_a_sample) * rate.median}
+
+    def decoding(self) -> dict[str, Any]:
+        with closing(decoding(self.config, self._runtime)) as loader:
+            batches = (batch for _ in iter(int, 1) for batch in loader)
+            return {"decoding": self._rate(lambda: next(batches), _SHARES["decoding"] * self.round_s)}
+
+    def in_turns(self, stages: Collection[str], loader: Loader) -> dict[str, Any]:
+        """The loader, the step and both, by turns, so that all meet the same disturbances."""
+        clock = PartClock(self._runtime.device)
+        size = self.config.data.batch_size // self._runtime.world_size
+        resident = [resident_batch(self.config, self._runtime, size, self._runtime.device)]
+        rounds: dict[str, list[Round]] = {stage: [] for stage in stages}
+        with on_a_clock(self.parts.train_step, self.parts.optimizer, clock) as step:
+            turns = Turns(
+                config=self.config,
+                stopwatch=self.stopwatch,
+                loader=loader,
+                step=step,
+                clock=clock,
+                resident=resident * self.config.optim.accumulate,
+                round_s=self.round_s,
+            )
+            for _ in range(_ROUNDS):
+                for stage, done in rounds.items():
+                    done.append(getattr(turns, stage)())
+                # Of steps that take longer than a round should, one round is all that there is time for.
+                if turns.is_slow:
+                    break
+        found: dict[str, Any] = {stage: Rate.of([one.samples_per_s for one in done]) for stage, done in rounds.items()}
+        found["parts_alone_s"] = _medians(rounds.get("step", []))
+        found["parts_end_to_end_s"] = _medians(rounds.get("end_to_end", []))
+        if "loader" in rounds and not made_on_device(self.config, self._runtime.device):
+            found["hand_over"] = self._hand_over(size)
+        return found
+
+    def _hand_over(self, size: int) -> Rate:
+        batch = resident_batch(self.config, self._runtime, size, torch.device("cpu"))
+        device = self._runtime.device
+        return self._rate(lambda: (batch.view_q.to(device), batch.view_k.to(device)), 0.1 * self.round_s)
+
+    def _rate(self, job: Job, seconds: float) -> Rate:
+        """Of rounds of a job that handles a batch; what was made ahead of its time does not count."""
+        self.stopwatch.time(job, made_ahead(self.config))
+        calls = self.stopwatch.calls_for(job, seconds)
+        return Rate.of([calls * self.config.data.batch_size / self.stopwatch.time(job, calls) for _ in range(_ROUNDS)])
+
+    @property
+    def _runtime(self) -> Runtime:
+        return self.stopwatch.runtime
+
+
+def _fit_batch(config: Config, parts: Parts, stopwatch: Stopwatch, step_s: float) -> Config:
+    """Make the batch so small that a step takes about `step_s` at most, as far as batch norm's policy allows."""
+    runtime = stopwatch.runtime
+    sizes = _smaller_batches(config, runtime.world_size)
+    probe = [resident_batch(config, runtime, sizes[-1] // runtime.world_size, runtime.device)] * config.optim.accumulate
+
+    def step() -> None:
+        parts.train_step(probe, lr=0.0, momentum=config.moco.momentum)
+
+    took_s = stopwatch.time(step, 1)
+    if took_s < step_s:
+        took_s = stopwatch.time(step, 1)
+    fitting = [size for size in sizes if size * took_s / sizes[-1] <= step_s]
+    return replace(config, data=replace(config.data, batch_size=fitting[0] if fitting else sizes[-1]))
+
+
+def _smaller_batches(config: Config, world_size: int) -> list[int]:
+    """The recipe's global batch, halved as long as every rank can compute its share, largest first."""
+    policy = resolve_policy(config.bn)
+    groups = {"virtual": config.bn.num_groups, "exchange": world_size}.get(policy, 1)
+    sizes = [config.data.batch_size]
+    while sizes[-1] % (2 * world_size * groups) == 0 and sizes[-1] >= 4 * world_size * groups:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def _medians(rounds: list[Round]) -> dict[str, float]:
+    names = dict.fromkeys(name for one in rounds for name in one.parts_s)
+    return {name: median(one.parts_s.get(name, 0.0) for one in rounds) for name in names}
+
+
+def _memory(device: torch.device) -> dict[str, int | None]:
+    if device.type != "cuda":
+        return {"torch_peak_bytes": None, "device_used_bytes": None}
+    free, total = torch.cuda.mem_get_info(device)
+    return {"torch_peak_bytes": torch.cuda.max_memory_allocated(device), "device_used_bytes": total - free}

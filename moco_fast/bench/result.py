@@ -1,0 +1,234 @@
+"""What a measurement found: figures, the table that shows them, and the verdict. Free of torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from moco_fast.bench.names import REST, WAITING
+
+__all__ = ["BenchResult", "Rate", "table", "verdict"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """Samples/s over all ranks, of the rounds of a measurement; a sample is two views."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, rates: list[float]) -> "Rate":
+        """Sum up rounds."""
+        return cls(median=median(rates), lowest=min(rates), highest=max(rates))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """What was measured, and where. A stage that was not asked for is None."""
+
+    reading: Rate | None = None
+    """Encoded bytes out of the shards, checked, in the order of a run."""
+    read_bytes_per_s: float | None = None
+    """Of the same, over all ranks."""
+    decoding: Rate | None = None
+    """Reading and decoding whole images."""
+    loader: Rate | None = None
+    """The whole loader: read, decoded, both views drawn, on the device; taken and dropped."""
+    hand_over: Rate | None = None
+    """Copying views that are ready to the device; None where they are made there."""
+    step: Rate | None = None
+    """Steps on synthetic batches that lie on the device."""
+    end_to_end: Rate | None = None
+    """Steps on the loader's batches."""
+    parts_alone_s: dict[str, float]
+    """Device's seconds of each part in a step on synthetic batches (moco_fast.bench.parts)."""
+    parts_end_to_end_s: dict[str, float]
+    """The same in a step on the loader's batches; `waiting for data` is one of them."""
+    batch_size: int
+    """Samples of a global batch in the measurement."""
+    recipe_batch_size: int
+    """Samples of a global batch in the recipe."""
+    torch_peak_bytes: int | None = None
+    """Most memory that torch held on this rank's GPU, if there is one."""
+    device_used_bytes: int | None = None
+    """Memory in use on this rank's GPU at the end, DALI's and all else included."""
+    environment: dict[str, Any]
+
+    @property
+    def headroom(self) -> float | None:
+        """The loader's rate over the step's."""
+        return self.loader.median / self.step.median if self.loader and self.step else None
+
+    @property
+    def overlap(self) -> float | None:
+        """End to end over the step alone: 1 if the device never waits, and loading costs it nothing."""
+        return self.end_to_end.median / self.step.median if self.end_to_end and self.step else None
+
+    @property
+    def data_wait_share(self) -> float | None:
+        """Share of the device's time, end to end, between the end of a step and the start of the next."""
+        total = sum(self.parts_end_to_end_s.values())
+        return self.parts_end_to_end_s.get(WAITING, 0.0) / total if total else None
+
+    @property
+    def slowdown(self) -> float | None:
+        """How many times longer a step takes while the loader runs, waiting left out."""
+        alone = sum(self.parts_alone_s.values())
+        together = sum(seconds for name, seconds in self.parts_end_to_end_s.items() if name != WAITING)
+        return together / alone if alone and together else None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the step ran on a GPU."""
+        return self.torch_peak_bytes is not None
+
+
+_ENOUGH = 1.3
+"""Rate of the loader over the step's from which on end to end ought to run as the step alone."""
+_FULL = 0.97
+"""What then counts as running as the step alone."""
+
+
+def verdict(result: BenchResult) -> str:
+    """Say in a sentence what limits the run, and in another what to change, if anything."""
+    headroom, overlap = result.headroom, result.overlap
+    if headroom is None or overlap is None:
+        return "No verdict: it takes the loader, the step and both together."
+    found = f"The loader delivers {headroom:.2g}x what the step consumes; "
+    found += f"end to end runs at {overlap:.0%} of the step alone"
+    if not result.on_gpu:
+        return f"{found}{_on_a_cpu(result)}"
+    if headroom < 1.0:
+        return f"{found}: bound by the loader. {_slowest_stage(result)}"
+    if overlap < _FULL:
+        return f"{found}: loader and step get in each other's way. {_conflict(result)}"
+    if headroom < _ENOUGH:
+        return f"{found}: GPU-bound, with little to spare in the loader; watch data_wait_share in the run."
+    return f"{found}: GPU-bound, as it should be."
+
+
+def _on_a_cpu(result: BenchResult) -> str:
+    assert result.loader is not None
+    assert result.step is not None
+    assert result.end_to_end is not None
+    shared = 1 / (1 / result.loader.median + 1 / result.step.median)
+    share = shared / result.loader.median
+    said = f", on cores that both share: taking turns would give {shared:,.3g} samples/s, and it is "
+    said += f"{result.end_to_end.median:,.3g}. "
+    if share < 0.1:
+        return said + f"Bound by the step: loading is {share:.0%} of the work."
+    return said + (
+        f"Loading is {share:.0%} of the work. Images packed at about the views' size (`make-shards pack --resize`) "
+        "decode faster."
+    )
+
+
+def _slowest_stage(result: BenchResult) -> str:
+    assert result.step is not None
+    if result.reading and result.reading.median < result.step.median:
+        return (
+            "Reading alone is slower than the step: put the shards on faster storage, raise --data.read-threads, or "
+            "pack smaller images (`make-shards pack --resize`)."
+        )
+    if result.decoding and result.decoding.median < result.step.median:
+        return (
+            "Decoding is slower than the step: pack images at about the views' size (`make-shards pack --resize`), or "
+            "give each rank more CPUs."
+        )
+    if result.hand_over and result.hand_over.median < 2 * result.step.median:
+        return "Copying views to the GPU takes much of it: use --data.backend dali, which makes them there."
+    return "Drawing the views is what takes long: give each rank more CPUs, or use --data.backend dali on the GPU."
+
+
+def _conflict(result: BenchResult) -> str:
+    waiting, slowdown = result.data_wait_share or 0.0, result.slowdown or 1.0
+    said = f"The GPU waits {waiting:.1%} of the time, and beside the loader a step takes {slowdown:.2f}x as long. "
+    if waiting > slowdown - 1:
+        return (
+            said + "Raise --data.prefetch, and see that each rank has CPUs of its own (affinity, --data.num-threads)."
+        )
+    return said + (
+        "Both want the GPU: images packed at about the views' size (`make-shards pack --resize`) decode faster; "
+        "--data.backend torch moves the work to the CPUs if there are many."
+    )
+
+
+def table(result: BenchResult) -> str:
+    """Give the figures as a person reads them."""
+    return "\n".join([*_opening(result), "", *_rates(result), *_parts(result), *_memory(result), "", verdict(result)])
+
+
+def _opening(result: BenchResult) -> Iterator[str]:
+    where = result.environment
+    ranks = f"{where['world_size']} ranks" if where["world_size"] > 1 else "1 rank"
+    cuda = f", CUDA {where['cuda']}" if where["cuda"] else ""
+    versions = f"torch {where['torch']}{cuda}, Python {where['python']}"
+    yield f"{where['device']}, {where['num_cpus']} CPUs, {ranks}; {versions}"
+    compiled = ", compiled" if where["compile"] else ""
+    yield f"{where['encoder']} at {where['size']} px, batch {result.batch_size}, {where['precision']}{compiled}"
+    yield f"loader: {where['loader']}"
+    if result.batch_size != result.recipe_batch_size:
+        yield (
+            f"note: measured with batches of {result.batch_size}, for a step with the recipe's "
+            f"{result.recipe_batch_size} would take too long here"
+        )
+
+
+def _rates(result: BenchResult) -> Iterator[str]:
+    yield f"{'samples/s (two views each)':<28}{'median':>10}{'lowest':>10}{'highest':>10}{'to the step':>13}"
+    rows = {
+        "reading": result.reading,
+        "reading, decoding": result.decoding,
+        "the whole loader": result.loader,
+        "hand-over to the device": result.hand_over,
+        "the step alone": result.step,
+        "end to end": result.end_to_end,
+    }
+    for name, rate in rows.items():
+        if rate is None:
+            if name == "hand-over to the device" and result.loader:
+                yield f"{name:<28}{'none: the views are made there':>43}"
+            continue
+        ratio = f"{rate.median / result.step.median:>12.3g}x" if result.step else ""
+        extent = f"  {_bytes(result.read_bytes_per_s)}/s" if name == "reading" and result.read_bytes_per_s else ""
+        yield f"{name:<28}{rate.median:>10,.0f}{rate.lowest:>10,.0f}{rate.highest:>10,.0f}{ratio}{extent}"
+
+
+def _parts(result: BenchResult) -> Iterator[str]:
+    alone, together = result.parts_alone_s, result.parts_end_to_end_s
+    total = sum(alone.values())
+    if not total:
+        return
+    yield ""
+    yield f"{'one step, by part':<28}{'ms alone':>10}{'share':>10}{'ms beside the loader':>23}"
+    by_cost = sorted({*alone, *together} - {REST, WAITING}, key=lambda name: -alone.get(name, 0.0))
+    for name in [*by_cost, REST, WAITING]:
+        if name not in alone and name not in together:
+            continue
+        own = f"{1e3 * alone[name]:>10,.2f}{alone[name] / total:>10.1%}" if name in alone else f"{'':>20}"
+        beside = f"{1e3 * together[name]:>23,.2f}" if name in together else ""
+        yield f"{name:<28}{own}{beside}".rstrip()
+    beside = f"{1e3 * sum(together.values()):>23,.2f}" if together else ""
+    yield f"{'all':<28}{1e3 * total:>10,.2f}{'':>10}{beside}".rstrip()
+    if result.slowdown is not None and result.data_wait_share is not None:
+        waits = f"waits for data {result.data_wait_share:.1%} of the time"
+        yield f"beside the loader a step takes {result.slowdown:.2f}x as long, and the device {waits}"
+
+
+def _memory(result: BenchResult) -> Iterator[str]:
+    if result.torch_peak_bytes is not None and result.device_used_bytes is not None:
+        yield ""
+        yield (
+            f"GPU memory: {_bytes(result.torch_peak_bytes)} at torch's peak, {_bytes(result.device_used_bytes)} in use "
+            "with DALI's and all else"
+        )
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

@@ -1,0 +1,129 @@
+"""The loader, the step, and both together, round by round on one loader and one step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from moco_fast.bench.clock import PartClock
+from moco_fast.bench.names import REST, WAITING
+from moco_fast.bench.stopwatch import Job, Stopwatch
+from moco_fast.config import Config
+from moco_fast.step import TrainStep
+from pipelines.batch import TwoViewBatch
+from pipelines.loader import Loader
+
+__all__ = ["Round", "Turns", "made_ahead"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round of one stage."""
+
+    samples_per_s: float
+    parts_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of each part, in one step."""
+
+
+class Turns:
+    """Rounds of about `round_s` seconds each. A queue that filled while nobody took from it is emptied beforehand.
+
+    Args:
+        config: of the run.
+        stopwatch: of its ranks.
+        loader: of the run.
+        step: with its parts on `clock`.
+        clock: for the parts.
+        resident: batches of one step, on the device.
+        round_s: how long a round lasts; it has one step at least.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        stopwatch: Stopwatch,
+        loader: Loader,
+        step: TrainStep,
+        clock: PartClock,
+        resident: list[TwoViewBatch],
+        round_s: float,
+    ):
+        self._config, self._stopwatch, self._step, self._clock = config, stopwatch, step, clock
+        self._batches = _endless(loader)
+        self._resident = resident
+        self._round_s = round_s
+        self._num_calls: dict[str, int] = {}
+        self._call_s: dict[str, float] = {}
+
+    def loader(self) -> Round:
+        """Take batches and drop them."""
+        self._drain()
+        return self._round("loader", self._take, self._round_s)
+
+    def step(self) -> Round:
+        """Train on the same batches over and over, while the loader's queue is full and it rests."""
+
+        def train() -> None:
+            self._train(self._resident)
+
+        if "step" not in self._num_calls:
+            self._prepare("step", train, self._round_s)
+        if "loader" in self._call_s:
+            fill_s = made_ahead(self._config) * self._call_s["loader"] / self._config.optim.accumulate
+            calls = int(min(fill_s, self._round_s) / self._call_s["step"])
+            self._call_s["step"] = self._stopwatch.time(train, max(1, calls)) / max(1, calls)
+        return self._round("step", train, self._round_s)
+
+    def end_to_end(self) -> Round:
+        """Train on the loader's batches."""
+
+        def train_on_next() -> None:
+            with self._clock.part(WAITING):
+                batches = self._take()
+            self._train(batches)
+
+        if self._call_s.get("loader", 0.0) > self._call_s.get("step", 0.0):
+            self._drain()
+        # Longer than the others: it takes a while until one of the two sets the pace.
+        return self._round("end to end", train_on_next, 1.5 * self._round_s)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether a step takes longer than a round should."""
+        return self._call_s.get("step", 0.0) > self._round_s
+
+    def _train(self, batches: list[TwoViewBatch]) -> None:
+        with self._clock.part(REST):
+            # The weights stay as they are, and with them the time that they take, on noise too.
+            self._step(batches, lr=0.0, momentum=self._config.moco.momentum)
+
+    def _take(self) -> list[TwoViewBatch]:
+        return list(islice(self._batches, self._config.optim.accumulate))
+
+    def _drain(self) -> None:
+        self._stopwatch.time(lambda: next(self._batches), made_ahead(self._config))
+
+    def _prepare(self, name: str, job: Job, seconds: float) -> None:
+        self._num_calls[name] = self._stopwatch.calls_for(job, seconds)
+        self._call_s[name] = seconds / self._num_calls[name]
+
+    def _round(self, name: str, job: Job, seconds: float) -> Round:
+        if name not in self._num_calls:
+            self._prepare(name, job, seconds)
+        calls = self._num_calls[name]
+        self._clock.read()
+        took_s = self._stopwatch.time(job, calls)
+        self._call_s[name] = took_s / calls
+        samples = calls * self._config.data.batch_size * self._config.optim.accumulate
+        parts_s = {part: of_all_s / calls for part, of_all_s in self._clock.read().items()}
+        return Round(samples_per_s=samples / took_s, parts_s=parts_s)
+
+
+def made_ahead(config: Config) -> int:
+    """Batches that a loader may have ready: the backend's queue and ours."""
+    return 2 * config.data.prefetch + 2
+
+
+def _endless(loader: Loader) -> Iterator[TwoViewBatch]:
+    while True:
+        yield from loader
