@@ -27,9 +27,13 @@ class VerifyCommand:
     """Check that a set of shards is what it was when it was packed."""
 
     folder: tyro.conf.Positional[str]
-    """Folder that holds manifest.json."""
+    """Folder that holds manifest.json, local or s3:// gs:// az:// http(s)://."""
     decode: bool = False
     """Also decode every pixel."""
+    workers: int | None = None
+    """Worker processes; unset: one for each CPU that this process may use."""
+    work_folder: str = "/tmp"  # noqa: S108 - a default that the user sees and may change
+    """Where the set is in a bucket: local folder for what is being looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +41,11 @@ class IndexCommand:
     """Write index and manifest for WebDataset tars that someone else wrote, without rewriting them."""
 
     folder: tyro.conf.Positional[str]
-    """Folder of the tars."""
+    """Folder of the tars, local or s3:// gs:// az://."""
     workers: int | None = None
     """Worker processes; unset: one for each CPU that this process may use."""
+    work_folder: str = "/tmp"  # noqa: S108 - a default that the user sees and may change
+    """Where the set is in a bucket: local folder for what is being looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +53,11 @@ class InspectCommand:
     """Tell what a set of shards holds."""
 
     folder: tyro.conf.Positional[str]
-    """Folder that holds manifest.json."""
+    """Folder that holds manifest.json, local or s3:// gs:// az:// http(s)://."""
     sheet: str | None = None
     """Write a sheet of pictures to this PNG file."""
+    work_folder: str = "/tmp"  # noqa: S108 - a default that the user sees and may change
+    """Where the set is in a bucket: local folder for what is being looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +94,12 @@ def _index(command: IndexCommand) -> int:
     from shards.pool import default_workers
     from shards.progress import Progress
 
-    indexed = index_folder(command.folder, workers=command.workers or default_workers(), progress=Progress())
+    indexed = index_folder(
+        command.folder,
+        workers=command.workers or default_workers(),
+        work_folder=command.work_folder,
+        progress=Progress(),
+    )
     manifest = indexed.manifest
     print(f"{command.folder}: {manifest.num_samples:,} samples in {len(manifest.shards):,} tars are indexed")
     for line in advice(indexed, command.folder):
@@ -95,15 +108,17 @@ def _index(command: IndexCommand) -> int:
 
 
 def _inspect(command: InspectCommand) -> int:
-    from shards.index import ShardSet
     from shards.inspect import contact_sheet, describe
+    from shards.shard_folder import ShardFolder
 
-    shards = ShardSet.open(command.folder)
-    for line in describe(shards):
-        print(line)
-    if command.sheet is not None:
-        contact_sheet(shards).save(command.sheet, format="PNG")
-        print(f"pictures: {command.sheet}")
+    folder = ShardFolder(where=command.folder, work_folder=command.work_folder)
+    manifest = folder.manifest()
+    with folder.opened([f"{entry.stem}.index.npy" for entry in manifest.shards], manifest) as shards:
+        for line in describe(shards, where=command.folder):
+            print(line)
+        if command.sheet is not None:
+            contact_sheet(shards, folder=folder).save(command.sheet, format="PNG")
+            print(f"pictures: {command.sheet}")
     return 0
 
 
@@ -115,10 +130,17 @@ def _finish(command: FinishCommand) -> int:
 
 
 def _verify(command: VerifyCommand) -> int:
+    from shards.pool import default_workers
     from shards.progress import Progress
     from shards.verify import verify
 
-    problems = verify(command.folder, decode=command.decode, progress=Progress())
+    problems = verify(
+        command.folder,
+        decode=command.decode,
+        workers=command.workers or default_workers(),
+        work_folder=command.work_folder,
+        progress=Progress(),
+    )
     for problem in problems:
         print(problem)
     print(f"{command.folder}: {f'{len(problems)} problems' if problems else 'everything is as it was packed'}")

@@ -15,13 +15,13 @@ from PIL import Image
 
 from shards.codecs import crc32c
 from shards.errors import PackError
-from shards.files import publish, sync_folder, write_and_sync
 from shards.index import INDEXED, RECORD, Flag, npy_header
 from shards.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from shards.plan import ClassTable
 from shards.pool import Tick, run_tasks
 from shards.progress import Progress
+from shards.shard_folder import ShardFolder
 from shards.sources.base import Input, printable
 from shards.sources.tarfiles import TarSource
 from shards.storage import open_bytes
@@ -59,16 +59,19 @@ class _Shard:
 
 @dataclass(frozen=True)
 class _IndexTar:
-    folder: Path
+    folder: ShardFolder
 
     def __call__(self, name: str, tick: Tick) -> _Shard:
-        path = self.folder / name
+        with self.folder.local([name]) as local:
+            return self._index(local / name, tick)
+
+    def _index(self, path: Path, tick: Tick) -> _Shard:
         records: list[tuple[Any, ...]] = []
         labels: list[str | int | None] = []
         names: list[str] = []
         idx: list[str] = []
         file = open_bytes(str(path))
-        for item in TarSource(str(path)).inputs(path):
+        for item in TarSource(f"{self.folder.where.rstrip('/')}/{path.name}", root=str(path)).inputs(path):
             assert isinstance(item, Input)
             if item.size < 0:
                 continue
@@ -131,23 +134,35 @@ def _entry(path: Path, records: NDArray[np.void]) -> ShardEntry:
     )
 
 
-def index_folder(folder: str, *, workers: int, progress: Progress | None = None) -> Indexed:
+def index_folder(
+    folder: str,
+    *,
+    workers: int,
+    work_folder: str = "/tmp",  # noqa: S108 - the command line's default
+    progress: Progress | None = None,
+) -> Indexed:
     """Write indexes and a manifest beside the tars of a folder. The tars are only read.
+
+    Args:
+        folder: path, or address of a bucket's folder.
+        workers: processes.
+        work_folder: local folder for the tars of a bucket, one for each worker at a time.
+        progress: draws a bar.
 
     Raises:
         ValueError: no tars there, or they are described already.
         PackError: a tar cannot be read to its end.
     """
-    path = Path(folder)
-    if (path / MANIFEST_NAME).exists():
+    described = ShardFolder(where=folder, work_folder=work_folder)
+    if described.has_manifest():
         raise ValueError(f"{folder} has a {MANIFEST_NAME} already: `make-shards verify {folder}` checks it")
-    names = sorted(p.name for p in path.glob("*.tar"))
+    names = described.tars()
     if not names:
         raise ValueError(f"{folder} holds no .tar: give the folder of the shards")
     found: dict[str, _Shard] = {}
     with (progress or Progress(enabled=False)).stage("indexing", unit=" images") as tick:
         try:
-            found.update(run_tasks(_IndexTar(path), names, workers=workers, tick=tick))
+            found.update(run_tasks(_IndexTar(described), names, workers=workers, tick=tick))
         except TarError as error:
             raise PackError(str(error)) from error
     shards = [found[name] for name in names]
@@ -155,13 +170,13 @@ def index_folder(folder: str, *, workers: int, progress: Progress | None = None)
     provisional = [np.array([classes.number(label) for label in s.labels], dtype=np.int64) for s in shards]
     class_names, final = classes.resolve(need_two=False)
     labels = [np.where(p < 0, -1, final[p]) if len(final) else np.full(len(p), -1) for p in provisional]
-    entries = list(_write(path, shards, labels))
+    entries = list(_write(described, shards, labels))
     manifest = _manifest(entries, class_names)
-    _put(path / MANIFEST_NAME, manifest.to_json().encode())
+    described.put(MANIFEST_NAME, manifest.to_json().encode())
     return _summary(manifest, shards, labels)
 
 
-def _write(path: Path, shards: list[_Shard], labels: list[NDArray[np.int64]]) -> Iterator[ShardEntry]:
+def _write(folder: ShardFolder, shards: list[_Shard], labels: list[NDArray[np.int64]]) -> Iterator[ShardEntry]:
     first = 0
     for shard, own in zip(shards, labels, strict=True):
         records = shard.records
@@ -174,19 +189,9 @@ def _write(path: Path, shards: list[_Shard], labels: list[NDArray[np.int64]]) ->
             ".idx": (f"v1.2 {len(shard.idx)}\n" + "".join(shard.idx)).encode("utf-8", "surrogateescape"),
         }
         for suffix, data in files.items():
-            _put(path / f"{shard.entry.stem}{suffix}", data)
+            folder.put(f"{shard.entry.stem}{suffix}", data)
         digests = {suffix: xxhash.xxh3_128_hexdigest(data) for suffix, data in files.items()}
         yield replace(shard.entry, digests={**shard.entry.digests, **digests})
-
-
-def _put(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    try:
-        write_and_sync(temporary, data)
-        publish([(temporary, path)])
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def _manifest(entries: list[ShardEntry], class_names: tuple[str, ...]) -> Manifest:

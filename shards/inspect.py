@@ -3,13 +3,15 @@
 import io
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from shards.index import Flag, ShardSet
+from shards.shard_folder import ShardFolder
+from shards.storage import ByteFile
 
 __all__ = ["contact_sheet", "describe"]
 
@@ -18,11 +20,17 @@ _CELL = 128
 _MOST_CLASSES = 10
 
 
-def describe(shards: ShardSet) -> Iterator[str]:
-    """Counts, histograms of size and shape, class balance, what was changed and rejected; line by line."""
+def describe(shards: ShardSet, *, where: str | None = None) -> Iterator[str]:
+    """Counts, histograms of size and shape, class balance, what was changed and rejected; line by line.
+
+    Args:
+        shards: the set; only its indexes are read.
+        where: what to call it; None: its path.
+    """
     manifest = shards.manifest
     num_bytes = sum(entry.num_bytes for entry in manifest.shards)
-    yield f"{shards.path}: {shards.num_samples:,} samples in {shards.num_shards:,} shards, {num_bytes / 1e9:.3f} GB"
+    size = f"{shards.num_samples:,} samples in {shards.num_shards:,} shards, {num_bytes / 1e9:.3f} GB"
+    yield f"{where or shards.path}: {size}"
     for title, tally in (("packed", manifest.outcomes), ("rejected", manifest.rejections)):
         if tally:
             yield f"{title}: " + ", ".join(f"{what} {count:,}" for what, count in tally.items())
@@ -73,8 +81,16 @@ def _classes(shards: ShardSet, labels: NDArray[np.int64]) -> Iterator[str]:
         yield f"  {shards.class_names[number]:>16.40} {counts[number]:>12,}"
 
 
-def contact_sheet(shards: ShardSet, *, columns: int = 8, rows: int = 5) -> Image.Image:
+def contact_sheet(
+    shards: ShardSet, *, columns: int = 8, rows: int = 5, folder: ShardFolder | None = None
+) -> Image.Image:
     """Samples evenly spread over the set, one cell each.
+
+    Args:
+        shards: the set.
+        columns: cells in a row.
+        rows: of cells.
+        folder: where the tars are, if not beside the indexes.
 
     Raises:
         ValueError: the set is empty.
@@ -83,21 +99,20 @@ def contact_sheet(shards: ShardSet, *, columns: int = 8, rows: int = 5) -> Image
         raise ValueError(f"{shards.path} holds no samples: there is nothing to show")
     chosen = np.unique(np.linspace(0, shards.num_samples - 1, columns * rows).astype(np.int64))
     starts: list[int] = (np.cumsum(shards.shard_sizes) - shards.shard_sizes).tolist()
+    files = folder or ShardFolder(where=str(shards.path), work_folder="")
     sheet = Image.new("RGB", (columns * _CELL, -(-len(chosen) // columns) * _CELL), "white")
     for cell, dense in enumerate(chosen.tolist()):
         shard = bisect_right(starts, dense) - 1
         record = shards.index(shard)[dense - starts[shard]]
-        with _picture(shards.shard_path(shard), int(record["offset"]), int(record["size"])) as image:
+        with _picture(files.open(shards.manifest.shards[shard].name), record) as image:
             image.thumbnail((_CELL - 4, _CELL - 4))
             left, top = cell % columns * _CELL, cell // columns * _CELL
             sheet.paste(image, (left + (_CELL - image.width) // 2, top + (_CELL - image.height) // 2))
     return sheet
 
 
-def _picture(path: Path, offset: int, size: int) -> Image.Image:
-    with path.open("rb") as file:
-        file.seek(offset)
-        data = file.read(size)
+def _picture(file: ByteFile, record: Any) -> Image.Image:
+    data = file.read(int(record["offset"]), int(record["size"]))
     try:
         return Image.open(io.BytesIO(data)).convert("RGB")
     except OSError:

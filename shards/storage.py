@@ -232,12 +232,13 @@ class Folder:
         return True
 
     def download(self, name: str, path: Path) -> None:
-        """Copy an object to a local file. Raises PackError."""
+        """Copy an object to a local file. Raises FileNotFoundError, without a file, or PackError."""
         import obstore
 
         try:
+            stream = obstore.get(self._store, name).stream()
             with path.open("wb") as file:
-                for chunk in obstore.get(self._store, name).stream():
+                for chunk in stream:
                     file.write(chunk)
         except OSError:
             raise

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from shards.codecs import crc32c, decode_jpeg
 from shards.index import INDEXED, Flag, ShardSet
 from shards.jpeg import JpegError, is_jpeg, parse_jpeg
-from shards.manifest import ShardEntry
+from shards.manifest import Manifest, ShardEntry
+from shards.pool import Tick, run_tasks
 from shards.progress import Progress
+from shards.shard_folder import ShardFolder
 from shards.tar import BLOCK, EndOfTar, TarError, parse_header
 
-__all__ = ["Problem", "verify"]
+__all__ = ["Problem", "check_image", "verify"]
 
 _READ_BYTES = 8 << 20
 
@@ -37,12 +39,38 @@ class Problem:
         return f"{where}: {self.what}"
 
 
-def verify(path: str | Path, *, decode: bool = False, progress: Progress | None = None) -> list[Problem]:
+@dataclass(frozen=True, kw_only=True)
+class _CheckShard:
+    """The job of checking one shard, for a worker process."""
+
+    folder: ShardFolder
+    manifest: Manifest
+    decode: bool
+
+    def __call__(self, number: int, tick: Tick) -> list[Problem]:
+        entry = self.manifest.shards[number]
+        names = [entry.name, *(f"{entry.stem}{suffix}" for suffix in {**entry.digests, ".index.npy": ""})]
+        with self.folder.opened(dict.fromkeys(names), self.manifest) as shards:
+            problems = verify_shard(shards, number, decode=self.decode)
+        tick(entry.num_samples)
+        return problems
+
+
+def verify(
+    path: str | Path,
+    *,
+    decode: bool = False,
+    workers: int = 1,
+    work_folder: str = "/tmp",  # noqa: S108 - the command line's default
+    progress: Progress | None = None,
+) -> list[Problem]:
     """Check digests, tar structure, offsets, labels, checksums and image headers of a set.
 
     Args:
-        path: folder with manifest.json.
+        path: folder with manifest.json, local or in a bucket.
         decode: also decode every pixel.
+        workers: processes; the report is the same for any number.
+        work_folder: local folder for the shards of a bucket, one for each worker at a time.
         progress: draws a bar.
 
     Returns:
@@ -50,16 +78,17 @@ def verify(path: str | Path, *, decode: bool = False, progress: Progress | None 
 
     Raises:
         ValueError: there is no finished set.
+        PackError: the bucket does not answer, or a worker died.
     """
-    shards = ShardSet.open(path)
-    problems: list[Problem] = []
-    with (progress or Progress(enabled=False)).stage("verifying", unit=" images", total=shards.num_samples) as tick:
-        for number in range(shards.num_shards):
-            problems += verify_shard(shards, number, decode=decode, tick=tick)
-    return problems
+    folder = ShardFolder(where=str(path), work_folder=work_folder)
+    manifest = folder.manifest()
+    check, numbers = _CheckShard(folder=folder, manifest=manifest, decode=decode), range(len(manifest.shards))
+    with (progress or Progress(enabled=False)).stage("verifying", unit=" images", total=manifest.num_samples) as tick:
+        found = dict(run_tasks(check, numbers, workers=workers, tick=tick))
+    return [problem for number in numbers for problem in found[number]]
 
 
-def verify_shard(shards: ShardSet, number: int, *, decode: bool, tick: Callable[[int], object]) -> list[Problem]:
+def verify_shard(shards: ShardSet, number: int, *, decode: bool) -> list[Problem]:
     """Check one shard."""
     entry = shards.manifest.shards[number]
     problems = [Problem(shard=entry.name, sample=None, what=what) for what in _check_digests(shards.path, entry)]
@@ -77,7 +106,6 @@ def verify_shard(shards: ShardSet, number: int, *, decode: bool, tick: Callable[
             ]
     except OSError as error:
         problems.append(Problem(shard=entry.name, sample=None, what=f"cannot be read: {error.strerror}"))
-    tick(entry.num_samples)
     return problems
 
 
@@ -114,7 +142,7 @@ def _check_samples(
             )
             return
         at = start + len(data) + -len(data) % BLOCK
-        yield from ((key, what) for what in _check_image(data, record, decode=decode))
+        yield from ((key, what) for what in check_image(data, record, decode=decode))
         if record["label"] >= 0:
             try:
                 name, data, start = _member(file, at)
@@ -139,7 +167,7 @@ def _check_images_only(
     for record in records:
         file.seek(int(record["offset"]))
         data = file.read(int(record["size"]))
-        for what in _check_image(data, record, decode=decode and not record["flags"] & Flag.NOT_JPEG):
+        for what in check_image(data, record, decode=decode and not record["flags"] & Flag.NOT_JPEG):
             yield str(record["position"]), what
 
 
@@ -153,7 +181,8 @@ def _member(file: io.BufferedReader, at: int) -> tuple[str, bytes, int]:
     return os.fsdecode(member.name), data, at + BLOCK
 
 
-def _check_image(data: bytes, record: Any, *, decode: bool) -> Iterator[str]:
+def check_image(data: bytes, record: Any, *, decode: bool) -> Iterator[str]:
+    """Compare the bytes of an image with its index record; yields what is wrong."""
     if crc32c(data) != record["crc32c"]:
         yield "its bytes have changed since it was packed: crc32c differs"
         return

@@ -223,6 +223,59 @@ def test_a_node_of_a_cluster_that_shares_only_the_bucket_fetches_the_plan(bucket
     assert objects(out) == contents(tmp_path / "local")
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_set_in_a_bucket_is_verified_and_inspected(bucket, tmp_path, capsys, workers):
+    source, out = fill(tmp_path / "in", 8, classes=2), bucket + "/out"
+    pack(config(source, out=out, work_folder=str(tmp_path)))
+    verify = ["verify", out, "--decode", "--workers", workers, "--work-folder", str(tmp_path)]
+    assert main(verify) == 0
+    assert f"{out}: everything is as it was packed" in capsys.readouterr().out
+    sheet = tmp_path / "sheet.png"
+    assert main(["inspect", out, "--sheet", str(sheet), "--work-folder", str(tmp_path)]) == 0
+    assert f"{out}: 8 samples in 2 shards" in capsys.readouterr().out
+    pack(config(source, out=tmp_path / "local"))
+    assert main(["inspect", str(tmp_path / "local"), "--sheet", str(tmp_path / "local.png")]) == 0
+    assert sheet.read_bytes() == (tmp_path / "local.png").read_bytes()
+    damaged = bytearray(objects(out)["shard-000001.tar"])
+    damaged[1000] ^= 1
+    upload(out, {"shard-000001.tar": bytes(damaged)})
+    storage.Folder(out).delete(["shard-000000.sources.txt"])
+    capsys.readouterr()
+    assert main(verify) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "shard-000000.tar: shard-000000.sources.txt cannot be read: No such file or directory"
+    assert "shard-000001.tar: shard-000001.tar has changed" in told[1]
+    assert "crc32c differs" in told[2]
+    assert len(told) == 4
+    assert {p.name for p in tmp_path.iterdir()} == {"in", "local", "sheet.png", "local.png"}
+    assert main(["verify", bucket + "/nowhere"]) == 2
+    assert "has no manifest.json: packing has not finished there" in capsys.readouterr().err
+
+
+def test_tars_in_a_bucket_are_indexed_as_in_a_folder(bucket, tmp_path, capsys):
+    (tmp_path / "tars").mkdir()
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / "tars" / f"{name}.tar", "w") as tar:
+            for i in range(3):
+                for suffix, data in (("jpg", jpeg(ord(name) + i)), ("cls", b"%d" % i)):
+                    info = tarfile.TarInfo(f"{i}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    upload(bucket + "/tars", contents(tmp_path / "tars") | {"below/c.tar": b"of another set"})
+    (tmp_path / "work").mkdir()
+    assert main(["index", bucket + "/tars", "--work-folder", str(tmp_path / "work"), "--workers", "2"]) == 0
+    assert "6 samples in 2 tars are indexed" in capsys.readouterr().out
+    assert main(["index", str(tmp_path / "tars")]) == 0
+    found = objects(bucket + "/tars")
+    del found["below/c.tar"]
+    assert found == contents(tmp_path / "tars")
+    assert not list((tmp_path / "work").iterdir())
+    assert main(["verify", bucket + "/tars", "--work-folder", str(tmp_path / "work")]) == 0
+    capsys.readouterr()
+    assert main(["index", bucket + "/tars"]) == 2
+    assert "has a manifest.json already" in capsys.readouterr().err
+
+
 def test_an_interrupted_upload_goes_on(bucket, tmp_path, monkeypatch):
     source = fill(tmp_path / "in", 12)
     put, calls = storage.Folder.put, []

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 
@@ -58,6 +59,20 @@ def test_any_cut_is_found(packed, data):
         path.write_bytes(whole)
     assert len(problems) >= 2
     assert {problem.shard for problem in problems} == {"shard-000000.tar"}
+
+
+def test_the_report_is_the_same_for_any_number_of_workers(packed, tmp_path):
+    shutil.copytree(packed, tmp_path / "out")
+    for shard in (0, 1):
+        path = tmp_path / "out" / f"shard-00000{shard}.tar"
+        damaged = bytearray(path.read_bytes())
+        for record in ShardSet.open(packed).index(shard)[1:3]:
+            damaged[int(record["offset"]) + 300] ^= 1
+        path.write_bytes(damaged)
+    problems = verify(tmp_path / "out", decode=True)
+    assert len(problems) == 2 * 3
+    assert [p.shard for p in problems] == ["shard-000000.tar"] * 3 + ["shard-000001.tar"] * 3
+    assert verify(tmp_path / "out", decode=True, workers=2) == problems
 
 
 def test_the_command_says_so_and_fails(packed, capsys):
