@@ -1,6 +1,6 @@
 """Packing speed against what a user would take instead: the same files, alternating in one run, as ratios.
 
-    python benchmarks/pack.py --photos photos.tar [--copies 10] [--rounds 3] [--folder DIR]
+    python benchmarks/pack.py --photos photos.tar [--copies 10] [--rounds 3] [--folder DIR] [--json FILE]
 
 Copying is compared with GNU tar and fsync, and with webdataset's ShardWriter; shrinking with OpenCV called as
 img2dataset calls it (decode, INTER_AREA, encode at the same quality), on one core. The photos are unpacked `copies`
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -28,6 +29,9 @@ from PIL import Image
 from shards.config import EncodeConfig, PackConfig
 from shards.encode import encode
 from shards.pack import pack
+
+if TYPE_CHECKING:
+    from alternating import Claim
 
 SIDE, QUALITY = 256, 90
 
@@ -124,7 +128,14 @@ def look(datas: list[bytes], shrink: Callable[[bytes], bytes]) -> float:
     return float(np.mean(found))
 
 
-def copying(source: Path, folder: Path, rounds: int, num_files: int) -> None:
+def less(seconds: list[float], start: float) -> list[float]:
+    """Times without what starting the worker processes took."""
+    return [each - start for each in seconds]
+
+
+def copying(source: Path, folder: Path, rounds: int, num_files: int) -> list["Claim"]:
+    from alternating import compare
+
     tiny = folder / "tiny"
     tiny.mkdir()
     for path in sorted(source.rglob("*.*"))[:4]:
@@ -132,65 +143,79 @@ def copying(source: Path, folder: Path, rounds: int, num_files: int) -> None:
     plain = {"mean_rgb": False}
     seconds = timed(
         {
-            "GNU tar and fsync": into(lambda out: gnu_tar(source, out), folder),
-            "make-shards, 1 worker": into(lambda out: ours(source, out, workers=1, **plain), folder),
-            "make-shards, 2 workers": into(lambda out: ours(source, out, workers=2, **plain), folder),
-            "webdataset.ShardWriter": into(lambda out: shard_writer(source, out), folder),
-            "starting 2 workers": into(lambda out: ours(tiny, out, workers=2, shard_samples=2, **plain), folder),
+            "tar": into(lambda out: gnu_tar(source, out), folder),
+            "1 worker": into(lambda out: ours(source, out, workers=1, **plain), folder),
+            "2 workers": into(lambda out: ours(source, out, workers=2, **plain), folder),
+            "ShardWriter": into(lambda out: shard_writer(source, out), folder),
+            "start": into(lambda out: ours(tiny, out, workers=2, shard_samples=2, **plain), folder),
         },
         rounds,
     )
-    start = median(seconds.pop("starting 2 workers"))
-    base = seconds["GNU tar and fsync"]
-    print(
-        f"\n### Copying {num_files:,} photos\n\n"
-        "| | s, median (all) | times GNU tar | less starting workers |\n|---|---|---|---|"
-    )
-    for name, own in seconds.items():
-        ratio = median(a / b for a, b in zip(own, base, strict=True))
-        less = median((a - start) / b for a, b in zip(own, base, strict=True)) if "2 workers" in name else ratio
-        print(f"| {name} | {median(own):.2f} ({', '.join(f'{s:.2f}' for s in own)}) | {ratio:.2f} | {less:.2f} |")
-    print(f"\nStarting 2 workers took {start:.2f} s.")
+    start, what = median(seconds["start"]), f"copying {num_files:,} photos"
+    two = less(seconds["2 workers"], start)
+    print(f"Starting two workers took {start:.2f} s; claims are without it.")
+    against = {"unit": "s", "less_is_better": True}
+    return [
+        compare(f"{what}, 1 worker / GNU tar and fsync", seconds["1 worker"], seconds["tar"], goal=1 / 1.3, **against),
+        compare(f"{what}, 2 workers / GNU tar and fsync", two, seconds["tar"], goal=1 / 0.9, **against),
+        compare(f"{what}, 1 worker / webdataset.ShardWriter", seconds["1 worker"], seconds["ShardWriter"], **against),
+    ]
 
 
-def shrinking(source: Path, folder: Path, rounds: int) -> None:
+def shrinking(source: Path, folder: Path, rounds: int) -> list["Claim"]:
+    from alternating import compare
+
     datas = [path.read_bytes() for path in sorted((source / "class0").iterdir())]
     config = EncodeConfig(resize=SIDE, quality=QUALITY)
     options = {"resize": SIDE, "quality": QUALITY, "shard_samples": 100}
-    one = source / "class0"
+    one, tiny = source / "class0", folder / "tiny"
     cv2.setNumThreads(0)
-    tiny = folder / "tiny"
 
     def each(shrink: Callable[[bytes], bytes]) -> Callable[[], None]:
         return lambda: [shrink(data) for data in datas] and None
 
     seconds = timed(
         {
-            "OpenCV, 1 core": each(opencv),
-            "make-shards, encoding alone, 1 core": each(lambda data: encode(data, config).data),
-            "make-shards, all of packing, 1 worker": into(lambda out: ours(one, out, workers=1, **options), folder),
-            "make-shards, all of packing, 2 workers": into(lambda out: ours(one, out, workers=2, **options), folder),
-            "copying with mean colours, 1 worker": into(
-                lambda out: ours(one, out, workers=1, shard_samples=100), folder
-            ),
-            "copying with mean colours, 2 workers": into(
-                lambda out: ours(one, out, workers=2, shard_samples=100), folder
-            ),
-            "starting 2 workers": into(lambda out: ours(tiny, out, workers=2, shard_samples=2, resize=SIDE), folder),
+            "opencv": each(opencv),
+            "encoding": each(lambda data: encode(data, config).data),
+            "1 worker": into(lambda out: ours(one, out, workers=1, **options), folder),
+            "2 workers": into(lambda out: ours(one, out, workers=2, **options), folder),
+            "start": into(lambda out: ours(tiny, out, workers=2, shard_samples=2, resize=SIDE), folder),
         },
         rounds,
     )
-    start = median(seconds.pop("starting 2 workers"))
-    base = seconds["OpenCV, 1 core"]
-    print(f"\n### Shrinking {len(datas):,} photos to {SIDE} at quality {QUALITY}\n")
-    print("| | images/s, median | times OpenCV | less starting workers |\n|---|---|---|---|")
-    for name, own in seconds.items():
-        ratio = median(b / a for a, b in zip(own, base, strict=True))
-        less = median(b / (a - start) for a, b in zip(own, base, strict=True)) if "2 workers" in name else ratio
-        print(f"| {name} | {len(datas) / median(own):.0f} | {ratio:.2f} | {less:.2f} |")
+    two = less(seconds["2 workers"], median(seconds["start"]))
+
+    def rates(found: list[float]) -> list[float]:
+        return [len(datas) / value for value in found]
+
+    what, theirs = f"shrinking to {SIDE} at quality {QUALITY}", rates(seconds["opencv"])
     few = datas[:: max(1, len(datas) // 200)]
-    looks = look(few, opencv), look(few, lambda data: encode(data, config).data)
-    print(f"\nSSIM against Lanczos, {len(few)} photos: OpenCV {looks[0]:.4f}, make-shards {looks[1]:.4f}.")
+    looks = [look(few, shrink) for shrink in (lambda data: encode(data, config).data, opencv)]
+    return [
+        compare(f"{what}, 1 core / OpenCV, 1 core", rates(seconds["encoding"]), theirs, unit="images/s", goal=1.05),
+        compare(
+            f"{what}, all of packing, 1 worker / OpenCV, 1 core", rates(seconds["1 worker"]), theirs, unit="images/s"
+        ),
+        compare(f"{what}, all of packing, 2 workers / OpenCV, 1 core", rates(two), theirs, unit="images/s", goal=1.8),
+        compare(f"{what}, likeness to Lanczos / OpenCV's", [looks[0]], [looks[1]], unit="SSIM", goal=1.0),
+    ]
+
+
+def meaning(source: Path, folder: Path, rounds: int) -> list["Claim"]:
+    """What the mean colour of each photo costs where photos are copied: each is decoded at an eighth."""
+    from alternating import compare
+
+    one = source / "class0"
+    seconds = timed(
+        {
+            "plain": into(lambda out: ours(one, out, workers=1, mean_rgb=False), folder),
+            "mean": into(lambda out: ours(one, out, workers=1), folder),
+        },
+        rounds,
+    )
+    claim = "copying with mean colours (the default) / with --no-mean-rgb, 1 worker"
+    return [compare(claim, seconds["mean"], seconds["plain"], unit="s", less_is_better=True)]
 
 
 def main() -> None:
@@ -198,17 +223,22 @@ def main() -> None:
     parser.add_argument("--photos", required=True, help="tar of photos")
     parser.add_argument("--copies", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="where to write the claims")
     parser.add_argument("--folder", help="where to work; the disk matters")
     options = parser.parse_args()
+    # Not above: worker processes import this file, and torch with it.
+    from alternating import claims_table, header, write_claims
+
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         files = unpack(options.photos, folder / "in", options.copies)
-        load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-        print(
-            f"{len(os.sched_getaffinity(0))} cores; load of the machine when it began: {load}; {options.rounds} rounds"
-        )
-        copying(folder / "in", folder, options.rounds, len(files))
-        shrinking(folder / "in", folder, options.rounds)
+        claims = [
+            *copying(folder / "in", folder, options.rounds, len(files)),
+            *shrinking(folder / "in", folder, options.rounds),
+            *meaning(folder / "in", folder, options.rounds),
+        ]
+    print(f"{header()}; {options.rounds} rounds\n\n{claims_table(claims)}")
+    write_claims(options.json, claims)
 
 
 if __name__ == "__main__":
