@@ -21,6 +21,12 @@ __all__ = ["ByteFile", "Folder", "SeekableFile", "check_url", "is_url", "open_by
 SCHEMES = ("s3", "gs", "az", "http", "https")
 CLIENT_OPTIONS: "ClientConfig" = {"timeout": "60s", "connect_timeout": "10s"}
 RETRIES: "RetryConfig" = {"max_retries": 6, "retry_timeout": timedelta(minutes=3)}
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
+"""Variables that send a scheme's requests elsewhere; an address there is a decision for what it says."""
 _WINDOW_BYTES = 4 << 20
 _UPLOAD_BYTES = 16 << 20
 
@@ -270,8 +276,8 @@ def _connect(url: str) -> "ObjectStore":
     from obstore.store import from_url
 
     options = CLIENT_OPTIONS.copy()
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT", ""))
-    if url.startswith("http://") or (url.startswith("s3://") and endpoint.startswith("http://")):
+    endpoints = [os.environ.get(name, "") for name in _ENDPOINTS.get(url.partition(":")[0], ())]
+    if any(address.startswith("http://") for address in (url, *endpoints)):
         options["allow_http"] = True
     try:
         return from_url(url, client_options=options, retry_config=RETRIES)
