@@ -1,7 +1,10 @@
 """Shards as other programs read them."""
 
 import gc
+import json
+import os
 import subprocess
+import sys
 import tarfile
 import warnings
 
@@ -79,6 +82,31 @@ def test_dalis_own_reader_with_our_idx(packed):
     images, labels = built.run()
     found = [(images.at(i).tobytes(), int(labels.at(i).tobytes())) for i in range(14)]
     assert found == [(data, label) for _, data, label in expected(packed)]
+
+
+def test_hugging_face_datasets_as_the_documentation_says(packed, tmp_path):
+    code = """
+import json, sys
+from datasets import Image, load_dataset
+for streaming in (False, True):
+    data = load_dataset("webdataset", data_files=sys.argv[1] + "/*.tar", split="train", streaming=streaming)
+    for sample in data.cast_column("jpg", Image(decode=False)):
+        print(json.dumps([sample["__key__"], sample["jpg"]["bytes"].hex(), sample["cls"]]))
+    assert next(iter(data))["jpg"].size == (48, 40)
+"""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(packed.path)],
+        env=os.environ | offline,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = [tuple(json.loads(line)) for line in result.stdout.splitlines()]
+    samples = [(key, data.hex(), label) for key, data, label in expected(packed)]
+    assert found == samples + samples
 
 
 def test_numpy_reads_the_index(packed):
