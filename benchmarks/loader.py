@@ -1,34 +1,75 @@
 """Loaders side by side: two MoCo v2 views at 224 pixels, in alternating rounds of one run, as ratios.
 
     python benchmarks/loader.py                     # on photographs that scikit-image carries, cut to 500 x 375
-    python benchmarks/loader.py --shards DIR        # on shards of your own
-    python benchmarks/loader.py --size 32 --only dali torch
+    python benchmarks/loader.py --photos FILE.tar   # on photographs of your own, or --shards DIR
+    python benchmarks/loader.py --only torch dali pil [--json FILE] [--plot FILE]
 
-`pil` is what the authors' code does: PIL and torchvision's transforms in a DataLoader with a worker a CPU, to float.
-`dali` and `torch` are ours. `reading` is our reader alone, `reading-busy` the same beside a busy interpreter.
+`torch`, `dali` and `exact` (the torch backend with torchvision's own colour operations) are ours. What a user would
+take instead: `pil` is what the authors' code does, PIL and torchvision's transforms in a DataLoader with a worker a
+CPU, to normalized float; `lightly` the same with lightly's MoCoV2Transform; `tv2` torchvision's v2 transforms on uint8
+tensors; `dali-stock` DALI with its random crop, blur and colour operators. All read the same bytes from page cache.
+
+Beside samples/s stands the processor time of all processes a sample: it depends less on what else the machine does.
 """
 
 import argparse
+import importlib.util
 import io
 import random
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
+from alternating import Claim, bars, claims_table, compare, header, write_claims
 from PIL import Image, ImageFilter
 from torchvision import transforms
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import v2
 
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.cpus import available_cpus
 from pipelines.loader import open_loader
-from pipelines.reader import Reader
 from shards import ShardSet
+
+Opened = tuple[Iterator[Any], Callable[[], None]]
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all contestants are asked for."""
+
+    shards: str
+    size: int
+    batch_size: int
+
+
+class EncodedPhotos:
+    """The encoded bytes of each sample, as a folder of files would give them."""
+
+    def __init__(self, shards: str) -> None:
+        opened = ShardSet.open(shards)
+        self._places = [
+            (str(opened.shard_path(shard)), int(record["offset"]), int(record["size"]))
+            for shard in range(opened.num_shards)
+            for record in opened.index(shard)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> bytes:
+        path, offset, size = self._places[index]
+        with open(path, "rb") as file:  # noqa: PTH123 - as quick as it gets
+            file.seek(offset)
+            return file.read(size)
 
 
 class PilBlur:
@@ -39,34 +80,70 @@ class PilBlur:
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
 
 
-class PilViews(torch.utils.data.Dataset[Any]):
-    """Two views of a sample by PIL."""
+def pil_views(size: int) -> Callable[[bytes], Any]:
+    """The transform of the authors' main_moco.py with --aug-plus."""
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
+            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            transforms.RandomGrayscale(p=0.2),
+            transforms.RandomApply([PilBlur()], p=0.5),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(mean=MEAN, std=STD),
+        ]
+    )
 
-    def __init__(self, shards: str, size: int) -> None:
-        self._shards = ShardSet.open(shards)
-        self._reader: Reader | None = None
-        self._transform = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
-                transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-                transforms.RandomGrayscale(p=0.2),
-                transforms.RandomApply([PilBlur()], p=0.5),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
-            ]
-        )
+    def views(encoded: bytes) -> Any:
+        image = Image.open(io.BytesIO(encoded)).convert("RGB")
+        return transform(image), transform(image)
+
+    return views
+
+
+def lightly_views(size: int) -> Callable[[bytes], Any]:
+    """What lightly gives for MoCo v2, at its own settings but for the size."""
+    from lightly.transforms import MoCoV2Transform  # pyright: ignore[reportMissingImports]
+
+    transform = MoCoV2Transform(input_size=size)
+    return lambda encoded: tuple(transform(Image.open(io.BytesIO(encoded)).convert("RGB")))
+
+
+def tv2_views(size: int) -> Callable[[bytes], Any]:
+    """Torchvision's v2 transforms on uint8 tensors; blur as wide as in the recipe."""
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.5),
+            v2.RandomHorizontalFlip(),
+        ]
+    )
+
+    def views(encoded: bytes) -> Any:
+        data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        image = decode_jpeg(data, mode=ImageReadMode.RGB)
+        return transform(image), transform(image)
+
+    return views
+
+
+VIEWS = {"pil": pil_views, "lightly": lightly_views, "tv2": tv2_views}
+
+
+class PhotoViews(torch.utils.data.Dataset[Any]):
+    """Two views of a sample by one of VIEWS."""
+
+    def __init__(self, name: str, options: Options) -> None:
+        self._photos = EncodedPhotos(options.shards)
+        self._views = VIEWS[name](options.size)
 
     def __len__(self) -> int:
-        return self._shards.num_samples
+        return len(self._photos)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._reader is None:
-            self._reader = Reader(self._shards, num_threads=1)
-        one = np.array([index])
-        [encoded] = self._reader.submit(one, self._reader.records(one)).result()
-        image = Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
-        return self._transform(image), self._transform(image)
+    def __getitem__(self, index: int) -> Any:
+        return self._views(self._photos[index])
 
 
 def endless(loader: Any) -> Iterator[Any]:
@@ -74,115 +151,180 @@ def endless(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
-def open_pil(shards: str, size: int, batch_size: int) -> tuple[Iterator[Any], Callable[[], None]]:
+def open_torch_loader(name: str, options: Options) -> Opened:
     loader = torch.utils.data.DataLoader(
-        PilViews(shards, size),
-        batch_size=batch_size,
+        PhotoViews(name, options),
+        batch_size=options.batch_size,
         shuffle=True,
         drop_last=True,
         num_workers=available_cpus(),
         multiprocessing_context="fork",
         persistent_workers=True,
     )
-    return endless(loader), lambda: None
+    batches = endless(loader)
+    return batches, lambda: None
 
 
-def open_ours(backend: str, shards: str, size: int, batch_size: int) -> tuple[Iterator[Any], Callable[[], None]]:
-    data = DataConfig(shards=shards, batch_size=batch_size, backend=backend)  # pyright: ignore[reportArgumentType]
-    loader = open_loader(data, ViewsConfig(size=size), seed=0, device=torch.device("cpu"))
+def open_dali_stock(options: Options) -> Opened:
+    """DALI's own operators, in their usual order."""
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import pipeline_def
+
+    photos = EncodedPhotos(options.shards)
+    order = np.random.default_rng(0)
+
+    def encoded() -> list[np.ndarray]:
+        return [np.frombuffer(photos[i], np.uint8) for i in order.integers(0, len(photos), options.batch_size)]
+
+    @pipeline_def(enable_conditionals=True)
+    def both() -> Any:
+        images = fn.decoders.image(fn.external_source(encoded, batch=True, dtype=types.UINT8, ndim=1))
+        return tuple(view(images) for _ in range(2))
+
+    def view(images: Any) -> Any:
+        out = fn.random_resized_crop(images, size=(options.size, options.size), random_area=(0.2, 1.0), antialias=True)
+        if fn.random.coin_flip(probability=0.8, dtype=types.BOOL):
+            out = fn.color_twist(
+                out,
+                brightness=fn.random.uniform(range=(0.6, 1.4)),
+                contrast=fn.random.uniform(range=(0.6, 1.4)),
+                saturation=fn.random.uniform(range=(0.6, 1.4)),
+                hue=fn.random.uniform(range=(-36.0, 36.0)),
+            )
+        if fn.random.coin_flip(probability=0.2, dtype=types.BOOL):
+            out = fn.hsv(out, saturation=0.0)
+        if fn.random.coin_flip(probability=0.5, dtype=types.BOOL):
+            out = fn.gaussian_blur(out, sigma=fn.random.uniform(range=(0.1, 2.0)))
+        return fn.flip(out, horizontal=fn.random.coin_flip())
+
+    pipe = both(
+        batch_size=options.batch_size, num_threads=available_cpus(), device_id=None, prefetch_queue_depth=2, seed=0
+    )
+    pipe.build()
+
+    def batches() -> Iterator[Any]:
+        while True:
+            yield pipe.run()
+
+    return batches(), lambda: None
+
+
+def open_ours(name: str, options: Options) -> Opened:
+    data = DataConfig(
+        shards=options.shards,
+        batch_size=options.batch_size,
+        backend="dali" if name == "dali" else "torch",
+    )
+    views = ViewsConfig(size=options.size, colour="torchvision" if name == "exact" else "linear")
+    loader = open_loader(data, views, seed=0, device=torch.device("cpu"))
     return endless(loader), loader.close
 
 
-def open_reading(shards: str, batch_size: int, *, busy: bool) -> tuple[Iterator[Any], Callable[[], None]]:
-    opened = ShardSet.open(shards)
-    reader = Reader(opened)
-    over = threading.Event()
-
-    def spin() -> None:
-        while not over.is_set():
-            sum(range(100))
-
-    other = threading.Thread(target=spin) if busy else None
-    if other is not None:
-        other.start()
-
-    def batches() -> Iterator[Any]:
-        rng = np.random.default_rng(0)
-        while True:
-            samples = rng.integers(0, opened.num_samples, batch_size)
-            yield reader.submit(samples, reader.records(samples)).result()
-
-    def close() -> None:
-        over.set()
-        if other is not None:
-            other.join()
-        reader.close()
-
-    return batches(), close
+def open_contestant(name: str, options: Options) -> Opened:
+    if name in VIEWS:
+        return open_torch_loader(name, options)
+    return open_dali_stock(options) if name == "dali-stock" else open_ours(name, options)
 
 
-def open_contestant(name: str, shards: str, size: int, batch_size: int) -> tuple[Iterator[Any], Callable[[], None]]:
-    if name == "pil":
-        return open_pil(shards, size, batch_size)
-    if name.startswith("reading"):
-        return open_reading(shards, batch_size, busy=name.endswith("busy"))
-    return open_ours(name, shards, size, batch_size)
+def cpu_seconds() -> float:
+    """Processor time of this process and its living children."""
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    times = [one.cpu_times() for one in family]
+    return sum(each.user + each.system for each in times)
 
 
-def samples_per_s(name: str, shards: str, options: argparse.Namespace) -> float:
-    batches, close = open_contestant(name, shards, options.size, options.batch_size)
+def measure(name: str, options: Options, seconds: float) -> tuple[float, float]:
+    """(samples/s, milliseconds of processor time a sample)."""
+    batches, close = open_contestant(name, options)
     for _ in range(3):
         next(batches)
-    begin, num = time.perf_counter(), 0
-    while time.perf_counter() - begin < options.seconds:
+    begin, cpu, num = time.perf_counter(), cpu_seconds(), 0
+    while time.perf_counter() - begin < seconds:
         next(batches)
         num += options.batch_size
-    rate = num / (time.perf_counter() - begin)
+    figures = num / (time.perf_counter() - begin), 1e3 * (cpu_seconds() - cpu) / num
     close()
-    return rate
+    return figures
 
 
-def pack_photographs(folder: Path, copies: int) -> str:
-    """Pack crops of 500 x 375 of scikit-image's photographs."""
-    from skimage import data
-
+def pack_photographs(folder: Path, photos: str | None, copies: int = 300) -> str:
+    """Pack a tar of photographs, or crops of 500 x 375 of scikit-image's."""
     from shards.config import PackConfig
     from shards.pack import pack
 
-    rng = np.random.default_rng(0)
-    source = folder / "images"
-    source.mkdir()
-    for number in range(copies):
-        photo = np.asarray((data.astronaut, data.coffee, data.rocket)[number % 3]())
-        y, x = (int(rng.integers(0, extent - most + 1)) for extent, most in zip(photo.shape, (375, 500), strict=False))
-        Image.fromarray(photo[y : y + 375, x : x + 500]).save(source / f"{number}.jpg", quality=92)
-    pack(PackConfig(sources=(str(source),), out=str(folder / "shards")))
+    source = photos or str(folder / "images")
+    if photos is None:
+        from skimage import data
+
+        rng = np.random.default_rng(0)
+        Path(source).mkdir()
+        for number in range(copies):
+            photo = np.asarray((data.astronaut, data.coffee, data.rocket)[number % 3]())
+            y, x = (int(rng.integers(0, own - most + 1)) for own, most in zip(photo.shape, (375, 500), strict=False))
+            Image.fromarray(photo[y : y + 375, x : x + 500]).save(f"{source}/{number}.jpg", quality=92)
+    pack(PackConfig(sources=(source,), out=str(folder / "shards")))
     return str(folder / "shards")
+
+
+def claims_of(rates: dict[str, list[float]], size: int) -> list[Claim]:
+    """Each of ours against each alternative that was timed."""
+    goals = {("torch", "pil"): 4.0, ("dali", "pil"): 2.5, ("dali", "dali-stock"): 1.3}
+    goals |= {("torch", peer): 1.0 for peer in ("lightly", "tv2", "dali-stock")}
+    peers = [name for name in (*VIEWS, "dali-stock") if name in rates]
+    return [
+        compare(
+            f"two views at {size} pixels: {ours} backend / {theirs}",
+            rates[ours],
+            rates[theirs],
+            unit="samples/s",
+            goal=goals.get((ours, theirs)),
+        )
+        for ours in ("torch", "dali", "exact")
+        if ours in rates
+        for theirs in peers
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--shards", help="folder that make-shards wrote")
+    source.add_argument("--photos", help="tar of photographs, packed first")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=["pil", "dali", "torch", "reading", "reading-busy"])
-    options = parser.parse_args()
+    every = ["torch", "dali", "exact", *VIEWS, "dali-stock"]
+    parser.add_argument("--only", nargs="+", choices=every, default=every)
+    parser.add_argument("--json", type=Path, help="where to write the claims")
+    parser.add_argument("--plot", type=Path, help="where to draw the rates")
+    asked = parser.parse_args()
+    names = [name for name in asked.only if name != "lightly" or importlib.util.find_spec("lightly")]
+    if names != asked.only:
+        print("lightly is left out: install benchmarks/requirements.txt to have it")
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    costs: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        shards = options.shards or pack_photographs(Path(folder), 300)
-        rates: dict[str, list[float]] = {name: [] for name in options.only}
-        for _ in range(options.rounds):
-            for name, found in rates.items():
-                found.append(samples_per_s(name, shards, options))
-                print(f"{name:<13}{found[-1]:9.0f} samples/s", flush=True)
-    print(f"\n{available_cpus()} CPUs, size {options.size}, batch {options.batch_size}, {options.rounds} rounds")
-    base = statistics.median(rates[options.only[0]])
-    for name, found in rates.items():
-        middle = statistics.median(found)
+        shards = asked.shards or pack_photographs(Path(folder), asked.photos)
+        options = Options(shards, asked.size, asked.batch_size)
+        for _ in range(asked.rounds):
+            for name in names:
+                rate, cost = measure(name, options, asked.seconds)
+                rates[name].append(rate)
+                costs[name].append(cost)
+                print(f"{name:<13}{rate:9.0f} samples/s{cost:8.2f} ms of processor time a sample", flush=True)
+    print(f"\n{header()}; size {asked.size}, batch {asked.batch_size}, {asked.rounds} rounds\n")
+    print("| | samples/s, median (all) | ms of processor time a sample |\n|---|---|---|")
+    for name in names:
+        every_rate = ", ".join(f"{rate:.0f}" for rate in rates[name])
         print(
-            f"{name:<13}{min(found):8.0f} to {max(found):6.0f} samples/s, {middle / base:6.2f} times {options.only[0]}"
+            f"| {name} | {statistics.median(rates[name]):.0f} ({every_rate}) | {statistics.median(costs[name]):.2f} |"
         )
+    claims = claims_of(rates, asked.size)
+    print(f"\n{claims_table(claims)}")
+    write_claims(asked.json, claims)
+    if asked.plot:
+        bars(rates, title=f"Two MoCo v2 views at {asked.size} pixels", path=asked.plot, unit="samples/s")
 
 
 if __name__ == "__main__":
