@@ -30,7 +30,7 @@ _SMALLEST = ViewsConfig(size=8, query=_NOTHING, key=_NOTHING)
 def reading(config: Config, runtime: Runtime) -> Iterator[Iterator[int]]:
     """Give an endless iterator of the encoded bytes in this rank's share of a batch, read and checked.
 
-    Epoch 1 of a run, while the loader is measured in epoch 0: of a set that is larger than the memory, other samples.
+    In epoch 1 of a run, while the loader is measured in epoch 0: those are other samples, if the set is a large one.
     """
     data = config.data
     shards = ShardSet.open(data.shards)
@@ -58,31 +58,30 @@ def reading(config: Config, runtime: Runtime) -> Iterator[Iterator[int]]:
         reader.close()
 
 
-def open_for(config: Config, runtime: Runtime, views: ViewsConfig | None = None, *, epoch: int = 0) -> Loader:
-    """The run's loader at the start of an epoch, perhaps with other views."""
-    views = views or config.views
-    name, _ = _backend(config, runtime.device)
-    loader = open_loader(
-        replace(config.data, backend=name),  # pyright: ignore[reportArgumentType]
-        views,
+def open_for(config: Config, runtime: Runtime) -> Loader:
+    """The run's loader."""
+    return open_loader(
+        config.data,
+        config.views,
         seed=config.run.seed,
         device=runtime.device,
         rank=runtime.rank,
         world_size=runtime.world_size,
         local_world_size=runtime.local_world_size,
     )
-    loader.load_state_dict({"epoch": epoch, "step": 0})
-    return loader
 
 
 def decoding(config: Config, runtime: Runtime) -> Loader:
-    """The run's loader with views that cost next to nothing."""
-    return open_for(config, runtime, _SMALLEST, epoch=2)
+    """The run's loader with views that cost next to nothing, in epoch 2."""
+    data = replace(config.data, backend=_backend(config, runtime.device))  # pyright: ignore[reportArgumentType]
+    loader = open_for(replace(config, data=data, views=_SMALLEST), runtime)
+    loader.load_state_dict({"epoch": 2, "step": 0})
+    return loader
 
 
 def made_on_device(config: Config, device: torch.device) -> bool:
     """Whether the views come to be where the step needs them."""
-    return device.type == "cpu" or _backend(config, device)[0] == "dali"
+    return device.type == "cpu" or _backend(config, device) == "dali"
 
 
 def resident_batch(config: Config, runtime: Runtime, size: int, device: torch.device) -> TwoViewBatch:
@@ -99,7 +98,6 @@ def resident_batch(config: Config, runtime: Runtime, size: int, device: torch.de
     return TwoViewBatch(view_q=view_q, view_k=view_k, index=index, label=torch.full((size,), -1))
 
 
-def _backend(config: Config, device: torch.device) -> tuple[str, str]:
-    return choose(
-        config.data.backend, device=device, size=config.views.size, exact=config.views.colour == "torchvision"
-    )
+def _backend(config: Config, device: torch.device) -> str:
+    exact = config.views.colour == "torchvision"
+    return choose(config.data.backend, device=device, size=config.views.size, exact=exact)[0]

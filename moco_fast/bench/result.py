@@ -96,7 +96,7 @@ def verdict(result: BenchResult) -> str:
     headroom, overlap = result.headroom, result.overlap
     if headroom is None or overlap is None:
         return "No verdict: it takes the loader, the step and both together."
-    found = f"The loader delivers {headroom:.2g}x what the step consumes; "
+    found = f"The loader delivers {headroom:,.{1 if headroom < 10 else 0}f}x what the step consumes; "
     found += f"end to end runs at {overlap:.0%} of the step alone"
     if not result.on_gpu:
         return f"{found}{_on_a_cpu(result)}"
@@ -115,9 +115,9 @@ def _on_a_cpu(result: BenchResult) -> str:
     assert result.end_to_end is not None
     shared = 1 / (1 / result.loader.median + 1 / result.step.median)
     share = shared / result.loader.median
-    said = f", on cores that both share: taking turns would give {shared:,.3g} samples/s, and it is "
-    said += f"{result.end_to_end.median:,.3g}. "
-    if share < 0.1:
+    said = f", on cores that both share: taking turns would give {_figure(shared)} samples/s, and it is "
+    said += f"{_figure(result.end_to_end.median)}. "
+    if share < 0.25:
         return said + f"Bound by the step: loading is {share:.0%} of the work."
     return said + (
         f"Loading is {share:.0%} of the work. Images packed at about the views' size (`make-shards pack --resize`) "
@@ -191,9 +191,10 @@ def _rates(result: BenchResult) -> Iterator[str]:
             if name == "hand-over to the device" and result.loader:
                 yield f"{name:<28}{'none: the views are made there':>43}"
             continue
-        ratio = f"{rate.median / result.step.median:>12.3g}x" if result.step else ""
+        ratio = f"{_figure(rate.median / result.step.median):>12}x" if result.step else ""
         extent = f"  {_bytes(result.read_bytes_per_s)}/s" if name == "reading" and result.read_bytes_per_s else ""
-        yield f"{name:<28}{rate.median:>10,.0f}{rate.lowest:>10,.0f}{rate.highest:>10,.0f}{ratio}{extent}"
+        figures = "".join(f"{_figure(each):>10}" for each in (rate.median, rate.lowest, rate.highest))
+        yield f"{name:<28}{figures}{ratio}{extent}"
 
 
 def _parts(result: BenchResult) -> Iterator[str]:
@@ -224,6 +225,10 @@ def _memory(result: BenchResult) -> Iterator[str]:
             f"GPU memory: {_bytes(result.torch_peak_bytes)} at torch's peak, {_bytes(result.device_used_bytes)} in use "
             "with DALI's and all else"
         )
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _bytes(count: float) -> str:

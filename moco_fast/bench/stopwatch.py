@@ -29,11 +29,9 @@ class Stopwatch:
         return self.runtime.tell_all(time.perf_counter() - started)
 
     def calls_for(self, job: Job, seconds: float) -> int:
-        """How many calls take so long, once the job has warmed up; at least one."""
-        took_s = self.time(job, 1)
-        if took_s < seconds:
-            took_s = min(took_s, self.time(job, 1))
-        calls = 1
+        """How many calls take so long, at least one. The first call is to warm up: it may compile for a minute."""
+        self.time(job, 1)
+        calls, took_s = 1, self.time(job, 1)
         while took_s < seconds / 10:
             calls *= 2
             took_s = self.time(job, calls)

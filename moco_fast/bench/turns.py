@@ -68,10 +68,8 @@ class Turns:
 
         if "step" not in self._num_calls:
             self._prepare("step", train, self._round_s)
-        if "loader" in self._call_s:
-            fill_s = made_ahead(self._config) * self._call_s["loader"] / self._config.optim.accumulate
-            calls = int(min(fill_s, self._round_s) / self._call_s["step"])
-            self._call_s["step"] = self._stopwatch.time(train, max(1, calls)) / max(1, calls)
+        fill_s = made_ahead(self._config) * self._call_s.get("loader", 0.0) / self._config.optim.accumulate
+        self._stopwatch.time(train, int(min(fill_s, self._round_s) / self._call_s["step"]))
         return self._round("step", train, self._round_s)
 
     def end_to_end(self) -> Round:
@@ -82,10 +80,14 @@ class Turns:
                 batches = self._take()
             self._train(batches)
 
-        if self._call_s.get("loader", 0.0) > self._call_s.get("step", 0.0):
+        loader_s, step_s = self._call_s.get("loader", 0.0), self._call_s.get("step", 0.0)
+        if loader_s > step_s:
             self._drain()
+        if loader_s and step_s:
+            self._stopwatch.time(train_on_next, 1)
+            self._num_calls["end_to_end"] = max(2, round(1.5 * self._round_s / max(loader_s, step_s)))
         # Longer than the others: it takes a while until one of the two sets the pace.
-        return self._round("end to end", train_on_next, 1.5 * self._round_s)
+        return self._round("end_to_end", train_on_next, 1.5 * self._round_s)
 
     @property
     def is_slow(self) -> bool:

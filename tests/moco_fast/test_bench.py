@@ -3,24 +3,59 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from moco_fast.bench import BenchResult, Rate, main, verdict
+from moco_fast.batchnorm import Together, VirtualGroups, build_policy
+from moco_fast.bench import clock as clock_module
+from moco_fast.bench import stopwatch as stopwatch_module
+from moco_fast.bench.cli import main
+from moco_fast.bench.clock import PartClock
+from moco_fast.bench.measure import _smaller_batches
+from moco_fast.bench.parts import on_a_clock
+from moco_fast.bench.result import BenchResult, Rate, table, verdict
+from moco_fast.bench.stopwatch import Stopwatch
+from moco_fast.config import BatchNormConfig, MocoConfig, ModelConfig, OptimConfig
+from moco_fast.dictionary import build_dictionary
+from moco_fast.encoders import build_encoder
+from moco_fast.keys import BankKeys, MomentumKeys, QueryKeys
+from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.optim import build_optimizer
+from moco_fast.presets import PRESETS
+from moco_fast.step import TrainStep
+from pipelines.batch import TwoViewBatch
+
+ROOT = Path(__file__).parent.parent.parent
+CPU = torch.device("cpu")
 
 
-def result(*, loader: float, step: float, end_to_end: float, on_gpu: bool = True) -> BenchResult:
-    rates = [Rate(median=rate, lowest=rate, highest=rate) for rate in (loader, step, end_to_end)]
+def rate(value: float) -> Rate:
+    return Rate(median=value, lowest=value, highest=value)
+
+
+def result(*, loader: float, step: float, end_to_end: float, on_gpu: bool = True, **more) -> BenchResult:
     memory = 1 << 30 if on_gpu else None
     return BenchResult(
-        loader=rates[0],
-        step=rates[1],
-        end_to_end=rates[2],
-        data_wait_share=0.0,
+        loader=rate(loader),
+        step=rate(step),
+        end_to_end=rate(end_to_end),
+        batch_size=256,
+        recipe_batch_size=256,
         torch_peak_bytes=memory,
         device_used_bytes=memory,
         environment={},
+        **({"parts_alone_s": {"loss": 0.1}, "parts_end_to_end_s": {"loss": 0.1}} | more),
     )
+
+
+SLOW_READING = {"reading": rate(800), "decoding": rate(700)}
+WAITS = {"parts_end_to_end_s": {"loss": 0.1, "waiting for data": 0.1}}
+SLOWS_DOWN = {"parts_end_to_end_s": {"loss": 0.2, "waiting for data": 0.0}}
 
 
 @pytest.mark.parametrize(
@@ -28,13 +63,142 @@ def result(*, loader: float, step: float, end_to_end: float, on_gpu: bool = True
     [
         ({"loader": 2000, "step": 1000, "end_to_end": 990}, "2.0x what the step consumes.*99%.*as it should be"),
         ({"loader": 1100, "step": 1000, "end_to_end": 990}, "little to spare"),
-        ({"loader": 500, "step": 1000, "end_to_end": 495}, "0.5x.*99%.*bound by the loader"),
-        ({"loader": 2000, "step": 1000, "end_to_end": 700}, "70%.*each other's way"),
-        ({"loader": 2000, "step": 100, "end_to_end": 80, "on_gpu": False}, "80%.*share the cores"),
+        ({"loader": 500, "step": 1000, "end_to_end": 495} | SLOW_READING, "0.5x.*50%.*bound by the loader.*Reading"),
+        ({"loader": 500, "step": 1000, "end_to_end": 495, "decoding": rate(600)}, "Decoding is slower"),
+        ({"loader": 500, "step": 1000, "end_to_end": 495, "hand_over": rate(900)}, "Copying views"),
+        ({"loader": 500, "step": 1000, "end_to_end": 495, "decoding": rate(1500)}, "Drawing the views"),
+        ({"loader": 2000, "step": 1000, "end_to_end": 700} | WAITS, "70%.*waits 50.0%.*--data.prefetch"),
+        ({"loader": 2000, "step": 1000, "end_to_end": 500} | SLOWS_DOWN, "2.00x as long.*Both want the GPU"),
+        ({"loader": 2000, "step": 100, "end_to_end": 80, "on_gpu": False}, "80%.*give 95.2.*is 80.*Bound by the step"),
+        ({"loader": 100, "step": 100, "end_to_end": 50, "on_gpu": False}, "Loading is 50% of the work"),
     ],
 )
 def test_the_verdict_names_what_limits(rates, says):
     assert re.search(says, verdict(result(**rates)))
+
+
+def test_the_table_shows_each_figure():
+    where = {"device": "abacus", "num_cpus": 4, "world_size": 2, "torch": "2.13", "cuda": "13.0", "python": "3.12"}
+    where |= {"precision": "bf16", "compile": True, "loader": "dali", "encoder": "resnet50", "size": 224}
+    parts = {"parts_alone_s": {"loss": 0.03, "rest": 0.01}, "parts_end_to_end_s": {"loss": 0.04, "waiting for data": 1}}
+    measured = result(loader=2000, step=1234, end_to_end=990, reading=rate(4000), read_bytes_per_s=2.5e9, **parts)
+    shown = table(replace(measured, environment=where, recipe_batch_size=512))
+    for figure in ("1,234", "3.24x", "2.5 GB/s", "30.00", "75.0%", "1,040.00", "1.07 GB", "2 ranks", "recipe's 512"):
+        assert figure in shown, figure
+    assert verdict(measured) in shown
+
+
+@pytest.fixture
+def host_clock(monkeypatch):
+    """A clock that stands still until it is told to go on."""
+    now = SimpleNamespace(seconds=0.0)
+    for module in (clock_module, stopwatch_module):
+        monkeypatch.setattr(module.time, "perf_counter", lambda: now.seconds)
+
+    def go_on(seconds):
+        now.seconds += seconds
+
+    return go_on
+
+
+def test_a_part_within_a_part_counts_for_itself(host_clock):
+    clock = PartClock(CPU)
+    host_clock(100)
+    for _ in range(2):
+        with clock.part("outer"):
+            host_clock(1)
+            clock.timed("inner", host_clock)(2)
+            host_clock(4)
+        host_clock(8)
+    assert clock.read() == {"outer": 10, "inner": 4}
+    assert clock.read() == {}
+
+
+def test_a_part_ends_when_it_fails(host_clock):
+    clock = PartClock(CPU)
+    with pytest.raises(ZeroDivisionError):
+        clock.timed("fails", lambda: 1 / 0)()
+    with clock.part("next"):
+        host_clock(1)
+    assert clock.read() == {"fails": 0, "next": 1}
+
+
+def test_rounds_are_as_long_as_asked_for(host_clock):
+    stopwatch = Stopwatch(SimpleNamespace(device=CPU, wait_for_all=lambda: None, tell_all=lambda value: value))
+    calls = iter([60.0, *[0.01] * 1000])
+    assert stopwatch.calls_for(lambda: host_clock(next(calls)), 1.0) == 100, "the first call is to warm up"
+    assert stopwatch.calls_for(lambda: host_clock(3.0), 1.0) == 1
+    assert stopwatch.time(lambda: host_clock(0.5), 4) == pytest.approx(2.0)
+
+
+MECHANISMS = {
+    "queue": MocoConfig(queue_size=32),
+    "symmetric": MocoConfig(queue_size=32, loss="symmetric"),
+    "end-to-end": MocoConfig(dictionary="batch", key_encoder="query"),
+    "bank": MocoConfig(dictionary="bank", queue_size=8),
+}
+PARTS = {
+    "momentum update", "key forward", "exchange", "query forward", "loss", "backward", "optimizer", "gather and enqueue"
+}  # fmt: skip
+
+
+def train_step(moco):
+    torch.manual_seed(0)
+    query = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8))
+    dictionary = build_dictionary(moco, 8, num_samples=20, seed=1, available_bytes=1 << 30)
+    if moco.dictionary == "bank":
+        keys = BankKeys(dictionary)
+    elif moco.key_encoder == "query":
+        keys = QueryKeys(query, Together(), nullcontext)
+    else:
+        key = copy_as_key_encoder(query)
+        keys = MomentumKeys(key, MomentumUpdate(query, key), VirtualGroups(2), nullcontext)
+    return TrainStep(
+        query=query,
+        keys=keys,
+        dictionary=dictionary,
+        optimizer=build_optimizer(query, OptimConfig()),
+        temperature=0.2,
+        symmetric=moco.loss == "symmetric",
+    )
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_a_step_on_a_clock_is_the_same_step(mechanism):
+    generator = torch.Generator().manual_seed(1)
+    view_q, view_k = (torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=generator) for _ in range(2))
+    batch = TwoViewBatch(view_q=view_q, view_k=view_k, index=torch.arange(8), label=torch.full((8,), -1))
+    plain, watched = train_step(MECHANISMS[mechanism]), train_step(MECHANISMS[mechanism])
+    clock = PartClock(CPU)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        expected = plain([batch, batch], lr=0.1, momentum=0.9)
+        torch.manual_seed(seed)
+        with on_a_clock(watched, watched.optimizer, clock) as timed:
+            found = timed([batch, batch], lr=0.1, momentum=0.9)
+        assert {name: value.item() for name, value in found.items()} == {n: v.item() for n, v in expected.items()}
+    for one, two in zip(plain.query.parameters(), watched.query.parameters(), strict=True):
+        assert torch.equal(one, two)
+    seconds = clock.read()
+    assert seconds.keys() == (PARTS - {"exchange"} if mechanism == "bank" else PARTS)
+    assert all(each > 0 for each in seconds.values())
+    watched([batch], lr=0.1, momentum=0.9)
+    assert clock.read() == {}, "the step that was given is left as it was"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+@pytest.mark.parametrize("policy", ["auto", "none", "virtual", "exchange"])
+def test_smaller_batches_suit_the_policy(monkeypatch, world_size, policy):
+    if (policy == "virtual") != (world_size == 1) and policy in ("virtual", "exchange"):
+        return
+    monkeypatch.setattr("moco_fast.distributed.world_size", lambda group=None: world_size)
+    config = replace(PRESETS["moco-v2"][1], bn=BatchNormConfig(policy=policy, num_groups=4))
+    sizes = _smaller_batches(config, world_size)
+    assert sizes[0] == 256
+    assert sizes[-1] < 256
+    for size in sizes:
+        assert size % world_size == 0
+        build_policy(config.bn, batch_size=size // world_size, local_world_size=world_size)
 
 
 def test_a_missing_folder_is_told_in_one_line(tmp_path, capsys):
@@ -44,27 +208,31 @@ def test_a_missing_folder_is_told_in_one_line(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_file_that_cannot_be_written_is_told_before_measuring(tmp_path, capsys, packed_demo):
+    out = tmp_path / "absent" / "bench.json"
+    assert main(["moco-v2", "--data.shards", str(packed_demo.train), "--json", str(out)]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
 @pytest.mark.slow
-def test_it_measures_a_recipe_and_leaves_no_run_behind(packed_demo, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "moco_fast.bench",
-        "--seconds",
-        "0.2",
-        "--json",
-        str(tmp_path / "bench.json"),
-        "demo",
-    ]
-    command += ["--data.shards", str(packed_demo.train), "--data.batch-size", "32", "--bn.num-groups", "4"]
+def test_two_ranks_measure_a_recipe_and_leave_no_run_behind(packed_demo, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2.yaml"]
+    command += ["-m", "moco_fast.bench", "demo", "--seconds", "2", "--json", str(tmp_path / "bench.json")]
+    command += ["--data.shards", str(packed_demo.train), "--data.batch-size", "32", "--views.size", "32"]
     command += ["--model.encoder", "resnet18_quarter", "--moco.queue-size", "128", "--run.device", "cpu"]
     command += ["--run.out", str(tmp_path / "run")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, check=True)
-    assert "loader alone" in done.stdout
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "bench.json").read_text())
-    for name in ("loader", "step", "end_to_end"):
+    for name in ("reading", "decoding", "loader", "step", "end_to_end"):
         assert 0 < found[name]["lowest"] <= found[name]["median"] <= found[name]["highest"]
-    assert found["loader"]["median"] > found["end_to_end"]["lowest"]
-    assert found["verdict"] in done.stdout
+    assert found["read_bytes_per_s"] > 500 * found["reading"]["median"]
+    assert found["environment"]["world_size"] == 2
+    assert found["parts_alone_s"].keys() == PARTS | {"rest"}
+    assert found["parts_end_to_end_s"].keys() == PARTS | {"rest", "waiting for data"}
+    # The parts make up the step: what is measured by part is what is measured as a whole.
+    whole_s = found["batch_size"] / found["step"]["median"]
+    assert sum(found["parts_alone_s"].values()) == pytest.approx(whole_s, rel=0.5)
+    assert done.stdout.count(found["verdict"]) == 1, "one rank speaks"
     assert not (tmp_path / "run").exists()
