@@ -15,16 +15,19 @@ Needs benchmarks/requirements.txt. Writes cifar10.md.
 import argparse
 import copy
 import json
+import shlex
+import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
 from itertools import cycle, islice
 from pathlib import Path, PurePosixPath
-from statistics import mean, median, stdev
-from typing import TypeVar
+from statistics import mean, stdev
+from typing import Any, TypeVar
 
 import torch
-from claims import Claim, header, write_claims
+from alternating import Claim, claims_table, compare, header, write_claims
 from torch import Tensor
 
 from moco_fast.build import build
@@ -226,7 +229,7 @@ def measure_speed(options: argparse.Namespace) -> dict[str, dict[str, list[float
     return speeds
 
 
-def accuracy_table(rows: list[dict[str, float]], seeds: list[int]) -> tuple[str, list[Claim]]:
+def accuracy_table(rows: list[dict[str, Any]], seeds: list[int]) -> tuple[str, list[Claim]]:
     """Markdown and claims of all trainings that are done."""
     of = {(row["contender"], row["seed"]): row for row in rows}
     done = [seed for seed in seeds if all((name, seed) in of for name in (OURS, EXACT, LIGHTLY))]
@@ -242,47 +245,45 @@ def accuracy_table(rows: list[dict[str, float]], seeds: list[int]) -> tuple[str,
     lines.append(f"| mean | {' | '.join(f'{mean(values):.1%}' for values in columns.values())} |")
     lines.append(f"| standard deviation | {' | '.join(f'{stdev(values):.1%}' for values in columns.values())} |")
     claims: list[Claim] = []
-    for other, goal in ((LIGHTLY, "not worse by more than a point"), (EXACT, None)):
+    # A point below is as good: the goal as a ratio. What the colour map costs is told, and nothing promised.
+    for other, may_lack in ((LIGHTLY, 0.01), (EXACT, None)):
         ours, theirs = mean(columns[OURS]), mean(columns[other])
         apart = [a - b for a, b in zip(columns[OURS], columns[other], strict=True)]
         error = stdev(apart) / len(done) ** 0.5
         lines.append(f"\nOurs minus {other}: {100 * mean(apart):+.1f} points, standard error {100 * error:.1f}.")
-        claim = f"kNN top-1 on CIFAR-10, mean of {len(done)} seeds, against {other}"
-        holds = ours >= theirs - 0.01 if goal else None
-        claims.append(Claim(claim=claim, ours=ours, theirs=theirs, ratio=ours / theirs, goal=goal, holds=holds))
-    return "\n".join(lines) + "\n", claims
-
-
-def speed_table(speeds: dict[str, dict[str, list[float]]]) -> tuple[str, list[Claim]]:
-    """Markdown and claims of what was timed."""
-    lines = ["| samples/s, median of rounds | ours | lightly | ratio, median of rounds |", "|---|---|---|---|"]
-    claims: list[Claim] = []
-    for what, rates in speeds.items():
-        ours, theirs = median(rates[OURS]), median(rates[LIGHTLY])
-        ratio = median(a / b for a, b in zip(rates[OURS], rates[LIGHTLY], strict=True))
-        lines.append(f"| {what} | {ours:,.0f} | {theirs:,.0f} | {ratio:.2f} |")
-        claim = f"CIFAR-10, samples/s of {what}, against lightly"
-        claims.append(Claim(claim=claim, ours=ours, theirs=theirs, ratio=ratio, goal=None, holds=None))
+        goal = None if may_lack is None else (theirs - may_lack) / theirs
+        ratios = [a / b for a, b in zip(columns[OURS], columns[other], strict=True)]
+        claim = Claim(
+            claim=f"CIFAR-10: kNN top-1, mean of {len(done)} seeds, against {other}",
+            ours=ours,
+            theirs=theirs,
+            unit="of images",
+            ratio=ours / theirs,
+            lowest=min(ratios),
+            highest=max(ratios),
+            goal=goal,
+            holds=None if goal is None else ours / theirs >= goal,
+        )
+        claims.append(claim)
     return "\n".join(lines) + "\n", claims
 
 
 def report(options: argparse.Namespace) -> str:
     """Write what is known so far; returns the Markdown."""
-    text = header("CIFAR-10: ours against lightly", "moco-fast", "lightly", "torchvision")
     rows = [json.loads(path.read_text()) for path in sorted((options.out / "accuracy").glob("*.json"))]
-    text += (
-        f"ResNet-18's layout at a quarter of its channels, CIFAR stem; {sum(PER_CLASS.values()) * 10:,} images "
-        f"({PER_CLASS['train'] * 10:,} to train on, the rest held out), {options.steps} steps of 128. kNN, k = 20, "
-        "cosine-weighted.\n\n"
-    )
     table, claims = accuracy_table(rows, options.seeds)
-    text += table
     if (kept := options.out / "speed.json").is_file():
-        speeds, speed_claims = speed_table(json.loads(kept.read_text()))
-        text += f"\n{speeds}"
-        claims += speed_claims
+        for what, rates in json.loads(kept.read_text()).items():
+            claims.append(compare(f"CIFAR-10: {what}, against lightly", rates[OURS], rates[LIGHTLY], unit="samples/s"))
+    command = shlex.join(["python", "benchmarks/cifar10.py", *sys.argv[1:]])
+    text = (
+        f"# CIFAR-10: ours against lightly\n\n{header()}, lightly {metadata.version('lightly')}\n\n    {command}\n\n"
+        f"ResNet-18's layout at a quarter of its channels, CIFAR stem; {10 * PER_CLASS['train']:,} images to train on, "
+        f"{10 * PER_CLASS['test']:,} held out; {options.steps} steps of 128; kNN with k = 20.\n\n"
+        f"{table}\n{claims_table(claims)}\n"
+    )
     (options.out / "cifar10.md").write_text(text)
-    write_claims(claims, options.json)
+    write_claims(options.json, claims)
     return text
 
 

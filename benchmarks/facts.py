@@ -12,6 +12,8 @@ of the contrastive task at the end of the run, means over seeds.
 """
 
 import argparse
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from unittest import mock
 
 import matplotlib as mpl
 import torch
-from claims import Claim, header, write_claims
+from alternating import Claim, claims_table, compare, header, write_claims
 from torch import Tensor
 
 from moco_fast.batchnorm import VirtualGroups
@@ -104,37 +106,25 @@ def measure(fact: str, value: str, seeds: list[int], options: argparse.Namespace
 
 
 def judge(rows: list[Row]) -> list[Claim]:
-    """The three facts, as far as they have been measured."""
+    """The three facts as ratios, seed by seed; a fact shows when its median is above 1."""
     of = {(row.fact, row.value): row for row in rows}
-    claims: list[Claim] = []
-
-    def claim(text: str, one: list[float], other: list[float], goal: str, holds: bool) -> None:
-        ours, theirs = mean(one), mean(other)
-        claims.append(Claim(claim=text, ours=ours, theirs=theirs, ratio=ours / theirs, goal=goal, holds=holds))
-
     m, k, bn = FACTS
-    zero, slow = of.get((m, "0.0")), of.get((m, "0.99"))
-    if zero and slow:
-        worse = all(a < b for a, b in zip(zero.top1, slow.top1, strict=True))
-        claim("kNN top-1 with m = 0, beside m = 0.99", zero.top1, slow.top1, "below it for every seed", worse)
-    small, large = of.get((k, "64")), of.get((k, "4096"))
-    if small and large:
-        helps = mean(large.top1) > mean(small.top1)
-        claim("kNN top-1 with K = 4,096, beside K = 64", large.top1, small.top1, "above it in the mean", helps)
-    shuffled, leaking = of.get((bn, "shuffled")), of.get((bn, NOT_SHUFFLED))
-    if shuffled and leaking:
-        easier = mean(leaking.loss) < mean(shuffled.loss)
-        claim("loss without shuffling BN, beside with", leaking.loss, shuffled.loss, "below it in the mean", easier)
-        follows = mean(leaking.top1) > mean(shuffled.top1)
-        text = "kNN top-1 without shuffling BN, beside with"
-        claim(text, leaking.top1, shuffled.top1, "not above it in the mean", not follows)
-    return claims
+    shuffled, leaking = of[bn, "shuffled"], of[bn, NOT_SHUFFLED]
+    compared = {
+        "kNN top-1 with m = 0.99 instead of 0": (of[m, "0.99"].top1, of[m, "0.0"].top1),
+        "kNN top-1 with K = 4,096 instead of 64": (of[k, "4096"].top1, of[k, "64"].top1),
+        "kNN top-1 with shuffling BN instead of without": (shuffled.top1, leaking.top1),
+    }
+    claims = [compare(text, one, other, unit="of images", goal=1.0) for text, (one, other) in compared.items()]
+    text = "loss without shuffling BN instead of with it"
+    return [*claims, compare(text, leaking.loss, shuffled.loss, unit="nats", less_is_better=True, goal=1.0)]
 
 
 def as_markdown(rows: list[Row], claims: list[Claim], num_seeds: int, steps: int) -> str:
     """Write the table."""
-    text = header("Facts of the paper on CIFAR-10", "moco-fast")
-    text += (
+    command = shlex.join(["python", "benchmarks/facts.py", *sys.argv[1:]])
+    text = (
+        f"# Facts of the paper on CIFAR-10\n\n{header()}\n\n    {command}\n\n"
         f"ResNet-18's layout at a quarter of its channels, {steps} steps of 128, means over {num_seeds} seeds; loss "
         f"and accuracy of the contrastive task over the last {10 * NUM_LAST_LINES} steps. Losses of different K do not "
         "compare.\n\n| | | kNN top-1 | spread | loss | contrastive accuracy |\n|---|---|---|---|---|---|\n"
@@ -142,11 +132,7 @@ def as_markdown(rows: list[Row], claims: list[Claim], num_seeds: int, steps: int
     for row in rows:
         numbers = f"{mean(row.top1):.1%} | {pstdev(row.top1):.1%} | {mean(row.loss):.3f} | {mean(row.accuracy):.1%}"
         text += f"| {row.fact} | {row.value} | {numbers} |\n"
-    verdicts = [
-        f"- {each.claim}: {each.ours:.3f} and {each.theirs:.3f}; goal: {each.goal}: {'yes' if each.holds else 'no'}\n"
-        for each in claims
-    ]
-    return f"{text}\n{''.join(verdicts)}"
+    return f"{text}\n{claims_table(claims)}\n"
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -192,7 +178,7 @@ def main() -> None:
         text = as_markdown(rows, claims, number, options.steps)
         (options.out / "facts.md").write_text(text)
         draw(rows, options.out / "facts.svg")
-        write_claims(claims, options.json)
+        write_claims(options.json, claims)
     print(text)
 
 
