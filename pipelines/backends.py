@@ -1,6 +1,6 @@
 """What turns encoded samples into views: the backends, one contract, and the choice between them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Protocol
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from pipelines.config import ViewConfig
-from pipelines.samples import Draw
+from pipelines.samples import Draw, Steps
 from shards import ShardSet
 
 __all__ = ["BACKENDS", "Job", "Made", "Stream", "choose"]
@@ -71,20 +71,27 @@ class Job:
     """Batches kept ready."""
 
 
-def _start_dali(job: Job, steps: Iterator[tuple[int, Indices]]) -> Stream:
+def _start_dali(job: Job, steps: Steps) -> Stream:
     from pipelines.dali import DaliViews
 
     return DaliViews(job, steps)
 
 
-def _start_torch(job: Job, steps: Iterator[tuple[int, Indices]]) -> Stream:
+def _start_torch(job: Job, steps: Steps) -> Stream:
     from pipelines.workers import WorkerViews
 
     return WorkerViews(job, steps)
 
 
-BACKENDS: dict[str, Callable[[Job, Iterator[tuple[int, Indices]]], Stream]] = {
+def _start_ffcv(job: Job, steps: Steps) -> Stream:
+    from pipelines.ffcv import FfcvViews
+
+    return FfcvViews(job, steps)
+
+
+BACKENDS: dict[str, Callable[[Job, Steps], Stream]] = {
     "dali": _start_dali,
+    "ffcv": _start_ffcv,
     "torch": _start_torch,
 }
 """Start a backend on (epoch, dense sample numbers) of batch after batch."""
@@ -93,11 +100,21 @@ BACKENDS: dict[str, Callable[[Job, Iterator[tuple[int, Indices]]], Stream]] = {
 # the workers take longer to start (benchmarks/loader.py).
 _SMALL = 96
 
-_NEEDS = {"dali": ("nvidia.dali",), "torch": ("cv2", "simplejpeg")}
+_NEEDS = {"dali": ("nvidia.dali",), "ffcv": ("ffcv", "numba"), "torch": ("cv2", "simplejpeg")}
+_HOW = {"ffcv": " (docs/data.md says how)"}
 
 
-def choose(backend: str, *, device: torch.device, size: int, exact: bool = False) -> tuple[str, str]:
+def choose(
+    backend: str, *, device: torch.device, size: int, exact: bool = False, is_beton: bool = False
+) -> tuple[str, str]:
     """Resolve `auto` into a backend, and say why in a few words.
+
+    Args:
+        backend: as in DataConfig.
+        device: where the views shall be.
+        size: height and width of a view.
+        exact: whether torchvision's colour operations are asked for.
+        is_beton: whether the data is a `.beton`.
 
     Raises:
         ValueError: no such backend, or one that cannot do what is asked, or what it needs is not installed.
@@ -107,16 +124,26 @@ def choose(backend: str, *, device: torch.device, size: int, exact: bool = False
     if exact:
         backend = "torch"
     if backend == "auto":
-        return _choose_for(device, size)
+        return _choose_for(device, size, is_beton=is_beton)
     if backend not in BACKENDS:
         raise ValueError(f"there is no backend {backend!r}: choose auto, {' or '.join(BACKENDS)}")
+    if backend == "ffcv" and not is_beton:
+        raise ValueError(
+            "the ffcv backend reads a .beton: `make-shards beton SHARDS --out FILE.beton` writes one of your shards; "
+            "then --data.shards FILE.beton"
+        )
     missing = _missing(backend)
     if missing:
-        raise ValueError(f"the {backend} backend needs {' and '.join(missing)}: install it, or use --data.backend auto")
+        raise ValueError(
+            f"the {backend} backend needs {' and '.join(missing)}: install it{_HOW.get(backend, '')}, "
+            "or use --data.backend auto"
+        )
     return backend, "as asked for"
 
 
-def _choose_for(device: torch.device, size: int) -> tuple[str, str]:
+def _choose_for(device: torch.device, size: int, *, is_beton: bool) -> tuple[str, str]:
+    if device.type != "cuda" and is_beton and not _missing("ffcv"):
+        return "ffcv", "the data is a .beton"
     if device.type == "cuda":
         name, reason = "dali", "it decodes on the GPU"
     elif size < _SMALL:

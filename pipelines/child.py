@@ -4,8 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 
-__all__ = ["WorkerDiedError", "end_child", "explain_death", "start_child"]
+__all__ = ["WorkerDiedError", "end_child", "explain_death", "portable", "start_child"]
 
 _PATIENCE_S = 5
 
@@ -45,3 +46,10 @@ def explain_death(process: subprocess.Popen[bytes], what: str) -> WorkerDiedErro
         return WorkerDiedError(f"{what} {process.pid} ended with code {code}")
     hint = ": the machine may have run out of memory" if code == -signal.SIGKILL else ""
     return WorkerDiedError(f"{what} {process.pid} was killed by {signal.Signals(-code).name}{hint}")
+
+
+def portable(error: Exception, where: str) -> Exception:
+    """Give an error that survives the way to another process, with its traceback as a note."""
+    error.add_note(f"{where}:\n" + "".join(traceback.format_exception(error)))
+    error.__cause__ = error.__context__ = error.__traceback__ = None
+    return error

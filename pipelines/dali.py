@@ -6,7 +6,6 @@ Gaussian blur, one affine colour map with rounding and clamping, solarize.
 
 import threading
 from collections import deque
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -21,8 +20,10 @@ from pipelines.augment import ViewTable
 from pipelines.backends import Job, Made
 from pipelines.channel import Channel, ChannelClosed
 from pipelines.config import ViewConfig
-from pipelines.reader import DamagedSampleError, Reader
-from pipelines.samples import EncodedBatch, encoded_batches
+from pipelines.readahead import EncodedBatch, ReadAhead
+from pipelines.readahead_process import ReadingSpec
+from pipelines.reader import DamagedSampleError, name_sample
+from pipelines.samples import Steps
 
 __all__ = ["DaliViews", "blur_kernels"]
 
@@ -51,11 +52,20 @@ class DaliViews:
         steps: (epoch, dense sample numbers) of each batch; consumed in the background.
     """
 
-    def __init__(self, job: Job, steps: Iterator[tuple[int, Indices]]) -> None:
+    def __init__(self, job: Job, steps: Steps) -> None:
         self._job = job
         self._stages = tuple(_Stages(view) for view in job.views)
-        self._reader = Reader(job.shards, num_threads=job.read_threads)
-        self._batches = encoded_batches(self._reader, steps, ahead=job.prefetch, draw=job.draw, skip=job.skip)
+        self._batches = ReadAhead(
+            ReadingSpec(
+                shards=job.shards,
+                steps=steps,
+                draw=job.draw,
+                max_batch=job.max_batch,
+                ahead=job.prefetch,
+                num_threads=job.read_threads,
+                skip=job.skip,
+            )
+        )
         self._out: Channel[Made] = Channel(job.prefetch)
         self._thread = threading.Thread(target=self._run, name="dali-views", daemon=True)
         self._thread.start()
@@ -65,10 +75,11 @@ class DaliViews:
         return self._out.get()
 
     def close(self) -> None:
-        """End all threads; what is ready is dropped."""
+        """End the thread and the reader process; what is ready is dropped."""
         self._out.close()
+        self._batches.interrupt()
         self._thread.join()
-        self._reader.close()
+        self._batches.close()
 
     def _run(self) -> None:
         try:
@@ -106,9 +117,11 @@ class DaliViews:
         except RuntimeError as error:
             # DALI says that a batch failed, and seldom which sample of it.
             for batch in under_way:
-                for sample, encoded in zip(batch.samples.tolist(), batch.encoded, strict=True):
+                for sample, key, encoded in zip(
+                    batch.samples.tolist(), batch.keys.tolist(), batch.encoded, strict=True
+                ):
                     if not _can_decode(encoded, self._job):
-                        name = self._reader.describe(sample)
+                        name = name_sample(self._job.shards, sample, key)
                         raise DamagedSampleError(f"{name} cannot be decoded by DALI") from error
             raise
 

@@ -15,8 +15,9 @@ from pipelines.batch import ImageBatch, TwoViewBatch
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.cpus import available_cpus
 from pipelines.order import OrderPlan, check_ranks
-from pipelines.samples import draw_central, draw_training, plan_steps
+from pipelines.samples import EpochSteps, ListedSteps, draw_central, draw_training
 from shards import ShardSet
+from shards.beton import BetonSet
 
 __all__ = ["EvalLoader", "Loader", "make_views", "open_eval_loader", "open_loader"]
 
@@ -213,7 +214,9 @@ def open_loader(
     )
     check_ranks(data.batch_size, world_size)
     exact = views.colour == "torchvision"
-    name, reason = choose(data.backend, device=device, size=views.size, exact=exact)
+    name, reason = choose(
+        data.backend, device=device, size=views.size, exact=exact, is_beton=isinstance(shards, BetonSet)
+    )
     job = Job(
         shards=shards,
         draw=partial(draw_training, views=views, seed=seed),
@@ -229,7 +232,7 @@ def open_loader(
     )
 
     def start(epoch: int, step: int) -> Stream:
-        return BACKENDS[name](job, plan_steps(plan, epoch=epoch, step=step, rank=rank, world_size=world_size))
+        return BACKENDS[name](job, EpochSteps(plan=plan, epoch=epoch, step=step, rank=rank, world_size=world_size))
 
     what = "processes" if name == "torch" else "threads"
     description = f"{name} ({reason}), {job.num_threads} {what} a rank, {plan.num_lanes} lanes"
@@ -275,7 +278,7 @@ def open_eval_loader(
     if wanted.size and not 0 <= wanted.min() <= wanted.max() < opened.num_samples:
         raise ValueError(f"indices reach beyond the {opened.num_samples} samples of {shards}")
     mine = wanted[len(wanted) * rank // world_size : len(wanted) * (rank + 1) // world_size]
-    name, _ = choose(backend, device=device, size=size)
+    name, _ = choose(backend, device=device, size=size, is_beton=isinstance(opened, BetonSet))
     job = Job(
         shards=opened,
         draw=partial(draw_central, crop=crop),
@@ -287,8 +290,7 @@ def open_eval_loader(
     )
 
     def start() -> Stream:
-        steps = ((0, mine[begin : begin + batch_size]) for begin in range(0, len(mine), batch_size))
-        return BACKENDS[name](job, steps)
+        return BACKENDS[name](job, ListedSteps(samples=mine, batch_size=batch_size))
 
     return EvalLoader(start, -(-len(mine) // batch_size), device)
 
@@ -305,7 +307,7 @@ def make_views(
 ) -> tuple[torch.Tensor, ...]:
     """Make the query and the key views of chosen samples as a run would: (n, 3, S, S) uint8 each, on the device."""
     exact = views.colour == "torchvision"
-    name, _ = choose(backend, device=device, size=views.size, exact=exact)
+    name, _ = choose(backend, device=device, size=views.size, exact=exact, is_beton=isinstance(shards, BetonSet))
     job = Job(
         shards=shards,
         draw=partial(draw_training, views=views, seed=seed),
@@ -316,7 +318,7 @@ def make_views(
         device=device,
         num_threads=1,
     )
-    stream = BACKENDS[name](job, iter(((epoch, samples),)))
+    stream = BACKENDS[name](job, ListedSteps(samples=samples, batch_size=len(samples), epoch=epoch))
     try:
         # A copy of one's own: a backend may take its memory back once it is closed.
         return tuple(view.clone() for view in stream.get().views)

@@ -1,19 +1,17 @@
 """Reading samples' bytes out of shards: positioned reads by a few threads, each sample checked against its crc32c."""
 
-import os
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from shards import ShardSet
+from shards.shard_file import ShardFile
 
-__all__ = ["DamagedSampleError", "Outcome", "PendingBytes", "Reader"]
+__all__ = ["DamagedSampleError", "Outcome", "PendingBytes", "Reader", "name_sample"]
 
 Indices = npt.NDArray[np.int64]
 Encoded = npt.NDArray[np.uint8]
@@ -34,22 +32,24 @@ Outcome = Encoded | DamagedSampleError
 class PendingBytes:
     """Encoded images on their way."""
 
-    def __init__(self, parts: list[Future[list[tuple[int, Outcome]]]]) -> None:
+    def __init__(self, images: list[Encoded], parts: "list[Future[list[tuple[int, DamagedSampleError]]]]") -> None:
+        self._images = images
         self._parts = parts
 
     def outcomes(self) -> list[Outcome]:
         """Wait for all of them, in the order they were asked for; an error for each that is damaged. Raises OSError."""
-        by_place = dict(pair for part in self._parts for pair in part.result())
-        return [by_place[place] for place in range(len(by_place))]
+        outcomes: list[Outcome] = list(self._images)
+        for part in self._parts:
+            for place, error in part.result():
+                outcomes[place] = error
+        return outcomes
 
     def result(self) -> list[Encoded]:
         """Wait for all of them, in the order they were asked for. Raises DamagedSampleError or OSError."""
-        images: list[Encoded] = []
         for outcome in self.outcomes():
             if isinstance(outcome, DamagedSampleError):
                 raise outcome
-            images.append(outcome)
-        return images
+        return self._images
 
 
 class Reader:
@@ -60,7 +60,7 @@ class Reader:
         sizes = shards.shard_sizes
         self._starts: Indices = np.cumsum(sizes) - sizes
         self._records = _RecordCache(shards)
-        self._files: OrderedDict[int, _ShardFile] = OrderedDict()
+        self._files: OrderedDict[int, ShardFile] = OrderedDict()
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read-shards")
 
@@ -74,31 +74,39 @@ class Reader:
         shard, local = self.locate(samples)
         return self._records.gather(shard, local)
 
-    def submit(self, samples: Indices, records: npt.NDArray[np.void]) -> PendingBytes:
-        """Start to read the encoded bytes of samples."""
+    def submit(self, samples: Indices, records: npt.NDArray[np.void], *, into: Encoded | None = None) -> PendingBytes:
+        """Start to read the encoded bytes of samples, one behind the other into a buffer; into a new one if not given.
+
+        Raises:
+            ValueError: the samples are larger than the buffer.
+        """
         shard, _ = self.locate(samples)
+        ends = np.cumsum(records["size"], dtype=np.int64)
+        num_bytes = int(ends[-1]) if len(ends) else 0
+        buffer = np.empty(num_bytes, dtype=np.uint8) if into is None else into
+        if num_bytes > len(buffer):
+            raise ValueError(
+                f"{self._shards.shard_name(int(shard[records['size'].argmax()]))}: its index has larger samples than "
+                "manifest.json: it is damaged or of another set; `make-shards verify` tells more"
+            )
+        begins = (ends - records["size"]).tolist()
+        images = [buffer[begin:end] for begin, end in zip(begins, ends.tolist(), strict=True)]
+        self._drop_deleted()
         # Sorted by place on disk, and split into runs of it: neighbours are read one after the other.
         places = np.lexsort((records["offset"], shard))
-        parts: list[Future[list[tuple[int, Outcome]]]] = []
-        for run in np.array_split(places, min(self._num_threads, len(places))):
+        parts: list[Future[list[tuple[int, DamagedSampleError]]]] = []
+        for run in np.array_split(places, max(1, min(self._num_threads, len(places)))):
             wanted = [
-                _Wanted(file=self._open(s), place=p, sample=n, position=k, offset=o, size=b, crc32c=c)
-                for s, p, n, k, o, b, c in zip(
-                    shard[run].tolist(),
-                    run.tolist(),
-                    samples[run].tolist(),
-                    *(records[name][run].tolist() for name in ("position", "offset", "size", "crc32c")),
-                    strict=True,
-                )
+                (place, self._open(s), images[place], record)
+                for place, s, record in zip(run.tolist(), shard[run].tolist(), records[run], strict=True)
             ]
-            parts.append(self._pool.submit(_read_all, wanted))
-        return PendingBytes(parts)
+            parts.append(self._pool.submit(_read_all, wanted, samples))
+        return PendingBytes(images, parts)
 
     def describe(self, sample: int) -> str:
-        """Name a sample: its shard's path, its dense number and its key."""
-        shard, _ = self.locate(np.array([sample]))
+        """Name a sample: its shard, its dense number and its key."""
         key = int(self.records(np.array([sample]))["position"][0])
-        return f"{self._shards.shard_path(int(shard[0]))}: sample {sample} (key {key})"
+        return name_sample(self._shards, sample, key)
 
     @property
     def num_samples(self) -> int:
@@ -110,74 +118,52 @@ class Reader:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._files.clear()
 
-    def _open(self, shard: int) -> "_ShardFile":
+    def _open(self, shard: int) -> ShardFile:
         file = self._files.get(shard)
         if file is None:
-            file = self._files[shard] = _ShardFile(self._shards.shard_path(shard))
+            file = self._files[shard] = self._shards.open_shard(shard)
             if len(self._files) > _OPEN_SHARDS:
                 self._files.popitem(last=False)
         else:
             self._files.move_to_end(shard)
         return file
 
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    file: "_ShardFile"
-    place: int
-    sample: int
-    position: int
-    offset: int
-    size: int
-    crc32c: int
+    def _drop_deleted(self) -> None:
+        """Close what a cache has evicted: until then its disk space is not free."""
+        for shard in [shard for shard, file in self._files.items() if file.is_deleted]:
+            del self._files[shard]
 
 
-class _ShardFile:
-    """An open shard. It closes with its last reference, so an evicted one outlives the reads under way."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"{path} is listed in manifest.json but absent: restore it, or run `make-shards verify {path.parent}`"
-            ) from None
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+def name_sample(shards: ShardSet, sample: int, key: int) -> str:
+    """Name a sample: its shard, its dense number and its key."""
+    shard = int(np.searchsorted(shards.shard_sizes.cumsum(), sample, side="right"))
+    return f"{shards.shard_name(shard)}: sample {sample} (key {key})"
 
 
-def _read_all(wanted: list[_Wanted]) -> list[tuple[int, Outcome]]:
-    images: list[tuple[int, Outcome]] = []
-    for one in wanted:
-        try:
-            images.append((one.place, _read(one)))
-        except DamagedSampleError as error:
-            images.append((one.place, error))
+def _read_all(
+    wanted: list[tuple[int, ShardFile, Encoded, np.void]], samples: Indices
+) -> list[tuple[int, DamagedSampleError]]:
+    """Read each image and check it; give (place, what is wrong) of the damaged ones."""
+    damaged: list[tuple[int, DamagedSampleError]] = []
+    for place, file, image, record in wanted:
+        num_read = file.read_into(image, int(record["offset"]))
+        if num_read < len(image):
+            reason = f"the shard ends {len(image) - num_read} bytes too early"
+        elif google_crc32c.value(image) != record["crc32c"]:
+            reason = "its bytes do not match their crc32c"
+        else:
+            continue
+        damaged.append((place, _damaged(file.name, int(samples[place]), record, reason)))
     # An evicted shard is closed when the last read from it is done, not when the pool lets go of its arguments.
     wanted.clear()
-    return images
+    return damaged
 
 
-def _read(wanted: _Wanted) -> Encoded:
-    data = os.pread(wanted.file.descriptor, wanted.size, wanted.offset)
-    while len(data) < wanted.size:
-        more = os.pread(wanted.file.descriptor, wanted.size - len(data), wanted.offset + len(data))
-        if not more:
-            raise DamagedSampleError(_describe(wanted, f"the shard ends {wanted.size - len(data)} bytes too early"))
-        data += more
-    if google_crc32c.value(data) != wanted.crc32c:
-        raise DamagedSampleError(_describe(wanted, "its bytes do not match their crc32c"))
-    return np.frombuffer(data, dtype=np.uint8)
-
-
-def _describe(wanted: _Wanted, reason: str) -> str:
-    path = wanted.file.path
-    return (
-        f"{path}: sample {wanted.sample} (key {wanted.position}, bytes {wanted.offset} to "
-        f"{wanted.offset + wanted.size}) is damaged: {reason}; run `make-shards verify {path.parent}`"
+def _damaged(name: str, sample: int, record: np.void, reason: str) -> DamagedSampleError:
+    begin, size = int(record["offset"]), int(record["size"])
+    return DamagedSampleError(
+        f"{name}: sample {sample} (key {record['position']}, bytes {begin} to {begin + size}) is damaged: {reason}; "
+        f"run `make-shards verify {name.rpartition('/')[0]}`"
     )
 
 

@@ -1,9 +1,9 @@
-"""The samples of a rank, step after step and epoch after epoch: order, parameters and encoded bytes, read ahead."""
+"""The samples of a rank, step after step and epoch after epoch: order, parameters, and bytes that are good."""
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from itertools import count
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,17 @@ from pipelines.order import EpochOrder, OrderPlan
 from pipelines.reader import DamagedSampleError, Outcome, Reader
 from shards.index import Flag
 
-__all__ = ["Draw", "EncodedBatch", "Pending", "draw_central", "draw_training", "encoded_batches", "plan_steps"]
+__all__ = [
+    "Draw",
+    "EpochSteps",
+    "ListedSteps",
+    "Pending",
+    "Steps",
+    "Taken",
+    "as_read",
+    "draw_central",
+    "draw_training",
+]
 
 Indices = npt.NDArray[np.int64]
 Image = TypeVar("Image")
@@ -23,29 +33,44 @@ Draw = Callable[[int, Indices, npt.NDArray[np.void]], tuple[ViewTable, ...]]
 _LONGEST_SEARCH = 1000
 
 
+class Steps(Protocol):
+    """What a rank reads, batch after batch. Can be pickled, and iterated more than once."""
+
+    def __iter__(self) -> Iterator[tuple[int, Indices]]:
+        """Give (epoch, dense sample numbers) of each batch."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class EncodedBatch:
-    """A rank's share of a step before decoding."""
+class EpochSteps:
+    """A rank's shares of a plan's steps from a place on, over the epochs' ends, for ever."""
+
+    plan: OrderPlan
+    epoch: int
+    step: int
+    rank: int
+    world_size: int
+
+    def __iter__(self) -> Iterator[tuple[int, Indices]]:
+        """Give (epoch, dense sample numbers) of each batch."""
+        for epoch in count(self.epoch):
+            order = EpochOrder(self.plan, epoch)
+            for step in range(self.step if epoch == self.epoch else 0, self.plan.num_steps):
+                yield epoch, order.rank_step(step, self.rank, self.world_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedSteps:
+    """Given samples in their order, in batches; the last one may be short."""
 
     samples: Indices
-    """(B,) dense sample numbers."""
-    labels: Indices
-    """(B,), -1 where there is none."""
-    encoded: list[npt.NDArray[np.uint8]]
-    """B encoded images."""
-    tables: tuple[ViewTable, ...]
-    """What is done to each view."""
-    replaced: tuple[str, ...]
-    """What was wrong with each sample that another took the place of."""
+    batch_size: int
+    epoch: int = 0
 
-
-def plan_steps(plan: OrderPlan, *, epoch: int, step: int, rank: int, world_size: int) -> Iterator[tuple[int, Indices]]:
-    """Give (epoch, a rank's dense sample numbers) from a place on, over the epochs' ends, for ever."""
-    while True:
-        order = EpochOrder(plan, epoch)
-        for at in range(step, plan.num_steps):
-            yield epoch, order.rank_step(at, rank, world_size)
-        epoch, step = epoch + 1, 0
+    def __iter__(self) -> Iterator[tuple[int, Indices]]:
+        """Give (epoch, dense sample numbers) of each batch."""
+        for begin in range(0, len(self.samples), self.batch_size):
+            yield self.epoch, self.samples[begin : begin + self.batch_size]
 
 
 def draw_training(
@@ -89,33 +114,6 @@ def draw_central(_epoch: int, _samples: Indices, records: npt.NDArray[np.void], 
     return (table,)
 
 
-def encoded_batches(
-    reader: Reader, steps: Iterator[tuple[int, Indices]], *, ahead: int, draw: Draw, skip: bool
-) -> Iterator[EncodedBatch]:
-    """Read batches in the order of `steps`, with `ahead` more of them under way.
-
-    `draw` gives the views' tables from (epoch, samples, records); `skip`: as in `take`.
-    """
-    waiting: deque[tuple[int, Pending]] = deque()
-    for epoch, samples in steps:
-        waiting.append((epoch, Pending(reader, samples)))
-        if len(waiting) > ahead:
-            yield _finish(draw, *waiting.popleft(), skip=skip)
-    while waiting:
-        yield _finish(draw, *waiting.popleft(), skip=skip)
-
-
-def _finish(draw: Draw, epoch: int, pending: "Pending", *, skip: bool) -> EncodedBatch:
-    taken = pending.take(_as_read, skip=skip)
-    return EncodedBatch(
-        samples=taken.samples,
-        labels=taken.records["label"].astype(np.int64),
-        encoded=taken.images,
-        tables=draw(epoch, taken.samples, taken.records),
-        replaced=taken.replaced,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Taken(Generic[Image]):
     """Samples whose bytes are good."""
@@ -131,13 +129,16 @@ class Taken(Generic[Image]):
 
 
 class Pending:
-    """Samples whose bytes are on their way."""
+    """Samples whose bytes are on their way: into a buffer one behind the other, or into a new one."""
 
-    def __init__(self, reader: Reader, samples: Indices) -> None:
+    def __init__(self, reader: Reader, samples: Indices, *, into: npt.NDArray[np.uint8] | None = None) -> None:
         self._reader = reader
-        self._samples = samples
+        self.samples = samples
+        """(n,) dense sample numbers that were asked for."""
         self._records = reader.records(samples)
-        self._bytes = reader.submit(samples, self._records)
+        self.sizes: Indices = self._records["size"].astype(np.int64)
+        """(n,) bytes of each of them."""
+        self._bytes = reader.submit(samples, self._records, into=into)
 
     def take(self, convert: Callable[[npt.NDArray[np.uint8]], Image], *, skip: bool) -> Taken[Image]:
         """Wait for the bytes and convert each sample's.
@@ -148,7 +149,7 @@ class Pending:
         Raises:
             DamagedSampleError: without `skip`, or when 1,000 samples in a row are damaged.
         """
-        samples, records = self._samples.copy(), self._records.copy()
+        samples, records = self.samples.copy(), self._records.copy()
         images: list[Image] = []
         replaced: list[str] = []
         for place, outcome in enumerate(self._bytes.outcomes()):
@@ -186,5 +187,6 @@ class Pending:
         return sample, converted
 
 
-def _as_read(encoded: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def as_read(encoded: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Convert nothing: for `Pending.take`."""
     return encoded

@@ -6,7 +6,6 @@ Task. It ends when the other end is gone.
 
 import mmap
 import signal
-import traceback
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.augment import ViewTable
+from pipelines.child import portable
 from pipelines.config import ViewConfig
 from pipelines.memory import map_shared
 from pipelines.reader import Reader
@@ -138,7 +138,7 @@ def _work(connection: "Connection[Any, Any]", spec: WorkerSpec) -> None:
             try:
                 replaced = _fill(begun, spec, slots[slot.number])
             except Exception as error:
-                connection.send(Report(slot=slot.number, error=_portable(error)))
+                connection.send(Report(slot=slot.number, error=portable(error, "in a worker process")))
             else:
                 connection.send(Report(slot=slot.number, num_samples=len(begun.task.samples), replaced=replaced))
     finally:
@@ -176,10 +176,3 @@ def _fill(begun: _Begun, spec: WorkerSpec, arrays: SlotArrays) -> tuple[str, ...
             else:
                 render(image, table, row, out)
     return taken.replaced
-
-
-def _portable(error: Exception) -> Exception:
-    """Give an error that survives the way through the connection, with its traceback as a note."""
-    error.add_note("in a worker process:\n" + "".join(traceback.format_exception(error)))
-    error.__cause__ = error.__context__ = error.__traceback__ = None
-    return error

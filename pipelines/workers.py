@@ -7,7 +7,6 @@ megabytes. A slot of the ring is handed to the consumer as it is, and comes back
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import Pipe
@@ -21,6 +20,7 @@ from pipelines.backends import Job, Made
 from pipelines.channel import Channel, ChannelClosed
 from pipelines.child import WorkerDiedError, end_child, explain_death, start_child
 from pipelines.memory import create_shared, lend, shared_path
+from pipelines.samples import Steps
 from pipelines.worker import Report, Slot, SlotArrays, Task, WorkerSpec, map_slot, slot_bytes
 
 __all__ = ["WorkerDiedError", "WorkerViews"]
@@ -53,8 +53,8 @@ class WorkerViews:
         steps: (epoch, dense sample numbers) of each batch; consumed in the background.
     """
 
-    def __init__(self, job: Job, steps: Iterator[tuple[int, Indices]]) -> None:
-        self._steps = steps
+    def __init__(self, job: Job, steps: Steps) -> None:
+        self._steps = iter(steps)
         self._device = job.device
         spec = WorkerSpec(
             shards=job.shards, draw=job.draw, size=job.size, views=job.views, exact=job.exact, skip=job.skip

@@ -4,13 +4,13 @@ import io
 from enum import IntFlag
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 from numpy.typing import NDArray
 
 from shards.manifest import Manifest
+from shards.shard_file import LocalShardFile, ShardFile
 
 __all__ = ["INDEXED", "RECORD", "SUFFIXES", "Flag", "ShardSet", "npy_header"]
 
@@ -76,12 +76,16 @@ class ShardSet:
         self._open_index = lru_cache(maxsize=128)(self._map_index)
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Open a folder that make-shards wrote.
+    def open(cls, path: str | Path) -> "ShardSet":
+        """Open a folder that make-shards wrote, or a `.beton` (shards.beton).
 
         Raises:
-            ValueError: no such folder, packing has not finished, or another format version.
+            ValueError: no such folder or file, packing has not finished, or another format version.
         """
+        if Path(path).suffix == ".beton":
+            from shards.beton import BetonSet
+
+            return BetonSet.open(path)
         return cls(Path(path), Manifest.read(path))
 
     def __reduce__(self) -> tuple[object, tuple[Path, Manifest]]:
@@ -101,6 +105,11 @@ class ShardSet:
         return len(self.manifest.shards)
 
     @property
+    def max_bytes(self) -> int:
+        """Largest image in bytes."""
+        return self.manifest.max_bytes
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Name of each label; empty when nothing is labelled."""
         return self.manifest.class_names
@@ -108,6 +117,20 @@ class ShardSet:
     def shard_path(self, shard: int) -> Path:
         """Path of a shard's tar."""
         return self.path / self.manifest.shards[shard].name
+
+    def shard_name(self, shard: int) -> str:
+        """Where a shard is, for messages."""
+        return str(self.shard_path(shard))
+
+    def open_shard(self, shard: int) -> ShardFile:
+        """Open a shard's tar. Raises FileNotFoundError."""
+        path = self.shard_path(shard)
+        try:
+            return LocalShardFile(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{path} is listed in manifest.json but absent: restore it, or run `make-shards verify {path.parent}`"
+            ) from None
 
     def index(self, shard: int) -> NDArray[np.void]:
         """Records of a shard, (shard_sizes[shard],) of RECORD, memory-mapped read-only; the newest 128 stay mapped.
