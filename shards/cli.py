@@ -27,7 +27,7 @@ class VerifyCommand:
     """Check that a set of shards is what it was when it was packed."""
 
     folder: tyro.conf.Positional[str]
-    """Folder that holds manifest.json, local or s3:// gs:// az:// http(s)://."""
+    """Folder that holds manifest.json, local or s3:// gs:// az:// http(s)://, or a .beton."""
     decode: bool = False
     """Also decode every pixel."""
     workers: int | None = None
@@ -58,6 +58,18 @@ class InspectCommand:
     """Write a sheet of pictures to this PNG file."""
     work_folder: str = "/tmp"  # noqa: S108 - a default that the user sees and may change
     """Where the set is in a bucket: local folder for what is being looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BetonCommand:
+    """Write a set of shards as one file of FFCV's, for the ffcv backend."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder that holds manifest.json."""
+    out: str
+    """The file to write; its name ends in .beton."""
+    workers: int | None = None
+    """Worker processes; unset: one for each CPU that this process may use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,18 +141,41 @@ def _finish(command: FinishCommand) -> int:
     return summarize(command.folder, finish(command.folder, work_folder=command.work_folder), command.max_rejected)
 
 
+def _beton(command: BetonCommand) -> int:
+    from shards.pool import default_workers
+    from shards.progress import Progress
+    from shards.write_beton import write_beton
+
+    written = write_beton(
+        command.folder, command.out, workers=command.workers or default_workers(), progress=Progress()
+    )
+    size = written.layout.num_bytes / 1e9
+    print(f"{command.out}: {written.num_samples:,} samples in {size:,.2f} GB, read back and right")
+    return 0
+
+
 def _verify(command: VerifyCommand) -> int:
     from shards.pool import default_workers
     from shards.progress import Progress
     from shards.verify import verify
 
-    problems = verify(
-        command.folder,
-        decode=command.decode,
-        workers=command.workers or default_workers(),
-        work_folder=command.work_folder,
-        progress=Progress(),
-    )
+    if command.folder.endswith(".beton"):
+        from shards.write_beton import verify_beton
+
+        problems = verify_beton(
+            command.folder,
+            decode=command.decode,
+            workers=command.workers or default_workers(),
+            progress=Progress(),
+        )
+    else:
+        problems = verify(
+            command.folder,
+            decode=command.decode,
+            workers=command.workers or default_workers(),
+            work_folder=command.work_folder,
+            progress=Progress(),
+        )
     for problem in problems:
         print(problem)
     print(f"{command.folder}: {f'{len(problems)} problems' if problems else 'everything is as it was packed'}")
@@ -153,6 +188,7 @@ _RUN: dict[type, Callable[[Any], int]] = {
     FinishCommand: _finish,
     IndexCommand: _index,
     InspectCommand: _inspect,
+    BetonCommand: _beton,
 }
 
 _Commands = (
@@ -161,6 +197,7 @@ _Commands = (
     | Annotated[FinishCommand, tyro.conf.subcommand("finish")]
     | Annotated[IndexCommand, tyro.conf.subcommand("index")]
     | Annotated[InspectCommand, tyro.conf.subcommand("inspect")]
+    | Annotated[BetonCommand, tyro.conf.subcommand("beton")]
 )
 
 
