@@ -14,17 +14,18 @@ class DataConfig:
     """Which samples, in which batches, decoded by what."""
 
     shards: str
-    """Folder that `make-shards` wrote (the one that holds manifest.json)."""
+    """Folder that `make-shards` wrote (the one that holds manifest.json), or a .beton."""
     batch_size: int = 256
     """Samples in a global step, over all ranks; each sample gives two views."""
     lanes: int = 64
     """At most so many ranges of the set are read side by side; more lanes mix better. A small set has fewer."""
     window_shards: int = 4
     """Samples are shuffled among about so many shards of a lane."""
-    backend: Literal["auto", "dali", "torch"] = "auto"
-    """What decodes and augments. `dali`: on the GPU where there is one. `torch`: worker processes on the CPU."""
+    backend: Literal["auto", "dali", "ffcv", "torch"] = "auto"
+    """What decodes and augments. `dali`: on the GPU where there is one. `torch`: worker processes on the CPU. `ffcv`:
+    FFCV's compiled code on the CPU, from a .beton (make-shards beton)."""
     num_threads: int | None = None
-    """Threads (dali) or processes (torch) a rank that decode; unset: the CPUs this rank really has."""
+    """Threads (dali, ffcv) or processes (torch) a rank that decode; unset: the CPUs this rank really has."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """A damaged sample ends the run, or is replaced by the next good one of the set, counted and told."""
     read_threads: int = 4

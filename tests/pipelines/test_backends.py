@@ -48,5 +48,20 @@ def test_torchvisions_colours_are_for_the_torch_backend():
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="no backend 'tf': choose auto, dali or torch"):
+    with pytest.raises(ValueError, match="no backend 'tf': choose auto, dali or ffcv or torch"):
         choose("tf", device=CPU, size=32)
+
+
+def test_a_beton_is_for_ffcv_unless_there_is_a_gpu_or_no_ffcv(without):
+    assert choose("auto", device=CPU, size=32, is_beton=True) == ("ffcv", "the data is a .beton")
+    assert choose("auto", device=GPU, size=32, is_beton=True)[0] == "dali"
+    assert choose("auto", device=CPU, size=224, exact=True, is_beton=True)[0] == "torch"
+    without("ffcv")
+    assert choose("auto", device=CPU, size=224, is_beton=True)[0] == "torch"
+    with pytest.raises(ValueError, match=r"the ffcv backend needs ffcv: install it \(docs/data\.md says how\)"):
+        choose("ffcv", device=CPU, size=224, is_beton=True)
+
+
+def test_ffcv_without_a_beton_tells_how_to_make_one():
+    with pytest.raises(ValueError, match=r"make-shards beton SHARDS --out FILE\.beton"):
+        choose("ffcv", device=CPU, size=224)
