@@ -52,6 +52,8 @@ def make_plan(config: PackConfig, folder: Path, progress: Progress) -> Plan:
     replace(header, splits=[replace(split, shard_samples=shard_samples) for split in splits]).write(building)
     for path in building.iterdir():
         sync_file(path)
+    # One that was killed before others knew of it left a plan that nobody follows.
+    shutil.rmtree(folder, ignore_errors=True)
     building.replace(folder)
     sync_folder(folder.parent)
     return Plan.open(folder)

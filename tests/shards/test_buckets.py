@@ -4,11 +4,17 @@ import http.server
 import io
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 import urllib.request
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +31,8 @@ from shards.target import BucketTarget
 from shards.write import WriteShard
 from tests.shards.pictures import contents, fill, jpeg
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture(scope="module")
 def server():
@@ -37,11 +45,14 @@ def server():
 
 
 class Faults(http.server.BaseHTTPRequestHandler):
-    """Hands requests on to the S3 server, but the first `remaining` reads of images go wrong as `fault` says."""
+    """Hands requests on to the S3 server, but the first `remaining` of a kind go wrong as `fault` says."""
 
     upstream = ""
     fault = ""
+    method, name = "GET", ".jpg"
     remaining = 0
+    kill_pid, kill_at, is_kill_late = 0, 0, False
+    """At this many uploads a process is killed, before or after the object is there."""
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments):
@@ -52,27 +63,44 @@ class Faults(http.server.BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(length) if length else None
         request = urllib.request.Request(cls.upstream + self.path, data=body, method=self.command)
+        # Without one, urllib says that it is a form, and the server takes it for one.
+        request.add_header("Content-Type", "application/octet-stream")
         for name, value in self.headers.items():
             if name.lower() not in ("host", "content-length", "accept-encoding"):
                 request.add_header(name, value)
         request.add_header("Host", self.headers["Host"])
+        cls.kill_at -= self.command == "PUT"
+        is_kill = self.command == "PUT" and cls.kill_at == 0
+        if is_kill and not cls.is_kill_late:
+            os.kill(cls.kill_pid, signal.SIGKILL)
+            self.close_connection = True
+            return
+        broken = self.command == cls.method and cls.name in self.path and cls.remaining > 0
+        cls.remaining -= broken
+        if broken and cls.fault == "503":
+            self._answer(503, {}, b"<Error><Code>SlowDown</Code></Error>")
+            return
+        if broken and cls.fault == "403":
+            self._answer(403, {}, b"<Error><Code>ExpiredToken</Code></Error>")
+            return
+        if broken and cls.fault == "reset":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        if broken and cls.fault == "stall":
+            cls.release.wait(20)
+            return
         try:
             with urllib.request.urlopen(request) as answer:
                 status, headers, data = answer.status, answer.headers, answer.read()
         except urllib.error.HTTPError as error:
             with error:
                 status, headers, data = error.code, error.headers, error.read()
-        broken = self.command == "GET" and ".jpg" in self.path and cls.remaining > 0
-        if broken:
-            cls.remaining -= 1
-            if cls.fault == "503":
-                status, data = 503, b"<Error><Code>SlowDown</Code></Error>"
-            if cls.fault == "reset":
-                self.connection.close()
-                return
-            if cls.fault == "stall":
-                cls.release.wait(20)
-                return
+        if is_kill:
+            os.kill(cls.kill_pid, signal.SIGKILL)
+        self._answer(status, headers, data, is_short=broken)
+
+    def _answer(self, status, headers, data, *, is_short=False):
         self.send_response(status)
         for name, value in headers.items():
             if name.lower() in ("etag", "last-modified", "content-type", "content-range", "x-amz-bucket-region"):
@@ -81,11 +109,8 @@ class Faults(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(size))
         self.end_headers()
         if self.command != "HEAD":
-            if broken and cls.fault == "short":
-                self.wfile.write(data[: len(data) // 2])
-                self.close_connection = True
-                return
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if is_short else data)
+            self.close_connection = is_short
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _relay  # noqa: N815
 
@@ -297,28 +322,95 @@ def test_an_interrupted_upload_goes_on(bucket, tmp_path, monkeypatch):
     assert objects(bucket + "/out") == contents(tmp_path / "local")
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("fault", ["503", "reset", "short", "stall"])
-def test_faults_of_the_storage_are_overcome_or_told(bucket, proxy, tmp_path, monkeypatch, fault):
-    source = fill(tmp_path / "in", 6)
-    upload(bucket + "/in", contents(source))
-    pack(config(source, out=tmp_path / "local", labels="none"))
+@pytest.fixture
+def faults(proxy, bucket, monkeypatch):
+    """The proxy between us and the bucket, and clients that do not wait for long."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
     monkeypatch.setattr(storage, "CLIENT_OPTIONS", {"timeout": "1s", "connect_timeout": "1s"})
     backoff = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
-    retries = {"max_retries": 5, "retry_timeout": timedelta(seconds=10), "backoff": backoff}
+    retries = {"max_retries": 3, "retry_timeout": timedelta(seconds=10), "backoff": backoff}
     monkeypatch.setattr(storage, "RETRIES", retries)
     storage.open_folder.cache_clear()
-    Faults.fault, Faults.remaining = fault, 3
+    Faults.method, Faults.name = "GET", ".jpg"
+    yield Faults
+    Faults.remaining = Faults.kill_at = 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", ["503", "reset", "short", "stall"])
+def test_faults_of_the_storage_are_overcome_or_told(bucket, faults, tmp_path, fault):
+    source = fill(tmp_path / "in", 6)
+    upload(bucket + "/in", contents(source))
+    pack(config(source, out=tmp_path / "local", labels="none"))
+    faults.fault, faults.remaining = fault, 3
     pack(config(bucket + "/in", out=tmp_path / "remote", labels="none"))
-    assert Faults.remaining == 0
+    assert faults.remaining == 0
     assert shard_bytes(contents(tmp_path / "remote")) == shard_bytes(contents(tmp_path / "local"))
-    Faults.remaining = 10**6
+    faults.remaining = 10**6
     with pytest.raises(PackError, match=rf"cannot read {bucket}/in/.*\.jpg"):
         pack(config(bucket + "/in", out=tmp_path / "never", labels="none"))
-    Faults.remaining = 0
+    faults.remaining = 0
     pack(config(bucket + "/in", out=tmp_path / "never", labels="none"))
     assert shard_bytes(contents(tmp_path / "never")) == shard_bytes(contents(tmp_path / "local"))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", ["503", "reset", "stall"])
+def test_faults_of_the_target_are_overcome_or_told(bucket, faults, tmp_path, fault):
+    source = fill(tmp_path / "in", 6)
+    pack(config(source, out=tmp_path / "local"))
+    faults.method, faults.name, faults.fault, faults.remaining = "PUT", "000001.tar", fault, 2
+    pack(config(source, out=bucket + "/out", work_folder=str(tmp_path)))
+    assert faults.remaining == 0
+    assert objects(bucket + "/out") == contents(tmp_path / "local")
+    faults.remaining = 10**6
+    with pytest.raises(PackError, match=rf"cannot write {bucket}/never/shard-000001\.tar"):
+        pack(config(source, out=bucket + "/never", work_folder=str(tmp_path)))
+    faults.remaining = 0
+    names = {name for name in objects(bucket + "/never") if not name.startswith(".pack")}
+    assert names == {f"shard-000000{suffix}" for suffix in (".tar", ".index.npy", ".sources.txt", ".idx")}
+    pack(config(source, out=bucket + "/never", work_folder=str(tmp_path)))
+    assert objects(bucket + "/never") == contents(tmp_path / "local")
+
+
+@pytest.mark.faults
+def test_credentials_that_expire_stop_the_packing_instead_of_rejecting_everything(bucket, faults, tmp_path, capsys):
+    upload(bucket + "/in", contents(fill(tmp_path / "in", 6)))
+    faults.fault, faults.remaining = "403", 10**6
+    begin = time.monotonic()
+    assert main(["pack", bucket + "/in", "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
+    assert time.monotonic() - begin < 10
+    error = capsys.readouterr().err
+    assert f"cannot read {bucket}/in/" in error
+    assert error.count("\n") == 1
+    faults.remaining = 0
+    assert main(["pack", bucket + "/in", "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("upload_number", "is_late"), [(4, False), (10, False), (18, True)])
+def test_killed_at_an_upload_the_next_run_ends_with_the_same_bytes(bucket, faults, tmp_path, upload_number, is_late):
+    source, out = fill(tmp_path / "in", 8), bucket + "/out"
+    pack(config(source, out=tmp_path / "local"))
+    expected = contents(tmp_path / "local")
+    (tmp_path / "work").mkdir()
+    options = ["--shard-samples", "4", "--workers", "1", "--work-folder", str(tmp_path / "work")]
+    # It waits for a line on standard input, so that we know whom to kill before it begins.
+    code = "import sys; from shards.cli import main; input(); sys.exit(main())"
+    packer = subprocess.Popen(
+        [sys.executable, "-c", code, "pack", str(source), "--out", out, *options],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+    )
+    faults.kill_pid, faults.kill_at, faults.is_kill_late = packer.pid, upload_number, is_late
+    packer.communicate(b"\n", timeout=60)
+    assert packer.returncode == -signal.SIGKILL
+    found = {name: data for name, data in objects(out).items() if not name.startswith(".pack")}
+    assert found.items() <= expected.items()
+    assert ("manifest.json" in found) == is_late
+    pack(config(source, out=out, work_folder=str(tmp_path / "work")))
+    assert objects(out) == expected
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_addresses_that_cannot_work_are_told_in_one_line(bucket, tmp_path, capsys):

@@ -84,6 +84,7 @@ def test_dalis_own_reader_with_our_idx(packed):
     assert found == [(data, label) for _, data, label in expected(packed)]
 
 
+@pytest.mark.slow
 def test_hugging_face_datasets_as_the_documentation_says(packed, tmp_path):
     code = """
 import json, sys
