@@ -156,13 +156,10 @@ def top1(encoder: Encoder, config: Config) -> float:
     assert knn.shards is not None
     return evaluate_knn(
         encoder,
+        knn,
         bank_shards=config.data.shards,
         query_shards=knn.shards,
         size=config.views.size,
-        crop=knn.crop,
-        k=knn.k,
-        temperature=knn.temperature,
-        max_bank=knn.max_bank,
         device=torch.device("cpu"),
     ).top1
 
@@ -199,7 +196,7 @@ def measure_speed(options: argparse.Namespace) -> dict[str, dict[str, list[float
     runtime = start(config.run)
     parts, theirs = build(config, runtime), Lightly(config)
     lr, momentum, batch_size = config.optim.lr, config.moco.momentum, config.data.batch_size
-    our_batches, their_batches = (iter(forever(loader)) for loader in (parts.loader, theirs.batches()))
+    our_batches, their_batches = forever(parts.loader), forever(theirs.batches())
     our_batch, (their_views, _, _) = next(our_batches), next(their_batches)
     # More than is ready ahead of need, so that most of it is made while it is timed.
     many, few = 8 * options.batches, options.batches

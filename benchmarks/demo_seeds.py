@@ -82,13 +82,10 @@ def top1_of_raw_pixels(config: Config) -> float:
     assert config.eval.shards is not None
     return evaluate_knn(
         RawPixels(config.views.size),
+        config.eval,
         bank_shards=config.data.shards,
         query_shards=config.eval.shards,
         size=config.views.size,
-        crop=config.eval.crop,
-        k=config.eval.k,
-        temperature=config.eval.temperature,
-        max_bank=config.eval.max_bank,
         device=torch.device("cpu"),
     ).top1
 

@@ -26,9 +26,9 @@ import torch
 from alternating import Claim, claims_table, compare, header, write_claims
 from torch import Tensor
 
-from moco_fast.batchnorm import VirtualGroups
 from moco_fast.report.record import RunRecord, read_run
 from moco_fast.run import train
+from moco_fast.shuffle import VirtualGroups
 from moco_fast.train import parse
 
 NOT_SHUFFLED = "not shuffled"

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from alternating import alternate, bars, table
 from torch import Tensor, nn
 
-from moco_fast.batchnorm import Exchange, Gather, Together
 from moco_fast.config import ModelConfig, OptimConfig
 from moco_fast.encoders import build_encoder, normalize_images, unit_vectors
 from moco_fast.keys import MomentumKeys
@@ -31,6 +30,7 @@ from moco_fast.loss import feature_std, info_nce
 from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.optim import build_optimizer
 from moco_fast.queue import Queue
+from moco_fast.shuffle import Exchange, Gather, Together
 from moco_fast.step import TrainStep
 from pipelines.batch import TwoViewBatch
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from moco_fast.batchnorm import build_policy, convert_batch_norm
+from moco_fast.batchnorm import convert_batch_norm
 from moco_fast.config import Config
 from moco_fast.dictionary import Batch, MemoryBank, build_dictionary
 from moco_fast.distributed import broadcast_
@@ -19,6 +19,8 @@ from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.optim import build_optimizer
 from moco_fast.queue import Queue
 from moco_fast.runtime import Runtime
+from moco_fast.schedule import run_length
+from moco_fast.shuffle import build_policy
 from moco_fast.step import TrainStep
 from pipelines.loader import Loader, open_loader
 from shards import ShardSet
@@ -80,7 +82,6 @@ def build(config: Config, runtime: Runtime) -> Parts:
         world_size=runtime.world_size,
         local_world_size=runtime.local_world_size,
     )
-    num_steps = config.run.steps or max(1, round(config.run.epochs * len(loader) / config.optim.accumulate))
     return Parts(
         query=query,
         key=key,
@@ -88,7 +89,7 @@ def build(config: Config, runtime: Runtime) -> Parts:
         optimizer=optimizer,
         train_step=train_step,
         loader=loader,
-        num_steps=num_steps,
+        num_steps=run_length(config, batches_per_epoch=len(loader)),
     )
 
 

@@ -132,20 +132,24 @@ def _eval_knn(command: EvalKnn) -> int:
 
 
 def _knn(command: EvalKnn, config: "Config", encoder: Any, device: "torch.device") -> "KnnResult":
+    from moco_fast.config import KnnConfig
     from moco_fast.evaluate.knn import evaluate_knn
 
     query_shards = command.query_shards or config.eval.shards
     if query_shards is None:
         raise ValueError("the run has no held-out samples: name some with --query-shards")
+    knn = KnnConfig(
+        k=_positive("k", _given(command.k, config.eval.k)),
+        temperature=_positive("temperature", _given(command.temperature, config.eval.temperature)),
+        crop=_given(command.crop, config.eval.crop),
+        max_bank=_positive("max-bank", _given(command.max_bank, config.eval.max_bank)),
+    )
     return evaluate_knn(
         encoder,
+        knn,
         bank_shards=command.bank_shards or config.data.shards,
         query_shards=query_shards,
         size=config.views.size,
-        crop=_given(command.crop, config.eval.crop),
-        k=_positive("k", _given(command.k, config.eval.k)),
-        temperature=_positive("temperature", _given(command.temperature, config.eval.temperature)),
-        max_bank=_positive("max-bank", _given(command.max_bank, config.eval.max_bank)),
         batch_size=command.batch_size,
         device=device,
     )

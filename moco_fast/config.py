@@ -7,6 +7,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast, get_type_hints
 
+import tyro
+
 from pipelines.config import DataConfig, ViewsConfig
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "EvalConfig",
+    "KnnConfig",
     "LogConfig",
     "MocoConfig",
     "ModelConfig",
@@ -90,6 +93,8 @@ class OptimConfig:
     """`apex`: the fused kernels of NVIDIA's apex, which its container image brings; there is no LARS among them."""
     lr: float = 0.03
     """Peak learning rate, as it is used: nothing rescales it by the batch size."""
+    published: tyro.conf.Suppress[tuple[tuple[int, float], ...]] = ((128, 0.015), (256, 0.03))
+    """Global batches and the learning rates that the recipe's source names for them. Another pair is told."""
     momentum: float = 0.9
     """Momentum of SGD and LARS."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -121,9 +126,11 @@ class RunConfig:
     out: str = "runs/default"
     """Folder of the run. Running the same command again continues it."""
     epochs: float = 200.0
-    """Passes over the samples; ignored when `steps` is set."""
+    """Passes over the samples; ignored when `steps` or `samples` is set."""
     steps: int | None = None
     """Optimizer steps."""
+    samples: int | None = None
+    """Samples, each counted as often as it is seen; rounded up to whole steps."""
     seed: int = 0
     """Seed of weights, order and augmentation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -147,13 +154,9 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """kNN classification of held-out samples while the run goes on."""
+class KnnConfig:
+    """How neighbours classify."""
 
-    shards: str | None = None
-    """Labelled held-out shards; unset: no evaluation."""
-    every_steps: int = 5000
-    """Optimizer steps between evaluations; one is always done before the first step and after the last."""
     k: int = 200
     """Neighbours that vote."""
     temperature: float = 0.07
@@ -162,6 +165,16 @@ class EvalConfig:
     """Side of the central square that is evaluated, as a share of the shorter side (0.875 is 224 of 256)."""
     max_bank: int = 100_000
     """At most this many training samples serve as neighbours, evenly spread over the set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(KnnConfig):
+    """kNN classification of held-out samples while the run goes on."""
+
+    shards: str | None = None
+    """Labelled held-out shards; unset: no evaluation."""
+    every_steps: int = 5000
+    """Optimizer steps between evaluations; one is always done before the first step and after the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,8 +232,7 @@ def validate(config: Config) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise ValueError(f"--{_option(name)} is {value}, but must be above 0")
-    if config.run.steps is not None and config.run.steps < 1:
-        raise ValueError(f"--run.steps is {config.run.steps}, but a run takes at least one step")
+    _validate_length(config.run)
     averages = {"moco.momentum": config.moco.momentum, "moco.bank_momentum": config.moco.bank_momentum}
     for name, value in averages.items():
         if not 0 <= value <= 1:
@@ -234,6 +246,18 @@ def validate(config: Config) -> None:
         raise ValueError(f"--eval.crop is {config.eval.crop}, but must be a share of the image: above 0, at most 1")
     if not 0 <= config.optim.warmup < 1:
         raise ValueError(f"--optim.warmup is {config.optim.warmup}, but must be a share of the run from 0 to below 1")
+
+
+def _validate_length(run: RunConfig) -> None:
+    if run.steps is not None and run.steps < 1:
+        raise ValueError(f"--run.steps is {run.steps}, but a run takes at least one step")
+    if run.samples is not None and run.samples < 1:
+        raise ValueError(f"--run.samples is {run.samples}, but a run sees at least one sample")
+    if run.steps is not None and run.samples is not None:
+        raise ValueError(
+            f"--run.steps {run.steps} and --run.samples {run.samples} both say how long the run is: add "
+            "--run.steps None or --run.samples None"
+        )
 
 
 def _validate_mechanism(config: Config) -> None:
@@ -272,19 +296,25 @@ def from_dict(data: dict[str, Any], cls: type[T] = Config) -> T:
     Raises:
         ValueError: a field is unknown to this version, or one is missing that has no default.
     """
-    types = get_type_hints(cls)
+    types: dict[str, type[object]] = get_type_hints(cls)
     if unknown := sorted(set(data) - set(types)):
         raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}: the file comes from another version")
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for name, value in data.items():
-        if dataclasses.is_dataclass(types[name]):
-            values[name] = from_dict(value, types[name])  # pyright: ignore[reportArgumentType]
-        else:
-            values[name] = tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType]
+        is_section = dataclasses.is_dataclass(types[name])
+        values[name] = from_dict(value, types[name]) if is_section else _with_tuples(value)
     try:
         return cls(**values)
     except TypeError as error:
         raise ValueError(f"{cls.__name__}: {error}") from None
+
+
+def _with_tuples(value: object) -> object:
+    """JSON has lists only, our fields tuples."""
+    if not isinstance(value, list | tuple):
+        return value
+    items = cast("list[object] | tuple[object, ...]", value)
+    return tuple(_with_tuples(item) for item in items)
 
 
 def differences(old: Config, new: Config) -> list[str]:

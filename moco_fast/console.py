@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from moco_fast import __version__
-from moco_fast.batchnorm import resolve_policy
 from moco_fast.build import Parts
 from moco_fast.config import Config
 from moco_fast.runtime import Runtime
+from moco_fast.schedule import describe_lr
+from moco_fast.shuffle import resolve_policy
 
 __all__ = ["environment", "print_closing", "print_opening"]
 
@@ -45,6 +46,7 @@ def print_opening(config: Config, runtime: Runtime, parts: Parts, step: int) -> 
         f"{config.model.encoder}, {ranks} on {runtime.device.type}, {parts.num_steps} steps of {config.data.batch_size}"
     )
     _say(f"data: {parts.loader.num_samples} samples in {config.data.shards}, {len(parts.loader)} steps an epoch")
+    _say(describe_lr(config))
     _say(f"loader: {parts.loader.description}")
     for note in runtime.notes:
         _say(note)

@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from moco_fast.batchnorm import KeyPolicy
 from moco_fast.dictionary import MemoryBank
 from moco_fast.encoders import normalize_images, unit_vectors
+from moco_fast.shuffle import KeyPolicy
 
 __all__ = ["Autocast", "BankKeys", "KeySource", "MomentumKeys", "QueryKeys"]
 

@@ -34,17 +34,18 @@ _MOCO_V1 = Config(
 _MOCO_V1_1B = replace(
     _MOCO_V1,
     data=replace(_DATA, batch_size=1024),
-    optim=OptimConfig(lr=0.12, schedule="exponential", decay=0.9, decay_every=0.05),
+    optim=OptimConfig(lr=0.12, published=((1024, 0.12),), schedule="exponential", decay=0.9, decay_every=0.05),
     run=RunConfig(steps=1_250_000),
     checkpoint=CheckpointConfig(every_steps=5000),
 )
 
-# Section 4.1, figure 3: the other two mechanisms, with v1's encoder and views. A batch of 1,024 is the largest there.
+# Section 4.1, figure 3: the other two mechanisms, with v1's encoder and views. A batch of 1,024 is the largest there,
+# with its learning rate by the linear rule.
 _END_TO_END = replace(
     _MOCO_V1,
     data=replace(_DATA, batch_size=1024),
     moco=replace(_MOCO_V1.moco, key_encoder="query", dictionary="batch"),
-    optim=replace(_MOCO_V1.optim, lr=0.12),
+    optim=replace(_MOCO_V1.optim, lr=0.12, published=((256, 0.03), (512, 0.06), (1024, 0.12))),
 )
 _MEMORY_BANK = replace(_MOCO_V1, moco=replace(_MOCO_V1.moco, dictionary="bank", bank_momentum=0.5))
 
@@ -61,7 +62,7 @@ _MOCO_V3_RESNET50 = Config(
     model=ModelConfig(head="v3", dim=256),
     moco=replace(_V3_MOCO, temperature=1.0),
     bn=BatchNormConfig(policy="sync"),
-    optim=OptimConfig(name="lars", lr=0.6 * 16, weight_decay=1e-6, warmup=0.1),
+    optim=OptimConfig(name="lars", lr=0.6 * 16, published=((4096, 0.6 * 16),), weight_decay=1e-6, warmup=0.1),
     run=RunConfig(epochs=100),
 )
 _MOCO_V3_VIT_SMALL = Config(
@@ -70,7 +71,9 @@ _MOCO_V3_VIT_SMALL = Config(
     model=ModelConfig(encoder="vit_small", head="v3", dim=256, freeze_patch_projection=True),
     moco=replace(_V3_MOCO, temperature=0.2),
     bn=BatchNormConfig(policy="sync"),
-    optim=OptimConfig(name="adamw", lr=1.5e-4 * 16, weight_decay=0.1, warmup=40 / 300),
+    optim=OptimConfig(
+        name="adamw", lr=1.5e-4 * 16, published=((4096, 1.5e-4 * 16),), weight_decay=0.1, warmup=40 / 300
+    ),
     run=RunConfig(epochs=300),
 )
 _MOCO_V3_VIT_BASE = replace(_MOCO_V3_VIT_SMALL, model=replace(_MOCO_V3_VIT_SMALL.model, encoder="vit_base"))
@@ -81,7 +84,7 @@ _CIFAR10 = Config(
     model=ModelConfig(encoder="resnet18", stem="cifar", head="linear"),
     moco=MocoConfig(queue_size=4096, momentum=0.99, temperature=0.1),
     bn=BatchNormConfig(num_groups=8),
-    optim=OptimConfig(lr=0.06, weight_decay=5e-4),
+    optim=OptimConfig(lr=0.06, published=((512, 0.06),), weight_decay=5e-4),
     eval=EvalConfig(temperature=0.1, crop=1.0),
 )
 
@@ -94,7 +97,7 @@ _DEMO = Config(
     model=ModelConfig(encoder="resnet18_half"),
     moco=MocoConfig(queue_size=1024, momentum=0.99, temperature=0.1),
     bn=BatchNormConfig(num_groups=4),
-    optim=OptimConfig(lr=0.06, weight_decay=5e-4),
+    optim=OptimConfig(lr=0.06, published=(), weight_decay=5e-4),
     run=RunConfig(steps=200),
     checkpoint=CheckpointConfig(every_steps=100),
     eval=EvalConfig(every_steps=50, k=20, temperature=0.1, crop=1.0),

@@ -23,7 +23,7 @@ from moco_fast.folder import RunFolder, open_folder
 from moco_fast.metrics import Average, MetricsFile, Pending
 from moco_fast.optim import load_optimizer_tensors, optimizer_tensors
 from moco_fast.runtime import Runtime, start
-from moco_fast.schedule import lr_at, momentum_at
+from moco_fast.schedule import describe_lr, lr_at, momentum_at
 from moco_fast.stop import StopSignal
 from pipelines.batch import TwoViewBatch
 
@@ -104,7 +104,7 @@ def _run(config: Config, runtime: Runtime, folder: RunFolder | None) -> int:
         metrics = None
         if folder is not None:
             folder.write_config(config)
-            folder.write_environment(console.environment(runtime, parts))
+            folder.write_environment(console.environment(runtime, parts) | {"learning_rate": describe_lr(config)})
             folder.write_outcome("running")
             console.print_opening(config, runtime, parts, progress.step)
             metrics = MetricsFile(folder.path, step=progress.step, tensorboard=config.log.tensorboard)
@@ -223,13 +223,10 @@ class Run:
         average_batch_statistics(self.parts.query)
         result = evaluate_knn(
             self.parts.query,
+            config.eval,
             bank_shards=config.data.shards,
             query_shards=config.eval.shards,
             size=config.views.size,
-            crop=config.eval.crop,
-            k=config.eval.k,
-            temperature=config.eval.temperature,
-            max_bank=config.eval.max_bank,
             batch_size=config.data.batch_size // runtime.world_size,
             device=runtime.device,
             rank=runtime.rank,

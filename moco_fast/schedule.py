@@ -2,9 +2,35 @@
 
 import math
 
-from moco_fast.config import MocoConfig, OptimConfig
+from moco_fast.config import Config, MocoConfig, OptimConfig
 
-__all__ = ["lr_at", "momentum_at"]
+__all__ = ["describe_lr", "lr_at", "momentum_at", "run_length"]
+
+
+def run_length(config: Config, *, batches_per_epoch: int) -> int:
+    """Optimizer steps of the whole run, at least one."""
+    run, accumulate = config.run, config.optim.accumulate
+    if run.steps is not None:
+        return run.steps
+    if run.samples is not None:
+        return math.ceil(run.samples / (config.data.batch_size * accumulate))
+    return max(1, round(run.epochs * batches_per_epoch / accumulate))
+
+
+def describe_lr(config: Config) -> str:
+    """One line: the peak learning rate, and whether anybody published it for this batch."""
+    optim, batch_size = config.optim, config.data.batch_size * config.optim.accumulate
+    given = f"learning rate: {optim.lr:g} for a batch of {batch_size}"
+    if any(batch == batch_size and math.isclose(lr, optim.lr) for batch, lr in optim.published):
+        return f"{given}, as published"
+    if not optim.published:
+        return f"{given}, which nobody published"
+    published = ", ".join(f"{lr:g} for {batch}" for batch, lr in optim.published)
+    batch, lr = min(optim.published, key=lambda pair: abs(math.log(pair[0] / batch_size)))
+    return (
+        f"{given}, which nobody published: published is {published}; the linear rule would give "
+        f"{lr * batch_size / batch:g}"
+    )
 
 
 def lr_at(step: int, num_steps: int, optim: OptimConfig) -> float:

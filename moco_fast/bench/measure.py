@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 import torch
 
 from moco_fast import console
-from moco_fast.batchnorm import resolve_policy
 from moco_fast.bench.clock import PartClock
 from moco_fast.bench.loading import decoding, made_on_device, open_for, reading, resident_batch
 from moco_fast.bench.parts import on_a_clock
@@ -19,6 +18,7 @@ from moco_fast.bench.turns import Round, Turns, made_ahead
 from moco_fast.build import Parts, build
 from moco_fast.config import Config
 from moco_fast.runtime import Runtime, start
+from moco_fast.shuffle import resolve_policy
 from pipelines.loader import Loader
 
 __all__ = ["STAGES", "Stage", "measure"]

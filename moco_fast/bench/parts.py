@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moco_fast.batchnorm import KeyPolicy
 from moco_fast.bench.clock import PartClock
 from moco_fast.dictionary import Dictionary
 from moco_fast.keys import Autocast, KeySource, MomentumKeys, QueryKeys
+from moco_fast.shuffle import KeyPolicy
 from moco_fast.step import TrainStep
 
 __all__ = ["on_a_clock"]

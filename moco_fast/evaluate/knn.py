@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moco_fast.config import KnnConfig
 from moco_fast.encoders import Encoder
 from moco_fast.evaluate.features import Features, gather, labelled_features, spread
 from shards import ShardSet
@@ -80,14 +81,11 @@ def classify(
 
 def evaluate_knn(
     encoder: Encoder,
+    knn: KnnConfig,
     *,
     bank_shards: str,
     query_shards: str,
     size: int,
-    crop: float = 0.875,
-    k: int = 200,
-    temperature: float = 0.07,
-    max_bank: int = 100_000,
     batch_size: int = 256,
     device: torch.device,
     rank: int = 0,
@@ -99,13 +97,10 @@ def evaluate_knn(
 
     Args:
         encoder: on `device`; its modes are left as they were.
+        knn: the settings; k is capped to the bank, with a note.
         bank_shards: labelled training shards.
         query_shards: labelled held-out shards with the same classes.
         size: height and width of the images in pixels.
-        crop: side of the central square that is used, as a share of the image's shorter side.
-        k: neighbours that vote; capped to the bank, with a note.
-        temperature: temperature of the vote's weights.
-        max_bank: at most this many samples serve as bank, evenly spread over the shards.
         batch_size: images a rank takes at once.
         device: where to compute.
         rank: this process.
@@ -119,15 +114,15 @@ def evaluate_knn(
         labelled_features,
         encoder,
         size=size,
-        crop=crop,
+        crop=knn.crop,
         batch_size=batch_size,
         device=device,
         rank=rank,
         world_size=world_size,
     )
-    bank = gather(features_of(bank_shards, indices=spread(bank_shards, max_bank), title="features of the bank"))
+    bank = gather(features_of(bank_shards, indices=spread(bank_shards, knn.max_bank), title="features of the bank"))
     queries = features_of(query_shards, title="features of the queries")
-    counts = _count(bank, queries, num_classes=num_classes, k=k, temperature=temperature)
+    counts = _count(bank, queries, num_classes=num_classes, k=knn.k, temperature=knn.temperature)
     if world_size > 1:
         dist.all_reduce(counts)
     right, num_queries, num_broken = counts.tolist()
@@ -136,13 +131,13 @@ def evaluate_knn(
     if not len(bank) or not num_queries:
         empty = bank_shards if not len(bank) else query_shards
         raise ValueError(f"{empty} holds no labelled sample, so kNN has nothing to compare: pack it with labels")
-    note = f"k = {k} neighbours were asked for, but the bank holds {len(bank)}: all of them vote"
+    note = f"k = {knn.k} neighbours were asked for, but the bank holds {len(bank)}: all of them vote"
     return KnnResult(
         top1=right / num_queries,
         num_bank=len(bank),
         num_queries=num_queries,
-        k=min(k, len(bank)),
-        note=note if k > len(bank) else None,
+        k=min(knn.k, len(bank)),
+        note=note if knn.k > len(bank) else None,
     )
 
 

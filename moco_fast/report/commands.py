@@ -28,7 +28,7 @@ def next_commands(record: RunRecord) -> list[Command]:
     if record.command and record.status == "finished":
         steps = 2 * int(record.last["step"])
         into = quote(f"{run}-{steps}-steps")
-        same = _without(record.command, "--run.out", "--run.steps", "--run.epochs")
+        same = _without(record.command, "--run.out", "--run.steps", "--run.epochs", "--run.samples")
         proposals["Train twice as long, into another folder"] = f"{same} --run.steps {steps} --run.out {into}"
     preview = f"moco-fast preview {quote(config.data.shards)} --views moco-v2 --out views.png"
     proposals["See what another recipe makes of these images"] = preview

@@ -7,13 +7,14 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
-from moco_fast.batchnorm import Together, VirtualGroups, use_group_statistics
+from moco_fast.batchnorm import use_group_statistics
 from moco_fast.config import MocoConfig, ModelConfig, OptimConfig
 from moco_fast.dictionary import build_dictionary
 from moco_fast.encoders import build_encoder
 from moco_fast.keys import BankKeys, MomentumKeys, QueryKeys
 from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.optim import build_optimizer
+from moco_fast.shuffle import Together, VirtualGroups
 from moco_fast.step import TrainStep
 from pipelines.batch import TwoViewBatch
 

@@ -83,6 +83,7 @@ def test_eval_knn_compares_trained_and_untrained(
     import torch
 
     from moco_fast.checkpoint import load_encoder
+    from moco_fast.config import KnnConfig
     from moco_fast.encoders import build_encoder
     from moco_fast.evaluate.knn import evaluate_knn
 
@@ -93,12 +94,10 @@ def test_eval_knn_compares_trained_and_untrained(
     for name, encoder in (("top1", trained), ("untrained_top1", build_encoder(config.model))):
         expected = evaluate_knn(
             encoder,
+            KnnConfig(k=5, temperature=config.eval.temperature, crop=1.0),
             bank_shards=str(packed_demo.train),
             query_shards=str(packed_demo.val),
             size=32,
-            crop=1.0,
-            k=5,
-            temperature=config.eval.temperature,
             device=torch.device("cpu"),
         )
         assert facts[name] == expected.top1

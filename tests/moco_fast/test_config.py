@@ -88,6 +88,8 @@ def test_every_option_reaches_the_configuration(shards):
         (["--moco.momentum", "1.5"], "--moco.momentum is 1.5"),
         (["--optim.accumulate", "0"], "--optim.accumulate is 0"),
         (["--run.steps", "0"], "--run.steps is 0"),
+        (["--run.samples", "0"], "--run.samples is 0"),
+        (["--run.samples", "9", "--run.steps", "9"], "--run.steps 9 and --run.samples 9 both say how long"),
         (["--eval.crop", "2"], "--eval.crop is 2"),
         (["--optim.warmup", "1"], "--optim.warmup is 1"),
         (["--optim.lr", "nan"], "--optim.lr is nan"),

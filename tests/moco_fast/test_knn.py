@@ -2,6 +2,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from moco_fast import distributed
-from moco_fast.config import ModelConfig
+from moco_fast.config import KnnConfig, ModelConfig
 from moco_fast.encoders import Encoder, build_encoder, normalize_images
 from moco_fast.evaluate import knn
 from moco_fast.evaluate.features import Features, extract, gather, labelled_features, spread
@@ -148,10 +149,19 @@ def test_gather_brings_uneven_shares_together_on_every_rank(run_ranks, sizes: li
         assert values == [[number, -number] for number in expected]
 
 
-def knn_of(encoder: Encoder, packed: Any, **changes: Any) -> KnnResult:
-    options = {"bank_shards": str(packed.train), "query_shards": str(packed.val), "size": 32, "crop": 1.0, "k": 5}
-    options |= {"temperature": 0.1, "batch_size": 50, "device": torch.device("cpu")}
-    return evaluate_knn(encoder, **(options | changes))
+KNN = KnnConfig(k=5, temperature=0.1, crop=1.0)
+
+
+def knn_of(encoder: Encoder, packed: Any, knn: KnnConfig = KNN, *, query_shards: str | None = None) -> KnnResult:
+    return evaluate_knn(
+        encoder,
+        knn,
+        bank_shards=str(packed.train),
+        query_shards=query_shards or str(packed.val),
+        size=32,
+        batch_size=50,
+        device=torch.device("cpu"),
+    )
 
 
 def test_evaluate_knn_agrees_with_a_plain_loop(encoder: Encoder, packed_demo: Any) -> None:
@@ -168,11 +178,11 @@ def test_evaluate_knn_agrees_with_a_plain_loop(encoder: Encoder, packed_demo: An
 
 
 def test_a_sample_s_nearest_neighbour_is_itself(encoder: Encoder, packed_demo: Any) -> None:
-    assert knn_of(encoder, packed_demo, query_shards=str(packed_demo.train), k=1).top1 > 0.99
+    assert knn_of(encoder, packed_demo, replace(KNN, k=1), query_shards=str(packed_demo.train)).top1 > 0.99
 
 
 def test_a_bank_smaller_than_k_is_noted(encoder: Encoder, packed_demo: Any) -> None:
-    result = knn_of(encoder, packed_demo, k=200, max_bank=30)
+    result = knn_of(encoder, packed_demo, replace(KNN, k=200, max_bank=30))
     assert (result.k, result.num_bank) == (30, 30)
     assert result.note is not None
     assert "the bank holds 30" in result.note
@@ -190,12 +200,10 @@ def knn_on_this_rank(train: str, val: str) -> KnnResult:
     encoder = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8))
     return evaluate_knn(
         encoder,
+        KNN,
         bank_shards=train,
         query_shards=val,
         size=32,
-        crop=1.0,
-        k=5,
-        temperature=0.1,
         batch_size=50,
         device=torch.device("cpu"),
         rank=distributed.rank(),
@@ -240,10 +248,9 @@ def test_shards_without_labels_are_refused(encoder: Encoder, other_shards: Path)
     with pytest.raises(ValueError, match="holds no labelled sample"):
         evaluate_knn(
             encoder,
+            KNN,
             bank_shards=unlabelled,
             query_shards=unlabelled,
             size=32,
-            k=1,
-            temperature=0.1,
             device=torch.device("cpu"),
         )

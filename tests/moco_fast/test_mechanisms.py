@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_fast import distributed
-from moco_fast.batchnorm import Exchange, Together, batch_norm_over_ranks, use_statistics_of_all_ranks
+from moco_fast.batchnorm import batch_norm_over_ranks, use_statistics_of_all_ranks
 from moco_fast.config import ModelConfig, OptimConfig
 from moco_fast.dictionary import Batch, MemoryBank
 from moco_fast.encoders import build_encoder, normalize_images
@@ -19,6 +19,7 @@ from moco_fast.keys import BankKeys, MomentumKeys, QueryKeys
 from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.optim import build_optimizer
 from moco_fast.queue import Queue
+from moco_fast.shuffle import Exchange, Together
 from moco_fast.step import TrainStep
 from pipelines.batch import TwoViewBatch
 

@@ -1,11 +1,14 @@
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moco_fast.config import MocoConfig, OptimConfig
-from moco_fast.schedule import lr_at, momentum_at
+from moco_fast.config import Config, MocoConfig, OptimConfig, RunConfig
+from moco_fast.presets import PRESETS
+from moco_fast.schedule import describe_lr, lr_at, momentum_at, run_length
+from pipelines.config import DataConfig
 
 
 def test_v1_drops_to_a_tenth_at_120_and_160_of_200_epochs():
@@ -54,3 +57,47 @@ def test_any_schedule_stays_between_zero_and_the_peak(schedule, warmup, num_step
     peak = values.index(max(values))
     assert values[peak:] == sorted(values[peak:], reverse=True)
     assert values[:peak] == sorted(values[:peak])
+
+
+@pytest.mark.parametrize(
+    ("run", "accumulate", "expected"),
+    [
+        (RunConfig(epochs=2), 1, 20),
+        (RunConfig(epochs=0.25), 1, 2),
+        (RunConfig(epochs=0.001), 1, 1),
+        (RunConfig(epochs=2), 3, 7),
+        (RunConfig(epochs=2, steps=7), 3, 7),
+        (RunConfig(samples=64), 1, 2),
+        (RunConfig(samples=65), 1, 3),
+        (RunConfig(samples=65), 2, 2),
+        (RunConfig(samples=1), 1, 1),
+    ],
+)
+def test_a_run_is_as_long_as_asked_in_epochs_steps_or_samples(run, accumulate, expected):
+    config = Config(data=DataConfig(shards="s", batch_size=32), run=run, optim=OptimConfig(accumulate=accumulate))
+    assert run_length(config, batches_per_epoch=10) == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_tells_whether_its_learning_rate_is_published(name):
+    preset = PRESETS[name][1]
+    said = describe_lr(preset)
+    assert said.startswith(f"learning rate: {preset.optim.lr:g} for a batch of {preset.data.batch_size}, ")
+    assert said.endswith(", as published" if name != "demo" else ", which nobody published")
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "demo"])
+def test_another_batch_or_learning_rate_is_marked(name):
+    preset = PRESETS[name][1]
+    odd = replace(preset, data=replace(preset.data, batch_size=2 * preset.data.batch_size))
+    assert "nobody published: published is " in describe_lr(odd)
+    assert describe_lr(odd).endswith(f"the linear rule would give {2 * preset.optim.lr:g}")
+    assert "nobody published" in describe_lr(replace(preset, optim=replace(preset.optim, lr=0.5)))
+    accumulated = replace(preset, optim=replace(preset.optim, accumulate=2))
+    assert f"a batch of {2 * preset.data.batch_size}, which nobody" in describe_lr(accumulated)
+
+
+def test_the_authors_four_gpus_are_published():
+    preset = PRESETS["moco-v2"][1]
+    on_four = replace(preset, data=replace(preset.data, batch_size=128), optim=replace(preset.optim, lr=0.015))
+    assert describe_lr(on_four) == "learning rate: 0.015 for a batch of 128, as published"

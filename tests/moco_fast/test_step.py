@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_fast import distributed
-from moco_fast.batchnorm import Exchange, Gather, Together, VirtualGroups, use_group_statistics
+from moco_fast.batchnorm import use_group_statistics
 from moco_fast.config import ModelConfig, OptimConfig
 from moco_fast.encoders import build_encoder, normalize_images
 from moco_fast.keys import MomentumKeys
 from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from moco_fast.queue import Queue
+from moco_fast.shuffle import Exchange, Gather, Together, VirtualGroups
 from moco_fast.step import TrainStep
 from pipelines.batch import TwoViewBatch
 
