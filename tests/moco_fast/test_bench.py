@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moco_fast.batchnorm import Together, VirtualGroups, build_policy
 from moco_fast.bench import clock as clock_module
 from moco_fast.bench import stopwatch as stopwatch_module
 from moco_fast.bench.cli import main
@@ -27,6 +26,7 @@ from moco_fast.keys import BankKeys, MomentumKeys, QueryKeys
 from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.optim import build_optimizer
 from moco_fast.presets import PRESETS
+from moco_fast.shuffle import Together, VirtualGroups, build_policy
 from moco_fast.step import TrainStep
 from pipelines.batch import TwoViewBatch
 
