@@ -69,6 +69,8 @@ class Job:
     """Threads that read shards."""
     prefetch: int = 2
     """Batches kept ready."""
+    hw_decoder_load: float = 0.65
+    """Share of the JPEGs for the GPU's own engine."""
 
 
 def _start_dali(job: Job, steps: Steps) -> Stream:

@@ -138,6 +138,7 @@ def _build(stages: tuple[_Stages, ...], job: Job, *, depth: int) -> Pipeline:
         stages,
         job.size,
         "mixed" if on_gpu else "cpu",
+        job.hw_decoder_load,
         batch_size=job.max_batch,
         num_threads=job.num_threads,
         device_id=(job.device.index or 0) if on_gpu else None,
@@ -173,11 +174,16 @@ def _decoded(decoder: str) -> Any:
 
 
 @pipeline_def(enable_conditionals=True)
-def _views(stages: tuple[_Stages, ...], size: int, decoder: str) -> tuple[Any, ...]:
+def _views(stages: tuple[_Stages, ...], size: int, decoder: str, hw_decoder_load: float) -> tuple[Any, ...]:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
     # The packer has turned the pixels already, and the boxes are in stored coordinates.
     images = fn.decoders.image(
-        encoded, device=decoder, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True
+        encoded,
+        device=decoder,
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+        hw_decoder_load=hw_decoder_load,
     )
     on_gpu = decoder == "mixed"
     return tuple(_view(images, size, view, number, on_gpu=on_gpu) for number, view in enumerate(stages))
