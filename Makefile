@@ -16,8 +16,8 @@ HAS_GPU = $(shell $(VENV)/bin/python -c 'import torch; print("yes" if torch.cuda
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test format lock gpu-check image clean \
-	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint demo-steps gpu-tests gpu-figures
+.PHONY: help setup setup-ffcv demo test format lock gpu-check image clean \
+	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint demo-steps bench
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -39,7 +39,10 @@ demo-steps:
 	moco-fast eval knn --checkpoint demo/run
 	moco-fast report demo/run
 
-test: setup ## Run every check: format, lint, types, imports, Dockerfile, tests
+setup-ffcv: ## The same, and FFCV built against system packages (make test does it first)
+	@deploy/setup.sh ffcv
+
+test: setup-ffcv ## Run every check: format, lint, types, imports, Dockerfile, tests
 	@$(MAKE) --no-print-directory --keep-going checks
 
 lint: setup ## The checks that take seconds
@@ -71,19 +74,16 @@ format: setup ## Format the code, and repair what ruff can
 	ruff check --fix
 	ruff format
 
-lock: setup ## Resolve pyproject.toml anew into requirements.lock
-	$$(command -v uv || echo .uv/bin/uv) pip compile --quiet --no-header --generate-hashes --universal --python-version 3.11 --all-extras --group dev pyproject.toml --output-file requirements.lock
+# FFCV's is a file of its own, for what it adds: nobody else shall need a compiler.
+lock: COMPILE = $$(command -v uv || echo .uv/bin/uv) pip compile --quiet --no-header --generate-hashes --universal --python-version 3.11
+lock: setup ## Resolve pyproject.toml anew into requirements.lock and requirements-ffcv.lock
+	echo ffcv | $(COMPILE) --all-extras --excludes /dev/stdin --group dev pyproject.toml --output-file requirements.lock
+	sed -n 's/==.*//p' requirements.lock | $(COMPILE) --extra ffcv --excludes /dev/stdin pyproject.toml --output-file requirements-ffcv.lock
 
 # No set-up: machines that have a GPU often have their own Python and torch, and no network.
-gpu-check: ## GPU tests and figures into build/gpu-check; DEVICE=cpu for a small version
-	@$(MAKE) --no-print-directory --keep-going gpu-tests gpu-figures \
-		GPU_PYTHON=$(if $(wildcard $(VENV)/bin/python),python,$(or $(PYTHON),python3))
-
-gpu-tests:
-	DEVICE=$(DEVICE) $(GPU_PYTHON) -m pytest -m gpu tests/gpu --junitxml $(OUT)/tests.xml
-
-gpu-figures:
-	$(GPU_PYTHON) benchmarks/gpu_check.py --device $(DEVICE) --out $(OUT)
+gpu-check: ## GPU tests and figures into OUT (build/gpu-check), in 8 minutes; DEVICE=cpu for a small version
+	$(if $(wildcard $(VENV)/bin/python),python,$(or $(PYTHON),python3)) benchmarks/gpu_check.py --device $(DEVICE) \
+		--out $(OUT) $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(PART),--part $(PART)) $(if $(CIFAR),--cifar $(CIFAR))
 
 image: ## Build the Docker image (docs/docker.md)
 	docker build --tag moco-fast --build-arg REVISION=$$(git rev-parse HEAD) \

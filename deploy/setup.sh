@@ -1,6 +1,7 @@
 #!/bin/sh
 # Makes the environment in .venv, or brings it up to date: uv, the packages of requirements.lock, and this project in
 # editable mode. Does nothing where nothing has changed. PYTHON=... chooses the interpreter (3.11 to 3.13).
+# `setup.sh ffcv` also builds FFCV, and installs the system packages that it is built against.
 set -eu
 cd "$(dirname "$0")/.."
 # The environment itself, first in PATH under make or when it is active, must not be what makes it: it has no pip.
@@ -25,23 +26,29 @@ find_python() {
         "install one, or name it: make setup PYTHON=/path/to/python3"
 }
 
-# Debian and Ubuntu ship python3 without pip.
-install_pip() {
-    case $python in
-        /usr/bin/* | /bin/*) ;;
-        *) fail "$python has no pip; run: $python -m ensurepip --upgrade" ;;
-    esac
-    command -v apt-get >/dev/null || fail "$python has no pip; install your system's package for it and try again"
+# install_packages WHAT_IS_MISSING PACKAGE...: from Debian or Ubuntu, or says what to do.
+install_packages() {
+    missing=$1
+    shift
+    command -v apt-get >/dev/null || fail "$missing; install what your system calls $* and try again"
     if [ "$(id -u)" = 0 ]; then
         as_root=
     elif command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
         as_root=sudo
     else
-        fail "$python has no pip; run as root: apt-get update && apt-get install -y --no-install-recommends python3-pip"
+        fail "$missing; run as root: apt-get update && apt-get install -y --no-install-recommends $*"
     fi
-    say "installing the system package python3-pip ${as_root:+with sudo}"
+    say "installing the system packages $* ${as_root:+with sudo}"
     $as_root apt-get update -qq
-    $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-pip >/dev/null
+    $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+# Debian and Ubuntu ship python3 without pip.
+install_pip() {
+    case $python in
+        /usr/bin/* | /bin/*) install_packages "$python has no pip" python3-pip ;;
+        *) fail "$python has no pip; run: $python -m ensurepip --upgrade" ;;
+    esac
 }
 
 # uv from the package index: needs neither the venv module nor ensurepip, which Debian leaves out.
@@ -63,8 +70,15 @@ fingerprint() {
     {
         pwd
         .venv/bin/python -VV
-        cat requirements.lock pyproject.toml deploy/setup.sh
+        cat requirements.lock pyproject.toml deploy/setup.sh "$@"
     } | cksum
+}
+
+# is_current STAMP [FILE...]: whether nothing has changed since the stamp was written.
+is_current() {
+    stamp=$1
+    shift
+    [ -f "$stamp" ] && .venv/bin/python -c "$supported" 2>/dev/null && [ "$(fingerprint "$@")" = "$(cat "$stamp")" ]
 }
 
 warn_if_disk_is_small() {
@@ -74,24 +88,46 @@ warn_if_disk_is_small() {
     fi
 }
 
-stamp=.venv/.setup
-if [ -f "$stamp" ] && .venv/bin/python -c "$supported" 2>/dev/null && [ "$(fingerprint)" = "$(cat "$stamp")" ]; then
-    exit 0
-fi
+make_environment() {
+    warn_if_disk_is_small
+    python=$(find_python)
+    find_uv
+    if ! .venv/bin/python -c "$supported" 2>/dev/null; then
+        say "making .venv with $("$python" -V)"
+        "$uv" venv $quiet --clear --no-python-downloads --python "$python" .venv
+    fi
+    say "installing the packages of requirements.lock: about 3 GB to download the first time, then about a minute"
+    "$uv" pip install $quiet --python .venv --compile-bytecode --requirement requirements.lock
+    # By path (compat): with setuptools' import hook, a folder shards/ where somebody works would hide the package.
+    "$uv" pip install $quiet --python .venv --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
+    fingerprint >.venv/.setup
+    say "done; to use the commands by name: . .venv/bin/activate"
+}
 
+has_headers='import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
+
+# FFCV has no wheel. Of OpenCV it uses two libraries, but its build names all of them: --as-needed leaves out the rest.
+add_ffcv() {
+    if ! pkg-config --exists opencv4 libturbojpeg 2>/dev/null || ! command -v g++ >/dev/null; then
+        install_packages "FFCV is built here, against OpenCV and libjpeg-turbo" \
+            libopencv-dev libturbojpeg0-dev pkg-config g++
+    fi
+    .venv/bin/python -c "$has_headers" ||
+        install_packages "FFCV is built here, and $(.venv/bin/python -V) lacks its headers (Python.h)" python3-dev
+    python=$(find_python)
+    find_uv
+    say "building FFCV"
+    LDFLAGS="-Wl,--as-needed ${LDFLAGS:-}" \
+        "$uv" pip install $quiet --python .venv --compile-bytecode --no-deps --requirement requirements-ffcv.lock
+    fingerprint requirements-ffcv.lock >.venv/.setup-ffcv
+}
+
+case ${1:-} in
+    '' | ffcv) ;;
+    *) fail "there is no part $1: run deploy/setup.sh, or deploy/setup.sh ffcv" ;;
+esac
 quiet=--quiet # without a terminal, uv's progress is noise
 [ -t 2 ] && quiet=
 export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-300}"
-warn_if_disk_is_small
-python=$(find_python)
-find_uv
-if ! .venv/bin/python -c "$supported" 2>/dev/null; then
-    say "making .venv with $("$python" -V)"
-    "$uv" venv $quiet --clear --no-python-downloads --python "$python" .venv
-fi
-say "installing the packages of requirements.lock: about 3 GB to download the first time, then about a minute"
-"$uv" pip install $quiet --python .venv --compile-bytecode --requirement requirements.lock
-# By path (compat): with setuptools' import hook, a folder shards/ where somebody works would hide the package.
-"$uv" pip install $quiet --python .venv --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
-fingerprint >"$stamp"
-say "done; to use the commands by name: . .venv/bin/activate"
+is_current .venv/.setup || make_environment
+[ "${1:-}" != ffcv ] || is_current .venv/.setup-ffcv requirements-ffcv.lock || add_ffcv

@@ -34,6 +34,7 @@ class Checkout:
         self.tools.mkdir()
         shutil.copy(SCRIPT, self.root / "deploy")
         (self.root / "requirements.lock").write_text("numpy==2.4.6\n")
+        (self.root / "requirements-ffcv.lock").write_text("ffcv==1.0.2\n")
         (self.root / "pyproject.toml").write_text("[project]\n")
         self.tool("uv", FAKE_UV)
         for program in PROGRAMS:
@@ -41,15 +42,17 @@ class Checkout:
 
     def tool(self, name, text):
         path = self.tools / name
+        # It may be a link to the machine's own, which must not be written through.
+        path.unlink(missing_ok=True)
         path.write_text(text)
         path.chmod(0o755)
         return path
 
-    def setup(self, **environment):
+    def setup(self, *parts, **environment):
         """Run the script; returns its result and the uv commands that it ran."""
         self.calls.write_text("")
         result = subprocess.run(
-            ["sh", "deploy/setup.sh"],
+            ["sh", "deploy/setup.sh", *parts],
             cwd=self.root,
             env={"PATH": str(self.tools), "UV_CALLS": str(self.calls), "PYTHON": sys.executable} | environment,
             stdin=subprocess.DEVNULL,
@@ -124,3 +127,57 @@ def test_names_the_command_that_brings_pip(checkout):
     result, _ = checkout.setup(PYTHON=str(bare))
     assert result.returncode == 1
     assert f"run: {bare} -m ensurepip --upgrade" in result.stderr
+
+
+@pytest.fixture
+def with_headers(checkout):
+    """What FFCV is built with is there."""
+    checkout.tool("pkg-config", "#!/bin/sh\n")
+    checkout.tool("g++", "#!/bin/sh\n")
+    has_headers = f'#!/bin/sh\ncase "$*" in *Python.h*) exit 0 ;; esac\nexec {sys.executable} "$@"\n'
+    return checkout.tool("python3", has_headers)
+
+
+def test_ffcv_is_added_once_and_again_when_its_lock_changes(checkout, with_headers):
+    checkout.setup()
+    # The environment's interpreter is a link to ours, which may lack headers here.
+    python = checkout.root / ".venv/bin/python"
+    python.unlink()
+    python.symlink_to(with_headers)
+    checkout.setup()
+    result, calls = checkout.setup("ffcv")
+    assert (result.returncode, calls) == (0, ["pip"]), result.stderr
+    assert checkout.setup("ffcv")[1] == []
+    assert checkout.setup()[1] == []
+    (checkout.root / "requirements-ffcv.lock").write_text("ffcv==1.0.3\n")
+    assert checkout.setup()[1] == []
+    assert checkout.setup("ffcv")[1] == ["pip"]
+
+
+def test_what_ffcv_is_built_against_is_named_where_it_cannot_be_installed(checkout):
+    result, calls = checkout.setup("ffcv")
+    assert (result.returncode, calls) == (1, ["venv", "pip", "pip"])
+    assert "install what your system calls libopencv-dev libturbojpeg0-dev pkg-config g++" in result.stderr
+    checkout.tool("apt-get", "#!/bin/sh\n")
+    checkout.tool("id", "#!/bin/sh\necho 1000\n")
+    result, _ = checkout.setup("ffcv")
+    assert "run as root: apt-get update && apt-get install -y --no-install-recommends libopencv-dev" in result.stderr
+
+
+def test_system_packages_are_installed_as_root(checkout):
+    checkout.setup()
+    checkout.tool("id", "#!/bin/sh\necho 0\n")
+    checkout.tool("env", '#!/bin/sh\nshift\nexec "$@"\n')
+    installs = f'#!/bin/sh\necho apt "$*" >>"$UV_CALLS"\nln -sf {shutil.which("true")} {checkout.tools}/g++\n'
+    checkout.tool("apt-get", installs)
+    result, _ = checkout.setup("ffcv")
+    calls = checkout.calls.read_text()
+    assert "apt update" in calls
+    assert "apt install -y -qq --no-install-recommends libopencv-dev libturbojpeg0-dev pkg-config g++" in calls
+    assert "installing the system packages libopencv-dev" in result.stdout
+
+
+def test_an_unknown_part_is_refused(checkout):
+    result, calls = checkout.setup("ffvc")
+    assert (result.returncode, calls) == (1, [])
+    assert "there is no part ffvc" in result.stderr
