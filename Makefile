@@ -39,11 +39,11 @@ demo-steps:
 	moco-fast eval knn --checkpoint demo/run
 	moco-fast report demo/run
 
-setup-ffcv: ## The same, and FFCV built against system packages (make test does it first)
-	@deploy/setup.sh ffcv
-
 test: setup-ffcv ## Run every check: format, lint, types, imports, Dockerfile, tests
 	@$(MAKE) --no-print-directory --keep-going checks
+
+setup-ffcv: ## The same, and FFCV built against system packages (make test does it first)
+	@deploy/setup.sh ffcv
 
 lint: setup ## The checks that take seconds
 	@$(MAKE) --no-print-directory --keep-going ruff-format ruff-check pyright lint-imports hadolint

@@ -118,7 +118,7 @@ add_ffcv() {
     find_uv
     say "building FFCV"
     LDFLAGS="-Wl,--as-needed ${LDFLAGS:-}" \
-        "$uv" pip install $quiet --python .venv --compile-bytecode --no-deps --requirement requirements-ffcv.lock
+        "$uv" pip install $quiet --python .venv --no-deps --requirement requirements-ffcv.lock
     fingerprint requirements-ffcv.lock >.venv/.setup-ffcv
 }
 
