@@ -19,6 +19,7 @@ from shards.planner import make_plan
 from shards.pool import default_workers
 from shards.progress import Progress
 from shards.reading import read_inputs
+from shards.summary import human_bytes
 from shards.tar import BLOCK, padding
 
 __all__ = ["Estimate", "estimate"]
@@ -37,6 +38,8 @@ class Estimate:
     shards: dict[str, int]
     """Number of shards by split."""
     num_probed: int
+    outcomes: dict[str, int]
+    """Of the probed inputs, by what is done to them."""
     rejections: dict[str, int]
     """Of the probed inputs, by reason."""
     bytes_a_sample: float
@@ -52,10 +55,11 @@ class Estimate:
         packed = self.num_inputs * (1 - sum(self.rejections.values()) / self.num_probed)
         yield f"{self.num_inputs:,} inputs, {self.num_classes:,} classes; {self.num_probed} of them tried:"
         shards = ", ".join(f"{count:,} shards{f' of {name}' if name else ''}" for name, count in self.shards.items())
-        yield f"  {packed:,.0f} samples, {packed * self.bytes_a_sample / 1e9:,.2f} GB, in {shards}"
-        yield f"  rejected: {', '.join(f'{r} {c}' for r, c in self.rejections.items()) or 'none'}"
+        yield f"  {packed:,.0f} samples, {human_bytes(packed * self.bytes_a_sample)}, in {shards}"
+        for title, tally in (("packed", self.outcomes), ("rejected", self.rejections)):
+            yield f"  {title}: {', '.join(f'{what} {count}' for what, count in sorted(tally.items())) or 'none'}"
         seconds = self.num_inputs * self.seconds_a_sample / workers
-        yield f"  about {seconds / 60:,.1f} minutes with {workers} workers, if the disk keeps up"
+        yield f"  about {_duration(seconds)} with {workers} workers, if the disk keeps up"
         yield f"  one core will decode about {self.decoded_a_second:,.0f} of the packed images a second"
         if config.resize is None and self.median_shorter_side > 1.25 * _ENOUGH_PIXELS:
             gain = (self.median_shorter_side / _ENOUGH_PIXELS) ** 2
@@ -65,6 +69,13 @@ class Estimate:
                 f"about {gain:.0f} times as fast to decode. It costs one more JPEG generation, and detail in the "
                 "smallest crops"
             )
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("hours", 7200), ("minutes", 120)):
+        if seconds > size:
+            return f"{seconds / size * 2:,.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def estimate(config: PackConfig, progress: Progress | None = None) -> Estimate:
@@ -84,6 +95,7 @@ def _tar_bytes(size: int) -> int:
 
 def _probe(config: PackConfig, plan: Plan) -> Estimate:
     probed = np.unique(np.linspace(0, plan.num_inputs - 1, min(_PROBED, plan.num_inputs)).astype(np.int64))
+    outcomes: Counter[str] = Counter()
     rejections: Counter[str] = Counter()
     packed: list[bytes] = []
     sides: list[int] = []
@@ -97,6 +109,7 @@ def _probe(config: PackConfig, plan: Plan) -> Estimate:
             except Rejected as rejected:
                 rejections[rejected.reason] += 1
                 continue
+            outcomes.update(image.outcomes)
             packed.append(image.data)
             sides.append(min(image.width, image.height))
     middle = time.perf_counter()
@@ -108,6 +121,7 @@ def _probe(config: PackConfig, plan: Plan) -> Estimate:
         num_classes=len(plan.class_names),
         shards={split.name: split.num_shards for split in plan.splits},
         num_probed=len(probed),
+        outcomes=dict(outcomes),
         rejections=dict(rejections),
         bytes_a_sample=sum(_tar_bytes(len(data)) for data in packed) / max(1, len(packed))
         + (_tar_bytes(1) if plan.class_names else 0),

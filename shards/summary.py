@@ -4,7 +4,7 @@ import sys
 
 from shards.manifest import Manifest
 
-__all__ = ["summarize"]
+__all__ = ["human_bytes", "summarize"]
 
 
 def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> int:
@@ -12,7 +12,9 @@ def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> 
     for name, manifest in manifests.items():
         size = sum(shard.num_bytes for shard in manifest.shards)
         folder = f"{out.rstrip('/')}/{name}".rstrip("/")
-        print(f"{folder}: {manifest.num_samples:,} images in {len(manifest.shards):,} shards, {_human(size)}", end="")
+        print(
+            f"{folder}: {manifest.num_samples:,} images in {len(manifest.shards):,} shards, {human_bytes(size)}", end=""
+        )
         print(f", {len(manifest.class_names):,} classes" if manifest.class_names else ", no labels")
         if manifest.outcomes:
             print("  " + ", ".join(f"{what} {count:,}" for what, count in manifest.outcomes.items()))
@@ -38,7 +40,8 @@ def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> 
     return 3
 
 
-def _human(num_bytes: float) -> str:
+def human_bytes(num_bytes: float) -> str:
+    """A size for people, in powers of a thousand."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.4g} {unit}"

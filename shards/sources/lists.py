@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -91,8 +92,7 @@ class ListSource:
             at, label_at = first.index(path), None if label is None else first.index(label)
         elif self._columns.image is not None:
             raise PackError(f"{self.path} has no column {self._columns.image!r}: it has {', '.join(first)}")
-        elif self.path.startswith("s3://") and len(first) >= 2 and "/" not in first[0] and "." in first[1]:
-            # An inventory has no head line: bucket, key (quoted as in URLs), and whatever else was asked for.
+        elif self._is_inventory(first):
             for bucket, key, *_ in chain([first], rows):
                 yield f"s3://{bucket}/{unquote(key)}", None
             return
@@ -103,6 +103,12 @@ class ListSource:
         for row in rows:
             if row:
                 yield row[at], None if label_at is None or label_at >= len(row) else _number_or_name(row[label_at])
+
+    def _is_inventory(self, first: list[str]) -> bool:
+        """Whether a list without a head line is S3's: bucket, key (quoted as in URLs), and what else was asked for."""
+        # A bucket's name may hold dots, but so do the names of files in a local list.
+        bucket = r"[a-z0-9][a-z0-9.-]+" if self.path.startswith("s3://") else r"[a-z0-9][a-z0-9-]{2,}"
+        return len(first) >= 2 and re.fullmatch(bucket, first[0]) is not None and "." in first[1]
 
     def _find(self, names: list[str]) -> tuple[str | None, str | None]:
         """Columns of path and label among some names."""

@@ -1,5 +1,6 @@
 """Buckets as sources and targets, against an S3 server on this machine."""
 
+import gzip
 import http.server
 import io
 import json
@@ -198,6 +199,10 @@ def test_archives_lists_and_inventories_in_a_bucket(bucket, tmp_path):
     ):
         manifest = pack(config(f"{bucket}/{source}", out=tmp_path / source.replace("/", "-"), max_rejected=1.0))[""]
         assert (manifest.num_samples, manifest.num_rejected) == (count, rejected), source
+    # Downloaded, it still names what is in the bucket.
+    (tmp_path / "inventory.csv.gz").write_bytes(gzip.compress(storage.Folder(bucket).read("inventory.csv")))
+    pack(config(tmp_path / "inventory.csv.gz", out=tmp_path / "downloaded", max_rejected=1.0))
+    assert shard_bytes(contents(tmp_path / "downloaded")) == shard_bytes(contents(tmp_path / "inventory.csv"))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

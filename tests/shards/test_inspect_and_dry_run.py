@@ -62,6 +62,7 @@ def test_a_dry_run_writes_nothing_and_predicts_what_packing_gives(tmp_path, caps
     found = estimate(config)
     assert (found.num_inputs, found.num_classes, found.shards) == (80, 2, {"": 10})
     assert found.rejections == {"not an image": 20}
+    assert found.outcomes == {"copied": 60}
     assert found.median_shorter_side == 40
     assert not (tmp_path / "out").exists()
     assert list(work.iterdir()) == []
@@ -69,7 +70,10 @@ def test_a_dry_run_writes_nothing_and_predicts_what_packing_gives(tmp_path, caps
     total = sum(shard.num_bytes for shard in packed.shards)
     assert 0.7 < found.bytes_a_sample * packed.num_samples / total < 1.3
     assert main(["pack", str(source), "--out", str(tmp_path / "new"), "--dry-run"]) == 0
-    assert "80 inputs, 2 classes" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "80 inputs, 2 classes" in told
+    assert re.search(r"60 samples, \d+\.\d KB, in 1 shards\n  packed: copied 60\n  rejected: not an image 20\n", told)
+    assert re.search(r"about \d seconds with \d+ workers", told)
     assert not (tmp_path / "new").exists()
 
 
