@@ -1,215 +1,249 @@
-"""How fast this machine loads and trains, in a minute or two; `make gpu-check` runs it.
+"""What a machine with a GPU must show, part by part; `make gpu-check` runs it.
 
-    python benchmarks/gpu_check.py --device cuda --out build/gpu-check
+    python benchmarks/gpu_check.py --device cuda --out build/gpu-check [--part NAME ...]
 
-Photographs that scikit-image ships are cut to sizes like ImageNet's, packed, and read by the real loader; the step is
-the real one. For every setting: the loader alone, the step alone (on one batch, again and again), and both together.
-Writes results.json and results.md.
+Each part runs in a process of its own, within a time of its own, and leaves NAME.json; a part whose NAME.json is in the
+folder is not run again, so the same command goes on where it stopped. One that fails leaves NAME.log instead, and the
+others go on. report.md puts together what is there. All parts stop after --minutes; cifar10 runs only if it is named.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
-import platform
+import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from importlib import metadata, util
-from itertools import cycle
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
+ROOT = Path(__file__).resolve().parent.parent
 
-from moco_fast.build import Parts, build
-from moco_fast.config import Config
-from moco_fast.presets import PRESETS
-from moco_fast.runtime import start
-from pipelines.batch import TwoViewBatch
-
-ROUNDS = 3
+Options = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """A configuration, and how long to measure it."""
+class Part:
+    """One thing to show."""
 
     name: str
-    config: Config
-    warmup: int
-    """Steps before the clock starts."""
-    steps: int
-    """Steps in each round."""
+    """Names its file too."""
+    kind: str
+    """A function of gpu_parts.py; parts of a kind share a table."""
+    limit_s: float
+    options: Options = field(default_factory=dict)
 
 
-def settings(device: str, shards: str) -> list[Setting]:
-    """List what is measured on a device."""
-    size, batch, warmup, steps = (224, 256, 10, 20) if device == "cuda" else (32, 16, 1, 2)
-    found: list[Setting] = []
-    for precision in ("bf16", "fp32") if device == "cuda" else ("fp32",):
-        base = PRESETS["moco-v2"][1]
-        encoder = "resnet50" if device == "cuda" else "resnet18"
-        config = replace(
-            base,
-            data=replace(base.data, shards=shards, batch_size=batch),
-            views=replace(base.views, size=size),
-            model=replace(base.model, encoder=encoder),
-            moco=replace(base.moco, queue_size=65536 if device == "cuda" else 1024),
-            run=replace(base.run, device=device, precision=precision, steps=1),
-        )
-        name = f"moco-v2, {encoder}, {size} px, batch {batch}, {precision}"
-        found.append(Setting(name=name, config=config, warmup=warmup, steps=steps))
-    return found
+def parts(device: str) -> list[Part]:
+    """All parts but cifar10, in order of value."""
+    return _on_a_gpu() if device == "cuda" else _on_a_cpu()
 
 
-def write_photographs(folder: Path, num: int) -> None:
-    """Write JPEGs of 500 x 375 pixels, or turned: about the size and the detail of ImageNet's."""
-    spec = util.find_spec("skimage")
-    if spec is None or spec.origin is None:
-        raise ValueError("the photographs come with scikit-image, which is missing: pip install scikit-image")
-    names = ("astronaut.png", "chelsea.png", "coffee.png", "ihc.png", "motorcycle_left.png", "rocket.jpg")
-    photographs = [Image.open(Path(spec.origin).parent / "data" / name).convert("RGB") for name in names]
-    random = np.random.default_rng(0)
-    folder.mkdir()
-    for number in range(num):
-        photograph = photographs[number % len(photographs)]
-        width, height = (500, 375) if random.random() < 0.75 else (375, 500)
-        # A part of the photograph with the sides' ratio kept, so that no two files are the same.
-        scale = random.uniform(0.7, 1.0) * min(photograph.width / width, photograph.height / height)
-        left = random.uniform(0, photograph.width - scale * width)
-        top = random.uniform(0, photograph.height - scale * height)
-        box = (left, top, left + scale * width, top + scale * height)
-        image = photograph.resize((width, height), Image.Resampling.BICUBIC, box=box)
-        image.save(folder / f"{number:05d}.jpg", quality=92)
+def _on_a_gpu() -> list[Part]:
+    def step(name: str, limit_s: float, **options: object) -> Part:
+        base = {"encoder": "resnet50", "size": 224, "batch": 256, "queue": 65536, "precision": "bf16", "compile": False}
+        return Part(name=f"step-{name}", kind="step", limit_s=limit_s, options=base | {"rounds": 5} | options)
 
+    def loader(name: str, **data: object) -> Part:
+        options = {"size": 224, "batch": 256, "seconds": 8, "data": data}
+        return Part(name=f"loader-{name}", kind="loader", limit_s=40, options=options)
 
-def samples_per_s(do_step: Callable[[], object], setting: Setting, device: torch.device) -> dict[str, float]:
-    """Time rounds of steps on a device that has finished what came before."""
-    for _ in range(setting.warmup):
-        do_step()
-    rates: list[float] = []
-    for _ in range(ROUNDS):
-        synchronize(device)
-        started = time.perf_counter()
-        for _ in range(setting.steps):
-            do_step()
-        synchronize(device)
-        rates.append(setting.steps * setting.config.data.batch_size / (time.perf_counter() - started))
-    return {"median": median(rates), "min": min(rates), "max": max(rates)}
+    def end_to_end(name: str, limit_s: float, **options: object) -> Part:
+        base = {"encoder": "resnet50", "size": 224, "batch": 256, "queue": 65536, "precision": "bf16", "compile": False}
+        base |= {"policy": "none", "seconds": 25}
+        return Part(name=f"end-to-end-{name}", kind="end_to_end", limit_s=limit_s, options=base | options)
 
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the GPU, if it is one."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measure(setting: Setting) -> dict[str, Any]:
-    """Measure one setting; in a process of its own, so that memory is this setting's alone."""
-    runtime = start(setting.config.run)
-    parts = build(setting.config, runtime)
-    # The loader starts anew for every epoch; an endless one has no end in the middle of a round.
-    batches = (batch for _ in cycle((None,)) for batch in parts.loader)
-    batch = next(batches)
-    device = runtime.device
-    results = {
-        "loader": samples_per_s(lambda: next(batches), setting, device),
-        "step": samples_per_s(lambda: train_step(parts, batch), setting, device),
-        "both": samples_per_s(lambda: train_step(parts, next(batches)), setting, device),
-    }
-    parts.loader.close()
-    memory = None
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        memory = {"torch_peak_bytes": torch.cuda.max_memory_allocated(device), "device_used_bytes": total - free}
-    runtime.close()
-    return {
-        "name": setting.name,
-        "loader": parts.loader.description,
-        "precision": runtime.precision,
-        "samples_per_s": results,
-        "memory": memory,
-    }
-
-
-def train_step(parts: Parts, batch: TwoViewBatch) -> None:
-    """Train on one batch."""
-    parts.train_step([batch], lr=0.03, momentum=0.999)
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Say what the figures were measured on."""
-    versions = {
-        d.name: d.version
-        for d in metadata.distributions()
-        if d.name in ("torch", "torchvision", "accelerate", "timm", "numpy") or d.name.startswith("nvidia-dali")
-    }
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "num_cpus": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda if device == "cuda" else None,
-        "versions": dict(sorted(versions.items())),
-    }
-
-
-def as_markdown(report: dict[str, Any]) -> str:
-    """Write the report as a person reads it."""
-    where = report["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    lines = [
-        f"# {where['device']}, {where['num_cpus']} CPUs",
-        "",
-        f"Python {where['python']}, CUDA {where['cuda']}, {versions}.",
-        f"Samples/s: median of {ROUNDS} rounds (lowest to highest). A sample is two views.",
-        "",
-        "| setting | loader alone | step alone | both | torch's peak, device in use |",
-        "|---|---|---|---|---|",
+    whole = {"encoder": "resnet50", "size": 224, "queue": 65536, "precision": "bf16"}
+    tests = {"paths": ["tests/gpu"], "but": ["tests/gpu/test_demo.py"]}
+    return [
+        Part(name="environment", kind="environment", limit_s=40),
+        Part(name="tests", kind="tests", limit_s=150, options=tests),
+        end_to_end("eager", 75),
+        step("256-bf16", 60),
+        loader("dali"),
+        loader("dali-4-threads", num_threads=4),
+        loader("dali-no-engine", hw_decoder_load=0.0),
+        loader("dali-engine-90", hw_decoder_load=0.9),
+        Part(name="momentum", kind="momentum", limit_s=30, options={"encoder": "resnet50"}),
+        step("256-bf16-compiled", 120, compile=True, only=["ours", "supervised"]),
+        end_to_end("compiled", 120, compile=True),
+        Part(name="profile", kind="profile", limit_s=60, options=whole | {"batch": 256, "compile": True, "steps": 5}),
+        step("32-bf16", 40, batch=32),
+        Part(name="memory", kind="memory", limit_s=90, options=whole | {"batches": [1024, 512, 256]}),
+        step("256-fp32", 50, precision="fp32"),
+        end_to_end("virtual-groups", 60, policy="virtual", stages=["step"], seconds=6),
+        loader("torch", backend="torch"),
+        step("32-bf16-compiled", 100, batch=32, compile=True, only=["ours"]),
+        Part(name="demo", kind="tests", limit_s=200, options={"paths": ["tests/gpu/test_demo.py"], "but": []}),
     ]
-    for result in report["results"]:
-        cells = [
-            f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})"
-            for rate in (result["samples_per_s"][what] for what in ("loader", "step", "both"))
-        ]
-        memory = "-"
-        if result["memory"]:
-            memory = ", ".join(f"{value / 2**30:.1f} GiB" for value in result["memory"].values())
-        lines.append(f"| {' | '.join([result['name'], *cells, memory])} |")
-    lines += ["", *(f"Loader: {line}." for line in sorted({result["loader"] for result in report["results"]}))]
-    return "\n".join(lines) + "\n"
+
+
+def _on_a_cpu() -> list[Part]:
+    """The same, so small that only mistakes are to be seen."""
+    small = {"encoder": "resnet18_quarter", "size": 32, "queue": 64, "precision": "fp32"}
+    one = small | {"batch": 16, "compile": False}
+    test = "tests/gpu/test_step.py::test_half_precision_follows_full_precision"
+    return [
+        Part(name="environment", kind="environment", limit_s=60),
+        Part(name="tests", kind="tests", limit_s=120, options={"paths": [test], "but": []}),
+        Part(name="end-to-end-eager", kind="end_to_end", limit_s=120, options=one | {"policy": "none", "seconds": 1}),
+        Part(name="step-16-fp32", kind="step", limit_s=60, options=one | {"rounds": 1}),
+        Part(
+            name="loader-dali",
+            kind="loader",
+            limit_s=60,
+            options={"size": 32, "batch": 16, "seconds": 0.5, "data": {"backend": "dali", "num_threads": 1}},
+        ),
+        Part(name="momentum", kind="momentum", limit_s=60, options={"encoder": "resnet18_quarter"}),
+        Part(name="profile", kind="profile", limit_s=60, options=one | {"steps": 1}),
+        Part(name="memory", kind="memory", limit_s=90, options=small | {"batches": [16]}),
+    ]
+
+
+def cifar10(device: str, archive: Path | None, seconds: float) -> Part:
+    """The authors' CIFAR-10 demo from images to kNN; stopped in time, it goes on the next time."""
+    if archive is None or not archive.is_file():
+        raise ValueError(
+            f"--part cifar10 needs --cifar FILE, an archive of its images by split and class: got {archive}"
+        )
+    options: Options = {"archive": str(archive.resolve()), "seconds": seconds, "words": []}
+    if device == "cpu":
+        options["words"] = ["--run.steps", "2", "--model.encoder", "resnet18_quarter", "--data.batch-size", "16"]
+    return Part(name="cifar10", kind="cifar10", limit_s=seconds + 120, options=options)
+
+
+def run(part: Part, device: str, out: Path, data: Path, photos: Path | None, limit_s: float) -> str:
+    """Run a part in a process; return how it ended: done, failed or out of time."""
+    job = {"kind": part.kind, "options": part.options, "device": device, "data": str(data)}
+    job |= {"photos": str(photos.resolve()) if photos else None, "out": str(out / f"{part.name}.json")}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+        "DEVICE": device,
+        # What one part compiled, the next need not.
+        "TORCHINDUCTOR_CACHE_DIR": str(data / "inductor"),
+    }
+    log = out / f"{part.name}.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("gpu_parts.py")), json.dumps(job)],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            # Loaders have processes of their own, which must not disturb the next part.
+            _kill_session(process)
+    if code == 0:
+        log.unlink()
+        return "done"
+    return "out of time" if code is None else "failed"
+
+
+def _kill_session(process: "subprocess.Popen[bytes]") -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    finally:
+        process.wait()
+
+
+def report(wanted: Sequence[Part], out: Path, endings: dict[str, str]) -> str:
+    """Markdown of all that is in the folder."""
+    lines = ["# GPU check", ""]
+    for kind in dict.fromkeys(part.kind for part in wanted):
+        of_kind = [part for part in wanted if part.kind == kind]
+        found = {part.name: json.loads(path.read_text()) for part in of_kind if (path := _file(out, part)).is_file()}
+        lines += [f"## {kind.replace('_', ' ')}", ""]
+        lines += _table({name: row for name, each in found.items() for row in each["rows"] for name in [row["part"]]})
+        for each in found.values():
+            lines += [*each["notes"], ""] if each["notes"] else []
+        for part in of_kind:
+            if part.name in endings and part.name not in found:
+                lines += [f"**{part.name}: {endings[part.name]}**; see {part.name}.log", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(rows: dict[str, dict[str, str]]) -> list[str]:
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    if not columns:
+        return []
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join(str(row.get(column, '')) for column in columns)} |" for row in rows.values()]
+    return [*lines, ""]
+
+
+def _file(out: Path, part: Part) -> Path:
+    return out / f"{part.name}.json"
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Run what is wanted and not there yet; return the exit code."""
+    every = parts(arguments.device)
+    wanted = [part for part in every if not arguments.part or part.name in arguments.part]
+    if "cifar10" in arguments.part:
+        wanted.append(cifar10(arguments.device, arguments.cifar, arguments.cifar_seconds))
+    if unknown := set(arguments.part) - {part.name for part in wanted}:
+        names = ", ".join([*(part.name for part in every), "cifar10"])
+        raise ValueError(f"--part {' '.join(sorted(unknown))}: there are {names}")
+    out, data = arguments.out.resolve(), arguments.data.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    data.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    endings: dict[str, str] = {}
+    for part in wanted:
+        left_s = deadline - time.monotonic() if part.kind != "cifar10" else part.limit_s
+        if _file(out, part).is_file():
+            print(f"{part.name}: was done before", flush=True)
+            continue
+        if left_s < 15:
+            endings[part.name] = f"not begun: the {arguments.minutes:g} minutes are over; run the same command again"
+            continue
+        started = time.monotonic()
+        endings[part.name] = run(part, arguments.device, out, data, arguments.photos, min(part.limit_s, left_s))
+        print(f"{part.name}: {endings[part.name]} in {time.monotonic() - started:.0f} s", flush=True)
+        (out / "report.md").write_text(report(wanted, out, endings))
+    (out / "report.md").write_text(report(wanted, out, endings))
+    print(f"\n{(out / 'report.md').read_text()}\nwritten to {out}")
+    missing = [part for part in wanted if not _file(out, part).is_file()]
+    wrong = [part.name for part in wanted if part not in missing and not json.loads(_file(out, part).read_text())["ok"]]
+    return 1 if missing or wrong else 0
 
 
 def main() -> int:
-    """Measure, write the report, and return the exit code."""
+    """Check, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=Path("build/gpu-check"))
+    parser.add_argument("--data", type=Path, default=Path("build/gpu-check-data"), help="what parts share, not results")
+    parser.add_argument("--part", nargs="+", default=[], help="only these")
+    parser.add_argument("--photos", type=Path, help="tar of photographs to load instead of scikit-image's")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together")
+    parser.add_argument("--cifar", type=Path, help="archive of CIFAR-10 as files, split/class/number.jpg")
+    parser.add_argument("--cifar-seconds", type=float, default=1200.0, help="for training, in this call")
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("error: torch finds no GPU here: add DEVICE=cpu for the small version", file=sys.stderr)
+    try:
+        if arguments.device == "cuda":
+            _need_a_gpu()
+        return check(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as folder:
-        images, shards = Path(folder) / "images", Path(folder) / "shards"
-        write_photographs(images, 2048 if arguments.device == "cuda" else 128)
-        subprocess.run([sys.executable, "-m", "shards.cli", "pack", str(images), "--out", str(shards)], check=True)
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes:
-            results = list(processes.map(measure, settings(arguments.device, str(shards))))
-    report = {"environment": environment(arguments.device), "results": results}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-    (arguments.out / "results.md").write_text(as_markdown(report))
-    print(as_markdown(report), end="")
-    print(f"written to {arguments.out}")
-    return 0
+
+
+def _need_a_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("torch finds no GPU here: add DEVICE=cpu for the small version")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,33 @@
 """`make gpu-check DEVICE=cpu` runs everywhere, so that the script is in order when there is a GPU."""
 
+import importlib
+import inspect
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from pipelines.config import DataConfig
+from shards import ShardSet
+from tests.pipelines.shard_files import jpeg
 
 ROOT = Path(__file__).parent.parent
+
+
+def load(name):
+    """A benchmark's file, which is no part of a package."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 def check(*arguments, **environment):
@@ -23,18 +42,35 @@ def check(*arguments, **environment):
 
 
 @pytest.mark.slow
-def test_measures_loader_and_step_on_the_cpu(tmp_path):
-    result = check("--device", "cpu", "--out", str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    report = json.loads((tmp_path / "results.json").read_text())
-    assert report["environment"]["versions"]["torch"]
-    (setting,) = report["results"]
-    rates = setting["samples_per_s"]
-    assert all(0 < rates[what]["min"] <= rates[what]["median"] <= rates[what]["max"] for what in rates)
-    assert rates.keys() == {"loader", "step", "both"}
-    table = (tmp_path / "results.md").read_text()
-    assert f"{rates['both']['median']:,.0f}" in table
-    assert table in result.stdout
+def test_every_part_shows_something_on_the_cpu(tmp_path):
+    out, data = tmp_path / "out", tmp_path / "data"
+    # The part that was done before is not done again; the one that cannot succeed does not keep the others from it.
+    out.mkdir()
+    (out / "tests.json").write_text(json.dumps({"rows": [], "notes": ["done before"], "figures": {}, "ok": True}))
+    blocked = out / "momentum.partial"
+    blocked.mkdir()
+    result = check("--device", "cpu", "--out", str(out), "--data", str(data))
+    assert result.returncode == 1, result.stdout
+    assert "momentum: failed" in result.stdout
+    assert "IsADirectoryError" in (out / "momentum.log").read_text()
+    blocked.rmdir()
+    result = check("--device", "cpu", "--out", str(out), "--data", str(data))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("was done before") == 7
+
+    report = (out / "report.md").read_text()
+    assert "done before" in report
+    assert report in result.stdout
+    found = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    assert found["environment"]["figures"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    end_to_end = found["end-to-end-eager"]["figures"]
+    assert f"{end_to_end['end_to_end']['median']:,.0f}" in report
+    assert end_to_end["parts_alone_s"].keys() >= {"query forward", "backward", "momentum update"}
+    assert found["step-16-fp32"]["figures"]["samples_per_s"].keys() == {"ours", "authors'", "supervised"}
+    assert found["momentum"]["figures"]["claims"][0]["ours"] > 0
+    assert any("convolution" in name for name in found["profile"]["figures"]["us_of_all_steps"])
+    assert not list(out.glob("*.log"))
+    assert not list(out.glob("*.partial"))
 
 
 def test_says_that_there_is_no_gpu(tmp_path):
@@ -42,3 +78,74 @@ def test_says_that_there_is_no_gpu(tmp_path):
     assert result.returncode == 2
     assert result.stderr.strip() == "error: torch finds no GPU here: add DEVICE=cpu for the small version"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("part", "says"), [("steps", "--part steps: there are environment, tests,"), ("cifar10", "needs --cifar FILE")]
+)
+def test_says_which_parts_there_are(tmp_path, part, says):
+    result = check("--device", "cpu", "--out", str(tmp_path), "--part", part)
+    assert (result.returncode, says in result.stderr) == (2, True)
+
+
+def test_a_part_that_takes_too_long_is_ended_with_all_its_processes(tmp_path, monkeypatch):
+    runner = load("gpu_check")
+    (tmp_path / "gpu_parts.py").write_text(
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(runner, "__file__", str(tmp_path / "gpu_check.py"))
+    part = runner.Part(name="endless", kind="environment", limit_s=9)
+    assert runner.run(part, "cpu", tmp_path, tmp_path, None, limit_s=2) == "out of time"
+    child = int((tmp_path / "endless.log").read_text())
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert "**endless: out of time**" in runner.report([part], tmp_path, {"endless": "out of time"})
+
+
+def test_parts_have_names_of_their_own_and_settings_that_exist():
+    runner, parts = load("gpu_check"), load("gpu_parts")
+    for device in ("cuda", "cpu"):
+        names = [part.name for part in runner.parts(device)]
+        assert len(set(names)) == len(names)
+    for part in [*runner.parts("cuda"), *runner.parts("cpu")]:
+        signature = inspect.signature(parts.KINDS[part.kind])
+        accepts_more = any(each.kind == each.VAR_KEYWORD for each in signature.parameters.values())
+        assert accepts_more or part.options.keys() <= signature.parameters.keys(), part.name
+        DataConfig(shards="x", **part.options.get("data", {}))
+
+
+def test_time_is_idle_where_no_kernel_runs():
+    parts = load("gpu_parts")
+
+    def event(name, begin, end, lane=1, category="kernel"):
+        return {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": end - begin, "tid": lane}
+
+    events = [
+        event("a", 0, 10),
+        event("b", 5, 20, lane=2),
+        event("a", 30, 40),
+        event("other", 0, 90, category="cpu_op"),
+    ]
+    assert parts.busy(events, ("kernel",)) == (0.25, 40, {"a": 20, "b": 15})
+    nested = [event("outer", 0, 10), event("inner", 2, 5), event("innermost", 3, 4), event("inner", 6, 7)]
+    assert parts.busy(nested, ("kernel",)) == (0, 10, {"outer": 6, "inner": 3, "innermost": 1})
+    with pytest.raises(ValueError, match="no event of kernel"):
+        parts.busy([], ("kernel",))
+
+
+def test_cifar_is_packed_by_split_and_class(tmp_path, monkeypatch):
+    parts = load("gpu_parts")
+    archive = tmp_path / "cifar.tar"
+    with tarfile.open(archive, "w") as tar:
+        for name in ("cifar10/train/cat/1.jpg", "cifar10/train/dog/1.jpg", "cifar10/test/cat/1.jpg"):
+            data = jpeg(np.full((32, 32, 3), len(name), dtype=np.uint8))
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    shards = parts._pack_cifar(archive, "train", tmp_path / "work")
+    assert ShardSet.open(shards).num_samples == 2
+    with pytest.raises(ValueError, match="has no validation/"):
+        parts._pack_cifar(archive, "validation", tmp_path / "work")

@@ -13,13 +13,13 @@ from moco_fast.runtime import Runtime
 from pipelines.backends import choose
 from pipelines.batch import TwoViewBatch
 from pipelines.config import ViewConfig, ViewsConfig
-from pipelines.loader import Loader, open_loader
+from pipelines.loader import Loader, find_tars, open_loader
 from pipelines.order import EpochOrder, OrderPlan
 from pipelines.reader import Reader
 from pipelines.samples import Pending
 from shards import ShardSet
 
-__all__ = ["decoding", "made_on_device", "open_for", "reading", "resident_batch"]
+__all__ = ["can_read", "decoding", "made_on_device", "open_for", "reading", "resident_batch"]
 
 # Two crops of a few pixels, and nothing done to them: what is left is decoding.
 _NOTHING = ViewConfig(crop_scale=(1e-4, 2e-4), flip_p=0.0, jitter_p=0.0, grayscale_p=0.0, blur_p=0.0)
@@ -85,7 +85,10 @@ def made_on_device(config: Config, device: torch.device) -> bool:
 
 
 def resident_batch(config: Config, runtime: Runtime, size: int, device: torch.device) -> TwoViewBatch:
-    """A batch of `size` samples of this rank that looks like the loader's; its pixels are noise."""
+    """A batch of `size` samples of this rank that looks like the loader's; its pixels are noise.
+
+    Its samples are the first ones of the set: a memory bank knows them all.
+    """
     generator = torch.Generator().manual_seed(runtime.rank)
     shape = (size, 3, config.views.size, config.views.size)
     view_q, view_k = (
@@ -94,10 +97,21 @@ def resident_batch(config: Config, runtime: Runtime, size: int, device: torch.de
         )
         for _ in range(2)
     )
-    index = (torch.arange(size) + runtime.rank * size) % ShardSet.open(config.data.shards).num_samples
-    return TwoViewBatch(view_q=view_q, view_k=view_k, index=index, label=torch.full((size,), -1))
+    return TwoViewBatch(view_q=view_q, view_k=view_k, index=torch.arange(size), label=torch.full((size,), -1))
+
+
+def can_read(config: Config) -> bool:
+    """Whether samples can be read one by one: not from FFCV's file, nor from tars that have no index."""
+    return not _is_beton(config) and not find_tars(config.data.shards)
 
 
 def _backend(config: Config, device: torch.device) -> str:
     exact = config.views.colour == "torchvision"
-    return choose(config.data.backend, device=device, size=config.views.size, exact=exact)[0]
+    name, _ = choose(
+        config.data.backend, device=device, size=config.views.size, exact=exact, is_beton=_is_beton(config)
+    )
+    return name
+
+
+def _is_beton(config: Config) -> bool:
+    return config.data.shards.endswith(".beton")

@@ -10,7 +10,7 @@ import torch
 
 from moco_fast import console
 from moco_fast.bench.clock import PartClock
-from moco_fast.bench.loading import decoding, made_on_device, open_for, reading, resident_batch
+from moco_fast.bench.loading import can_read, decoding, made_on_device, open_for, reading, resident_batch
 from moco_fast.bench.parts import on_a_clock
 from moco_fast.bench.result import BenchResult, Rate
 from moco_fast.bench.stopwatch import Job, Stopwatch
@@ -63,10 +63,10 @@ def measure(
             fitted = _fit_batch(config, parts, stopwatch, round_s / 2)
         bench = _Bench(config=fitted, parts=parts, stopwatch=stopwatch, round_s=round_s)
         found: dict[str, Any] = {}
-        if "reading" in stages:
+        if "reading" in stages and can_read(config):
             tell("reading")
             found |= bench.reading()
-        if "decoding" in stages:
+        if "decoding" in stages and can_read(config):
             tell("decoding")
             found |= bench.decoding()
         with closing(open_for(fitted, runtime)) as loader:

@@ -12,6 +12,7 @@ from pipelines.config import VIEWS, DataConfig, ViewConfig, ViewsConfig
     [
         (lambda: DataConfig(shards="x", batch_size=0), r"data\.batch_size is 0"),
         (lambda: DataConfig(shards="x", num_threads=-1), r"data\.num_threads is -1"),
+        (lambda: DataConfig(shards="x", hw_decoder_load=1.5), r"data\.hw_decoder_load is 1.5: a share"),
         (lambda: ViewConfig(blur_p=1.5), "blur_p is 1.5: a probability"),
         (lambda: ViewConfig(contrast=-0.1), "contrast is -0.1"),
         (lambda: ViewConfig(hue=0.6), "hue is 0.6"),

@@ -1,0 +1,455 @@
+"""The parts of the GPU check; gpu_check.py runs each in a process of its own, with one argument of JSON.
+
+Every part gives rows for the table of its kind, notes in Markdown, figures, and whether all is well.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path, PurePosixPath
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a part found."""
+
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    ok: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a part gets besides its options."""
+
+    name: str
+    device: str
+    data: Path
+    """Folder that all parts share."""
+    photos: Path | None
+
+    def shards(self) -> Path:
+        """Packed photographs, which the first part that asks for them makes."""
+        from photographs import photograph_shards
+
+        num, size = (4096, (500, 375)) if self.device == "cuda" else (64, (80, 60))
+        return photograph_shards(self.data, num=num, photos=self.photos, size=size)
+
+
+def environment(job: Job) -> Outcome:
+    """Machine, versions, and what is missing."""
+    import torch
+    from alternating import header
+
+    wanted = (
+        "accelerate",
+        "google-crc32c",
+        "numpy",
+        "nvidia-dali-cuda130",
+        "obstore",
+        "opencv-python-headless",
+        "pillow",
+    )
+    wanted += ("pytest", "safetensors", "scikit-image", "simplejpeg", "timm", "torch", "torchvision", "tyro", "xxhash")
+    found = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions() if dist.name}
+    versions = {name: found.get(name, "missing") for name in wanted}
+    facts: dict[str, Any] = {"python": platform.python_version(), "versions": versions}
+    facts["has_apex"] = importlib.util.find_spec("apex") is not None
+    facts["memory_gib"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if job.device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {"gpu": properties.name, "gpu_memory_gib": properties.total_memory / 2**30}
+        facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        facts["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+        # The limit for whatever moves weights: bytes read and written by a copy.
+        source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        facts["copy_gb_per_s"] = 2 * source.nbytes / _device_seconds(lambda: target.copy_(source), 20) / 1e9
+    lines = [f"- {name}: {value}" for name, value in facts.items() if name != "versions"]
+    lines.append(f"- versions: {', '.join(f'{name} {version}' for name, version in versions.items())}")
+    return Outcome(notes=[header(job.device), "", *lines], figures=facts)
+
+
+def tests(job: Job, *, paths: list[str], but: list[str]) -> Outcome:
+    """The tests that are marked for the GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *paths]
+        command += [f"--ignore={path}" for path in but]
+        subprocess.run([*command, "--junitxml", str(results)], cwd=ROOT, check=False)
+        cases = list(ElementTree.parse(results).iter("testcase"))
+    failures = {
+        f"{case.get('classname')}::{case.get('name')}": (problem.get("message") or "").split("\n")[0]
+        for case in cases
+        for problem in [*case.iter("failure"), *case.iter("error")]
+    }
+    skipped = sum(1 for case in cases for _ in case.iter("skipped"))
+    row = {"part": job.name, "passed": str(len(cases) - len(failures) - skipped), "failed": str(len(failures))}
+    return Outcome(
+        rows=[row | {"skipped": str(skipped), "s": f"{sum(float(case.get('time', 0)) for case in cases):.0f}"}],
+        notes=[f"- `{name}`: {message}" for name, message in failures.items()],
+        figures={"failures": failures, "num_cases": len(cases)},
+        ok=bool(cases) and not failures,
+    )
+
+
+def end_to_end(job: Job, *, seconds: float, stages: list[str] | None = None, **options: Any) -> Outcome:
+    """`moco-fast bench` on photographs."""
+    from moco_fast.bench.measure import STAGES, measure
+    from moco_fast.bench.result import table
+
+    config = _recipe(job, **options)
+    wanted = STAGES if stages is None else [stage for stage in STAGES if stage in stages]
+    result = measure(config, seconds=seconds, stages=wanted)
+    row = {"part": job.name}
+    for name in ("reading", "decoding", "loader", "step", "end_to_end"):
+        rate = getattr(result, name)
+        row[f"{name.replace('_', ' ')}, samples/s"] = f"{rate.median:,.0f}" if rate else ""
+    if result.overlap is not None:
+        row["overlap"] = f"{result.overlap:.3f}"
+        row["loader to step"] = f"{result.headroom:.2f}"
+        row["waiting"] = f"{result.data_wait_share:.1%}"
+        row["step beside the loader"] = f"{result.slowdown:.2f}x"
+    figures = asdict(result) | {"overlap": result.overlap, "headroom": result.headroom, "slowdown": result.slowdown}
+    return Outcome(rows=[row], notes=["```", table(result), "```"], figures=figures)
+
+
+def loader(job: Job, *, size: int, batch: int, seconds: float, data: dict[str, Any]) -> Outcome:
+    """Two views, by the load of the GPU's decoder, threads and backend."""
+    from moco_fast.bench.measure import measure
+
+    config = _recipe(job, encoder="resnet18_quarter", size=size, batch=batch, queue=64)
+    config = replace(config, data=replace(config.data, **data))
+    result = measure(config, seconds=seconds, stages=("decoding", "loader"))
+    assert result.decoding is not None
+    assert result.loader is not None
+    row = {"part": job.name, "decoding, samples/s": f"{result.decoding.median:,.0f}"}
+    row["loader, samples/s"] = (
+        f"{result.loader.median:,.0f} ({result.loader.lowest:,.0f} to {result.loader.highest:,.0f})"
+    )
+    if result.device_used_bytes:
+        row["GPU memory in use, GiB"] = f"{result.device_used_bytes / 2**30:.1f}"
+    return Outcome(rows=[row | {"how": result.environment["loader"]}], figures=asdict(result))
+
+
+def step(job: Job, *, rounds: int, only: list[str] | None = None, **setting: Any) -> Outcome:
+    """Our step beside a supervised one and the authors', each on one batch over and over."""
+    import torch
+    from alternating import alternate, claims_table, compare
+    from step import Authors, Ours, Setting, Supervised
+
+    device = torch.device(job.device)
+    made = Setting(device=device, **setting)
+    contestants = {"ours": Ours, "authors'": Authors, "supervised": Supervised}
+    views = made.views()
+    calls = 5 if device.type == "cuda" else 1
+    alternatives = {
+        name: _repeated(kind(made, views).step, calls)
+        for name, kind in contestants.items()
+        if only is None or name in only
+    }
+    seconds = alternate(alternatives, rounds=rounds, device=device, warmup=3 if device.type == "cuda" else 1)
+    rates = {name: [calls * made.batch / each for each in values] for name, values in seconds.items()}
+    what = f"{made.encoder}, {made.size} px, batch {made.batch}, {made.precision}{', compiled' if made.compile else ''}"
+    row = {"part": job.name, "setting": what}
+    row |= {f"{name}, samples/s": f"{median(values):,.0f}" for name, values in rates.items()}
+    if device.type == "cuda":
+        row["torch's peak, GiB"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
+    claims = [
+        compare(f"step against {other}, {what}", rates["ours"], rates[other], unit="samples/s")
+        for other in rates
+        if other != "ours"
+    ]
+    notes = [claims_table(claims)] if claims else []
+    return Outcome(
+        rows=[row], notes=notes, figures={"samples_per_s": rates, "claims": [asdict(each) for each in claims]}
+    )
+
+
+def momentum(job: Job, *, encoder: str) -> Outcome:
+    """The momentum update against one pass over one flat buffer, by the device's clock."""
+    import torch
+    from alternating import claims_table, compare
+
+    from moco_fast.config import ModelConfig
+    from moco_fast.encoders import build_encoder
+    from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
+
+    device = torch.device(job.device)
+    query = build_encoder(ModelConfig(encoder=encoder))
+    query.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    key = copy_as_key_encoder(query)
+    update = MomentumUpdate(query, key)
+    flat_query, flat_key = (torch.cat([p.detach().flatten() for p in each.parameters()]) for each in (query, key))
+    calls = 200 if device.type == "cuda" else 5
+    alternatives: dict[str, Callable[[], object]] = {
+        "ours": lambda: update(0.999),
+        "limit": lambda: flat_key.lerp_(flat_query, 0.001),
+    }
+    micros: dict[str, list[float]] = {name: [] for name in alternatives}
+    for _ in range(5):
+        for name, call in alternatives.items():
+            micros[name].append(1e6 * _device_seconds(call, calls, device.type))
+    what = f"momentum update, {encoder}, {flat_key.numel() / 1e6:.1f}M parameters, against one flat buffer"
+    goal = 1 / 1.1 if device.type == "cuda" else None
+    claim = compare(what, micros["ours"], micros["limit"], unit="us", less_is_better=True, goal=goal)
+    row = {"part": job.name, "encoder": encoder, "ours, us": f"{claim.ours:,.0f}", "limit, us": f"{claim.theirs:,.0f}"}
+    row["moved by the limit, GB/s"] = f"{3 * flat_key.nbytes / claim.theirs / 1e3:,.0f}"
+    return Outcome(rows=[row], notes=[claims_table([claim])], figures={"claims": [asdict(claim)]})
+
+
+def memory(job: Job, *, batches: list[int], **options: Any) -> Outcome:
+    """What a run takes with DALI's buffers, the largest batch first, each in a process of its own."""
+    rows: list[Row] = []
+    figures: dict[str, Any] = {}
+    for batch in batches:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:
+            found = processes.submit(_memory_of, job, options | {"batch": batch}).result()
+        figures[str(batch)] = found
+        rows.append({"part": f"batch {batch}"} | {name: f"{value:.2f}" for name, value in found.items()})
+    notes = ["GiB. The device's also holds DALI's buffers and the libraries' own; -1: does not fit."]
+    return Outcome(rows=rows, notes=notes, figures=figures)
+
+
+def _memory_of(job: Job, options: dict[str, Any]) -> dict[str, float]:
+    import torch
+
+    from moco_fast.bench.measure import measure
+
+    try:
+        result = measure(_recipe(job, **options), seconds=2, stages=("end_to_end",))
+    except torch.OutOfMemoryError:
+        return {"torch's peak": -1.0}
+    found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if result.torch_peak_bytes is not None and result.device_used_bytes is not None:
+        found |= {"torch's peak": result.torch_peak_bytes / 2**30, "device": result.device_used_bytes / 2**30}
+        found["device without torch"] = (result.device_used_bytes - torch.cuda.memory_reserved()) / 2**30
+    return found
+
+
+def profile(job: Job, *, steps: int, **options: Any) -> Outcome:
+    """Where the device's time goes in the step on resident batches, and how much of it is idle."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    from moco_fast.bench.loading import resident_batch
+    from moco_fast.build import build
+    from moco_fast.runtime import start
+
+    config = _recipe(job, **options)
+    runtime = start(config.run)
+    parts = build(config, runtime)
+    parts.loader.close()
+    batch = resident_batch(config, runtime, config.data.batch_size, runtime.device)
+
+    def train() -> None:
+        for _ in range(steps):
+            parts.train_step([batch], lr=0.0, momentum=0.999)
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    train()
+    train()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if job.device == "cuda" else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        train()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset") if job.device == "cuda" else ("cpu_op",)
+    idle_share, wall_us, costs = busy(events, kinds)
+    lines = [f"Idle {idle_share:.1%} of {wall_us / steps / 1e3:.2f} ms a step.", ""]
+    lines += ["| share of the busy time | us a step | |", "|---|---|---|"]
+    total_us = sum(costs.values())
+    for name, of_all_us in sorted(costs.items(), key=lambda item: -item[1])[:15]:
+        lines.append(f"| {of_all_us / total_us:.1%} | {of_all_us / steps:,.0f} | `{name[:90].replace('|', ' ')}` |")
+    row = {"part": job.name, "idle": f"{idle_share:.1%}", "ms a step": f"{wall_us / steps / 1e3:.2f}"}
+    top = dict(sorted(costs.items(), key=lambda item: -item[1])[:50])
+    runtime.close()
+    return Outcome(rows=[row], notes=lines, figures={"idle_share": idle_share, "us_of_all_steps": top})
+
+
+def busy(events: list[dict[str, Any]], kinds: tuple[str, ...]) -> tuple[float, float, dict[str, float]]:
+    """From a trace's events of some kinds: share of the time when none runs, all the time, microseconds by name.
+
+    An event within another counts by itself alone, as a CPU's operators call each other; what runs side by side counts
+    for each.
+    """
+    chosen = sorted(
+        (float(event["ts"]), -float(event["dur"]), event["name"], event.get("tid"))
+        for event in events
+        if event.get("ph") == "X" and event.get("cat") in kinds
+    )
+    if not chosen:
+        raise ValueError(f"the trace has no event of {', '.join(kinds)}: can this machine profile its GPU?")
+    costs: defaultdict[str, float] = defaultdict(float)
+    open_events: defaultdict[Any, list[tuple[float, str]]] = defaultdict(list)
+    covered_us, reached = 0.0, chosen[0][0]
+    for begin, negative_us, name, lane in chosen:
+        end = begin - negative_us
+        covered_us += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+        stack = open_events[lane]
+        while stack and stack[-1][0] <= begin:
+            stack.pop()
+        if stack and end <= stack[-1][0]:
+            costs[stack[-1][1]] -= end - begin
+        costs[name] += end - begin
+        stack.append((end, name))
+    wall_us = reached - chosen[0][0]
+    return 1 - covered_us / wall_us, wall_us, dict(costs)
+
+
+def cifar10(job: Job, *, archive: str, seconds: float, words: list[str]) -> Outcome:
+    """The authors' CIFAR-10 demo, from images to kNN; interrupted, it goes on where it was."""
+    from moco_fast.report.record import read_run
+
+    shards = {split: _pack_cifar(Path(archive), split, job.data / "cifar10") for split in ("train", "test")}
+    run = job.data / "cifar10" / "run"
+    command = [sys.executable, "-m", "moco_fast.train", "cifar10", "--data.shards", str(shards["train"])]
+    command += ["--eval.shards", str(shards["test"]), "--run.out", str(run), "--run.device", job.device, *words]
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        code = process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        # The trainer saves and stops.
+        process.send_signal(signal.SIGTERM)
+        code = process.wait()
+    record = read_run(run)
+    last = record.evaluations[-1]
+    outcome = json.loads((run / "outcome.json").read_text())
+    row = {"part": job.name, "steps": f"{last['step']} of {outcome['num_steps']}", "epoch": f"{last['epoch']:.0f}"}
+    row |= {"kNN top-1": f"{last['knn/top1']:.1%}", "s": f"{last['time_s']:,.0f}"}
+    if record.training:
+        row["samples/s"] = f"{record.training[-1]['samples_per_s']:,.0f}"
+    notes = ["The authors' code gets 82.6% after 200 epochs."]
+    if outcome["outcome"] != "finished":
+        print(json.dumps(row))
+        raise SystemExit(
+            f"ended with {code}, {outcome['outcome']} at step {outcome['step']}: run the same command again"
+        )
+    return Outcome(rows=[row], notes=notes, figures={"evaluations": record.evaluations})
+
+
+def _pack_cifar(archive: Path, split: str, folder: Path) -> Path:
+    images, shards = folder / "images" / split, folder / "shards" / split
+    if (shards / "manifest.json").is_file():
+        return shards
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name = PurePosixPath(member.name)
+            if member.isfile() and split in name.parts[:-1]:
+                target = images / name.parts[-2] / name.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source = tar.extractfile(member)
+                assert source is not None
+                target.write_bytes(source.read())
+    if not images.is_dir():
+        raise ValueError(f"{archive} has no {split}/: its images lie by split and class")
+    command = [sys.executable, "-c", "import sys; from shards.cli import main; sys.exit(main())"]
+    subprocess.run([*command, "pack", str(images), "--out", str(shards)], check=True, cwd=ROOT)
+    return shards
+
+
+def _recipe(
+    job: Job,
+    *,
+    encoder: str,
+    size: int,
+    batch: int,
+    queue: int,
+    precision: str = "auto",
+    compile: bool = False,  # noqa: A002 (the option's name)
+    policy: str = "none",
+) -> Any:
+    """MoCo v2 on photographs. Without a policy for batch norm, it is the step of each of several GPUs."""
+    from moco_fast.config import BatchNormConfig
+    from moco_fast.presets import PRESETS
+
+    base = PRESETS["moco-v2"][1]
+    return replace(
+        base,
+        data=replace(base.data, shards=str(job.shards()), batch_size=batch),
+        views=replace(base.views, size=size),
+        model=replace(base.model, encoder=encoder),
+        moco=replace(base.moco, queue_size=queue),
+        bn=BatchNormConfig(policy=policy),  # pyright: ignore[reportArgumentType]
+        run=replace(base.run, device=job.device, precision=precision, compile=compile, steps=1),
+    )
+
+
+def _repeated(call: Callable[[], object], calls: int) -> Callable[[], object]:
+    def all_calls() -> None:
+        for _ in range(calls):
+            call()
+
+    return all_calls
+
+
+def _device_seconds(call: Callable[[], object], calls: int, device: str = "cuda") -> float:
+    """Seconds of one call by the device's own clock, after a tenth of the calls as warm-up."""
+    import torch
+
+    from moco_fast.bench.clock import PartClock
+
+    clock = PartClock(torch.device(device))
+    for _ in range(1 + calls // 10):
+        call()
+    with clock.part("calls"):
+        for _ in range(calls):
+            call()
+    return clock.read()["calls"] / calls
+
+
+KINDS: dict[str, Callable[..., Outcome]] = {
+    "environment": environment,
+    "tests": tests,
+    "end_to_end": end_to_end,
+    "loader": loader,
+    "step": step,
+    "momentum": momentum,
+    "memory": memory,
+    "profile": profile,
+    "cifar10": cifar10,
+}
+
+
+def main() -> None:
+    """Do one part, and write its file whole or not at all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("job", help="JSON: kind, options, device, data, photos, out")
+    wanted = json.loads(parser.parse_args().job)
+    out = Path(wanted["out"])
+    photos = Path(wanted["photos"]) if wanted["photos"] else None
+    job = Job(name=out.stem, device=wanted["device"], data=Path(wanted["data"]), photos=photos)
+    outcome = KINDS[wanted["kind"]](job, **wanted["options"])
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
+    partial.rename(out)
+
+
+if __name__ == "__main__":
+    main()

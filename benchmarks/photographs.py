@@ -1,0 +1,44 @@
+"""Shards of photographs for benchmarks: a tar of yours, or what scikit-image ships cut to sizes like ImageNet's."""
+
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+_NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "ihc.png", "motorcycle_left.png", "rocket.jpg")
+
+
+def photograph_shards(
+    folder: Path, *, num: int, photos: Path | None = None, size: tuple[int, int] = (500, 375)
+) -> Path:
+    """Pack `photos`, or `num` cut photographs of `size` (width, height), into `folder` if they are not there yet."""
+    shards = folder / (f"shards-of-{photos.stem}" if photos else f"shards-{num}-of-{size[0]}x{size[1]}")
+    if not (shards / "manifest.json").is_file():
+        source = photos or _written(folder / "photographs", num, size)
+        command = [sys.executable, "-c", "import sys; from shards.cli import main; sys.exit(main())"]
+        subprocess.run([*command, "pack", str(source), "--out", str(shards)], check=True, stdout=subprocess.DEVNULL)
+    return shards
+
+
+def _written(folder: Path, num: int, size: tuple[int, int]) -> Path:
+    """Write JPEGs of `size`, or turned: about the size and the detail of ImageNet's."""
+    spec = util.find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise ValueError("the photographs come with scikit-image, which is missing: pip install scikit-image")
+    photographs = [Image.open(Path(spec.origin).parent / "data" / name).convert("RGB") for name in _NAMES]
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(num):
+        photograph = photographs[number % len(photographs)]
+        width, height = size if random.random() < 0.75 else size[::-1]
+        # A part of the photograph with the sides' ratio kept, so that no two files are the same.
+        scale = random.uniform(0.7, 1.0) * min(photograph.width / width, photograph.height / height)
+        left = random.uniform(0, photograph.width - scale * width)
+        top = random.uniform(0, photograph.height - scale * height)
+        box = (left, top, left + scale * width, top + scale * height)
+        image = photograph.resize((width, height), Image.Resampling.BICUBIC, box=box)
+        image.save(folder / f"{number:05d}.jpg", quality=92)
+    return folder
