@@ -14,7 +14,8 @@ class DataConfig:
     """Which samples, in which batches, decoded by what."""
 
     shards: str
-    """Folder that `make-shards` wrote (the one that holds manifest.json), or a .beton."""
+    """Folder that `make-shards` wrote (the one that holds manifest.json), its address in a bucket or on a web server
+    (s3, gs, az, http), or a .beton. Several with commas between them are one set."""
     batch_size: int = 256
     """Samples in a global step, over all ranks; each sample gives two views."""
     lanes: int = 64
@@ -32,12 +33,33 @@ class DataConfig:
     """Threads a rank that read shards."""
     prefetch: int = 2
     """Batches kept ready ahead of the training step."""
+    cache: str | None = None
+    """Folder on local disk for shards of a bucket, shared by all runs; unset: ~/.cache/moco-fast/shards."""
+    cache_gib: float | None = None
+    """Size of that folder; what was used least recently makes room. Unset: four fifths of what the disk has left."""
+    hw_decoder_load: float = 0.65
+    """`dali`: share of the JPEGs that the GPU's own engine decodes, where it has one; CUDA decodes the others."""
+    stream_samples: int | None = None
+    """Samples of an epoch, for a folder of tars that have no index: they are streamed as they are (torch backend), drawn
+    with replacement, without exact resume or checksums. `make-shards index` gives all of that."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "lanes", "window_shards", "read_threads", "prefetch", "num_threads"):
+        for name in (
+            "batch_size",
+            "lanes",
+            "window_shards",
+            "read_threads",
+            "prefetch",
+            "num_threads",
+            "stream_samples",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} is {value}: it must be 1 or more")
+        if self.cache_gib is not None and self.cache_gib <= 0:
+            raise ValueError(f"data.cache_gib is {self.cache_gib}: it must lie above 0")
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise ValueError(f"data.hw_decoder_load is {self.hw_decoder_load}: a share lies in 0 .. 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +17,15 @@ from pipelines.config import DataConfig, ViewsConfig
 from pipelines.cpus import available_cpus
 from pipelines.order import OrderPlan, check_ranks
 from pipelines.samples import EpochSteps, ListedSteps, draw_central, draw_training
+from pipelines.sets import cache_for_evaluation, cache_for_training, open_readable
 from shards import ShardSet
 from shards.beton import BetonSet
+from shards.manifest import MANIFEST_NAME
 
-__all__ = ["EvalLoader", "Loader", "make_views", "open_eval_loader", "open_loader"]
+if TYPE_CHECKING:
+    from pipelines.streamed import StreamPlan
+
+__all__ = ["EvalLoader", "Loader", "find_tars", "make_views", "open_eval_loader", "open_loader"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -40,7 +46,14 @@ class Loader:
         num_replaced: damaged samples of this rank that were replaced by others (`on_bad_sample`).
     """
 
-    def __init__(self, plan: OrderPlan, start: Callable[[int, int], Stream], *, device: torch.device, description: str):
+    def __init__(
+        self,
+        plan: "OrderPlan | StreamPlan",
+        start: Callable[[int, int], Stream],
+        *,
+        device: torch.device,
+        description: str,
+    ):
         self.num_samples = plan.num_samples
         self.batch_size = plan.batch_size
         self.description = description
@@ -204,7 +217,12 @@ def open_loader(
     Raises:
         ValueError: shards that are absent or unfinished, or numbers that do not fit each other.
     """
-    shards = ShardSet.open(data.shards)
+    tars = find_tars(data.shards)
+    if tars:
+        ranks = (rank, world_size, local_world_size)
+        return _open_streamed(tars, data, views, seed=seed, device=device, ranks=ranks)
+    skip = data.on_bad_sample == "skip"
+    shards = open_readable(data.shards, skip=skip)
     plan = OrderPlan(
         shard_sizes=shards.shard_sizes,
         seed=seed,
@@ -213,6 +231,7 @@ def open_loader(
         window_shards=data.window_shards,
     )
     check_ranks(data.batch_size, world_size)
+    shards = cache_for_training(shards, data, plan, world_size=world_size, local_world_size=local_world_size)
     exact = views.colour == "torchvision"
     name, reason = choose(
         data.backend, device=device, size=views.size, exact=exact, is_beton=isinstance(shards, BetonSet)
@@ -226,9 +245,10 @@ def open_loader(
         max_batch=data.batch_size // world_size,
         device=device,
         num_threads=data.num_threads or available_cpus(local_world_size),
-        skip=data.on_bad_sample == "skip",
+        skip=skip,
         read_threads=data.read_threads,
         prefetch=data.prefetch,
+        hw_decoder_load=data.hw_decoder_load,
     )
 
     def start(epoch: int, step: int) -> Stream:
@@ -236,6 +256,63 @@ def open_loader(
 
     what = "processes" if name == "torch" else "threads"
     description = f"{name} ({reason}), {job.num_threads} {what} a rank, {plan.num_lanes} lanes"
+    return Loader(plan, start, device=device, description=description)
+
+
+def find_tars(path: str) -> tuple[str, ...]:
+    """Tars of a local folder that no manifest describes; none where there is a manifest, or no folder."""
+    folder = Path(path)
+    if not folder.is_dir() or (folder / MANIFEST_NAME).exists():
+        return ()
+    return tuple(str(tar.absolute()) for tar in sorted(folder.glob("*.tar")))
+
+
+def _open_streamed(
+    tars: tuple[str, ...],
+    data: DataConfig,
+    views: ViewsConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    ranks: tuple[int, int, int],
+) -> Loader:
+    """A loader over tars without an index; `ranks` are (rank, world size, local world size)."""
+    index = f"`make-shards index {data.shards}` makes one"
+    if data.stream_samples is None:
+        raise ValueError(
+            f"{data.shards} has tars, but no index of them: {index}; or stream them as they are, with "
+            "--data.stream-samples N (of an epoch)"
+        )
+    if data.backend not in ("auto", "torch"):
+        raise ValueError(
+            f"--data.backend {data.backend} needs an index: {index}; tars without one are streamed by the torch backend"
+        )
+    # Not above: webdataset and torch's workers are only loaded by those who stream.
+    from pipelines.streamed import Place, StreamedViews, StreamPlan, StreamSpec
+
+    rank, world_size, local_world_size = ranks
+    plan = StreamPlan(tars=tars, num_samples=data.stream_samples, batch_size=data.batch_size)
+    if data.batch_size % world_size:
+        raise ValueError(f"batch_size {data.batch_size} does not divide among {world_size} ranks")
+    spec = StreamSpec(
+        plan=plan,
+        draw=partial(draw_training, views=views, seed=seed),
+        views=(views.query, views.key),
+        size=views.size,
+        exact=views.colour == "torchvision",
+        skip=data.on_bad_sample == "skip",
+        num_samples=data.batch_size // world_size,
+    )
+    num_workers = data.num_threads or available_cpus(local_world_size)
+
+    def start(epoch: int, step: int) -> Stream:
+        place = Place(seed=seed, epoch=epoch, step=step, rank=rank)
+        return StreamedViews(spec, place, device=device, num_workers=num_workers, prefetch=data.prefetch)
+
+    description = (
+        f"torch ({len(tars)} tars without an index, streamed), {num_workers} processes a rank; shards are drawn with "
+        "replacement, and a resumed run goes on with other samples"
+    )
     return Loader(plan, start, device=device, description=description)
 
 
@@ -251,6 +328,7 @@ def open_eval_loader(
     indices: Indices | None = None,
     local_world_size: int = 1,
     backend: str = "dali",
+    data: DataConfig | None = None,
 ) -> EvalLoader:
     """Open a loader for evaluation.
 
@@ -265,6 +343,7 @@ def open_eval_loader(
         indices: dense sample numbers to take; all, if not given.
         local_world_size: ranks on this machine, which share its CPUs.
         backend: as in DataConfig.
+        data: of the run: its cache, and what is done about samples that cannot be read; not its shards.
 
     Raises:
         ValueError: shards that are absent or unfinished, or a number out of its range.
@@ -273,11 +352,14 @@ def open_eval_loader(
         raise ValueError(f"crop is {crop}: it must lie above 0 and at most at 1")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: it must be 1 or more")
-    opened = ShardSet.open(shards)
+    data = data or DataConfig(shards=shards)
+    skip = data.on_bad_sample == "skip"
+    opened = open_readable(shards, skip=skip)
     wanted = np.arange(opened.num_samples) if indices is None else np.asarray(indices, dtype=np.int64)
     if wanted.size and not 0 <= wanted.min() <= wanted.max() < opened.num_samples:
         raise ValueError(f"indices reach beyond the {opened.num_samples} samples of {shards}")
     mine = wanted[len(wanted) * rank // world_size : len(wanted) * (rank + 1) // world_size]
+    opened = cache_for_evaluation(opened, data, mine, local_world_size=local_world_size)
     name, _ = choose(backend, device=device, size=size, is_beton=isinstance(opened, BetonSet))
     job = Job(
         shards=opened,
@@ -287,6 +369,7 @@ def open_eval_loader(
         max_batch=batch_size,
         device=device,
         num_threads=available_cpus(local_world_size),
+        skip=skip,
     )
 
     def start() -> Stream:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from pipelines.augment import ViewTable
 from pipelines.child import portable
+from pipelines.fetch import FetchedSteps
 from pipelines.memory import create_shared, map_shared, shared_path
 from pipelines.reader import Reader
 from pipelines.samples import Draw, Pending, Steps, as_read
@@ -131,7 +132,7 @@ class _Reading:
         self._connection = connection
         self._taken = taken
         self._reader = Reader(spec.shards, num_threads=spec.num_threads)
-        self._steps = iter(spec.steps)
+        self._steps = FetchedSteps(spec.shards, spec.steps)
         self._may_begin = spec.ahead
         self._slots: list[_Slot] = []
         self._free: deque[_Slot] = deque()

@@ -12,7 +12,7 @@ from pipelines.augment import KEY_VIEW, QUERY_VIEW, ViewTable, draw_view
 from pipelines.config import ViewConfig, ViewsConfig
 from pipelines.order import EpochOrder, OrderPlan
 from pipelines.reader import DamagedSampleError, Outcome, Reader
-from shards.index import Flag
+from shards.index import REFUSED, Flag, flag_name
 
 __all__ = [
     "Draw",
@@ -143,8 +143,9 @@ class Pending:
     def take(self, convert: Callable[[npt.NDArray[np.uint8]], Image], *, skip: bool) -> Taken[Image]:
         """Wait for the bytes and convert each sample's.
 
-        Where `skip`, a sample that is damaged or that `convert` refuses with ValueError is replaced by the next one of
-        the set that is not. That rule knows no rank, so order and batches stay the same for any number of them.
+        Where `skip`, a sample that is damaged, that `make-shards index` found unfit or that `convert` refuses with
+        ValueError is replaced by the next one of the set that is not. That rule knows no rank, so order and batches
+        stay the same for any number of them.
 
         Raises:
             DamagedSampleError: without `skip`, or when 1,000 samples in a row are damaged.
@@ -153,15 +154,24 @@ class Pending:
         images: list[Image] = []
         replaced: list[str] = []
         for place, outcome in enumerate(self._bytes.outcomes()):
-            converted = self._convert(outcome, int(samples[place]), convert)
+            sample = int(samples[place])
+            fit = self._refuse(outcome, sample, records[place]) if skip else outcome
+            converted = self._convert(fit, sample, convert)
             if isinstance(converted, DamagedSampleError) and skip:
                 replaced.append(str(converted))
-                samples[place], converted = self._next_good(int(samples[place]), convert)
+                samples[place], converted = self._next_good(sample, convert)
                 records[place] = self._reader.records(samples[place : place + 1])[0]
             if isinstance(converted, DamagedSampleError):
                 raise converted
             images.append(converted)
         return Taken(samples=samples, records=records, images=images, replaced=tuple(replaced))
+
+    def _refuse(self, outcome: Outcome, sample: int, record: np.void) -> Outcome:
+        """Turn what `make-shards index` found unfit into an error that says so."""
+        flags = Flag(int(record["flags"])) & REFUSED
+        if not flags:
+            return outcome
+        return DamagedSampleError(f"{self._reader.describe(sample)} is {', '.join(flag_name(flag) for flag in flags)}")
 
     def _convert(
         self, outcome: Outcome, sample: int, convert: Callable[[npt.NDArray[np.uint8]], Image]
@@ -180,8 +190,9 @@ class Pending:
         for _ in range(_LONGEST_SEARCH):
             sample = (sample + 1) % self._reader.num_samples
             one = np.array([sample])
-            [outcome] = self._reader.submit(one, self._reader.records(one)).outcomes()
-            converted = self._convert(outcome, sample, convert)
+            records = self._reader.records(one)
+            [outcome] = self._reader.submit(one, records).outcomes()
+            converted = self._convert(self._refuse(outcome, sample, records[0]), sample, convert)
             if not isinstance(converted, DamagedSampleError):
                 break
         return sample, converted

@@ -19,6 +19,7 @@ import torch
 from pipelines.backends import Job, Made
 from pipelines.channel import Channel, ChannelClosed
 from pipelines.child import WorkerDiedError, end_child, explain_death, start_child
+from pipelines.fetch import FetchedSteps
 from pipelines.memory import create_shared, lend, shared_path
 from pipelines.samples import Steps
 from pipelines.worker import Report, Slot, SlotArrays, Task, WorkerSpec, map_slot, slot_bytes
@@ -54,7 +55,7 @@ class WorkerViews:
     """
 
     def __init__(self, job: Job, steps: Steps) -> None:
-        self._steps = iter(steps)
+        self._steps = FetchedSteps(job.shards, steps)
         self._device = job.device
         spec = WorkerSpec(
             shards=job.shards, draw=job.draw, size=job.size, views=job.views, exact=job.exact, skip=job.skip
@@ -84,6 +85,7 @@ class WorkerViews:
         self._out.close()
         self._ring.bell.ring()
         self._thread.join()
+        self._steps.close()
         for worker in self._workers:
             worker.connection.close()
         for worker in self._workers:

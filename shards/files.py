@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shards.errors import PackError
 
-__all__ = ["locked", "publish", "sync_file", "sync_folder", "write_and_sync"]
+__all__ = ["locked", "open_locked", "publish", "sync_file", "sync_folder", "write_and_sync"]
 
 
 def sync_folder(folder: Path) -> None:
@@ -56,7 +56,7 @@ def locked(path: Path, *, holder: str, shared: bool = False, wait: bool = False)
         PackError: someone else holds it.
     """
     how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-    fd = _open_locked(path, how, holder)
+    fd = open_locked(path, how, holder)
     try:
         if not shared:
             os.ftruncate(fd, 0)
@@ -66,7 +66,8 @@ def locked(path: Path, *, holder: str, shared: bool = False, wait: bool = False)
         os.close(fd)
 
 
-def _open_locked(path: Path, how: int, holder: str) -> int:
+def open_locked(path: Path, how: int, holder: str) -> int:
+    """Descriptor of a file, made if need be, that is locked with these flags of flock. Raises PackError."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:

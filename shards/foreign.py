@@ -15,7 +15,7 @@ from PIL import Image
 
 from shards.codecs import crc32c
 from shards.errors import PackError
-from shards.index import INDEXED, RECORD, Flag, npy_header
+from shards.index import INDEXED, RECORD, Flag, flag_name, npy_header
 from shards.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from shards.plan import ClassTable
@@ -129,9 +129,15 @@ def _entry(path: Path, records: NDArray[np.void]) -> ShardEntry:
         max_width=int(records["width"].max(initial=0)),
         max_height=int(records["height"].max(initial=0)),
         max_bytes=int(records["size"].max(initial=0)),
-        outcomes={"indexed": len(records)} if len(records) else {},
+        outcomes=_outcomes(records),
         rejections={},
     )
+
+
+def _outcomes(records: NDArray[np.void]) -> dict[str, int]:
+    """All samples, and how many of them have each flag that a loader must know of before it starts."""
+    tally = {flag_name(flag): int(((records["flags"] & flag) != 0).sum()) for flag in _BAD}
+    return {what: count for what, count in {"indexed": len(records), **tally}.items() if count}
 
 
 def index_folder(
@@ -205,7 +211,7 @@ def _manifest(entries: list[ShardEntry], class_names: tuple[str, ...]) -> Manife
         max_width=max(entry.max_width for entry in entries),
         max_height=max(entry.max_height for entry in entries),
         max_bytes=max(entry.max_bytes for entry in entries),
-        outcomes={"indexed": num_samples},
+        outcomes=dict(sum((Counter(entry.outcomes) for entry in entries), Counter[str]())),
         settings={INDEXED: True},
     )
 
@@ -216,7 +222,7 @@ def _summary(manifest: Manifest, shards: list[_Shard], labels: list[NDArray[np.i
     for shard in shards:
         for name, flags in zip(shard.names, shard.records["flags"].tolist(), strict=True):
             for flag in Flag(flags) & _BAD:
-                kind = (flag.name or "").lower().replace("_", " ")
+                kind = flag_name(flag)
                 flagged[kind] += 1
                 if len(examples.setdefault(kind, [])) < _EXAMPLES:
                     examples[kind].append(f"{shard.entry.name}/{name}")

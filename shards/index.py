@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from shards.manifest import Manifest
 from shards.shard_file import LocalShardFile, ShardFile
+from shards.storage import is_url, split_sets
 
-__all__ = ["INDEXED", "RECORD", "SUFFIXES", "Flag", "ShardSet", "npy_header"]
+__all__ = ["INDEXED", "RECORD", "REFUSED", "SUFFIXES", "Flag", "ShardSet", "flag_name", "npy_header"]
 
 RECORD = np.dtype(
     [
@@ -60,6 +61,15 @@ class Flag(IntFlag):
     """Nothing could make sense of its header."""
 
 
+REFUSED = Flag.NEEDS_ORIENTATION | Flag.NOT_RGB | Flag.NOT_JPEG | Flag.DAMAGED
+"""Training would see such a sample sideways, in wrong colours or not at all: packing mends or rejects it."""
+
+
+def flag_name(flag: Flag) -> str:
+    """Name of one flag in tallies, such as `not jpeg`."""
+    return (flag.name or "").lower().replace("_", " ")
+
+
 class ShardSet:
     """A finished folder of shards.
 
@@ -77,18 +87,29 @@ class ShardSet:
 
     @classmethod
     def open(cls, path: str | Path) -> "ShardSet":
-        """Open a folder that make-shards wrote, or a `.beton` (shards.beton).
+        """Open a folder that make-shards wrote, its address (shards.remote), or a `.beton` (shards.beton).
+
+        Several with commas between them are one set (shards.merged).
 
         Raises:
             ValueError: no such folder or file, packing has not finished, or another format version.
         """
+        parts = split_sets(str(path))
+        if len(parts) > 1:
+            from shards.merged import MergedShardSet
+
+            return MergedShardSet([cls.open(part) for part in parts])
+        if is_url(str(path)):
+            from shards.remote import RemoteShardSet
+
+            return RemoteShardSet.open_url(str(path))
         if Path(path).suffix == ".beton":
             from shards.beton import BetonSet
 
             return BetonSet.open(path)
         return cls(Path(path), Manifest.read(path))
 
-    def __reduce__(self) -> tuple[object, tuple[Path, Manifest]]:
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return (ShardSet, (self.path, self.manifest))
 
     def __repr__(self) -> str:
@@ -113,6 +134,10 @@ class ShardSet:
     def class_names(self) -> tuple[str, ...]:
         """Name of each label; empty when nothing is labelled."""
         return self.manifest.class_names
+
+    def part(self, shard: int) -> "tuple[ShardSet, int]":
+        """Return the set that a shard is from, and its number there: not this one where several are one."""
+        return self, shard
 
     def shard_path(self, shard: int) -> Path:
         """Path of a shard's tar."""

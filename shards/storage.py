@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
-__all__ = ["ByteFile", "Folder", "SeekableFile", "check_url", "is_url", "open_bytes", "open_folder", "split_url"]
+__all__ = [
+    "ByteFile",
+    "Folder",
+    "SeekableFile",
+    "check_url",
+    "is_url",
+    "open_bytes",
+    "open_folder",
+    "split_sets",
+    "split_url",
+]
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 CLIENT_OPTIONS: "ClientConfig" = {"timeout": "60s", "connect_timeout": "10s"}
@@ -34,6 +44,11 @@ _UPLOAD_BYTES = 16 << 20
 def is_url(path: str) -> bool:
     """Whether a source or target is not on this machine."""
     return path.partition("://")[0] in SCHEMES and "://" in path
+
+
+def split_sets(paths: str) -> tuple[str, ...]:
+    """Split several paths or URLs with commas between them; a path that exists is one, whatever its name."""
+    return tuple(part for part in paths.split(",") if part) if not os.path.exists(paths) else (paths,)  # noqa: PTH110
 
 
 def check_url(url: str) -> None:
