@@ -79,6 +79,9 @@ def _pack_part(config: PackConfig, target: Target, progress: Progress) -> None:
         locked(target.work / f"lock-{number}-of-{count}", holder=f"part {config.part} of {config.out}"),
     ):
         with locked(target.work / "lock-plan", holder="the plan", wait=True):
+            if _finished(config, target) is not None:
+                # `finish` was killed while it cleared away.
+                return
             plan = _open_plan(config, target, progress)
         _write_missing(plan, plan.tasks()[int(number) :: int(count)], config, target, progress)
         shutil.rmtree(target.scratch)
@@ -99,6 +102,9 @@ def finish(out: str, *, work_folder: str) -> dict[str, Manifest]:
     if not target.has_plan():
         finished = [name for name in target.sizes() if name.rpartition("/")[2] == MANIFEST_NAME]
         if finished:
+            if target.work.exists():
+                with locked(target.work / "lock", holder=out):
+                    target.remove_work()
             return {name.rpartition("/")[0]: _read_manifest(target, name.rpartition("/")[0]) for name in finished}
         raise ValueError(f"{out} has no plan to finish: begin with `make-shards pack SOURCE --out {out} --part 0/N`")
     target.work.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Kills a packing at each of its file operations in turn, and packs again; test_packer.py runs it.
 
-Usage: packer_kills.py SOURCE REFERENCE FOLDER [options of PackConfig as JSON]
+Usage: packer_kills.py SOURCE REFERENCE FOLDER OPTIONS NUM_PARTS: options of PackConfig as JSON; 0 parts: all at once
 """
 
 import json
@@ -8,10 +8,11 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from shards.config import PackConfig
-from shards.pack import pack
+from shards.pack import finish, pack
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 
@@ -51,14 +52,24 @@ def kill_at(operation: int, below: str) -> None:
     sys.addaudithook(hook)
 
 
-def run(config: PackConfig, operation: int | None) -> int:
+def pack_all(config: PackConfig, num_parts: int) -> None:
+    """What a user would call, or an array job and its last step."""
+    if not num_parts:
+        pack(config)
+        return
+    for i in range(num_parts):
+        pack(replace(config, part=f"{i}/{num_parts}"))
+    finish(config.out, work_folder=config.work_folder)
+
+
+def run(config: PackConfig, num_parts: int, operation: int | None) -> int:
     """Wait status of a child that packs."""
     child = os.fork()
     if not child:
         try:
             if operation is not None:
                 kill_at(operation, config.out)
-            pack(config)
+            pack_all(config, num_parts)
         except BaseException as error:
             print(f"operation {operation}: {error!r}", file=sys.stderr)
             os._exit(1)
@@ -68,14 +79,14 @@ def run(config: PackConfig, operation: int | None) -> int:
 
 def main() -> None:
     source, reference, folder = sys.argv[1:4]
-    options = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
+    options, num_parts = json.loads(sys.argv[4]), int(sys.argv[5])
     out = Path(folder) / "out"
     expected = contents(Path(reference))
     config = PackConfig(sources=(source,), out=str(out), workers=1, **options)
     operation = 0
     while True:
         operation += 1
-        status = run(config, operation)
+        status = run(config, num_parts, operation)
         found = (
             {name: data for name, data in contents(out).items() if not name.startswith(".pack")} if out.exists() else {}
         )
@@ -84,7 +95,9 @@ def main() -> None:
         if os.WIFEXITED(status):
             break
         assert os.WTERMSIG(status) == signal.SIGKILL
-        assert os.WEXITSTATUS(run(config, None)) == 0, f"could not go on after a kill at operation {operation}"
+        assert os.WEXITSTATUS(run(config, num_parts, None)) == 0, (
+            f"could not go on after a kill at operation {operation}"
+        )
         assert contents(out) == expected, f"differs after a kill at operation {operation}"
         shutil.rmtree(out)
     print(operation - 1)

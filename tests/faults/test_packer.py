@@ -75,8 +75,10 @@ def in_memory():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"split": ["val=0.4"], "dedup": True}], ids=["plain", "split"])
-def test_killed_at_any_file_operation_the_next_run_ends_with_the_same_bytes(in_memory, options):
+@pytest.mark.parametrize(
+    ("options", "num_parts"), [({"split": ["val=0.4"], "dedup": True}, 0), ({}, 2)], ids=["whole", "parts"]
+)
+def test_killed_at_any_file_operation_the_next_run_ends_with_the_same_bytes(in_memory, options, num_parts):
     tmp_path = in_memory
     source = fill(tmp_path / "in", 4, classes=2)
     (source / "broken.jpg").write_bytes(b"\xff\xd8\xff")
@@ -85,7 +87,15 @@ def test_killed_at_any_file_operation_the_next_run_ends_with_the_same_bytes(in_m
     pack(config(source, tmp_path / "reference", **options))
     (tmp_path / "kills").mkdir()
     result = subprocess.run(
-        [sys.executable, KILLS, source, tmp_path / "reference", tmp_path / "kills", json.dumps(options)],
+        [
+            sys.executable,
+            KILLS,
+            source,
+            tmp_path / "reference",
+            tmp_path / "kills",
+            json.dumps(options),
+            str(num_parts),
+        ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
