@@ -62,7 +62,7 @@ def build(config: Config, runtime: Runtime) -> Parts:
     dictionary = build_dictionary(
         config.moco,
         config.model.dim,
-        num_samples=ShardSet.open(config.data.shards).num_samples,
+        num_samples=config.data.stream_samples or ShardSet.open(config.data.shards).num_samples,
         seed=config.run.seed,
         available_bytes=_available_bytes(runtime.device),
     ).to(runtime.device)

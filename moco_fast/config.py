@@ -242,6 +242,8 @@ def validate(config: Config) -> None:
             f"--optim.clip-norm is {config.optim.clip_norm}, but must be above 0, or unset for no clipping"
         )
     _validate_mechanism(config)
+    if config.data.stream_samples is not None:
+        _validate_streaming(config)
     if not 0 < config.eval.crop <= 1:
         raise ValueError(f"--eval.crop is {config.eval.crop}, but must be a share of the image: above 0, at most 1")
     if not 0 <= config.optim.warmup < 1:
@@ -335,3 +337,12 @@ def differences(old: Config, new: Config) -> list[str]:
 
 def _option(field_name: str) -> str:
     return field_name.replace("_", "-")
+
+
+def _validate_streaming(config: Config) -> None:
+    """Refuse what needs to know which sample is which, where tars are streamed without an index."""
+    index = f"`make-shards index {config.data.shards}` numbers the samples"
+    if config.moco.dictionary == "bank":
+        raise ValueError(f"--moco.dictionary bank keeps a key for each sample, streamed ones have no number: {index}")
+    if config.eval.shards is not None:
+        raise ValueError(f"--eval.shards searches neighbours among the training samples, by their number: {index}")

@@ -55,8 +55,17 @@ def check(config: Config) -> None:
     """
     validate(config)
     for option, shards in (("--data.shards", config.data.shards), ("--eval.shards", config.eval.shards)):
-        if shards is not None and "://" not in shards and not (Path(shards) / "manifest.json").is_file():
-            raise ValueError(f"{option} {shards} has no manifest.json: give the folder that `make-shards pack` wrote")
+        is_streamed = option == "--data.shards" and config.data.stream_samples is not None
+        if shards is not None and not is_streamed and not _may_be_shards(shards):
+            tars = f"; `make-shards index {shards}` describes the tars in it" if any(Path(shards).glob("*.tar")) else ""
+            raise ValueError(
+                f"{option} {shards} has no manifest.json: give the folder that `make-shards pack` wrote{tars}"
+            )
+
+
+def _may_be_shards(path: str) -> bool:
+    is_beton = path.endswith(".beton") and Path(path).is_file()
+    return "://" in path or is_beton or (Path(path) / "manifest.json").is_file()
 
 
 def is_first_rank() -> bool:

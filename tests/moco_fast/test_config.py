@@ -146,3 +146,16 @@ def test_help_does_not_import_torch():
         "sys.exit('torch' in sys.modules or 'nvidia.dali' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--moco.dictionary=bank", "have no number"), ("--eval.shards=val", "by their number")],
+)
+def test_streamed_samples_have_no_number(option, message):
+    with pytest.raises(ValueError, match=message):
+        validate(
+            parse(
+                ["moco-v2", "--data.shards", "d", "--run.out", "o", "--data.stream-samples", "1000", *option.split("=")]
+            )
+        )
