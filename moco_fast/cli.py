@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 
+from moco_fast import process
 from moco_fast.bench.cli import main as bench
 from moco_fast.export import Format
 
@@ -251,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit code: 0 done, 2 when the command cannot work as given (said in one line on stderr), 130 interrupted.
     """
+    process.prepare()
     words = list(sys.argv[1:] if argv is None else argv)
     for name, verb in VERBS.items():
         length = len(name.split())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tyro
 
+from moco_fast import process
 from moco_fast.config import Config, validate
 from moco_fast.presets import PRESETS
 
@@ -36,6 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, and return the process's exit code: 0 finished, 2 refused, 128 + signal when told to stop."""
+    process.prepare()
     try:
         config = parse(argv)
         from moco_fast.run import train

@@ -17,8 +17,9 @@ pytestmark = pytest.mark.slow
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 PYTHON = (sys.executable, "-m", "moco_fast.train")
-TWO_RANKS = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu-2.yaml"))
-TWO_RANKS = (*TWO_RANKS, "-m", "moco_fast.train")
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
+ONE_RANK = (*LAUNCH, str(CONFIGS / "cpu-1.yaml"), "-m", "moco_fast.train")
+TWO_RANKS = (*LAUNCH, str(CONFIGS / "cpu-2.yaml"), "-m", "moco_fast.train")
 
 EXACT = ("loss", "accuracy", "similarity_positive", "similarity_negative", "feature_std", "grad_norm", "lr", "epoch")
 
@@ -208,6 +209,16 @@ def test_two_ranks_train_and_continue_after_a_stop(packed_demo, tmp_path):
     assert json.loads((tmp_path / "cut" / "outcome.json").read_text())["step"] < 40
     start("cut").finish()
     assert_same_end(tmp_path / "whole", tmp_path / "cut", world_size=2)
+
+
+@pytest.mark.faults
+def test_when_its_launcher_is_told_to_stop_a_single_process_saves(packed_demo, tmp_path):
+    # For one process accelerate forwards no signal: it dies, and nobody would end the training.
+    run = Training(packed_demo, tmp_path / "run", "--run.steps", "1000", launcher=ONE_RANK)
+    run.wait_for_step(2)
+    run.process.send_signal(signal.SIGTERM)
+    assert "stopped and saved at step" in run.finish(expected_code=-signal.SIGTERM)
+    assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "stopped"
 
 
 def test_a_process_that_would_train_alone_refuses_to_start(packed_demo, tmp_path):
