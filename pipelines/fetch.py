@@ -20,14 +20,17 @@ from shards import ShardSet
 from shards.merged import MergedShardSet
 from shards.remote import RemoteShardSet
 
-__all__ = ["FetchedSteps", "cached", "num_cached_bytes"]
+__all__ = ["STEPS_KEPT", "FetchedSteps", "cached", "num_cached_bytes"]
 
 Indices = npt.NDArray[np.int64]
 
 _LOG = logging.getLogger(__name__)
 
+STEPS_KEPT = 4
+"""Steps whose shards are held after they were taken: their samples may not be read yet."""
+
+
 _FETCHERS = 4
-_STEPS_KEPT = 4
 _PATIENCE_S = 5
 
 
@@ -134,7 +137,7 @@ class _Ahead:
 
     def _release(self, needed: list[int]) -> None:
         """Let go of shards whose last known use is over."""
-        oldest = self._num_taken - _STEPS_KEPT
+        oldest = self._num_taken - STEPS_KEPT
         over = [shard for shard, step in self._last_use.items() if step < oldest and shard not in needed]
         for shard in over:
             del self._last_use[shard]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from pipelines.cache import CacheFolder, gib
 from pipelines.config import DataConfig
-from pipelines.fetch import cached, num_cached_bytes
+from pipelines.fetch import STEPS_KEPT, cached, num_cached_bytes
 from pipelines.order import OrderPlan
 from shards import ShardSet
 from shards.index import REFUSED, flag_name
@@ -68,7 +68,8 @@ def cache_for_training(
     else:
         # Neighbouring ranks take neighbouring lanes; where the numbers do not divide, one at each end is shared.
         lanes = -(-plan.num_lanes // world_size) + (plan.num_lanes % world_size > 0)
-        num_shards, largest = plan.window_shards + 2, int(sizes.max())
+        a_step = plan.batch_size / plan.num_lanes / (plan.num_samples / len(plan.shard_sizes))
+        num_shards, largest = plan.window_shards + 2 + int((STEPS_KEPT + 1) * a_step), int(sizes.max())
         needed = lanes * num_shards * largest
         if needed > share:
             raise ValueError(
