@@ -69,6 +69,10 @@ class Preview:
     """Seed of the run."""
     epoch: int = 0
     """Epoch of the run, from 0."""
+    backend: Literal["auto", "dali", "ffcv", "torch"] = "dali"
+    """What makes the views."""
+    compare: Literal["dali", "torch"] | None = None
+    """Another backend: the sheet then shows, 16 times amplified, how far its views are from the first one's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,13 +175,25 @@ def _preview(command: Preview) -> int:
         views = replace(views, size=_positive("size", command.size))
     import numpy as np
 
-    from pipelines.preview import draw, sheet
+    from pipelines.preview import differences, draw, sheet
     from shards import ShardSet
 
     num_samples = ShardSet.open(command.shards).num_samples
     chosen = np.linspace(0, num_samples - 1, min(_positive("num", command.num), num_samples)).round().astype(int)
-    sheet(draw(command.shards, views, seed=command.seed, epoch=command.epoch, indices=chosen.tolist())).save(out)
+    previews, others = (
+        draw(command.shards, views, seed=command.seed, epoch=command.epoch, indices=chosen.tolist(), backend=backend)
+        if backend
+        else []
+        for backend in (command.backend, command.compare)
+    )
+    sheet(previews, others, columns=2 if others else 3).save(out)
     print(f"{out}: {len(chosen)} samples as a run with seed {command.seed} sees them in epoch {command.epoch}")
+    if others:
+        apart = differences(previews, others)
+        print(
+            f"{command.backend} and {command.compare} are {apart.mean():.2f} levels of 255 apart on average, "
+            f"{apart.max()} at most (docs/data.md says where)"
+        )
     return 0
 
 

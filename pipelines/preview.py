@@ -14,10 +14,12 @@ from pipelines.reader import Reader
 from pipelines.samples import draw_training
 from shards import ShardSet
 
-__all__ = ["Preview", "draw", "sheet"]
+__all__ = ["Preview", "differences", "draw", "sheet"]
 
 Pixels = npt.NDArray[np.uint8]
 
+# One level of difference is too dark to see.
+_AMPLIFY = 16
 _QUERY_COLOUR, _KEY_COLOUR = (230, 85, 13), (33, 113, 181)
 
 
@@ -81,26 +83,47 @@ def draw(
     ]
 
 
-def sheet(previews: Sequence[Preview], *, side: int = 160, columns: int = 3) -> Image.Image:
+def differences(previews: Sequence[Preview], others: Sequence[Preview]) -> npt.NDArray[np.uint8]:
+    """How far two backends' views of the same samples are apart, in 8-bit levels: (samples, 2 views, S, S, 3)."""
+    one, two = (
+        np.array([(preview.view_q, preview.view_k) for preview in some], dtype=np.int16) for some in (previews, others)
+    )
+    return np.abs(one - two).astype(np.uint8)
+
+
+def sheet(
+    previews: Sequence[Preview], others: Sequence[Preview] = (), *, side: int = 160, columns: int = 3
+) -> Image.Image:
     """Lay samples out on one sheet: the original with both crops outlined, then the query and the key view.
 
     Args:
         previews: what to show.
+        others: the same samples by another backend: each view is followed by 16 times its difference.
         side: of a tile in pixels.
         columns: samples side by side.
     """
     margin = 8
-    rows = -(-len(previews) // columns)
-    cell_w, cell_h = 3 * side + 4 * margin, side + margin
+    apart = differences(previews, others) if others else None
+    rows, tiles = -(-len(previews) // columns), 5 if others else 3
+    cell_w, cell_h = tiles * side + (tiles + 1) * margin, side + margin
     canvas = Image.new("RGB", (columns * cell_w, rows * cell_h + margin), (255, 255, 255))
     for number, preview in enumerate(previews):
+        shown = [_outlined(preview, side)]
+        for view, (pixels, colour) in enumerate(((preview.view_q, _QUERY_COLOUR), (preview.view_k, _KEY_COLOUR))):
+            shown.append(_framed(pixels, side, colour))
+            if apart is not None:
+                amplified = (apart[number, view].astype(np.uint16) * _AMPLIFY).clip(0, 255).astype(np.uint8)
+                shown.append(_framed(amplified, side, colour))
         left, top = number % columns * cell_w + margin, number // columns * cell_h + margin
-        canvas.paste(_outlined(preview, side), (left, top))
-        for place, (view, colour) in enumerate(((preview.view_q, _QUERY_COLOUR), (preview.view_k, _KEY_COLOUR))):
-            tile = Image.fromarray(view).resize((side, side), Image.Resampling.NEAREST)
-            ImageDraw.Draw(tile).rectangle((0, 0, side - 1, side - 1), outline=colour, width=2)
-            canvas.paste(tile, (left + (place + 1) * (side + margin), top))
+        for place, tile in enumerate(shown):
+            canvas.paste(tile, (left + place * (side + margin), top))
     return canvas
+
+
+def _framed(pixels: Pixels, side: int, colour: tuple[int, int, int]) -> Image.Image:
+    tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+    ImageDraw.Draw(tile).rectangle((0, 0, side - 1, side - 1), outline=colour, width=2)
+    return tile
 
 
 def _outlined(preview: Preview, side: int) -> Image.Image:

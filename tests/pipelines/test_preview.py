@@ -4,7 +4,7 @@ import torch
 
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.loader import open_loader
-from pipelines.preview import draw, sheet
+from pipelines.preview import differences, draw, sheet
 
 VIEWS = ViewsConfig(size=24)
 
@@ -32,6 +32,23 @@ def test_a_sheet_holds_every_sample(small_shards):
     pixels = np.asarray(image)
     tile = pixels[8:58, 66:116]
     assert np.abs(tile[4:-4, 4:-4].astype(int).mean((0, 1)) - previews[0].view_q.mean((0, 1))).max() < 12
+
+
+def test_a_sheet_shows_how_far_two_backends_are_apart(small_shards):
+    ours, others = (
+        draw(str(small_shards), VIEWS, seed=0, epoch=0, indices=[3, 5], backend=backend)
+        for backend in ("dali", "torch")
+    )
+    apart = differences(ours, others)
+    assert apart.shape == (2, 2, 24, 24, 3)
+    assert 0 < apart.mean() < 2
+    assert np.array_equal(apart[1, 0], np.abs(ours[1].view_q.astype(int) - others[1].view_q))
+    image = sheet(ours, others, side=24, columns=1)
+    assert image.size == (5 * 32 + 8, 2 * 32 + 8)
+    # The tile after the second sample's query view, less its frame.
+    tile = np.asarray(image)[40:64, 72:96][2:-2, 2:-2]
+    assert np.array_equal(tile, (apart[1, 0].astype(int) * 16).clip(0, 255)[2:-2, 2:-2])
+    assert not differences(ours, ours).any()
 
 
 def test_a_sample_that_is_not_there_is_refused(small_shards):
