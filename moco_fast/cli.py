@@ -157,6 +157,7 @@ def _knn(command: EvalKnn, config: "Config", encoder: Any, device: "torch.device
         size=config.views.size,
         batch_size=command.batch_size,
         device=device,
+        data=config.data,
     )
 
 

@@ -231,6 +231,8 @@ class Run:
             device=runtime.device,
             rank=runtime.rank,
             world_size=runtime.world_size,
+            local_world_size=runtime.local_world_size,
+            data=config.data,
         )
         self._write({"knn/top1": result.top1, "knn/num_bank": result.num_bank, "knn/num_queries": result.num_queries})
         if self._metrics is not None:

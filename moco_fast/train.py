@@ -13,6 +13,7 @@ import tyro
 from moco_fast import process
 from moco_fast.config import Config, validate
 from moco_fast.presets import PRESETS
+from shards.storage import split_sets
 
 __all__ = ["check", "is_first_rank", "main", "parse"]
 
@@ -58,10 +59,12 @@ def check(config: Config) -> None:
     validate(config)
     for option, shards in (("--data.shards", config.data.shards), ("--eval.shards", config.eval.shards)):
         is_streamed = option == "--data.shards" and config.data.stream_samples is not None
-        if shards is not None and not is_streamed and not _may_be_shards(shards):
-            tars = f"; `make-shards index {shards}` describes the tars in it" if any(Path(shards).glob("*.tar")) else ""
+        for path in split_sets(shards) if shards is not None and not is_streamed else ():
+            if _may_be_shards(path):
+                continue
+            tars = f"; `make-shards index {path}` describes the tars in it" if any(Path(path).glob("*.tar")) else ""
             raise ValueError(
-                f"{option} {shards} has no manifest.json: give the folder that `make-shards pack` wrote{tars}"
+                f"{option} {path} has no manifest.json: give the folder that `make-shards pack` wrote{tars}"
             )
 
 

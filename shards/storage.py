@@ -48,7 +48,9 @@ def is_url(path: str) -> bool:
 
 def split_sets(paths: str) -> tuple[str, ...]:
     """Split several paths or URLs with commas between them; a path that exists is one, whatever its name."""
-    return tuple(part for part in paths.split(",") if part) if not os.path.exists(paths) else (paths,)  # noqa: PTH110
+    if os.path.exists(paths):  # noqa: PTH110
+        return (paths,)
+    return tuple(part for part in paths.split(",") if part) or (paths,)
 
 
 def check_url(url: str) -> None:

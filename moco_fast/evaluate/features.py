@@ -14,6 +14,7 @@ from tqdm import tqdm
 from moco_fast import distributed
 from moco_fast.encoders import Encoder, normalize_images
 from pipelines.batch import ImageBatch
+from pipelines.config import DataConfig
 from pipelines.loader import open_eval_loader
 from shards import ShardSet
 
@@ -88,6 +89,8 @@ def labelled_features(
     world_size: int = 1,
     indices: np.ndarray | None = None,
     title: str | None = None,
+    local_world_size: int = 1,
+    data: DataConfig | None = None,
 ) -> Features:
     """Compute this rank's share of the features, of length 1, of the labelled samples in a folder of shards.
 
@@ -102,6 +105,8 @@ def labelled_features(
         world_size: processes.
         indices: dense sample numbers to take; all, if not given.
         title: of a progress bar, shown by the first rank only.
+        local_world_size: processes on this machine.
+        data: of the run: its cache for remote shards, and what is done about samples that cannot be read.
     """
     loader = open_eval_loader(
         shards,
@@ -112,6 +117,8 @@ def labelled_features(
         rank=rank,
         world_size=world_size,
         indices=indices,
+        local_world_size=local_world_size,
+        data=data,
     )
     try:
         features = extract(encoder, loader, device=device, title=title if rank == 0 else None)

@@ -13,6 +13,7 @@ from torch import Tensor
 from moco_fast.config import KnnConfig
 from moco_fast.encoders import Encoder
 from moco_fast.evaluate.features import Features, gather, labelled_features, spread
+from pipelines.config import DataConfig
 from shards import ShardSet
 
 __all__ = ["KnnResult", "Votes", "classify", "common_classes", "evaluate_knn"]
@@ -90,6 +91,8 @@ def evaluate_knn(
     device: torch.device,
     rank: int = 0,
     world_size: int = 1,
+    local_world_size: int = 1,
+    data: DataConfig | None = None,
 ) -> KnnResult:
     """Classify held-out samples by their nearest training samples; collective: every rank calls it and gets the result.
 
@@ -105,6 +108,8 @@ def evaluate_knn(
         device: where to compute.
         rank: this process.
         world_size: processes.
+        local_world_size: processes on this machine.
+        data: of the run: its cache for remote shards, and what is done about samples that cannot be read.
 
     Raises:
         ValueError: shards without labels, with different classes, or features that are not finite.
@@ -119,6 +124,8 @@ def evaluate_knn(
         device=device,
         rank=rank,
         world_size=world_size,
+        local_world_size=local_world_size,
+        data=data,
     )
     bank = gather(features_of(bank_shards, indices=spread(bank_shards, knn.max_bank), title="features of the bank"))
     queries = features_of(query_shards, title="features of the queries")

@@ -12,6 +12,7 @@ from moco_fast.encoders import Encoder
 from moco_fast.evaluate.features import labelled_features, spread
 from moco_fast.evaluate.knn import classify, common_classes
 from moco_fast.report.pictures import Picture, to_picture
+from pipelines.config import DataConfig
 from pipelines.loader import open_eval_loader
 from shards import ShardSet
 
@@ -78,7 +79,7 @@ def find_neighbours(
         for encoder in (trained, untrained)
     ]
     side = min(_PICTURE_SIDE, config.views.size)
-    pictures_of = partial(_pictures, side=side, crop=config.eval.crop)
+    pictures_of = partial(_pictures, side=side, crop=config.eval.crop, data=config.data)
     query_pictures = pictures_of(query_shards, asked)
     bank_pictures = pictures_of(bank_shards, np.unique([n.sample for rows in near for row in rows for n in row]))
 
@@ -117,7 +118,13 @@ def _nearest(
     """Look up the training samples nearest to each of the samples asked for, nearest first."""
     assert config.eval.shards is not None
     features_of = partial(
-        labelled_features, encoder, size=config.views.size, crop=config.eval.crop, batch_size=128, device=device
+        labelled_features,
+        encoder,
+        size=config.views.size,
+        crop=config.eval.crop,
+        batch_size=128,
+        device=device,
+        data=config.data,
     )
     bank_shards = config.data.shards
     bank = features_of(bank_shards, indices=spread(bank_shards, max_bank), title="report: features")
@@ -153,9 +160,11 @@ def _first_of_each_class(shards: str, wanted: int) -> tuple[Indices, Indices]:
     return first[chosen].astype(np.int64), classes[chosen].astype(np.int64)
 
 
-def _pictures(shards: str, samples: Indices, *, side: int, crop: float) -> dict[int, Picture]:
+def _pictures(shards: str, samples: Indices, *, side: int, crop: float, data: DataConfig) -> dict[int, Picture]:
     """Central squares of some samples, by dense sample number."""
-    loader = open_eval_loader(shards, size=side, crop=crop, batch_size=64, device=torch.device("cpu"), indices=samples)
+    loader = open_eval_loader(
+        shards, size=side, crop=crop, batch_size=64, device=torch.device("cpu"), indices=samples, data=data
+    )
     pictures: dict[int, Picture] = {}
     try:
         for batch in loader:
