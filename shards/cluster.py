@@ -120,7 +120,7 @@ def run_tasks(
     if not tasks:
         return
     ray = _connect(address)
-    write = ray.remote(num_cpus=1, max_retries=_RETRIES)(_write)
+    write = ray.remote(num_cpus=1, max_retries=_RETRIES)(_write_shard)
     shared, left, given = ray.put(NodeJob.of(job)), deque(tasks), dict[Any, Task]()
     try:
         while left or given:
@@ -142,7 +142,7 @@ def run_tasks(
         ray.shutdown()
 
 
-def _write(job: NodeJob, task: Task) -> tuple[int, Exception | None]:
+def _write_shard(job: NodeJob, task: Task) -> tuple[int, Exception | None]:
     """Write a shard on a node: inputs dealt with, and the error where there was one."""
     num_inputs = 0
 

@@ -377,18 +377,18 @@ def test_odd_files_end_as_samples_or_rejections_and_nothing_outside_is_read(tmp_
 KINDS = ("PNG", "GIF", "WEBP", "TIFF", "BMP", "ICO", "TGA", "PPM", "AVIF", "JPEG2000")
 
 
-@pytest.mark.parametrize("progressive", ["encode", "transcode"])
-def test_malformed_images_are_rejected_or_become_sound_jpegs(tmp_path, progressive):
+@pytest.mark.parametrize("options", [{}, {"resize": 20}, {"progressive": "transcode"}], ids=["", "resize", "transcode"])
+def test_malformed_images_are_rejected_or_become_sound_jpegs(tmp_path, options):
     source = tmp_path / "in"
     source.mkdir()
     images = {"jpg": jpeg(), "progressive.jpg": jpeg(progressive=True), "cmyk.jpg": encoded(picture(mode="CMYK"))}
-    if progressive == "encode":
+    if not options:
         images |= {kind.lower(): encoded(picture(), kind) for kind in KINDS}
     for kind, data in images.items():
         for i in range(0, len(data), max(1, len(data) // 25)):
             (source / f"cut{i}.{kind}").write_bytes(data[:i])
             (source / f"flip{i}.{kind}").write_bytes(data[:i] + bytes([data[i] ^ 0xFF]) + data[i + 1 :])
-    manifest = pack(config(source, tmp_path / "out", shard_samples=1000, progressive=progressive))[""]
+    manifest = pack(config(source, tmp_path / "out", shard_samples=1000, **options))[""]
     assert manifest.num_samples + manifest.num_rejected == len(list(source.iterdir()))
     assert manifest.num_rejected > 50
     assert verify(tmp_path / "out", decode=True) == []
