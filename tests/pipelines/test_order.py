@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipelines.order import EpochOrder, OrderPlan, check_ranks
@@ -25,6 +25,9 @@ def plans(draw) -> OrderPlan:
 
 @settings(deadline=None, max_examples=200)
 @given(plans(), st.integers(0, 1000))
+@example(plan([3], 2, lanes=64), 0)  # fewer samples than lanes
+@example(plan([1, 0, 1, 1], 1, lanes=64, window_shards=1), 1)
+@example(plan([5000, *[10] * 40], 64, window_shards=1), 2)  # one shard outweighs all others
 def test_each_sample_at_most_once_and_less_than_a_batch_dropped(plan, epoch):
     samples = whole_epoch(plan, epoch).ravel()
     assert len(set(samples.tolist())) == len(samples)
@@ -101,6 +104,30 @@ def test_batches_of_class_sorted_shards_hold_almost_as_many_classes_as_a_perfect
     # Two shards a window and 64 lanes put 128 to 192 classes within reach of a step.
     assert sorted_set.num_lanes == 64
     assert np.mean(held) > 0.55 * perfect
+
+
+def test_uneven_shards_mix_as_well_as_even_ones():
+    # Class-sorted, shards of 16 to 2048 samples; a step should draw on every lane's windows all the same.
+    sizes = np.random.default_rng(0).permutation(np.repeat([16, 64, 256, 2048], [400, 200, 100, 40]))
+    uneven, even = (
+        plan(sizes, 256, window_shards=2),
+        plan([sizes.sum() // len(sizes)] * len(sizes), 256, window_shards=2),
+    )
+
+    def classes_in_a_step(plan: OrderPlan) -> float:
+        classes = np.arange(plan.num_samples) * 500 // plan.num_samples
+        return float(np.mean([len(set(classes[EpochOrder(plan, e).step(100)].tolist())) for e in range(20)]))
+
+    assert classes_in_a_step(uneven) > 0.7 * classes_in_a_step(even)
+
+
+def test_several_sets_are_ordered_as_one_with_all_their_shards():
+    # Windows are of the rank's lanes in one ring: a small set's samples come among the large one's.
+    merged = plan([100] * 90 + [20] * 50, 100, window_shards=2)
+    small = [np.flatnonzero(row >= 9000) for row in whole_epoch(merged, 3)]
+    share = np.array([len(row) for row in small])
+    assert share.sum() == 1000
+    assert (share > 0).mean() > 0.9
 
 
 def test_a_node_holds_whole_lanes_where_the_numbers_divide():
