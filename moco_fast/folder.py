@@ -17,6 +17,8 @@ _FREE = (
     "--run.timeout-s",
     "--data.num-threads",
     "--data.prefetch",
+    "--data.read-threads",
+    "--data.cache",
     "--checkpoint.",
     "--log.",
 )

@@ -7,6 +7,7 @@ that is not there yet waits for it, or fetches it, in `CachedShardSet.open_shard
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Self
@@ -103,8 +104,9 @@ class _Ahead:
         with self._changed:
             self._is_closed.set()
             self._changed.notify_all()
+        deadline = time.monotonic() + _PATIENCE_S
         for thread in self._threads:
-            thread.join(_PATIENCE_S)
+            thread.join(max(0.0, deadline - time.monotonic()))
         self._holder.close()
 
     def _walk(self) -> None:
