@@ -17,7 +17,7 @@ HAS_GPU = $(shell $(VENV)/bin/python -c 'import torch; print("yes" if torch.cuda
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup setup-ffcv demo test format lock gpu-check image clean \
-	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint demo-steps bench
+	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint bench demo-steps
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -80,8 +80,11 @@ lock: setup ## Resolve pyproject.toml anew into requirements.lock and requiremen
 	echo ffcv | $(COMPILE) --all-extras --excludes /dev/stdin --group dev pyproject.toml --output-file requirements.lock
 	sed -n 's/==.*//p' requirements.lock | $(COMPILE) --extra ffcv --excludes /dev/stdin pyproject.toml --output-file requirements-ffcv.lock
 
+bench: setup ## Every benchmark that a CPU can run, in 15 minutes: benchmarks/results and the README's table
+	python benchmarks/run_all.py $(if $(PHOTOS),--photos $(PHOTOS))
+
 # No set-up: machines that have a GPU often have their own Python and torch, and no network.
-gpu-check: ## GPU tests and figures into OUT (build/gpu-check), in 8 minutes; DEVICE=cpu for a small version
+gpu-check: ## On a GPU: its tests and figures into OUT in 8 minutes; DEVICE=cpu for a small version
 	$(if $(wildcard $(VENV)/bin/python),python,$(or $(PYTHON),python3)) benchmarks/gpu_check.py --device $(DEVICE) \
 		--out $(OUT) $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(PART),--part $(PART)) $(if $(CIFAR),--cifar $(CIFAR))
 

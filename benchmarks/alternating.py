@@ -70,11 +70,18 @@ def claims_table(claims: Sequence[Claim]) -> str:
     lines = ["| | ours | instead | times better | goal |", "|---|---|---|---|---|"]
     for each in claims:
         goal = "" if each.goal is None else f"{each.goal:.3g}: {'holds' if each.holds else 'MISSED'}"
-        figures = f"{each.ours:,.4g} {each.unit} | {each.theirs:,.4g} {each.unit}"
-        lines.append(
-            f"| {each.claim} | {figures} | **{each.ratio:.2f}** ({each.lowest:.2f} to {each.highest:.2f}) | {goal} |"
-        )
+        figures = f"{_figure(each.ours)} {each.unit} | {_figure(each.theirs)} {each.unit}"
+        spread = f" ({_times(each.lowest)} to {_times(each.highest)})" if each.lowest != each.highest else ""
+        lines.append(f"| {each.claim} | {figures} | **{_times(each.ratio)}**{spread} | {goal} |")
     return "\n".join(lines)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.2f}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def write_claims(path: Path | None, claims: Sequence[Claim]) -> None:

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from alternating import alternate, bars, table
+from alternating import alternate, bars, claims_table, compare, header, table, write_claims
 
 from moco_fast.config import ModelConfig
 from moco_fast.encoders import build_encoder
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path, default=Path("build/momentum"))
+    parser.add_argument("--json", type=Path, help="where to write the claims")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -56,7 +57,15 @@ def main() -> None:
     result = table(seconds, base="one flat buffer")
     millions = flat_key.numel() / 1e6
     title = f"Momentum update, {options.encoder}, {millions:.1f}M parameters, {device}, {options.threads} thread(s)"
-    print(f"{title}, torch {torch.__version__}, {options.rounds} rounds\n\n{result}")
+    millis = {name: [1e3 * each for each in values] for name, values in seconds.items()}
+    what = f"momentum update, {options.encoder}, {options.threads} thread(s)"
+    unit = {"unit": "ms", "less_is_better": True}
+    claims = [
+        compare(f"{what} / authors' loop", millis["ours (foreach lerp)"], millis["authors' loop"], goal=2.0, **unit),
+        compare(f"{what} / one flat buffer", millis["ours (foreach lerp)"], millis["one flat buffer"], **unit),
+    ]
+    write_claims(options.json, claims)
+    print(f"{header(options.device)}\n\n{claims_table(claims)}\n\n{title}, {options.rounds} rounds\n\n{result}")
     bars(seconds, title=title, path=options.out / "momentum.svg")
     (options.out / "momentum.md").write_text(f"{title}\n\n{result}\n")
 

@@ -1,6 +1,6 @@
 """What the order of a billion samples costs one rank, beside DALI's own reader given as many index entries.
 
-    python benchmarks/order.py
+    python benchmarks/order.py [--json FILE]
 
 Ours: a synthetic set of 100,000 shards; time and memory until the first step's samples are known, and a seek.
 DALI's: fn.readers.webdataset over index files with fewer entries (--dali-samples), scaled up linearly and marked so.
@@ -8,6 +8,7 @@ DALI's: fn.readers.webdataset over index files with fewer entries (--dali-sample
 
 import argparse
 import io
+import json
 import resource
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 
-def measure_ours(num_shards: int, num_samples: int, batch_size: int, world_size: int) -> None:
-    """Print start-up, first step, seek and steady step of one rank."""
+def measure_ours(num_shards: int, num_samples: int, batch_size: int, world_size: int) -> dict[str, float]:
+    """Print start-up, first step, seek and steady step of one rank; return seconds and GB until the first samples."""
     from pipelines.order import EpochOrder, OrderPlan
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -39,10 +40,15 @@ def measure_ours(num_shards: int, num_samples: int, batch_size: int, world_size:
         f"ours   {num_samples:>13,} samples, {world_size:>4} ranks: first step {first - begin:6.2f} s, "
         f"seek {sought - first:5.2f} s, then {1e3 * steady:.2f} ms a step, {memory:.0f} MB"
     )
+    return {"s": first - begin, "GB": memory / 1024}
 
 
-def measure_dali(num_samples: int, folder: Path) -> None:
-    """Print what DALI's reader needs for an index of that many entries before it gives its first sample."""
+def measure_dali(num_samples: int, folder: Path) -> dict[str, float]:
+    """Print what DALI's reader needs for an index of that many entries before it gives its first sample.
+
+    Returns:
+        seconds and GB, scaled to a billion.
+    """
     from nvidia.dali import fn, pipeline_def
 
     content = io.BytesIO()
@@ -72,6 +78,27 @@ def measure_dali(num_samples: int, folder: Path) -> None:
         f"DALI   {num_samples:>13,} samples,    1 rank : first sample {seconds:6.2f} s, {memory:.0f} MB; "
         f"scaled to a billion (extrapolated): {scale * seconds:.0f} s, {scale * memory / 1024:.0f} GB"
     )
+    return {"s": scale * seconds, "GB": scale * memory / 1024}
+
+
+def write_claims_of(found: dict[str, dict[str, float]], path: Path | None) -> None:
+    """Print and write one rank's start against DALI's."""
+    # Late: the processes that measure memory must not hold torch.
+    from alternating import claims_table, compare, header, write_claims
+
+    claims = [
+        compare(
+            f"{what} until the order of a billion samples is known, 1 of 64 ranks / DALI's reader (extrapolated)",
+            [found["ours-64"][unit]],
+            [found["dali"][unit]],
+            unit=unit,
+            less_is_better=True,
+            goal=100.0,
+        )
+        for what, unit in (("time", "s"), ("memory", "GB"))
+    ]
+    print(f"\n{header()}\n\n{claims_table(claims)}")
+    write_claims(path, claims)
 
 
 def main() -> None:
@@ -81,17 +108,26 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--dali-samples", type=int, default=1_000_000)
     parser.add_argument("--only", choices=("ours-1", "ours-64", "dali"))
+    parser.add_argument("--json", type=Path, help="where to write the claims")
     options = parser.parse_args()
-    if options.only is None:
-        # A process each: the largest memory of a process never falls.
-        for part in ("ours-1", "ours-64", "dali"):
-            subprocess.run([sys.executable, *sys.argv, "--only", part], check=True)
-    elif options.only == "dali":
-        with tempfile.TemporaryDirectory() as folder:
-            measure_dali(options.dali_samples, Path(folder))
-    else:
-        world_size = int(options.only.removeprefix("ours-"))
-        measure_ours(options.shards, options.samples, options.batch_size, world_size)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.only is None:
+            # A process each: the largest memory of a process never falls.
+            found = {}
+            for part in ("ours-1", "ours-64", "dali"):
+                figures = Path(folder) / f"{part}.json"
+                command = [sys.executable, *sys.argv, "--only", part, "--json", str(figures)]
+                subprocess.run(command, check=True)
+                found[part] = json.loads(figures.read_text())
+            write_claims_of(found, options.json)
+            return
+        if options.only == "dali":
+            figures = measure_dali(options.dali_samples, Path(folder))
+        else:
+            world_size = int(options.only.removeprefix("ours-"))
+            figures = measure_ours(options.shards, options.samples, options.batch_size, world_size)
+        if options.json:
+            options.json.write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from alternating import alternate, bars, table
+from alternating import alternate, bars, claims_table, compare, header, table, write_claims
 from torch import Tensor, nn
 
 from moco_fast.config import ModelConfig, OptimConfig
@@ -190,8 +190,8 @@ class Supervised:
         self.optimizer.zero_grad()
 
 
-def compare_steps(setting: Setting, rounds: int, out: Path) -> None:
-    """Print and draw whole steps, then the parts of ours."""
+def compare_steps(setting: Setting, rounds: int, out: Path, json: Path | None) -> None:
+    """Print and draw whole steps, then the parts of ours; write the claims."""
     views = setting.views()
     ours = Ours(setting, views)
     alternatives = {"ours": ours.step, "authors'": Authors(setting, views).step}
@@ -200,6 +200,13 @@ def compare_steps(setting: Setting, rounds: int, out: Path) -> None:
     steps = alternate(alternatives, rounds=rounds, device=setting.device, warmup=warmup)
     title = f"{setting.encoder}, {setting.size} px, batch {setting.batch}, K {setting.queue}, {setting.precision}"
     title += f"{', compiled' if setting.compile else ''}, {setting.device}"
+    rates = {name: [setting.batch / each for each in values] for name, values in steps.items()}
+    claims = [
+        compare(f"step: {title} / authors'", rates["ours"], rates["authors'"], unit="samples/s", goal=1.0),
+        compare(f"step: {title} / supervised", rates["ours"], rates["supervised, one view"], unit="samples/s"),
+    ]
+    write_claims(json, claims)
+    print(f"{header(setting.device.type)}\n\n{claims_table(claims)}\n")
     print(f"Whole steps: {title}\n\n{table(steps, base='ours')}\n")
     parts = alternate(ours.parts(), rounds=rounds, device=setting.device, warmup=warmup)
     print(f"Parts of ours\n\n{table(parts, base='encoder: key forward')}\n")
@@ -213,7 +220,7 @@ def compare_steps(setting: Setting, rounds: int, out: Path) -> None:
     bars(parts, title=f"Parts of ours: {title}", path=out / "parts.svg")
 
 
-def shuffle_on_rank(rank: int, store: str, batch: int, size: int, rounds: int, out: Path) -> None:
+def shuffle_on_rank(rank: int, store: str, batch: int, size: int, rounds: int, out: Path, json: Path | None) -> None:
     """One of two gloo ranks: the exchange against the authors' gather, at equal dtype and as each is used."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -234,6 +241,11 @@ def shuffle_on_rank(rank: int, store: str, batch: int, size: int, rounds: int, o
     seconds = alternate(alternatives, rounds=rounds, device=torch.device("cpu"), warmup=2)
     if rank == 0:
         title = f"Shuffling BN, two gloo ranks, batch {batch} a rank, {size} px"
+        ours, theirs = seconds["exchange, uint8 (ours)"], seconds["gather, float32 (authors')"]
+        millis = ([1e3 * each for each in values] for values in (ours, theirs))
+        claim = compare(f"{title}: exchange / gather", *millis, unit="ms", less_is_better=True, goal=4.0)
+        write_claims(json, [claim])
+        print(f"{header()}\n\n{claims_table([claim])}\n")
         print(f"{title}\n\n{table(seconds, base='exchange, uint8 (ours)')}")
         bars(seconds, title=title, path=out / "shuffle.svg")
     dist.destroy_process_group()
@@ -252,10 +264,11 @@ def main() -> None:
     parser.add_argument("--shuffle", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("build/step"))
+    parser.add_argument("--json", type=Path, help="where to write the claims")
     options = parser.parse_args()
     if options.shuffle:
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (f"{folder}/store", options.batch, options.size, options.rounds, options.out)
+            arguments = (f"{folder}/store", options.batch, options.size, options.rounds, options.out, options.json)
             torch.multiprocessing.spawn(shuffle_on_rank, arguments, nprocs=2)
         return
     if options.threads is not None:
@@ -269,7 +282,7 @@ def main() -> None:
         precision=options.precision,
         compile=options.compile,
     )
-    compare_steps(setting, options.rounds, options.out)
+    compare_steps(setting, options.rounds, options.out, options.json)
 
 
 if __name__ == "__main__":

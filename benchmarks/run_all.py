@@ -1,0 +1,161 @@
+"""All benchmarks that a CPU can run, in at most a quarter of an hour; `make bench` runs it.
+
+    python benchmarks/run_all.py [--photos FILE.tar] [--only NAME ...]
+
+Writes results/NAME.md (and .svg) for each, its claims into results/claims.json, and from those the table in the README.
+A benchmark that fails or takes too long leaves its log in build/bench, and its claims as they were.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alternating import Claim, claims_table
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- made by `make bench`: begin -->", "<!-- made by `make bench`: end -->"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """A script of this folder, with what it is told here."""
+
+    name: str
+    words: str
+    limit_s: float
+    """Ends it; the limits add up to a quarter of an hour."""
+    script: str = ""
+    """Its file, if it is not called like the benchmark."""
+    plot: str = ""
+    """Option that takes the file for a plot."""
+
+
+BENCHMARKS = (
+    Benchmark(name="order", words="", limit_s=60),
+    Benchmark(name="pack", words="--photos {photos} --copies 3 --rounds 3", limit_s=150),
+    Benchmark(name="reading", words="--shards {shards} --seconds 2 --rounds 3", limit_s=60),
+    Benchmark(name="loader", words="--shards {shards} --seconds 4 --rounds 2", limit_s=210, plot="--plot"),
+    Benchmark(name="step", words="--encoder resnet18 --batch 32 --rounds 3", limit_s=120),
+    Benchmark(name="momentum", words="--encoder resnet50 --rounds 20", limit_s=60),
+    Benchmark(name="exchange", script="step", words="--shuffle --batch 32", limit_s=60),
+    Benchmark(name="end_to_end", words="--shards {shards} --seconds 30", limit_s=180, plot="--plot"),
+)
+
+
+def run(benchmark: Benchmark, places: dict[str, str], results: Path, build: Path) -> list[Claim] | None:
+    """Run one; write its page and return its claims, or None if it failed."""
+    claims = build / f"{benchmark.name}.json"
+    claims.unlink(missing_ok=True)
+    script = f"benchmarks/{benchmark.script or benchmark.name}.py"
+    words = [script, *benchmark.words.split()]
+    if benchmark.plot:
+        words += [benchmark.plot, str(results / f"{benchmark.name}.svg")]
+    filled = [word.format_map(places) for word in [*words, "--json", str(claims)]]
+    log = build / f"{benchmark.name}.log"
+    with log.open("w") as errors:
+        try:
+            done = subprocess.run(
+                [sys.executable, *filled],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                timeout=benchmark.limit_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            errors.write(f"\nended after {benchmark.limit_s:g} s\n")
+            return None
+        if done.returncode or not claims.is_file():
+            errors.write(f"{done.stdout}\nended with {done.returncode}\n")
+            return None
+    title = benchmark.name.replace("_", " ").capitalize()
+    command = f"python {script} {benchmark.words.format(photos='PHOTOS.tar', shards='SHARDS')}".strip()
+    picture = f"\n![{title}]({benchmark.name}.svg)\n" if benchmark.plot else ""
+    page = f"# {title}\n\n    {command}\n\n{done.stdout.strip()}\n{picture}"
+    (results / f"{benchmark.name}.md").write_text("\n".join(line.rstrip() for line in page.splitlines()) + "\n")
+    return [Claim(**each) for each in json.loads(claims.read_text())]
+
+
+def write_readme(readme: Path, claims: dict[str, list[Claim]]) -> None:
+    """Put the table of what is promised between the marks of the README."""
+    before, mark, rest = readme.read_text().partition(BEGIN)
+    assert mark, f"{readme} lacks {BEGIN}"
+    _, mark, after = rest.partition(END)
+    assert mark, f"{readme} lacks {END}"
+    readme.write_text(f"{before}{BEGIN}\n{readme_table(claims)}\n{END}{after}")
+
+
+def readme_table(claims: dict[str, list[Claim]]) -> str:
+    """Markdown: the claims that have a goal."""
+    return claims_table([each for of_one in claims.values() for each in of_one if each.goal is not None])
+
+
+def read_claims(path: Path) -> dict[str, list[Claim]]:
+    """Claims by benchmark; none if there is no file."""
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return {name: [Claim(**each) for each in of_one] for name, of_one in found.items()}
+
+
+def places_of(photos: Path | None, build: Path) -> dict[str, str]:
+    """What benchmarks read: a tar of photographs, and the same packed."""
+    from photographs import photograph_shards
+
+    shards = photograph_shards(build, num=600, photos=photos.resolve() if photos else None)
+    if photos is None:
+        photos = build / "photographs.tar"
+        if not photos.is_file():
+            subprocess.run(["tar", "cf", photos, "-C", build, "photographs"], check=True)
+    return {"photos": str(photos.resolve()), "shards": str(shards)}
+
+
+def run_all(chosen: Sequence[Benchmark], places: dict[str, str], results: Path, build: Path) -> bool:
+    """Run them one after the other; return whether all went well and every goal was reached."""
+    file = results / "claims.json"
+    well = True
+    for benchmark in chosen:
+        started = time.monotonic()
+        found = run(benchmark, places, results, build)
+        took = f"{time.monotonic() - started:.0f} s"
+        if found is None:
+            print(f"{benchmark.name}: FAILED after {took}, see {build / benchmark.name}.log", flush=True)
+            well = False
+            continue
+        missed = [each.claim for each in found if each.holds is False]
+        well = well and not missed
+        print(f"{benchmark.name}: {took}{''.join(f'; MISSED: {claim}' for claim in missed)}", flush=True)
+        every = read_claims(file) | {benchmark.name: found}
+        order = [each.name for each in BENCHMARKS]
+        listed = {name: [vars(each) for each in every[name]] for name in sorted(every, key=order.index)}
+        file.write_text(json.dumps(listed, indent=1) + "\n")
+    return well
+
+
+def main() -> int:
+    """Run, write, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, help="tar of photographs instead of scikit-image's")
+    parser.add_argument("--only", nargs="+", choices=[each.name for each in BENCHMARKS], help="these")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "bench", help="for what is no result")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="where the table goes")
+    options = parser.parse_args()
+    build, results = options.build.resolve(), options.results.resolve()
+    for folder in (build, results):
+        folder.mkdir(parents=True, exist_ok=True)
+    chosen = [each for each in BENCHMARKS if options.only is None or each.name in options.only]
+    well = run_all(chosen, places_of(options.photos, build), results, build)
+    write_readme(options.readme, read_claims(results / "claims.json"))
+    print(f"written to {results} and {options.readme}")
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What the benchmarks share, and that the README says what they found."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(name):
+    """A benchmark's file, which is no part of a package."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def alternating():
+    return load("alternating")
+
+
+@pytest.fixture(scope="module")
+def run_all():
+    return load("run_all")
+
+
+@pytest.mark.parametrize(
+    ("less_is_better", "goal", "ratio", "holds"),
+    [(False, 2.0, 2.0, True), (True, 2.0, 0.5, False), (True, None, 0.5, None)],
+)
+def test_a_ratio_says_how_many_times_better(alternating, less_is_better, goal, ratio, holds):
+    options = {"unit": "s", "less_is_better": less_is_better, "goal": goal}
+    claim = alternating.compare("a / b", [2.0, 6.0, 4.0], [1.0, 2.0, 4.0], **options)
+    assert (claim.ours, claim.theirs, claim.ratio, claim.holds) == (4.0, 2.0, ratio, holds)
+    assert claim.lowest <= claim.ratio <= claim.highest
+    shown = alternating.claims_table([claim])
+    assert f"**{ratio:.2f}** ({claim.lowest:.2f} to {claim.highest:.2f})" in shown
+    assert ("holds" in shown, "MISSED" in shown) == (holds is True, holds is False)
+
+
+def test_alternatives_take_turns(alternating):
+    import torch
+
+    calls = []
+    made = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
+    seconds = alternating.alternate(made, rounds=3, device=torch.device("cpu"), warmup=1)
+    assert calls == ["a", "b"] * 4
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_benchmarks_become_pages_claims_and_the_readmes_table(run_all, tmp_path, capsys):
+    readme, results, build = tmp_path / "README.md", tmp_path / "results", tmp_path / "build"
+    results.mkdir()
+    build.mkdir()
+    readme.write_text(f"before\n{run_all.BEGIN}\nold\n{run_all.END}\nafter\n")
+    small = "--shards 100 --samples 100000 --batch-size 64 --dali-samples 1000"
+    good = run_all.Benchmark(name="order", words=small, limit_s=60)
+    assert run_all.run_all([good], {}, results, build) in (True, False)
+    claims = run_all.read_claims(results / "claims.json")
+    run_all.write_readme(readme, claims)
+    assert readme.read_text() == f"before\n{run_all.BEGIN}\n{run_all.readme_table(claims)}\n{run_all.END}\nafter\n"
+    assert claims["order"][0].claim in readme.read_text()
+    assert small in (results / "order.md").read_text()
+
+    kept = (results / "claims.json").read_text()
+    wrong = run_all.Benchmark(name="order", words="--no-such-option", limit_s=60)
+    assert not run_all.run_all([wrong], {}, results, build)
+    slow = run_all.Benchmark(name="order", words=small, limit_s=0.01)
+    assert not run_all.run_all([slow], {}, results, build)
+    assert "order: FAILED" in capsys.readouterr().out
+    assert (results / "claims.json").read_text() == kept
+
+
+def test_the_readme_shows_what_the_benchmarks_found(run_all):
+    claims = run_all.read_claims(ROOT / "benchmarks" / "results" / "claims.json")
+    shown = (ROOT / "README.md").read_text().split(run_all.BEGIN)[1].split(run_all.END)[0]
+    assert shown.strip() == run_all.readme_table(claims).strip(), "make bench writes the table"
+
+
+def test_all_benchmarks_fit_into_a_quarter_of_an_hour(run_all):
+    assert sum(each.limit_s for each in run_all.BENCHMARKS) <= 900
+    for each in run_all.BENCHMARKS:
+        source = (ROOT / "benchmarks" / f"{each.script or each.name}.py").read_text()
+        for option in [*re.findall(r"--[\w-]+", each.words), each.plot or "--json", "--json"]:
+            assert f'"{option}"' in source, (each.name, option)
+
+
+def test_results_hold_no_path_of_this_machine(run_all):
+    pages = list((ROOT / "benchmarks" / "results").glob("*.md"))
+    assert pages
+    for page in pages:
+        assert str(ROOT) not in page.read_text()
+    file = ROOT / "benchmarks" / "results" / "claims.json"
+    assert all(of_one for of_one in json.loads(file.read_text()).values())
