@@ -22,7 +22,7 @@ from shards.pool import Tick
 from shards.target import BucketTarget, LocalTarget
 from shards.write import WriteShard
 
-__all__ = ["NodeJob", "remove_copy", "run_tasks"]
+__all__ = ["NodeJob", "check", "remove_copy", "run_tasks"]
 
 _RETRIES = 5
 _CONNECT_S = 5
@@ -67,6 +67,9 @@ class NodeJob:
             self.job(task, tick)
         except PackError as error:
             raise PackError(f"node {socket.gethostname()}: {error}") from None
+        except OSError as error:
+            what = f"{error.filename or self.job.target.work}: {error.strerror or error}"
+            raise PackError(f"node {socket.gethostname()}: {what}: mend this and run the same command again") from None
 
     def _fetch_plan(self) -> None:
         target, plan = self.job.target, self.job.plan
@@ -97,7 +100,7 @@ def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "is not installed"
+        return "none"
 
 
 def run_tasks(
@@ -172,25 +175,43 @@ def _result(ray: Any, reference: Any) -> int:
     return num_inputs
 
 
-def _connect(address: str) -> Any:
-    """The ray module, connected."""
+def check(address: str) -> Any:
+    """The ray module, if there may be a cluster.
+
+    Raises:
+        ValueError: Ray is not installed, or nobody listens at the address.
+    """
     try:
         ray: Any = import_module("ray")
     except ImportError:
         raise ValueError("--executor ray needs Ray: install it with `pip install 'moco-fast[ray]'`") from None
     host, _, port = address.rpartition(":")
-    try:
-        # Ray itself would try for a minute, and then end this process.
-        if host and port.isdecimal() and "/" not in host:
+    # Ray itself would try for a minute, and then end this process.
+    if host and port.isdecimal() and "/" not in host:
+        try:
             socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+        except OSError as error:
+            raise _no_cluster(address, error) from None
+    return ray
+
+
+def _connect(address: str) -> Any:
+    """The ray module, connected."""
+    ray = check(address)
+    try:
         # A plain worker reads its own environment; nothing of this process, which may hold secrets, is sent there.
         ray.init(address=address, logging_level="error", log_to_driver=False)
     except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"--ray-address {address}: no Ray cluster answers ({str(error).strip().partition(chr(10))[0]:.200}): start "
-            "one with `ray start --head`, or name the one to use as HOST:PORT"
-        ) from None
+        raise _no_cluster(address, error) from None
     return ray
+
+
+def _no_cluster(address: str, error: Exception) -> ValueError:
+    reason = str(error).strip().partition("\n")[0][:200]
+    return ValueError(
+        f"--ray-address {address}: no Ray cluster answers ({reason}): start one with `ray start --head`, or name the "
+        "one to use as HOST:PORT"
+    )
 
 
 def _clean_nodes(ray: Any, target: BucketTarget) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib import import_module
 from typing import Protocol
 
 from shards.config import PackConfig
@@ -28,8 +27,9 @@ def _local(config: PackConfig) -> Executor:
 
 
 def _ray(config: PackConfig) -> Executor:
-    # Loaded by those who use it.
-    run_tasks = import_module("shards.cluster").run_tasks
+    from shards.cluster import check, run_tasks
+
+    check(config.ray_address)
     return partial(run_tasks, address=config.ray_address, workers=config.workers)
 
 
@@ -37,5 +37,9 @@ _EXECUTORS: dict[str, Callable[[PackConfig], Executor]] = {"local": _local, "ray
 
 
 def executor(config: PackConfig) -> Executor:
-    """The executor that was chosen."""
+    """The executor that was chosen.
+
+    Raises:
+        ValueError: there is none such here.
+    """
     return _EXECUTORS[config.executor](config)

@@ -46,10 +46,11 @@ def pack(config: PackConfig, progress: Progress | None = None) -> dict[str, Mani
     if finished is not None and not target.work.exists():
         return finished
     if not target.work.exists():
-        # A mistyped source should not leave a folder behind.
+        # What cannot work should not list for an hour first, nor leave a folder behind.
         for path in config.sources:
             open_source(path, config.columns())
             _refuse_target_inside(path, config.out)
+        executor(config)
         if config.progressive == "transcode":
             transcoder()
     target.work.mkdir(parents=True, exist_ok=True)
@@ -195,7 +196,7 @@ def _write_missing(plan: Plan, tasks: list[Task], config: PackConfig, target: Ta
     finally:
         # Workers that were ended could not remove what they were writing.
         for path in target.scratch.iterdir():
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def _entry_of(plan: Plan, target: Target, task: Task, sizes: dict[str, int]) -> ShardEntry | None:
