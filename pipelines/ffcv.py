@@ -12,18 +12,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numba as untyped_numba  # pyright: ignore[reportMissingImports]
 import numpy as np
 import numpy.typing as npt
 import torch
-from ffcv import loader as untyped_loader  # pyright: ignore[reportMissingImports]
-from ffcv.pipeline import Compiler, PipelineSpec  # pyright: ignore[reportMissingImports]
-from ffcv.pipeline.operation import Operation  # pyright: ignore[reportMissingImports]
 
 from pipelines.augment import ViewTable
 from pipelines.backends import Job, Made
 from pipelines.channel import Channel, ChannelClosed
 from pipelines.ffcv_kernels import crc32c, decode, render
+from pipelines.ffcv_library import Compiler, Loader, Operation, PipelineSpec, numba
 from pipelines.memory import lend
 from pipelines.pixels import decode as decode_carefully
 from pipelines.pixels import render as render_carefully
@@ -32,10 +29,6 @@ from pipelines.samples import Pending, Steps
 from shards.beton import BetonSet
 
 __all__ = ["FfcvViews"]
-
-# FFCV's annotations say less than it takes.
-ffcv_loader: Any = untyped_loader
-numba: Any = untyped_numba
 
 Indices = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
@@ -135,7 +128,7 @@ def _compile(path: str, _state: tuple[int, ...], num_threads: int) -> _MakeViews
     """Let FFCV compile our operation; gives a function of (rows, views) that fills the views and tells who failed."""
     num_threads = min(num_threads, numba.config.NUMBA_NUM_THREADS)
     threads_of_torch = torch.get_num_threads()
-    loader = ffcv_loader.Loader(
+    loader = Loader(
         path,
         batch_size=1,
         num_workers=num_threads,

@@ -6,10 +6,10 @@ Compiled by numba. All stages of a view are in float32, rounded once at the end.
 import ctypes
 from typing import Any
 
-import ffcv.libffcv  # pyright: ignore[reportMissingImports]
-import numba  # pyright: ignore[reportMissingImports]
 import numpy as np
 from google_crc32c import _crc32c  # pyright: ignore[reportAttributeAccessIssue, reportMissingImports]
+
+from pipelines.ffcv_library import libffcv, numba
 
 __all__ = ["crc32c", "decode", "render"]
 
@@ -21,11 +21,11 @@ _RGB = 0
 
 # FFCV's own `imdecode` takes the fast and inexact DCT, and says nothing of damage: libjpeg-turbo, which its library is
 # linked to, is called directly.
-_open_decoder = ffcv.libffcv.lib.tjInitDecompress
+_open_decoder = libffcv.tjInitDecompress
 _open_decoder.argtypes, _open_decoder.restype = [], ctypes.c_void_p
-_decompress = ffcv.libffcv.lib.tjDecompress2
+_decompress = libffcv.tjDecompress2
 _decompress.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, *[ctypes.c_int] * 5]
-_close_decoder = ffcv.libffcv.lib.tjDestroy
+_close_decoder = libffcv.tjDestroy
 _close_decoder.argtypes = [ctypes.c_void_p]
 
 _crc32c_extend = ctypes.CDLL(_crc32c.__file__).crc32c_extend

@@ -83,6 +83,15 @@ class Layout:
     """xxh3_128, in hex, of metadata, index records, manifest and allocation table."""
 
     @property
+    def is_sound(self) -> bool:
+        """Whether the numbers fit each other."""
+        return (
+            self.records_at >= METADATA_AT + self.num_samples * METADATA.itemsize
+            and self.manifest_at == self.records_at + self.num_samples * RECORD.itemsize
+            and self.allocations_at > self.manifest_at
+        )
+
+    @property
     def num_bytes(self) -> int:
         """Size of the file."""
         return self.allocations_at + self.num_samples * ALLOCATION.itemsize
@@ -167,12 +176,11 @@ def _read_layout(path: Path) -> Layout:
     with path.open("rb") as file:
         head = file.read(METADATA_AT)
         num_bytes = file.seek(0, 2)
-    version = int(np.frombuffer(head, dtype=_HEADER, count=1)[0]["version"]) if len(head) == METADATA_AT else 0
-    if version != _FFCV_VERSION:
+    if len(head) < METADATA_AT or np.frombuffer(head, dtype=_HEADER, count=1)[0]["version"] != _FFCV_VERSION:
         raise ValueError(f"{path} is no .beton: `make-shards beton SHARDS --out FILE.beton` writes one")
-    fields = np.frombuffer(head, dtype=_FIELD, count=len(FIELDS), offset=_HEADER.itemsize)
+    field = np.frombuffer(head, dtype=_FIELD, count=1, offset=_HEADER.itemsize)[0]
     try:
-        found: Any = json.loads(fields[0]["arguments"].tobytes().rstrip(b"\0") or b"{}")
+        found: Any = json.loads(field["arguments"].tobytes().rstrip(b"\0") or b"{}")
     except ValueError:
         found = None
     values = cast("dict[str, Any]", found if isinstance(found, dict) else {})
@@ -183,7 +191,19 @@ def _read_layout(path: Path) -> Layout:
         )
     if values.pop("version", None) != _FORMAT_VERSION:
         raise ValueError(f"{path} has another version than this code reads: make it again with `make-shards beton`")
-    layout = Layout(**values)
+    layout = _parse_layout(values, head)
+    if layout is None:
+        raise ValueError(f"{path} is damaged: its first {METADATA_AT} bytes contradict each other; make it again")
     if layout.num_bytes != num_bytes:
         raise ValueError(f"{path} has {num_bytes} bytes, not {layout.num_bytes}: it was cut; make or copy it again")
     return layout
+
+
+def _parse_layout(values: dict[str, Any], head: bytes) -> Layout | None:
+    """Build it from parsed JSON; None where that is not what `build_head` writes."""
+    page_bytes = int(np.frombuffer(head, dtype=_HEADER, count=1)[0]["page_size"])
+    try:
+        layout = Layout(**values)
+        return layout if build_head(layout, page_bytes=page_bytes) == head and layout.is_sound else None
+    except (TypeError, ValueError, OverflowError):
+        return None

@@ -41,6 +41,8 @@ def write_beton(folder: str | Path, out: str | Path, *, workers: int, progress: 
         ValueError: there is no finished set, it holds what FFCV cannot decode, or `out` cannot be written so.
         PackError: a damaged sample, a worker that died, or a file that does not read back as it was written.
     """
+    if "://" in str(out) or Path(out).suffix != ".beton":
+        raise ValueError(f"--out {out}: FFCV reads local files; give a path that ends in .beton")
     out = Path(out)
     shards = ShardSet.open(folder)
     _check(shards, out)
@@ -83,8 +85,6 @@ def verify_beton(
 def _check(shards: ShardSet, out: Path) -> None:
     if isinstance(shards, BetonSet):
         raise ValueError(f"{shards.path} is a .beton already: give the folder of shards it was made of")
-    if "://" in str(out) or out.suffix != ".beton":
-        raise ValueError(f"--out {out}: FFCV reads local files; give a path that ends in .beton")
     if out.exists():
         raise ValueError(f"{out} exists: remove it, or choose another --out")
     if not out.parent.is_dir():
@@ -108,7 +108,7 @@ def _check(shards: ShardSet, out: Path) -> None:
 def _write(shards: ShardSet, path: Path, workers: int, progress: Progress) -> BetonSet:
     # A copy: in the indexes, offsets are those inside the tars.
     records: NDArray[np.void] = np.concatenate([shards.index(number) for number in range(shards.num_shards)])
-    page_bytes = max(PAGE_BYTES, 1 << int(records["size"].max() - 1).bit_length())
+    page_bytes = _page_bytes(records)
     if page_bytes >= 1 << 32:
         raise ValueError(f"an image has {records['size'].max():,} bytes: a page of a .beton has less than 4 GiB")
     records["offset"] = _place(
@@ -142,6 +142,11 @@ def _write(shards: ShardSet, path: Path, workers: int, progress: Progress) -> Be
             pass
     sync_file(path)
     return BetonSet(path, shards.manifest, layout)
+
+
+def _page_bytes(records: NDArray[np.void]) -> int:
+    """Size of a page: a power of 2 that holds the largest image."""
+    return max(PAGE_BYTES, 1 << (int(records["size"].max()) - 1).bit_length())
 
 
 def _place(sizes: NDArray[np.int64], page_bytes: int, after: int) -> NDArray[np.int64]:
@@ -212,27 +217,31 @@ def _write_at(descriptor: int, data: bytes, offset: int) -> None:
 
 def _verify(shards: BetonSet, *, decode: bool, workers: int, progress: Progress) -> list[Problem]:
     problems = [Problem(shard=shards.path.name, sample=None, what=what) for what in _check_tables(shards)]
+    if problems:
+        # Where the images are is not known.
+        return problems
     with progress.stage("verifying", unit=" images", total=shards.num_samples) as tick:
         tasks = list(range(shards.num_shards))
         found = dict(run_tasks(_CheckImages(shards, decode), tasks, workers=workers, tick=tick))
-    return problems + [problem for number in sorted(found) for problem in found[number]]
+    return [problem for number in sorted(found) for problem in found[number]]
 
 
 def _check_tables(shards: BetonSet) -> list[str]:
     """What is wrong with all but the images."""
     layout = shards.layout
-    metadata, allocations = _tables(np.array(shards.records))
+    records = np.array(shards.records)
+    metadata, allocations = _tables(records)
     with shards.path.open("rb") as file:
-        file.seek(METADATA_AT)
+        head = file.read(METADATA_AT)
         metadata_found = file.read(len(metadata))
         file.seek(layout.records_at)
         tail = file.read()
-    problems: list[str] = []
     if digest(metadata_found, tail) != layout.digest:
-        problems.append("its tables have changed since it was written: make it again")
-    elif (metadata_found, tail[layout.allocations_at - layout.records_at :]) != (metadata, allocations):
-        problems.append("what FFCV reads of it is not what its index says: make it again")
-    return problems
+        return ["its tables have changed since it was written: make it again"]
+    found = (head, metadata_found, tail[layout.allocations_at - layout.records_at :])
+    if found != (build_head(layout, page_bytes=_page_bytes(records)), metadata, allocations):
+        return ["what FFCV reads of it is not what its index says: make it again"]
+    return []
 
 
 @dataclass(frozen=True)
