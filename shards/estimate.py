@@ -27,6 +27,7 @@ __all__ = ["Estimate", "estimate"]
 _PROBED = 256
 # Views of 224 pixels are cut from at least a fifth of the area: a side of 512 leaves such a crop 229 pixels.
 _ENOUGH_PIXELS = 512
+_MANY_ANEW = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,12 @@ class Estimate:
         seconds = self.num_inputs * self.seconds_a_sample / workers
         yield f"  about {_duration(seconds)} with {workers} workers, if the disk keeps up"
         yield f"  one core will decode about {self.decoded_a_second:,.0f} of the packed images a second"
+        made_anew = self.outcomes.get("made baseline", 0)
+        if config.progressive == "encode" and config.resize is None and made_anew > _MANY_ANEW * self.num_probed:
+            yield (
+                f"  {made_anew / self.num_probed:.0%} are progressive JPEGs or the like and would be written anew: "
+                "--progressive transcode would keep their pixels"
+            )
         if config.resize is None and self.median_shorter_side > 1.25 * _ENOUGH_PIXELS:
             gain = (self.median_shorter_side / _ENOUGH_PIXELS) ** 2
             yield (

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -75,6 +76,16 @@ def test_a_dry_run_writes_nothing_and_predicts_what_packing_gives(tmp_path, caps
     assert re.search(r"60 samples, \d+\.\d KB, in 1 shards\n  packed: copied 60\n  rejected: not an image 20\n", told)
     assert re.search(r"about \d seconds with \d+ workers", told)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_dry_run_advises_to_transcode_where_many_are_progressive(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.jpg").write_bytes(encoded(picture(i), progressive=i < 2))
+    base = PackConfig(sources=(str(tmp_path),), out="out", workers=1, work_folder=str(tmp_path.parent))
+    for progressive, is_advised in (("encode", True), ("transcode", False)):
+        config = replace(base, progressive=progressive)
+        told = "\n".join(estimate(config).lines(config))
+        assert ("50% are progressive" in told) == is_advised, told
 
 
 def test_a_dry_run_advises_to_resize_large_photos(tmp_path):

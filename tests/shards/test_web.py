@@ -118,6 +118,18 @@ def test_faults_of_a_web_server_are_overcome_or_told(tmp_path, fault):
         assert shard_bytes(tmp_path / "never") == shard_bytes(tmp_path / "local")
 
 
+def test_a_set_on_a_web_server_is_verified_and_inspected(tmp_path, capsys):
+    pack(config(fill(tmp_path / "in", 6, classes=2), out=tmp_path / "out"))
+    files = {f"set/{name}": data for name, data in contents(tmp_path / "out").items()}
+    with serving(Web, files) as (address, _):
+        assert main(["verify", f"{address}/set", "--workers", "1"]) == 0
+        assert main(["inspect", f"{address}/set", "--sheet", str(tmp_path / "sheet.png")]) == 0
+        assert f"{address}/set: 6 samples in 2 shards" in capsys.readouterr().out
+        files["set/shard-000001.tar"] = files["set/shard-000001.tar"][:-1024]
+        assert main(["verify", f"{address}/set", "--workers", "1"]) == 1
+        assert "shard-000001.tar has changed since it was packed" in capsys.readouterr().out
+
+
 def test_a_web_server_cannot_be_listed(tmp_path, capsys):
     with serving(Web, {}) as (address, _):
         for source, message in ((f"{address}/folder", "is no source"), (f"{address}/gone.tar", "no such object")):
