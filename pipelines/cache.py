@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from shards.errors import PackError
 from shards.files import open_locked
 from shards.index import RECORD, npy_header
 from shards.manifest import Manifest, ShardEntry
@@ -37,7 +38,8 @@ _LOG = logging.getLogger(__name__)
 
 _PIECE_BYTES = 16 << 20
 _ATTEMPTS = 3
-_BACK_OFF_S = 1.0
+_BACK_OFF_S, _LONGEST_BACK_OFF_S = 1.0, 30.0
+_OUTAGE_S = 300.0
 _WAIT_FOR_ROOM_S = 20.0
 
 
@@ -199,23 +201,35 @@ class CachedShardSet(RemoteShardSet):
         return self.folder.path / self.digest / self.manifest.shards[shard].name
 
     def _download(self, shard: int, descriptor: int, cancel: threading.Event) -> bool:
-        """Write a tar to its part and its index beside it; False when cancelled."""
+        """Write a tar to its part and its index beside it, once more after an outage; False when cancelled."""
         entry, name = self.manifest.shards[shard], self.shard_name(shard)
-        problem = ""
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                _LOG.warning("%s; fetching it again", problem)
-                time.sleep(_BACK_OFF_S * 2 ** (attempt - 1))
+        outage_ends, delay_s, num_wrong = time.monotonic() + _OUTAGE_S, _BACK_OFF_S, 0
+        while True:
             self._reserve(descriptor, self.cached_bytes(shard), name)
-            problem = self._copy_pieces(entry, descriptor, cancel)
-            if cancel.is_set():
+            try:
+                problem = self._copy_pieces(entry, descriptor, cancel)
+                if not problem and not cancel.is_set():
+                    self._copy_index(shard)
+            except PackError as error:
+                if _is_refusal(error) or time.monotonic() > outage_ends:
+                    raise
+                problem = str(error)
+            else:
+                if cancel.is_set() or not problem:
+                    return not cancel.is_set()
+                num_wrong += 1
+                if num_wrong == _ATTEMPTS:
+                    raise FetchError(f"{problem}, {_ATTEMPTS} times; `make-shards verify {self.url}` tells more")
+            _LOG.warning("%s (trying again in %.3g s)", problem, delay_s)
+            if cancel.wait(delay_s):
                 return False
-            if not problem:
-                with _part_of(_index_of(self._copy(shard))) as (part, index):
-                    os.pwrite(index, self.index_bytes(shard), 0)
-                    part.replace(_index_of(self._copy(shard)))
-                return True
-        raise FetchError(f"{problem}, {_ATTEMPTS} times; `make-shards verify {self.url}` tells more")
+            delay_s = min(2 * delay_s, _LONGEST_BACK_OFF_S)
+
+    def _copy_index(self, shard: int) -> None:
+        copy = _index_of(self._copy(shard))
+        with _part_of(copy) as (part, descriptor):
+            os.pwrite(descriptor, self.index_bytes(shard), 0)
+            part.replace(copy)
 
     def _reserve(self, descriptor: int, num_bytes: int, name: str) -> None:
         deadline = time.monotonic() + _WAIT_FOR_ROOM_S
@@ -251,6 +265,8 @@ class CachedShardSet(RemoteShardSet):
                 "with --data.cache"
             ) from None
         os.ftruncate(descriptor, size)
+        # After a power cut, a name must not stand for bytes that never reached the disk.
+        os.fsync(descriptor)
         found = digest.hexdigest()
         promised = entry.digests.get(".tar", found)
         return "" if found == promised else f"{name} arrived with digest {found}, and manifest.json says {promised}"
@@ -278,6 +294,13 @@ def _touch(copy: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def _is_refusal(error: PackError) -> bool:
+    """Whether asking again is of no use."""
+    from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+
+    return isinstance(error.__context__, PermissionDeniedError | UnauthenticatedError)
 
 
 def _index_of(tar: Path) -> Path:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,6 +30,9 @@ pytestmark = pytest.mark.faults
 
 CPU = torch.device("cpu")
 NUM_SHARDS, PER_SHARD = 24, 8
+
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 
 
 class Store(Web):
@@ -67,18 +71,14 @@ def store(local, monkeypatch):
     with serving(Store, files) as (address, handler):
         handler.reads = []
         handler.broken = ".tar"
-        for name, value in {
-            "AWS_ENDPOINT_URL": address,
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_REGION": "us-east-1",
-        }.items():
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": address}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(storage, "CLIENT_OPTIONS", {"timeout": "1s", "connect_timeout": "1s"})
         backoff = {"init_backoff": timedelta(milliseconds=1), "max_backoff": timedelta(milliseconds=5), "base": 2}
         retries = {"max_retries": 4, "retry_timeout": timedelta(seconds=10), "backoff": backoff}
         monkeypatch.setattr(storage, "RETRIES", retries)
         monkeypatch.setattr(cache_module, "_BACK_OFF_S", 0.01)
+        monkeypatch.setattr(cache_module, "_OUTAGE_S", 0.5)
         storage.open_folder.cache_clear()
         yield handler
         storage.open_folder.cache_clear()
@@ -114,6 +114,28 @@ def assert_same(one: ShardSet, two: ShardSet) -> None:
     assert found[0] == found[1]
 
 
+def test_a_real_server_of_s3_is_read_like_a_folder(local, tmp_path, monkeypatch):
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        address = "http://{}:{}".format(*server.get_host_and_port())
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": address}.items():
+            monkeypatch.setenv(name, value)
+        storage.open_folder.cache_clear()
+        urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT")).close()
+        for path in local.iterdir():
+            storage.Folder("s3://bucket/set").put(path.name, path)
+        shards = open_cached(tmp_path / "cache", local=local)
+        assert_same(shards, ShardSet.open(local))
+        with pytest.raises(ValueError, match=r"cannot read s3://no-such-bucket/set/manifest\.json|has no manifest"):
+            ShardSet.open("s3://no-such-bucket/set")
+    finally:
+        server.stop()
+        storage.open_folder.cache_clear()
+
+
 def test_opening_reads_the_manifest_alone_and_samples_come_by_ranges(store, local):
     shards = ShardSet.open("s3://bucket/set/")
     assert isinstance(shards, RemoteShardSet)
@@ -145,7 +167,17 @@ def test_faults_that_pass_are_overcome(store, local, tmp_path, fault):
     assert next(tmp_path.glob("cache/*/*.tar")).read_bytes() == (local / "shard-000000.tar").read_bytes()
 
 
-def test_an_outage_is_told_and_leaves_nothing(store, local, tmp_path):
+def test_an_outage_is_waited_for(store, local, tmp_path, caplog):
+    # Longer than all that the client does about it.
+    shards = open_cached(tmp_path / "cache", local=local)
+    store.fault, store.remaining = "503", 12
+    shards.fetch(3)
+    assert store.remaining < 0
+    assert next(record.message for record in caplog.records).endswith("(trying again in 0.01 s)")
+    assert tars_in(tmp_path / "cache") == ["shard-000003.tar"]
+
+
+def test_an_outage_that_lasts_is_told_and_leaves_nothing(store, local, tmp_path):
     shards = open_cached(tmp_path / "cache", local=local)
     store.fault, store.remaining = "503", 10**6
     with pytest.raises(ValueError, match=r"cannot read s3://bucket/set/shard-000003\.tar: .*Mend this"):
