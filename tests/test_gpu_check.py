@@ -136,16 +136,34 @@ def test_time_is_idle_where_no_kernel_runs():
         parts.busy([], ("kernel",))
 
 
-def test_cifar_is_packed_by_split_and_class(tmp_path, monkeypatch):
-    parts = load("gpu_parts")
+@pytest.fixture
+def cifar(tmp_path):
+    """An archive like CIFAR-10's: two classes, 20 images to train on and 5 to classify."""
     archive = tmp_path / "cifar.tar"
     with tarfile.open(archive, "w") as tar:
-        for name in ("cifar10/train/cat/1.jpg", "cifar10/train/dog/1.jpg", "cifar10/test/cat/1.jpg"):
-            data = jpeg(np.full((32, 32, 3), len(name), dtype=np.uint8))
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    shards = parts._pack_cifar(archive, "train", tmp_path / "work")
-    assert ShardSet.open(shards).num_samples == 2
+        for split, num in (("train", 10), ("test", 5)):
+            for number in range(num):
+                for label, grey in (("cat", 40), ("dog", 200)):
+                    data = jpeg(np.full((32, 32, 3), grey + number, dtype=np.uint8))
+                    member = tarfile.TarInfo(f"cifar10/{split}/{label}/{number}.jpg")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return archive
+
+
+def test_cifar_is_packed_by_split_and_class(tmp_path, cifar):
+    parts = load("gpu_parts")
+    shards = ShardSet.open(parts._pack_cifar(cifar, "train", tmp_path / "work"))
+    assert shards.num_samples == 20
     with pytest.raises(ValueError, match="has no validation/"):
-        parts._pack_cifar(archive, "validation", tmp_path / "work")
+        parts._pack_cifar(cifar, "validation", tmp_path / "work")
+
+
+@pytest.mark.slow
+def test_cifar_goes_from_images_to_knn(tmp_path, cifar):
+    words = ("--device", "cpu", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "data"), "--part", "cifar10")
+    result = check(*words, "--cifar", str(cifar))
+    assert result.returncode == 0, result.stdout
+    found = json.loads((tmp_path / "out" / "cifar10.json").read_text())
+    assert [line["step"] for line in found["figures"]["evaluations"]] == [0, 2]
+    assert "| cifar10 | 2 of 2 |" in (tmp_path / "out" / "report.md").read_text()

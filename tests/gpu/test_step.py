@@ -2,12 +2,17 @@
 
 import copy
 import gc
+import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from moco_fast.batchnorm import use_group_statistics
+from moco_fast.bench.clock import PartClock
+from moco_fast.bench.parts import on_a_clock
 from moco_fast.config import MocoConfig, ModelConfig, OptimConfig
 from moco_fast.dictionary import build_dictionary
 from moco_fast.encoders import build_encoder
@@ -122,6 +127,37 @@ def test_the_host_never_waits_in_a_step(device, mechanism, optimizer):
         watched = training.step([batch, batch], lr=0.01, momentum=0.99)
     assert watched["loss"].device.type == device.type
     assert all(value.isfinite() for value in watched.values())
+
+
+def test_measuring_the_parts_does_not_make_the_host_wait(device):
+    training = Training(device, num_groups=2)
+    training.run(2)
+    batch, clock = training.batch(2), PartClock(device)
+    started = time.perf_counter()
+    with on_a_clock(training.step, training.step.optimizer, clock) as step:
+        with no_host_sync(device), clock.part("rest"):
+            step([batch], lr=0.01, momentum=0.99)
+        seconds = clock.read()
+    assert seconds.keys() == {
+        "momentum update", "key forward", "exchange", "query forward", "loss", "backward", "optimizer",
+        "gather and enqueue", "rest",
+    }  # fmt: skip
+    assert 0 < sum(seconds.values()) <= time.perf_counter() - started
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_apex_steps_as_torch_does_where_it_is_installed(device, optimizer):
+    ours, apex = (Training(device, optimizer=optimizer) for _ in range(2))
+    config = OptimConfig(name=optimizer, kernels="apex")
+    if find_spec("apex") is None or device.type != "cuda":
+        with pytest.raises(ValueError, match="NVIDIA's apex, which is not installed"):
+            build_optimizer(apex.query, config)
+        return
+    apex.step = replace(apex.step, optimizer=build_optimizer(apex.query, config))
+    losses = [[watched["loss"].item() for watched in training.run(3)] for training in (apex, ours)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, value in ours.query.named_parameters():
+        torch.testing.assert_close(apex.query.get_parameter(name), value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
