@@ -39,7 +39,7 @@ def wait_until(condition, limit_s=60):
     return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
     """(address, environment, session) of a Ray cluster of two workers on this machine; it dies with its session."""
     with socket.socket() as probe:
@@ -98,30 +98,51 @@ def kill_a_busy_worker(session):
     return False
 
 
-@pytest.mark.slow
-def test_a_cluster_one_of_whose_workers_is_killed_gives_the_bytes_of_one_process(cluster, tmp_path):
-    address, environment, session = cluster
-    (tmp_path / "in").mkdir()
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Folder that holds in/, 48 images that take a while, and one/, what one process makes of them."""
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "in").mkdir()
     for i in range(48):
-        (tmp_path / "in" / f"{i}.png").write_bytes(encoded(picture(i, 400, 400), "PNG"))
-    arguments = [sys.executable, "-m", "shards.cli", "pack", "in", "--shard-samples", "3"]
-    packer = subprocess.Popen(
-        [*arguments, "--out", "ray", "--executor", "ray", "--ray-address", address],
-        cwd=tmp_path,
+        (folder / "in" / f"{i}.png").write_bytes(encoded(picture(i, 400, 400), "PNG"))
+    pack(PackConfig(sources=(str(folder / "in"),), out=str(folder / "one"), shard_samples=3, workers=1))
+    return folder
+
+
+def start_packing(cluster, source, out):
+    address, environment, _ = cluster
+    arguments = ["pack", str(source / "in"), "--out", str(out), "--shard-samples", "3"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "shards.cli", *arguments, "--executor", "ray", "--ray-address", address],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_until(lambda: kill_a_busy_worker(session) or packer.poll() is not None)
+
+
+@pytest.mark.slow
+def test_a_cluster_one_of_whose_workers_is_killed_gives_the_bytes_of_one_process(cluster, source, tmp_path):
+    packer = start_packing(cluster, source, tmp_path / "ray")
+    wait_until(lambda: kill_a_busy_worker(cluster[2]) or packer.poll() is not None)
     assert packer.poll() is None, packer.communicate()
     output, errors = packer.communicate(timeout=60)
     assert packer.returncode == 0, errors
     assert "48 images in 16 shards" in output
-    pack(PackConfig(sources=(str(tmp_path / "in"),), out=str(tmp_path / "one"), shard_samples=3, workers=1))
-    ours = {name: data for name, data in contents(tmp_path / "ray").items() if name.endswith((".tar", ".npy", ".idx"))}
-    assert len(ours) == 3 * 16
-    assert ours.items() <= contents(tmp_path / "one").items()
+    assert contents(tmp_path / "ray") == contents(source / "one")
+
+
+@pytest.mark.slow
+def test_interrupted_on_a_cluster_it_can_go_on_anywhere(cluster, source, tmp_path):
+    packer, done = start_packing(cluster, source, tmp_path / "out"), tmp_path / "out" / ".pack" / "done"
+    wait_until(lambda: packer.poll() is not None or (done.exists() and len(list(done.iterdir())) >= 2))
+    packer.send_signal(signal.SIGINT)
+    _, errors = packer.communicate(timeout=30)
+    assert packer.returncode == 130
+    assert errors.strip().splitlines()[-1].startswith("make-shards: interrupted: finished shards are kept")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    pack(PackConfig(sources=(str(source / "in"),), out=str(tmp_path / "out"), shard_samples=3, workers=1))
+    assert contents(tmp_path / "out") == contents(source / "one")
 
 
 @pytest.fixture
