@@ -50,6 +50,7 @@ def explain_death(process: subprocess.Popen[bytes], what: str) -> WorkerDiedErro
 
 def portable(error: Exception, where: str) -> Exception:
     """Give an error that survives the way to another process, with its traceback as a note."""
-    error.add_note(f"{where}:\n" + "".join(traceback.format_exception(error)))
+    # Its end says most, and packets are small.
+    error.add_note(f"{where}:\n" + "".join(traceback.format_exception(error))[-8000:])
     error.__cause__ = error.__context__ = error.__traceback__ = None
     return error

@@ -1,6 +1,7 @@
 """Training from a bucket: the cache on local disk, and what goes wrong on the way."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -148,6 +149,23 @@ def test_opening_reads_the_manifest_alone_and_samples_come_by_ranges(store, loca
     own = Reader(ShardSet.open(local))
     assert [i.tobytes() for i in images] == [i.tobytes() for i in own.submit(samples, own.records(samples)).result()]
     own.close()
+
+
+@pytest.mark.parametrize("scheme", ["gs", "az", "http"])
+def test_other_stores_are_read_as_well(store, local, tmp_path, monkeypatch, scheme):
+    address = os.environ["AWS_ENDPOINT_URL"]
+    key = {"gcs_base_url": address, "disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+    for name, value in {
+        "GOOGLE_BASE_URL": address,
+        "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(key),
+        "AZURE_STORAGE_ENDPOINT": address,
+        "AZURE_STORAGE_ACCOUNT_NAME": "account",
+        "AZURE_SKIP_SIGNATURE": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    url = f"{address}/bucket/set" if scheme == "http" else f"{scheme}://bucket/set"
+    folder = CacheFolder(path=tmp_path / "cache", budget_bytes=1 << 30, share_bytes=1 << 30)
+    assert_same(cached(ShardSet.open(url), folder), ShardSet.open(local))
 
 
 def test_copies_are_bit_equal_and_fetched_once(store, local, tmp_path):

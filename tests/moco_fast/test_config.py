@@ -91,6 +91,8 @@ def test_every_option_reaches_the_configuration(shards):
         (["--run.samples", "0"], "--run.samples is 0"),
         (["--run.samples", "9", "--run.steps", "9"], "--run.steps 9 and --run.samples 9 both say how long"),
         (["--eval.crop", "2"], "--eval.crop is 2"),
+        (["--run.cuda-graphs", "--optim.accumulate", "2"], "--run.cuda-graphs keeps the gradient of one"),
+        (["--run.cuda-graphs", "--moco.loss", "symmetric"], "--run.cuda-graphs keeps the gradient of one"),
         (["--optim.warmup", "1"], "--optim.warmup is 1"),
         (["--optim.lr", "nan"], "--optim.lr is nan"),
     ],
@@ -159,3 +161,10 @@ def test_streamed_samples_have_no_number(option, message):
                 ["moco-v2", "--data.shards", "d", "--run.out", "o", "--data.stream-samples", "1000", *option.split("=")]
             )
         )
+
+
+def test_several_sets_are_looked_for_one_by_one(shards, tmp_path):
+    both = f"{shards},s3://bucket/set"
+    assert parse(["moco-v2", "--data.shards", both]).data.shards == both
+    with pytest.raises(ValueError, match=r"--data\.shards \S+/nowhere has no manifest\.json"):
+        parse(["moco-v2", "--data.shards", f"{shards},{tmp_path}/nowhere"])
