@@ -17,7 +17,7 @@ from pipelines.loader import Loader, find_tars, open_loader
 from pipelines.order import EpochOrder, OrderPlan
 from pipelines.reader import Reader
 from pipelines.samples import Pending
-from shards import ShardSet
+from pipelines.sets import cache_for_training, open_readable
 
 __all__ = ["can_read", "decoding", "made_on_device", "open_for", "reading", "resident_batch"]
 
@@ -33,13 +33,17 @@ def reading(config: Config, runtime: Runtime) -> Iterator[Iterator[int]]:
     In epoch 1 of a run, while the loader is measured in epoch 0: those are other samples, if the set is a large one.
     """
     data = config.data
-    shards = ShardSet.open(data.shards)
+    shards = open_readable(data.shards, skip=True)
     plan = OrderPlan(
         shard_sizes=shards.shard_sizes,
         seed=config.run.seed,
         batch_size=data.batch_size,
         lanes=data.lanes,
         window_shards=data.window_shards,
+    )
+    # Remote shards come through the machine's cache, as in a run.
+    shards = cache_for_training(
+        shards, data, plan, world_size=runtime.world_size, local_world_size=runtime.local_world_size
     )
     reader = Reader(shards, num_threads=data.read_threads)
 
