@@ -69,9 +69,9 @@ def build(config: Config, runtime: Runtime) -> Parts:
     optimizer = build_optimizer(query, config.optim)
     has_key_encoder = config.moco.key_encoder == "momentum" and config.moco.dictionary != "bank"
     key = copy_as_key_encoder(query) if has_key_encoder else nn.Module()
-    if runtime.compile:
-        query.compile()
-        key.compile()
+    if runtime.compile_options is not None:
+        query.compile(**runtime.compile_options)
+        key.compile(**runtime.compile_options)
     train_step = _build_step(config, runtime, query, key, dictionary, optimizer)
     loader = open_loader(
         config.data,

@@ -139,6 +139,9 @@ class RunConfig:
     """`auto`: what `accelerate launch --mixed_precision` chose; if nothing, bf16 on a GPU that has it, else fp32."""
     compile: bool = False
     """Compile the encoders with torch.compile; `accelerate launch --dynamo_backend inductor` asks for the same."""
+    cuda_graphs: bool = False
+    """Compile the encoders and replay their kernels as CUDA graphs: for batches so small (about 32 a GPU) that starting
+    kernels takes longer than running them. Needs a GPU, and one backward pass a step."""
     timeout_s: float = 600.0
     """Seconds that a rank waits for the others before it gives the run up."""
 
@@ -242,12 +245,28 @@ def validate(config: Config) -> None:
             f"--optim.clip-norm is {config.optim.clip_norm}, but must be above 0, or unset for no clipping"
         )
     _validate_mechanism(config)
+    if config.run.cuda_graphs:
+        _validate_graphs(config)
     if config.data.stream_samples is not None:
         _validate_streaming(config)
     if not 0 < config.eval.crop <= 1:
         raise ValueError(f"--eval.crop is {config.eval.crop}, but must be a share of the image: above 0, at most 1")
     if not 0 <= config.optim.warmup < 1:
         raise ValueError(f"--optim.warmup is {config.optim.warmup}, but must be a share of the run from 0 to below 1")
+
+
+def _validate_graphs(config: Config) -> None:
+    """A graph's gradients lie in memory that its next replay overwrites."""
+    several = {
+        f"--moco.loss {config.moco.loss}": config.moco.loss != "one-sided",
+        f"--optim.accumulate {config.optim.accumulate}": config.optim.accumulate > 1,
+    }
+    for option, has_several in several.items():
+        if has_several:
+            raise ValueError(
+                f"--run.cuda-graphs keeps the gradient of one backward pass, but {option} adds those of several: leave "
+                "one of them out (--run.compile alone works with both)"
+            )
 
 
 def _validate_length(run: RunConfig) -> None:

@@ -15,22 +15,29 @@ class Average:
     """Means over steps and ranks of named scalars that stay on the device until they are asked for.
 
     Neither `add` nor `take` waits for the device: `take` starts a copy to the host, to be looked at one interval later.
+
+    Args:
+        names: of the scalars.
+        device: where they are.
+        may_overflow: names whose values count for nothing where they are not finite (float16 skips such a step).
     """
 
-    def __init__(self, names: tuple[str, ...], device: torch.device):
+    def __init__(self, names: tuple[str, ...], device: torch.device, *, may_overflow: tuple[str, ...] = ()):
         self.names = names
-        self.sums = torch.zeros(len(names) + 1, device=device)  # (N + 1,) fp32; the last one counts
+        self.sums = torch.zeros(2, len(names), device=device)  # (2, N) fp32: sums, and how many values are in each
+        self._always_counts = torch.tensor([name not in may_overflow for name in names], device=device)  # (N,)
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Take in one value a name, each a 0-d tensor on the device."""
-        row = [values[name].detach().float() for name in self.names]
-        self.sums += torch.stack([*row, torch.ones_like(row[0])])
+        row = torch.stack([values[name].detach().float() for name in self.names])
+        counts = row.isfinite() | self._always_counts
+        self.sums += torch.stack([row.where(counts, 0), counts])
 
     def take(self) -> "Pending":
-        """Start to copy the means of what came since the last call, over all ranks, to the host."""
+        """Start to copy the means of what came since the last call, over all ranks, to the host; NaN of nothing."""
         if dist.is_initialized():
             dist.all_reduce(self.sums)
-        means = self.sums[:-1] / self.sums[-1]
+        means = self.sums[0] / self.sums[1]
         self.sums.zero_()
         return Pending(self.names, means)
 

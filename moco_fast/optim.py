@@ -30,7 +30,11 @@ def build_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
         return apex_optimizer(parameters, optim)
     match optim.name:
         case "sgd":
-            return SGD(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True)
+            sgd = SGD(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True)
+            # torch 2.13 allocates these at the first step and leaves them unset if its gradient overflows (float16).
+            for parameter in parameters if optim.momentum else ():
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return sgd
         case "adamw":
             return AdamW(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
         case "lamb":

@@ -99,7 +99,9 @@ def _open_folder(config: Config, runtime: Runtime) -> RunFolder | None:
 def _run(config: Config, runtime: Runtime, folder: RunFolder | None) -> int:
     parts = build(config, runtime)
     try:
-        progress = Progress(averages=Average(WATCHED, runtime.device))
+        # In float16 a gradient may overflow: its step is skipped, and only the run's scale is lowered.
+        may_overflow = ("grad_norm",) if runtime.precision == "fp16" else ()
+        progress = Progress(averages=Average(WATCHED, runtime.device, may_overflow=may_overflow))
         restore(config, runtime, parts, progress)
         metrics = None
         if folder is not None:
@@ -316,6 +318,8 @@ class Run:
         line |= pending.wait()
         if not math.isfinite(line["loss"]):
             raise FloatingPointError(_NOT_A_NUMBER.format(step=line["step"]))
+        if math.isnan(line["grad_norm"]):
+            del line["grad_norm"]  # Every step of the interval was skipped.
         self._bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['samples_per_s']:.0f} samples/s", refresh=False)
         if self._metrics is not None:
             self._metrics.write(line)

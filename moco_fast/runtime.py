@@ -4,7 +4,8 @@ Who decides where both `accelerate launch` and our options have a say:
 
 - precision: `--run.precision` if it is given; else `--mixed_precision` of the launcher if that is bf16 or fp16; else
   bf16 on a GPU that has it; else fp32. (The launcher exports "no" also when nobody chose: "no" cannot be a choice.)
-- torch.compile: on when `--run.compile` or the launcher's `--dynamo_backend inductor` asks for it.
+- torch.compile: on when `--run.compile`, `--run.cuda-graphs` or the launcher's `--dynamo_backend` asks for it, with the
+  backend that the launcher names, else inductor.
 - gradient accumulation: `--optim.accumulate` alone; the launcher's option is for DeepSpeed.
 - device: `--run.device` if given; else the CPU after `accelerate launch --cpu`; else a GPU if there is one.
 """
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from moco_fast.config import RunConfig
 
-__all__ = ["Runtime", "alone_by_mistake", "choose_precision", "start"]
+__all__ = ["Runtime", "alone_by_mistake", "choose_compile", "choose_precision", "start"]
 
 T = TypeVar("T")
 
@@ -48,9 +49,15 @@ class Runtime:
     local_world_size: int
     device: torch.device
     precision: str
-    compile: bool
+    compile_options: Mapping[str, str] | None
+    """Of torch.compile; None: encoders are not compiled."""
     notes: tuple[str, ...]
     """What was decided on the user's behalf, one line each."""
+
+    @property
+    def compile(self) -> bool:
+        """Whether encoders are compiled."""
+        return self.compile_options is not None
 
     def autocast(self) -> AbstractContextManager[None]:
         """Compute in the run's precision inside this context."""
@@ -115,6 +122,9 @@ def start(config: RunConfig, *, accumulate: int = 1, env: Mapping[str, str] = os
     precision, note = choose_precision(config.precision, env.get("ACCELERATE_MIXED_PRECISION"), has_bf16=has_bf16)
     if precision == "fp16" and on_cpu:
         raise ValueError("--run.precision fp16 needs a GPU (its loss scaling does): on the CPU take fp32 or bf16")
+    if config.cuda_graphs and on_cpu:
+        raise ValueError("--run.cuda-graphs needs a GPU: on the CPU take --run.compile")
+    compile_options, compile_note = choose_compile(config, env.get("ACCELERATE_DYNAMO_BACKEND"))
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=_ACCELERATE_NAMES[precision],
@@ -132,10 +142,6 @@ def start(config: RunConfig, *, accumulate: int = 1, env: Mapping[str, str] = os
             f"{meant} processes were started, but this one sees {accelerator.num_processes} and would train alone: "
             "launch with one of configs/accelerate/*.yaml"
         )
-    launcher_compiles = env.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO"
-    notes = [note]
-    if launcher_compiles and not config.compile:
-        notes.append("compile: on, as `accelerate launch --dynamo_backend` says")
     return Runtime(
         accelerator=accelerator,
         rank=accelerator.process_index,
@@ -144,8 +150,8 @@ def start(config: RunConfig, *, accumulate: int = 1, env: Mapping[str, str] = os
         local_world_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
         device=accelerator.device,
         precision=precision,
-        compile=config.compile or launcher_compiles,
-        notes=tuple(notes),
+        compile_options=compile_options,
+        notes=(note, compile_note) if compile_note else (note,),
     )
 
 
@@ -169,6 +175,27 @@ def choose_precision(asked: str, launcher: str | None, *, has_bf16: bool) -> tup
     if has_bf16:
         return "bf16", "precision: bf16, for this GPU has it (--run.precision fp32 for full precision)"
     return "fp32", "precision: fp32 (--run.precision bf16 or fp16 to choose another)"
+
+
+def choose_compile(config: RunConfig, launcher: str | None) -> tuple[dict[str, str] | None, str | None]:
+    """Settle torch.compile between our options and the launcher's backend (see the top of this file).
+
+    Returns:
+        its options, or None for no compilation, and one line that says so if there is any.
+
+    Raises:
+        ValueError: CUDA graphs from a backend that makes none.
+    """
+    backend = (launcher or "no").lower()
+    if backend == "no" and not (config.compile or config.cuda_graphs):
+        return None, None
+    who = "as asked" if backend == "no" else f"by {backend}, as `accelerate launch --dynamo_backend` says"
+    backend = "inductor" if backend == "no" else backend
+    if not config.cuda_graphs:
+        return {"backend": backend}, f"compile: encoders, {who}"
+    if backend != "inductor":
+        raise ValueError(f"--run.cuda-graphs needs inductor, but the launcher's --dynamo_backend is {backend}")
+    return {"backend": backend, "mode": "reduce-overhead"}, "compile: encoders, with CUDA graphs"
 
 
 def alone_by_mistake(env: Mapping[str, str]) -> str | None:

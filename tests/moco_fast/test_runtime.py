@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moco_fast.config import RunConfig
-from moco_fast.runtime import alone_by_mistake, choose_precision, start
+from moco_fast.runtime import alone_by_mistake, choose_compile, choose_precision, start
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,29 @@ def test_fp8_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("run", "launcher", "expected"),
+    [
+        (RunConfig(), None, None),
+        (RunConfig(), "NO", None),
+        (RunConfig(compile=True), "NO", {"backend": "inductor"}),
+        (RunConfig(), "INDUCTOR", {"backend": "inductor"}),
+        (RunConfig(compile=True), "AOT_EAGER", {"backend": "aot_eager"}),
+        (RunConfig(cuda_graphs=True), None, {"backend": "inductor", "mode": "reduce-overhead"}),
+        (RunConfig(cuda_graphs=True, compile=True), "INDUCTOR", {"backend": "inductor", "mode": "reduce-overhead"}),
+    ],
+)
+def test_who_compiles(run, launcher, expected):
+    options, note = choose_compile(run, launcher)
+    assert options == expected
+    assert (note is None) == (expected is None)
+
+
+def test_graphs_come_from_inductor_alone():
+    with pytest.raises(ValueError, match="needs inductor"):
+        choose_compile(RunConfig(cuda_graphs=True), "EAGER")
+
+
+@pytest.mark.parametrize(
     ("env", "alone"),
     [
         ({}, False),
@@ -55,5 +78,7 @@ def test_what_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="finds no GPU"):
         start(RunConfig(device="cuda"), env={})
+    with pytest.raises(ValueError, match="cuda-graphs needs a GPU"):
+        start(RunConfig(cuda_graphs=True), env={})
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
         start(RunConfig(device="cpu", precision="fp16"), env={})

@@ -245,14 +245,3 @@ def test_half_precision_keeps_the_key_encoder_and_the_loss_in_float32():
     assert watched["loss"].dtype == torch.float32
     assert watched["loss"].item() == pytest.approx(reference["loss"].item(), rel=0.02)
     assert watched["loss"].item() != reference["loss"].item()
-
-
-def test_compiled_encoders_give_the_same_step():
-    parts, plain = make_step(VirtualGroups(2), num_groups=2), make_step(VirtualGroups(2), num_groups=2)
-    parts.query.compile(backend="aot_eager")
-    parts.key.compile(backend="aot_eager")
-    for step in range(2):
-        ours, theirs = (each.step([make_batch(step, 0)], lr=0.1, momentum=MOMENTUM) for each in (parts, plain))
-        assert ours["loss"].item() == pytest.approx(theirs["loss"].item(), rel=1e-5)
-    assert parts.query.state_dict().keys() == plain.query.state_dict().keys()
-    torch.testing.assert_close(parts.query.backbone.bn1.running_mean, plain.query.backbone.bn1.running_mean)

@@ -1,0 +1,134 @@
+"""torch.compile for every preset: the published parts, around encoders small enough for a test."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from moco_fast.build import build
+from moco_fast.config import Config, RunConfig
+from moco_fast.encoders import ENCODERS, Encoder
+from moco_fast.keys import MomentumKeys
+from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.optim import build_optimizer
+from moco_fast.presets import PRESETS
+from moco_fast.queue import Queue
+from moco_fast.runtime import start
+from moco_fast.shuffle import Together
+from moco_fast.step import TrainStep
+from pipelines.batch import TwoViewBatch
+
+BATCH = 8
+SIZE = 32
+
+
+class TinyCnn(nn.Sequential):
+    """A layer of what a ResNet is made of."""
+
+    num_features = 4
+
+    def __init__(self) -> None:
+        pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        super().__init__(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), pool)
+
+
+TINY = {
+    "resnet50": TinyCnn,
+    "resnet18_half": TinyCnn,
+    "resnet18": lambda: ResNet(BasicBlock, (1, 1, 1, 1), num_classes=0, channels=(4, 4, 8, 8), stem_width=4),
+    "vit_small": lambda: VisionTransformer(
+        img_size=SIZE, patch_size=16, embed_dim=12, depth=1, num_heads=2, num_classes=0
+    ),
+}
+TINY["vit_base"] = TINY["vit_small"]
+
+
+def tiny(preset: Config, shards: str) -> Config:
+    return replace(
+        preset,
+        data=replace(preset.data, shards=shards, batch_size=BATCH, backend="torch", num_threads=1),
+        views=replace(preset.views, size=SIZE),
+        model=replace(preset.model, dim=8, mlp_dim=16),
+        moco=replace(preset.moco, queue_size=24),
+        bn=replace(preset.bn, num_groups=2),
+        run=RunConfig(steps=2, device="cpu", precision="fp32"),
+    )
+
+
+def make_batch(number: int) -> TwoViewBatch:
+    generator = torch.Generator().manual_seed(number)
+    view_q, view_k = (
+        torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator).contiguous(
+            memory_format=torch.channels_last
+        )
+        for _ in range(2)
+    )
+    return TwoViewBatch(view_q=view_q, view_k=view_k, index=torch.arange(BATCH), label=torch.full((BATCH,), -1))
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Accelerate keeps the first precision of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize(("name", "precision"), [*((name, "fp32") for name in PRESETS), ("moco-v2", "bf16")])
+def test_every_preset_trains_the_same_compiled(packed_demo, monkeypatch, name, precision):
+    for encoder, build_tiny in TINY.items():
+        monkeypatch.setitem(ENCODERS, encoder, build_tiny)
+    config = tiny(PRESETS[name][1], str(packed_demo.train))
+    config = replace(config, run=replace(config.run, precision=precision))
+    close = {"rtol": 1e-3, "atol": 1e-5} if precision == "fp32" else {"rtol": 0.05, "atol": 0.01}
+    watched, ends = {}, {}
+    for backend in ("NO", "AOT_EAGER"):
+        torch.compiler.reset()
+        runtime = start(config.run, env={"ACCELERATE_DYNAMO_BACKEND": backend})
+        assert runtime.compile == (backend != "NO")
+        parts = build(config, runtime)
+        try:
+            torch.manual_seed(1)  # the memory bank draws its negatives
+            watched[backend] = [parts.train_step([make_batch(step)], lr=1e-3, momentum=0.9) for step in range(2)]
+            ends[backend] = parts.query.state_dict()
+        finally:
+            parts.loader.close()
+    for eager, compiled in zip(*watched.values(), strict=True):
+        torch.testing.assert_close(compiled, eager, **close)
+    torch.testing.assert_close(ends["AOT_EAGER"], ends["NO"], **close)
+
+
+def make_small_step() -> tuple[TrainStep, Encoder, Encoder]:
+    torch.manual_seed(0)
+    query = Encoder(TinyCnn(), nn.Linear(4, 8), feature_dim=4, dim=8).to(memory_format=torch.channels_last)
+    key = copy_as_key_encoder(query)
+    step = TrainStep(
+        query=query,
+        keys=MomentumKeys(key, MomentumUpdate(query, key), Together(), nullcontext),
+        dictionary=Queue(8, 24, torch.Generator().manual_seed(0)),
+        optimizer=build_optimizer(query, PRESETS["moco-v2"][1].optim),
+        temperature=0.2,
+    )
+    return step, query, key
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_inductors_code_trains_the_same():
+    torch.compiler.reset()
+    eager, query, _ = make_small_step()
+    compiled, compiled_query, compiled_key = make_small_step()
+    for encoder in (compiled_query, compiled_key):
+        # What --run.cuda-graphs asks for; on a CPU there are no graphs, and the rest is the same.
+        encoder.compile(backend="inductor", mode="reduce-overhead")
+    for number in range(3):
+        ours, expected = (step([make_batch(number)], lr=0.1, momentum=0.9) for step in (compiled, eager))
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(compiled_query.state_dict(), query.state_dict(), rtol=1e-3, atol=1e-5)
