@@ -27,7 +27,8 @@ def decode(encoded: npt.NDArray[np.uint8]) -> Pixels:
     except ValueError:
         # CMYK and foreign shards' PNG; what is damaged fails here too, and says how.
         try:
-            return np.asarray(Image.open(io.BytesIO(encoded.tobytes())).convert("RGB"))
+            # A copy: Pillow's own memory is read-only, which torch warns of.
+            return np.array(Image.open(io.BytesIO(encoded.tobytes())).convert("RGB"))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"cannot be decoded ({error})") from None
 
