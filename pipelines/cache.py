@@ -205,7 +205,7 @@ class CachedShardSet(RemoteShardSet):
         entry, name = self.manifest.shards[shard], self.shard_name(shard)
         outage_ends, delay_s, num_wrong = time.monotonic() + _OUTAGE_S, _BACK_OFF_S, 0
         while True:
-            self._reserve(descriptor, self.cached_bytes(shard), name)
+            self._reserve(descriptor, self.cached_bytes(shard), name, cancel)
             try:
                 problem = self._copy_pieces(entry, descriptor, cancel)
                 if not problem and not cancel.is_set():
@@ -231,16 +231,15 @@ class CachedShardSet(RemoteShardSet):
             os.pwrite(descriptor, self.index_bytes(shard), 0)
             part.replace(copy)
 
-    def _reserve(self, descriptor: int, num_bytes: int, name: str) -> None:
+    def _reserve(self, descriptor: int, num_bytes: int, name: str, cancel: threading.Event) -> None:
         deadline = time.monotonic() + _WAIT_FOR_ROOM_S
         os.ftruncate(descriptor, 0)
         while True:
             try:
                 return self.folder.make_room(descriptor, num_bytes, name)
             except CacheFullError:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or cancel.wait(0.2):
                     raise
-            time.sleep(0.2)
 
     def _copy_pieces(self, entry: ShardEntry, descriptor: int, cancel: threading.Event) -> str:
         """Fetch a tar piece by piece; give what is wrong with it, if anything."""

@@ -111,9 +111,14 @@ def _folder(data: DataConfig) -> Path:
 
 def _budget(data: DataConfig) -> int:
     """Bytes: as asked for, else four fifths of what the disk has left, counting what is cached as left."""
+    folder = _folder(data)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cannot make the folder {folder} for shards ({error.strerror}): name another one with --data.cache"
+        ) from None
     if data.cache_gib is not None:
         return int(data.cache_gib * (1 << 30))
-    folder = _folder(data)
-    folder.mkdir(parents=True, exist_ok=True)
     in_use = sum(path.stat().st_size for path in folder.glob("*/*.tar"))
     return int(_OF_FREE_DISK * (shutil.disk_usage(folder).free + in_use))

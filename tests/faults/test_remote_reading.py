@@ -403,6 +403,9 @@ def test_a_cache_that_is_too_small_is_refused_with_the_arithmetic(store, local, 
     ):
         batches("s3://bucket/set", tmp_path, cache_gib=3 * tar_bytes(local) / (1 << 30))
     data = DataConfig(shards="s3://bucket/set", cache=str(tmp_path), cache_gib=tar_bytes(local) / (1 << 30))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot make the folder \S+ for shards .*--data\.cache"):
+        batches("s3://bucket/set", tmp_path / "file")
     with pytest.raises(ValueError, match="too little for evaluation"):
         open_eval_loader("s3://bucket/set", size=16, batch_size=8, device=CPU, data=data)
 
