@@ -24,8 +24,9 @@ from pipelines.readahead import EncodedBatch, ReadAhead
 from pipelines.readahead_process import ReadingSpec
 from pipelines.reader import DamagedSampleError, name_sample
 from pipelines.samples import Steps
+from shards.manifest import Manifest
 
-__all__ = ["DaliViews", "blur_kernels"]
+__all__ = ["DaliViews", "blur_kernels", "size_hints"]
 
 # DALI makes its operators and type names at run time: their stubs know half of what works.
 fn: Any = untyped_fn
@@ -33,6 +34,8 @@ types: Any = untyped_types
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
+
+_MOST_HINTED_BYTES = 2 << 30
 
 
 class _Stages:
@@ -138,7 +141,7 @@ def _build(stages: tuple[_Stages, ...], job: Job, *, depth: int) -> Pipeline:
         stages,
         job.size,
         "mixed" if on_gpu else "cpu",
-        job.hw_decoder_load,
+        {"hw_decoder_load": job.hw_decoder_load, **size_hints(job.shards.manifest, job.max_batch)},
         batch_size=job.max_batch,
         num_threads=job.num_threads,
         device_id=(job.device.index or 0) if on_gpu else None,
@@ -147,6 +150,17 @@ def _build(stages: tuple[_Stages, ...], job: Job, *, depth: int) -> Pipeline:
     )
     pipe.build()
     return pipe
+
+
+def size_hints(manifest: Manifest, batch_size: int) -> dict[str, int]:
+    """Sizes for which the GPU's decoder takes its memory at the start, instead of growing in the first epoch.
+
+    The set's largest sides, unless a whole batch of such images would be out of proportion: one huge photo among a
+    billion is met with a larger buffer when it comes.
+    """
+    if batch_size * manifest.max_width * manifest.max_height * 3 > _MOST_HINTED_BYTES:
+        return {}
+    return {"preallocate_width_hint": manifest.max_width, "preallocate_height_hint": manifest.max_height}
 
 
 def _can_decode(encoded: npt.NDArray[np.uint8], job: Job) -> bool:
@@ -174,7 +188,7 @@ def _decoded(decoder: str) -> Any:
 
 
 @pipeline_def(enable_conditionals=True)
-def _views(stages: tuple[_Stages, ...], size: int, decoder: str, hw_decoder_load: float) -> tuple[Any, ...]:
+def _views(stages: tuple[_Stages, ...], size: int, decoder: str, decoding: dict[str, Any]) -> tuple[Any, ...]:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
     # The packer has turned the pixels already, and the boxes are in stored coordinates.
     images = fn.decoders.image(
@@ -183,7 +197,7 @@ def _views(stages: tuple[_Stages, ...], size: int, decoder: str, hw_decoder_load
         output_type=types.RGB,
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,
-        hw_decoder_load=hw_decoder_load,
+        **decoding,
     )
     on_gpu = decoder == "mixed"
     return tuple(_view(images, size, view, number, on_gpu=on_gpu) for number, view in enumerate(stages))

@@ -65,3 +65,15 @@ def test_a_beton_is_for_ffcv_unless_there_is_a_gpu_or_no_ffcv(without):
 def test_ffcv_without_a_beton_tells_how_to_make_one():
     with pytest.raises(ValueError, match=r"make-shards beton SHARDS --out FILE\.beton"):
         choose("ffcv", device=CPU, size=224)
+
+
+@pytest.mark.parametrize(("side", "hinted"), [(500, True), (20_000, False)])
+def test_the_decoder_is_told_the_largest_size_unless_it_is_out_of_proportion(side, hinted):
+    from pipelines.dali import size_hints
+    from shards.manifest import Manifest
+
+    manifest = Manifest(
+        shards=(), num_inputs=0, num_samples=0, num_rejected=0, max_width=side, max_height=side - 1, max_bytes=0
+    )
+    expected = {"preallocate_width_hint": side, "preallocate_height_hint": side - 1} if hinted else {}
+    assert size_hints(manifest, 256) == expected
