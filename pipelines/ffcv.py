@@ -8,7 +8,7 @@ and an exception in it leaves the consumer waiting for ever. Nor is its decoder,
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,8 @@ def _compiled(path: Path, num_threads: int) -> _MakeViews:
         return _compile(str(path), (state.st_ino, state.st_size, state.st_mtime_ns), num_threads)
 
 
-@lru_cache(maxsize=8)
+# Never dropped: numba trips over itself when what it compiled is collected.
+@cache
 def _compile(path: str, _state: tuple[int, ...], num_threads: int) -> _MakeViews:
     """Let FFCV compile our operation; gives a function of (rows, views) that fills the views and tells who failed."""
     num_threads = min(num_threads, numba.config.NUMBA_NUM_THREADS)

@@ -26,6 +26,8 @@ from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
 CPU = torch.device("cpu")
 VIEWS_24 = ViewsConfig(size=24, query=ViewConfig(), key=ViewConfig(solarize_p=0.5))
 ODD = 7
+# numba trips over itself when what it compiled is collected.
+KEPT = []
 
 
 def beton_of(folder, out) -> BetonSet:
@@ -83,6 +85,7 @@ def test_ffcvs_own_loader_reads_the_file(photos, tmp_path, os_cache):
         str(path), batch_size=4, num_workers=1, seed=0, os_cache=os_cache, pipelines={"image": [decoder, ToTensor()]}
     )
     torch.set_num_threads(threads)
+    KEPT.append(loader)
     assert get_metadata_type(list(loader.reader.handlers.values())) == METADATA
     batches = iter(loader)
     found, labels, index = next(batches)
