@@ -59,7 +59,8 @@ def _on_a_gpu() -> list[Part]:
     tests = {"paths": ["tests/gpu"], "but": ["tests/gpu/test_demo.py"]}
     return [
         Part(name="environment", kind="environment", limit_s=40),
-        Part(name="tests", kind="tests", limit_s=150, options=tests),
+        Part(name="data", kind="data", limit_s=90),
+        Part(name="tests", kind="tests", limit_s=200, options=tests),
         end_to_end("eager", 75),
         step("256-bf16", 60),
         loader("dali"),
@@ -74,6 +75,8 @@ def _on_a_gpu() -> list[Part]:
         Part(name="memory", kind="memory", limit_s=90, options=whole | {"batches": [1024, 512, 256]}),
         step("256-fp32", 50, precision="fp32"),
         end_to_end("virtual-groups", 60, policy="virtual", stages=["step"], seconds=6),
+        end_to_end("32-eager", 40, batch=32, stages=["step"], seconds=6),
+        end_to_end("32-graphs", 120, batch=32, stages=["step"], seconds=6, cuda_graphs=True),
         loader("torch", backend="torch"),
         step("32-bf16-compiled", 100, batch=32, compile=True, only=["ours"]),
         Part(name="demo", kind="tests", limit_s=200, options={"paths": ["tests/gpu/test_demo.py"], "but": []}),
@@ -87,6 +90,7 @@ def _on_a_cpu() -> list[Part]:
     test = "tests/gpu/test_step.py::test_half_precision_follows_full_precision"
     return [
         Part(name="environment", kind="environment", limit_s=60),
+        Part(name="data", kind="data", limit_s=60),
         Part(name="tests", kind="tests", limit_s=120, options={"paths": [test], "but": []}),
         Part(name="end-to-end-eager", kind="end_to_end", limit_s=120, options=one | {"policy": "none", "seconds": 1}),
         Part(name="step-16-fp32", kind="step", limit_s=60, options=one | {"rounds": 1}),

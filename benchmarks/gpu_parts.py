@@ -51,10 +51,10 @@ class Job:
     photos: Path | None
 
     def shards(self) -> Path:
-        """Packed photographs, which the first part that asks for them makes."""
+        """Packed photographs; part `data` makes them, or else the first part that asks for them."""
         from photographs import photograph_shards
 
-        num, size = (4096, (500, 375)) if self.device == "cuda" else (64, (80, 60))
+        num, size = (2048, (500, 375)) if self.device == "cuda" else (64, (80, 60))
         return photograph_shards(self.data, num=num, photos=self.photos, size=size)
 
 
@@ -90,6 +90,20 @@ def environment(job: Job) -> Outcome:
     lines = [f"- {name}: {value}" for name, value in facts.items() if name != "versions"]
     lines.append(f"- versions: {', '.join(f'{name} {version}' for name, version in versions.items())}")
     return Outcome(notes=[header(job.device), "", *lines], figures=facts)
+
+
+def data(job: Job) -> Outcome:
+    """The photographs that the other parts load."""
+    from shards import ShardSet
+
+    shards = ShardSet.open(job.shards())
+    num_bytes = sum(shard.num_bytes for shard in shards.manifest.shards)
+    row = {
+        "part": job.name,
+        "samples": f"{shards.num_samples:,}",
+        "kB a sample": f"{num_bytes / shards.num_samples / 1e3:.0f}",
+    }
+    return Outcome(rows=[row], figures={"num_samples": shards.num_samples, "num_bytes": num_bytes})
 
 
 def tests(job: Job, *, paths: list[str], but: list[str]) -> Outcome:
@@ -383,6 +397,7 @@ def _recipe(
     queue: int,
     precision: str = "auto",
     compile: bool = False,  # noqa: A002 (the option's name)
+    cuda_graphs: bool = False,
     policy: str = "none",
 ) -> Any:
     """MoCo v2 on photographs. Without a policy for batch norm, it is the step of each of several GPUs."""
@@ -397,7 +412,7 @@ def _recipe(
         model=replace(base.model, encoder=encoder),
         moco=replace(base.moco, queue_size=queue),
         bn=BatchNormConfig(policy=policy),  # pyright: ignore[reportArgumentType]
-        run=replace(base.run, device=job.device, precision=precision, compile=compile, steps=1),
+        run=replace(base.run, device=job.device, precision=precision, compile=compile, cuda_graphs=cuda_graphs),
     )
 
 
@@ -426,6 +441,7 @@ def _device_seconds(call: Callable[[], object], calls: int, device: str = "cuda"
 
 KINDS: dict[str, Callable[..., Outcome]] = {
     "environment": environment,
+    "data": data,
     "tests": tests,
     "end_to_end": end_to_end,
     "loader": loader,

@@ -1,7 +1,9 @@
 """Shards of photographs for benchmarks: a tar of yours, or what scikit-image ships cut to sizes like ImageNet's."""
 
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import util
 from pathlib import Path
 
@@ -29,9 +31,10 @@ def _written(folder: Path, num: int, size: tuple[int, int]) -> Path:
     if spec is None or spec.origin is None:
         raise ValueError("the photographs come with scikit-image, which is missing: pip install scikit-image")
     photographs = [Image.open(Path(spec.origin).parent / "data" / name).convert("RGB") for name in _NAMES]
-    random = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(num):
+
+    def write(number: int) -> None:
+        random = np.random.default_rng(number)
         photograph = photographs[number % len(photographs)]
         width, height = size if random.random() < 0.75 else size[::-1]
         # A part of the photograph with the sides' ratio kept, so that no two files are the same.
@@ -41,4 +44,7 @@ def _written(folder: Path, num: int, size: tuple[int, int]) -> Path:
         box = (left, top, left + scale * width, top + scale * height)
         image = photograph.resize((width, height), Image.Resampling.BICUBIC, box=box)
         image.save(folder / f"{number:05d}.jpg", quality=92)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        list(threads.map(write, range(num)))
     return folder

@@ -1,5 +1,6 @@
 """`make gpu-check DEVICE=cpu` runs everywhere, so that the script is in order when there is a GPU."""
 
+import dataclasses
 import importlib
 import inspect
 import io
@@ -56,7 +57,7 @@ def test_every_part_shows_something_on_the_cpu(tmp_path):
     blocked.rmdir()
     result = check("--device", "cpu", "--out", str(out), "--data", str(data))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("was done before") == 7
+    assert result.stdout.count("was done before") == 8
 
     report = (out / "report.md").read_text()
     assert "done before" in report
@@ -115,6 +116,13 @@ def test_parts_have_names_of_their_own_and_settings_that_exist():
         accepts_more = any(each.kind == each.VAR_KEYWORD for each in signature.parameters.values())
         assert accepts_more or part.options.keys() <= signature.parameters.keys(), part.name
         DataConfig(shards="x", **part.options.get("data", {}))
+        if part.kind in ("end_to_end", "memory", "profile"):
+            recipe = inspect.signature(parts._recipe).parameters.keys()
+            others = {"seconds", "stages", "steps", "batches"}
+            assert part.options.keys() - others <= recipe, part.name
+        if part.kind == "step":
+            fields = {field.name for field in dataclasses.fields(load("step").Setting)} | {"rounds", "only"}
+            assert part.options.keys() <= fields, part.name
 
 
 def test_time_is_idle_where_no_kernel_runs():
