@@ -1,7 +1,7 @@
 """The DALI backend: encoded bytes and parameter tables in, views out. One definition for the CPU and the GPU.
 
 Stages, each with uint8 between them: decode, crop-and-resize (linear, antialiased; a reversed region is the flip),
-Gaussian blur, one affine colour map with rounding and clamping, solarize.
+Gaussian blur, one affine colour map with rounding and clamping, solarize. On the CPU OpenCV does the last two.
 """
 
 import threading
@@ -20,13 +20,14 @@ from pipelines.augment import ViewTable
 from pipelines.backends import Job, Made
 from pipelines.channel import Channel, ChannelClosed
 from pipelines.config import ViewConfig
+from pipelines.pixels import recolour
 from pipelines.readahead import EncodedBatch, ReadAhead
 from pipelines.readahead_process import ReadingSpec
 from pipelines.reader import DamagedSampleError, name_sample
 from pipelines.samples import Steps
 from shards.manifest import Manifest
 
-__all__ = ["DaliViews", "blur_kernels", "size_hints"]
+__all__ = ["DaliViews", "blur_kernels", "colours_in_graph", "size_hints"]
 
 # DALI makes its operators and type names at run time: their stubs know half of what works.
 fn: Any = untyped_fn
@@ -41,10 +42,19 @@ _MOST_HINTED_BYTES = 2 << 30
 class _Stages:
     """Which stages a view's graph needs after the resize."""
 
-    def __init__(self, config: ViewConfig | None) -> None:
-        self.colour = config is not None and (config.jitter_p > 0 or config.grayscale_p > 0)
+    def __init__(self, config: ViewConfig | None, *, with_colours: bool) -> None:
+        jitters = config is not None and (config.jitter_p > 0 or config.grayscale_p > 0)
         self.blur = config is not None and config.blur_p > 0
-        self.solarize = config is not None and config.solarize_p > 0
+        self.colour = with_colours and jitters
+        self.solarize = with_colours and config is not None and config.solarize_p > 0
+
+
+def colours_in_graph(device: torch.device) -> bool:
+    """Whether DALI's own operators apply colours and solarize, too.
+
+    Not on the CPU: they take as long there as decoding does (benchmarks/loader.py), OpenCV a tenth of it.
+    """
+    return device.type == "cuda"
 
 
 class DaliViews:
@@ -57,7 +67,8 @@ class DaliViews:
 
     def __init__(self, job: Job, steps: Steps) -> None:
         self._job = job
-        self._stages = tuple(_Stages(view) for view in job.views)
+        self._with_colours = colours_in_graph(job.device)
+        self._stages = tuple(_Stages(view, with_colours=self._with_colours) for view in job.views)
         self._batches = ReadAhead(
             ReadingSpec(
                 shards=job.shards,
@@ -111,8 +122,11 @@ class DaliViews:
                 pipe.schedule_run()
                 under_way.append(batch)
             # Safe without a copy: the dynamic executor writes to no output that someone still holds.
-            views = tuple(torch.from_dlpack(view.as_tensor()).permute(0, 3, 1, 2) for view in outputs)
-            self._out.put(Made(samples=done.samples, labels=done.labels, views=views, replaced=done.replaced))
+            views = tuple(torch.from_dlpack(view.as_tensor()) for view in outputs)
+            if not self._with_colours:
+                _recolour(views, done.tables)
+            channels_last = tuple(view.permute(0, 3, 1, 2) for view in views)
+            self._out.put(Made(samples=done.samples, labels=done.labels, views=channels_last, replaced=done.replaced))
 
     def _outputs(self, pipe: Pipeline, under_way: deque[EncodedBatch]) -> Any:
         try:
@@ -133,6 +147,12 @@ class DaliViews:
         for number, (stages, table) in enumerate(zip(self._stages, batch.tables, strict=True)):
             for name, data in _inputs(stages, table, on_gpu=self._job.device.type == "cuda").items():
                 pipe.feed_input(f"{name}_{number}", data)
+
+
+def _recolour(views: tuple[torch.Tensor, ...], tables: tuple[ViewTable, ...]) -> None:
+    for view, table in zip(views, tables, strict=True):
+        for row, pixels in enumerate(view.numpy()):
+            recolour(table, row, pixels)
 
 
 def _build(stages: tuple[_Stages, ...], job: Job, *, depth: int) -> Pipeline:
