@@ -158,7 +158,7 @@ class BetonSet(ShardSet):
             raise ValueError(f"cannot read {path}: {error.strerror}") from error
         return cls(path, Manifest.from_json(text, where=str(path)), layout)
 
-    def __reduce__(self) -> tuple[object, tuple[Path, Manifest, Layout]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return (BetonSet, (self.path, self.manifest, self.layout))
 
     def shard_path(self, shard: int) -> Path:

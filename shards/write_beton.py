@@ -17,14 +17,14 @@ from shards.beton import ALLOCATION, METADATA, METADATA_AT, PAGE_BYTES, BetonSet
 from shards.codecs import crc32c
 from shards.errors import PackError
 from shards.files import locked, publish, sync_file
-from shards.index import Flag, ShardSet
+from shards.index import REFUSED, ShardSet
 from shards.pool import Tick, run_tasks
 from shards.progress import Progress
+from shards.storage import is_url, split_sets
 from shards.verify import Problem, check_image
 
 __all__ = ["verify_beton", "write_beton"]
 
-_REFUSED = Flag.NOT_JPEG | Flag.NOT_RGB | Flag.DAMAGED
 _TICK_EVERY = 64
 
 
@@ -43,6 +43,8 @@ def write_beton(folder: str | Path, out: str | Path, *, workers: int, progress: 
     """
     if "://" in str(out) or Path(out).suffix != ".beton":
         raise ValueError(f"--out {out}: FFCV reads local files; give a path that ends in .beton")
+    if is_url(str(folder)) or len(split_sets(str(folder))) > 1:
+        raise ValueError(f"{folder}: a .beton is made of one folder on this machine; copy the shards there first")
     out = Path(out)
     shards = ShardSet.open(folder)
     _check(shards, out)
@@ -94,14 +96,14 @@ def _check(shards: ShardSet, out: Path) -> None:
     num_refused, first = 0, ""
     for number in range(shards.num_shards):
         records = shards.index(number)
-        refused = np.flatnonzero(records["flags"] & int(_REFUSED))
+        refused = np.flatnonzero(records["flags"] & int(REFUSED))
         if refused.size and not num_refused:
             first = f"{shards.manifest.shards[number].name}, sample {records['position'][refused[0]]}"
         num_refused += refused.size
     if num_refused:
         raise ValueError(
-            f"{num_refused:,} of {shards.num_samples:,} samples are not RGB or gray JPEGs (first: {first}): FFCV "
-            f"decodes nothing else; `make-shards pack {shards.path} --out NEW` makes them so"
+            f"{num_refused:,} of {shards.num_samples:,} samples are no sound, upright RGB or gray JPEGs (first: {first}): "
+            f"FFCV would show them wrong or not at all; `make-shards pack {shards.path} --out NEW` makes them so"
         )
 
 

@@ -145,6 +145,8 @@ def test_what_cannot_be_written_is_told_before_any_work(packed, beton, tmp_path,
     assert "FFCV reads local files" in told(packed, "--out", "s3://bucket/x.beton")
     assert "absent is not a folder" in told(packed, "--out", tmp_path / "absent" / "x.beton")
     assert "is a .beton already" in told(beton, "--out", tmp_path / "x.beton")
+    assert "is made of one folder on this machine" in told("s3://bucket/set", "--out", tmp_path / "x.beton")
+    assert "is made of one folder on this machine" in told(f"{packed},{packed}", "--out", tmp_path / "x.beton")
     assert "is not a folder" in told(tmp_path / "nowhere", "--out", tmp_path / "x.beton")
     assert list(tmp_path.iterdir()) == []
 
@@ -152,11 +154,14 @@ def test_what_cannot_be_written_is_told_before_any_work(packed, beton, tmp_path,
 def test_what_ffcv_cannot_decode_is_refused_with_the_way_out(tmp_path, capsys):
     from tests.shards.test_foreign import write
 
-    write(tmp_path / "a.tar", {"0.jpg": encoded(picture(0)), "1.png": encoded(picture(1), "PNG")})
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = encoded(picture(2), exif=exif)
+    write(tmp_path / "a.tar", {"0.jpg": encoded(picture(0)), "1.png": encoded(picture(1), "PNG"), "2.jpg": lying})
     assert main(["index", str(tmp_path)]) == 0
     assert main(["beton", str(tmp_path), "--out", str(tmp_path / "x.beton")]) == 2
     message = capsys.readouterr().err
-    assert "1 of 2 samples are not RGB or gray JPEGs (first: a.tar, sample 1)" in message
+    assert "2 of 3 samples are no sound, upright RGB or gray JPEGs (first: a.tar, sample 1)" in message
     assert f"make-shards pack {tmp_path} --out NEW" in message
 
 
