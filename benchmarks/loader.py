@@ -28,6 +28,7 @@ import numpy as np
 import psutil
 import torch
 from alternating import Claim, bars, claims_table, compare, header, write_claims
+from photographs import photograph_shards
 from PIL import Image, ImageFilter
 from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -247,25 +248,6 @@ def measure(name: str, options: Options, seconds: float) -> tuple[float, float]:
     return figures
 
 
-def pack_photographs(folder: Path, photos: str | None, copies: int = 300) -> str:
-    """Pack a tar of photographs, or crops of 500 x 375 of scikit-image's."""
-    from shards.config import PackConfig
-    from shards.pack import pack
-
-    source = photos or str(folder / "images")
-    if photos is None:
-        from skimage import data
-
-        rng = np.random.default_rng(0)
-        Path(source).mkdir()
-        for number in range(copies):
-            photo = np.asarray((data.astronaut, data.coffee, data.rocket)[number % 3]())
-            y, x = (int(rng.integers(0, own - most + 1)) for own, most in zip(photo.shape, (375, 500), strict=False))
-            Image.fromarray(photo[y : y + 375, x : x + 500]).save(f"{source}/{number}.jpg", quality=92)
-    pack(PackConfig(sources=(source,), out=str(folder / "shards")))
-    return str(folder / "shards")
-
-
 def claims_of(rates: dict[str, list[float]], size: int) -> list[Claim]:
     """Each of ours against each alternative that was timed."""
     goals = {("torch", "pil"): 4.0, ("dali", "pil"): 2.5, ("dali", "dali-stock"): 1.3}
@@ -289,7 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--shards", help="folder that make-shards wrote")
-    source.add_argument("--photos", help="tar of photographs, packed first")
+    source.add_argument("--photos", type=Path, help="tar of photographs, packed first")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=8.0)
@@ -305,7 +287,7 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in names}
     costs: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        shards = asked.shards or pack_photographs(Path(folder), asked.photos)
+        shards = asked.shards or str(photograph_shards(Path(folder), num=300, photos=asked.photos))
         options = Options(shards, asked.size, asked.batch_size)
         for _ in range(asked.rounds):
             for name in names:

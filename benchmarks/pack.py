@@ -1,11 +1,11 @@
 """Packing speed against what a user would take instead: the same files, alternating in one run, as ratios.
 
-    python benchmarks/pack.py --photos photos.tar [--copies 10] [--rounds 3] [--folder DIR] [--json FILE]
+    python benchmarks/pack.py --photos photos.tar [--files 10000] [--rounds 3] [--folder DIR] [--json FILE]
 
 Copying is compared with GNU tar and fsync, and with webdataset's ShardWriter; shrinking with OpenCV called as
-img2dataset calls it (decode, INTER_AREA, encode at the same quality), on one core. The photos are unpacked `copies`
-times and are in the page cache; every contender writes to the same disk. Times leave out starting the
-interpreter; starting worker processes is measured with an all but empty set and told apart.
+img2dataset calls it (decode, INTER_AREA, encode at the same quality), on one core. The photos are unpacked as often as
+it takes for so many files and are in the page cache; every contender writes to the same disk. Times leave out starting
+the interpreter; starting worker processes is measured with an all but empty set and taken away.
 """
 
 import argparse
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 SIDE, QUALITY = 256, 90
 
 
-def unpack(photos: str, folder: Path, copies: int) -> list[Path]:
-    """Files of `copies` class folders, all in the page cache."""
+def unpack(photos: str, folder: Path, num_files: int) -> list[Path]:
+    """At least so many files, in folders that hold each photo once, all in the page cache."""
     files: list[Path] = []
     with tarfile.open(photos) as tar:
         images = [(Path(m.name).name, tar.extractfile(m).read()) for m in tar if m.isfile()]
-    for copy in range(copies):
+    for copy in range(-(-num_files // len(images))):
         inner = folder / f"class{copy}"
         inner.mkdir(parents=True)
         for name, data in images:
@@ -221,7 +221,7 @@ def meaning(source: Path, folder: Path, rounds: int) -> list["Claim"]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", required=True, help="tar of photos")
-    parser.add_argument("--copies", type=int, default=10)
+    parser.add_argument("--files", type=int, default=10_000, help="at least so many are copied")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="where to write the claims")
     parser.add_argument("--folder", help="where to work; the disk matters")
@@ -231,7 +231,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        files = unpack(options.photos, folder / "in", options.copies)
+        files = unpack(options.photos, folder / "in", options.files)
         claims = [
             *copying(folder / "in", folder, options.rounds, len(files)),
             *shrinking(folder / "in", folder, options.rounds),

@@ -38,7 +38,7 @@ class Benchmark:
 
 BENCHMARKS = (
     Benchmark(name="order", words="", limit_s=60),
-    Benchmark(name="pack", words="--photos {photos} --copies 3 --rounds 3", limit_s=150),
+    Benchmark(name="pack", words="--photos {photos} --rounds 3", limit_s=150),
     Benchmark(name="reading", words="--shards {shards} --seconds 2 --rounds 3", limit_s=60),
     Benchmark(name="loader", words="--shards {shards} --seconds 4 --rounds 2", limit_s=210, plot="--plot"),
     Benchmark(name="step", words="--encoder resnet18 --batch 32 --rounds 3", limit_s=120),
