@@ -102,8 +102,9 @@ def _check(shards: ShardSet, out: Path) -> None:
         num_refused += refused.size
     if num_refused:
         raise ValueError(
-            f"{num_refused:,} of {shards.num_samples:,} samples are no sound, upright RGB or gray JPEGs (first: {first}): "
-            f"FFCV would show them wrong or not at all; `make-shards pack {shards.path} --out NEW` makes them so"
+            f"{num_refused:,} of {shards.num_samples:,} samples are no sound, upright RGB or gray JPEGs (first: "
+            f"{first}): FFCV would show them wrong or not at all; `make-shards pack {shards.path} --out NEW` makes "
+            "them so"
         )
 
 
