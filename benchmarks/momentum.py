@@ -62,7 +62,10 @@ def main() -> None:
     unit = {"unit": "ms", "less_is_better": True}
     claims = [
         compare(f"{what} / authors' loop", millis["ours (foreach lerp)"], millis["authors' loop"], goal=2.0, **unit),
-        compare(f"{what} / one flat buffer", millis["ours (foreach lerp)"], millis["one flat buffer"], **unit),
+        # At most 1.2 times the time of the limit.
+        compare(
+            f"{what} / one flat buffer", millis["ours (foreach lerp)"], millis["one flat buffer"], goal=1 / 1.2, **unit
+        ),
     ]
     write_claims(options.json, claims)
     print(f"{header(options.device)}\n\n{claims_table(claims)}\n\n{title}, {options.rounds} rounds\n\n{result}")

@@ -187,15 +187,24 @@ def unit_vectors(features: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _scale_and_shift(device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (1 / (255 * std)).to(device), (-mean / std).to(device)
+def _scale_and_shift(device: torch.device, repeats: int) -> tuple[Tensor, Tensor]:
+    """What a pixel is multiplied by, and what is then added: (3 * repeats,) each, channels innermost."""
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    return (1 / (255 * std)).repeat(repeats).to(device), (-mean / std).repeat(repeats).to(device)
 
 
-def normalize_images(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def normalize_images(images: Tensor) -> Tensor:
     """Pixels in 0..255 to ImageNet-normalized values.
 
-    (B, 3, H, W) uint8 -> (B, 3, H, W) `dtype`, in the same memory format; computed in float32, in one pass.
+    (B, 3, H, W) uint8 -> (B, 3, H, W) float32, in the same memory format.
     """
-    scale, shift = _scale_and_shift(images.device)
-    return torch.addcmul(shift, images, scale, out=torch.empty_like(images, dtype=dtype))
+    if not images.is_contiguous(memory_format=torch.channels_last):
+        scale, shift = (values.view(3, 1, 1) for values in _scale_and_shift(images.device, 1))
+        return torch.addcmul(shift, images, scale, out=torch.empty_like(images, dtype=torch.float32))
+    # As the batch lies in memory, a row of pixels is one run of 3 * W numbers, long enough for vector instructions.
+    rows = images.permute(0, 2, 3, 1).flatten(2)  # (B, H, 3 * W), a view
+    scale, shift = _scale_and_shift(images.device, images.shape[3])
+    # A GPU converts on the way; on a CPU torch is three times as fast when that is a pass of its own.
+    values = rows.float() if images.device.type == "cpu" else rows
+    normalized = torch.addcmul(shift, values, scale, out=torch.empty_like(values, dtype=torch.float32))
+    return normalized.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)

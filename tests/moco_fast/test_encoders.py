@@ -178,9 +178,6 @@ def test_normalize_images_is_the_formula(memory_format):
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     expected = (images.numpy().transpose(0, 2, 3, 1) / 255 - mean) / std
     values = normalize_images(images)
+    assert values.dtype == torch.float32
     assert values.is_contiguous(memory_format=memory_format)
     np.testing.assert_allclose(values.numpy().transpose(0, 2, 3, 1), expected, atol=1e-6)
-    half = normalize_images(images, torch.bfloat16)
-    assert half.dtype == torch.bfloat16
-    assert half.is_contiguous(memory_format=memory_format)
-    np.testing.assert_allclose(half.float().numpy().transpose(0, 2, 3, 1), expected, atol=2.7 / 256)
