@@ -128,9 +128,9 @@ def look(datas: list[bytes], shrink: Callable[[bytes], bytes]) -> float:
     return float(np.mean(found))
 
 
-def less(seconds: list[float], start: float) -> list[float]:
-    """Times without what starting the worker processes took."""
-    return [each - start for each in seconds]
+def less(seconds: list[float], starts: list[float]) -> list[float]:
+    """Times without what starting the worker processes took in the same round."""
+    return [each - start for each, start in zip(seconds, starts, strict=True)]
 
 
 def copying(source: Path, folder: Path, rounds: int, num_files: int) -> list["Claim"]:
@@ -151,9 +151,9 @@ def copying(source: Path, folder: Path, rounds: int, num_files: int) -> list["Cl
         },
         rounds,
     )
-    start, what = median(seconds["start"]), f"copying {num_files:,} photos"
-    two = less(seconds["2 workers"], start)
-    print(f"Starting two workers took {start:.2f} s; claims are without it.")
+    what = f"copying {num_files:,} photos"
+    two = less(seconds["2 workers"], seconds["start"])
+    print(f"Starting two workers took {median(seconds['start']):.2f} s; claims are without it.")
     against = {"unit": "s", "less_is_better": True}
     return [
         compare(f"{what}, 1 worker / GNU tar and fsync", seconds["1 worker"], seconds["tar"], goal=1 / 1.3, **against),
@@ -184,7 +184,7 @@ def shrinking(source: Path, folder: Path, rounds: int) -> list["Claim"]:
         },
         rounds,
     )
-    two = less(seconds["2 workers"], median(seconds["start"]))
+    two = less(seconds["2 workers"], seconds["start"])
 
     def rates(found: list[float]) -> list[float]:
         return [len(datas) / value for value in found]
