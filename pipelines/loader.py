@@ -1,5 +1,6 @@
 """Loaders: batches of views for training, batches of central crops for evaluation."""
 
+import atexit
 import logging
 import weakref
 from collections.abc import Callable, Iterator
@@ -113,7 +114,7 @@ class Loader:
         self._kept.mark()
         if self._stream is None:
             self._stream = self._start(self._epoch, self._step)
-            self._finalizer = weakref.finalize(self, self._stream.close)
+            self._finalizer = _close_with(self, self._stream)
         made = self._stream.get()
         view_q, view_k = made.views
         for reason in made.replaced:
@@ -149,7 +150,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[ImageBatch]:
         self.close()
         stream = self._start()
-        self._finalizer = finalizer = weakref.finalize(self, stream.close)
+        self._finalizer = finalizer = _close_with(self, stream)
         kept = _HandedOver(self._device)
         try:
             for _ in range(self._num_batches):
@@ -168,6 +169,14 @@ class EvalLoader:
         if self._finalizer is not None:
             self._finalizer()
             self._finalizer = None
+
+
+def _close_with(owner: object, stream: Stream) -> "weakref.finalize[Any, Any]":
+    """Close a stream with its owner, and when the interpreter ends before the backend's library does."""
+    finalizer = weakref.finalize(owner, stream.close)
+    # Last registered, first called. The registry of weakref is older than DALI's, which shuts down pipelines in use.
+    atexit.register(finalizer)
+    return finalizer
 
 
 class _HandedOver:

@@ -110,12 +110,15 @@ def main(descriptor: int) -> None:
     # Ctrl-C reaches the whole group of processes: the loader decides when its processes end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(fileno=descriptor)
-    place: SpecPlace = pickle.loads(connection.recv(PACKET_BYTES))  # noqa: S301 - from our own process
-    with suppress(FileNotFoundError):
+    try:
+        place: SpecPlace = pickle.loads(connection.recv(PACKET_BYTES))  # noqa: S301 - from our own process
         spec: ReadingSpec = pickle.loads(map_shared(place.path, place.num_bytes))  # noqa: S301
-        taken: SimpleQueue[tuple[int, ...]] = SimpleQueue()
-        threading.Thread(target=_listen, args=(connection, taken), name="listen", daemon=True).start()
-        _Reading(spec, connection, taken).run()
+    except (EOFError, FileNotFoundError):
+        # Closed before we were up: no packet, or no memory any more.
+        return
+    taken: SimpleQueue[tuple[int, ...]] = SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, taken), name="listen", daemon=True).start()
+    _Reading(spec, connection, taken).run()
 
 
 def _listen(connection: socket.socket, taken: "SimpleQueue[tuple[int, ...]]") -> None:
@@ -177,10 +180,6 @@ class _Reading:
             if isinstance(begun, Exception):
                 raise begun
             self._send(self._finish(begun))
-        except OSError as error:
-            if isinstance(error, BrokenPipeError | ConnectionResetError):
-                os._exit(0)
-            self._send(portable(error, "in the reader process"))
         except Exception as error:
             self._send(portable(error, "in the reader process"))
 
@@ -218,4 +217,8 @@ class _Reading:
                 self._free.extend(self._slots[number] for number in free)
 
     def _send(self, message: Filled | Exception | None) -> None:
-        self._connection.send(pickle.dumps(message))
+        try:
+            self._connection.send(pickle.dumps(message))
+        except OSError:
+            # The other side is gone: `_listen` is about to do the same.
+            os._exit(0)
