@@ -41,7 +41,7 @@ BENCHMARKS = (
     Benchmark(name="pack", words="--photos {photos} --rounds 3", limit_s=150),
     Benchmark(name="reading", words="--shards {shards} --seconds 2 --rounds 3", limit_s=60),
     Benchmark(name="loader", words="--shards {shards} --seconds 4 --rounds 2", limit_s=210, plot="--plot"),
-    Benchmark(name="step", words="--encoder resnet18 --batch 32 --rounds 3", limit_s=120),
+    Benchmark(name="step", words="--encoder resnet18 --size 112 --batch 32 --rounds 3", limit_s=120),
     Benchmark(name="momentum", words="--encoder resnet50 --rounds 20", limit_s=60),
     Benchmark(name="exchange", script="step", words="--shuffle --batch 32", limit_s=60),
     Benchmark(name="end_to_end", words="--shards {shards} --seconds 30", limit_s=180, plot="--plot"),

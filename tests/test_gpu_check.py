@@ -82,7 +82,7 @@ def test_says_that_there_is_no_gpu(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("part", "says"), [("steps", "--part steps: there are environment, tests,"), ("cifar10", "needs --cifar FILE")]
+    ("part", "says"), [("steps", "--part steps: there are environment, data,"), ("cifar10", "needs --cifar FILE")]
 )
 def test_says_which_parts_there_are(tmp_path, part, says):
     result = check("--device", "cpu", "--out", str(tmp_path), "--part", part)

@@ -174,11 +174,15 @@ def _fit_batch(config: Config, parts: Parts, stopwatch: Stopwatch, step_s: float
 
 
 def _smaller_batches(config: Config, world_size: int) -> list[int]:
-    """The recipe's global batch, halved as long as every rank can compute its share, largest first."""
+    """The recipe's global batch, halved as long as every rank can compute its share, largest first.
+
+    Down to 8 samples a rank: with fewer, it is no longer the encoders that take the time.
+    """
     policy = resolve_policy(config.bn)
     groups = {"virtual": config.bn.num_groups, "exchange": world_size}.get(policy, 1)
+    least = world_size * max(8, 2 * groups)
     sizes = [config.data.batch_size]
-    while sizes[-1] % (2 * world_size * groups) == 0 and sizes[-1] >= 4 * world_size * groups:
+    while sizes[-1] % (2 * world_size * groups) == 0 and sizes[-1] >= 2 * least:
         sizes.append(sizes[-1] // 2)
     return sizes
 
