@@ -135,8 +135,9 @@ class RunConfig:
     """Seed of weights, order and augmentation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU where there is one, unless `accelerate launch --cpu` said otherwise."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """`auto`: what `accelerate launch --mixed_precision` chose; if nothing, bf16 on a GPU that has it, else fp32."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """`auto`: what `accelerate launch --mixed_precision` chose; if nothing, bf16 on a GPU that has it, else fp32.
+    `tf32`: float32 with products rounded to 10 bits, on a GPU's tensor cores; `fp32` rounds nothing."""
     compile: bool = False
     """Compile the encoders with torch.compile; `accelerate launch --dynamo_backend inductor` asks for the same."""
     cuda_graphs: bool = False

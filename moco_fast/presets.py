@@ -30,7 +30,7 @@ _MOCO_V1 = Config(
     optim=OptimConfig(schedule="step"),
 )
 
-# Section 4.1: 64 GPUs, the learning rate times 0.9 every 62,500 of 1.25 million steps.
+# Section 4, "Training": 64 GPUs, the learning rate times 0.9 every 62,500 of 1.25 million steps.
 _MOCO_V1_1B = replace(
     _MOCO_V1,
     data=replace(_DATA, batch_size=1024),

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from moco_fast.config import RunConfig
 
-__all__ = ["Runtime", "alone_by_mistake", "choose_compile", "choose_precision", "start"]
+__all__ = ["Runtime", "allow_tf32", "alone_by_mistake", "choose_compile", "choose_precision", "start"]
 
 T = TypeVar("T")
 
-_ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+_ACCELERATE_NAMES = {"fp32": "no", "tf32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,12 @@ def start(config: RunConfig, *, accumulate: int = 1, env: Mapping[str, str] = os
     on_cpu = _choose_cpu(config.device, env)
     has_bf16 = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
     precision, note = choose_precision(config.precision, env.get("ACCELERATE_MIXED_PRECISION"), has_bf16=has_bf16)
+    if precision == "tf32" and on_cpu:
+        raise ValueError("--run.precision tf32 needs a GPU's tensor cores: on the CPU take fp32 or bf16")
     if precision == "fp16" and on_cpu:
         raise ValueError("--run.precision fp16 needs a GPU (its loss scaling does): on the CPU take fp32 or bf16")
+    if not on_cpu:
+        allow_tf32(precision == "tf32")
     if config.cuda_graphs and on_cpu:
         raise ValueError("--run.cuda-graphs needs a GPU: on the CPU take --run.compile")
     compile_options, compile_note = choose_compile(config, env.get("ACCELERATE_DYNAMO_BACKEND"))
@@ -159,7 +163,7 @@ def choose_precision(asked: str, launcher: str | None, *, has_bf16: bool) -> tup
     """Settle the precision between our option and the launcher's (see the top of this file).
 
     Returns:
-        the precision (`fp32`, `bf16` or `fp16`) and one line that says who decided.
+        the precision (`fp32`, `tf32`, `bf16` or `fp16`) and one line that says who decided.
 
     Raises:
         ValueError: the launcher asks for a precision that we do not train in.
@@ -174,7 +178,13 @@ def choose_precision(asked: str, launcher: str | None, *, has_bf16: bool) -> tup
         return launcher, f"precision: {launcher}, as `accelerate launch` says"
     if has_bf16:
         return "bf16", "precision: bf16, for this GPU has it (--run.precision fp32 for full precision)"
-    return "fp32", "precision: fp32 (--run.precision bf16 or fp16 to choose another)"
+    return "fp32", "precision: fp32 (--run.precision tf32, bf16 or fp16 to choose another)"
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let products of float32 be rounded to 10 bits on tensor cores, or not: torch allows convolutions alone."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def choose_compile(config: RunConfig, launcher: str | None) -> tuple[dict[str, str] | None, str | None]:

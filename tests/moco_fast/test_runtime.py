@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moco_fast.config import RunConfig
-from moco_fast.runtime import alone_by_mistake, choose_compile, choose_precision, start
+from moco_fast.runtime import allow_tf32, alone_by_mistake, choose_compile, choose_precision, start
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,7 @@ from moco_fast.runtime import alone_by_mistake, choose_compile, choose_precision
         ("fp32", "bf16", True, "fp32"),
         ("bf16", None, False, "bf16"),
         ("fp16", "fp16", True, "fp16"),
+        ("tf32", "bf16", True, "tf32"),
     ],
 )
 def test_whose_word_wins(asked, launcher, has_bf16, expected):
@@ -78,7 +79,20 @@ def test_what_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="finds no GPU"):
         start(RunConfig(device="cuda"), env={})
+    with pytest.raises(ValueError, match="tf32 needs a GPU"):
+        start(RunConfig(precision="tf32"), env={})
     with pytest.raises(ValueError, match="cuda-graphs needs a GPU"):
         start(RunConfig(cuda_graphs=True), env={})
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
         start(RunConfig(device="cpu", precision="fp16"), env={})
+
+
+def test_products_are_rounded_only_when_asked():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision
+    try:
+        for allowed, expected in ((True, ("high", "tf32")), (False, ("highest", "ieee"))):
+            allow_tf32(allowed)
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision) == expected
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.conv.fp32_precision = before[1]

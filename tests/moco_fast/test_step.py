@@ -1,6 +1,7 @@
 """The step against a naive restatement of the paper's algorithm 1 for a world of several ranks, in one process."""
 
 import copy
+import gc
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -245,3 +246,16 @@ def test_half_precision_keeps_the_key_encoder_and_the_loss_in_float32():
     assert watched["loss"].dtype == torch.float32
     assert watched["loss"].item() == pytest.approx(reference["loss"].item(), rel=0.02)
     assert watched["loss"].item() != reference["loss"].item()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_steps_leave_nothing_behind(symmetric):
+    parts = make_step(Together(), symmetric=symmetric)
+    alive = []
+    for step in range(5):
+        parts.step([make_batch(step, 0)], lr=0.1, momentum=MOMENTUM)
+        gc.collect()
+        tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+        alive.append((len(tensors), sum(each.nbytes for each in tensors)))
+    # The first step has made what there is one of for good.
+    assert len(set(alive[1:])) == 1, alive
