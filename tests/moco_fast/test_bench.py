@@ -15,7 +15,8 @@ from moco_fast.bench import clock as clock_module
 from moco_fast.bench import stopwatch as stopwatch_module
 from moco_fast.bench.cli import main
 from moco_fast.bench.clock import PartClock
-from moco_fast.bench.measure import _smaller_batches
+from moco_fast.bench.loading import made_on_device
+from moco_fast.bench.measure import _Bench, _smaller_batches
 from moco_fast.bench.parts import on_a_clock
 from moco_fast.bench.result import BenchResult, Rate, table, verdict
 from moco_fast.bench.stopwatch import Stopwatch
@@ -29,6 +30,7 @@ from moco_fast.presets import PRESETS
 from moco_fast.shuffle import Together, VirtualGroups, build_policy
 from moco_fast.step import TrainStep
 from pipelines.batch import TwoViewBatch
+from pipelines.config import ViewsConfig
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
@@ -123,8 +125,54 @@ def test_a_part_ends_when_it_fails(host_clock):
     assert clock.read() == {"fails": 0, "next": 1}
 
 
+def test_on_a_gpu_the_gpus_time_counts_and_is_waited_for_only_to_read_it(host_clock, monkeypatch):
+    gpu = SimpleNamespace(seconds=0.0, waited=0)
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            assert stream == "this stream"
+            self.at = gpu.seconds
+
+        def elapsed_time(self, later):
+            assert gpu.waited
+            return 1e3 * (later.at - self.at)
+
+    def synchronize(device):
+        gpu.waited += 1
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "this stream")
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    clock = PartClock(torch.device("cuda", 0))
+    with clock.part("outer"):
+        host_clock(50)
+        gpu.seconds += 1
+        with clock.part("inner"):
+            gpu.seconds += 2
+    assert gpu.waited == 0
+    assert clock.read() == {"outer": 1, "inner": 2}
+    assert gpu.waited == 1
+
+
+def one_rank(device=CPU):
+    return SimpleNamespace(device=device, rank=0, world_size=1, wait_for_all=lambda: None, tell_all=lambda value: value)
+
+
+def test_copying_to_the_device_is_measured_where_views_are_made_elsewhere():
+    config = replace(PRESETS["demo"][1], views=ViewsConfig(size=8))
+    bench = _Bench(config=config, parts=None, stopwatch=Stopwatch(one_rank()), round_s=0.01)
+    assert bench._hand_over(4).lowest > 0
+    torch_on_gpu = replace(config, data=replace(config.data, shards="x", backend="torch"))
+    assert not made_on_device(torch_on_gpu, torch.device("cuda"))
+    assert made_on_device(replace(config, data=replace(config.data, shards="x")), torch.device("cuda"))
+    assert made_on_device(torch_on_gpu, CPU)
+
+
 def test_rounds_are_as_long_as_asked_for(host_clock):
-    stopwatch = Stopwatch(SimpleNamespace(device=CPU, wait_for_all=lambda: None, tell_all=lambda value: value))
+    stopwatch = Stopwatch(one_rank())
     calls = iter([60.0, *[0.01] * 1000])
     assert stopwatch.calls_for(lambda: host_clock(next(calls)), 1.0) == 100, "the first call is to warm up"
     assert stopwatch.calls_for(lambda: host_clock(3.0), 1.0) == 1
