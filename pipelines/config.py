@@ -40,8 +40,8 @@ class DataConfig:
     hw_decoder_load: float = 0.65
     """`dali`: share of the JPEGs that the GPU's own engine decodes, where it has one; CUDA decodes the others."""
     stream_samples: int | None = None
-    """Samples of an epoch, for a folder of tars that have no index: they are streamed as they are (torch backend), drawn
-    with replacement, without exact resume or checksums. `make-shards index` gives all of that."""
+    """Samples of an epoch, for a folder of tars that have no index: they are streamed as they are (torch backend),
+    drawn with replacement, without exact resume or checksums. `make-shards index` gives all of that."""
 
     def __post_init__(self) -> None:
         for name in (
