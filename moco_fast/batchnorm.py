@@ -132,7 +132,9 @@ def use_statistics_of_all_ranks(encoder: nn.Module) -> None:
 
     Works on the CPU too, and with timm's layers, unlike torch's own conversion. See `use_group_statistics`.
     """
-    _convert(encoder, batch_norm_over_ranks)
+    # Its collectives stay as they are: compiled code ends before them and goes on after them.
+    eager = torch.compiler.disable(batch_norm_over_ranks)
+    _convert(encoder, cast("Callable[[_BatchNorm, Tensor], Tensor]", eager))
 
 
 def _convert(encoder: nn.Module, normalize: Callable[[_BatchNorm, Tensor], Tensor]) -> None:

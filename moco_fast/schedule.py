@@ -27,10 +27,10 @@ def describe_lr(config: Config) -> str:
         return f"{given}, which nobody published"
     published = ", ".join(f"{lr:g} for {batch}" for batch, lr in optim.published)
     batch, lr = min(optim.published, key=lambda pair: abs(math.log(pair[0] / batch_size)))
-    return (
-        f"{given}, which nobody published: published is {published}; the linear rule would give "
-        f"{lr * batch_size / batch:g}"
-    )
+    linear = lr * batch_size / batch
+    if math.isclose(linear, optim.lr):
+        return f"{given}, which nobody published: {lr:g} for {batch}, which is published, by the linear rule"
+    return f"{given}, which nobody published: published is {published}; the linear rule would give {linear:g}"
 
 
 def lr_at(step: int, num_steps: int, optim: OptimConfig) -> float:

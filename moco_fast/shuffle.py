@@ -167,13 +167,13 @@ def build_policy(bn: BatchNormConfig, *, batch_size: int, local_world_size: int)
         case "virtual":
             if world_size > 1:
                 raise ValueError(
-                    f"bn.policy virtual splits the batch of a single rank, but there are {world_size}: use exchange"
+                    f"--bn.policy virtual splits the batch of a single rank, but there are {world_size}: use exchange"
                 )
             _check_division(batch_size, bn.num_groups, world_size, f"{bn.num_groups} virtual groups")
             return VirtualGroups(bn.num_groups)
         case "exchange":
             if world_size == 1:
-                raise ValueError("bn.policy exchange needs several ranks, and there is one: use virtual")
+                raise ValueError("--bn.policy exchange needs several ranks, and there is one: use virtual")
             group = exchange_group(local_world_size)
             group_size = distributed.world_size(group)
             _check_division(batch_size, group_size, world_size, f"{group_size} ranks that exchange key images")

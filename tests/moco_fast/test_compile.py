@@ -1,5 +1,6 @@
 """torch.compile for every preset: the published parts, around encoders small enough for a test."""
 
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from moco_fast import distributed
+from moco_fast.batchnorm import use_statistics_of_all_ranks
 from moco_fast.build import build
 from moco_fast.config import Config, RunConfig
 from moco_fast.encoders import ENCODERS, Encoder
@@ -132,3 +135,30 @@ def test_inductors_code_trains_the_same():
         ours, expected = (step([make_batch(number)], lr=0.1, momentum=0.9) for step in (compiled, eager))
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(compiled_query.state_dict(), query.state_dict(), rtol=1e-3, atol=1e-5)
+
+
+def step_with_statistics_of_all_ranks(compiled: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    encoder = TinyCnn()
+    use_statistics_of_all_ranks(encoder)
+    if compiled:
+        encoder.compile(backend="aot_eager")
+    images = make_batch(distributed.rank()).view_q.float()
+    losses = []
+    # Torch looks for gradients of what it goes on with, and hides the warning of that in its own way.
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        for _ in range(2):
+            loss = encoder(images).square().sum()
+            loss.backward()
+            losses.append(loss.item())
+    return losses, {name: parameter.grad for name, parameter in encoder.named_parameters()} | dict(
+        encoder.named_buffers()
+    )
+
+
+@pytest.mark.slow
+def test_synchronized_statistics_are_the_same_compiled(run_ranks):
+    for ours, expected in zip(
+        *(run_ranks(step_with_statistics_of_all_ranks, how) for how in (True, False)), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)

@@ -92,6 +92,8 @@ def test_another_batch_or_learning_rate_is_marked(name):
     odd = replace(preset, data=replace(preset.data, batch_size=2 * preset.data.batch_size))
     assert "nobody published: published is " in describe_lr(odd)
     assert describe_lr(odd).endswith(f"the linear rule would give {2 * preset.optim.lr:g}")
+    linear = replace(odd, optim=replace(odd.optim, lr=2 * odd.optim.lr))
+    assert describe_lr(linear).endswith("which is published, by the linear rule")
     assert "nobody published" in describe_lr(replace(preset, optim=replace(preset.optim, lr=0.5)))
     accumulated = replace(preset, optim=replace(preset.optim, accumulate=2))
     assert f"a batch of {2 * preset.data.batch_size}, which nobody" in describe_lr(accumulated)
