@@ -4,8 +4,8 @@
     python benchmarks/loader.py --photos FILE.tar   # on photographs of your own, or --shards DIR
     python benchmarks/loader.py --only torch dali pil [--json FILE] [--plot FILE]
 
-`torch`, `dali` and `exact` (the torch backend with torchvision's own colour operations) are ours. What a user would
-take instead: `pil` is what the authors' code does, PIL and torchvision's transforms in a DataLoader with a worker a
+`torch`, `dali`, `ffcv` and `exact` (the torch backend with torchvision's own colours) are ours. What a user would take
+instead: `pil` is what the authors' code does, PIL and torchvision's transforms in a DataLoader with a worker a
 CPU, to normalized float; `lightly` the same with lightly's MoCoV2Transform; `tv2` torchvision's v2 transforms on uint8
 tensors; `dali-stock` DALI with its random crop, blur and colour operators. All read the same bytes from page cache.
 
@@ -38,6 +38,8 @@ from pipelines.config import DataConfig, ViewsConfig
 from pipelines.cpus import available_cpus
 from pipelines.loader import open_loader
 from shards import ShardSet
+from shards.progress import Progress
+from shards.write_beton import write_beton
 
 Opened = tuple[Iterator[Any], Callable[[], None]]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -211,10 +213,16 @@ def open_dali_stock(options: Options) -> Opened:
 
 
 def open_ours(name: str, options: Options) -> Opened:
+    shards = options.shards
+    if name == "ffcv":
+        # Beside the shards: it is written once.
+        shards = f"{shards.rstrip('/')}.beton"
+        if not Path(shards).exists():
+            write_beton(options.shards, shards, workers=1, progress=Progress(enabled=False))
     data = DataConfig(
-        shards=options.shards,
+        shards=shards,
         batch_size=options.batch_size,
-        backend="dali" if name == "dali" else "torch",
+        backend="torch" if name == "exact" else name,  # pyright: ignore[reportArgumentType]
     )
     views = ViewsConfig(size=options.size, colour="torchvision" if name == "exact" else "linear")
     loader = open_loader(data, views, seed=0, device=torch.device("cpu"))
@@ -261,7 +269,7 @@ def claims_of(rates: dict[str, list[float]], size: int) -> list[Claim]:
             unit="samples/s",
             goal=goals.get((ours, theirs)),
         )
-        for ours in ("torch", "dali", "exact")
+        for ours in ("torch", "dali", "ffcv", "exact")
         if ours in rates
         for theirs in peers
     ]
@@ -276,14 +284,16 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--rounds", type=int, default=3)
-    every = ["torch", "dali", "exact", *VIEWS, "dali-stock"]
+    every = ["torch", "dali", "ffcv", "exact", *VIEWS, "dali-stock"]
     parser.add_argument("--only", nargs="+", choices=every, default=every)
     parser.add_argument("--json", type=Path, help="where to write the claims")
     parser.add_argument("--plot", type=Path, help="where to draw the rates")
     asked = parser.parse_args()
-    names = [name for name in asked.only if name != "lightly" or importlib.util.find_spec("lightly")]
-    if names != asked.only:
-        print("lightly is left out: install benchmarks/requirements.txt to have it")
+    how = {"lightly": "install benchmarks/requirements.txt", "ffcv": "make setup-ffcv"}
+    left_out = [name for name in asked.only if name in how and not importlib.util.find_spec(name)]
+    names = [name for name in asked.only if name not in left_out]
+    for name in left_out:
+        print(f"{name} is left out; to have it: {how[name]}")
     rates: dict[str, list[float]] = {name: [] for name in names}
     costs: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
