@@ -143,6 +143,8 @@ class RunConfig:
     cuda_graphs: bool = False
     """Compile the encoders and replay their kernels as CUDA graphs: for batches so small (about 32 a GPU) that starting
     kernels takes longer than running them. Needs a GPU, and one backward pass a step."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time: slower, and a resumed run is bit-equal on a GPU, too."""
     timeout_s: float = 600.0
     """Seconds that a rank waits for the others before it gives the run up."""
 

@@ -126,6 +126,8 @@ def start(config: RunConfig, *, accumulate: int = 1, env: Mapping[str, str] = os
         raise ValueError("--run.precision fp16 needs a GPU (its loss scaling does): on the CPU take fp32 or bf16")
     if not on_cpu:
         allow_tf32(precision == "tf32")
+    if config.deterministic:
+        _be_deterministic()
     if config.cuda_graphs and on_cpu:
         raise ValueError("--run.cuda-graphs needs a GPU: on the CPU take --run.compile")
     compile_options, compile_note = choose_compile(config, env.get("ACCELERATE_DYNAMO_BACKEND"))
@@ -185,6 +187,12 @@ def allow_tf32(allowed: bool) -> None:
     """Let products of float32 be rounded to 10 bits on tensor cores, or not: torch allows convolutions alone."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _be_deterministic() -> None:
+    # cuBLAS reads it when it is first used (torch's page on use_deterministic_algorithms).
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def choose_compile(config: RunConfig, launcher: str | None) -> tuple[dict[str, str] | None, str | None]:

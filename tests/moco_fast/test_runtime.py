@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -96,3 +98,13 @@ def test_products_are_rounded_only_when_asked():
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.conv.fp32_precision = before[1]
+
+
+def test_deterministic_kernels_are_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "kept")
+    for deterministic in (False, True):
+        start(RunConfig(device="cpu", deterministic=deterministic), env={}).close()
+    assert asked == [True]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == "kept"
