@@ -1,5 +1,6 @@
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -8,6 +9,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that runs the tests in the background makes them ignore it, and the commands that they start inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class RankFailedError(Exception):
