@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that runs the tests in the background makes them ignore it, and the commands that they start inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
