@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 import xxhash
@@ -94,6 +95,13 @@ class _Digest(Protocol):
     def hexdigest(self) -> str: ...
 
 
+def _sync_and_forget(fd: int, num_bytes: int) -> None:
+    """Bring a file's bytes to the disk, and give their memory back: to other programs' files, and to the next bytes."""
+    os.fdatasync(fd)
+    with suppress(OSError):  # only a hint
+        os.posix_fadvise(fd, 0, num_bytes, os.POSIX_FADV_DONTNEED)
+
+
 class TarWriter:
     """Writes a tar through `writev`, and its digest with it.
 
@@ -136,7 +144,7 @@ class TarWriter:
         if self._unsynced_bytes >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
             if self._syncing is not None:
                 self._syncing.result()
-            self._syncing = self._syncer.submit(os.fdatasync, self._fd)
+            self._syncing = self._syncer.submit(_sync_and_forget, self._fd, self.num_bytes)
             self._unsynced_bytes = 0
 
     def _append(self, parts: tuple[bytes, ...]) -> None:
