@@ -80,27 +80,20 @@ def opencv(data: bytes) -> bytes:
     return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
 
 
-def timed(contenders: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; they take turns."""
+def timed(contenders: dict[str, Callable[[Path], object]], folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; they take turns, and get a path where nothing is yet."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    out = folder / "out"
     for number in range(rounds):
         for name, run in contenders.items():
+            # Removing a gigabyte takes half a second, which is nobody's merit.
+            shutil.rmtree(out, ignore_errors=True)
             os.sync()
             begin = time.perf_counter()
-            run()
+            run(out)
             seconds[name].append(time.perf_counter() - begin)
             print(f"  round {number + 1}: {name}: {seconds[name][-1]:.2f} s", file=sys.stderr)
     return seconds
-
-
-def into(run: Callable[[Path], None], folder: Path) -> Callable[[], None]:
-    """A run into a fresh folder; removing what was there is not free, but the same for all."""
-
-    def fresh() -> None:
-        shutil.rmtree(folder / "out", ignore_errors=True)
-        run(folder / "out")
-
-    return fresh
 
 
 def similarity(image: np.ndarray, reference: np.ndarray) -> float:
@@ -143,12 +136,13 @@ def copying(source: Path, folder: Path, rounds: int, num_files: int) -> list["Cl
     plain = {"mean_rgb": False}
     seconds = timed(
         {
-            "tar": into(lambda out: gnu_tar(source, out), folder),
-            "1 worker": into(lambda out: ours(source, out, workers=1, **plain), folder),
-            "2 workers": into(lambda out: ours(source, out, workers=2, **plain), folder),
-            "ShardWriter": into(lambda out: shard_writer(source, out), folder),
-            "start": into(lambda out: ours(tiny, out, workers=2, shard_samples=2, **plain), folder),
+            "tar": lambda out: gnu_tar(source, out),
+            "1 worker": lambda out: ours(source, out, workers=1, **plain),
+            "2 workers": lambda out: ours(source, out, workers=2, **plain),
+            "ShardWriter": lambda out: shard_writer(source, out),
+            "start": lambda out: ours(tiny, out, workers=2, shard_samples=2, **plain),
         },
+        folder,
         rounds,
     )
     what = f"copying {num_files:,} photos"
@@ -171,17 +165,18 @@ def shrinking(source: Path, folder: Path, rounds: int) -> list["Claim"]:
     one, tiny = source / "class0", folder / "tiny"
     cv2.setNumThreads(0)
 
-    def each(shrink: Callable[[bytes], bytes]) -> Callable[[], None]:
-        return lambda: [shrink(data) for data in datas] and None
+    def each(shrink: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+        return lambda _out: [shrink(data) for data in datas]
 
     seconds = timed(
         {
             "opencv": each(opencv),
             "encoding": each(lambda data: encode(data, config).data),
-            "1 worker": into(lambda out: ours(one, out, workers=1, **options), folder),
-            "2 workers": into(lambda out: ours(one, out, workers=2, **options), folder),
-            "start": into(lambda out: ours(tiny, out, workers=2, shard_samples=2, resize=SIDE), folder),
+            "1 worker": lambda out: ours(one, out, workers=1, **options),
+            "2 workers": lambda out: ours(one, out, workers=2, **options),
+            "start": lambda out: ours(tiny, out, workers=2, shard_samples=2, resize=SIDE),
         },
+        folder,
         rounds,
     )
     two = less(seconds["2 workers"], seconds["start"])
@@ -209,9 +204,10 @@ def meaning(source: Path, folder: Path, rounds: int) -> list["Claim"]:
     one = source / "class0"
     seconds = timed(
         {
-            "plain": into(lambda out: ours(one, out, workers=1, mean_rgb=False), folder),
-            "mean": into(lambda out: ours(one, out, workers=1), folder),
+            "plain": lambda out: ours(one, out, workers=1, mean_rgb=False),
+            "mean": lambda out: ours(one, out, workers=1),
         },
+        folder,
         rounds,
     )
     claim = "copying with mean colours (the default) / with --no-mean-rgb, 1 worker"

@@ -37,15 +37,15 @@ class Benchmark:
 
 
 BENCHMARKS = (
-    Benchmark(name="order", words="", limit_s=60),
+    Benchmark(name="order", words="", limit_s=40),
     Benchmark(name="pack", words="--photos {photos} --rounds 3", limit_s=150),
-    Benchmark(name="reading", words="--shards {shards} --seconds 2 --rounds 3", limit_s=40),
-    Benchmark(name="loader", words="--shards {shards} --seconds 3 --rounds 2", limit_s=210, plot="--plot"),
+    Benchmark(name="reading", words="--shards {shards} --seconds 2 --rounds 3", limit_s=60),
+    Benchmark(name="loader", words="--shards {shards} --seconds 3 --rounds 3", limit_s=210, plot="--plot"),
     Benchmark(name="colour", words="--photos {photos} --num 100", limit_s=40),
-    Benchmark(name="step", words="--encoder resnet18 --size 112 --batch 32 --rounds 3", limit_s=120),
-    Benchmark(name="momentum", words="--encoder resnet50 --rounds 20", limit_s=40),
-    Benchmark(name="exchange", script="step", words="--shuffle --batch 32", limit_s=60),
-    Benchmark(name="end_to_end", words="--shards {shards} --seconds 30", limit_s=180, plot="--plot"),
+    Benchmark(name="step", words="--encoder resnet18 --batch 64 --rounds 2", limit_s=180),
+    Benchmark(name="momentum", words="--encoder resnet50 --rounds 20", limit_s=30),
+    Benchmark(name="exchange", script="step", words="--shuffle --batch 32", limit_s=40),
+    Benchmark(name="end_to_end", words="--shards {shards} --seconds 30", limit_s=150, plot="--plot"),
 )
 
 
