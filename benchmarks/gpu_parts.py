@@ -213,7 +213,7 @@ def momentum(job: Job, *, encoder: str) -> Outcome:
 
     device = torch.device(job.device)
     query = build_encoder(ModelConfig(encoder=encoder))
-    query.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    query.to(device, memory_format=torch.channels_last)
     key = copy_as_key_encoder(query)
     update = MomentumUpdate(query, key)
     flat_query, flat_key = (torch.cat([p.detach().flatten() for p in each.parameters()]) for each in (query, key))
@@ -411,7 +411,7 @@ def _recipe(
         views=replace(base.views, size=size),
         model=replace(base.model, encoder=encoder),
         moco=replace(base.moco, queue_size=queue),
-        bn=BatchNormConfig(policy=policy),  # pyright: ignore[reportArgumentType]
+        bn=BatchNormConfig(policy=policy),
         run=replace(base.run, device=job.device, precision=precision, compile=compile, cuda_graphs=cuda_graphs),
     )
 

@@ -60,7 +60,7 @@ class EncodedPhotos:
     def __init__(self, shards: str) -> None:
         opened = ShardSet.open(shards)
         self._places = [
-            (str(opened.shard_path(shard)), int(record["offset"]), int(record["size"]))
+            (opened.shard_path(shard), int(record["offset"]), int(record["size"]))
             for shard in range(opened.num_shards)
             for record in opened.index(shard)
         ]
@@ -70,7 +70,7 @@ class EncodedPhotos:
 
     def __getitem__(self, index: int) -> bytes:
         path, offset, size = self._places[index]
-        with open(path, "rb") as file:  # noqa: PTH123 - as quick as it gets
+        with path.open("rb") as file:
             file.seek(offset)
             return file.read(size)
 
@@ -106,7 +106,7 @@ def pil_views(size: int) -> Callable[[bytes], Any]:
 
 def lightly_views(size: int) -> Callable[[bytes], Any]:
     """What lightly gives for MoCo v2, at its own settings but for the size."""
-    from lightly.transforms import MoCoV2Transform  # pyright: ignore[reportMissingImports]
+    from lightly.transforms import MoCoV2Transform
 
     transform = MoCoV2Transform(input_size=size)
     return lambda encoded: tuple(transform(Image.open(io.BytesIO(encoded)).convert("RGB")))
@@ -222,7 +222,7 @@ def open_ours(name: str, options: Options) -> Opened:
     data = DataConfig(
         shards=shards,
         batch_size=options.batch_size,
-        backend="torch" if name == "exact" else name,  # pyright: ignore[reportArgumentType]
+        backend="torch" if name == "exact" else name,
     )
     views = ViewsConfig(size=options.size, colour="torchvision" if name == "exact" else "linear")
     loader = open_loader(data, views, seed=0, device=torch.device("cpu"))

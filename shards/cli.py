@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from shards.config import PackConfig
+from shards.config import WORK_FOLDER, PackConfig
 from shards.errors import PackError
 
 __all__ = ["main"]
@@ -32,7 +32,7 @@ class VerifyCommand:
     """Also decode every pixel."""
     workers: int | None = None
     """Worker processes; unset: one for each CPU that this process may use."""
-    work_folder: str = "/tmp"  # noqa: S108 - a default that the user sees and may change
+    work_folder: str = WORK_FOLDER
     """Where the set is in a bucket: local folder for what is being looked at."""
 
 
@@ -44,7 +44,7 @@ class IndexCommand:
     """Folder of the tars, local or s3:// gs:// az://."""
     workers: int | None = None
     """Worker processes; unset: one for each CPU that this process may use."""
-    work_folder: str = "/tmp"  # noqa: S108 - a default that the user sees and may change
+    work_folder: str = WORK_FOLDER
     """Where the set is in a bucket: local folder for what is being looked at."""
 
 
@@ -56,7 +56,7 @@ class InspectCommand:
     """Folder that holds manifest.json, local or s3:// gs:// az:// http(s)://."""
     sheet: str | None = None
     """Write a sheet of pictures to this PNG file."""
-    work_folder: str = "/tmp"  # noqa: S108 - a default that the user sees and may change
+    work_folder: str = WORK_FOLDER
     """Where the set is in a bucket: local folder for what is being looked at."""
 
 
@@ -78,7 +78,7 @@ class FinishCommand:
 
     folder: tyro.conf.Positional[str]
     """The folder that was given as --out."""
-    work_folder: str = "/tmp"  # noqa: S108 - a default that the user sees and may change
+    work_folder: str = WORK_FOLDER
     """Where the target is a bucket: local folder for the plan."""
     max_rejected: float = 0.05
     """Exit with an error when more than this share of the inputs was rejected."""

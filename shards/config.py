@@ -4,7 +4,10 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["Columns", "EncodeConfig", "PackConfig"]
+__all__ = ["WORK_FOLDER", "Columns", "EncodeConfig", "PackConfig"]
+
+WORK_FOLDER = "/tmp"  # noqa: S108 - a default that the user sees and may change
+"""Where unfinished work for a bucket is kept on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,7 @@ class PackConfig(EncodeConfig):
     """Write nothing: list the inputs, try a few, and tell counts, sizes, time and how fast the result will decode."""
     part: str | None = None
     """I/N: write only part I (from 0) of N, for array jobs that share OUT; then `make-shards finish OUT`."""
-    work_folder: str = "/tmp"  # noqa: S108 - a default that the user sees and may change
+    work_folder: str = WORK_FOLDER
     """Where the target is a bucket: local folder for the plan and for shards that are being written."""
     workers: int | None = None
     """Worker processes; unset: one for each CPU that this process may use, or that the Ray cluster has."""

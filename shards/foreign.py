@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shards.codecs import crc32c
+from shards.config import WORK_FOLDER
 from shards.errors import PackError
 from shards.index import INDEXED, RECORD, Flag, flag_name, npy_header
 from shards.jpeg import JpegError, is_jpeg, parse_jpeg
@@ -144,7 +145,7 @@ def index_folder(
     folder: str,
     *,
     workers: int,
-    work_folder: str = "/tmp",  # noqa: S108 - the command line's default
+    work_folder: str = WORK_FOLDER,
     progress: Progress | None = None,
 ) -> Indexed:
     """Write indexes and a manifest beside the tars of a folder. The tars are only read.

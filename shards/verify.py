@@ -12,6 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shards.codecs import crc32c, decode_jpeg
+from shards.config import WORK_FOLDER
 from shards.index import INDEXED, Flag, ShardSet
 from shards.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.manifest import Manifest, ShardEntry
@@ -61,7 +62,7 @@ def verify(
     *,
     decode: bool = False,
     workers: int = 1,
-    work_folder: str = "/tmp",  # noqa: S108 - the command line's default
+    work_folder: str = WORK_FOLDER,
     progress: Progress | None = None,
 ) -> list[Problem]:
     """Check digests, tar structure, offsets, labels, checksums and image headers of a set.
