@@ -143,21 +143,31 @@ def table(seconds: dict[str, list[float]], *, base: str) -> str:
     return "\n".join(lines)
 
 
-def bars(values: dict[str, list[float]], *, title: str, path: Path, unit: str = "ms") -> None:
-    """Draw the medians, with whiskers from the lowest to the highest; `ms` takes seconds, other units values as is."""
+def bars(path: Path | None, panels: dict[str, dict[str, list[float]]], *, unit: str = "ms") -> None:
+    """Draw what `--plot FILE` asks for, if it does.
+
+    A panel for each title: medians, with whiskers from the lowest to the highest; `ms` takes seconds, other units take
+    values as they are.
+    """
+    if path is None:
+        return
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     scale = 1e3 if unit == "ms" else 1.0
-    middle = [scale * median(of_one) for of_one in values.values()]
-    below = [m - scale * min(of_one) for m, of_one in zip(middle, values.values(), strict=True)]
-    above = [scale * max(of_one) - m for m, of_one in zip(middle, values.values(), strict=True)]
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.5 * len(values)), layout="constrained")
-    axes.barh(list(values), middle, xerr=[below, above], color="#4878a8")
-    axes.invert_yaxis()
-    axes.set(xlabel=unit, title=title)
+    heights = [0.6 + 0.5 * len(values) for values in panels.values()]
+    figure, every_axes = plt.subplots(
+        len(panels), figsize=(8, sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
+    )
+    for axes, (title, values) in zip(every_axes[:, 0], panels.items(), strict=True):
+        middle = [scale * median(of_one) for of_one in values.values()]
+        below = [m - scale * min(of_one) for m, of_one in zip(middle, values.values(), strict=True)]
+        above = [scale * max(of_one) - m for m, of_one in zip(middle, values.values(), strict=True)]
+        axes.barh(list(values), middle, xerr=[below, above], color="#4878a8")
+        axes.invert_yaxis()
+        axes.set(xlabel=unit, title=title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)

@@ -126,8 +126,7 @@ def main() -> None:
             print(f"```\n{table(result)}\n```\n")
     print(claims_table(claims))
     write_claims(options.json, claims)
-    if options.plot:
-        bars(rates, title=f"Training end to end: {what}", path=options.plot, unit=unit)
+    bars(options.plot, {f"Training end to end: {what}": rates}, unit=unit)
 
 
 if __name__ == "__main__":

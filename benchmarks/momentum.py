@@ -1,6 +1,6 @@
 """The momentum update of an encoder: ours against the authors' loop and the limit of memory.
 
-    python benchmarks/momentum.py --encoder resnet50 --out build/momentum
+    python benchmarks/momentum.py --encoder resnet50 [--json FILE] [--plot FILE]
 
 Alternating, in one process; the ratio is taken round by round. The limit is one `lerp_` over one flat buffer.
 """
@@ -22,8 +22,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=Path("build/momentum"))
     parser.add_argument("--json", type=Path, help="where to write the claims")
+    parser.add_argument("--plot", type=Path, help="where to draw the times")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -69,8 +69,7 @@ def main() -> None:
     ]
     write_claims(options.json, claims)
     print(f"{header(options.device)}\n\n{claims_table(claims)}\n\n{title}, {options.rounds} rounds\n\n{result}")
-    bars(seconds, title=title, path=options.out / "momentum.svg")
-    (options.out / "momentum.md").write_text(f"{title}\n\n{result}\n")
+    bars(options.plot, {title: seconds})
 
 
 if __name__ == "__main__":

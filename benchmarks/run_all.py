@@ -32,20 +32,20 @@ class Benchmark:
     """Ends it; the limits add up to a quarter of an hour."""
     script: str = ""
     """Its file, if it is not called like the benchmark."""
-    plot: str = ""
-    """Option that takes the file for a plot."""
+    plot: bool = False
+    """Whether it draws one."""
 
 
 BENCHMARKS = (
     Benchmark(name="order", words="", limit_s=40),
     Benchmark(name="pack", words="--photos {photos} --rounds 3", limit_s=150),
     Benchmark(name="reading", words="--shards {shards} --seconds 2 --rounds 3", limit_s=60),
-    Benchmark(name="loader", words="--shards {shards} --seconds 3 --rounds 3", limit_s=210, plot="--plot"),
+    Benchmark(name="loader", words="--shards {shards} --seconds 3 --rounds 3", limit_s=210, plot=True),
     Benchmark(name="colour", words="--photos {photos} --num 100", limit_s=40),
-    Benchmark(name="step", words="--encoder resnet18 --batch 64 --rounds 2", limit_s=180),
-    Benchmark(name="momentum", words="--encoder resnet50 --rounds 20", limit_s=30),
-    Benchmark(name="exchange", script="step", words="--shuffle --batch 32", limit_s=40),
-    Benchmark(name="end_to_end", words="--shards {shards} --seconds 30", limit_s=150, plot="--plot"),
+    Benchmark(name="step", words="--encoder resnet18 --batch 64 --rounds 2", limit_s=180, plot=True),
+    Benchmark(name="momentum", words="--encoder resnet50 --rounds 20", limit_s=30, plot=True),
+    Benchmark(name="exchange", script="step", words="--shuffle --batch 32", limit_s=40, plot=True),
+    Benchmark(name="end_to_end", words="--shards {shards} --seconds 30", limit_s=150, plot=True),
 )
 
 
@@ -56,7 +56,7 @@ def run(benchmark: Benchmark, places: dict[str, str], results: Path, build: Path
     script = f"benchmarks/{benchmark.script or benchmark.name}.py"
     words = [script, *benchmark.words.split()]
     if benchmark.plot:
-        words += [benchmark.plot, str(results / f"{benchmark.name}.svg")]
+        words += ["--plot", str(results / f"{benchmark.name}.svg")]
     filled = [word.format_map(places) for word in [*words, "--json", str(claims)]]
     log = build / f"{benchmark.name}.log"
     with log.open("w") as errors:

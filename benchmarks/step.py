@@ -190,7 +190,7 @@ class Supervised:
         self.optimizer.zero_grad()
 
 
-def compare_steps(setting: Setting, rounds: int, out: Path, json: Path | None) -> None:
+def compare_steps(setting: Setting, rounds: int, json: Path | None, plot: Path | None) -> None:
     """Print and draw whole steps, then the parts of ours; write the claims."""
     views = setting.views()
     ours = Ours(setting, views)
@@ -221,11 +221,12 @@ def compare_steps(setting: Setting, rounds: int, out: Path, json: Path | None) -
     print(f"Samples/s: {', '.join(f'{name} {setting.batch / median(values):.1f}' for name, values in steps.items())}")
     if setting.device.type == "cuda":
         print(f"Peak memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    bars(steps, title=title, path=out / "steps.svg")
-    bars(parts, title=f"Parts of ours: {title}", path=out / "parts.svg")
+    bars(plot, {title: steps, "Parts of ours": parts})
 
 
-def shuffle_on_rank(rank: int, store: str, batch: int, size: int, rounds: int, out: Path, json: Path | None) -> None:
+def shuffle_on_rank(
+    rank: int, store: str, batch: int, size: int, rounds: int, json: Path | None, plot: Path | None
+) -> None:
     """One of two gloo ranks: the exchange against the authors' gather, at equal dtype and as each is used."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -256,7 +257,7 @@ def shuffle_on_rank(rank: int, store: str, batch: int, size: int, rounds: int, o
         write_claims(json, claims)
         print(f"{header()}\n\n{claims_table(claims)}\n")
         print(f"{title}\n\n{table(seconds, base='exchange, uint8 (ours)')}")
-        bars(seconds, title=title, path=out / "shuffle.svg")
+        bars(plot, {title: seconds})
     dist.destroy_process_group()
 
 
@@ -272,12 +273,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--shuffle", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("build/step"))
     parser.add_argument("--json", type=Path, help="where to write the claims")
+    parser.add_argument("--plot", type=Path, help="where to draw the times")
     options = parser.parse_args()
     if options.shuffle:
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (f"{folder}/store", options.batch, options.size, options.rounds, options.out, options.json)
+            arguments = (f"{folder}/store", options.batch, options.size, options.rounds, options.json, options.plot)
             torch.multiprocessing.spawn(shuffle_on_rank, arguments, nprocs=2)
         return
     if options.threads is not None:
@@ -291,7 +292,7 @@ def main() -> None:
         precision=options.precision,
         compile=options.compile,
     )
-    compare_steps(setting, options.rounds, options.out, options.json)
+    compare_steps(setting, options.rounds, options.json, options.plot)
 
 
 if __name__ == "__main__":
