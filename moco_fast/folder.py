@@ -10,7 +10,7 @@ from moco_fast.config import Config, differences, from_dict, to_dict
 
 __all__ = ["RunFolder", "open_folder"]
 
-# What may change between two starts of the same run: nothing here alters what is computed.
+# What may change between two starts of the same run: nothing here alters what is trained.
 _FREE = (
     "--run.out",
     "--run.device",
@@ -19,6 +19,8 @@ _FREE = (
     "--data.prefetch",
     "--data.read-threads",
     "--data.cache",
+    "--optim.published",
+    "--eval.every-steps",
     "--checkpoint.",
     "--log.",
 )

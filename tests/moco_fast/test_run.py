@@ -112,9 +112,13 @@ def test_both_encoders_move_and_stay_apart(uninterrupted):
     assert not torch.equal(later[f"key.{name}"], later[f"query.{name}"])
 
 
-def test_a_finished_run_is_not_run_again(packed_demo, uninterrupted):
-    before = exact_numbers(uninterrupted)
-    assert "finished 20 steps" in Training(packed_demo, uninterrupted).finish()
+def test_a_finished_run_is_not_run_again_even_if_watched_otherwise(packed_demo, uninterrupted):
+    before, file = exact_numbers(uninterrupted), uninterrupted / "config.json"
+    config = json.loads(file.read_text())
+    config["optim"]["published"] = [[32, 0.06]]  # What is known of the recipe may grow with a release.
+    file.write_text(json.dumps(config))
+    watched_otherwise = ("--eval.every-steps", "3", "--log.every-steps", "7", "--checkpoint.every-steps", "4")
+    assert "finished 20 steps" in Training(packed_demo, uninterrupted, *watched_otherwise).finish()
     assert exact_numbers(uninterrupted) == before
 
 
