@@ -1,6 +1,6 @@
 """How packing goes wrong: for one input, or for the whole command."""
 
-__all__ = ["PackError", "Rejected"]
+__all__ = ["PackError", "RefusedError", "Rejected"]
 
 
 class Rejected(Exception):  # noqa: N818 - an outcome of packing, not an error
@@ -19,3 +19,16 @@ class Rejected(Exception):  # noqa: N818 - an outcome of packing, not an error
 
 class PackError(ValueError):
     """Packing cannot go on; what is finished stays, and the same command continues from there."""
+
+
+class RefusedError(PackError):
+    """A web server will not give one file, now or later.
+
+    Args:
+        message: what to tell where the file was needed.
+        status: the server's answer, such as `403 Forbidden`.
+    """
+
+    def __init__(self, message: str, status: str) -> None:
+        super().__init__(message)
+        self.status = status

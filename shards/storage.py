@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import weakref
 from collections.abc import Iterator
 from datetime import timedelta
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
-from shards.errors import PackError
+from shards.errors import PackError, RefusedError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -37,6 +38,8 @@ _ENDPOINTS = {
     "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
 }
 """Variables that send a scheme's requests elsewhere; an address there is a decision for what it says."""
+_REFUSAL = re.compile(r"status code: (4(?!08|29)\d\d [\w ']+)")
+"""What a web server says for good: not "too slow" (408) or "too many" (429)."""
 _WINDOW_BYTES = 4 << 20
 _UPLOAD_BYTES = 16 << 20
 
@@ -283,7 +286,9 @@ class Folder:
         # The libraries' messages are many lines; the first says what happened.
         reason = str(error).strip().partition("\n")[0][:300]
         where = f"{self.url}/{name}" if name else self.url
-        return PackError(f"cannot {verb} {where}: {reason}. Mend this and run the same command again")
+        message = f"cannot {verb} {where}: {reason}. Mend this and run the same command again"
+        refusal = _REFUSAL.search(reason) if self.url.startswith("http") else None
+        return RefusedError(message, refusal[1]) if refusal else PackError(message)
 
 
 open_folder = lru_cache(maxsize=64)(Folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 from urllib.parse import unquote
 
-from shards.errors import PackError, Rejected
+from shards.errors import PackError, RefusedError, Rejected
 from shards.sources.base import Columns, Input, Source, printable
 from shards.sources.folder import read_file
 from shards.storage import SeekableFile, is_url, open_bytes, open_folder, split_url
@@ -128,9 +128,11 @@ class ListSource:
             return open_folder(folder).read(base)
         except FileNotFoundError:
             raise Rejected("unreadable", "no such object") from None
+        except RefusedError as refused:
+            raise Rejected("unreadable", refused.status) from None
+        except PackError:
+            raise
         except ValueError as error:
-            if isinstance(error, PackError):
-                raise
             raise Rejected("unreadable", str(error)) from None
 
     def describe(self, name: bytes) -> str:

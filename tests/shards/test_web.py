@@ -118,6 +118,20 @@ def test_faults_of_a_web_server_are_overcome_or_told(tmp_path, fault):
         assert shard_bytes(tmp_path / "never") == shard_bytes(tmp_path / "local")
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden", "410 Gone"])
+def test_an_image_that_a_web_server_refuses_is_rejected_with_its_answer(tmp_path, status):
+    files = {f"d/{i}.jpg": jpeg(i) for i in range(5)} | {"d/list.txt": b"".join(b"%d.jpg\n" % i for i in range(5))}
+    with serving(Web, files) as (address, server):
+        server.fault, server.broken, server.remaining = status[:3], "3.jpg", 10**6
+        out = tmp_path / "out"
+        manifest = pack(config(f"{address}/d/list.txt", out=out, labels="none", max_rejected=1.0))[""]
+    assert (manifest.num_samples, manifest.rejections) == (4, {"unreadable": 1})
+    (rejected,) = map(json.loads, (out / "rejected.jsonl").read_text().splitlines())
+    assert rejected["detail"] == status
+    assert images(out) == sorted(jpeg(i) for i in (0, 1, 2, 4))
+
+
 def test_a_set_on_a_web_server_is_verified_and_inspected(tmp_path, capsys):
     pack(config(fill(tmp_path / "in", 6, classes=2), out=tmp_path / "out"))
     files = {f"set/{name}": data for name, data in contents(tmp_path / "out").items()}

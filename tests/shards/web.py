@@ -44,8 +44,8 @@ class Web(http.server.BaseHTTPRequestHandler):
 
     def is_answered(self) -> bool:
         """Do what `fault` says; True where an answer is still given, a short one."""
-        if self.fault == "503":
-            self.answer(503, b"busy")
+        if self.fault.isdecimal():
+            self.answer(int(self.fault), b"")
         elif self.fault == "stall":
             self.release.wait(20)
         self.close_connection = True
