@@ -145,7 +145,7 @@ def copying(source: Path, folder: Path, rounds: int, num_files: int) -> list["Cl
         folder,
         rounds,
     )
-    what = f"copying {num_files:,} photos"
+    what = f"copying {num_files:,} photos with --no-mean-rgb"
     two = less(seconds["2 workers"], seconds["start"])
     print(f"Starting two workers took {median(seconds['start']):.2f} s; claims are without it.")
     against = {"unit": "s", "less_is_better": True}
