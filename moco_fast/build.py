@@ -25,7 +25,7 @@ from moco_fast.step import TrainStep
 from pipelines.loader import Loader, open_loader
 from shards import ShardSet
 
-__all__ = ["Parts", "build"]
+__all__ = ["Parts", "build", "open_run_loader"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +73,7 @@ def build(config: Config, runtime: Runtime) -> Parts:
         query.compile(**runtime.compile_options)
         key.compile(**runtime.compile_options)
     train_step = _build_step(config, runtime, query, key, dictionary, optimizer)
-    loader = open_loader(
-        config.data,
-        config.views,
-        seed=config.run.seed,
-        device=runtime.device,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        local_world_size=runtime.local_world_size,
-    )
+    loader = open_run_loader(config, runtime)
     return Parts(
         query=query,
         key=key,
@@ -90,6 +82,19 @@ def build(config: Config, runtime: Runtime) -> Parts:
         train_step=train_step,
         loader=loader,
         num_steps=run_length(config, batches_per_epoch=len(loader)),
+    )
+
+
+def open_run_loader(config: Config, runtime: Runtime) -> Loader:
+    """This rank's loader of the run. Raises ValueError: the configuration does not fit the data or the world."""
+    return open_loader(
+        config.data,
+        config.views,
+        seed=config.run.seed,
+        device=runtime.device,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        local_world_size=runtime.local_world_size,
     )
 
 

@@ -8,18 +8,19 @@ from itertools import count
 
 import torch
 
+from moco_fast.build import open_run_loader
 from moco_fast.config import Config
 from moco_fast.runtime import Runtime
 from pipelines.backends import choose
 from pipelines.batch import TwoViewBatch
 from pipelines.config import ViewConfig, ViewsConfig
-from pipelines.loader import Loader, find_tars, open_loader
+from pipelines.loader import Loader, find_tars
 from pipelines.order import EpochOrder, OrderPlan
 from pipelines.reader import Reader
 from pipelines.samples import Pending
 from pipelines.sets import cache_for_training, open_readable
 
-__all__ = ["can_read", "decoding", "made_on_device", "open_for", "reading", "resident_batch"]
+__all__ = ["can_read", "decoding", "made_on_device", "reading", "resident_batch"]
 
 # Two crops of a few pixels, and nothing done to them: what is left is decoding.
 _NOTHING = ViewConfig(crop_scale=(1e-4, 2e-4), flip_p=0.0, jitter_p=0.0, grayscale_p=0.0, blur_p=0.0)
@@ -62,23 +63,10 @@ def reading(config: Config, runtime: Runtime) -> Iterator[Iterator[int]]:
         reader.close()
 
 
-def open_for(config: Config, runtime: Runtime) -> Loader:
-    """The run's loader."""
-    return open_loader(
-        config.data,
-        config.views,
-        seed=config.run.seed,
-        device=runtime.device,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        local_world_size=runtime.local_world_size,
-    )
-
-
 def decoding(config: Config, runtime: Runtime) -> Loader:
     """The run's loader with views that cost next to nothing, in epoch 2."""
     data = replace(config.data, backend=_backend(config, runtime.device))  # pyright: ignore[reportArgumentType]
-    loader = open_for(replace(config, data=data, views=_SMALLEST), runtime)
+    loader = open_run_loader(replace(config, data=data, views=_SMALLEST), runtime)
     loader.load_state_dict({"epoch": 2, "step": 0})
     return loader
 

@@ -10,12 +10,12 @@ import torch
 
 from moco_fast import console
 from moco_fast.bench.clock import PartClock
-from moco_fast.bench.loading import can_read, decoding, made_on_device, open_for, reading, resident_batch
+from moco_fast.bench.loading import can_read, decoding, made_on_device, reading, resident_batch
 from moco_fast.bench.parts import on_a_clock
 from moco_fast.bench.result import BenchResult, Rate
 from moco_fast.bench.stopwatch import Job, Stopwatch
 from moco_fast.bench.turns import Round, Turns, made_ahead
-from moco_fast.build import Parts, build
+from moco_fast.build import Parts, build, open_run_loader
 from moco_fast.config import Config
 from moco_fast.runtime import Runtime, start
 from moco_fast.shuffle import resolve_policy
@@ -69,7 +69,7 @@ def measure(
         if "decoding" in stages and can_read(config):
             tell("decoding")
             found |= bench.decoding()
-        with closing(open_for(fitted, runtime)) as loader:
+        with closing(open_run_loader(fitted, runtime)) as loader:
             in_turns = [stage for stage in STAGES[2:] if stage in stages]
             tell(", ".join(in_turns).replace("_", " "))
             found |= bench.in_turns(in_turns, loader)
