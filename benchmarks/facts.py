@@ -3,9 +3,10 @@
     python benchmarks/cifar10.py --data cifar10-jpeg.tar.xz --out build/cifar10 --parts   # only packs the images
     python benchmarks/facts.py --train build/cifar10/shards/train --val build/cifar10/shards/test --out build/facts
 
-With m = 0 learning fails; a larger dictionary helps; without shuffling BN the contrastive task gets easier but learning
-does not follow. Every row is a whole run of the recipe `cifar10` with one option changed. Without shuffling, batch
-statistics are still those of the same small groups, and only the key images stay where they are.
+With m = 0 learning fails; a larger dictionary helps, as long as its keys are consistent; without shuffling BN the
+contrastive task gets easier but learning does not follow. Every row is a whole run of one small recipe with one option
+changed. Without shuffling, batch statistics are those of the same small groups, and only the key images stay where they
+are.
 
 Interrupted, the same command goes on where it was. Writes facts.md and facts.svg: kNN top-1, the loss and the accuracy
 of the contrastive task at the end of the run, means over seeds.
@@ -35,14 +36,17 @@ NOT_SHUFFLED = "not shuffled"
 _SMALL_GROUPS = ["--bn.num-groups", "16"]
 FACTS: dict[str, dict[str, list[str]]] = {
     "momentum m": {m: ["--moco.momentum", m] for m in ("0.0", "0.9", "0.99", "0.999")},
-    "dictionary size K": {k: ["--moco.queue-size", k] for k in ("64", "1024", "4096")},
-    "BN in groups of 8": {"shuffled": _SMALL_GROUPS, NOT_SHUFFLED: _SMALL_GROUPS},
+    "dictionary size K": {k: ["--moco.queue-size", k] for k in ("1", "16", "256", "4096")},
+    "BN in groups of 4": {"shuffled": _SMALL_GROUPS, NOT_SHUFFLED: _SMALL_GROUPS},
 }
+BATCH_SIZE = 64
 RECIPE = (
-    "--model.encoder resnet18_quarter --data.batch-size 128 --bn.num-groups 4 --moco.queue-size 1024 --run.device cpu "
-    "--run.precision fp32 --eval.k 20 --eval.every-steps 1000000 --checkpoint.every-steps 50 --checkpoint.keep 1 "
+    f"--model.encoder resnet18_quarter --model.stem imagenet --model.head mlp --data.batch-size {BATCH_SIZE} "
+    "--bn.num-groups 2 --moco.queue-size 256 --moco.momentum 0.99 --optim.lr 0.03 --run.device cpu "
+    "--run.precision fp32 --eval.k 20 --eval.every-steps 1000000 --checkpoint.every-steps 500 --checkpoint.keep 1 "
     "--log.every-steps 10 --log.no-tensorboard"
 )
+"""Small enough for some minutes on a core: the stem leaves 8 x 8 of a view of 32 x 32."""
 NUM_LAST_LINES = 5
 """Lines of metrics at the end of a run over which loss and accuracy are averaged."""
 
@@ -92,7 +96,7 @@ def run(words: list[str], seed: int, options: argparse.Namespace, *, shuffled: b
 def measure(fact: str, value: str, seeds: list[int], options: argparse.Namespace) -> Row:
     """All seeds of one value; an option that the recipe has already is left to it."""
     words = FACTS[fact][value]
-    words = [] if " ".join(words) in RECIPE or words == ["--moco.momentum", "0.99"] else words
+    words = [] if f"{' '.join(words)} " in RECIPE else words
     records = [run(words, seed, options, shuffled=value != NOT_SHUFFLED) for seed in seeds]
     ends = [record.training[-NUM_LAST_LINES:] for record in records]
     return Row(
@@ -112,7 +116,7 @@ def judge(rows: list[Row]) -> list[Claim]:
     shuffled, leaking = of[bn, "shuffled"], of[bn, NOT_SHUFFLED]
     compared = {
         "kNN top-1 with m = 0.99 instead of 0": (of[m, "0.99"].top1, of[m, "0.0"].top1),
-        "kNN top-1 with K = 4,096 instead of 64": (of[k, "4096"].top1, of[k, "64"].top1),
+        "kNN top-1 with K = 256 instead of 1": (of[k, "256"].top1, of[k, "1"].top1),
         "kNN top-1 with shuffling BN instead of without": (shuffled.top1, leaking.top1),
     }
     claims = [compare(text, one, other, unit="of images", goal=1.0) for text, (one, other) in compared.items()]
@@ -125,9 +129,10 @@ def as_markdown(rows: list[Row], claims: list[Claim], num_seeds: int, steps: int
     command = shlex.join(["python", "benchmarks/facts.py", *sys.argv[1:]])
     text = (
         f"# Facts of the paper on CIFAR-10\n\n{header()}\n\n    {command}\n\n"
-        f"ResNet-18's layout at a quarter of its channels, {steps} steps of 128, means over {num_seeds} seeds; loss "
-        f"and accuracy of the contrastive task over the last {10 * NUM_LAST_LINES} steps. Losses of different K do not "
-        "compare.\n\n| | | kNN top-1 | spread | loss | contrastive accuracy |\n|---|---|---|---|---|---|\n"
+        f"ResNet-18's layout at a quarter of its channels, {steps:,} steps of {BATCH_SIZE}, means over {num_seeds} "
+        f"seeds; loss and accuracy of the contrastive task over the last {10 * NUM_LAST_LINES} steps. Losses of "
+        "different K do not compare.\n\n"
+        "| | | kNN top-1 | spread | loss | contrastive accuracy |\n|---|---|---|---|---|---|\n"
     )
     for row in rows:
         numbers = f"{mean(row.top1):.1%} | {pstdev(row.top1):.1%} | {mean(row.loss):.3f} | {mean(row.accuracy):.1%}"
@@ -145,7 +150,7 @@ def draw(rows: list[Row], path: Path) -> None:
         shown = [row for row in rows if row.fact == fact]
         heights, spreads = [mean(row.top1) for row in shown], [pstdev(row.top1) for row in shown]
         axes.bar([row.value for row in shown], heights, yerr=spreads, color="#4878a8")
-        axes.set(title=fact, ylim=(0.25, None))
+        axes.set(title=fact, ylim=(0.2, None))
     panels[0].set_ylabel("kNN top-1")
     for row in rows:
         if row.fact == list(FACTS)[-1]:
@@ -162,7 +167,7 @@ def main() -> None:
     parser.add_argument("--val", type=Path, required=True, help="folder of held-out shards")
     parser.add_argument("--out", type=Path, default=Path("build/facts"))
     parser.add_argument("--json", type=Path, help="write the claims here")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--threads", type=int, default=2, help="of the training step")
     parser.add_argument("--workers", type=int, default=2, help="processes that make views")
