@@ -57,7 +57,7 @@ def build(config: Config, runtime: Runtime) -> Parts:
     torch.manual_seed(config.run.seed)
     query = build_encoder(config.model)
     convert_batch_norm(query, config.bn)
-    query.to(runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    query.to(runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - undeclared
     broadcast_([*query.parameters(), *query.buffers()])
     dictionary = build_dictionary(
         config.moco,

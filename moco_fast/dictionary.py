@@ -63,7 +63,7 @@ class MemoryBank(nn.Module):
         return info_nce(queries, keys, self.keys[drawn], temperature)
 
     @torch.no_grad()
-    def take_in(self, queries: Tensor, keys: Tensor, index: Tensor) -> None:  # noqa: ARG002
+    def take_in(self, queries: Tensor, keys: Tensor, index: Tensor) -> None:  # noqa: ARG002 - the protocol's
         """Move the samples' keys towards their queries, and back to unit length."""
         index = distributed.all_gather_rows(index.to(self.keys.device, non_blocking=True))
         queries = distributed.all_gather_rows(queries)

@@ -44,13 +44,13 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, rows: Tensor) -> Tensor:  # noqa: ARG004 - autograd's
         gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
         _all_gather_into(gathered, rows.contiguous())
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004 - autograd's
         # Every rank's loss depends on these rows: their gradients add up.
         total = grads[0].contiguous().clone()
         dist.all_reduce(total)
@@ -64,13 +64,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004 - autograd's
         total = values.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004 - autograd's
         total = grads[0].contiguous().clone()
         dist.all_reduce(total)
         return total

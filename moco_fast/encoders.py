@@ -59,7 +59,7 @@ def build_encoder(model: ModelConfig) -> Encoder:
         _use_cifar_stem(backbone, model.encoder)
     if model.freeze_patch_projection:
         _freeze_patch_projection(backbone, model.encoder)
-    feature_dim = int(backbone.num_features)  # pyright: ignore[reportArgumentType]
+    feature_dim = int(backbone.num_features)  # pyright: ignore[reportArgumentType] - timm does not declare it
     head, predictor = _build_head(model, feature_dim, is_transformer=isinstance(backbone, VisionTransformer))
     return Encoder(backbone, head, predictor, feature_dim=feature_dim, dim=model.dim)
 
@@ -72,7 +72,7 @@ def _narrow_resnet18(width: int) -> nn.Module:
     # The deep stem is the only one of timm's whose width follows `stem_width` (its output has twice as many channels).
     channels = (width, 2 * width, 4 * width, 8 * width)
     return ResNet(
-        BasicBlock,  # pyright: ignore[reportArgumentType]
+        BasicBlock,  # pyright: ignore[reportArgumentType] - timm declares another block
         (2, 2, 2, 2),
         num_classes=0,
         channels=channels,
@@ -104,7 +104,7 @@ def _moco_vit(name: str, **options: Any) -> nn.Module:
     nn.init.uniform_(patches.weight, -bound, bound)
     assert patches.bias is not None
     nn.init.zeros_(patches.bias)
-    nn.init.normal_(vit.cls_token, std=1e-6)  # pyright: ignore[reportArgumentType]
+    nn.init.normal_(vit.cls_token, std=1e-6)  # pyright: ignore[reportArgumentType] - may be None elsewhere
     return vit
 
 
@@ -140,7 +140,7 @@ def _use_cifar_stem(backbone: nn.Module, name: str) -> None:
     if not isinstance(backbone, ResNet):
         raise ValueError(f"encoder {name!r} is no ResNet, so it has no CIFAR stem: use the `imagenet` stem or a ResNet")
     # The demo leaves this convolution at torch's default initialization.
-    width = int(backbone.bn1.num_features)  # pyright: ignore[reportArgumentType]
+    width = int(backbone.bn1.num_features)  # pyright: ignore[reportArgumentType] - timm does not declare it
     backbone.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
     backbone.maxpool = nn.Identity()
 

@@ -134,7 +134,7 @@ def start(config: RunConfig, *, accumulate: int = 1, env: Mapping[str, str] = os
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=_ACCELERATE_NAMES[precision],
-        dynamo_plugin=TorchDynamoPlugin(backend="no"),  # pyright: ignore[reportArgumentType]
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),  # pyright: ignore[reportArgumentType] - a name will do
         kwargs_handlers=[
             DistributedDataParallelKwargs(
                 broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=accumulate == 1
