@@ -33,10 +33,12 @@ from moco_fast.shuffle import VirtualGroups
 from moco_fast.train import parse
 
 NOT_SHUFFLED = "not shuffled"
-_SMALL_GROUPS = ["--bn.num-groups", "16"]
+_SMALL_GROUPS = ["--bn.num-groups 16"]
 FACTS: dict[str, dict[str, list[str]]] = {
-    "momentum m": {m: ["--moco.momentum", m] for m in ("0.0", "0.9", "0.99", "0.999")},
-    "dictionary size K": {k: ["--moco.queue-size", k] for k in ("1", "16", "256", "4096")},
+    "momentum m, K = 4,096": {
+        m: [f"--moco.momentum {m}", "--moco.queue-size 4096"] for m in ("0.0", "0.9", "0.99", "0.999")
+    },
+    "dictionary size K": {k: [f"--moco.queue-size {k}"] for k in ("1", "16", "256", "4096")},
     "BN in groups of 4": {"shuffled": _SMALL_GROUPS, NOT_SHUFFLED: _SMALL_GROUPS},
 }
 BATCH_SIZE = 64
@@ -95,8 +97,7 @@ def run(words: list[str], seed: int, options: argparse.Namespace, *, shuffled: b
 
 def measure(fact: str, value: str, seeds: list[int], options: argparse.Namespace) -> Row:
     """All seeds of one value; an option that the recipe has already is left to it."""
-    words = FACTS[fact][value]
-    words = [] if f"{' '.join(words)} " in RECIPE else words
+    words = [word for option in FACTS[fact][value] if f"{option} " not in RECIPE for word in option.split()]
     records = [run(words, seed, options, shuffled=value != NOT_SHUFFLED) for seed in seeds]
     ends = [record.training[-NUM_LAST_LINES:] for record in records]
     return Row(

@@ -53,11 +53,9 @@ class InspectCommand:
     """Tell what a set of shards holds."""
 
     folder: tyro.conf.Positional[str]
-    """Folder that holds manifest.json, local or s3:// gs:// az:// http(s)://."""
+    """Folder that holds manifest.json, local or s3:// gs:// az:// http(s)://, or a .beton; several with commas."""
     sheet: str | None = None
     """Write a sheet of pictures to this PNG file."""
-    work_folder: str = WORK_FOLDER
-    """Where the set is in a bucket: local folder for what is being looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +118,15 @@ def _index(command: IndexCommand) -> int:
 
 
 def _inspect(command: InspectCommand) -> int:
+    from shards.index import ShardSet
     from shards.inspect import contact_sheet, describe
-    from shards.shard_folder import ShardFolder
 
-    folder = ShardFolder(where=command.folder, work_folder=command.work_folder)
-    manifest = folder.manifest()
-    with folder.opened([f"{entry.stem}.index.npy" for entry in manifest.shards], manifest) as shards:
-        for line in describe(shards, where=command.folder):
-            print(line)
-        if command.sheet is not None:
-            contact_sheet(shards, folder=folder).save(command.sheet, format="PNG")
-            print(f"pictures: {command.sheet}")
+    shards = ShardSet.open(command.folder)
+    for line in describe(shards, where=command.folder):
+        print(line)
+    if command.sheet is not None:
+        contact_sheet(shards).save(command.sheet, format="PNG")
+        print(f"pictures: {command.sheet}")
     return 0
 
 

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shards.index import Flag, ShardSet
-from shards.shard_folder import ShardFolder
-from shards.storage import ByteFile
+from shards.shard_file import ShardFile
 
 __all__ = ["contact_sheet", "describe"]
 
@@ -81,40 +80,38 @@ def _classes(shards: ShardSet, labels: NDArray[np.int64]) -> Iterator[str]:
         yield f"  {shards.class_names[number]:>16.40} {counts[number]:>12,}"
 
 
-def contact_sheet(
-    shards: ShardSet, *, columns: int = 8, rows: int = 5, folder: ShardFolder | None = None
-) -> Image.Image:
+def contact_sheet(shards: ShardSet, *, columns: int = 8, rows: int = 5) -> Image.Image:
     """Samples evenly spread over the set, one cell each.
 
     Args:
         shards: the set.
         columns: cells in a row.
         rows: of cells.
-        folder: where the tars are, if not beside the indexes.
 
     Raises:
         ValueError: the set is empty.
+        OSError: a shard cannot be read.
     """
     if not shards.num_samples:
         raise ValueError(f"{shards.path} holds no samples: there is nothing to show")
     chosen = np.unique(np.linspace(0, shards.num_samples - 1, columns * rows).astype(np.int64))
     starts: list[int] = (np.cumsum(shards.shard_sizes) - shards.shard_sizes).tolist()
-    files = folder or ShardFolder(where=str(shards.path), work_folder="")
     sheet = Image.new("RGB", (columns * _CELL, -(-len(chosen) // columns) * _CELL), "white")
     for cell, dense in enumerate(chosen.tolist()):
         shard = bisect_right(starts, dense) - 1
         record = shards.index(shard)[dense - starts[shard]]
-        with _picture(files.open(shards.manifest.shards[shard].name), record) as image:
+        with _picture(shards.open_shard(shard), record) as image:
             image.thumbnail((_CELL - 4, _CELL - 4))
             left, top = cell % columns * _CELL, cell // columns * _CELL
             sheet.paste(image, (left + (_CELL - image.width) // 2, top + (_CELL - image.height) // 2))
     return sheet
 
 
-def _picture(file: ByteFile, record: Any) -> Image.Image:
-    data = file.read(int(record["offset"]), int(record["size"]))
+def _picture(file: ShardFile, record: Any) -> Image.Image:
+    data = np.empty(int(record["size"]), dtype=np.uint8)
+    num_read = file.read_into(data, int(record["offset"]))
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        return Image.open(io.BytesIO(data[:num_read].tobytes())).convert("RGB")
     except OSError:
         # Foreign shards may hold what cannot be decoded; the sheet shows that too.
         return Image.new("RGB", (_CELL, _CELL), "red")

@@ -186,6 +186,12 @@ def test_the_commands_say_what_they_did(packed, tmp_path, capsys):
     assert "11 samples in 0.01 GB, read back and right" in capsys.readouterr().out
     assert main(["verify", str(out), "--decode"]) == 0
     assert "everything is as it was packed" in capsys.readouterr().out
+    told = []
+    for number, of_set in enumerate((str(packed), str(out))):
+        assert main(["inspect", of_set, "--sheet", str(tmp_path / f"{number}.png")]) == 0
+        told.append(capsys.readouterr().out.replace(of_set, "SET").replace(f"{number}.png", "PNG"))
+    assert told[0] == told[1]
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
     whole = bytearray(out.read_bytes())
     whole[int(BetonSet.open(out).records[3]["offset"]) + 9] ^= 1
     out.write_bytes(whole)

@@ -261,7 +261,7 @@ def test_a_set_in_a_bucket_is_verified_and_inspected(bucket, tmp_path, capsys, w
     assert main(verify) == 0
     assert f"{out}: everything is as it was packed" in capsys.readouterr().out
     sheet = tmp_path / "sheet.png"
-    assert main(["inspect", out, "--sheet", str(sheet), "--work-folder", str(tmp_path)]) == 0
+    assert main(["inspect", out, "--sheet", str(sheet)]) == 0
     assert f"{out}: 8 samples in 2 shards" in capsys.readouterr().out
     pack(config(source, out=tmp_path / "local"))
     assert main(["inspect", str(tmp_path / "local"), "--sheet", str(tmp_path / "local.png")]) == 0

@@ -33,6 +33,14 @@ def test_inspect_tells_counts_sizes_shapes_and_classes(tmp_path, capsys):
     assert "sheet.png" in capsys.readouterr().out
 
 
+def test_several_sets_are_inspected_as_one(tmp_path, capsys):
+    for name in ("a", "b"):
+        pack(PackConfig(sources=(str(fill(tmp_path / name, 3)),), out=str(tmp_path / f"{name}-out"), workers=1))
+    both = f"{tmp_path}/a-out,{tmp_path}/b-out"
+    assert main(["inspect", both, "--sheet", str(tmp_path / "sheet.png")]) == 0
+    assert f"{both}: 6 samples in 2 shards" in capsys.readouterr().out
+
+
 def test_the_sheet_shows_the_samples(tmp_path):
     source = tmp_path / "in"
     source.mkdir()
