@@ -1,23 +1,14 @@
 """What the benchmarks share, and that the README says what they found."""
 
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.benchmark_files import load
+
 ROOT = Path(__file__).parent.parent
-
-
-def load(name):
-    """A benchmark's file, which is no part of a package."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 @pytest.fixture(scope="module")

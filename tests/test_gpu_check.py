@@ -1,7 +1,6 @@
 """`make gpu-check DEVICE=cpu` runs everywhere, so that the script is in order when there is a GPU."""
 
 import dataclasses
-import importlib
 import inspect
 import io
 import json
@@ -17,18 +16,10 @@ import torch
 
 from pipelines.config import DataConfig
 from shards import ShardSet
+from tests.benchmark_files import load
 from tests.pipelines.shard_files import jpeg
 
 ROOT = Path(__file__).parent.parent
-
-
-def load(name):
-    """A benchmark's file, which is no part of a package."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 def check(*arguments, **environment):

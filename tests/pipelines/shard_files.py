@@ -1,6 +1,7 @@
 """Small shard folders for tests, written by hand."""
 
 import io
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import google_crc32c
 import numpy as np
 from PIL import Image
 
-from shards.index import RECORD, Flag
+from shards.index import RECORD, Flag, ShardSet
 from shards.manifest import Manifest, ShardEntry
 
 
@@ -80,3 +81,13 @@ def _pixels(encoded: bytes) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
     except OSError:
         return np.zeros((1, 1, 3))
+
+
+def damaged_copy(shards: Path, to: Path, *, shard: int, sample: int) -> Path:
+    """A copy of a set, with a byte of one image flipped; returns its folder."""
+    shutil.copytree(shards, to)
+    copied = ShardSet.open(to)
+    content = bytearray(copied.shard_path(shard).read_bytes())
+    content[int(copied.index(shard)[sample]["offset"]) + 100] ^= 1
+    copied.shard_path(shard).write_bytes(content)
+    return to

@@ -10,7 +10,7 @@ import torch
 
 from pipelines.config import DataConfig, ViewConfig, ViewsConfig
 from pipelines.loader import open_eval_loader, open_loader
-from shards import ShardSet
+from tests.pipelines.shard_files import damaged_copy
 
 VIEWS = ViewsConfig(size=24, query=ViewConfig(), key=ViewConfig(solarize_p=0.5, jitter_p=0.0, grayscale_p=0.0))
 CPU = torch.device("cpu")
@@ -247,15 +247,7 @@ def test_leaving_an_evaluation_early_ends_its_threads(small_shards):
 
 
 def test_a_damaged_sample_reaches_the_consumer_with_its_name(small_shards, tmp_path):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in small_shards.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
-    record = ShardSet.open(broken).index(2)[7]
-    content = bytearray((broken / "shard-000002.tar").read_bytes())
-    content[int(record["offset"]) + 100] ^= 1
-    (broken / "shard-000002.tar").write_bytes(content)
-    loader = open_small(broken)
+    loader = open_small(damaged_copy(small_shards, tmp_path / "broken", shard=2, sample=7))
     with pytest.raises(ValueError, match=r"shard-000002\.tar: sample 57 .*crc32c"):
         list(loader)
     loader.close()

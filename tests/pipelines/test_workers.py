@@ -17,6 +17,7 @@ from pipelines.reader import Reader
 from pipelines.samples import draw_training
 from pipelines.workers import WorkerDiedError
 from shards import ShardSet
+from tests.pipelines.shard_files import damaged_copy
 
 VIEWS = ViewsConfig(size=24, query=ViewConfig(), key=ViewConfig(solarize_p=0.5))
 CPU = torch.device("cpu")
@@ -139,15 +140,7 @@ def test_a_worker_that_is_killed_is_told(small_shards):
 
 @pytest.mark.faults
 def test_a_damaged_image_is_named(small_shards, tmp_path):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in small_shards.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
-    record = ShardSet.open(broken).index(2)[7]
-    content = bytearray((broken / "shard-000002.tar").read_bytes())
-    content[int(record["offset"]) + 100] ^= 1
-    (broken / "shard-000002.tar").write_bytes(content)
-    loader = open_torch(broken)
+    loader = open_torch(damaged_copy(small_shards, tmp_path / "broken", shard=2, sample=7))
     with pytest.raises(ValueError, match=r"shard-000002\.tar: sample 57 .*crc32c"):
         list(loader)
     loader.close()
