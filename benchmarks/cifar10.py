@@ -19,9 +19,11 @@ import shlex
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
 from importlib import metadata
-from itertools import cycle, islice
+from itertools import count, islice
 from pathlib import Path, PurePosixPath
 from statistics import mean, stdev
 from typing import Any, TypeVar
@@ -30,15 +32,16 @@ import torch
 from alternating import Claim, claims_table, compare, header, write_claims
 from torch import Tensor
 
-from moco_fast.build import build
+from moco_fast.build import build, open_run_loader
 from moco_fast.config import Config
 from moco_fast.encoders import Encoder, build_encoder
 from moco_fast.evaluate.knn import evaluate_knn
 from moco_fast.report.record import read_run
 from moco_fast.run import train
-from moco_fast.runtime import start
+from moco_fast.runtime import Runtime, start
 from moco_fast.schedule import lr_at
 from moco_fast.train import parse
+from pipelines.batch import TwoViewBatch
 from shards.cli import main as make_shards
 
 OURS, EXACT, LIGHTLY = "ours", "ours, torchvision's colour", "lightly"
@@ -113,7 +116,6 @@ class Lightly:
             shuffle=True,
             drop_last=True,
             num_workers=data.num_threads or 0,
-            persistent_workers=True,
         )
 
     def step(self, views: list[Tensor], lr: float) -> None:
@@ -144,7 +146,7 @@ def train_lightly(config: Config) -> Encoder:
 Item = TypeVar("Item")
 
 
-def forever(loader: Iterable[Item]) -> Iterator[Item]:
+def forever(loader: Iterable[Item]) -> Generator[Item]:
     """Epoch after epoch."""
     while True:
         yield from loader
@@ -183,45 +185,56 @@ def measure_accuracy(contender: str, seed: int, options: argparse.Namespace) -> 
     print(f"{contender}, seed {seed}: {accuracy}", flush=True)
 
 
-def timed(work: Callable[[], object], samples: int) -> float:
-    """Samples a second."""
+def rate(step: Callable[[], object], batch_size: int, seconds: float) -> float:
+    """Samples a second of `step`, called for at least so long."""
     started = time.perf_counter()
-    work()
-    return samples / (time.perf_counter() - started)
+    for number in count(1):
+        step()
+        if (took := time.perf_counter() - started) >= seconds:
+            return number * batch_size / took
+    raise AssertionError
+
+
+@contextmanager
+def our_batches(config: Config, runtime: Runtime) -> Iterator[Iterator[TwoViewBatch]]:
+    """Our loader, which works only as long as it is measured."""
+    with closing(open_run_loader(config, runtime)) as loader, closing(forever(loader)) as batches:
+        yield batches
 
 
 def measure_speed(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Samples/s of loader, step and both together, by contender, one number a round."""
+    """Samples/s of loader, step and both together, by contender, one number a round.
+
+    A loader is open only while it is measured: what one prepares ahead of need must not take the other's time.
+    """
     config = configure(OURS, 0, options)
     runtime = start(config.run)
     parts, theirs = build(config, runtime), Lightly(config)
-    lr, momentum, batch_size = config.optim.lr, config.moco.momentum, config.data.batch_size
-    our_batches, their_batches = forever(parts.loader), forever(theirs.batches())
-    our_batch, (their_views, _, _) = next(our_batches), next(their_batches)
-    # More than is ready ahead of need, so that most of it is made while it is timed.
-    many, few = 8 * options.batches, options.batches
-    works: dict[str, dict[str, tuple[Callable[[], object], int]]] = {
-        "loader": {
-            OURS: (lambda: [None for _ in islice(our_batches, many)], many),
-            LIGHTLY: (lambda: [None for _ in islice(their_batches, many)], many),
-        },
-        "step": {
-            OURS: (lambda: [parts.train_step([our_batch], lr=lr, momentum=momentum) for _ in range(few)], few),
-            LIGHTLY: (lambda: [theirs.step(their_views, lr) for _ in range(few)], few),
-        },
-        "both": {
-            OURS: (
-                lambda: [parts.train_step([batch], lr=lr, momentum=momentum) for batch in islice(our_batches, many)],
-                many,
-            ),
-            LIGHTLY: (lambda: [theirs.step(views, lr) for views, _, _ in islice(their_batches, many)], many),
-        },
-    }
-    speeds: dict[str, dict[str, list[float]]] = {what: {OURS: [], LIGHTLY: []} for what in works}
-    for what, _ in zip(cycle(works), range(options.rounds * len(works)), strict=False):
-        for contender, (work, num_batches) in works[what].items():
-            speeds[what][contender].append(timed(work, num_batches * batch_size))
     parts.loader.close()
+
+    def our_step(batch: TwoViewBatch) -> None:
+        parts.train_step([batch], lr=config.optim.lr, momentum=config.moco.momentum)
+
+    def their_step(batch: tuple[list[Tensor], Tensor, list[str]]) -> None:
+        theirs.step(batch[0], config.optim.lr)
+
+    contenders: dict[str, tuple[Callable[[], AbstractContextManager[Iterator[Any]]], Callable[[Any], None]]] = {
+        OURS: (lambda: our_batches(config, runtime), our_step),
+        LIGHTLY: (lambda: closing(forever(theirs.batches())), their_step),
+    }
+    speeds: dict[str, dict[str, list[float]]] = {what: {OURS: [], LIGHTLY: []} for what in ("loader", "step", "both")}
+    for _ in range(options.rounds):
+        for contender, (open_batches, step) in contenders.items():
+            with open_batches() as batches:
+                kept = next(batches)
+                works: dict[str, Callable[[], object]] = {
+                    "loader": lambda of=batches: next(of),
+                    "both": lambda of=batches, step=step: step(next(of)),
+                }
+                for what, work in works.items():
+                    speeds[what][contender].append(rate(work, config.data.batch_size, options.seconds))
+            work = partial(step, kept)
+            speeds["step"][contender].append(rate(work, config.data.batch_size, options.seconds))
     runtime.close()
     return speeds
 
@@ -295,7 +308,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the training step")
     parser.add_argument("--workers", type=int, default=2, help="processes that make views")
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
-    parser.add_argument("--batches", type=int, default=4, help="steps timed in a round; eight times as many batches")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each timing")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     prepare(options.data, options.out)

@@ -49,6 +49,7 @@ RECIPE = (
     "--log.every-steps 10 --log.no-tensorboard"
 )
 """Small enough for some minutes on a core: the stem leaves 8 x 8 of a view of 32 x 32."""
+CHANCE = 0.1
 NUM_LAST_LINES = 5
 """Lines of metrics at the end of a run over which loss and accuracy are averaged."""
 
@@ -59,6 +60,7 @@ class Row:
 
     fact: str
     value: str
+    untrained_top1: list[float]
     top1: list[float]
     loss: list[float]
     accuracy: list[float]
@@ -103,6 +105,7 @@ def measure(fact: str, value: str, seeds: list[int], options: argparse.Namespace
     return Row(
         fact=fact,
         value=value,
+        untrained_top1=[record.evaluations[0]["knn/top1"] for record in records],
         top1=[record.evaluations[-1]["knn/top1"] for record in records],
         loss=[mean(line["loss"] for line in lines) for lines in ends],
         accuracy=[mean(line["accuracy"] for line in lines) for lines in ends],
@@ -132,7 +135,7 @@ def as_markdown(rows: list[Row], claims: list[Claim], num_seeds: int, steps: int
         f"# Facts of the paper on CIFAR-10\n\n{header()}\n\n    {command}\n\n"
         f"ResNet-18's layout at a quarter of its channels, {steps:,} steps of {BATCH_SIZE}, means over {num_seeds} "
         f"seeds; loss and accuracy of the contrastive task over the last {10 * NUM_LAST_LINES} steps. Losses of "
-        "different K do not compare.\n\n"
+        f"different K do not compare. Untrained, kNN gets {mean(rows[0].untrained_top1):.1%}.\n\n"
         "| | | kNN top-1 | spread | loss | contrastive accuracy |\n|---|---|---|---|---|---|\n"
     )
     for row in rows:
@@ -142,7 +145,7 @@ def as_markdown(rows: list[Row], claims: list[Claim], num_seeds: int, steps: int
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Bars of kNN top-1, one panel a fact, and the contrastive accuracy with and without shuffling."""
+    """Bars of kNN top-1 from chance upwards, a panel a fact, and contrastive accuracy with and without shuffling."""
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -151,8 +154,10 @@ def draw(rows: list[Row], path: Path) -> None:
         shown = [row for row in rows if row.fact == fact]
         heights, spreads = [mean(row.top1) for row in shown], [pstdev(row.top1) for row in shown]
         axes.bar([row.value for row in shown], heights, yerr=spreads, color="#4878a8")
-        axes.set(title=fact, ylim=(0.2, None))
+        axes.axhline(mean(shown[0].untrained_top1), color="gray", linestyle="--", label="untrained")
+        axes.set(title=fact, ylim=(CHANCE, None))
     panels[0].set_ylabel("kNN top-1")
+    panels[0].legend()
     for row in rows:
         if row.fact == list(FACTS)[-1]:
             panels[-1].plot(*zip(*row.accuracy_by_step, strict=True), label=row.value)
