@@ -6,7 +6,7 @@
 With m = 0 learning fails; a larger dictionary helps, as long as its keys are consistent; without shuffling BN the
 contrastive task gets easier but learning does not follow. Every row is a whole run of one small recipe with one option
 changed. Without shuffling, batch statistics are those of the same small groups, and only the key images stay where they
-are.
+are. results/facts.md says which of them show at this size.
 
 Interrupted, the same command goes on where it was. Writes facts.md and facts.svg: kNN top-1, the loss and the accuracy
 of the contrastive task at the end of the run, means over seeds.
