@@ -29,6 +29,7 @@ class RefusedError(PackError):
         status: the server's answer, such as `403 Forbidden`.
     """
 
-    def __init__(self, message: str, status: str) -> None:
+    # It crosses processes: what unpickles it calls this with the message alone, and puts the status back itself.
+    def __init__(self, message: str, status: str = "") -> None:
         super().__init__(message)
         self.status = status

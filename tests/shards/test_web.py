@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import tarfile
 import zipfile
 from datetime import timedelta
@@ -11,7 +12,7 @@ import pytest
 from shards import ShardSet, storage
 from shards.cli import main
 from shards.config import PackConfig
-from shards.errors import PackError
+from shards.errors import PackError, RefusedError
 from shards.pack import finish, pack
 from shards.verify import verify
 from tests.shards.pictures import contents, fill, jpeg
@@ -130,6 +131,20 @@ def test_an_image_that_a_web_server_refuses_is_rejected_with_its_answer(tmp_path
     (rejected,) = map(json.loads, (out / "rejected.jsonl").read_text().splitlines())
     assert rejected["detail"] == status
     assert images(out) == sorted(jpeg(i) for i in (0, 1, 2, 4))
+
+
+def test_an_archive_that_a_web_server_refuses_ends_the_packing_with_its_answer(tmp_path, capsys):
+    with serving(Web, {"x.tar": tar_of(range(5))}) as (address, server):
+        server.fault, server.broken, server.remaining = "403", "x.tar", 10**6
+        assert main(["pack", f"{address}/x.tar", "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "403 Forbidden" in error
+    assert error.count("\n") == 1
+
+
+def test_a_refusal_comes_whole_out_of_a_worker_process():
+    refused = pickle.loads(pickle.dumps(RefusedError("what", "403 Forbidden")))
+    assert (str(refused), refused.status) == ("what", "403 Forbidden")
 
 
 def test_a_set_on_a_web_server_is_verified_and_inspected(tmp_path, capsys):
