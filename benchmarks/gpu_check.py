@@ -10,16 +10,21 @@ others go on. report.md puts together what is there. All parts stop after --minu
 import argparse
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+
+GOING_S = 10.0
+"""Time that a killed process gets to go."""
 
 Options = dict[str, Any]
 
@@ -152,12 +157,28 @@ def run(part: Part, device: str, out: Path, data: Path, photos: Path | None, lim
 
 
 def _kill_session(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a part and what it has started, and wait until all of it is gone, with what it held of the GPU."""
+    members = _open_session(process.pid)
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         return
     finally:
         process.wait()
+        for member in members:
+            select.select([member], [], [], GOING_S)
+            os.close(member)
+
+
+def _open_session(session: int) -> list[int]:
+    """A descriptor of each process of a session: readable once the process has ended."""
+    members: list[int] = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # The name of the program, in parentheses, may hold blanks.
+            if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
+                members.append(os.pidfd_open(int(stat.parent.name)))
+    return members
 
 
 def report(wanted: Sequence[Part], out: Path, endings: dict[str, str]) -> str:
