@@ -137,11 +137,12 @@ def run_tasks(
                 tick(_result(ray, done))
                 yield task, None
     finally:
-        for reference in given:
-            with suppress(Exception):
-                ray.cancel(reference, force=True)
+        if given:
+            # Ends what still runs or waits. ray.cancel() may end this process instead, when a task is just done (Ray's
+            # pull request 54738 tells how).
+            ray.shutdown()
         if isinstance(job.target, BucketTarget):
-            _clean_nodes(ray, job.target)
+            _clean_nodes(ray, address, job.target)
         ray.shutdown()
 
 
@@ -214,11 +215,13 @@ def _no_cluster(address: str, error: Exception) -> ValueError:
     )
 
 
-def _clean_nodes(ray: Any, target: BucketTarget) -> None:
+def _clean_nodes(ray: Any, address: str, target: BucketTarget) -> None:
     """Remove the copy of the plan from every node but this one, whose owner does it."""
     strategy: Any = import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
-    here = ray.get_runtime_context().get_node_id()
     with suppress(Exception):
+        if not ray.is_initialized():
+            _connect(address)
+        here = ray.get_runtime_context().get_node_id()
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
         clean = ray.remote(num_cpus=0)(remove_copy)
         jobs = [clean.options(scheduling_strategy=strategy(node, soft=False)).remote(target) for node in nodes]

@@ -138,9 +138,10 @@ def test_interrupted_on_a_cluster_it_can_go_on_anywhere(cluster, source, tmp_pat
     wait_until(lambda: packer.poll() is not None or (done.exists() and len(list(done.iterdir())) >= 2))
     packer.send_signal(signal.SIGINT)
     _, errors = packer.communicate(timeout=30)
-    assert packer.returncode == 130
+    assert packer.returncode == 130, errors
     assert errors.strip().splitlines()[-1].startswith("make-shards: interrupted: finished shards are kept")
     assert not (tmp_path / "out" / "manifest.json").exists()
+    wait_until(lambda: not any(title.startswith("ray::_write") for title in members(cluster[2]).values()))
     pack(PackConfig(sources=(str(source / "in"),), out=str(tmp_path / "out"), shard_samples=3, workers=1))
     assert contents(tmp_path / "out") == contents(source / "one")
 
