@@ -21,7 +21,7 @@ class Dictionary(Protocol):
         """The loss of this rank's queries (B, D) and keys (B, D), both unit vectors; see `info_nce`."""
         ...
 
-    def take_in(self, queries: Tensor, keys: Tensor, index: Tensor) -> None:
+    def take_in(self, queries: Tensor, keys: Tensor, index: Tensor, /) -> None:
         """Learn this rank's queries (B, D) and keys (B, D) of the samples `index` (B,), equally on all ranks."""
         ...
 
@@ -34,7 +34,7 @@ class Batch(nn.Module):
         first = distributed.rank() * len(keys)
         return info_nce_in_batch(queries, distributed.all_gather_rows(keys), first, temperature)
 
-    def take_in(self, queries: Tensor, keys: Tensor, index: Tensor) -> None:
+    def take_in(self, queries: Tensor, keys: Tensor, index: Tensor, /) -> None:
         """Nothing to learn."""
 
 
@@ -63,7 +63,7 @@ class MemoryBank(nn.Module):
         return info_nce(queries, keys, self.keys[drawn], temperature)
 
     @torch.no_grad()
-    def take_in(self, queries: Tensor, keys: Tensor, index: Tensor) -> None:  # noqa: ARG002 - the protocol's
+    def take_in(self, queries: Tensor, _keys: Tensor, index: Tensor, /) -> None:
         """Move the samples' keys towards their queries, and back to unit length."""
         index = distributed.all_gather_rows(index.to(self.keys.device, non_blocking=True))
         queries = distributed.all_gather_rows(queries)

@@ -39,18 +39,20 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
 
 def all_gather_rows(rows: Tensor) -> Tensor:
     """(B, ...) of every rank -> (W * B, ...), in the order of ranks, with gradient. B must be equal on all ranks."""
-    return rows if world_size() == 1 else _AllGatherRows.apply(rows)  # pyright: ignore[reportReturnType]
+    return rows if world_size() == 1 else _apply(_AllGatherRows, rows)
 
 
 class _AllGatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:  # noqa: ARG004 - autograd's
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        del ctx
         gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
         _all_gather_into(gathered, rows.contiguous())
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004 - autograd's
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        del ctx
         # Every rank's loss depends on these rows: their gradients add up.
         total = grads[0].contiguous().clone()
         dist.all_reduce(total)
@@ -59,18 +61,20 @@ class _AllGatherRows(torch.autograd.Function):
 
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of every rank's tensor, with gradient: that of a rank's tensor is the sum of all ranks' gradients."""
-    return values if world_size() == 1 else _SumOverRanks.apply(values)  # pyright: ignore[reportReturnType]
+    return values if world_size() == 1 else _apply(_SumOverRanks, values)
 
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:  # noqa: ARG004 - autograd's
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        del ctx
         total = values.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004 - autograd's
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        del ctx
         total = grads[0].contiguous().clone()
         dist.all_reduce(total)
         return total
@@ -82,7 +86,7 @@ def exchange_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tenso
     The rows are cut into as many equal parts as the group has ranks. Keeps the memory format and carries gradients;
     sends (W - 1) / W of the rows' bytes from each rank.
     """
-    return rows if world_size(group) == 1 else _ExchangeRows.apply(rows, group)  # pyright: ignore[reportReturnType]
+    return rows if world_size(group) == 1 else _apply(_ExchangeRows, rows, group)
 
 
 class _ExchangeRows(torch.autograd.Function):
@@ -94,6 +98,11 @@ class _ExchangeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _exchange(grads[0], ctx.group), None
+
+
+def _apply(function: Any, *arguments: Any) -> Tensor:
+    """Call an autograd function, whose result torch does not declare."""
+    return function.apply(*arguments)
 
 
 def _exchange(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -24,7 +24,7 @@ class KeySource(Protocol):
         """Once per optimizer step, before its first keys."""
         ...
 
-    def __call__(self, images: Tensor, index: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, index: Tensor, /) -> Tensor:
         """Key images (B, 3, H, W) uint8 of samples `index` (B,) -> their keys (B, D)."""
         ...
 
@@ -53,7 +53,7 @@ class MomentumKeys:
         self.update(momentum)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, index: Tensor) -> Tensor:  # noqa: ARG002 - the protocol's
+    def __call__(self, images: Tensor, _index: Tensor, /) -> Tensor:
         """Encode."""
         return _encode(self.key, images, self.policy, self.autocast)
 
@@ -72,7 +72,7 @@ class QueryKeys:
     def advance(self, momentum: float) -> None:
         """Nothing follows."""
 
-    def __call__(self, images: Tensor, index: Tensor) -> Tensor:  # noqa: ARG002 - the protocol's
+    def __call__(self, images: Tensor, _index: Tensor, /) -> Tensor:
         """Encode."""
         return _encode(self.query, images, self.policy, self.autocast)
 
@@ -86,6 +86,6 @@ class BankKeys:
     def advance(self, momentum: float) -> None:
         """The bank follows by itself."""
 
-    def __call__(self, images: Tensor, index: Tensor) -> Tensor:  # noqa: ARG002 - the protocol's
+    def __call__(self, _images: Tensor, index: Tensor, /) -> Tensor:
         """Look up."""
         return self.bank.look_up(index)

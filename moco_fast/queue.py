@@ -32,7 +32,7 @@ class Queue(nn.Module):
         return info_nce(queries, keys, self.keys, temperature)
 
     @torch.no_grad()
-    def take_in(self, queries: Tensor, keys: Tensor, index: Tensor) -> None:  # noqa: ARG002 - the protocol's
+    def take_in(self, _queries: Tensor, keys: Tensor, _index: Tensor, /) -> None:
         """Enqueue the keys (B, D) of every rank."""
         self.enqueue(all_gather_rows(keys))
 

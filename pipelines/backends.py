@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.config import ViewConfig
+from pipelines.config import Backend, ViewConfig
 from pipelines.samples import Draw, Steps
 from shards import ShardSet
 
@@ -91,7 +91,7 @@ def _start_ffcv(job: Job, steps: Steps) -> Stream:
     return FfcvViews(job, steps)
 
 
-BACKENDS: dict[str, Callable[[Job, Steps], Stream]] = {
+BACKENDS: dict[Backend, Callable[[Job, Steps], Stream]] = {
     "dali": _start_dali,
     "ffcv": _start_ffcv,
     "torch": _start_torch,
@@ -108,7 +108,7 @@ _HOW = {"ffcv": " (docs/data.md says how)"}
 
 def choose(
     backend: str, *, device: torch.device, size: int, exact: bool = False, is_beton: bool = False
-) -> tuple[str, str]:
+) -> tuple[Backend, str]:
     """Resolve `auto` into a backend, and say why in a few words.
 
     Args:
@@ -143,7 +143,8 @@ def choose(
     return backend, "as asked for"
 
 
-def _choose_for(device: torch.device, size: int, *, is_beton: bool) -> tuple[str, str]:
+def _choose_for(device: torch.device, size: int, *, is_beton: bool) -> tuple[Backend, str]:
+    name: Backend
     if device.type != "cuda" and is_beton and not _missing("ffcv"):
         return "ffcv", "the data is a .beton"
     if device.type == "cuda":
@@ -154,11 +155,11 @@ def _choose_for(device: torch.device, size: int, *, is_beton: bool) -> tuple[str
         name, reason = "torch", "the faster one without a GPU"
     if not _missing(name):
         return name, reason
-    other = "dali" if name == "torch" else "torch"
+    other: Backend = "dali" if name == "torch" else "torch"
     if _missing(other):
         raise ValueError(f"no backend is installed: {name} needs {', '.join(_missing(name))}")
     return other, f"{' and '.join(_missing(name))} is not installed"
 
 
-def _missing(backend: str) -> list[str]:
+def _missing(backend: Backend) -> list[str]:
     return [module for module in _NEEDS[backend] if find_spec(module) is None]

@@ -6,7 +6,10 @@ Free of torch, numpy and DALI, so that `--help` costs nothing.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-__all__ = ["VIEWS", "DataConfig", "ViewConfig", "ViewsConfig"]
+__all__ = ["VIEWS", "Backend", "DataConfig", "ViewConfig", "ViewsConfig"]
+
+Backend = Literal["dali", "ffcv", "torch"]
+"""What decodes and augments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,7 @@ class DataConfig:
     """At most so many ranges of the set are read side by side; more lanes mix better. A small set has fewer."""
     window_shards: int = 4
     """Samples are shuffled among about so many shards of a lane."""
-    backend: Literal["auto", "dali", "ffcv", "torch"] = "auto"
+    backend: Literal["auto", Backend] = "auto"
     """What decodes and augments. `dali`: on the GPU where there is one. `torch`: worker processes on the CPU. `ffcv`:
     FFCV's compiled code on the CPU, from a .beton (make-shards beton)."""
     num_threads: int | None = None

@@ -131,12 +131,12 @@ class WorkerViews:
 
     def _collect(self) -> None:
         """Wait until a worker reports, the consumer has taken a batch, or the loader is closed."""
-        by_connection = {worker.connection: worker for worker in self._workers}
-        for ready in wait([*by_connection, self._ring.bell.descriptor]):
+        by_connection: dict[object, _Worker] = {worker.connection: worker for worker in self._workers}
+        for ready in wait([*(worker.connection for worker in self._workers), self._ring.bell.descriptor]):
             if ready == self._ring.bell.descriptor:
                 self._ring.bell.clear()
                 continue
-            report = by_connection[ready].report()  # pyright: ignore[reportArgumentType]
+            report = by_connection[ready].report()
             if report.error is not None:
                 raise report.error
             batch = next(batch for batch in self._batches if batch.slot.slot.number == report.slot)

@@ -21,6 +21,7 @@ __all__ = [
     "ByteFile",
     "Folder",
     "SeekableFile",
+    "absolute",
     "check_url",
     "is_url",
     "open_bytes",
@@ -47,6 +48,11 @@ _UPLOAD_BYTES = 16 << 20
 def is_url(path: str) -> bool:
     """Whether a source or target is not on this machine."""
     return path.partition("://")[0] in SCHEMES and "://" in path
+
+
+def absolute(path: str) -> str:
+    """A path from the root on, links as they are; a URL as it is."""
+    return path if is_url(path) else str(Path(path).absolute())
 
 
 def split_sets(paths: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from moco_fast.config import Config
 from moco_fast.runtime import Runtime
 from pipelines.backends import choose
 from pipelines.batch import TwoViewBatch
-from pipelines.config import ViewConfig, ViewsConfig
+from pipelines.config import Backend, ViewConfig, ViewsConfig
 from pipelines.loader import Loader, find_tars
 from pipelines.order import EpochOrder, OrderPlan
 from pipelines.reader import Reader
@@ -65,7 +65,7 @@ def reading(config: Config, runtime: Runtime) -> Iterator[Iterator[int]]:
 
 def decoding(config: Config, runtime: Runtime) -> Loader:
     """The run's loader with views that cost next to nothing, in epoch 2."""
-    data = replace(config.data, backend=_backend(config, runtime.device))  # pyright: ignore[reportArgumentType]
+    data = replace(config.data, backend=_backend(config, runtime.device))
     loader = open_run_loader(replace(config, data=data, views=_SMALLEST), runtime)
     loader.load_state_dict({"epoch": 2, "step": 0})
     return loader
@@ -97,7 +97,7 @@ def can_read(config: Config) -> bool:
     return not _is_beton(config) and not find_tars(config.data.shards)
 
 
-def _backend(config: Config, device: torch.device) -> str:
+def _backend(config: Config, device: torch.device) -> Backend:
     exact = config.views.colour == "torchvision"
     name, _ = choose(
         config.data.backend, device=device, size=config.views.size, exact=exact, is_beton=_is_beton(config)

@@ -9,6 +9,7 @@ from typing import Any
 
 from shards.errors import PackError, Rejected
 from shards.sources.base import Columns, Input, Source, nested_source, printable
+from shards.storage import absolute
 
 __all__ = ["FolderSource", "read_file"]
 
@@ -34,7 +35,7 @@ class FolderSource:
     def __init__(self, path: str, columns: Columns | None = None, root: str = "") -> None:
         self.path = path
         self._columns = columns or Columns()
-        self._root = os.fsencode(root or os.path.abspath(path))  # noqa: PTH100 - links stay as they are
+        self._root = os.fsencode(root or absolute(path))
         self._real_root: bytes | None = None
 
     def spec(self) -> dict[str, Any]:
@@ -54,12 +55,12 @@ class FolderSource:
             files: list[bytes] = []
             subfolders: list[bytes] = []
             try:
-                with os.scandir(os.path.join(self._root, folder)) as entries:  # noqa: PTH118 - bytes, for any name
+                with os.scandir(self._path(folder)) as entries:
                     for entry in entries:
                         (subfolders if entry.is_dir(follow_symlinks=False) else files).append(entry.name)
             except OSError as error:
                 raise PackError(
-                    f"cannot list {printable(os.path.join(self._root, folder))} ({error.strerror}): "  # noqa: PTH118
+                    f"cannot list {printable(self._path(folder))} ({error.strerror}): "
                     "its images would be lost silently; make it readable, or move it away"
                 ) from error
             files.sort()
@@ -75,22 +76,25 @@ class FolderSource:
             folders += [prefix + name for name in subfolders]
         yield from nested
 
+    def _path(self, name: bytes) -> bytes:
+        return self._root + b"/" + name if name else self._root
+
     def _nested(self, name: bytes) -> Source | None:
         # A link may lead out of the folder; like any link, it is looked at when it is read. What only bears the name
         # of an archive is an input like any other.
-        path = os.path.join(self._root, name)  # noqa: PTH118
+        path = self._path(name)
         if not stat.S_ISREG(os.lstat(path).st_mode) or not _is_archive(path):
             return None
-        return nested_source(os.path.join(self.path, os.fsdecode(name)), self._columns)  # noqa: PTH118
+        return nested_source(f"{self.path.rstrip('/')}/{os.fsdecode(name)}", self._columns)
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:
         """Bytes of a file; `offset` and `size` are not used."""
         del offset, size
-        path = self._root + b"/" + name
+        path = self._path(name)
         try:
             return read_file(path, follow=self._resolve)
         except Rejected as rejected:
-            if rejected.reason == "unreadable" and not os.path.isdir(self._root):  # noqa: PTH112
+            if rejected.reason == "unreadable" and not Path(os.fsdecode(self._root)).is_dir():
                 raise PackError(f"cannot read {printable(path)}: is {self.path} still there?") from None
             raise
 
@@ -101,7 +105,7 @@ class FolderSource:
         target = os.path.realpath(path)
         if not (target + b"/").startswith(self._real_root.rstrip(b"/") + b"/"):
             raise Rejected("link leaves the source", printable(target))
-        if os.path.isdir(target):  # noqa: PTH112
+        if Path(os.fsdecode(target)).is_dir():
             raise Rejected("not a file", "a link to a folder")
         return target
 
@@ -111,7 +115,7 @@ class FolderSource:
 
 
 def _is_archive(path: bytes) -> bool:
-    with open(path, "rb") as file:  # noqa: PTH123 - bytes, for any name
+    with Path(os.fsdecode(path)).open("rb") as file:
         head = file.read(512)
     return head.startswith(_ARCHIVE_STARTS) or head[257:262] == b"ustar"
 

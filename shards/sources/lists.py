@@ -15,7 +15,7 @@ from urllib.parse import unquote
 from shards.errors import PackError, RefusedError, Rejected
 from shards.sources.base import Columns, Input, Source, printable
 from shards.sources.folder import read_file
-from shards.storage import SeekableFile, is_url, open_bytes, open_folder, split_url
+from shards.storage import SeekableFile, absolute, is_url, open_bytes, open_folder, split_url
 
 __all__ = ["ListSource"]
 
@@ -38,7 +38,7 @@ class ListSource:
     ) -> None:
         self.path = path
         self._columns = columns or Columns()
-        self._root = root or (path if is_url(path) else os.path.abspath(path))  # noqa: PTH100
+        self._root = root or absolute(path)
         self._base = split_url(self._root)[0]
         self.is_remote = is_url(self._base) if is_remote is None else is_remote
 
@@ -121,7 +121,7 @@ class ListSource:
         del offset, size
         path = os.fsdecode(name)
         if not is_url(path) and not is_url(self._base):
-            return read_file(os.fsencode(os.path.join(self._base, path)))  # noqa: PTH118
+            return read_file(os.fsencode(Path(self._root).parent / path))
         url = path if is_url(path) else f"{self._base}/{path}"
         folder, base = split_url(url)
         try:

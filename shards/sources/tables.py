@@ -10,7 +10,7 @@ from typing import Any, cast
 from shards.errors import PackError, Rejected
 from shards.sources.base import Columns, Input, Source, printable
 from shards.sources.folder import read_file
-from shards.storage import SeekableFile, is_url, open_bytes
+from shards.storage import SeekableFile, absolute, is_url, open_bytes
 
 __all__ = ["TableSource"]
 
@@ -37,7 +37,7 @@ class TableSource:
         self.path = path
         self._columns = columns or Columns()
         self._spool = spool
-        self._root = root or (path if is_url(path) else os.path.abspath(path))  # noqa: PTH100
+        self._root = root or absolute(path)
 
     def spec(self) -> dict[str, Any]:
         """What `reopen_source` needs."""
@@ -96,7 +96,7 @@ class TableSource:
         if offset >= 0:
             return open_bytes(str(self._spool)).read(offset, size)
         if name.startswith(b"path ") and not is_url(self._root):
-            return read_file(os.path.join(os.fsencode(os.path.dirname(self._root)), name[5:]))  # noqa: PTH118, PTH120
+            return read_file(os.fsencode(Path(self._root).parent / os.fsdecode(name[5:])))
         raise Rejected("empty", "the row has no image")
 
     def describe(self, name: bytes) -> str:

@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple, cast
 from shards.errors import PackError, Rejected
 from shards.manifest import MANIFEST_NAME, Manifest
 from shards.sources.base import Input, Source, printable
-from shards.storage import ByteFile, SeekableFile, is_url, open_bytes
+from shards.storage import ByteFile, SeekableFile, absolute, is_url, open_bytes
 from shards.tar import BLOCK, EndOfTar, TarError, parse_header
 
 __all__ = ["TarSource", "members"]
@@ -50,7 +50,7 @@ class TarSource:
 
     def __init__(self, path: str, spool: Path | None = None, root: str = "") -> None:
         self.path = path
-        self._root = root or (path if is_url(path) else os.path.abspath(path))  # noqa: PTH100
+        self._root = root or absolute(path)
         self._spool = spool
         self._opener = next((opener for suffix, opener in _OPENERS.items() if path.lower().endswith(suffix)), None)
         self.is_remote = is_url(path) and self._opener is None

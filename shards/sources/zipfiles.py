@@ -10,7 +10,7 @@ from typing import Any
 
 from shards.errors import PackError, Rejected
 from shards.sources.base import Input, Source, printable
-from shards.storage import SeekableFile, is_url, open_bytes
+from shards.storage import SeekableFile, absolute, is_url, open_bytes
 
 __all__ = ["ZipSource"]
 
@@ -27,7 +27,7 @@ class ZipSource:
 
     def __init__(self, path: str, root: str = "") -> None:
         self.path = path
-        self._root = root or (path if is_url(path) else os.path.abspath(path))  # noqa: PTH100
+        self._root = root or absolute(path)
         self.is_remote = is_url(path)
 
     def spec(self) -> dict[str, Any]:
