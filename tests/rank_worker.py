@@ -42,8 +42,6 @@ def run(job):
 def main():
     connection = Connection(int(sys.argv[1]))
     warnings.simplefilter("error")
-    # As in pyproject.toml: torch.compile's, on Python 3.13.0 alone.
-    warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0", RuntimeWarning)
     while True:
         job = pickle.loads(connection.recv_bytes())
         try:
