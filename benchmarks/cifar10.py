@@ -1,8 +1,8 @@
-"""CIFAR-10 on a CPU: our MoCo against lightly's, and our linear colour map against torchvision's operations.
+"""CIFAR-10 on a CPU: our MoCo against lightly's, and our linear color map against torchvision's operations.
 
     python benchmarks/cifar10.py --data cifar10-jpeg.tar.xz --out build/cifar10 --json build/cifar10.json
 
-`ours` and `ours, torchvision's colour` are runs of the recipe `cifar10`; `lightly` is put together from its parts as in
+`ours` and `ours, torchvision's color` are runs of the recipe `cifar10`; `lightly` is put together from its parts as in
 its MoCo example: MoCoV2Transform, NTXentLoss with a memory bank, update_momentum. All have the same images, initial
 weights, optimizer, schedule, batch and number of steps, and are judged by the same kNN. Ours has virtual BN groups, as
 the recipe says; on one process lightly has nothing in their place.
@@ -44,7 +44,7 @@ from moco_fast.train import parse
 from pipelines.batch import TwoViewBatch
 from shards.cli import main as make_shards
 
-OURS, EXACT, LIGHTLY = "ours", "ours, torchvision's colour", "lightly"
+OURS, EXACT, LIGHTLY = "ours", "ours, torchvision's color", "lightly"
 PER_CLASS = {"train": 1000, "test": 200}
 RECIPE = (
     "--model.encoder resnet18_quarter --data.batch-size 128 --bn.num-groups 4 --moco.queue-size 1024 --run.device cpu "
@@ -77,8 +77,8 @@ def configure(contender: str, seed: int, options: argparse.Namespace) -> Config:
     words = ["cifar10", "--data.shards", f"{folder}/shards/train", "--eval.shards", f"{folder}/shards/test"]
     words += ["--run.out", f"{folder}/runs/{'exact' if contender == EXACT else 'linear'}-seed-{seed}"]
     words += ["--run.seed", str(seed), "--run.steps", str(options.steps), "--data.num-threads", str(options.workers)]
-    colour = ["--views.colour", "torchvision", "--data.backend", "torch"] if contender == EXACT else []
-    return parse([*words, *RECIPE.split(), *colour])
+    color = ["--views.color", "torchvision", "--data.backend", "torch"] if contender == EXACT else []
+    return parse([*words, *RECIPE.split(), *color])
 
 
 class Lightly:
@@ -243,7 +243,7 @@ def accuracy_table(rows: list[dict[str, Any]], seeds: list[int]) -> tuple[str, l
     """Markdown and claims of all trainings that are done."""
     of = {(row["contender"], row["seed"]): row for row in rows}
     done = [seed for seed in seeds if all((name, seed) in of for name in (OURS, EXACT, LIGHTLY))]
-    lines = ["| seed | untrained | ours | ours, torchvision's colour | lightly |", "|---|---|---|---|---|"]
+    lines = ["| seed | untrained | ours | ours, torchvision's color | lightly |", "|---|---|---|---|---|"]
     columns: dict[str, list[float]] = {
         "untrained": [of[OURS, seed]["untrained"] for seed in done],
         **{name: [of[name, seed]["trained"] for seed in done] for name in (OURS, EXACT, LIGHTLY)},
@@ -255,7 +255,7 @@ def accuracy_table(rows: list[dict[str, Any]], seeds: list[int]) -> tuple[str, l
     lines.append(f"| mean | {' | '.join(f'{mean(values):.1%}' for values in columns.values())} |")
     lines.append(f"| standard deviation | {' | '.join(f'{stdev(values):.1%}' for values in columns.values())} |")
     claims: list[Claim] = []
-    # A point below is as good: the goal as a ratio. What the colour map costs is told, and nothing promised.
+    # A point below is as good: the goal as a ratio. What the color map costs is told, and nothing promised.
     for other, may_lack in ((LIGHTLY, 0.01), (EXACT, None)):
         ours, theirs = mean(columns[OURS]), mean(columns[other])
         apart = [a - b for a, b in zip(columns[OURS], columns[other], strict=True)]

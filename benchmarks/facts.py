@@ -72,7 +72,7 @@ class Row:
 
 @contextmanager
 def without_shuffling() -> Iterator[None]:
-    """Keep the groups' own statistics, but compute each key among its query's neighbours."""
+    """Keep the groups' own statistics, but compute each key among its query's neighbors."""
 
     def as_they_are(_: VirtualGroups, rows: Tensor) -> Tensor:
         return rows

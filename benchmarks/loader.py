@@ -4,10 +4,10 @@
     python benchmarks/loader.py --photos FILE.tar   # on photographs of your own, or --shards DIR
     python benchmarks/loader.py --only torch dali pil [--json FILE] [--plot FILE]
 
-`torch`, `dali`, `ffcv` and `exact` (the torch backend with torchvision's own colours) are ours. What a user would take
+`torch`, `dali`, `ffcv` and `exact` (the torch backend with torchvision's own colors) are ours. What a user would take
 instead: `pil` is what the authors' code does, PIL and torchvision's transforms in a DataLoader with a worker a
 CPU, to normalized float; `lightly` the same with lightly's MoCoV2Transform; `tv2` torchvision's v2 transforms on uint8
-tensors; `dali-stock` DALI with its random crop, blur and colour operators. All read the same bytes from page cache.
+tensors; `dali-stock` DALI with its random crop, blur and color operators. All read the same bytes from page cache.
 
 Beside samples/s stands the processor time of all processes a sample: it depends less on what else the machine does.
 """
@@ -224,7 +224,7 @@ def open_ours(name: str, options: Options) -> Opened:
         batch_size=options.batch_size,
         backend="torch" if name == "exact" else name,
     )
-    views = ViewsConfig(size=options.size, colour="torchvision" if name == "exact" else "linear")
+    views = ViewsConfig(size=options.size, color="torchvision" if name == "exact" else "linear")
     loader = open_loader(data, views, seed=0, device=torch.device("cpu"))
     return endless(loader), loader.close
 

@@ -198,7 +198,7 @@ def shrinking(source: Path, folder: Path, rounds: int) -> list["Claim"]:
 
 
 def meaning(source: Path, folder: Path, rounds: int) -> list["Claim"]:
-    """What the mean colour of each photo costs where photos are copied: each is decoded at an eighth."""
+    """What the mean color of each photo costs where photos are copied: each is decoded at an eighth."""
     from alternating import compare
 
     one = source / "class0"
@@ -210,7 +210,7 @@ def meaning(source: Path, folder: Path, rounds: int) -> list["Claim"]:
         folder,
         rounds,
     )
-    claim = "copying with mean colours (the default) / with --no-mean-rgb, 1 worker"
+    claim = "copying with mean colors (the default) / with --no-mean-rgb, 1 worker"
     return [compare(claim, seconds["mean"], seconds["plain"], unit="s", less_is_better=True)]
 
 

@@ -27,9 +27,9 @@ __all__ = [
 
 
 def batch_norm_in_groups(layer: _BatchNorm, inputs: Tensor, num_groups: int) -> Tensor:
-    """Batch norm with statistics for each of `num_groups` runs of neighbouring samples: (B, C, ...) -> (B, C, ...).
+    """Batch norm with statistics for each of `num_groups` runs of neighboring samples: (B, C, ...) -> (B, C, ...).
 
-    Running statistics take one step of the layer's momentum towards the mean of the groups' statistics, as in the
+    Running statistics take one step of the layer's momentum toward the mean of the groups' statistics, as in the
     authors' SplitBatchNorm.
     """
     assert layer.momentum is not None, "cumulative averages are not supported"
@@ -62,13 +62,13 @@ def batch_norm_over_ranks(layer: _BatchNorm, inputs: Tensor) -> Tensor:
     of_channel = [1, -1] + [1] * (inputs.ndim - 2)
     values = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
     mean = distributed.sum_over_ranks(values.mean(axes)) / num_ranks
-    centred = values - mean.view(of_channel)
-    variance = distributed.sum_over_ranks(centred.square().mean(axes)) / num_ranks
+    centered = values - mean.view(of_channel)
+    variance = distributed.sum_over_ranks(centered.square().mean(axes)) / num_ranks
     if running_mean is not None and running_var is not None:
         count = num_ranks * inputs.numel() / inputs.shape[1]
         running_mean.lerp_(mean.detach(), layer.momentum)
         running_var.lerp_(variance.detach() * (count / (count - 1)), layer.momentum)
-    outputs = centred * (variance + layer.eps).rsqrt().view(of_channel)
+    outputs = centered * (variance + layer.eps).rsqrt().view(of_channel)
     if layer.affine:
         outputs = outputs * layer.weight.view(of_channel) + layer.bias.view(of_channel)
     return outputs.to(inputs.dtype)
@@ -117,7 +117,7 @@ def convert_batch_norm(encoder: nn.Module, bn: BatchNormConfig) -> None:
 
 
 def use_group_statistics(encoder: nn.Module, num_groups: int) -> None:
-    """Make every batch norm of `encoder` normalize `num_groups` runs of neighbouring samples apart, in place.
+    """Make every batch norm of `encoder` normalize `num_groups` runs of neighboring samples apart, in place.
 
     Parameters, buffers, hooks and the keys of the state dict stay; evaluation is not changed.
 

@@ -32,15 +32,15 @@ class EvalKnn:
     checkpoint: str
     """Folder of a run (its newest checkpoint counts) or one of its checkpoints/step-*."""
     bank_shards: str | None = None
-    """Labelled shards whose samples serve as neighbours; unset: the run's training shards."""
+    """Labeled shards whose samples serve as neighbors; unset: the run's training shards."""
     query_shards: str | None = None
-    """Labelled held-out shards to classify; unset: the run's --eval.shards."""
+    """Labeled held-out shards to classify; unset: the run's --eval.shards."""
     k: int | None = None
-    """Neighbours that vote; unset: the run's --eval.k."""
+    """Neighbors that vote; unset: the run's --eval.k."""
     temperature: float | None = None
     """Temperature of the vote's weights; unset: the run's --eval.temperature."""
     max_bank: int | None = None
-    """At most this many samples serve as neighbours; unset: the run's --eval.max-bank."""
+    """At most this many samples serve as neighbors; unset: the run's --eval.max-bank."""
     crop: float | None = None
     """Central square that is used, as a share of the shorter side; unset: the run's --eval.crop."""
     batch_size: int = 256
@@ -77,14 +77,14 @@ class Preview:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write report.html into a run's folder: curves, views and neighbours on one page. The run may still go on."""
+    """Write report.html into a run's folder: curves, views and neighbors on one page. The run may still go on."""
 
     run: tyro.conf.Positional[str]
     """Folder of a run."""
     num_samples: int = 8
     """Training samples, and held-out samples, in the pictures."""
     max_bank: int = 2000
-    """Training samples among which neighbours are looked for."""
+    """Training samples among which neighbors are looked for."""
     device: Device = "auto"
     """`auto`: a GPU where there is one."""
 
@@ -130,7 +130,7 @@ def _eval_knn(command: EvalKnn) -> int:
         return 0
     if trained.note:
         print(f"note: {trained.note}", file=sys.stderr)
-    print(f"kNN top-1 of {trained.num_queries:,} held-out samples by {trained.k} of {trained.num_bank:,} neighbours:")
+    print(f"kNN top-1 of {trained.num_queries:,} held-out samples by {trained.k} of {trained.num_bank:,} neighbors:")
     print(f"  trained    {100 * trained.top1:5.1f}%")
     print(f"  untrained  {100 * untrained.top1:5.1f}%")
     return 0

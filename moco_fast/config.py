@@ -161,16 +161,16 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KnnConfig:
-    """How neighbours classify."""
+    """How neighbors classify."""
 
     k: int = 200
-    """Neighbours that vote."""
+    """Neighbors that vote."""
     temperature: float = 0.07
     """Temperature of the vote's weights."""
     crop: float = 0.875
     """Side of the central square that is evaluated, as a share of the shorter side (0.875 is 224 of 256)."""
     max_bank: int = 100_000
-    """At most this many training samples serve as neighbours, evenly spread over the set."""
+    """At most this many training samples serve as neighbors, evenly spread over the set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ class EvalConfig(KnnConfig):
     """kNN classification of held-out samples while the run goes on."""
 
     shards: str | None = None
-    """Labelled held-out shards; unset: no evaluation."""
+    """Labeled held-out shards; unset: no evaluation."""
     every_steps: int = 5000
     """Optimizer steps between evaluations; one is always done before the first step and after the last."""
 
@@ -367,4 +367,4 @@ def _validate_streaming(config: Config) -> None:
     if config.moco.dictionary == "bank":
         raise ValueError(f"--moco.dictionary bank keeps a key for each sample, streamed ones have no number: {index}")
     if config.eval.shards is not None:
-        raise ValueError(f"--eval.shards searches neighbours among the training samples, by their number: {index}")
+        raise ValueError(f"--eval.shards searches neighbors among the training samples, by their number: {index}")

@@ -48,7 +48,7 @@ PHOTOGRAPHS: dict[str, str] = {
 }
 """Class name -> file among those that scikit-image ships."""
 
-_STRIDE = 4  # pixels between neighbouring patches
+_STRIDE = 4  # pixels between neighboring patches
 _HELD_OUT_EVERY = 4  # cells
 
 

@@ -64,7 +64,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def take_in(self, queries: Tensor, _keys: Tensor, index: Tensor, /) -> None:
-        """Move the samples' keys towards their queries, and back to unit length."""
+        """Move the samples' keys toward their queries, and back to unit length."""
         index = distributed.all_gather_rows(index.to(self.keys.device, non_blocking=True))
         queries = distributed.all_gather_rows(queries)
         self.keys[index] = F.normalize(torch.lerp(queries.to(self.keys.dtype), self.keys[index], self._momentum))

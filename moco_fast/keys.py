@@ -49,7 +49,7 @@ class MomentumKeys:
     """Makes the context that chooses the precision."""
 
     def advance(self, momentum: float) -> None:
-        """Move the key encoder towards the query encoder."""
+        """Move the key encoder toward the query encoder."""
         self.update(momentum)
 
     @torch.no_grad()

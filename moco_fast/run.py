@@ -218,7 +218,7 @@ class Run:
         return 0
 
     def evaluate(self) -> None:
-        """Classify held-out samples by their neighbours among training samples, and write the result down."""
+        """Classify held-out samples by their neighbors among training samples, and write the result down."""
         config, runtime = self.config, self.runtime
         if config.eval.shards is None:
             return

@@ -107,7 +107,7 @@ class Gather:
 class VirtualGroups:
     """Several groups with batch statistics of their own on one rank, as in the authors' CIFAR demo.
 
-    Groups are runs of neighbouring samples in a batch. The key batch is interleaved, so that each of its groups holds
+    Groups are runs of neighboring samples in a batch. The key batch is interleaved, so that each of its groups holds
     the same share (to within one sample) of every group of queries. Both encoders need `use_group_statistics`.
     """
 

@@ -1,7 +1,7 @@
 """Augmentation as data: what is done to each sample's view, drawn from counters and not from a generator's state.
 
 The parameters of a view are a pure function of (seed, epoch, view, dense sample number) and of the image's size and
-mean colour. Every backend applies the same table, so a resume is exact, backends can be compared pixel by pixel, and a
+mean color. Every backend applies the same table, so a resume is exact, backends can be compared pixel by pixel, and a
 preview shows what training sees.
 """
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pipelines.config import ViewConfig
 from pipelines.philox import philox4x64, uniform
 
-__all__ = ["KEY_VIEW", "LUMA", "QUERY_VIEW", "ViewTable", "colour_matrix", "draw_view", "hue_map"]
+__all__ = ["KEY_VIEW", "LUMA", "QUERY_VIEW", "ViewTable", "color_matrix", "draw_view", "hue_map"]
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -60,7 +60,7 @@ class ViewTable:
     sigma: npt.NDArray[np.float32]
     """(n,) sigma of the Gaussian blur in pixels of the view; 0: none."""
     matrix: npt.NDArray[np.float32]
-    """(n, 3, 4) colour map in 0..255: `matrix[:, :3] @ rgb + matrix[:, 3]`, rounded and clamped."""
+    """(n, 3, 4) color map in 0..255: `matrix[:, :3] @ rgb + matrix[:, 3]`, rounded and clamped."""
     solarize: Bools
     """(n,) invert all values of 128 and above."""
     factors: Floats
@@ -68,7 +68,7 @@ class ViewTable:
     jitter_order: Integers
     """(n, 4) in which the four are applied: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
     grayscale: Bools
-    """(n,) drop colour."""
+    """(n,) drop color."""
 
 
 def draw_view(
@@ -92,7 +92,7 @@ def draw_view(
         index: (n,) dense sample numbers.
         width: (n,) of the images as decoded, in pixels.
         height: (n,).
-        mean_rgb: (n, 3) mean colour of each image in 0..255 (128 where unknown): the pivot of contrast.
+        mean_rgb: (n, 3) mean color of each image in 0..255 (128 where unknown): the pivot of contrast.
 
     The distributions are those of torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale and of the blur and
     solarization of MoCo v2 and v3.
@@ -104,7 +104,7 @@ def draw_view(
     factors = _factors(config, u, jitter)
     order = _PERMUTATIONS[(u[:, _ORDER] * len(_PERMUTATIONS)).astype(np.int64)]
     grayscale = u[:, _GRAYSCALE] < config.grayscale_p
-    matrix = colour_matrix(factors, order, grayscale, mean_rgb, grayscale_first=config.grayscale_first)
+    matrix = color_matrix(factors, order, grayscale, mean_rgb, grayscale_first=config.grayscale_first)
     low, high = config.blur_sigma
     sigma = np.where(u[:, _BLUR] < config.blur_p, low + (high - low) * u[:, _SIGMA], 0.0)
     return ViewTable(
@@ -119,7 +119,7 @@ def draw_view(
     )
 
 
-def colour_matrix(
+def color_matrix(
     factors: Floats, order: Integers, grayscale: Bools, mean_rgb: Floats, *, grayscale_first: bool
 ) -> Floats:
     """Chain brightness, contrast, saturation, hue and grayscale into one affine map of RGB.
@@ -129,7 +129,7 @@ def colour_matrix(
         order: (n, 4) as in ViewTable.
         grayscale: (n,).
         mean_rgb: (n, 3) in 0..255; contrast pivots about its gray value, taken through the chain so far.
-        grayscale_first: drop colour before the other four instead of after them.
+        grayscale_first: drop color before the other four instead of after them.
 
     Returns:
         (n, 3, 4) float64 in 0..255. Against torchvision's ColorJitter it differs by the pivot, by a linear hue, and by
@@ -158,14 +158,14 @@ def colour_matrix(
 
 
 def hue_map(turns: Floats, mean_rgb: Floats) -> Floats:
-    """Give the linear map nearest to a shift of hue in HSV, for images of a given mean colour.
+    """Give the linear map nearest to a shift of hue in HSV, for images of a given mean color.
 
     Args:
-        turns: (n,) red towards green where positive.
+        turns: (n,) red toward green where positive.
         mean_rgb: (n, 3).
 
     Returns:
-        (n, 3, 3). A shift of hue in HSV is linear within one sector of the hue circle. Where the mean colour is
+        (n, 3, 3). A shift of hue in HSV is linear within one sector of the hue circle. Where the mean color is
         saturated, most pixels lie in its sector: its map is taken. Where it is gray the map is a rotation about the
         gray axis, in between a mixture. Both keep gray. On photos this is nearly three times as near to HSV as the
         usual rotation in YIQ (docs/data.md).

@@ -56,7 +56,7 @@ class Job:
     size: int
     """Height and width of a view."""
     exact: bool = False
-    """Apply torchvision's colour operations one by one."""
+    """Apply torchvision's color operations one by one."""
     max_batch: int
     """Samples in the largest batch."""
     device: torch.device
@@ -115,14 +115,14 @@ def choose(
         backend: as in DataConfig.
         device: where the views shall be.
         size: height and width of a view.
-        exact: whether torchvision's colour operations are asked for.
+        exact: whether torchvision's color operations are asked for.
         is_beton: whether the data is a `.beton`.
 
     Raises:
         ValueError: no such backend, or one that cannot do what is asked, or what it needs is not installed.
     """
     if exact and backend not in ("auto", "torch"):
-        raise ValueError(f"views.colour torchvision cannot be done by {backend}: choose --data.backend torch")
+        raise ValueError(f"views.color torchvision cannot be done by {backend}: choose --data.backend torch")
     if exact:
         backend = "torch"
     if backend == "auto":

@@ -201,7 +201,7 @@ class CachedShardSet(RemoteShardSet):
         return self.folder.path / self.digest / self.manifest.shards[shard].name
 
     def _download(self, shard: int, descriptor: int, cancel: threading.Event) -> bool:
-        """Write a tar to its part and its index beside it, once more after an outage; False when cancelled."""
+        """Write a tar to its part and its index beside it, once more after an outage; False when canceled."""
         entry, name = self.manifest.shards[shard], self.shard_name(shard)
         outage_ends, delay_s, num_wrong = time.monotonic() + _OUTAGE_S, _BACK_OFF_S, 0
         while True:

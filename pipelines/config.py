@@ -76,7 +76,7 @@ class ViewConfig:
     flip_p: float = 0.5
     """Probability of a horizontal flip."""
     jitter_p: float = 0.8
-    """Probability of colour jitter."""
+    """Probability of color jitter."""
     brightness: float = 0.4
     """Brightness factor is drawn from [1 - b, 1 + b]."""
     contrast: float = 0.4
@@ -86,9 +86,9 @@ class ViewConfig:
     hue: float = 0.1
     """Hue shift is drawn from [-h, h], in turns."""
     grayscale_p: float = 0.2
-    """Probability of dropping colour."""
+    """Probability of dropping color."""
     grayscale_first: bool = False
-    """Drop colour before the jitter (MoCo v1) instead of after it."""
+    """Drop color before the jitter (MoCo v1) instead of after it."""
     blur_p: float = 0.5
     """Probability of Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
@@ -121,7 +121,7 @@ class ViewsConfig:
     """The view that the query encoder sees."""
     key: ViewConfig = field(default_factory=ViewConfig)
     """The view that the key encoder sees."""
-    colour: Literal["linear", "torchvision"] = "linear"
+    color: Literal["linear", "torchvision"] = "linear"
     """`linear`: jitter and grayscale as one matrix. `torchvision`: its own operations one by one, as a control; slower,
     and only with the torch backend."""
 

@@ -1,7 +1,7 @@
 """The DALI backend: encoded bytes and parameter tables in, views out. One definition for the CPU and the GPU.
 
 Stages, each with uint8 between them: decode, crop-and-resize (linear, antialiased; a reversed region is the flip),
-Gaussian blur, one affine colour map with rounding and clamping, solarize. On the CPU OpenCV does the last two.
+Gaussian blur, one affine color map with rounding and clamping, solarize. On the CPU OpenCV does the last two.
 """
 
 import threading
@@ -20,14 +20,14 @@ from pipelines.augment import ViewTable
 from pipelines.backends import Job, Made
 from pipelines.channel import Channel, ChannelClosed
 from pipelines.config import ViewConfig
-from pipelines.pixels import recolour
+from pipelines.pixels import recolor
 from pipelines.readahead import EncodedBatch, ReadAhead
 from pipelines.readahead_process import ReadingSpec
 from pipelines.reader import DamagedSampleError, name_sample
 from pipelines.samples import Steps
 from shards.manifest import Manifest
 
-__all__ = ["DaliViews", "blur_kernels", "colours_in_graph", "size_hints"]
+__all__ = ["DaliViews", "blur_kernels", "colors_in_graph", "size_hints"]
 
 # DALI makes its operators and type names at run time: their stubs know half of what works.
 fn: Any = untyped_fn
@@ -42,15 +42,15 @@ _MOST_HINTED_BYTES = 2 << 30
 class _Stages:
     """Which stages a view's graph needs after the resize."""
 
-    def __init__(self, config: ViewConfig | None, *, with_colours: bool) -> None:
+    def __init__(self, config: ViewConfig | None, *, with_colors: bool) -> None:
         jitters = config is not None and (config.jitter_p > 0 or config.grayscale_p > 0)
         self.blur = config is not None and config.blur_p > 0
-        self.colour = with_colours and jitters
-        self.solarize = with_colours and config is not None and config.solarize_p > 0
+        self.color = with_colors and jitters
+        self.solarize = with_colors and config is not None and config.solarize_p > 0
 
 
-def colours_in_graph(device: torch.device) -> bool:
-    """Whether DALI's own operators apply colours and solarize, too.
+def colors_in_graph(device: torch.device) -> bool:
+    """Whether DALI's own operators apply colors and solarize, too.
 
     Not on the CPU: they take as long there as decoding does (benchmarks/loader.py), OpenCV a tenth of it.
     """
@@ -67,8 +67,8 @@ class DaliViews:
 
     def __init__(self, job: Job, steps: Steps) -> None:
         self._job = job
-        self._with_colours = colours_in_graph(job.device)
-        self._stages = tuple(_Stages(view, with_colours=self._with_colours) for view in job.views)
+        self._with_colors = colors_in_graph(job.device)
+        self._stages = tuple(_Stages(view, with_colors=self._with_colors) for view in job.views)
         self._batches = ReadAhead(
             ReadingSpec(
                 shards=job.shards,
@@ -123,8 +123,8 @@ class DaliViews:
                 under_way.append(batch)
             # Safe without a copy: the dynamic executor writes to no output that someone still holds.
             views = tuple(torch.from_dlpack(view.as_tensor()) for view in outputs)
-            if not self._with_colours:
-                _recolour(views, done.tables)
+            if not self._with_colors:
+                _recolor(views, done.tables)
             channels_last = tuple(view.permute(0, 3, 1, 2) for view in views)
             self._out.put(Made(samples=done.samples, labels=done.labels, views=channels_last, replaced=done.replaced))
 
@@ -149,10 +149,10 @@ class DaliViews:
                 pipe.feed_input(f"{name}_{number}", data)
 
 
-def _recolour(views: tuple[torch.Tensor, ...], tables: tuple[ViewTable, ...]) -> None:
+def _recolor(views: tuple[torch.Tensor, ...], tables: tuple[ViewTable, ...]) -> None:
     for view, table in zip(views, tables, strict=True):
         for row, pixels in enumerate(view.numpy()):
-            recolour(table, row, pixels)
+            recolor(table, row, pixels)
 
 
 def _build(stages: tuple[_Stages, ...], job: Job, *, depth: int) -> Pipeline:
@@ -247,7 +247,7 @@ def _view(images: Any, size: int, stages: _Stages, number: int, *, on_gpu: bool)
             row, column = given("row", types.FLOAT, 2), given("column", types.FLOAT, 2)
             if is_blurred:
                 view = fn.filter(fn.filter(view, row), column)
-    if stages.colour:
+    if stages.color:
         view = fn.coord_transform(
             view, M=given("linear", types.FLOAT, 2), T=given("shift", types.FLOAT, 1), dtype=types.UINT8
         )
@@ -271,7 +271,7 @@ def _inputs(stages: _Stages, table: ViewTable, *, on_gpu: bool) -> dict[str, Any
             kernels = blur_kernels(table.sigma)
             inputs["row"] = [kernel[None, :] for kernel in kernels]
             inputs["column"] = [kernel[:, None] for kernel in kernels]
-    if stages.colour:
+    if stages.color:
         inputs["linear"] = np.ascontiguousarray(table.matrix[:, :, :3])
         inputs["shift"] = np.ascontiguousarray(table.matrix[:, :, 3])
     if stages.solarize:

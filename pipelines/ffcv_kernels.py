@@ -1,4 +1,4 @@
-"""What FFCV's compiled code does to one image: check its bytes, decode it, cut and colour a view of it.
+"""What FFCV's compiled code does to one image: check its bytes, decode it, cut and color a view of it.
 
 Compiled by numba. All stages of a view are in float32, rounded once at the end.
 """
@@ -96,14 +96,14 @@ def _taps(extent, size):
     first, num = np.empty(size, np.int64), np.empty(size, np.int64)
     weights = np.zeros((size, int(2 * reach) + 3), np.float32)
     for i in range(size):
-        centre = (i + 0.5) * scale
-        begin = max(0, int(np.floor(centre - reach)))
-        end = min(extent, int(np.ceil(centre + reach)))
+        center = (i + 0.5) * scale
+        begin = max(0, int(np.floor(center - reach)))
+        end = min(extent, int(np.ceil(center + reach)))
         total = 0.0
         for tap in range(begin, end):
-            total += max(0.0, 1.0 - abs(tap + 0.5 - centre) / reach)
+            total += max(0.0, 1.0 - abs(tap + 0.5 - center) / reach)
         for tap in range(begin, end):
-            weights[i, tap - begin] = max(0.0, 1.0 - abs(tap + 0.5 - centre) / reach) / total
+            weights[i, tap - begin] = max(0.0, 1.0 - abs(tap + 0.5 - center) / reach) / total
         first[i], num[i] = begin, end - begin
     return first, num, weights
 

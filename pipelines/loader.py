@@ -241,7 +241,7 @@ def open_loader(
     )
     check_ranks(data.batch_size, world_size)
     shards = cache_for_training(shards, data, plan, world_size=world_size, local_world_size=local_world_size)
-    exact = views.colour == "torchvision"
+    exact = views.color == "torchvision"
     name, reason = choose(
         data.backend, device=device, size=views.size, exact=exact, is_beton=isinstance(shards, BetonSet)
     )
@@ -308,7 +308,7 @@ def _open_streamed(
         draw=partial(draw_training, views=views, seed=seed),
         views=(views.query, views.key),
         size=views.size,
-        exact=views.colour == "torchvision",
+        exact=views.color == "torchvision",
         skip=data.on_bad_sample == "skip",
         num_samples=data.batch_size // world_size,
     )
@@ -398,7 +398,7 @@ def make_views(
     device: torch.device = _CPU,
 ) -> tuple[torch.Tensor, ...]:
     """Make the query and the key views of chosen samples as a run would: (n, 3, S, S) uint8 each, on the device."""
-    exact = views.colour == "torchvision"
+    exact = views.color == "torchvision"
     name, _ = choose(backend, device=device, size=views.size, exact=exact, is_beton=isinstance(shards, BetonSet))
     job = Job(
         shards=shards,

@@ -118,7 +118,7 @@ class EpochOrder:
     def rank_step(self, step: int, rank: int, world_size: int) -> Indices:
         """Dense sample numbers of one rank's share of a step: (batch_size / world_size,) int64.
 
-        Neighbouring ranks take neighbouring lanes, so a node holds whole lanes where the numbers divide. The share is
+        Neighboring ranks take neighboring lanes, so a node holds whole lanes where the numbers divide. The share is
         permuted anew in every step: shuffling BN relies on that.
         """
         check_ranks(self.plan.batch_size, world_size)

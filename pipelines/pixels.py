@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipelines.augment import ViewTable
 
-__all__ = ["decode", "recolour", "render", "render_as_torchvision"]
+__all__ = ["decode", "recolor", "render", "render_as_torchvision"]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -42,11 +42,11 @@ def render(image: Pixels, table: ViewTable, row: int, out: Pixels) -> None:
     if table.flip[row]:
         cv2.flip(out, 1, dst=out)
     _blur(table, row, out)
-    recolour(table, row, out)
+    recolor(table, row, out)
 
 
-def recolour(table: ViewTable, row: int, out: Pixels) -> None:
-    """Apply the colour matrix of a sample, and solarize, to (S, S, 3) uint8 in place."""
+def recolor(table: ViewTable, row: int, out: Pixels) -> None:
+    """Apply the color matrix of a sample, and solarize, to (S, S, 3) uint8 in place."""
     matrix = table.matrix[row]
     if not np.array_equal(matrix, _IDENTITY):
         cv2.transform(out, matrix, dst=out)

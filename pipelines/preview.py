@@ -20,7 +20,7 @@ Pixels = npt.NDArray[np.uint8]
 
 # One level of difference is too dark to see.
 _AMPLIFY = 16
-_QUERY_COLOUR, _KEY_COLOUR = (230, 85, 13), (33, 113, 181)
+_QUERY_COLOR, _KEY_COLOR = (230, 85, 13), (33, 113, 181)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,20 +109,20 @@ def sheet(
     canvas = Image.new("RGB", (columns * cell_w, rows * cell_h + margin), (255, 255, 255))
     for number, preview in enumerate(previews):
         shown = [_outlined(preview, side)]
-        for view, (pixels, colour) in enumerate(((preview.view_q, _QUERY_COLOUR), (preview.view_k, _KEY_COLOUR))):
-            shown.append(_framed(pixels, side, colour))
+        for view, (pixels, color) in enumerate(((preview.view_q, _QUERY_COLOR), (preview.view_k, _KEY_COLOR))):
+            shown.append(_framed(pixels, side, color))
             if apart is not None:
                 amplified = (apart[number, view].astype(np.uint16) * _AMPLIFY).clip(0, 255).astype(np.uint8)
-                shown.append(_framed(amplified, side, colour))
+                shown.append(_framed(amplified, side, color))
         left, top = number % columns * cell_w + margin, number // columns * cell_h + margin
         for place, tile in enumerate(shown):
             canvas.paste(tile, (left + place * (side + margin), top))
     return canvas
 
 
-def _framed(pixels: Pixels, side: int, colour: tuple[int, int, int]) -> Image.Image:
+def _framed(pixels: Pixels, side: int, color: tuple[int, int, int]) -> Image.Image:
     tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-    ImageDraw.Draw(tile).rectangle((0, 0, side - 1, side - 1), outline=colour, width=2)
+    ImageDraw.Draw(tile).rectangle((0, 0, side - 1, side - 1), outline=color, width=2)
     return tile
 
 
@@ -136,9 +136,9 @@ def _outlined(preview: Preview, side: int) -> Image.Image:
     left, top = (side - size[0]) // 2, (side - size[1]) // 2
     tile.paste(small, (left, top))
     pen = ImageDraw.Draw(tile)
-    for (x, y, w, h), colour in ((preview.box_k, _KEY_COLOUR), (preview.box_q, _QUERY_COLOUR)):
+    for (x, y, w, h), color in ((preview.box_k, _KEY_COLOR), (preview.box_q, _QUERY_COLOR)):
         corners = (left + x * scale, top + y * scale, left + (x + w) * scale - 1, top + (y + h) * scale - 1)
-        pen.rectangle((*corners[:2], max(corners[0], corners[2]), max(corners[1], corners[3])), outline=colour, width=2)
+        pen.rectangle((*corners[:2], max(corners[0], corners[2]), max(corners[1], corners[3])), outline=color, width=2)
     return tile
 
 

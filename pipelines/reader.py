@@ -92,7 +92,7 @@ class Reader:
         begins = (ends - records["size"]).tolist()
         images = [buffer[begin:end] for begin, end in zip(begins, ends.tolist(), strict=True)]
         self._drop_deleted()
-        # Sorted by place on disk, and split into runs of it: neighbours are read one after the other.
+        # Sorted by place on disk, and split into runs of it: neighbors are read one after the other.
         places = np.lexsort((records["offset"], shard))
         parts: list[Future[list[tuple[int, DamagedSampleError]]]] = []
         for run in np.array_split(places, max(1, min(self._num_threads, len(places)))):

@@ -66,7 +66,7 @@ def cache_for_training(
     if sizes.sum() <= usable:
         share = int(sizes.sum())
     else:
-        # Neighbouring ranks take neighbouring lanes; where the numbers do not divide, one at each end is shared.
+        # Neighboring ranks take neighboring lanes; where the numbers do not divide, one at each end is shared.
         lanes = -(-plan.num_lanes // world_size) + (plan.num_lanes % world_size > 0)
         a_step = plan.batch_size / plan.num_lanes / (plan.num_samples / len(plan.shard_sizes))
         num_shards, largest = plan.window_shards + 2 + int((STEPS_KEPT + 1) * a_step), int(sizes.max())

@@ -88,7 +88,7 @@ class StreamSpec:
     size: int
     """Height and width of a view."""
     exact: bool
-    """Apply torchvision's colour operations one by one."""
+    """Apply torchvision's color operations one by one."""
     skip: bool
     """Leave out images that cannot be decoded, instead of ending."""
     num_samples: int

@@ -45,7 +45,7 @@ def decode_jpeg(data: bytes, *, gray: bool = False, reduce: int = 1, strict: boo
 
 
 def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
-    """Baseline JPEG of C-contiguous pixels; colour is subsampled 4:2:0."""
+    """Baseline JPEG of C-contiguous pixels; color is subsampled 4:2:0."""
     if pixels.shape[2] == 1:
         return simplejpeg.encode_jpeg(pixels, quality, "GRAY", "Gray")
     return simplejpeg.encode_jpeg(pixels, quality, "RGB", "420")

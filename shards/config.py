@@ -38,7 +38,7 @@ class EncodeConfig:
     max_aspect: float | None = None
     """Images whose longer side is more than this many times the shorter are rejected."""
     mean_rgb: bool = True
-    """Store each image's mean colour. This decodes every image at an eighth of its size, which also finds damage
+    """Store each image's mean color. This decodes every image at an eighth of its size, which also finds damage
     behind a sound header."""
 
 

@@ -55,14 +55,14 @@ class Flag(IntFlag):
     NOT_BASELINE = 4
     """A progressive or otherwise unusual JPEG: decoders take a slower path."""
     NOT_RGB = 8
-    """CMYK or another colour space."""
+    """CMYK or another color space."""
     NOT_JPEG = 16
     DAMAGED = 32
     """Nothing could make sense of its header."""
 
 
 REFUSED = Flag.NEEDS_ORIENTATION | Flag.NOT_RGB | Flag.NOT_JPEG | Flag.DAMAGED
-"""Training would see such a sample sideways, in wrong colours or not at all: packing mends or rejects it."""
+"""Training would see such a sample sideways, in wrong colors or not at all: packing mends or rejects it."""
 
 
 def flag_name(flag: Flag) -> str:
@@ -132,7 +132,7 @@ class ShardSet:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Name of each label; empty when nothing is labelled."""
+        """Name of each label; empty when nothing is labeled."""
         return self.manifest.class_names
 
     def part(self, shard: int) -> "tuple[ShardSet, int]":

@@ -43,7 +43,7 @@ class JpegHeader(NamedTuple):
 
     @property
     def is_ycbcr_or_gray(self) -> bool:
-        """Stored in the colour spaces that every JPEG decoder takes alike."""
+        """Stored in the color spaces that every JPEG decoder takes alike."""
         if self.num_components == 1:
             return True
         is_rgb = self.color_transform == 0 or (self.color_transform < 0 and self.has_rgb_ids)

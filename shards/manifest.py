@@ -56,7 +56,7 @@ class Manifest:
     shards: tuple[ShardEntry, ...]
     """In order; dense sample numbers run through them."""
     class_names: tuple[str, ...] = ()
-    """Name of each label; empty when nothing is labelled."""
+    """Name of each label; empty when nothing is labeled."""
     num_inputs: int
     """Everything that was listed: packed + rejected."""
     num_samples: int

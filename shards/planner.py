@@ -73,13 +73,13 @@ _LABEL_OF: dict[str, Callable[[Input], str | int | None]] = {
 def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progress: Progress) -> tuple[str, ...]:
     """Write rows.bin and names.bin; returns the class names."""
     classes = ClassTable()
-    labelled, pick = config.labels != "none", _LABEL_OF.get(config.labels, _own_or_folder)
+    labeled, pick = config.labels != "none", _LABEL_OF.get(config.labels, _own_or_folder)
     with TableWriter(folder) as table, progress.stage("listing", unit=" inputs") as tick:
         # The list grows while it is walked: by the archives that folders hold.
         for number, source in enumerate(sources):
             for item in source.inputs(folder / f"spool-{number}"):
                 if isinstance(item, Input):
-                    label = classes.number(pick(item)) if labelled else -1
+                    label = classes.number(pick(item)) if labeled else -1
                     table.add(number, label, item.name, item.offset, item.size)
                     tick(1)
                 else:

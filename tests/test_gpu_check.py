@@ -142,8 +142,8 @@ def cifar(tmp_path):
     with tarfile.open(archive, "w") as tar:
         for split, num in (("train", 10), ("test", 5)):
             for number in range(num):
-                for label, grey in (("cat", 40), ("dog", 200)):
-                    data = jpeg(np.full((32, 32, 3), grey + number, dtype=np.uint8))
+                for label, gray in (("cat", 40), ("dog", 200)):
+                    data = jpeg(np.full((32, 32, 3), gray + number, dtype=np.uint8))
                     member = tarfile.TarInfo(f"cifar10/{split}/{label}/{number}.jpg")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))

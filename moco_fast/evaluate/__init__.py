@@ -1,1 +1,1 @@
-"""What an encoder has learned, measured on labelled samples that it has not seen."""
+"""What an encoder has learned, measured on labeled samples that it has not seen."""

@@ -18,7 +18,7 @@ from pipelines.config import DataConfig
 from pipelines.loader import open_eval_loader
 from shards import ShardSet
 
-__all__ = ["Features", "extract", "gather", "labelled_features", "spread"]
+__all__ = ["Features", "extract", "gather", "labeled_features", "spread"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def _with_progress(batches: Iterable[ImageBatch], title: str | None) -> Iterable
     return tqdm(batches, desc=title, disable=title is None, delay=3, mininterval=interval_s, leave=False, unit="batch")
 
 
-def labelled_features(
+def labeled_features(
     encoder: Encoder,
     shards: str,
     *,
@@ -92,7 +92,7 @@ def labelled_features(
     local_world_size: int = 1,
     data: DataConfig | None = None,
 ) -> Features:
-    """Compute this rank's share of the features, of length 1, of the labelled samples in a folder of shards.
+    """Compute this rank's share of the features, of length 1, of the labeled samples in a folder of shards.
 
     Args:
         encoder: on `device`.

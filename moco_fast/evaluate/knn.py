@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moco_fast.config import KnnConfig
 from moco_fast.encoders import Encoder
-from moco_fast.evaluate.features import Features, gather, labelled_features, spread
+from moco_fast.evaluate.features import Features, gather, labeled_features, spread
 from pipelines.config import DataConfig
 from shards import ShardSet
 
@@ -23,11 +23,11 @@ _CHUNK_ELEMENTS = 1 << 25  # similarities held at once: 128 MiB of float32
 
 @dataclass(frozen=True, kw_only=True)
 class Votes:
-    """What the neighbours of Q queries say."""
+    """What the neighbors of Q queries say."""
 
     predictions: Tensor
     """(Q,) int64: the class with the largest sum of weights."""
-    neighbours: Tensor
+    neighbors: Tensor
     """(Q, k) int64: rows of the bank, nearest first."""
     similarities: Tensor
     """(Q, k) float32: their cosine similarities."""
@@ -35,16 +35,16 @@ class Votes:
 
 @dataclass(frozen=True, kw_only=True)
 class KnnResult:
-    """How well neighbours among the training samples name the class of held-out samples."""
+    """How well neighbors among the training samples name the class of held-out samples."""
 
     top1: float
     """Share of queries classified rightly, 0..1."""
     num_bank: int
-    """Labelled training samples that served as neighbours."""
+    """Labeled training samples that served as neighbors."""
     num_queries: int
-    """Labelled held-out samples that were classified."""
+    """Labeled held-out samples that were classified."""
     k: int
-    """Neighbours that voted."""
+    """Neighbors that voted."""
     note: str | None = None
     """What was done otherwise than asked, in one line."""
 
@@ -59,24 +59,24 @@ def classify(
         bank_labels: (N,) int64 in 0..num_classes-1, on the same device.
         queries: (Q, D) float32, rows of length 1.
         num_classes: number of classes.
-        k: neighbours that vote; all N if the bank is smaller.
-        temperature: smaller gives near neighbours more weight.
+        k: neighbors that vote; all N if the bank is smaller.
+        temperature: smaller gives near neighbors more weight.
     """
     k = min(k, len(bank))
     rows = max(_CHUNK_ELEMENTS // len(bank), 1)
     predictions: list[Tensor] = []
-    neighbours: list[Tensor] = []
+    neighbors: list[Tensor] = []
     similarities: list[Tensor] = []
     for chunk in queries.split(rows):
         nearest, where = (chunk @ bank.T).topk(k, dim=1)  # (q, k) each, nearest first
-        # Relative to the nearest neighbour: the same vote, and no temperature overflows.
+        # Relative to the nearest neighbor: the same vote, and no temperature overflows.
         weights = ((nearest - nearest[:, :1]) / temperature).exp()
         votes = weights.new_zeros(len(chunk), num_classes).scatter_add_(1, bank_labels[where], weights)
         predictions.append(votes.argmax(dim=1))
-        neighbours.append(where)
+        neighbors.append(where)
         similarities.append(nearest)
     return Votes(
-        predictions=torch.cat(predictions), neighbours=torch.cat(neighbours), similarities=torch.cat(similarities)
+        predictions=torch.cat(predictions), neighbors=torch.cat(neighbors), similarities=torch.cat(similarities)
     )
 
 
@@ -101,8 +101,8 @@ def evaluate_knn(
     Args:
         encoder: on `device`; its modes are left as they were.
         knn: the settings; k is capped to the bank, with a note.
-        bank_shards: labelled training shards.
-        query_shards: labelled held-out shards with the same classes.
+        bank_shards: labeled training shards.
+        query_shards: labeled held-out shards with the same classes.
         size: height and width of the images in pixels.
         batch_size: images a rank takes at once.
         device: where to compute.
@@ -116,7 +116,7 @@ def evaluate_knn(
     """
     num_classes = len(common_classes(bank_shards, query_shards))
     features_of = partial(
-        labelled_features,
+        labeled_features,
         encoder,
         size=size,
         crop=knn.crop,
@@ -137,8 +137,8 @@ def evaluate_knn(
         raise ValueError("the encoder's features are not finite: it has diverged, evaluate an earlier checkpoint")
     if not len(bank) or not num_queries:
         empty = bank_shards if not len(bank) else query_shards
-        raise ValueError(f"{empty} holds no labelled sample, so kNN has nothing to compare: pack it with labels")
-    note = f"k = {knn.k} neighbours were asked for, but the bank holds {len(bank)}: all of them vote"
+        raise ValueError(f"{empty} holds no labeled sample, so kNN has nothing to compare: pack it with labels")
+    note = f"k = {knn.k} neighbors were asked for, but the bank holds {len(bank)}: all of them vote"
     return KnnResult(
         top1=right / num_queries,
         num_bank=len(bank),

@@ -1,4 +1,4 @@
-"""Curves of a run as inline SVG whose colours and fonts are the page's."""
+"""Curves of a run as inline SVG whose colors and fonts are the page's."""
 
 import io
 import re
@@ -16,7 +16,7 @@ __all__ = ["Curve", "Level", "draw_curves", "thin_out"]
 
 _INK, _FAINT = "#010101", "#020202"
 _SERIES = ("#030303", "#040404")
-# Colours that no curve would have otherwise, so that each can be replaced by a variable of the page.
+# Colors that no curve would have otherwise, so that each can be replaced by a variable of the page.
 _VARIABLES = {_INK: "var(--muted)", _FAINT: "var(--line)", _SERIES[0]: "var(--query)", _SERIES[1]: "var(--key)"}
 _MAX_POINTS = 400
 
@@ -52,7 +52,7 @@ def draw_curves(
     """Draw at most two curves into one SVG element.
 
     Args:
-        curves: what to draw, the first in the query's colour, the second in the key's.
+        curves: what to draw, the first in the query's color, the second in the key's.
         alt: says in words what is shown.
         level: a value to compare with.
         percent: values are shares; write them as percentages.
@@ -62,12 +62,12 @@ def draw_curves(
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt, "font.size": 10.5}):
         figure = Figure(figsize=(5.4, height), layout="constrained", facecolor="none")
         axes = figure.add_subplot(facecolor="none")
-        for curve, colour in zip(curves, _SERIES, strict=False):
+        for curve, color in zip(curves, _SERIES, strict=False):
             steps, values = thin_out(curve.steps, curve.values)
             axes.plot(
                 steps,
                 values,
-                color=colour,
+                color=color,
                 linewidth=1.8,
                 marker="o" if curve.points else "",
                 markersize=4.5,
@@ -81,15 +81,15 @@ def draw_curves(
             axes.set_ylim(bottom=0)
         if level is not None:
             _write_level(axes, level)
-        for curve, colour in zip(curves, _SERIES, strict=False):
-            _write_label(axes, curve, colour)
+        for curve, color in zip(curves, _SERIES, strict=False):
+            _write_label(axes, curve, color)
         out = io.StringIO()
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
     return _for_page(out.getvalue(), alt)
 
 
 def thin_out(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Average neighbouring points so that at most a few hundred are left; returns steps and values."""
+    """Average neighboring points so that at most a few hundred are left; returns steps and values."""
     groups = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_POINTS))
     at, of = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
     return np.array([at[group].mean() for group in groups]), np.array([of[group].mean() for group in groups])
@@ -124,7 +124,7 @@ def _write_level(axes: Axes, level: Level) -> None:
     )
 
 
-def _write_label(axes: Axes, curve: Curve, colour: str) -> None:
+def _write_label(axes: Axes, curve: Curve, color: str) -> None:
     """Write a curve's name over its middle: shorter to read than a legend."""
     if not curve.label or not len(curve.steps):
         return
@@ -136,12 +136,12 @@ def _write_label(axes: Axes, curve: Curve, colour: str) -> None:
         xytext=(0, 7),
         textcoords="offset points",
         ha="center",
-        color=colour,
+        color=color,
     )
 
 
 def _for_page(svg: str, alt: str) -> str:
-    """Take the SVG element out of its document and let the page decide on colours, fonts and size."""
+    """Take the SVG element out of its document and let the page decide on colors, fonts and size."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{alt}"', svg, count=1)
@@ -149,6 +149,6 @@ def _for_page(svg: str, alt: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<g/>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<g id=\"[^\"]*\"", "<g", svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, variable)
     return svg

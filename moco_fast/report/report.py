@@ -17,14 +17,14 @@ from moco_fast.config import Config
 from moco_fast.evaluate.untrained import untrained_twin
 from moco_fast.report.commands import next_commands
 from moco_fast.report.figures import Curve, Level, draw_curves
-from moco_fast.report.neighbours import Query, find_neighbours
+from moco_fast.report.neighbors import Query, find_neighbors
 from moco_fast.report.pictures import show_views
 from moco_fast.report.record import RunRecord, read_run
 from moco_fast.report.words import configuration_table, environment_table, headline, tiles
 
 __all__ = ["guessing", "write_report"]
 
-_NUM_NEIGHBOURS = 6
+_NUM_NEIGHBORS = 6
 T = TypeVar("T")
 
 
@@ -46,7 +46,7 @@ def write_report(
         run: the run's folder.
         device: where the encoder computes; default: a GPU if there is one.
         num_samples: training samples, and held-out samples, in the pictures.
-        max_bank: training samples among which neighbours are looked for.
+        max_bank: training samples among which neighbors are looked for.
 
     Returns:
         path of the page.
@@ -59,7 +59,7 @@ def write_report(
     # The last epoch that is over: every sample shown has been trained on like this.
     epoch = max(int(record.last["epoch"]) - 1, 0)
     samples, no_samples = _unless_missing(lambda: show_views(record.config, epoch=epoch, num_samples=num_samples))
-    queries, no_queries = _unless_missing(lambda: _neighbours(record, device, num_samples, max_bank))
+    queries, no_queries = _unless_missing(lambda: _neighbors(record, device, num_samples, max_bank))
     page = _template().render(
         record=record,
         headline=headline(record),
@@ -98,23 +98,23 @@ def _unless_missing(make: Callable[[], list[T]]) -> tuple[list[T], str]:
         return [], str(error)
 
 
-def _neighbours(record: RunRecord, device: torch.device, num_queries: int, max_bank: int) -> list[Query]:
+def _neighbors(record: RunRecord, device: torch.device, num_queries: int, max_bank: int) -> list[Query]:
     if record.config.eval.shards is None:
         raise ValueError("the run has no held-out samples (--eval.shards)")
     config, encoder = load_encoder(record.path)
-    return find_neighbours(
+    return find_neighbors(
         encoder.to(device),
         untrained_twin(config).to(device),
         config,
         device=device,
         num_queries=num_queries,
-        num_neighbours=_NUM_NEIGHBOURS,
+        num_neighbors=_NUM_NEIGHBORS,
         max_bank=max_bank,
     )
 
 
 def _count_right(queries: list[Query], which: str) -> tuple[int, int]:
-    shown = [neighbour.is_right for query in queries for neighbour in getattr(query, which)]
+    shown = [neighbor.is_right for query in queries for neighbor in getattr(query, which)]
     return sum(shown), len(shown)
 
 

@@ -20,7 +20,7 @@ STAGES = {
     "resize": NONE,
     "flip": replace(NONE, flip_p=1.0),
     "blur": replace(NONE, blur_p=0.5),
-    "colour": replace(NONE, jitter_p=1.0, grayscale_p=0.2),
+    "color": replace(NONE, jitter_p=1.0, grayscale_p=0.2),
     "solarize": replace(NONE, solarize_p=0.5),
     "moco-v1": VIEWS["moco-v1"].query,
     "moco-v2": VIEWS["moco-v2"].query,

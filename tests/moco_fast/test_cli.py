@@ -107,7 +107,7 @@ def test_eval_knn_compares_trained_and_untrained(
 
     assert main(["eval", "knn", "--checkpoint", str(finished_run), "--k", "400", "--device", "cpu"]) == 0
     printed = capsys.readouterr()
-    assert "kNN top-1 of 72 held-out samples by 288 of 288 neighbours" in printed.out
+    assert "kNN top-1 of 72 held-out samples by 288 of 288 neighbors" in printed.out
     assert "trained" in printed.out
     assert "the bank holds 288" in printed.err
 

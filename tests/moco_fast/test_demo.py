@@ -35,7 +35,7 @@ def test_no_held_out_pixel_is_learned_from(width: int, height: int, size: int) -
     for left, top in held_out:
         assert 0 <= left <= width - size
         assert 0 <= top <= height - size
-        # The margin: not even the neighbourhood of a held-out patch is seen.
+        # The margin: not even the neighborhood of a held-out patch is seen.
         near = learned[max(top - 4, 0) : top + size + 4, max(left - 4, 0) : left + size + 4]
         assert not near.any()
 

@@ -19,7 +19,7 @@ from moco_fast import distributed
 from moco_fast.config import KnnConfig, ModelConfig
 from moco_fast.encoders import Encoder, build_encoder, normalize_images
 from moco_fast.evaluate import knn
-from moco_fast.evaluate.features import Features, extract, gather, labelled_features, spread
+from moco_fast.evaluate.features import Features, extract, gather, labeled_features, spread
 from moco_fast.evaluate.knn import KnnResult, classify, evaluate_knn
 from pipelines.batch import ImageBatch
 
@@ -57,7 +57,7 @@ def test_classify_is_the_papers_vote(num_bank: int, num_queries: int, k: int, te
     assert votes.predictions.tolist() == naive_predictions(
         bank.numpy(), labels.numpy(), queries.numpy(), k, temperature
     )
-    assert votes.neighbours.shape == (num_queries, min(k, num_bank))
+    assert votes.neighbors.shape == (num_queries, min(k, num_bank))
     torch.testing.assert_close(votes.similarities[:, 0], (queries @ bank.T).amax(dim=1))
 
 
@@ -68,10 +68,10 @@ def test_classify_in_chunks_says_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(knn, "_CHUNK_ELEMENTS", 50 * 5)
     chunked = classify(bank, labels, queries, num_classes=4, k=7, temperature=0.1)
     assert torch.equal(whole.predictions, chunked.predictions)
-    assert torch.equal(whole.neighbours, chunked.neighbours)
+    assert torch.equal(whole.neighbors, chunked.neighbors)
 
 
-def test_a_tiny_temperature_is_the_nearest_neighbour_and_does_not_overflow() -> None:
+def test_a_tiny_temperature_is_the_nearest_neighbor_and_does_not_overflow() -> None:
     bank, queries = unit_rows(40, 4, 0), unit_rows(30, 4, 1)
     labels = torch.arange(40) % 7
     votes = classify(bank, labels, queries, num_classes=7, k=40, temperature=1e-4)
@@ -167,7 +167,7 @@ def knn_of(encoder: Encoder, packed: Any, knn: KnnConfig = KNN, *, query_shards:
 def test_evaluate_knn_agrees_with_a_plain_loop(encoder: Encoder, packed_demo: Any) -> None:
     cpu = torch.device("cpu")
     bank, queries = (
-        labelled_features(encoder, str(shards), size=32, crop=1.0, batch_size=64, device=cpu)
+        labeled_features(encoder, str(shards), size=32, crop=1.0, batch_size=64, device=cpu)
         for shards in (packed_demo.train, packed_demo.val)
     )
     predictions = naive_predictions(bank.values.numpy(), bank.labels.numpy(), queries.values.numpy(), 5, 0.1)
@@ -177,7 +177,7 @@ def test_evaluate_knn_agrees_with_a_plain_loop(encoder: Encoder, packed_demo: An
     assert 1 / 18 < result.top1 < 1
 
 
-def test_a_sample_s_nearest_neighbour_is_itself(encoder: Encoder, packed_demo: Any) -> None:
+def test_a_sample_s_nearest_neighbor_is_itself(encoder: Encoder, packed_demo: Any) -> None:
     assert knn_of(encoder, packed_demo, replace(KNN, k=1), query_shards=str(packed_demo.train)).top1 > 0.99
 
 
@@ -231,7 +231,7 @@ def other_shards(packed_demo: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     (folder / "images" / "zebra").mkdir(parents=True)
     for number in range(2):
         Image.new("RGB", (40, 40), (90 * number, 20, 20)).save(folder / "images" / "zebra" / f"{number}.jpg")
-    for name, source in (("labelled", "images"), ("unlabelled", "images/zebra")):
+    for name, source in (("labeled", "images"), ("unlabeled", "images/zebra")):
         words = ["pack", str(folder / source), "--out", str(folder / name), "--workers", "1"]
         program = f"import sys; from shards.cli import main; sys.exit(main({words!r}))"
         subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
@@ -240,17 +240,17 @@ def other_shards(packed_demo: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_sets_with_different_classes_are_refused(encoder: Encoder, packed_demo: Any, other_shards: Path) -> None:
     with pytest.raises(ValueError, match=r"number their classes differently \('astronaut' is in one only\)"):
-        knn_of(encoder, packed_demo, query_shards=str(other_shards / "labelled"))
+        knn_of(encoder, packed_demo, query_shards=str(other_shards / "labeled"))
 
 
 def test_shards_without_labels_are_refused(encoder: Encoder, other_shards: Path) -> None:
-    unlabelled = str(other_shards / "unlabelled")
-    with pytest.raises(ValueError, match="holds no labelled sample"):
+    unlabeled = str(other_shards / "unlabeled")
+    with pytest.raises(ValueError, match="holds no labeled sample"):
         evaluate_knn(
             encoder,
             KNN,
-            bank_shards=unlabelled,
-            query_shards=unlabelled,
+            bank_shards=unlabeled,
+            query_shards=unlabeled,
             size=32,
             device=torch.device("cpu"),
         )

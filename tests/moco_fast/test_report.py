@@ -18,11 +18,11 @@ from PIL import Image
 
 from moco_fast.checkpoint import load_encoder
 from moco_fast.config import to_dict
-from moco_fast.evaluate.features import labelled_features
+from moco_fast.evaluate.features import labeled_features
 from moco_fast.evaluate.untrained import untrained_twin
 from moco_fast.presets import PRESETS
 from moco_fast.report.figures import Curve, Level, draw_curves, thin_out
-from moco_fast.report.neighbours import find_neighbours
+from moco_fast.report.neighbors import find_neighbors
 from moco_fast.report.record import read_run
 from moco_fast.report.report import guessing, write_report
 from moco_fast.report.words import configuration_table, duration, headline
@@ -161,18 +161,18 @@ def test_boxes_lie_where_the_views_were_cut(page: Page, finished_run: Path) -> N
     assert page.boxes["of-key"] == [preview.box_k for preview in previews]
 
 
-def test_neighbours_agree_with_a_plain_search(finished_run: Path) -> None:
+def test_neighbors_agree_with_a_plain_search(finished_run: Path) -> None:
     cpu = torch.device("cpu")
     config, trained = load_encoder(finished_run)
     assert config.eval.shards is not None
     untrained = untrained_twin(config)
-    found = find_neighbours(trained, untrained, config, device=cpu, num_queries=5, num_neighbours=4, max_bank=10_000)
+    found = find_neighbors(trained, untrained, config, device=cpu, num_queries=5, num_neighbors=4, max_bank=10_000)
     names = ShardSet.open(config.data.shards).class_names
     assert len(found) == 5
     assert len({query.label for query in found}) == 5
     for encoder, which in ((trained, "trained"), (untrained, "untrained")):
         bank, held_out = (
-            labelled_features(encoder, shards, size=32, crop=1.0, batch_size=64, device=cpu)
+            labeled_features(encoder, shards, size=32, crop=1.0, batch_size=64, device=cpu)
             for shards in (config.data.shards, config.eval.shards)
         )
         for query in found:
@@ -188,7 +188,7 @@ def test_neighbours_agree_with_a_plain_search(finished_run: Path) -> None:
 def test_right_and_wrong_are_marked_and_counted(page: Page) -> None:
     marks = re.findall(r'class="hit (right|wrong)"', page.html)
     assert len(marks) == 4 * 6 * 2
-    counted = re.search(r"Right neighbours: (\d+) of 24 after training, (\d+) of 24 before", page.text)
+    counted = re.search(r"Right neighbors: (\d+) of 24 after training, (\d+) of 24 before", page.text)
     assert counted
     assert sum(map(int, counted.groups())) == marks.count("right")
     assert page.text.count("✓") == marks.count("right")
@@ -310,7 +310,7 @@ def test_thinning_out_keeps_ends_bounds_and_short_curves(values: list[float]) ->
         assert thinned.tolist() == values
 
 
-def test_a_figure_takes_its_colours_from_the_page_and_stays_small() -> None:
+def test_a_figure_takes_its_colors_from_the_page_and_stays_small() -> None:
     curves = [Curve(steps=range(100_000), values=[0.0] * 100_000, label="a"), Curve(steps=[0, 9], values=[1, 2])]
     svg = draw_curves(curves, alt="both", level=Level(value=3, label="<level>"), from_zero=True)
     for variable in ("var(--query)", "var(--key)", "var(--muted)", "var(--line)"):

@@ -13,7 +13,7 @@ from moco_fast.encoders import build_encoder, normalize_images
 from moco_fast.shuffle import Exchange, Gather, Together, VirtualGroups, build_policy, exchange_group
 
 
-def labelled_images(rank, batch):
+def labeled_images(rank, batch):
     """uint8 images whose first pixel names their rank and row."""
     images = torch.zeros(batch, 3, 2, 2, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     images[:, 0, 0, 0] = rank
@@ -27,7 +27,7 @@ def names(images):
 
 def identify(policy, batch):
     """What a rank's key encoder sees, and what comes back when the keys are the images' names."""
-    images = labelled_images(distributed.rank(), batch)
+    images = labeled_images(distributed.rank(), batch)
     seen = policy.shuffle(images)
     return names(seen), policy.unshuffle(seen[:, :2, 0, 0].float()).int().tolist()
 
@@ -141,7 +141,7 @@ def test_virtual_groups_deal_each_query_group_evenly_over_the_key_groups(num_gro
 
 
 def test_shuffled_images_keep_their_memory_format():
-    images = labelled_images(0, 8)
+    images = labeled_images(0, 8)
     assert VirtualGroups(2).shuffle(images).is_contiguous(memory_format=torch.channels_last)
 
 

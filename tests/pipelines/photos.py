@@ -1,4 +1,4 @@
-"""The photographs that scikit-image carries, in colour."""
+"""The photographs that scikit-image carries, in color."""
 
 import numpy as np
 from skimage import data

@@ -26,8 +26,8 @@ def resize_axis(image: np.ndarray, axis: int, start: int, extent: int, size: int
     low, high = (start, start + extent) if inside else (0, length)
     scale = extent / size
     reach = 0 if inside else int(np.ceil(max(scale, 1.0))) + 1
-    centres = start + (np.arange(size)[:, None] + 0.5) * scale
-    weights = np.maximum(0.0, 1 - np.abs(np.arange(low - reach, high + reach) + 0.5 - centres) / max(scale, 1.0))
+    centers = start + (np.arange(size)[:, None] + 0.5) * scale
+    weights = np.maximum(0.0, 1 - np.abs(np.arange(low - reach, high + reach) + 0.5 - centers) / max(scale, 1.0))
     weights /= weights.sum(axis=1, keepdims=True)
     if reach:
         weights[:, reach] += weights[:, :reach].sum(axis=1)

@@ -20,7 +20,7 @@ def jpeg(image: np.ndarray, quality: int = 92) -> bytes:
 
 
 def smooth_image(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Random colour fields with some detail: like a photo as far as JPEG and resizing are concerned."""
+    """Random color fields with some detail: like a photo as far as JPEG and resizing are concerned."""
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
     noise = rng.normal(0, 6, (height, width, 1))
     return np.clip(np.asarray(coarse) + noise, 0, 255).astype(np.uint8)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.augment import KEY_VIEW, QUERY_VIEW, colour_matrix, draw_view, hue_map
+from pipelines.augment import KEY_VIEW, QUERY_VIEW, color_matrix, draw_view, hue_map
 from pipelines.config import VIEWS, ViewConfig
 
 V2 = VIEWS["moco-v2"].query
@@ -29,7 +29,7 @@ def draw(config: ViewConfig = V2, index=None, *, width=500, height=375, mean=(12
 
 @settings(deadline=None, max_examples=50)
 @given(st.permutations(range(40)), st.integers(1, 40))
-def test_a_samples_view_does_not_depend_on_its_neighbours(permutation, size):
+def test_a_samples_view_does_not_depend_on_its_neighbors(permutation, size):
     whole, part = draw(index=np.arange(40)), draw(index=permutation[:size])
     for field in FIELDS:
         assert np.array_equal(getattr(part, field), getattr(whole, field)[permutation[:size]]), field
@@ -81,7 +81,7 @@ def test_where_no_try_fits_the_crop_is_torchvisions_central_one(width, height):
 
 
 def naive_hue_map(turns, mean) -> np.ndarray:
-    """HSV's own shift, made linear by its slope at the mean colour, mixed with a rotation about the gray axis."""
+    """HSV's own shift, made linear by its slope at the mean color, mixed with a rotation about the gray axis."""
 
     def shift(rgb):
         hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
@@ -104,7 +104,7 @@ def naive_hue_map(turns, mean) -> np.ndarray:
 
 
 def naive_chain(factors, order, gray, mean, grayscale_first, pixel):
-    """One pixel through the stages one by one, in plain floats; the mean colour goes along as the pivot."""
+    """One pixel through the stages one by one, in plain floats; the mean color goes along as the pivot."""
 
     def luma(rgb):
         return 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]
@@ -144,7 +144,7 @@ def test_the_matrix_is_the_chain_of_its_stages(grayscale_first):
 
 @settings(deadline=None)
 @given(st.tuples(*[st.floats(1, 255)] * 3), st.floats(-0.5, 0.5))
-def test_the_hue_of_a_saturated_mean_colour_is_shifted_as_in_hsv(mean, turns):
+def test_the_hue_of_a_saturated_mean_color_is_shifted_as_in_hsv(mean, turns):
     hue, saturation, value = colorsys.rgb_to_hsv(*mean)
     if saturation >= 0.25:
         shifted = hue_map(np.array([turns]), np.array([mean]))[0] @ np.array(mean)
@@ -158,9 +158,7 @@ def test_the_hue_of_a_gray_image_is_rotated():
 
 def test_gray_stays_gray_under_hue_and_saturation():
     factors = np.array([[1.0, 1.0, 0.3, 0.4]])
-    matrix = colour_matrix(
-        factors, np.array([[0, 1, 2, 3]]), np.array([False]), np.zeros((1, 3)), grayscale_first=False
-    )
+    matrix = color_matrix(factors, np.array([[0, 1, 2, 3]]), np.array([False]), np.zeros((1, 3)), grayscale_first=False)
     assert matrix[0, :, :3] @ np.full(3, 99.0) == pytest.approx([99.0] * 3)
 
 

@@ -41,7 +41,7 @@ def test_auto_takes_what_is_installed(without):
         choose("auto", device=GPU, size=224)
 
 
-def test_torchvisions_colours_are_for_the_torch_backend():
+def test_torchvisions_colors_are_for_the_torch_backend():
     assert choose("auto", device=CPU, size=32, exact=True)[0] == "torch"
     with pytest.raises(ValueError, match=r"choose --data\.backend torch"):
         choose("dali", device=CPU, size=32, exact=True)

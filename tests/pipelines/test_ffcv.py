@@ -104,7 +104,7 @@ STAGES = {
     "enlarge": replace(NONE, crop_scale=(0.01, 0.03)),
     "flip": replace(NONE, flip_p=1.0),
     "blur": replace(NONE, blur_p=1.0),
-    "colour": replace(NONE, jitter_p=1.0, grayscale_p=0.2),
+    "color": replace(NONE, jitter_p=1.0, grayscale_p=0.2),
     "solarize": replace(NONE, solarize_p=1.0),
     "all": replace(VIEWS["moco-v2"].query, solarize_p=0.2),
 }

@@ -25,7 +25,7 @@ STAGES = {
     "enlarge": (replace(NONE, crop_scale=(0.01, 0.03)), 0.3, 1.01),
     "flip": (replace(NONE, flip_p=1.0), 0.28, 1.01),
     "blur": (replace(NONE, blur_p=1.0), 0.32, 1.6),
-    "colour": (replace(NONE, jitter_p=1.0, grayscale_p=0.2), 0.36, 3.0),
+    "color": (replace(NONE, jitter_p=1.0, grayscale_p=0.2), 0.36, 3.0),
     "solarize": (replace(NONE, solarize_p=1.0), 0.28, 1.01),
     "all": (replace(VIEWS["moco-v2"].query, solarize_p=0.2), 0.36, 3.0),
 }
@@ -56,12 +56,12 @@ def made_by(backend, shards, encoded, views, epoch):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("backend", ["dali", "dali, colours in its graph", "torch"])
+@pytest.mark.parametrize("backend", ["dali", "dali, colors in its graph", "torch"])
 def test_a_stage_is_what_the_reference_says(backend, stage, photo_shards, encoded, monkeypatch):
     if backend.startswith("dali, "):
         # As on a GPU.
         backend = "dali"
-        monkeypatch.setattr("pipelines.dali.colours_in_graph", lambda _device: True)
+        monkeypatch.setattr("pipelines.dali.colors_in_graph", lambda _device: True)
     view, largest_mean, largest = STAGES[stage]
     views = ViewsConfig(size=SIZE, query=view, key=NONE)
     differences = []
@@ -129,7 +129,7 @@ def test_crops_are_distributed_as_torchvisions(width, height, scale):
 
 
 @pytest.mark.parametrize("recipe", VIEWS)
-def test_colour_factors_are_distributed_as_torchvisions(recipe):
+def test_color_factors_are_distributed_as_torchvisions(recipe):
     config = replace(VIEWS[recipe].query, jitter_p=1.0)
     torch.manual_seed(0)
     jitter = T.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
@@ -156,7 +156,7 @@ def jittered_by_torchvision(image, factors, order, *, grayscale) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("hue", "largest_mean"), [(0.1, 2.5), (0.0, 2.0)])
-def test_the_colour_map_is_near_torchvisions_color_jitter(hue, largest_mean):
+def test_the_color_map_is_near_torchvisions_color_jitter(hue, largest_mean):
     config = replace(NONE, jitter_p=1.0, grayscale_p=0.2, hue=hue)
     differences, unlike = [], []
     for name in NAMES:
@@ -187,7 +187,7 @@ def test_the_colour_map_is_near_torchvisions_color_jitter(hue, largest_mean):
 @pytest.mark.parametrize("grayscale_first", [False, True])
 def test_the_control_is_torchvisions_own_chain_to_the_bit(encoded, photo_shards, grayscale_first):
     view = replace(NONE, jitter_p=0.8, grayscale_p=0.5, flip_p=0.5, hue=0.4, grayscale_first=grayscale_first)
-    views = ViewsConfig(size=SIZE, query=view, key=NONE, colour="torchvision")
+    views = ViewsConfig(size=SIZE, query=view, key=NONE, color="torchvision")
     for epoch in range(3):
         table = draw_training(epoch, np.arange(len(NAMES)), photo_shards.index(0), views=views, seed=1)[0]
         for row, image in enumerate(encoded):

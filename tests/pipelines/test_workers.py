@@ -95,7 +95,7 @@ def test_slots_are_used_again_and_pixels_are_nearly_those_of_dali(small_shards):
 
 
 def test_the_control_is_rendered_by_the_workers_too(small_shards):
-    views = ViewsConfig(size=24, query=VIEWS.query, key=VIEWS.key, colour="torchvision")
+    views = ViewsConfig(size=24, query=VIEWS.query, key=VIEWS.key, color="torchvision")
     data = DataConfig(shards=str(small_shards), batch_size=16, num_threads=1)
     with open_loader(data, views, seed=3, device=CPU) as loader:
         batch = next(iter(loader))

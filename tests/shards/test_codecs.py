@@ -35,8 +35,8 @@ def test_shrinking_keeps_places_and_brightness(factor: float) -> None:
     size = (round(340 / factor), round(255 / factor))
     small = shrink(ramp, size)
     assert small.shape == (size[1], size[0], 1)
-    centres = (np.arange(size[0]) + 0.5) * 340 / size[0] - 0.5
-    expected = np.interp(centres, np.arange(340), ramp[0, :, 0])
+    centers = (np.arange(size[0]) + 0.5) * 340 / size[0] - 0.5
+    expected = np.interp(centers, np.arange(340), ramp[0, :, 0])
     assert np.abs(small[:, :, 0] - expected)[:, 3:-3].max() <= 1.5
 
 

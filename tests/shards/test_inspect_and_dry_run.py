@@ -44,9 +44,9 @@ def test_several_sets_are_inspected_as_one(tmp_path, capsys):
 def test_the_sheet_shows_the_samples(tmp_path):
     source = tmp_path / "in"
     source.mkdir()
-    colours = ["red", "lime", "blue"]
-    for i, colour in enumerate(colours):
-        Image.new("RGB", (300, 300), colour).save(source / f"{i}.png")
+    colors = ["red", "lime", "blue"]
+    for i, color in enumerate(colors):
+        Image.new("RGB", (300, 300), color).save(source / f"{i}.png")
     pack(PackConfig(sources=(str(source),), out=str(tmp_path / "out"), shuffle=False, shard_samples=2, workers=1))
     sheet = contact_sheet(ShardSet.open(tmp_path / "out"), columns=2, rows=2)
     found = [sheet.getpixel(at) for at in ((64, 64), (192, 64), (64, 192), (192, 192))]

@@ -32,7 +32,7 @@ def test_the_shuffle_never_changes():
 def test_the_shuffle_is_uniform_enough(seed):
     order = shuffled(20_000, seed).astype(np.int64)
     assert sorted(order.tolist()) == list(range(20_000))
-    # Displacements and neighbours of a random permutation: both correlations are within five standard errors of 0.
+    # Displacements and neighbors of a random permutation: both correlations are within five standard errors of 0.
     rows = np.arange(20_000)
     assert abs(np.corrcoef(rows, order)[0, 1]) < 5 / np.sqrt(20_000)
     assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 5 / np.sqrt(20_000)

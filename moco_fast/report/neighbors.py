@@ -9,14 +9,14 @@ import torch
 
 from moco_fast.config import Config
 from moco_fast.encoders import Encoder
-from moco_fast.evaluate.features import labelled_features, spread
+from moco_fast.evaluate.features import labeled_features, spread
 from moco_fast.evaluate.knn import classify, common_classes
 from moco_fast.report.pictures import Picture, to_picture
 from pipelines.config import DataConfig
 from pipelines.loader import open_eval_loader
 from shards import ShardSet
 
-__all__ = ["Neighbour", "Query", "find_neighbours"]
+__all__ = ["Neighbor", "Query", "find_neighbors"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -25,7 +25,7 @@ _MAX_LOOKED_AT = 200_000  # held-out samples among which one of each class is lo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Neighbour:
+class Neighbor:
     """A training sample that is near a query."""
 
     picture: Picture
@@ -40,18 +40,18 @@ class Query:
 
     picture: Picture
     label: str
-    trained: list[Neighbour]
-    untrained: list[Neighbour]
+    trained: list[Neighbor]
+    untrained: list[Neighbor]
 
 
-def find_neighbours(
+def find_neighbors(
     trained: Encoder,
     untrained: Encoder,
     config: Config,
     *,
     device: torch.device,
     num_queries: int,
-    num_neighbours: int,
+    num_neighbors: int,
     max_bank: int,
 ) -> list[Query]:
     """Look up the training samples nearest to some held-out samples, by both encoders.
@@ -64,7 +64,7 @@ def find_neighbours(
         config: of the run; it names the shards.
         device: where to compute.
         num_queries: held-out samples.
-        num_neighbours: training samples shown for each.
+        num_neighbors: training samples shown for each.
         max_bank: training samples to choose from, evenly spread over the set.
 
     Raises:
@@ -75,7 +75,7 @@ def find_neighbours(
     names = common_classes(bank_shards, query_shards)
     asked, labels = _first_of_each_class(query_shards, num_queries)
     near = [
-        _nearest(encoder, config, asked, device=device, num_neighbours=num_neighbours, max_bank=max_bank)
+        _nearest(encoder, config, asked, device=device, num_neighbors=num_neighbors, max_bank=max_bank)
         for encoder in (trained, untrained)
     ]
     side = min(_PICTURE_SIDE, config.views.size)
@@ -83,9 +83,9 @@ def find_neighbours(
     query_pictures = pictures_of(query_shards, asked)
     bank_pictures = pictures_of(bank_shards, np.unique([n.sample for rows in near for row in rows for n in row]))
 
-    def show(row: list[_Near], label: int) -> list[Neighbour]:
+    def show(row: list[_Near], label: int) -> list[Neighbor]:
         return [
-            Neighbour(
+            Neighbor(
                 picture=bank_pictures[near.sample],
                 label=_name(names, near.label),
                 similarity=near.similarity,
@@ -113,12 +113,12 @@ class _Near:
 
 
 def _nearest(
-    encoder: Encoder, config: Config, asked: Indices, *, device: torch.device, num_neighbours: int, max_bank: int
+    encoder: Encoder, config: Config, asked: Indices, *, device: torch.device, num_neighbors: int, max_bank: int
 ) -> list[list[_Near]]:
     """Look up the training samples nearest to each of the samples asked for, nearest first."""
     assert config.eval.shards is not None
     features_of = partial(
-        labelled_features,
+        labeled_features,
         encoder,
         size=config.views.size,
         crop=config.eval.crop,
@@ -129,13 +129,13 @@ def _nearest(
     bank_shards = config.data.shards
     bank = features_of(bank_shards, indices=spread(bank_shards, max_bank), title="report: features")
     if not len(bank):
-        raise ValueError(f"{bank_shards} holds no labelled sample")
+        raise ValueError(f"{bank_shards} holds no labeled sample")
     votes = classify(
         bank.values,
         bank.labels.to(device),
         features_of(config.eval.shards, indices=asked).values,
         num_classes=int(bank.labels.max()) + 1,
-        k=num_neighbours,
+        k=num_neighbors,
         temperature=config.eval.temperature,
     )
     return [
@@ -143,7 +143,7 @@ def _nearest(
             _Near(sample=int(bank.index[place]), label=int(bank.labels[place]), similarity=similarity)
             for place, similarity in zip(places, similarities, strict=True)
         ]
-        for places, similarities in zip(votes.neighbours.tolist(), votes.similarities.tolist(), strict=True)
+        for places, similarities in zip(votes.neighbors.tolist(), votes.similarities.tolist(), strict=True)
     ]
 
 
@@ -155,7 +155,7 @@ def _first_of_each_class(shards: str, wanted: int) -> tuple[Indices, Indices]:
     classes, first = np.unique(labels, return_index=True)
     classes, first = classes[classes >= 0], first[classes >= 0]
     if not len(classes):
-        raise ValueError(f"{shards} holds no labelled sample")
+        raise ValueError(f"{shards} holds no labeled sample")
     chosen = np.unique(np.linspace(0, len(classes) - 1, min(wanted, len(classes))).round().astype(int))
     return first[chosen].astype(np.int64), classes[chosen].astype(np.int64)
 

@@ -1,6 +1,6 @@
-"""How far the linear colour map is from torchvision's ColorJitter, on photographs, and where.
+"""How far the linear color map is from torchvision's ColorJitter, on photographs, and where.
 
-    python benchmarks/colour.py --photos FILE.tar [--num 300] [--json FILE]
+    python benchmarks/color.py --photos FILE.tar [--num 300] [--json FILE]
 
 The same parameters are drawn for both (MoCo v2's strengths, jitter always on, no blur, no flip, the whole photo at 224
 pixels); differences are in levels of 0..255. `jitter itself` is how far torchvision's jitter moves a pixel.
@@ -32,7 +32,7 @@ CASES = {
 }
 
 
-def pixels(shards: ShardSet, view: ViewConfig, colour: str, num: int) -> np.ndarray:
+def pixels(shards: ShardSet, view: ViewConfig, color: str, num: int) -> np.ndarray:
     """(num, 224, 224, 3) uint8 of photos spread over the set's first shard, as the torch backend makes them."""
     rows = np.linspace(0, shards.shard_sizes[0] - 1, num).astype(np.int64)
     records = shards.index(0)[rows]
@@ -42,7 +42,7 @@ def pixels(shards: ShardSet, view: ViewConfig, colour: str, num: int) -> np.ndar
         for row, record in enumerate(records):
             file.seek(int(record["offset"]))
             image = decode(np.frombuffer(file.read(int(record["size"])), np.uint8))
-            if colour == "torchvision":
+            if color == "torchvision":
                 render_as_torchvision(image, table, row, out[row], grayscale_first=view.grayscale_first)
             else:
                 render(image, table, row, out[row])
@@ -55,7 +55,7 @@ def apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def where(difference: np.ndarray, original: np.ndarray) -> str:
-    """Mean difference by how colourful the original's pixel is: HSV's saturation."""
+    """Mean difference by how colorful the original's pixel is: HSV's saturation."""
     highest, lowest = (original.astype(np.float32).max(axis=3), original.astype(np.float32).min(axis=3))
     saturation = (highest - lowest) / np.maximum(highest, 1)
     bounds = (0.0, 0.15, 0.5, 1.01)
@@ -82,7 +82,7 @@ def main() -> None:
         for case, view in CASES.items():
             exact = pixels(known, view, "torchvision", num)
             moved = apart(exact, original)
-            for what, shards in ((case, known), (f"{case}, mean colour unknown", unknown)):
+            for what, shards in ((case, known), (f"{case}, mean color unknown", unknown)):
                 difference = apart(pixels(shards, view, "linear", num), exact)
                 of_photos = difference.mean(axis=(1, 2))
                 worst = np.sort(of_photos)[-max(1, num // 10) :].mean()
@@ -90,7 +90,7 @@ def main() -> None:
                 lines.append(f"| {what} | {figures} |")
                 claims.append(
                     compare(
-                        f"distance from torchvision's colours: {what} / leaving colours alone",
+                        f"distance from torchvision's colors: {what} / leaving colors alone",
                         [float(of_photos.mean())],
                         [float(moved.mean())],
                         unit="levels",
