@@ -1,7 +1,7 @@
 # The project's commands; `make` alone lists them. What they run is printed, to be copied.
 
 VENV := $(CURDIR)/.venv
-PYTHON ?= # interpreter for .venv, 3.11 to 3.13; unset: the first one found
+PYTHON ?= # interpreter for .venv, 3.11 to 3.14; unset: the first one found
 DEVICE ?= cuda
 OUT ?= build/gpu-check
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes the environment in .venv, or brings it up to date: uv, the packages of requirements.lock, and this project in
-# editable mode. Does nothing where nothing has changed. PYTHON=... chooses the interpreter (3.11 to 3.13).
+# editable mode. Does nothing where nothing has changed. PYTHON=... chooses the interpreter (3.11 to 3.14, not 3.13.0).
 # `setup.sh ffcv` also builds FFCV, and installs the system packages that it is built against.
 set -eu
 cd "$(dirname "$0")/.."
@@ -13,17 +13,27 @@ fail() {
     exit 1
 }
 
-supported='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
+# Not 3.13.0: torch.compile warns there that its guards may be slow, and free-threaded builds lack wheels of DALI.
+supported='import sys, sysconfig
+version = sys.version_info
+free_threaded = sysconfig.get_config_var("Py_GIL_DISABLED")
+sys.exit(not (3, 11) <= version[:2] <= (3, 14) or version[:3] == (3, 13, 0) or bool(free_threaded))'
+
+candidates='python3 python3.14 python3.13 python3.12 python3.11'
 
 find_python() {
-    for name in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    for name in ${PYTHON:-$candidates}; do
         if "$name" -c "$supported" 2>/dev/null; then
             command -v "$name"
             return
         fi
     done
-    fail "no Python 3.11, 3.12 or 3.13 found (looked for: ${PYTHON:-python3, python3.13, python3.12, python3.11});" \
-        "install one, or name it: make setup PYTHON=/path/to/python3"
+    tried=
+    for name in ${PYTHON:-$candidates}; do
+        tried="$tried, $name ($("$name" -V 2>/dev/null || echo not found))"
+    done
+    fail "no Python 3.11 to 3.14 found (3.13.0 and free-threaded builds will not do). Tried: ${tried#, }." \
+        "Install one, or name it: make setup PYTHON=/path/to/python3"
 }
 
 # install_packages WHAT_IS_MISSING PACKAGE...: from Debian or Ubuntu, or says what to do.

@@ -23,9 +23,12 @@ class StopSignal:
 
     def __init__(self, *, timeout_s: float):
         self._received = 0
-        self._group = None
+        self._group: dist.ProcessGroup | None = None
         if dist.is_initialized():
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            # A number is given to ranks outside the group, and this one holds all.
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
         self._agreed = torch.zeros(1, dtype=torch.int32)
         self._exchange: dist.Work | None = None
         self._before: dict[int, Any] = {number: signal.signal(number, self._receive) for number in self.SIGNALS}

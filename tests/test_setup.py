@@ -1,11 +1,14 @@
 """deploy/setup.sh installs when something has changed, and costs nothing when nothing has."""
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 SCRIPT = Path(__file__).parent.parent / "deploy" / "setup.sh"
 
@@ -113,12 +116,38 @@ def test_the_environment_does_not_make_itself(checkout):
     assert f"{checkout.tools}/python3 has no pip" in result.stderr
 
 
-def test_names_the_pythons_that_work(checkout):
-    old = checkout.tool("python3.9", "#!/bin/sh\nexit 1\n")
-    result, calls = checkout.setup(PYTHON=str(old))
+def test_names_the_pythons_that_work_and_what_it_tried(checkout):
+    old = checkout.tool("python3.9", "#!/bin/sh\n[ "$1" = -V ] || exit 1\necho Python 3.9.2\n")
+    result, calls = checkout.setup(PYTHON=f"{old} python3.77")
     assert (result.returncode, calls) == (1, [])
-    assert result.stderr.startswith("setup: no Python 3.11, 3.12 or 3.13 found")
-    assert str(old) in result.stderr
+    assert result.stderr.startswith("setup: no Python 3.11 to 3.14 found")
+    assert f"{old} (Python 3.9.2), python3.77 (not found)" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "free_threaded", "taken"),
+    [
+        ((3, 10, 19), 0, False),
+        ((3, 11, 0), 0, True),
+        ((3, 12, 12), None, True),
+        ((3, 13, 0), 0, False),
+        ((3, 13, 1), 0, True),
+        ((3, 14, 2), 0, True),
+        ((3, 14, 2), 1, False),
+        ((3, 15, 0), 0, False),
+    ],
+)
+def test_takes_the_versions_of_pyproject(version, free_threaded, taken):
+    shell = SCRIPT.read_text()
+    check = re.search(r"^supported='(.*?)'", shell, flags=re.MULTILINE | re.DOTALL)[1]
+    pretend = (
+        f"import sys, sysconfig; sys.version_info = {version}; sysconfig.get_config_var = lambda _: {free_threaded}; "
+    )
+    result = subprocess.run([sys.executable, "-c", pretend + check], check=False)
+    assert (result.returncode == 0) is taken
+    if free_threaded != 1:
+        project = tomllib.loads((SCRIPT.parent.parent / "pyproject.toml").read_text())["project"]
+        assert (".".join(map(str, version)) in SpecifierSet(project["requires-python"])) is taken
 
 
 def test_names_the_command_that_brings_pip(checkout):

@@ -173,7 +173,9 @@ def test_a_consumers_exception_leaves_the_loader_usable_and_closable(loader):
 
 
 SCRIPT = """
-import sys, torch
+import sys, torch, warnings
+# From DALI's conversion of conditionals, as in pyproject.toml.
+warnings.filterwarnings("ignore", ".*___pyct_anno", DeprecationWarning)
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.loader import open_loader
 loader = open_loader(DataConfig(shards=sys.argv[1], batch_size=16), ViewsConfig(size=16), seed=0,
