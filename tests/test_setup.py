@@ -117,7 +117,7 @@ def test_the_environment_does_not_make_itself(checkout):
 
 
 def test_names_the_pythons_that_work_and_what_it_tried(checkout):
-    old = checkout.tool("python3.9", "#!/bin/sh\n[ "$1" = -V ] || exit 1\necho Python 3.9.2\n")
+    old = checkout.tool("python3.9", '#!/bin/sh\n[ "$1" = -V ] || exit 1\necho Python 3.9.2\n')
     result, calls = checkout.setup(PYTHON=f"{old} python3.77")
     assert (result.returncode, calls) == (1, [])
     assert result.stderr.startswith("setup: no Python 3.11 to 3.14 found")
