@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from timm.optim.lamb import Lamb
-from timm.optim.lars import Lars
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from moco_fast.apex import apex_optimizer
 from moco_fast.config import OptimConfig
+from moco_fast.lars import Lars
 
 __all__ = ["build_optimizer", "load_optimizer_tensors", "optimizer_tensors"]
 
@@ -18,9 +18,8 @@ __all__ = ["build_optimizer", "load_optimizer_tensors", "optimizer_tensors"]
 def build_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
     """The optimizer of all parameters of `module` that take gradients.
 
-    SGD and AdamW are torch's with its fused kernels, LARS and LAMB are timm's, which handle all parameters at once too.
-    LARS neither decays nor adapts biases and scales, as MoCo v3's (whose trust ratio has |g + d w| where timm's has
-    |g| + d |w|; with v3's d of 1e-6 the two agree).
+    SGD and AdamW are torch's with its fused kernels, LAMB is timm's and LARS MoCo v3's; both handle all parameters at
+    once, too.
 
     Raises:
         ValueError: apex is asked for, but it is not there or has no such optimizer.
@@ -42,12 +41,8 @@ def build_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
             options: dict[str, Any] = {"betas": optim.betas, "weight_decay": optim.weight_decay, "max_grad_norm": None}
             return Lamb(parameters, lr=optim.lr, **options)
         case "lars":
-            groups: list[dict[str, Any]] = [
-                {"params": [p for p in parameters if p.ndim > 1], "always_adapt": True},
-                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-            ]
-            settings: dict[str, Any] = {"momentum": optim.momentum, "weight_decay": optim.weight_decay}
-            return Lars(groups, lr=optim.lr, trust_coeff=optim.trust, **settings)
+            momentum, trust = optim.momentum, optim.trust
+            return Lars(parameters, lr=optim.lr, momentum=momentum, weight_decay=optim.weight_decay, trust=trust)
 
 
 def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
