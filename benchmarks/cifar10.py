@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 
 import torch
 from alternating import Claim, claims_table, compare, header, write_claims
-from torch import Tensor
+from torch import Tensor, nn
 
 from moco_fast.build import build, open_run_loader
 from moco_fast.config import Config
@@ -91,7 +91,9 @@ class Lightly:
         self._config = config
         torch.manual_seed(config.run.seed)
         self.query: Encoder = build_encoder(config.model)
-        self._key = copy.deepcopy(self.query)
+        # Its loader normalizes the images.
+        self._network = nn.Sequential(self.query.backbone, self.query.head)
+        self._key = copy.deepcopy(self._network)
         deactivate_requires_grad(self._key)
         bank_size = (config.moco.queue_size, config.model.dim)
         self._criterion = NTXentLoss(temperature=config.moco.temperature, memory_bank_size=bank_size)
@@ -108,7 +110,10 @@ class Lightly:
         data, view = self._config.data, self._config.views.query
         images = Path(data.shards).parents[1] / "images" / "train"
         transform = MoCoV2Transform(
-            input_size=self._config.views.size, min_scale=view.crop_scale[0], gaussian_blur=view.blur_p
+            input_size=self._config.views.size,
+            min_scale=view.crop_scale[0],
+            gaussian_blur=view.blur_p,
+            normalize={"mean": list(self._config.model.mean), "std": list(self._config.model.std)},
         )
         return torch.utils.data.DataLoader(
             LightlyDataset(str(images), transform=transform),
@@ -124,8 +129,8 @@ class Lightly:
 
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        update_momentum(self.query, self._key, m=self._config.moco.momentum)
-        queries = self.query(views[0])
+        update_momentum(self._network, self._key, m=self._config.moco.momentum)
+        queries = self._network(views[0])
         with torch.no_grad():
             keys = self._key(views[1])
         loss = self._criterion(queries, keys)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from moco_fast.config import Config
+from moco_fast.encoders import Encoder
 from moco_fast.evaluate.knn import evaluate_knn
 from moco_fast.report.record import RunRecord, read_run
 
@@ -35,15 +36,6 @@ class Row:
     trained: float
     training_s: float
     samples_per_s: float
-
-
-class RawPixels(nn.Module):
-    """An encoder whose features are its input."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.backbone = nn.Flatten()
-        self.feature_dim = 3 * size * size
 
 
 def run_module(module: str, *words: str) -> None:
@@ -80,8 +72,9 @@ def run_seed(seed: int, folder: Path, train: Path, val: Path, options: list[str]
 def top1_of_raw_pixels(config: Config) -> float:
     """Classify by the pixels themselves, with the run's settings."""
     assert config.eval.shards is not None
+    num_values = 3 * config.views.size**2
     return evaluate_knn(
-        RawPixels(config.views.size),
+        Encoder(nn.Flatten(), nn.Identity(), feature_dim=num_values, dim=num_values),
         config.eval,
         bank_shards=config.data.shards,
         query_shards=config.eval.shards,

@@ -24,7 +24,7 @@ from alternating import alternate, bars, claims_table, compare, header, table, w
 from torch import Tensor, nn
 
 from moco_fast.config import ModelConfig, OptimConfig
-from moco_fast.encoders import build_encoder, normalize_images, unit_vectors
+from moco_fast.encoders import Encoder, build_encoder, unit_vectors
 from moco_fast.keys import MomentumKeys
 from moco_fast.loss import feature_std, info_nce
 from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
@@ -55,7 +55,7 @@ class Setting:
         enabled = self.precision != "fp32"
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision], enabled=enabled)
 
-    def build(self) -> tuple[nn.Module, nn.Module]:
+    def build(self) -> tuple[Encoder, Encoder]:
         """A query encoder and its key encoder."""
         torch.manual_seed(0)
         query = build_encoder(ModelConfig(encoder=self.encoder)).to(self.device, memory_format=torch.channels_last)
@@ -64,6 +64,13 @@ class Setting:
             query.compile()
             key.compile()
         return query, key
+
+    def network(self, encoder: Encoder) -> nn.Module:
+        """The same encoder for images that are normalized already."""
+        network = nn.Sequential(encoder.backbone, encoder.head)
+        if self.compile:
+            network.compile()
+        return network
 
     def views(self) -> list[Tensor]:
         """Two uint8 views on the device."""
@@ -100,19 +107,20 @@ class Ours:
     def parts(self) -> dict[str, Callable[[], object]]:
         """What a step is made of. Encoder work is named so."""
         with torch.no_grad(), self.setting.autocast():
-            normalized = normalize_images(self.views[0])
-            features = self.key(normalized).float()
+            normalized = self.key.normalize(self.views[0])
+            features = self.key(self.views[0]).float()
+        query, key = self.setting.network(self.query), self.setting.network(self.key)
         keys = unit_vectors(features)
         queries = unit_vectors(torch.randn_like(features)).requires_grad_()
         gradient = torch.randn_like(features)
 
         def key_forward() -> None:
             with torch.no_grad(), self.setting.autocast():
-                self.key(normalized)
+                key(normalized)
 
         def query_forward_backward() -> None:
             with self.setting.autocast():
-                outputs = self.query(normalized)
+                outputs = query(normalized)
             outputs.float().backward(gradient)
 
         def loss() -> None:
@@ -126,7 +134,7 @@ class Ours:
         return {
             "encoder: key forward": key_forward,
             "encoder: query forward and backward": query_forward_backward,
-            "normalize images": lambda: [normalize_images(view) for view in self.views],
+            "normalize images": lambda: [self.key.normalize(view) for view in self.views],
             "momentum update": lambda: self.update(MOMENTUM),
             "loss, forward and backward": loss,
             "queue": lambda: self.queue.enqueue(keys),
@@ -140,11 +148,12 @@ class Authors:
 
     def __init__(self, setting: Setting, views: list[Tensor]):
         self.setting = setting
-        self.query, self.key = setting.build()
+        query, key = setting.build()
+        self.query, self.key = setting.network(query), setting.network(key)
         self.queue = F.normalize(torch.randn(128, setting.queue), dim=0).to(setting.device)
         self.pointer = 0
         self.optimizer = torch.optim.SGD(self.query.parameters(), LR, momentum=0.9, weight_decay=1e-4)
-        self.views = [normalize_images(view) for view in views]
+        self.views = [query.normalize(view) for view in views]
         self.labels = torch.zeros(setting.batch, dtype=torch.int64, device=setting.device)
 
     def step(self) -> None:
@@ -173,9 +182,10 @@ class Supervised:
     def __init__(self, setting: Setting, views: list[Tensor]):
         self.setting, self.view = setting, views[0]
         query, _ = setting.build()
-        self.model = nn.Sequential(query.get_submodule("backbone"), nn.LazyLinear(1000, device=setting.device))
+        self.normalize = query.normalize
+        self.model = nn.Sequential(query.backbone, nn.LazyLinear(1000, device=setting.device))
         with torch.no_grad():
-            self.model(normalize_images(self.view[:2]))
+            self.model(query.normalize(self.view[:2]))
         if setting.compile:
             self.model.compile()
         self.optimizer = build_optimizer(self.model, OptimConfig())
@@ -184,7 +194,7 @@ class Supervised:
     def step(self) -> None:
         """One step."""
         with self.setting.autocast():
-            logits = self.model(normalize_images(self.view))
+            logits = self.model(self.normalize(self.view))
         F.cross_entropy(logits.float(), self.labels).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -231,7 +241,7 @@ def shuffle_on_rank(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8).to(memory_format=torch.channels_last)
-    keys, floats = torch.randn(batch, 128), normalize_images(images)
+    keys, floats = torch.randn(batch, 128), images.float()
     exchange, gather = Exchange(None), Gather()
 
     def both_ways(policy: Exchange | Gather, of: Tensor) -> None:

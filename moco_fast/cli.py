@@ -10,6 +10,7 @@ import tyro
 
 from moco_fast import process
 from moco_fast.bench.cli import main as bench
+from moco_fast.config import Layer
 from moco_fast.export import Format
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class EvalKnn:
     """Neighbors that vote; unset: the run's --eval.k."""
     temperature: float | None = None
     """Temperature of the vote's weights; unset: the run's --eval.temperature."""
+    layer: Layer | None = None
+    """What neighbors are compared by: the backbone's features or the head's output; unset: the run's --eval.layer."""
     max_bank: int | None = None
     """At most this many samples serve as neighbors; unset: the run's --eval.max-bank."""
     crop: float | None = None
@@ -124,13 +127,15 @@ def _eval_knn(command: EvalKnn) -> int:
         for name, model in (("trained", encoder), ("untrained", untrained_twin(config)))
     }
     trained, untrained = results["trained"], results["untrained"]
+    layer = _given(command.layer, config.eval.layer)
     if command.json:
-        facts = {"top1": trained.top1, "untrained_top1": untrained.top1, "k": trained.k}
+        facts = {"top1": trained.top1, "untrained_top1": untrained.top1, "k": trained.k, "layer": layer}
         print(json.dumps(facts | {"num_bank": trained.num_bank, "num_queries": trained.num_queries}))
         return 0
     if trained.note:
         print(f"note: {trained.note}", file=sys.stderr)
-    print(f"kNN top-1 of {trained.num_queries:,} held-out samples by {trained.k} of {trained.num_bank:,} neighbors:")
+    by = f"{trained.k} of {trained.num_bank:,} neighbors ({layer} features)"
+    print(f"kNN top-1 of {trained.num_queries:,} held-out samples by {by}:")
     print(f"  trained    {100 * trained.top1:5.1f}%")
     print(f"  untrained  {100 * untrained.top1:5.1f}%")
     return 0
@@ -146,6 +151,7 @@ def _knn(command: EvalKnn, config: "Config", encoder: Any, device: "torch.device
     knn = KnnConfig(
         k=_positive("k", _given(command.k, config.eval.k)),
         temperature=_positive("temperature", _given(command.temperature, config.eval.temperature)),
+        layer=_given(command.layer, config.eval.layer),
         crop=_given(command.crop, config.eval.crop),
         max_bank=_positive("max-bank", _given(command.max_bank, config.eval.max_bank)),
     )

@@ -12,11 +12,14 @@ import tyro
 from pipelines.config import DataConfig, ViewsConfig
 
 __all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "BatchNormConfig",
     "CheckpointConfig",
     "Config",
     "EvalConfig",
     "KnnConfig",
+    "Layer",
     "LogConfig",
     "MocoConfig",
     "ModelConfig",
@@ -27,6 +30,13 @@ __all__ = [
     "to_dict",
     "validate",
 ]
+
+
+Layer = Literal["backbone", "head"]
+"""Whose output features are: the backbone's, or the projection head's (without v3's predictor)."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +54,12 @@ class ModelConfig:
     """Size of a query or key."""
     mlp_dim: int = 4096
     """`v3`: width of the hidden layers."""
+    zero_init_residual: bool = False
+    """ResNets: start each residual block as the identity, the scale of its last batch norm at zero (MoCo v3)."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean of each channel that is subtracted from pixels in 0..1."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Standard deviation of each channel that pixels are then divided by."""
     freeze_patch_projection: bool = False
     """Vision transformers: keep the patch projection as it was initialized (MoCo v3)."""
 
@@ -167,6 +183,9 @@ class KnnConfig:
     """Neighbors that vote."""
     temperature: float = 0.07
     """Temperature of the vote's weights."""
+    layer: Layer = "backbone"
+    """What neighbors are compared by: the backbone's features, or the projection head's output (Wu et al. 2018 and the
+    authors' CIFAR-10 demo)."""
     crop: float = 0.875
     """Side of the central square that is evaluated, as a share of the shorter side (0.875 is 224 of 256)."""
     max_bank: int = 100_000
@@ -232,12 +251,18 @@ def validate(config: Config) -> None:
         "checkpoint.keep": config.checkpoint.keep,
         "eval.every_steps": config.eval.every_steps,
         "eval.k": config.eval.k,
+        "eval.temperature": config.eval.temperature,
         "eval.max_bank": config.eval.max_bank,
         "log.every_steps": config.log.every_steps,
     }
     for name, value in positive.items():
         if not value > 0:
             raise ValueError(f"--{_option(name)} is {value}, but must be above 0")
+    if not all(value > 0 for value in config.model.std) or not all(0 <= value <= 1 for value in config.model.mean):
+        raise ValueError(
+            f"--model.mean {config.model.mean} and --model.std {config.model.std} are those of pixels in 0..1: a mean "
+            "must be between 0 and 1, a standard deviation above 0"
+        )
     _validate_length(config.run)
     averages = {"moco.momentum": config.moco.momentum, "moco.bank_momentum": config.moco.bank_momentum}
     for name, value in averages.items():

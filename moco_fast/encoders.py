@@ -1,39 +1,56 @@
-"""Image encoders: a backbone by name, a stem for its image size, and a projection head.
+"""Image encoders: pixels normalized, a backbone by name, a stem for its image size, and a projection head.
 
-A backbone's initial weights are the authors' (torchvision's): He-normal convolutions (fan-out), batch-norm scales of 1
-in every block, torch's defaults elsewhere.
+A ResNet starts as torchvision's, which the authors use: He-normal convolutions (fan-out), batch-norm scales of 1,
+torch's defaults elsewhere. MoCo v3 alone builds it with `zero_init_residual` (its main_moco.py), v1, v2 and the CIFAR
+demo without.
 """
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
-from timm.models.resnet import BasicBlock, ResNet
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from moco_fast.config import ModelConfig
+from moco_fast.config import IMAGENET_MEAN, IMAGENET_STD, Layer, ModelConfig
 
-__all__ = ["ENCODERS", "Encoder", "build_encoder", "normalize_images", "unit_vectors"]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+__all__ = ["ENCODERS", "Encoder", "build_encoder", "sine_cosine_positions", "unit_vectors"]
 
 
 class Encoder(nn.Module):
     """A backbone with pooled features and the head that turns them into queries or keys.
 
+    It takes pixels and normalizes them itself, so that whoever uses a trained encoder feeds it as training did.
     State dict: `backbone.*`, `head.*` and, for queries under MoCo v3's head, `predictor.*`.
+
+    Args:
+        backbone: normalized images (B, 3, H, W) -> features (B, feature_dim).
+        head: features -> (B, dim).
+        predictor: (B, dim) -> (B, dim), on top of the head for queries; None: there is none.
+        feature_dim: size of the backbone's features.
+        dim: size of a query or key.
+        mean: of each channel, subtracted from pixels in 0..1.
+        std: of each channel, divides what is left.
     """
 
+    pixel_scale: Tensor
+    pixel_shift: Tensor
+
     def __init__(
-        self, backbone: nn.Module, head: nn.Module, predictor: nn.Module | None = None, *, feature_dim: int, dim: int
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        predictor: nn.Module | None = None,
+        *,
+        feature_dim: int,
+        dim: int,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
     ):
         super().__init__()
         self.backbone = backbone
@@ -41,11 +58,33 @@ class Encoder(nn.Module):
         self.predictor = predictor
         self.feature_dim = feature_dim
         self.dim = dim
+        # Not in the state dict: the configuration holds them, and a checkpoint holds the configuration.
+        self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
+        self.register_buffer("pixel_shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to (B, dim), not normalized."""
-        projected = self.head(self.backbone(images))
+        """Pixels (B, 3, H, W) uint8 to (B, dim), not of length 1."""
+        projected = self.features(images, "head")
         return projected if self.predictor is None else self.predictor(projected)
+
+    def features(self, images: Tensor, layer: Layer) -> Tensor:
+        """Pixels (B, 3, H, W) uint8 to what comes out of a layer: (B, feature_dim) or (B, dim), not of length 1."""
+        features = self.backbone(self.normalize(images))
+        return features if layer == "backbone" else self.head(features)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Pixels in 0..255 to what the backbone takes: (B, 3, H, W) uint8 -> float32, in the same memory format."""
+        dtype = torch.promote_types(images.dtype, self.pixel_scale.dtype)
+        if not images.is_contiguous(memory_format=torch.channels_last):
+            scale, shift = self.pixel_scale.view(3, 1, 1), self.pixel_shift.view(3, 1, 1)
+            return torch.addcmul(shift, images, scale, out=torch.empty_like(images, dtype=dtype))
+        # As the batch lies in memory, a row of pixels is one run of 3 * W numbers, long enough for vector instructions.
+        rows = images.permute(0, 2, 3, 1).flatten(2)  # (B, H, 3 * W), a view
+        scale, shift = (values.repeat(images.shape[3]) for values in (self.pixel_scale, self.pixel_shift))
+        # A GPU converts on the way; on a CPU torch is three times as fast when that is a pass of its own.
+        values = rows.to(dtype) if images.device.type == "cpu" else rows
+        normalized = torch.addcmul(shift, values, scale, out=torch.empty_like(values, dtype=dtype))
+        return normalized.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
 def build_encoder(model: ModelConfig) -> Encoder:
@@ -57,11 +96,13 @@ def build_encoder(model: ModelConfig) -> Encoder:
     backbone = _build_backbone(model.encoder)
     if model.stem == "cifar":
         _use_cifar_stem(backbone, model.encoder)
+    if model.zero_init_residual:
+        _zero_last_scales(backbone, model.encoder)
     if model.freeze_patch_projection:
         _freeze_patch_projection(backbone, model.encoder)
     feature_dim = int(backbone.num_features)  # pyright: ignore[reportArgumentType] - timm does not declare it
     head, predictor = _build_head(model, feature_dim, is_transformer=isinstance(backbone, VisionTransformer))
-    return Encoder(backbone, head, predictor, feature_dim=feature_dim, dim=model.dim)
+    return Encoder(backbone, head, predictor, feature_dim=feature_dim, dim=model.dim, mean=model.mean, std=model.std)
 
 
 def _timm_resnet(name: str, **options: Any) -> nn.Module:
@@ -83,13 +124,13 @@ def _narrow_resnet18(width: int) -> nn.Module:
 
 
 def _moco_vit(name: str, **options: Any) -> nn.Module:
-    """A vision transformer as in MoCo v3: fixed 2-d sine-cosine positions, Xavier-uniform weights (its vits.py)."""
+    """A vision transformer as in MoCo v3: fixed positions, Xavier-uniform weights (its vits.py)."""
     vit = timm.create_model(name, num_classes=0, **options)
     assert isinstance(vit, VisionTransformer)
     assert vit.pos_embed is not None
-    positions = build_sincos2d_pos_embed(list(vit.patch_embed.grid_size), vit.embed_dim)
+    rows, columns = vit.patch_embed.grid_size
     with torch.no_grad():
-        vit.pos_embed.zero_()[0, 1:] = positions
+        vit.pos_embed.zero_()[0, 1:] = sine_cosine_positions(rows, columns, vit.embed_dim)
     vit.pos_embed.requires_grad_(False)
     for layer_name, layer in vit.named_modules():
         if isinstance(layer, nn.Linear):
@@ -106,6 +147,19 @@ def _moco_vit(name: str, **options: Any) -> nn.Module:
     nn.init.zeros_(patches.bias)
     nn.init.normal_(vit.cls_token, std=1e-6)  # pyright: ignore[reportArgumentType] - may be None elsewhere
     return vit
+
+
+def sine_cosine_positions(rows: int, columns: int, dim: int) -> Tensor:
+    """MoCo v3's fixed positions of a grid of patches, row by row: (rows * columns, dim) float32 (its vits.py).
+
+    Quarters of the channels: sine and cosine of the row, then sine and cosine of the column, each times frequencies
+    that fall from 1 to 1 / 10,000.
+    """
+    assert dim % 4 == 0
+    frequencies = 1 / 10_000 ** (torch.arange(dim // 4) / (dim // 4))  # (dim / 4,)
+    places = torch.cartesian_prod(torch.arange(rows).float(), torch.arange(columns).float())  # (rows * columns, 2)
+    angles = places[:, :, None] * frequencies  # (rows * columns, 2, dim / 4)
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
 ENCODERS: dict[str, Callable[[], nn.Module]] = {
@@ -138,16 +192,30 @@ def _build_backbone(name: str) -> nn.Module:
 def _use_cifar_stem(backbone: nn.Module, name: str) -> None:
     """Put a 3x3 convolution with stride 1 and no pooling in front, as in the authors' CIFAR demo."""
     if not isinstance(backbone, ResNet):
-        raise ValueError(f"encoder {name!r} is no ResNet, so it has no CIFAR stem: use the `imagenet` stem or a ResNet")
+        raise ValueError(
+            f"encoder {name!r} is not a ResNet, so it has no CIFAR stem: use the `imagenet` stem or a ResNet"
+        )
     # The demo leaves this convolution at torch's default initialization.
     width = int(backbone.bn1.num_features)  # pyright: ignore[reportArgumentType] - timm does not declare it
     backbone.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
     backbone.maxpool = nn.Identity()
 
 
+def _zero_last_scales(backbone: nn.Module, name: str) -> None:
+    """Start every residual block as the identity: the last batch norm of each scales by 0 (MoCo v3)."""
+    blocks = [block for block in backbone.modules() if isinstance(block, BasicBlock | Bottleneck)]
+    if not isinstance(backbone, ResNet) or not blocks:
+        raise ValueError(
+            f"encoder {name!r} is not a ResNet, so --model.zero-init-residual has no last scale to set to zero: leave "
+            "it out, or choose a ResNet"
+        )
+    for block in blocks:
+        block.zero_init_last()
+
+
 def _freeze_patch_projection(backbone: nn.Module, name: str) -> None:
     if not isinstance(backbone, VisionTransformer):
-        raise ValueError(f"encoder {name!r} has no patch projection to freeze: it is no vision transformer")
+        raise ValueError(f"encoder {name!r} has no patch projection to freeze: it is not a vision transformer")
     backbone.patch_embed.proj.requires_grad_(False)
 
 
@@ -184,27 +252,3 @@ def unit_vectors(features: Tensor) -> Tensor:
     Not in half precision, where the length of a short vector rounds to zero and the result is not a number.
     """
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)))
-
-
-@lru_cache(maxsize=8)
-def _scale_and_shift(device: torch.device, repeats: int) -> tuple[Tensor, Tensor]:
-    """What a pixel is multiplied by, and what is then added: (3 * repeats,) each, channels innermost."""
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    return (1 / (255 * std)).repeat(repeats).to(device), (-mean / std).repeat(repeats).to(device)
-
-
-def normalize_images(images: Tensor) -> Tensor:
-    """Pixels in 0..255 to ImageNet-normalized values.
-
-    (B, 3, H, W) uint8 -> (B, 3, H, W) float32, in the same memory format.
-    """
-    if not images.is_contiguous(memory_format=torch.channels_last):
-        scale, shift = (values.view(3, 1, 1) for values in _scale_and_shift(images.device, 1))
-        return torch.addcmul(shift, images, scale, out=torch.empty_like(images, dtype=torch.float32))
-    # As the batch lies in memory, a row of pixels is one run of 3 * W numbers, long enough for vector instructions.
-    rows = images.permute(0, 2, 3, 1).flatten(2)  # (B, H, 3 * W), a view
-    scale, shift = _scale_and_shift(images.device, images.shape[3])
-    # A GPU converts on the way; on a CPU torch is three times as fast when that is a pass of its own.
-    values = rows.float() if images.device.type == "cpu" else rows
-    normalized = torch.addcmul(shift, values, scale, out=torch.empty_like(values, dtype=torch.float32))
-    return normalized.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)

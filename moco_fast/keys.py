@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moco_fast.dictionary import MemoryBank
-from moco_fast.encoders import normalize_images, unit_vectors
+from moco_fast.encoders import unit_vectors
 from moco_fast.shuffle import KeyPolicy
 
 __all__ = ["Autocast", "BankKeys", "KeySource", "MomentumKeys", "QueryKeys"]
@@ -31,7 +31,7 @@ class KeySource(Protocol):
 
 def _encode(encoder: nn.Module, images: Tensor, policy: KeyPolicy, autocast: Autocast) -> Tensor:
     with autocast():
-        shuffled = encoder(normalize_images(policy.shuffle(images)))
+        shuffled = encoder(policy.shuffle(images))
     return policy.unshuffle(unit_vectors(shuffled))
 
 

@@ -59,7 +59,7 @@ _V3_MOCO = MocoConfig(momentum=0.99, momentum_schedule="cosine", dictionary="bat
 _MOCO_V3_RESNET50 = Config(
     data=replace(_DATA, batch_size=4096),
     views=VIEWS["moco-v3"],
-    model=ModelConfig(head="v3", dim=256),
+    model=ModelConfig(head="v3", dim=256, zero_init_residual=True),
     moco=replace(_V3_MOCO, temperature=1.0),
     bn=BatchNormConfig(policy="sync"),
     optim=OptimConfig(name="lars", lr=0.6 * 16, published=((4096, 0.6 * 16),), weight_decay=1e-6, warmup=0.1),
@@ -81,11 +81,17 @@ _MOCO_V3_VIT_BASE = replace(_MOCO_V3_VIT_SMALL, model=replace(_MOCO_V3_VIT_SMALL
 _CIFAR10 = Config(
     data=replace(_DATA, batch_size=512),
     views=VIEWS["cifar10"],
-    model=ModelConfig(encoder="resnet18", stem="cifar", head="linear"),
+    model=ModelConfig(
+        encoder="resnet18",
+        stem="cifar",
+        head="linear",
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
+    ),
     moco=MocoConfig(queue_size=4096, momentum=0.99, temperature=0.1),
     bn=BatchNormConfig(num_groups=8),
     optim=OptimConfig(lr=0.06, published=((512, 0.06),), weight_decay=5e-4),
-    eval=EvalConfig(temperature=0.1, crop=1.0),
+    eval=EvalConfig(temperature=0.1, layer="head", crop=1.0),
 )
 
 # MoCo v2 for images of 64 pixels and a run of minutes: blur in proportion to the view, a dictionary that the first

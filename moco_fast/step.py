@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from moco_fast.dictionary import Dictionary
-from moco_fast.encoders import normalize_images, unit_vectors
+from moco_fast.encoders import unit_vectors
 from moco_fast.keys import KeySource
 from moco_fast.loss import feature_std
 from pipelines.batch import TwoViewBatch
@@ -70,7 +70,7 @@ class TrainStep:
             with self._averaging(last and number == len(directions)):
                 keys = self.keys(view_k, batch.index)
                 with self.autocast():
-                    queries = self.query(normalize_images(view_q))
+                    queries = self.query(view_q)
                 queries = unit_vectors(queries)
                 loss, watched = self.dictionary.contrast(queries, keys, self.temperature)
                 loss = loss * self.loss_scale

@@ -1,4 +1,4 @@
-"""Features of a set of samples: an encoder without its head, run over shards."""
+"""Features of a set of samples: an encoder, run over shards."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from moco_fast import distributed
-from moco_fast.encoders import Encoder, normalize_images
+from moco_fast.config import Layer
+from moco_fast.encoders import Encoder
 from pipelines.batch import ImageBatch
 from pipelines.config import DataConfig
 from pipelines.loader import open_eval_loader
@@ -42,10 +43,11 @@ def extract(
     batches: Iterable[ImageBatch],
     *,
     device: torch.device,
+    layer: Layer = "backbone",
     l2_normalize: bool = True,
     title: str | None = None,
 ) -> Features:
-    """Compute the backbone's features of every sample that `batches` hands over.
+    """Compute the features of every sample that `batches` hands over.
 
     The encoder works in eval mode and gets each of its modules' modes back; autocast around the call is respected.
 
@@ -53,6 +55,7 @@ def extract(
         encoder: on `device`.
         batches: images (B, 3, H, W) uint8.
         device: where the features stay.
+        layer: whose output the features are.
         l2_normalize: scale every feature vector to length 1.
         title: shows a progress bar with this title, if it takes longer than a few seconds.
     """
@@ -61,12 +64,13 @@ def extract(
     index: list[Tensor] = []
     with _eval_mode(encoder):
         for batch in _with_progress(batches, title):
-            features = encoder.backbone(normalize_images(batch.images.to(device, non_blocking=True))).float()
+            features = encoder.features(batch.images.to(device, non_blocking=True), layer).float()
             values.append(normalize(features) if l2_normalize else features)
             labels.append(batch.label)
             index.append(batch.index)
+    dim = encoder.feature_dim if layer == "backbone" else encoder.dim
     return Features(
-        values=torch.cat(values) if values else torch.empty(0, encoder.feature_dim, device=device),
+        values=torch.cat(values) if values else torch.empty(0, dim, device=device),
         labels=torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64),
         index=torch.cat(index) if index else torch.empty(0, dtype=torch.int64),
     )
@@ -81,6 +85,7 @@ def labeled_features(
     encoder: Encoder,
     shards: str,
     *,
+    layer: Layer,
     size: int,
     crop: float,
     batch_size: int,
@@ -97,6 +102,7 @@ def labeled_features(
     Args:
         encoder: on `device`.
         shards: folder that make-shards wrote.
+        layer: whose output the features are.
         size: height and width of the images in pixels.
         crop: side of the central square that is used, as a share of the image's shorter side.
         batch_size: images taken at once.
@@ -121,7 +127,7 @@ def labeled_features(
         data=data,
     )
     try:
-        features = extract(encoder, loader, device=device, title=title if rank == 0 else None)
+        features = extract(encoder, loader, device=device, layer=layer, title=title if rank == 0 else None)
     finally:
         loader.close()
     keep = features.labels >= 0

@@ -118,6 +118,7 @@ def evaluate_knn(
     features_of = partial(
         labeled_features,
         encoder,
+        layer=knn.layer,
         size=size,
         crop=knn.crop,
         batch_size=batch_size,

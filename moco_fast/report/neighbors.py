@@ -120,6 +120,7 @@ def _nearest(
     features_of = partial(
         labeled_features,
         encoder,
+        layer=config.eval.layer,
         size=config.views.size,
         crop=config.eval.crop,
         batch_size=128,

@@ -55,9 +55,9 @@ def finished_run(packed_demo, tmp_path_factory) -> Path:
     config = Config(
         data=DataConfig(shards=str(packed_demo.train), batch_size=32, lanes=8),
         views=VIEWS["cifar10"],
-        model=ModelConfig(encoder="resnet18_quarter", dim=16),
+        model=ModelConfig(encoder="resnet18_quarter", dim=16, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)),
         run=RunConfig(out=str(run), steps=40, seed=3),
-        eval=EvalConfig(shards=str(packed_demo.val), k=5, crop=1.0),
+        eval=EvalConfig(shards=str(packed_demo.val), k=5, layer="head", crop=1.0),
     )
     run.mkdir()
     (run / "config.json").write_text(json.dumps(to_dict(config)))

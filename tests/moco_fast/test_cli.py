@@ -94,7 +94,7 @@ def test_eval_knn_compares_trained_and_untrained(
     for name, encoder in (("top1", trained), ("untrained_top1", build_encoder(config.model))):
         expected = evaluate_knn(
             encoder,
-            KnnConfig(k=5, temperature=config.eval.temperature, crop=1.0),
+            KnnConfig(k=5, temperature=config.eval.temperature, layer="head", crop=1.0),
             bank_shards=str(packed_demo.train),
             query_shards=str(packed_demo.val),
             size=32,
@@ -103,11 +103,12 @@ def test_eval_knn_compares_trained_and_untrained(
         assert facts[name] == expected.top1
     pairs = zip(trained.parameters(), encoder.parameters(), strict=True)
     assert not all(torch.equal(after, before) for after, before in pairs)
-    assert (facts["num_bank"], facts["num_queries"], facts["k"]) == (288, 72, 5)
+    assert (facts["num_bank"], facts["num_queries"], facts["k"], facts["layer"]) == (288, 72, 5, "head")
 
-    assert main(["eval", "knn", "--checkpoint", str(finished_run), "--k", "400", "--device", "cpu"]) == 0
+    words = ["--k", "400", "--layer", "backbone", "--device", "cpu"]
+    assert main(["eval", "knn", "--checkpoint", str(finished_run), *words]) == 0
     printed = capsys.readouterr()
-    assert "kNN top-1 of 72 held-out samples by 288 of 288 neighbors" in printed.out
+    assert "kNN top-1 of 72 held-out samples by 288 of 288 neighbors (backbone features)" in printed.out
     assert "trained" in printed.out
     assert "the bank holds 288" in printed.err
 

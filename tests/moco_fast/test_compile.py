@@ -52,11 +52,13 @@ TINY["vit_base"] = TINY["vit_small"]
 
 
 def tiny(preset: Config, shards: str) -> Config:
+    # The tiny ResNet alone has scales that can start at zero.
+    encoder = "resnet18" if preset.model.zero_init_residual else preset.model.encoder
     return replace(
         preset,
         data=replace(preset.data, shards=shards, batch_size=BATCH, backend="torch", num_threads=1),
         views=replace(preset.views, size=SIZE),
-        model=replace(preset.model, dim=8, mlp_dim=16),
+        model=replace(preset.model, encoder=encoder, dim=8, mlp_dim=16),
         moco=replace(preset.moco, queue_size=24),
         bn=replace(preset.bn, num_groups=2),
         run=RunConfig(steps=2, device="cpu", precision="fp32"),

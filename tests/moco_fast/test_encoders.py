@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moco_fast.config import ModelConfig
-from moco_fast.encoders import ENCODERS, build_encoder, normalize_images
+from moco_fast.encoders import ENCODERS, build_encoder
 
 PAPER_MILLIONS = {"resnet50": 24, "resnext50_32x8d": 46, "resnet50_w2x": 94, "resnet50_w4x": 375}
 
@@ -25,9 +25,9 @@ def test_parameter_counts_are_the_papers(name, millions):
 def test_output_shapes(name):
     encoder = build_encoder(ModelConfig(encoder=name, dim=16))
     size = 224 if name.startswith("vit") else 64
-    images = torch.zeros(2, 3, size, size)
-    assert encoder.backbone(images).shape == (2, encoder.feature_dim)
-    assert encoder(images).shape == (2, 16)
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    assert encoder.features(images, "backbone").shape == (2, encoder.feature_dim)
+    assert encoder(images).shape == encoder.features(images, "head").shape == (2, 16)
     assert {key.split(".")[0] for key in encoder.state_dict()} == {"backbone", "head"}
 
 
@@ -119,32 +119,31 @@ def test_v3_heads_are_the_authors():
     hidden = ["norm 16", "ReLU"]
     assert layers_of(vit.head) == ["192-16", *hidden, "16-16", *hidden, "16-8", "norm 8 without scale"]
     assert layers_of(vit.predictor) == ["8-16", *hidden, "16-8", "norm 8 without scale"]
-    images = torch.rand(4, 3, 32, 32)
-    expected = resnet.predictor(resnet.head(resnet.backbone(images)))
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    expected = resnet.predictor(resnet.features(images, "head"))
     torch.testing.assert_close(resnet(images), expected)
     assert "predictor.0.weight" in resnet.state_dict()
 
 
-def test_v3_transformers_have_fixed_positions_and_xavier_weights():
-    vit = ENCODERS["vit_small"]()
-    assert vit.blocks[0].attn.num_heads == 12
-    assert not vit.pos_embed.requires_grad
-    positions = vit.pos_embed[0]
-    assert (positions[0] == 0).all()
-    assert len({tuple(row.tolist()) for row in positions[1:]}) == 196
-    np.testing.assert_allclose(positions[1:].square().sum(1), 192, rtol=1e-5)  # sine^2 + cosine^2 of 192 frequencies
-    attention, patches = vit.blocks[3].attn.qkv, vit.patch_embed.proj
-    assert attention.weight.abs().max().item() == pytest.approx((6 / (384 + 384)) ** 0.5, rel=1e-3)
-    assert patches.weight.abs().max().item() == pytest.approx((6 / (3 * 256 + 384)) ** 0.5, rel=1e-3)
-    assert all((layer.bias == 0).all() for layer in (attention, patches))
-    assert vit.cls_token.std().item() == pytest.approx(1e-6, rel=0.2)
+def test_zero_init_residual_changes_the_last_scales_alone_and_no_other_number():
+    def build(**options):
+        torch.manual_seed(0)
+        return build_encoder(ModelConfig(encoder="resnet18_quarter", **options)).state_dict()
+
+    plain, zeroed = build(), build(zero_init_residual=True)
+    changed = [key for key in plain if not torch.equal(plain[key], zeroed[key])]
+    assert changed == [f"backbone.layer{layer}.{block}.bn2.weight" for layer in range(1, 5) for block in range(2)]
+    assert not any(zeroed[key].any() for key in changed)
+    for name in ("vit_small", "convnext_atto"):
+        with pytest.raises(ValueError, match="no last scale to set to zero"):
+            build_encoder(ModelConfig(encoder=name, zero_init_residual=True))
 
 
 def test_the_patch_projection_can_be_frozen():
     vit = build_encoder(ModelConfig(encoder="vit_tiny_patch16_224", freeze_patch_projection=True))
     frozen = {name for name, parameter in vit.named_parameters() if not parameter.requires_grad}
     assert frozen == {"backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"}
-    with pytest.raises(ValueError, match="no vision transformer"):
+    with pytest.raises(ValueError, match="not a vision transformer"):
         build_encoder(ModelConfig(encoder="resnet18", freeze_patch_projection=True))
 
 
@@ -173,11 +172,18 @@ def test_unknown_encoder_is_told_with_near_names():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_normalize_images_is_the_formula(memory_format):
+def test_pixels_are_normalized_by_the_recipes_mean_and_std(memory_format):
+    mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
     images = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8).contiguous(memory_format=memory_format)
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    expected = (images.numpy().transpose(0, 2, 3, 1) / 255 - mean) / std
-    values = normalize_images(images)
+    expected = (images.numpy().transpose(0, 2, 3, 1) / 255 - np.array(mean)) / np.array(std)
+    encoder = build_encoder(ModelConfig(encoder="resnet18_quarter", mean=mean, std=std))
+    values = encoder.normalize(images)
     assert values.dtype == torch.float32
     assert values.is_contiguous(memory_format=memory_format)
     np.testing.assert_allclose(values.numpy().transpose(0, 2, 3, 1), expected, atol=1e-6)
+    encoder.eval()
+    features = encoder.backbone(values)
+    assert torch.equal(encoder.features(images, "backbone"), features)
+    assert torch.equal(encoder.features(images, "head"), encoder.head(features))
+    assert torch.equal(encoder(images), encoder.head(features))
+    assert not any("pixel" in name for name in encoder.state_dict())

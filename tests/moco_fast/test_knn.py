@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from moco_fast import distributed
-from moco_fast.config import KnnConfig, ModelConfig
-from moco_fast.encoders import Encoder, build_encoder, normalize_images
+from moco_fast.config import KnnConfig, Layer, ModelConfig
+from moco_fast.encoders import Encoder, build_encoder
 from moco_fast.evaluate import knn
 from moco_fast.evaluate.features import Features, extract, gather, labeled_features, spread
 from moco_fast.evaluate.knn import KnnResult, classify, evaluate_knn
@@ -98,13 +98,15 @@ def test_extract_gives_the_backbone_s_features_in_eval_mode(encoder: Encoder) ->
     found = extract(encoder.train(), batches, device=torch.device("cpu"))
     encoder.eval()
     with torch.no_grad():
-        expected = encoder.backbone(normalize_images(torch.cat([batch.images for batch in batches])))
+        expected = encoder.features(torch.cat([batch.images for batch in batches]), "backbone")
     torch.testing.assert_close(found.values, expected / expected.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
     assert found.values.dtype == torch.float32
     assert found.index.tolist() == list(range(9))
     assert found.labels.tolist() == [0, 1, 2] * 3
     raw = extract(encoder, batches, device=torch.device("cpu"), l2_normalize=False)
     torch.testing.assert_close(raw.values, expected, rtol=1e-4, atol=1e-5)
+    of_head = extract(encoder, batches, device=torch.device("cpu"), layer="head", l2_normalize=False)
+    torch.testing.assert_close(of_head.values, encoder.head(expected).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_extract_gives_every_module_its_mode_back(encoder: Encoder) -> None:
@@ -121,6 +123,7 @@ def test_extract_gives_every_module_its_mode_back(encoder: Encoder) -> None:
 def test_extract_of_nothing_still_has_the_right_shape(encoder: Encoder) -> None:
     nothing = extract(encoder, [], device=torch.device("cpu"))
     assert nothing.values.shape == (0, encoder.feature_dim)
+    assert extract(encoder, [], device=torch.device("cpu"), layer="head").values.shape == (0, encoder.dim)
     assert len(nothing) == 0
 
 
@@ -164,14 +167,16 @@ def knn_of(encoder: Encoder, packed: Any, knn: KnnConfig = KNN, *, query_shards:
     )
 
 
-def test_evaluate_knn_agrees_with_a_plain_loop(encoder: Encoder, packed_demo: Any) -> None:
+@pytest.mark.parametrize(("layer", "dim"), [("backbone", 128), ("head", 8)])
+def test_evaluate_knn_agrees_with_a_plain_loop(encoder: Encoder, packed_demo: Any, layer: Layer, dim: int) -> None:
     cpu = torch.device("cpu")
     bank, queries = (
-        labeled_features(encoder, str(shards), size=32, crop=1.0, batch_size=64, device=cpu)
+        labeled_features(encoder, str(shards), layer=layer, size=32, crop=1.0, batch_size=64, device=cpu)
         for shards in (packed_demo.train, packed_demo.val)
     )
     predictions = naive_predictions(bank.values.numpy(), bank.labels.numpy(), queries.values.numpy(), 5, 0.1)
-    result = knn_of(encoder, packed_demo)
+    result = knn_of(encoder, packed_demo, replace(KNN, layer=layer))
+    assert bank.values.shape == (288, dim)
     assert result.top1 == np.mean(np.array(predictions) == queries.labels.numpy())
     assert (result.num_bank, result.num_queries, result.k, result.note) == (288, 72, 5, None)
     assert 1 / 18 < result.top1 < 1

@@ -14,7 +14,7 @@ from moco_fast import distributed
 from moco_fast.batchnorm import batch_norm_over_ranks, use_statistics_of_all_ranks
 from moco_fast.config import ModelConfig, OptimConfig
 from moco_fast.dictionary import Batch, MemoryBank
-from moco_fast.encoders import build_encoder, normalize_images
+from moco_fast.encoders import build_encoder
 from moco_fast.keys import BankKeys, MomentumKeys, QueryKeys
 from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.optim import build_optimizer
@@ -107,11 +107,11 @@ def encode(encoder, images_by_rank, *, exchanged=False, together=False):
     """Unit vectors (W, B, D) of each rank's images, under the policy's batch statistics."""
     world_size = len(images_by_rank)
     if together:
-        return F.normalize(encoder(normalize_images(torch.cat(images_by_rank)))).view(world_size, BATCH, -1)
+        return F.normalize(encoder(torch.cat(images_by_rank))).view(world_size, BATCH, -1)
     if not exchanged:
-        return torch.stack([F.normalize(encoder(normalize_images(images))) for images in images_by_rank])
+        return torch.stack([F.normalize(encoder(images)) for images in images_by_rank])
     parts = [images.chunk(world_size) for images in images_by_rank]
-    seen = [encoder(normalize_images(torch.cat([parts[s][r] for s in range(world_size)]))) for r in range(world_size)]
+    seen = [encoder(torch.cat([parts[s][r] for s in range(world_size)])) for r in range(world_size)]
     back = [torch.cat([seen[r].chunk(world_size)[s] for r in range(world_size)]) for s in range(world_size)]
     return torch.stack([F.normalize(rows) for rows in back])
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moco_fast import distributed
 from moco_fast.batchnorm import use_group_statistics
 from moco_fast.config import ModelConfig, OptimConfig
-from moco_fast.encoders import build_encoder, normalize_images
+from moco_fast.encoders import build_encoder
 from moco_fast.keys import MomentumKeys
 from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
@@ -133,10 +133,10 @@ def simulate(policy_name, num_steps, accumulate, world_size):
             keys = torch.zeros(world_size, BATCH, MODEL.dim, dtype=torch.float64)
             for images, owners in naive_shuffle(policy_name, [batch.view_k for batch in batches], world_size):
                 with torch.no_grad():
-                    for (owner, row), k in zip(owners, F.normalize(key(normalize_images(images))), strict=True):
+                    for (owner, row), k in zip(owners, F.normalize(key(images)), strict=True):
                         keys[owner, row] = k
             for rank in range(world_size):
-                queries = F.normalize(query(normalize_images(batches[rank].view_q)))
+                queries = F.normalize(query(batches[rank].view_q))
                 logits = torch.cat([(queries * keys[rank]).sum(1, keepdim=True), queries @ dictionary.T], dim=1)
                 loss = F.cross_entropy(logits / TEMPERATURE, torch.zeros(BATCH, dtype=torch.int64))
                 (loss / world_size / accumulate).backward()
@@ -196,8 +196,8 @@ def test_virtual_groups_on_one_rank_do_what_separate_ranks_would():
     for group in range(2):
         dealt = [row for place in range(8 * group, 8 * group + 8) for row in [place // 2 + 8 * (place % 2)]]
         with torch.no_grad():
-            keys[dealt] = F.normalize(key(normalize_images(merged.view_k[dealt])))
-    queries = torch.cat([F.normalize(query(normalize_images(half.view_q))) for half in halves])
+            keys[dealt] = F.normalize(key(merged.view_k[dealt]))
+    queries = torch.cat([F.normalize(query(half.view_q)) for half in halves])
     logits = torch.cat([(queries * keys).sum(1, keepdim=True), queries @ make_parts()[2].keys.T], dim=1)
     expected = F.cross_entropy(logits / TEMPERATURE, torch.zeros(16, dtype=torch.int64))
     assert watched["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
@@ -209,7 +209,7 @@ def test_what_is_watched():
     batch = make_batch(0, 0)
     queue = parts.queue.keys.clone()
     watched = parts.step([batch], lr=0.1, momentum=MOMENTUM)
-    queries = F.normalize(before(normalize_images(batch.view_q)))
+    queries = F.normalize(before(batch.view_q))
     keys = parts.queue.keys[:BATCH]
     positives, negatives = (queries * keys).sum(1), queries @ queue.T
     assert watched.keys() == {
