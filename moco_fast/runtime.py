@@ -8,6 +8,9 @@ Who decides where both `accelerate launch` and our options have a say:
   backend that the launcher names, else inductor.
 - gradient accumulation: `--optim.accumulate` alone; the launcher's option is for DeepSpeed.
 - device: `--run.device` if given; else the CPU after `accelerate launch --cpu`; else a GPU if there is one.
+
+On a GPU, `start` puts all work of the calling thread on a stream of its own until `close`: libraries that know no
+streams (and whatever asks for "the legacy default stream") use stream 0, and nothing of theirs shall order the step.
 """
 
 import os
@@ -105,8 +108,11 @@ class Runtime:
             self.accelerator.scaler.load_state_dict(dict(state))
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, and go back to the default stream once all work is done."""
         self.accelerator.end_training()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.set_stream(torch.cuda.default_stream(self.device))
 
 
 def start(config: RunConfig, *, accumulate: int = 1, env: Mapping[str, str] = os.environ) -> Runtime:
@@ -148,6 +154,9 @@ def start(config: RunConfig, *, accumulate: int = 1, env: Mapping[str, str] = os
             f"{meant} processes were started, but this one sees {accelerator.num_processes} and would train alone: "
             "launch with one of configs/accelerate/*.yaml"
         )
+    if not on_cpu:
+        # Before anything is built: DDP remembers the stream on which it met the parameters.
+        torch.cuda.set_stream(torch.cuda.Stream(accelerator.device))
     return Runtime(
         accelerator=accelerator,
         rank=accelerator.process_index,

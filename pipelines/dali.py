@@ -27,7 +27,7 @@ from pipelines.reader import DamagedSampleError, name_sample
 from pipelines.samples import Steps
 from shards.manifest import Manifest
 
-__all__ = ["DaliViews", "blur_kernels", "colors_in_graph", "size_hints"]
+__all__ = ["DaliViews", "blur_kernels", "colors_in_graph", "size_hints", "to_torch"]
 
 # DALI makes its operators and type names at run time: their stubs know half of what works.
 fn: Any = untyped_fn
@@ -121,8 +121,7 @@ class DaliViews:
                 self._feed(pipe, batch)
                 pipe.schedule_run()
                 under_way.append(batch)
-            # Safe without a copy: the dynamic executor writes to no output that someone still holds.
-            views = tuple(torch.from_dlpack(view.as_tensor()) for view in outputs)
+            views = tuple(to_torch(view.as_tensor()) for view in outputs)
             if not self._with_colors:
                 _recolor(views, done.tables)
             channels_last = tuple(view.permute(0, 3, 1, 2) for view in views)
@@ -147,6 +146,17 @@ class DaliViews:
         for number, (stages, table) in enumerate(zip(self._stages, batch.tables, strict=True)):
             for name, data in _inputs(stages, table, on_gpu=self._job.device.type == "cuda").items():
                 pipe.feed_input(f"{name}_{number}", data)
+
+
+def to_torch(output: Any) -> torch.Tensor:
+    """Wrap a DALI tensor that `Pipeline.outputs` has waited for, without a copy and without making any stream wait.
+
+    No copy: the dynamic executor writes to no output that someone still holds. Stream -1 is DLPack's "do not
+    synchronize". `torch.from_dlpack(output)` would name the caller's stream instead; once `outputs` has waited, DALI
+    no longer has an event of this batch, and makes that stream wait for all that is queued on its own: the next batch
+    (`ToDLMTensor`, dali/python/backend_impl.cc of DALI 2.4).
+    """
+    return torch.from_dlpack(output.__dlpack__(stream=-1))
 
 
 def _recolor(views: tuple[torch.Tensor, ...], tables: tuple[ViewTable, ...]) -> None:

@@ -162,6 +162,7 @@ class EvalLoader:
                 )
                 kept.mark()
         finally:
+            kept.clear()
             finalizer()
 
     def close(self) -> None:
@@ -413,6 +414,11 @@ def make_views(
     stream = BACKENDS[name](job, ListedSteps(samples=samples, batch_size=len(samples), epoch=epoch))
     try:
         # A copy of one's own: a backend may take its memory back once it is closed.
-        return tuple(view.clone() for view in stream.get().views)
+        made = stream.get().views
+        kept = _HandedOver(device)
+        kept.add(*made)
+        copies = tuple(view.clone() for view in made)
+        kept.clear()
+        return copies
     finally:
         stream.close()

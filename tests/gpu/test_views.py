@@ -1,6 +1,7 @@
 """DALI's views on the device against those on the CPU; with DEVICE=cpu, two pipelines on the CPU."""
 
 import resource
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -65,11 +66,16 @@ def open_sizes(device, shards, **options):
     return open_loader(data, ViewsConfig(size=64), seed=4, device=device)
 
 
-def test_views_are_whole_when_kernels_that_come_late_read_them(device, many_sizes):
+def stream_of_its_own(device):
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
+@pytest.mark.parametrize("stream", [lambda _: nullcontext(), stream_of_its_own], ids=["default", "own"])
+def test_views_are_whole_when_kernels_that_come_late_read_them(device, many_sizes, stream):
     with open_sizes(device, many_sizes) as loader:
         expected = [(batch.view_q.sum().item(), batch.view_k.sum().item()) for _ in range(5) for batch in loader]
     sums = []
-    with open_sizes(device, many_sizes) as loader:
+    with stream(device), open_sizes(device, many_sizes) as loader:
         for _ in range(5):
             for batch in loader:
                 if device.type == "cuda":
@@ -77,7 +83,8 @@ def test_views_are_whole_when_kernels_that_come_late_read_them(device, many_size
                 # Read on the device long after Python has dropped the batch.
                 sums.append((batch.view_q.sum(), batch.view_k.sum()))
                 del batch
-    assert [(q.item(), k.item()) for q, k in sums] == expected
+        # Inside: on the stream that summed them.
+        assert [(q.item(), k.item()) for q, k in sums] == expected
 
 
 def test_a_resume_is_exact_on_the_device(device, many_sizes):
