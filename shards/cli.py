@@ -38,7 +38,10 @@ class VerifyCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexCommand:
-    """Write index and manifest for WebDataset tars that someone else wrote, without rewriting them."""
+    """Write index and manifest for WebDataset tars that someone else wrote, without rewriting them.
+
+    For a set that was packed by an earlier version: note in its manifest what kinds of JPEG it holds.
+    """
 
     folder: tyro.conf.Positional[str]
     """Folder of the tars, local or s3:// gs:// az://."""
@@ -101,14 +104,19 @@ def _pack(command: PackCommand) -> int:
 
 def _index(command: IndexCommand) -> int:
     from shards.foreign import advice, index_folder
+    from shards.kinds import note_kinds, tell_kinds
     from shards.pool import default_workers
     from shards.progress import Progress
+    from shards.shard_folder import ShardFolder
 
+    workers, work_folder = command.workers or default_workers(), command.work_folder
+    described = ShardFolder(where=command.folder, work_folder=work_folder)
+    if described.has_manifest() and described.manifest().num_unknown_jpegs:
+        manifest = note_kinds(command.folder, workers=workers, progress=Progress())
+        print(f"{command.folder}: {tell_kinds(manifest)}")
+        return 0
     indexed = index_folder(
-        command.folder,
-        workers=command.workers or default_workers(),
-        work_folder=command.work_folder,
-        progress=Progress(),
+        command.folder, workers=workers, work_folder=work_folder, progress=Progress()
     )
     manifest = indexed.manifest
     print(f"{command.folder}: {manifest.num_samples:,} samples in {len(manifest.shards):,} tars are indexed")

@@ -33,6 +33,8 @@ class Encoded(NamedTuple):
     mean_rgb: tuple[int, int, int] | None
     outcomes: tuple[str, ...]
     """What was done: `copied`, or each change that was made."""
+    kind: str
+    """As in JpegHeader.kind."""
 
 
 def encode(data: bytes, config: EncodeConfig) -> Encoded:
@@ -125,7 +127,7 @@ def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> Encoded | No
         # Trailing bytes after the end are common and harmless; no end at all means that bytes are missing.
         if _EOI not in data[-4096:] and data.rfind(_EOI) < 0:
             raise Rejected("damaged", "cut short: has no end marker")
-        return Encoded(data, header.width, header.height, None, (outcome,))
+        return Encoded(data, header.width, header.height, None, (outcome,), header.kind)
     try:
         small = _decode_small(data, header)
     except ValueError as error:
@@ -138,7 +140,7 @@ def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> Encoded | No
         except ValueError:
             raise Rejected("damaged", str(error)) from None
         data, outcome = ended, "repaired"
-    return Encoded(data, header.width, header.height, _mean_rgb(small), (outcome,))
+    return Encoded(data, header.width, header.height, _mean_rgb(small), (outcome,), header.kind)
 
 
 def _transcode(data: bytes, header: JpegHeader, config: EncodeConfig) -> Encoded | None:
@@ -158,7 +160,7 @@ def _transcode(data: bytes, header: JpegHeader, config: EncodeConfig) -> Encoded
     if not found.is_baseline or found[:3] != header[:3]:
         return None
     mean = _mean_rgb(small) if config.mean_rgb else None
-    return Encoded(transcoded, header.width, header.height, mean, ("transcoded",))
+    return Encoded(transcoded, header.width, header.height, mean, ("transcoded",), found.kind)
 
 
 def _decode_small(data: bytes, header: JpegHeader) -> Pixels:
@@ -206,7 +208,8 @@ def _finish(pixels: Pixels, target: tuple[int, int], outcomes: list[str], config
         raise Rejected("too many pixels", f"{width} x {height} pixels: a side longer than JPEG can hold")
     pixels = np.ascontiguousarray(pixels)
     data = encode_jpeg(pixels, config.quality)
-    return Encoded(data, width, height, _mean_rgb(pixels) if config.mean_rgb else None, tuple(outcomes))
+    mean = _mean_rgb(pixels) if config.mean_rgb else None
+    return Encoded(data, width, height, mean, tuple(outcomes), parse_jpeg(data).kind)
 
 
 def _resize(pixels: Pixels, target: tuple[int, int]) -> Pixels:

@@ -71,34 +71,36 @@ class _IndexTar:
         labels: list[str | int | None] = []
         names: list[str] = []
         idx: list[str] = []
+        kinds: Counter[str] = Counter()
         file = open_bytes(str(path))
         for item in TarSource(f"{self.folder.where.rstrip('/')}/{path.name}", root=str(path)).inputs(path):
             assert isinstance(item, Input)
             if item.size < 0:
                 continue
             data = file.read(item.offset, item.size)
-            width, height, flags = _look_at(data)
+            width, height, flags, kind = _look_at(data)
             if flags & Flag.NOT_JPEG and flags & Flag.DAMAGED:
                 continue
             crc = crc32c(data)
             records.append((0, item.offset, item.size, width, height, -1, crc, (0, 0, 0), int(flags)))
+            kinds[kind] += 1
             labels.append(item.label)
             names.append(printable(item.name))
             base = os.fsdecode(item.name.rpartition(b"/")[2])
             idx.append(f"{base.partition('.')[2]} {item.offset} {item.size} {names[-1]}\n")
             tick(1)
         table = np.array(records, dtype=RECORD)
-        return _Shard(entry=_entry(path, table), records=table, labels=labels, names=names, idx=idx)
+        return _Shard(entry=_entry(path, table, kinds), records=table, labels=labels, names=names, idx=idx)
 
 
-def _look_at(data: bytes) -> tuple[int, int, Flag]:
-    """(width, height, flags) from the header of an image; NOT_JPEG and DAMAGED for what is no image at all."""
+def _look_at(data: bytes) -> tuple[int, int, Flag, str]:
+    """(width, height, flags, kind) from an image's header; NOT_JPEG and DAMAGED for what is not an image at all."""
     flags = Flag(0)
     if is_jpeg(data):
         try:
             header = parse_jpeg(data)
         except JpegError:
-            return 0, 0, Flag.DAMAGED
+            return 0, 0, Flag.DAMAGED, "damaged"
         if data.rfind(b"\xff\xd9") < 0:
             flags |= Flag.DAMAGED
         if header.orientation != 1:
@@ -107,16 +109,16 @@ def _look_at(data: bytes) -> tuple[int, int, Flag]:
             flags |= Flag.NOT_BASELINE
         if not header.is_ycbcr_or_gray:
             flags |= Flag.NOT_RGB
-        return header.width, header.height, flags
+        return header.width, header.height, flags, header.kind
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return image.width, image.height, Flag.NOT_JPEG
+            return image.width, image.height, Flag.NOT_JPEG, "not JPEG"
     # Pillow's plugins raise whatever their parsing runs into.
     except Exception:
-        return 0, 0, Flag.NOT_JPEG | Flag.DAMAGED
+        return 0, 0, Flag.NOT_JPEG | Flag.DAMAGED, "not JPEG"
 
 
-def _entry(path: Path, records: NDArray[np.void]) -> ShardEntry:
+def _entry(path: Path, records: NDArray[np.void], kinds: Counter[str]) -> ShardEntry:
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while data := file.read(8 << 20):
@@ -132,6 +134,7 @@ def _entry(path: Path, records: NDArray[np.void]) -> ShardEntry:
         max_bytes=int(records["size"].max(initial=0)),
         outcomes=_outcomes(records),
         rejections={},
+        jpegs=dict(sorted(kinds.items())),
     )
 
 
@@ -213,6 +216,7 @@ def _manifest(entries: list[ShardEntry], class_names: tuple[str, ...]) -> Manife
         max_height=max(entry.max_height for entry in entries),
         max_bytes=max(entry.max_bytes for entry in entries),
         outcomes=dict(sum((Counter(entry.outcomes) for entry in entries), Counter[str]())),
+        jpegs=dict(sum((Counter(entry.jpegs) for entry in entries), Counter[str]())),
         settings={INDEXED: True},
     )
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shards.index import Flag, ShardSet
+from shards.kinds import tell_kinds
 from shards.shard_file import ShardFile
 
 __all__ = ["contact_sheet", "describe"]
@@ -35,6 +36,7 @@ def describe(shards: ShardSet, *, where: str | None = None) -> Iterator[str]:
             yield f"{title}: " + ", ".join(f"{what} {count:,}" for what, count in tally.items())
     if not shards.num_samples:
         return
+    yield tell_kinds(manifest)
     columns = _columns(shards)
     width, height = columns["width"].astype(np.float64), columns["height"].astype(np.float64)
     shorter = np.minimum(width, height)

@@ -2,12 +2,26 @@
 
 from typing import NamedTuple
 
-__all__ = ["JpegError", "JpegHeader", "is_jpeg", "parse_jpeg"]
+__all__ = ["ENGINE_KINDS", "JpegError", "JpegHeader", "is_jpeg", "parse_jpeg"]
 
 _SOI = b"\xff\xd8\xff"
 _SOF_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})
 _ORIENTATION_TAG = 0x0112
+
+# Luminance samples for one of chrominance, horizontally and vertically.
+_SUBSAMPLINGS = {
+    (1, 1): "4:4:4",
+    (2, 1): "4:2:2",
+    (2, 2): "4:2:0",
+    (1, 2): "4:4:0",
+    (4, 1): "4:1:1",
+    (4, 2): "4:1:0",
+}
+
+ENGINE_KINDS = frozenset({"4:4:4", "4:2:2", "4:2:0", "4:4:0", "gray"})
+"""Kinds of JPEG that a GPU's JPEG engine decodes: baseline in one scan, neither 4:1:0 nor 4:1:1 (nvjpeg.h,
+NVJPEG_BACKEND_HARDWARE)."""
 
 
 class JpegError(ValueError):
@@ -30,6 +44,10 @@ class JpegHeader(NamedTuple):
     """Adobe's transform: 0 none (RGB or CMYK), 1 YCbCr, 2 YCCK; -1 where there is no Adobe marker."""
     has_rgb_ids: bool
     """The components are called R, G, B, which libjpeg takes for RGB."""
+    sampling: bytes
+    """Sampling factors of each component: 16 times the horizontal one, plus the vertical one."""
+    num_scan_components: int
+    """Components in the first scan."""
 
     @property
     def is_baseline(self) -> bool:
@@ -49,6 +67,21 @@ class JpegHeader(NamedTuple):
         is_rgb = self.color_transform == 0 or (self.color_transform < 0 and self.has_rgb_ids)
         return self.num_components == 3 and not is_rgb
 
+    @property
+    def kind(self) -> str:
+        """One of ENGINE_KINDS, or what a JPEG engine does not take, in a word or two."""
+        if not self.is_baseline:
+            return "progressive" if self.is_progressive else "not baseline"
+        if not self.is_ycbcr_or_gray:
+            return "not YCbCr"
+        if self.num_scan_components < self.num_components:
+            return "several scans"
+        if self.num_components == 1:
+            return "gray"
+        luminance, blue, red = self.sampling
+        ratio = ((luminance >> 4) / max(1, blue >> 4), (luminance & 15) / max(1, blue & 15))
+        return _SUBSAMPLINGS.get(ratio, "other subsampling") if blue == red else "other subsampling"
+
 
 def is_jpeg(data: bytes) -> bool:
     """Whether the first bytes are a JPEG's."""
@@ -62,7 +95,7 @@ def parse_jpeg(data: bytes) -> JpegHeader:
         JpegError: cut short, no frame before the scan, or a frame without a size.
     """
     position, orientation, transform = 2, 1, -1
-    frame: tuple[int, int, int, int, int, bool] | None = None
+    frame: tuple[int, int, int, int, int, bool, bytes] | None = None
     try:
         while True:
             marker, position = _next_marker(data, position)
@@ -73,6 +106,7 @@ def parse_jpeg(data: bytes) -> JpegHeader:
             length = (data[position] << 8) | data[position + 1]
             start, end = position + 2, position + length
             if marker == 0xDA:
+                num_scan_components = data[start]
                 break
             if marker in _SOF_MARKERS and frame is None:
                 frame = _parse_frame(data, start, marker)
@@ -85,10 +119,21 @@ def parse_jpeg(data: bytes) -> JpegHeader:
         raise JpegError("cut short inside its header") from None
     if frame is None:
         raise JpegError("has no frame before its first scan")
-    width, height, num_components, precision, sof, has_rgb_ids = frame
+    width, height, num_components, precision, sof, has_rgb_ids, sampling = frame
     if not width or not height:
         raise JpegError(f"says that it is {width} x {height} pixels")
-    return JpegHeader(width, height, num_components, precision, sof, orientation, transform, has_rgb_ids)
+    return JpegHeader(
+        width,
+        height,
+        num_components,
+        precision,
+        sof,
+        orientation,
+        transform,
+        has_rgb_ids,
+        sampling,
+        num_scan_components,
+    )
 
 
 def _next_marker(data: bytes, position: int) -> tuple[int, int]:
@@ -105,12 +150,13 @@ def _next_marker(data: bytes, position: int) -> tuple[int, int]:
             return data[position], position + 1
 
 
-def _parse_frame(data: bytes, start: int, marker: int) -> tuple[int, int, int, int, int, bool]:
+def _parse_frame(data: bytes, start: int, marker: int) -> tuple[int, int, int, int, int, bool, bytes]:
     height = (data[start + 1] << 8) | data[start + 2]
     width = (data[start + 3] << 8) | data[start + 4]
     num_components = data[start + 5]
-    has_rgb_ids = bytes(data[start + 6 : start + 6 + 3 * num_components : 3]) == b"RGB"
-    return width, height, num_components, data[start], marker, has_rgb_ids
+    end = start + 6 + 3 * num_components
+    has_rgb_ids = bytes(data[start + 6 : end : 3]) == b"RGB"
+    return width, height, num_components, data[start], marker, has_rgb_ids, bytes(data[start + 7 : end : 3])
 
 
 def _exif_orientation(tiff: bytes) -> int:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, cast
 
+from shards.jpeg import ENGINE_KINDS
+
 __all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "ShardEntry"]
 
 FORMAT = "moco-fast-shards"
@@ -37,11 +39,13 @@ class ShardEntry:
     """Packed samples by what was done to them."""
     rejections: dict[str, int]
     """Rejected inputs by reason."""
+    jpegs: dict[str, int] = field(default_factory=dict[str, int])
+    """Packed samples by kind (shards.jpeg, JpegHeader.kind); empty in shards of earlier versions: unknown."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from parsed JSON. Raises KeyError when a field is missing."""
-        return cls(**{f.name: values[f.name] for f in fields(cls)})
+        return cls(**_known(cls, values))
 
     @property
     def stem(self) -> str:
@@ -73,8 +77,22 @@ class Manifest:
     """Packed samples by what was done to them."""
     rejections: dict[str, int] = field(default_factory=dict[str, int])
     """Rejected inputs by reason."""
+    jpegs: dict[str, int] = field(default_factory=dict[str, int])
+    """Packed samples by kind, as far as it is known."""
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     """Every option that decides what the shards hold."""
+
+    @property
+    def num_unknown_jpegs(self) -> int:
+        """Samples whose kind is not known, since earlier versions did not note it."""
+        return self.num_samples - sum(self.jpegs.values())
+
+    @property
+    def engine_share(self) -> float | None:
+        """Share of the samples that a GPU's JPEG engine can decode; None: not known of all of them."""
+        if self.num_unknown_jpegs or not self.num_samples:
+            return None
+        return sum(count for kind, count in self.jpegs.items() if kind in ENGINE_KINDS) / self.num_samples
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str) -> Self:
@@ -96,9 +114,10 @@ class Manifest:
                 "pack again, or use the moco-fast that wrote it"
             )
         try:
-            rest = {f.name: values[f.name] for f in fields(cls) if f.name not in ("shards", "class_names")}
-            shards = tuple(ShardEntry.from_dict(entry) for entry in values["shards"])
-            return cls(shards=shards, class_names=tuple(values["class_names"]), **rest)
+            rest = _known(cls, values)
+            rest["shards"] = tuple(ShardEntry.from_dict(entry) for entry in values["shards"])
+            rest["class_names"] = tuple(values["class_names"])
+            return cls(**rest)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{where} lacks {error}: it is damaged; restore it, or pack again") from error
 
@@ -126,6 +145,11 @@ class Manifest:
         head = json.dumps(values, indent=1, ensure_ascii=False, sort_keys=False)
         lines = ",\n".join("  " + json.dumps(entry, ensure_ascii=False) for entry in entries)
         return f'{head[:-2]},\n "shards": [\n{lines}\n ]\n}}\n'
+
+
+def _known(cls: type[ShardEntry | Manifest], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a class; what earlier versions did not write is empty."""
+    return {f.name: values[f.name] for f in fields(cls) if f.name != "jpegs"} | {"jpegs": values.get("jpegs", {})}
 
 
 def _explain_absence(folder: Path) -> str:

@@ -77,8 +77,10 @@ class MergedShardSet(ShardSet):
 def _merge(manifests: list[Manifest]) -> Manifest:
     names = manifests[0].class_names
     outcomes: Counter[str] = Counter()
+    jpegs: Counter[str] = Counter()
     for manifest in manifests:
         outcomes.update(manifest.outcomes)
+        jpegs.update(manifest.jpegs)
     return replace(
         manifests[0],
         shards=tuple(shard for manifest in manifests for shard in manifest.shards),
@@ -91,5 +93,6 @@ def _merge(manifests: list[Manifest]) -> Manifest:
         max_bytes=max(manifest.max_bytes for manifest in manifests),
         outcomes=dict(outcomes),
         rejections={},
+        jpegs=dict(jpegs),
         settings={},
     )

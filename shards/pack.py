@@ -253,9 +253,11 @@ def _line(values: dict[str, Any]) -> str:
 def _manifest(plan: Plan, shards: tuple[ShardEntry, ...], *, num_duplicates: int) -> Manifest:
     outcomes: Counter[str] = Counter()
     rejections: Counter[str] = Counter()
+    jpegs: Counter[str] = Counter()
     for shard in shards:
         outcomes.update(shard.outcomes)
         rejections.update(shard.rejections)
+        jpegs.update(shard.jpegs)
     if num_duplicates:
         rejections["duplicate"] = num_duplicates
     num_samples, num_rejected = sum(s.num_samples for s in shards), sum(s.num_rejected for s in shards) + num_duplicates
@@ -270,5 +272,6 @@ def _manifest(plan: Plan, shards: tuple[ShardEntry, ...], *, num_duplicates: int
         max_bytes=max((s.max_bytes for s in shards), default=0),
         outcomes=dict(sorted(outcomes.items())),
         rejections=dict(sorted(rejections.items())),
+        jpegs=dict(sorted(jpegs.items())),
         settings=plan.settings,
     )

@@ -49,6 +49,7 @@ class _Columns:
         self.rejected: list[dict[str, Any]] = []
         self.outcomes: Counter[str] = Counter()
         self.rejections: Counter[str] = Counter()
+        self.jpegs: Counter[str] = Counter()
 
     def add(self, position: int, image: Encoded, label: int, offset: int, source: str) -> None:
         flags = 0 if image.mean_rgb is None else int(Flag.HAS_MEAN_RGB)
@@ -58,6 +59,7 @@ class _Columns:
         self.records.append((position, offset, size, image.width, image.height, label, crc, mean, flags))
         self.sources.append(source)
         self.outcomes.update(image.outcomes)
+        self.jpegs[image.kind] += 1
 
     def reject(self, position: int, source: str, rejected: Rejected) -> None:
         key = f"{position:0{KEY_DIGITS}d}"
@@ -152,4 +154,5 @@ def _entry(task: Task, num_bytes: int, digests: dict[str, str], columns: _Column
         max_bytes=int(records["size"].max(initial=0)),
         outcomes=dict(sorted(columns.outcomes.items())),
         rejections=dict(sorted(columns.rejections.items())),
+        jpegs=dict(sorted(columns.jpegs.items())),
     )
