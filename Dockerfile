@@ -28,6 +28,9 @@ COPY --chown=moco configs /moco/configs
 USER 10001
 WORKDIR /moco
 
+# `video` brings the GPU's JPEG engines into the container.
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
+
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="moco-fast" \

@@ -16,6 +16,7 @@ _FREE = (
     "--run.device",
     "--run.timeout-s",
     "--data.num-threads",
+    "--data.hw-decoder-load",
     "--data.prefetch",
     "--data.read-threads",
     "--data.cache",

@@ -10,10 +10,11 @@ import numpy.typing as npt
 import torch
 
 from pipelines.config import Backend, ViewConfig
+from pipelines.cpus import available_cpus
 from pipelines.samples import Draw, Steps
 from shards import ShardSet
 
-__all__ = ["BACKENDS", "Job", "Made", "Stream", "choose"]
+__all__ = ["BACKENDS", "Job", "Made", "Stream", "choose", "choose_num_threads"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -70,7 +71,7 @@ class Job:
     prefetch: int = 2
     """Batches kept ready."""
     hw_decoder_load: float = 0.65
-    """Share of the JPEGs for the GPU's own engine."""
+    """Share of the JPEGs for the GPU's own engines."""
 
 
 def _start_dali(job: Job, steps: Steps) -> Stream:
@@ -141,6 +142,19 @@ def choose(
             "or use --data.backend auto"
         )
     return backend, "as asked for"
+
+
+_MOST_GPU_THREADS = 16
+"""Each thread of DALI's decoder holds 16 MiB on the device and twice 8 MiB of pinned memory (device_memory_padding,
+host_memory_padding of fn.decoders.image): 3 GiB each for the 192 CPUs of a large machine with one GPU."""
+
+
+def choose_num_threads(name: Backend, asked: int | None, *, device: torch.device, local_world_size: int) -> int:
+    """Threads or processes per rank that decode, where the user may have asked for a number."""
+    if asked is not None:
+        return asked
+    num_cpus = available_cpus(local_world_size)
+    return min(num_cpus, _MOST_GPU_THREADS) if name == "dali" and device.type == "cuda" else num_cpus
 
 
 def _choose_for(device: torch.device, size: int, *, is_beton: bool) -> tuple[Backend, str]:

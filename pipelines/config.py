@@ -29,7 +29,8 @@ class DataConfig:
     """What decodes and augments. `dali`: on the GPU where there is one. `torch`: worker processes on the CPU. `ffcv`:
     FFCV's compiled code on the CPU, from a .beton (make-shards beton)."""
     num_threads: int | None = None
-    """Threads (dali, ffcv) or processes (torch) a rank that decode; unset: the CPUs this rank really has."""
+    """Threads (dali, ffcv) or processes (torch) per rank that decode. Unset: the CPUs that this rank really has, but
+    at most 16 threads of dali on a GPU, where each takes 16 MiB on the device and as much pinned memory."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """A damaged sample ends the run, or is replaced by the next good one of the set, counted and told."""
     read_threads: int = 4
@@ -40,8 +41,9 @@ class DataConfig:
     """Folder on local disk for shards of a bucket, shared by all runs; unset: ~/.cache/moco-fast/shards."""
     cache_gib: float | None = None
     """Size of that folder; what was used least recently makes room. Unset: four fifths of what the disk has left."""
-    hw_decoder_load: float = 0.65
-    """`dali`: share of the JPEGs that the GPU's own engine decodes, where it has one; CUDA decodes the others."""
+    hw_decoder_load: float | None = None
+    """`dali`: share of the JPEGs that the GPU's own engines decode; CUDA decodes the others. Unset: 0.9 where there are
+    several engines (H100), 0.65 where there is one (A100)."""
     stream_samples: int | None = None
     """Samples of an epoch, for a folder of tars that have no index: they are streamed as they are (torch backend),
     drawn with replacement, without exact resume or checksums. `make-shards index` gives all of that."""
@@ -61,7 +63,7 @@ class DataConfig:
                 raise ValueError(f"data.{name} is {value}: it must be 1 or more")
         if self.cache_gib is not None and self.cache_gib <= 0:
             raise ValueError(f"data.cache_gib is {self.cache_gib}: it must lie above 0")
-        if not 0 <= self.hw_decoder_load <= 1:
+        if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"data.hw_decoder_load is {self.hw_decoder_load}: a share lies in 0 .. 1")
 
 

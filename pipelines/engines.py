@@ -4,8 +4,8 @@ nvJPEG counts them, by the same call with which DALI's decoder does (nvImageCode
 """
 
 import ctypes
-import ctypes.util
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,8 +19,8 @@ _LIBRARIES = ("libnvjpeg.so.13", "libnvjpeg.so.12", "libnvjpeg.so")
 _DRIVER_LIBRARY = "libnvcuvid.so.1"
 """What the driver capability `video` brings into a container (libnvidia-container, src/nvc_info.c)."""
 
-_WITHOUT_ENGINES = frozenset({(7, 0), (7, 2), (7, 5), (8, 6)})
-"""Compute capabilities of GPUs without a JPEG engine: Volta, Turing, and of Ampere what is neither A100 nor A30."""
+_FIRST_CAPABILITY = (8, 0)
+"""The A100's was the first JPEG engine of a data center's GPU."""
 
 _ONE_ENGINE_LOAD = 0.65
 _SEVERAL_ENGINES_LOAD = 0.9
@@ -38,13 +38,14 @@ class Engines:
     """Why there are none."""
 
 
+@lru_cache
 def find_engines(device: torch.device) -> Engines:
     """Ask nvJPEG about a GPU. Never raises: without an answer there are no engines, and the reason says why."""
     library = _load_nvjpeg()
     if library is None:
         return Engines(count=0, reason="libnvjpeg cannot be loaded")
     with torch.cuda.device(device):
-        # The library works in the current context, which exists once torch has used the device.
+        # The library works in the calling thread's current context, which torch makes on first use.
         torch.cuda.synchronize()
         engines = _ask(library)
     if engines.count:
@@ -72,16 +73,22 @@ def describe_engines(engines: Engines, load: float) -> str:
 
 
 def _reason(capability: tuple[int, int], answer: str) -> str:
-    if capability in _WITHOUT_ENGINES:
+    if capability < _FIRST_CAPABILITY:
         return "this GPU has none"
-    try:
-        ctypes.CDLL(_DRIVER_LIBRARY)
-    except OSError:
+    if not _has_video():
         return (
-            "this container lacks the driver capability video: add -e NVIDIA_DRIVER_CAPABILITIES=compute,utility,video "
+            "this container lacks the video driver capability, add -e NVIDIA_DRIVER_CAPABILITIES=compute,utility,video "
             "to `docker run`"
         )
     return answer
+
+
+def _has_video() -> bool:
+    try:
+        ctypes.CDLL(_DRIVER_LIBRARY)
+    except OSError:
+        return False
+    return True
 
 
 def _load_nvjpeg() -> ctypes.CDLL | None:

@@ -12,21 +12,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.backends import BACKENDS, Job, Stream, choose
+from pipelines.backends import BACKENDS, Job, Stream, choose, choose_num_threads
 from pipelines.batch import ImageBatch, TwoViewBatch
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.cpus import available_cpus
+from pipelines.engines import Engines, choose_load, describe_engines, find_engines
 from pipelines.order import OrderPlan, check_ranks
 from pipelines.samples import EpochSteps, ListedSteps, draw_central, draw_training
 from pipelines.sets import cache_for_evaluation, cache_for_training, open_readable
 from shards import ShardSet
 from shards.beton import BetonSet
+from shards.kinds import tell_kinds
 from shards.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from pipelines.streamed import StreamPlan
 
-__all__ = ["EvalLoader", "Loader", "find_tars", "make_views", "open_eval_loader", "open_loader"]
+__all__ = ["EvalLoader", "Loader", "choose_decoding", "find_tars", "make_views", "open_eval_loader", "open_loader"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -246,6 +248,7 @@ def open_loader(
     name, reason = choose(
         data.backend, device=device, size=views.size, exact=exact, is_beton=isinstance(shards, BetonSet)
     )
+    load, engines = choose_decoding(name, data, device)
     job = Job(
         shards=shards,
         draw=partial(draw_training, views=views, seed=seed),
@@ -254,19 +257,31 @@ def open_loader(
         exact=exact,
         max_batch=data.batch_size // world_size,
         device=device,
-        num_threads=data.num_threads or available_cpus(local_world_size),
+        num_threads=choose_num_threads(name, data.num_threads, device=device, local_world_size=local_world_size),
         skip=skip,
         read_threads=data.read_threads,
         prefetch=data.prefetch,
-        hw_decoder_load=data.hw_decoder_load,
+        hw_decoder_load=load,
     )
 
     def start(epoch: int, step: int) -> Stream:
         return BACKENDS[name](job, EpochSteps(plan=plan, epoch=epoch, step=step, rank=rank, world_size=world_size))
 
     what = "processes" if name == "torch" else "threads"
-    description = f"{name} ({reason}), {job.num_threads} {what} a rank, {plan.num_lanes} lanes"
+    description = f"{name} ({reason}), {job.num_threads} {what} per rank, {plan.num_lanes} lanes"
+    if engines is not None:
+        description += f"; {describe_engines(engines, load)}"
+        if engines.count:
+            description += f"; {tell_kinds(shards.manifest)}"
     return Loader(plan, start, device=device, description=description)
+
+
+def choose_decoding(name: str, data: DataConfig, device: torch.device) -> tuple[float, Engines | None]:
+    """Settle the share of the images for the GPU's JPEG engines, and tell of them; (0, None) where none are used."""
+    if name != "dali" or device.type != "cuda":
+        return 0.0, None
+    engines = find_engines(device)
+    return choose_load(engines) if data.hw_decoder_load is None else data.hw_decoder_load, engines
 
 
 def find_tars(path: str) -> tuple[str, ...]:
@@ -320,7 +335,7 @@ def _open_streamed(
         return StreamedViews(spec, place, device=device, num_workers=num_workers, prefetch=data.prefetch)
 
     description = (
-        f"torch ({len(tars)} tars without an index, streamed), {num_workers} processes a rank; shards are drawn with "
+        f"torch ({len(tars)} tars without an index, streamed), {num_workers} processes per rank; shards are drawn with "
         "replacement, and a resumed run goes on with other samples"
     )
     return Loader(plan, start, device=device, description=description)
@@ -378,8 +393,9 @@ def open_eval_loader(
         size=size,
         max_batch=batch_size,
         device=device,
-        num_threads=available_cpus(local_world_size),
+        num_threads=choose_num_threads(name, data.num_threads, device=device, local_world_size=local_world_size),
         skip=skip,
+        hw_decoder_load=choose_decoding(name, data, device)[0],
     )
 
     def start() -> Stream:

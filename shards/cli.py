@@ -115,9 +115,7 @@ def _index(command: IndexCommand) -> int:
         manifest = note_kinds(command.folder, workers=workers, progress=Progress())
         print(f"{command.folder}: {tell_kinds(manifest)}")
         return 0
-    indexed = index_folder(
-        command.folder, workers=workers, work_folder=work_folder, progress=Progress()
-    )
+    indexed = index_folder(command.folder, workers=workers, work_folder=work_folder, progress=Progress())
     manifest = indexed.manifest
     print(f"{command.folder}: {manifest.num_samples:,} samples in {len(manifest.shards):,} tars are indexed")
     for line in advice(indexed, command.folder):

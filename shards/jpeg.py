@@ -10,7 +10,7 @@ _STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})
 _ORIENTATION_TAG = 0x0112
 
 # Luminance samples for one of chrominance, horizontally and vertically.
-_SUBSAMPLINGS = {
+_SUBSAMPLINGS: dict[tuple[float, float], str] = {
     (1, 1): "4:4:4",
     (2, 1): "4:2:2",
     (2, 2): "4:2:0",

@@ -1,4 +1,4 @@
-"""What holds of the DALI backend alone. Its pixels: test_parity.py; its batches: test_loader.py; on a GPU: tests/gpu."""
+"""The DALI backend by itself. Its pixels: test_parity.py; its batches: test_loader.py; on a GPU: tests/gpu."""
 
 import ast
 from pathlib import Path
@@ -45,9 +45,11 @@ def mixed_operators(tree):
 
 @pytest.mark.parametrize("operator", ["image_slice", "image_crop", "image_random_crop"])
 def test_no_part_of_an_image_is_decoded_on_the_gpu(operator):
-    """nvImageCodec 0.9.0, which DALI 2.4 brings, fails on regions or crashes the process (NVIDIA/nvImageCodec issue 55),
-    and JPEG engines take whole images only. Two crops of MoCo need 69% of an image's pixels and 95% of its rows anyway:
-    there is little to gain."""
+    """nvImageCodec 0.9.0, which DALI 2.4 brings, fails on regions or crashes (NVIDIA/nvImageCodec issue 55).
+
+    And JPEG engines take whole images only; two crops of MoCo need 69% of an image's pixels and 95% of its rows, so
+    there is little to gain.
+    """
     for folder in ("pipelines", "moco_fast", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             assert operator not in mixed_operators(ast.parse(path.read_text())), path
