@@ -91,7 +91,7 @@ def test_an_image_larger_than_ffcvs_page_gets_larger_pages(tmp_path):
     assert image_bytes(written) == [(folder / "large.jpg").read_bytes()]
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_flipped_byte_that_is_read_is_found(beton, data):
     shards = BetonSet.open(beton)
