@@ -94,12 +94,12 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write the encoder without its head as a file that timm or torchvision can load."""
+    """Write the encoder without its head as timm or torchvision can load it."""
 
     run: tyro.conf.Positional[str]
     """Folder of a run (its newest checkpoint counts) or one of its checkpoints/step-*."""
     out: str
-    """File to write (.safetensors)."""
+    """timm: folder to write; torchvision: file to write (.safetensors)."""
     format: Format = "timm"
     """Library that shall load it."""
 

@@ -34,7 +34,8 @@ def next_commands(record: RunRecord) -> list[Command]:
     proposals["See what another recipe makes of these images"] = preview
     formats = [name for name in ("timm", "torchvision") if why_not(config.model, name) is None]
     if formats:
-        line = f"moco-fast export {quote(run)} --format {formats[0]} --out encoder.safetensors"
+        out = "encoder" if formats[0] == "timm" else "encoder.safetensors"
+        line = f"moco-fast export {quote(run)} --format {formats[0]} --out {out}"
         proposals[f"Use the encoder with {formats[0]}"] = line
     if config.log.tensorboard:
         proposals["Watch the numbers in TensorBoard"] = f"tensorboard --logdir {quote(f'{run}/tensorboard')}"

@@ -153,10 +153,10 @@ def test_preview_writes_a_sheet(packed_demo: Any, tmp_path: Path, capsys: pytest
 def test_export_writes_and_tells_how_to_load(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "encoder.safetensors"
+    out = tmp_path / "encoder"
     assert main(["export", str(finished_run), "--out", str(out)]) == 0
-    assert out.is_file()
-    assert f"load_file({str(out)!r})" in capsys.readouterr().out
+    assert (out / "model.safetensors").is_file()
+    assert f"timm.create_model('local-dir:{out}', pretrained=True)" in capsys.readouterr().out
 
 
 def test_report_prints_its_path_after_the_next_commands(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
