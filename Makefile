@@ -16,11 +16,11 @@ HAS_GPU = $(shell $(VENV)/bin/python -c 'import torch; print("yes" if torch.cuda
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup setup-ffcv demo test format lock gpu-check image clean \
+.PHONY: help setup setup-ffcv demo test test-matrix format lock gpu-check image clean \
 	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint bench demo-steps
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Make or update .venv (demo, test, lint and format do it first)
 	@deploy/setup.sh
@@ -69,6 +69,9 @@ hadolint:
 pytest: export OMP_NUM_THREADS ?= 1
 pytest:
 	DEVICE=$(if $(HAS_GPU),cuda,cpu) python -m pytest --numprocesses auto --dist loadfile --continue-on-collection-errors --timeout 600 --cov
+
+test-matrix: setup-ffcv ## The fast tests on the oldest and the newest Python and packages
+	python tests/matrix.py $(ENVIRONMENTS)
 
 format: setup ## Format the code, and repair what ruff can
 	ruff check --fix
