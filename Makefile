@@ -77,11 +77,14 @@ format: setup ## Format the code, and repair what ruff can
 	ruff check --fix
 	ruff format
 
-# FFCV's is a file of its own, for what it adds: nobody else shall need a compiler.
+# FFCV's is a file of its own, for what it adds: no one else needs a compiler.
 lock: COMPILE = $$(command -v uv || echo .uv/bin/uv) pip compile --quiet --no-header --generate-hashes --universal --python-version 3.11
-lock: setup ## Resolve pyproject.toml anew into requirements.lock and requirements-ffcv.lock
+# Wheels for aarch64 are looked for, not installed.
+lock: AARCH64 = --dry-run --quiet --only-binary :all: --python-version 3.11 --python-platform aarch64-manylinux_2_39 --target build/aarch64
+lock: setup ## Resolve pyproject.toml again into requirements.lock and requirements-ffcv.lock
 	echo ffcv | $(COMPILE) --all-extras --excludes /dev/stdin --group dev pyproject.toml --output-file requirements.lock
 	sed -n 's/==.*//p' requirements.lock | $(COMPILE) --extra ffcv --excludes /dev/stdin pyproject.toml --output-file requirements-ffcv.lock
+	$$(command -v uv || echo .uv/bin/uv) pip install $(AARCH64) --requirement requirements.lock
 
 bench: setup ## Every benchmark that a CPU can run, in 15 minutes: benchmarks/results and the README's table
 	python benchmarks/run_all.py $(if $(PHOTOS),--photos $(PHOTOS))
