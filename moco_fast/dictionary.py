@@ -99,5 +99,4 @@ def build_dictionary(
                     f"{size_bytes / 2**30:.1f} GiB on every rank, but {available_bytes / 2**30:.1f} GiB are free: use "
                     "--moco.dictionary queue, which does not grow with the set"
                 )
-            options = {"num_negatives": moco.queue_size, "momentum": moco.bank_momentum}
-            return MemoryBank(dim, num_samples, generator, **options)
+            return MemoryBank(dim, num_samples, generator, num_negatives=moco.queue_size, momentum=moco.bank_momentum)

@@ -1,7 +1,7 @@
 """The stages of loading apart: bytes, decoded images, and the way to the device."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -28,7 +28,7 @@ _SMALLEST = ViewsConfig(size=8, query=_NOTHING, key=_NOTHING)
 
 
 @contextmanager
-def reading(config: Config, runtime: Runtime) -> Iterator[Iterator[int]]:
+def reading(config: Config, runtime: Runtime) -> Generator[Iterator[int]]:
     """Give an endless iterator of the encoded bytes in this rank's share of a batch, read and checked.
 
     In epoch 1 of a run, while the loader is measured in epoch 0: those are other samples, if the set is a large one.

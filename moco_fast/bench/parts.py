@@ -1,6 +1,6 @@
 """The training step with its parts on a clock: the same step, made of the same parts, each in a thin shell."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,7 +17,7 @@ __all__ = ["on_a_clock"]
 
 
 @contextmanager
-def on_a_clock(step: TrainStep, optimizer: Optimizer, clock: PartClock) -> Iterator[TrainStep]:
+def on_a_clock(step: TrainStep, optimizer: Optimizer, clock: PartClock) -> Generator[TrainStep]:
     """Give `step` with its parts on `clock`; the original is left as it is.
 
     Parts: momentum update; key forward; exchange (the shuffle before the key forward and its undoing); query forward;
@@ -52,7 +52,7 @@ def on_a_clock(step: TrainStep, optimizer: Optimizer, clock: PartClock) -> Itera
 def _timed_autocast(autocast: Autocast, clock: PartClock) -> Autocast:
     # The step enters its own autocast around the query encoder's forward pass, and nowhere else.
     @contextmanager
-    def enter() -> Iterator[None]:
+    def enter() -> Generator[None]:
         with clock.part("query forward"), autocast():
             yield
 

@@ -1,7 +1,7 @@
 """Features of a set of samples: an encoder, run over shards."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -165,7 +165,7 @@ def _gather_rows(rows: Tensor) -> Tensor:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Generator[None]:
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:
