@@ -16,21 +16,28 @@ def apex_optimizer(parameters: list[nn.Parameter], optim: OptimConfig) -> Optimi
     """One of apex's fused optimizers, with the settings that `build_optimizer` gives torch's and timm's.
 
     Raises:
-        ValueError: apex is not installed, or what is installed under its name is another package, or it has no such
-            optimizer.
+        ValueError: apex is not installed, or what is installed under its name is another package or was built without
+            its kernels, or it has no such optimizer.
     """
-    if optim.name == "lars":
-        raise ValueError("--optim.kernels apex has no LARS: use --optim.kernels torch, whose LARS is fused too")
     optimizers: Any = _import_optimizers()
+    try:
+        return _build(optimizers, parameters, optim)
+    except RuntimeError as error:
+        raise ValueError(f"--optim.kernels apex cannot be used here ({error}): use --optim.kernels torch") from error
+
+
+def _build(optimizers: Any, parameters: list[nn.Parameter], optim: OptimConfig) -> Optimizer:
     common = {"lr": optim.lr, "weight_decay": optim.weight_decay}
     match optim.name:
         case "sgd":
-            return optimizers.FusedSGD(parameters, momentum=optim.momentum, **common)
+            return optimizers.FusedSGD(parameters, momentum=optim.momentum, set_grad_none=True, **common)
         case "adamw":
             return optimizers.FusedAdam(parameters, betas=optim.betas, adam_w_mode=True, **common)
         case "lamb":
             # Clipping is a step of its own, for all optimizers; apex takes no "never".
             return optimizers.FusedLAMB(parameters, betas=optim.betas, max_grad_norm=float("inf"), **common)
+        case "lars":
+            raise ValueError("--optim.kernels apex has no LARS: use --optim.kernels torch, whose LARS is fused too")
 
 
 def _import_optimizers() -> object:

@@ -54,6 +54,8 @@ def build(config: Config, runtime: Runtime) -> Parts:
             f"--data.batch-size {config.data.batch_size} does not divide among {runtime.world_size} ranks: "
             f"take a multiple of {runtime.world_size}"
         )
+    if config.optim.kernels == "apex" and runtime.device.type != "cuda":
+        raise ValueError("--optim.kernels apex has kernels for GPUs alone: on the CPU use --optim.kernels torch")
     torch.manual_seed(config.run.seed)
     query = build_encoder(config.model)
     convert_batch_norm(query, config.bn)
@@ -111,7 +113,8 @@ def _build_step(
         batch_size=config.data.batch_size // runtime.world_size,
         local_world_size=runtime.local_world_size,
     )
-    wrapped = runtime.wrap_model(query)
+    symmetric = config.moco.loss != "one-sided"
+    wrapped = runtime.wrap_model(query, backwards_per_step=config.optim.accumulate * (1 + symmetric))
     if isinstance(dictionary, MemoryBank):
         keys = BankKeys(dictionary)
     elif isinstance(key, Encoder):
@@ -124,7 +127,7 @@ def _build_step(
         dictionary=dictionary,
         optimizer=runtime.wrap_optimizer(optimizer),
         temperature=config.moco.temperature,
-        symmetric=config.moco.loss != "one-sided",
+        symmetric=symmetric,
         loss_scale=2 * config.moco.temperature if config.moco.loss == "v3" else 1.0,
         clip_norm=config.optim.clip_norm,
         autocast=runtime.autocast,

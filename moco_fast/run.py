@@ -64,8 +64,7 @@ def train(config: Config) -> int:
         ValueError: what the user asked for cannot work; nothing has been trained.
         FloatingPointError: the loss is no longer a number.
     """
-    backwards_per_batch = 1 if config.moco.loss == "one-sided" else 2
-    runtime = start(config.run, accumulate=config.optim.accumulate * backwards_per_batch)
+    runtime = start(config.run)
     folder = None
     try:
         folder = _open_folder(config, runtime)

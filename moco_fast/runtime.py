@@ -8,6 +8,7 @@ Who decides where both `accelerate launch` and our options have a say:
   backend that the launcher names, else inductor.
 - gradient accumulation: `--optim.accumulate` alone; the launcher's option is for DeepSpeed.
 - device: `--run.device` if given; else the CPU after `accelerate launch --cpu`; else a GPU if there is one.
+- CPUs: those next to the GPU if the launcher's `--enable_cpu_affinity` asks for it; which ones, affinity.py settles.
 
 On a GPU, `start` puts all work of the calling thread on a stream of its own until `close`: libraries that know no
 streams (and whatever asks for "the legacy default stream") use stream 0, and nothing of theirs shall order the step.
@@ -19,7 +20,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -29,9 +30,11 @@ from accelerate.utils import (
     TorchDynamoPlugin,
     broadcast_object_list,
     gather_object,
+    patch_environment,
 )
 from torch import Tensor, nn
 
+from moco_fast.affinity import stay_near_gpu
 from moco_fast.config import RunConfig
 
 __all__ = ["Runtime", "allow_tf32", "alone_by_mistake", "choose_compile", "choose_precision", "start"]
@@ -70,8 +73,18 @@ class Runtime:
         """Backpropagate, with loss scaling in fp16."""
         self.accelerator.backward(loss)
 
-    def wrap_model(self, model: nn.Module) -> nn.Module:
-        """Average gradients over ranks (DDP) and run the forward pass in the run's precision."""
+    def wrap_model(self, model: nn.Module, *, backwards_per_step: int) -> nn.Module:
+        """Average gradients over ranks (DDP) and run the forward pass in the run's precision.
+
+        Args:
+            model: to be trained.
+            backwards_per_step: backward passes between two optimizer steps. DDP can prepare for one; told so before a
+                second one, it ends in an internal assertion.
+        """
+        options = DistributedDataParallelKwargs(
+            broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=backwards_per_step == 1
+        )
+        self.accelerator.ddp_handler = options  # pyright: ignore[reportAttributeAccessIssue] - declared as None
         with warnings.catch_warnings():
             # torch 2.13 renames the option, but accelerate passes on the old name only.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -115,7 +128,7 @@ class Runtime:
             torch.cuda.set_stream(torch.cuda.default_stream(self.device))
 
 
-def start(config: RunConfig, *, accumulate: int = 1, env: Mapping[str, str] = os.environ) -> Runtime:
+def start(config: RunConfig, *, env: Mapping[str, str] = os.environ) -> Runtime:
     """Join the other processes and settle device and precision.
 
     Raises:
@@ -137,17 +150,17 @@ def start(config: RunConfig, *, accumulate: int = 1, env: Mapping[str, str] = os
     if config.cuda_graphs and on_cpu:
         raise ValueError("--run.cuda-graphs needs a GPU: on the CPU take --run.compile")
     compile_options, compile_note = choose_compile(config, env.get("ACCELERATE_DYNAMO_BACKEND"))
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=_ACCELERATE_NAMES[precision],
-        dynamo_plugin=TorchDynamoPlugin(backend="no"),  # pyright: ignore[reportArgumentType] - a name will do
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=accumulate == 1
-            ),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
-        ],
-    )
+    # accelerate asks NVML by a number that ignores CUDA_VISIBLE_DEVICES, and ends where a CPU is not allowed.
+    with patch_environment(ACCELERATE_CPU_AFFINITY="false"):
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=_ACCELERATE_NAMES[precision],
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),  # pyright: ignore[reportArgumentType] - a name will do
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))],
+        )
+    notes = [note, *([compile_note] if compile_note else [])]
+    if not on_cpu and env.get("ACCELERATE_CPU_AFFINITY", "").lower() in ("1", "true"):
+        notes.append(stay_near_gpu(accelerator.device))
     meant = int(env.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != meant:
         raise ValueError(
@@ -166,7 +179,7 @@ def start(config: RunConfig, *, accumulate: int = 1, env: Mapping[str, str] = os
         device=accelerator.device,
         precision=precision,
         compile_options=compile_options,
-        notes=(note, compile_note) if compile_note else (note,),
+        notes=tuple(notes),
     )
 
 
@@ -195,7 +208,10 @@ def choose_precision(asked: str, launcher: str | None, *, has_bf16: bool) -> tup
 def allow_tf32(allowed: bool) -> None:
     """Let products of float32 be rounded to 10 bits on tensor cores, or not: torch allows convolutions alone."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"  # pyright: ignore[reportAttributeAccessIssue]
+    # All of cuDNN's: inductor reads the one flag, which raises while it and those of convolutions and RNNs disagree.
+    cudnn: Any = torch.backends.cudnn
+    cudnn.allow_tf32 = allowed
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"
 
 
 def _be_deterministic() -> None:

@@ -59,7 +59,8 @@ class TrainStep:
         self.unscale(self.optimizer)
         grad_norm = self._clip_gradient()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        # Without arguments, as apex's takes none; all set gradients to None.
+        self.optimizer.zero_grad()
         return _mean(watched) | {"grad_norm": grad_norm}
 
     def _accumulate(self, batch: TwoViewBatch, weight: float, *, last: bool) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-__all__ = ["available_cpus"]
+__all__ = ["available_cpus", "parse_cpus"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -17,13 +17,15 @@ def available_cpus(local_world_size: int = 1, *, cgroup: Path = _CGROUP) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), machine // local_world_size))
 
 
+def parse_cpus(text: str) -> set[int]:
+    """Return the CPU numbers of one of the kernel's lists, such as `0-3,8`."""
+    spans = [span.split("-") for span in text.strip().split(",") if span]
+    return {cpu for span in spans for cpu in range(int(span[0]), int(span[-1]) + 1)}
+
+
 def _cpuset(cgroup: Path) -> int:
-    """CPUs that a container may run on, from text such as `0-3,8`."""
-    text = _read(cgroup / "cpuset.cpus.effective")
-    if not text:
-        return 1 << 30
-    spans = [span.split("-") for span in text.split(",")]
-    return sum(int(span[-1]) - int(span[0]) + 1 for span in spans)
+    """CPUs that a container may run on."""
+    return len(parse_cpus(_read(cgroup / "cpuset.cpus.effective"))) or 1 << 30
 
 
 def _quota(cgroup: Path) -> int:

@@ -51,7 +51,7 @@ def measure(
     Raises:
         ValueError: the recipe does not fit the data or the machine.
     """
-    runtime = start(config.run, accumulate=config.optim.accumulate)
+    runtime = start(config.run)
     try:
         parts = build(config, runtime)
         parts.loader.close()

@@ -46,7 +46,7 @@ def make_parts(runtime, *, optimizer="sgd", clip_norm=None):
     bare = build_optimizer(query, OptimConfig(name=optimizer))
     queue = Queue(8, 64, torch.Generator().manual_seed(1))
     step = TrainStep(
-        query=runtime.wrap_model(query),
+        query=runtime.wrap_model(query, backwards_per_step=1),
         keys=MomentumKeys(key, MomentumUpdate(query, key), Together(), runtime.autocast),
         dictionary=queue,
         optimizer=runtime.wrap_optimizer(bare),

@@ -1,0 +1,157 @@
+"""apex's optimizers in a run's step: the real ones on a GPU that has them, else the stand-in that restates them."""
+
+import importlib
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from moco_fast.config import ModelConfig, OptimConfig, RunConfig
+from moco_fast.encoders import build_encoder
+from moco_fast.keys import MomentumKeys
+from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from moco_fast.queue import Queue
+from moco_fast.runtime import start
+from moco_fast.shuffle import Together
+from moco_fast.step import TrainStep
+from pipelines.batch import TwoViewBatch
+
+pytestmark = pytest.mark.gpu
+
+STAND_INS = Path(__file__).parent.parent / "stand_ins"
+BATCH = 8
+SETTINGS = {
+    "sgd": OptimConfig(name="sgd", lr=0.01, weight_decay=1e-4),
+    "sgd without momentum and decay": OptimConfig(name="sgd", lr=0.01, momentum=0.0, weight_decay=0.0),
+    "adamw": OptimConfig(name="adamw", lr=1e-4, weight_decay=0.1),
+    "lamb": OptimConfig(name="lamb", lr=1e-3, weight_decay=0.02),
+    "lamb without decay": OptimConfig(name="lamb", lr=1e-3, weight_decay=0.0),
+}
+
+
+@pytest.fixture
+def optimizers(device, monkeypatch):
+    """`apex.optimizers`, as the trainer imports it."""
+    if device.type != "cuda" or find_spec("apex") is None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.syspath_prepend(STAND_INS)
+        yield importlib.import_module("apex.optimizers")
+        for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:
+            del sys.modules[name]
+    else:
+        yield importlib.import_module("apex.optimizers")
+
+
+@pytest.fixture
+def runtime(device):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield start(RunConfig(device=device.type, precision="fp32"), env={})
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def training(runtime, optim):
+    """A small training with an optimizer, as a run builds it; from the same weights each time."""
+    torch.manual_seed(0)
+    query = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=16))
+    query.to(runtime.device, memory_format=torch.channels_last)
+    key = copy_as_key_encoder(query)
+    optimizer = build_optimizer(query, optim)
+    step = TrainStep(
+        query=runtime.wrap_model(query, backwards_per_step=1),
+        keys=MomentumKeys(key, MomentumUpdate(query, key), Together(), runtime.autocast),
+        dictionary=Queue(16, 64, torch.Generator().manual_seed(1)).to(runtime.device),
+        optimizer=runtime.wrap_optimizer(optimizer),
+        temperature=0.2,
+        clip_norm=1.0,
+        autocast=runtime.autocast,
+        backward=runtime.backward,
+        unscale=runtime.unscale,
+    )
+    return SimpleNamespace(step=step, query=query, optimizer=optimizer, lr=optim.lr)
+
+
+def batch(number, device):
+    generator = torch.Generator().manual_seed(number)
+    shape = (BATCH, 3, 32, 32)
+    view_q, view_k = (
+        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(
+            device, memory_format=torch.channels_last
+        )
+        for _ in range(2)
+    )
+    return TwoViewBatch(view_q=view_q, view_k=view_k, index=torch.arange(BATCH), label=torch.full((BATCH,), -1))
+
+
+def take(made, runtime, numbers):
+    batches = [batch(number, runtime.device) for number in numbers]
+    return [made.step([each], lr=made.lr, momentum=0.99)["loss"].item() for each in batches]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_ten_steps_of_a_run_are_those_of_the_optimizers_that_it_replaces(optimizers, runtime, setting):
+    optim = SETTINGS[setting]
+    start, ours, theirs = (training(runtime, each) for each in (optim, replace(optim, kernels="apex"), optim))
+    assert type(ours.optimizer).__module__.startswith("apex.optimizers")
+    assert take(ours, runtime, range(10)) == pytest.approx(take(theirs, runtime, range(10)), rel=1e-3)
+    before, moved, should = (
+        torch.cat([p.detach().flatten() for p in each.query.parameters()]) for each in (start, ours, theirs)
+    )
+    # Batch norm on small batches amplifies roundings from step to step; the next test has none between them.
+    assert (moved - should).norm() <= 0.03 * (should - before).norm()
+    assert all(parameter.grad is None for parameter in ours.query.parameters())
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_ten_updates_by_the_same_gradients_are_equal(optimizers, runtime, setting):
+    optim = SETTINGS[setting]
+    ours, theirs = (training(runtime, each) for each in (replace(optim, kernels="apex"), optim))
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(10):
+        for one, two in zip(ours.query.parameters(), theirs.query.parameters(), strict=True):
+            gradient = torch.randn(one.shape, generator=generator).to(runtime.device)
+            one.grad, two.grad = (torch.empty_like(each).copy_(gradient) for each in (one, two))
+        for each in (ours, theirs):
+            each.step.optimizer.step()
+            each.step.optimizer.zero_grad()
+    for name, value in theirs.query.named_parameters():
+        torch.testing.assert_close(ours.query.get_parameter(name), value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_its_state_continues_from_a_checkpoint(optimizers, runtime, setting):
+    optim = replace(SETTINGS[setting], kernels="apex")
+    whole, resumed = training(runtime, optim), training(runtime, optim)
+    take(whole, runtime, range(3))
+    tensors = {
+        name: tensor.contiguous().clone() for name, tensor in optimizer_tensors(whole.optimizer, whole.query).items()
+    }
+    resumed.query.load_state_dict(whole.query.state_dict())
+    resumed.step.keys.key.load_state_dict(whole.step.keys.key.state_dict())
+    resumed.step.dictionary.load_state_dict(whole.step.dictionary.state_dict())
+    load_optimizer_tensors(resumed.optimizer, resumed.query, tensors)
+    assert take(resumed, runtime, range(3, 6)) == pytest.approx(take(whole, runtime, range(3, 6)), rel=1e-5)
+
+
+def test_what_the_stand_in_restates_is_apexs(optimizers):
+    """Where the real one is installed: the same arguments, so that the stand-in refuses what it refuses."""
+    expected = {
+        "FusedSGD": "lr momentum dampening weight_decay nesterov wd_after_momentum materialize_master_grads "
+        "set_grad_none",
+        "FusedAdam": "lr bias_correction betas eps adam_w_mode weight_decay amsgrad set_grad_none capturable "
+        "master_weights",
+        "FusedLAMB": "lr bias_correction betas eps weight_decay amsgrad adam_w_mode grad_averaging set_grad_none "
+        "max_grad_norm use_nvlamb",
+    }
+    for name, arguments in expected.items():
+        kind = getattr(optimizers, name)
+        code = kind.__init__.__code__
+        assert code.co_varnames[2 : code.co_argcount] == tuple(arguments.split()), name
+        zero_grad = kind.zero_grad.__code__
+        assert zero_grad.co_varnames[: zero_grad.co_argcount] == ("self",), name

@@ -1,0 +1,27 @@
+"""Where the host may not wait for the GPU, and the two warnings that torch gives about what these tests set."""
+
+import warnings
+from contextlib import contextmanager
+
+import torch
+
+ABOUT_SYNC_MODE = "Synchronization debug mode is a prototype feature"
+"""From `set_sync_debug_mode`, after it has set the mode."""
+ABOUT_TF32 = "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled"
+"""From inductor (torch 2.11), where full precision is asked for."""
+
+
+@contextmanager
+def no_host_sync(device):
+    """Fail at the first operation that makes the host wait for the GPU; whatever happens, leave the mode as it was."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=ABOUT_SYNC_MODE, category=UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
