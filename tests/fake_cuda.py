@@ -233,7 +233,9 @@ FUNCTIONS = {
     "synchronize": _complete,
     "current_stream": lambda device=None: _STREAM,
     "default_stream": lambda device=None: _STREAM,
+    "set_stream": lambda stream: None,
     "stream": lambda stream: contextlib.nullcontext(),
+    "device": lambda device: contextlib.nullcontext(),
     "get_sync_debug_mode": lambda: State.sync_mode,
     "set_sync_debug_mode": set_sync_debug_mode,
     "get_rng_state": lambda device="cuda": torch.get_rng_state(),
@@ -309,3 +311,8 @@ def install():
 
 def pytest_configure(config):
     install()
+
+
+def pytest_terminal_summary(terminalreporter):
+    told = f"warned of the sync debug mode: {State.has_warned}, of TF32: {State.compiled > 0}, events: {State.now > 0}"
+    terminalreporter.write_line(f"fake GPU: {told}")

@@ -18,10 +18,10 @@ def no_host_sync(device):
         yield
         return
     before = torch.cuda.get_sync_debug_mode()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=ABOUT_SYNC_MODE, category=UserWarning)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=ABOUT_SYNC_MODE, category=UserWarning)
+        try:
             torch.cuda.set_sync_debug_mode("error")
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
