@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmark_files import load
+from tests.scripts import load
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,8 +16,8 @@ import torch
 
 from pipelines.config import DataConfig
 from shards import ShardSet
-from tests.benchmark_files import load
 from tests.pipelines.shard_files import jpeg
+from tests.scripts import load
 
 ROOT = Path(__file__).parent.parent
 
