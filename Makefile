@@ -16,11 +16,11 @@ HAS_GPU = $(shell $(VENV)/bin/python -c 'import torch; print("yes" if torch.cuda
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup setup-ffcv demo test test-matrix format lock gpu-check image clean \
+.PHONY: help setup setup-ffcv demo test test-matrix format lock gpu-check image image-rehearsal clean \
 	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint bench demo-steps
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Make or update .venv (demo, test, lint and format do it first)
 	@deploy/setup.sh
@@ -97,6 +97,9 @@ gpu-check: ## On a GPU: its tests and figures into OUT in 8 minutes; DEVICE=cpu 
 image: ## Build the Docker image (docs/docker.md)
 	docker build --tag moco-fast --build-arg REVISION=$$(git rev-parse HEAD) \
 		--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' moco_fast/__init__.py) .
+
+image-rehearsal: setup ## As root, without Docker: what the Dockerfile does, in a Debian with debootstrap
+	python deploy/rehearse_image.py build/image-rehearsal
 
 clean: ## Remove what the commands above made, but not .venv nor your runs
 	rm -rf demo build dist .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis .import_linter_cache
