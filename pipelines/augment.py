@@ -5,7 +5,8 @@ mean color. Every backend applies the same table, so a resume is exact, backends
 preview shows what training sees.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,25 +71,34 @@ class ViewTable:
     grayscale: Bools
     """(n,) drop color."""
 
+    def rows(self, rows: slice) -> "ViewTable":
+        """Return the same for some of the samples."""
+
+        def of(value: Any) -> Any:
+            # What is not an array holds of all samples.
+            return value[rows] if isinstance(value, np.ndarray) else value
+
+        return ViewTable(**{field.name: of(getattr(self, field.name)) for field in fields(self)})
+
 
 def draw_view(
     config: ViewConfig,
     *,
     seed: int,
-    epoch: int,
-    view: int,
+    epoch: int | Integers,
+    view: int | Integers,
     index: Integers,
     width: Integers,
     height: Integers,
     mean_rgb: Floats,
 ) -> ViewTable:
-    """Draw the parameters of one view for n samples.
+    """Draw the parameters of views for n samples: of one view, or of several in a call, which costs less.
 
     Args:
         config: the distributions.
         seed: 0 to 2**64 - 1.
-        epoch: 0 and up.
-        view: QUERY_VIEW or KEY_VIEW.
+        epoch: 0 and up; one, or (n,).
+        view: QUERY_VIEW or KEY_VIEW; one, or (n,).
         index: (n,) dense sample numbers.
         width: (n,) of the images as decoded, in pixels.
         height: (n,).
@@ -98,7 +108,8 @@ def draw_view(
     solarization of MoCo v2 and v3.
     """
     blocks = np.asarray(index, dtype=np.uint64)[:, None] * np.uint64(_BLOCKS) + np.arange(_BLOCKS, dtype=np.uint64)
-    words = philox4x64((blocks, epoch, view, 0), (seed, _PURPOSE)).reshape(len(index), 4 * _BLOCKS)
+    epoch_of_row, view_of_row = (np.asarray(each, dtype=np.uint64).reshape(-1, 1) for each in (epoch, view))
+    words = philox4x64((blocks, epoch_of_row, view_of_row, 0), (seed, _PURPOSE)).reshape(len(index), 4 * _BLOCKS)
     u = uniform(words)
     jitter = u[:, _JITTER] < config.jitter_p
     factors = _factors(config, u, jitter)

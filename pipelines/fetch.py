@@ -66,9 +66,13 @@ class FetchedSteps(Iterator[tuple[int, Indices]]):
 
     def __next__(self) -> tuple[int, Indices]:
         """Give the next step: (epoch, dense sample numbers)."""
+        self.advance()
+        return next(self._steps)
+
+    def advance(self) -> None:
+        """Note that a step is begun, for who has the steps from elsewhere."""
         if self._ahead is not None:
             self._ahead.advance()
-        return next(self._steps)
 
     def close(self) -> None:
         """Stop fetching, and hold nothing any more."""

@@ -12,8 +12,10 @@ import signal
 import socket
 import threading
 from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -32,6 +34,10 @@ __all__ = ["PACKET_BYTES", "Content", "Filled", "ReadingSpec", "SpecPlace", "mai
 Indices = npt.NDArray[np.int64]
 
 PACKET_BYTES = 1 << 16
+
+_DRAWN_AT_ONCE = 256
+"""Samples whose parameters are drawn in one call: numpy takes 23 us for each view of a batch of 32 by itself, 4 us for
+eight such batches together, both views."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +105,16 @@ class _Slot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Begun:
+class _Drawn:
     epoch: int
+    samples: Indices
+    records: npt.NDArray[np.void]
+    tables: tuple[ViewTable, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    drawn: _Drawn
     pending: Pending
     slot: _Slot
 
@@ -135,7 +149,8 @@ class _Reading:
         self._connection = connection
         self._taken = taken
         self._reader = Reader(spec.shards, num_threads=spec.num_threads)
-        self._steps = FetchedSteps(spec.shards, spec.steps)
+        self._fetched = FetchedSteps(spec.shards, spec.steps)
+        self._drawn = self._draw_ahead()
         self._may_begin = spec.ahead
         self._slots: list[_Slot] = []
         self._free: deque[_Slot] = deque()
@@ -162,14 +177,38 @@ class _Reading:
     def _begin(self) -> "_Begun | Exception | None":
         """Start the next batch; None after the last, or what went wrong, after which there is nothing more."""
         try:
-            following = next(self._steps, None)
-            if following is None:
+            self._fetched.advance()
+            drawn = next(self._drawn, None)
+            if drawn is None:
                 return None
-            epoch, samples = following
             slot = self._free.popleft() if self._free else self._new_slot()
-            return _Begun(epoch=epoch, pending=Pending(self._reader, samples, into=slot.array), slot=slot)
+            pending = Pending(self._reader, drawn.samples, records=drawn.records, into=slot.array)
+            return _Begun(drawn=drawn, pending=pending, slot=slot)
         except Exception as error:
             return error
+
+    def _draw_ahead(self) -> Iterator[_Drawn]:
+        """Give the steps with their parameters, drawn for several steps in one call."""
+        steps = iter(self._spec.steps)
+        while group := list(islice(steps, -(-_DRAWN_AT_ONCE // self._spec.max_batch))):
+            try:
+                yield from self._draw(group)
+            except Exception:
+                # An index that cannot be read is told when its own step is due, after the batches before it.
+                for step in group:
+                    yield from self._draw([step])
+
+    def _draw(self, group: list[tuple[int, Indices]]) -> list[_Drawn]:
+        samples = np.concatenate([of_step for _, of_step in group])
+        records = self._reader.records(samples)
+        sizes = [len(of_step) for _, of_step in group]
+        tables = self._spec.draw(np.repeat([epoch for epoch, _ in group], sizes), samples, records)
+        ends = np.cumsum(sizes).tolist()
+        places = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        return [
+            _Drawn(epoch=epoch, samples=of_step, records=records[rows], tables=tuple(t.rows(rows) for t in tables))
+            for (epoch, of_step), rows in zip(group, places, strict=True)
+        ]
 
     def _new_slot(self) -> _Slot:
         self._slots.append(_Slot(len(self._slots), self._spec.slot_bytes))
@@ -184,23 +223,25 @@ class _Reading:
             self._send(portable(error, "in the reader process"))
 
     def _finish(self, begun: _Begun) -> Filled:
-        pending, slot = begun.pending, begun.slot
+        drawn, pending, slot = begun.drawn, begun.pending, begun.slot
         taken = pending.take(as_read, skip=self._spec.skip)
         sizes = np.array([len(image) for image in taken.images], dtype=np.int64)
         asked = pending.sizes
         end = int(asked.sum())
         begins = np.cumsum(asked) - asked
         # What took the place of damaged samples was read elsewhere.
-        for place in np.flatnonzero(taken.samples != pending.samples).tolist():
+        others = np.flatnonzero(taken.samples != pending.samples).tolist()
+        for place in others:
             begins[place], begin, end = end, end, end + int(sizes[place])
             slot.array[begin:end] = taken.images[place]
+        tables = self._spec.draw(drawn.epoch, taken.samples, taken.records) if others else drawn.tables
         content = Content(
             samples=taken.samples,
             labels=taken.records["label"].astype(np.int64),
             keys=taken.records["position"].astype(np.int64),
             begins=begins,
             sizes=sizes,
-            tables=self._spec.draw(begun.epoch, taken.samples, taken.records),
+            tables=tables,
             replaced=taken.replaced,
         )
         pickled = np.frombuffer(pickle.dumps(content, protocol=5), dtype=np.uint8)

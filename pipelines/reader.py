@@ -1,8 +1,11 @@
 """Reading samples' bytes out of shards: positioned reads by a few threads, each sample checked against its crc32c."""
 
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -20,6 +23,8 @@ Encoded = npt.NDArray[np.uint8]
 # several shards a lane.
 _RECORDS_BYTES = 128 << 20
 _OPEN_SHARDS = 256
+# How long a shard that a cache has evicted may stay open. Asking at every batch cost a tenth of reading it.
+_KEPT_DELETED_S = 1.0
 
 
 class DamagedSampleError(ValueError):
@@ -62,6 +67,7 @@ class Reader:
         self._records = _RecordCache(shards)
         self._files: OrderedDict[int, ShardFile] = OrderedDict()
         self._num_threads = num_threads
+        self._asked_s = time.monotonic()
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read-shards")
 
     def locate(self, samples: Indices) -> tuple[Indices, Indices]:
@@ -93,15 +99,18 @@ class Reader:
         images = [buffer[begin:end] for begin, end in zip(begins, ends.tolist(), strict=True)]
         self._drop_deleted()
         # Sorted by place on disk, and split into runs of it: neighbors are read one after the other.
-        places = np.lexsort((records["offset"], shard))
-        parts: list[Future[list[tuple[int, DamagedSampleError]]]] = []
-        for run in np.array_split(places, max(1, min(self._num_threads, len(places)))):
-            wanted = [
-                (place, self._open(s), images[place], record)
-                for place, s, record in zip(run.tolist(), shard[run].tolist(), records[run], strict=True)
-            ]
-            parts.append(self._pool.submit(_read_all, wanted, samples))
-        return PendingBytes(images, parts)
+        places: list[int] = np.lexsort((records["offset"], shard)).tolist()
+        shards, offsets, checksums = shard.tolist(), records["offset"].tolist(), records["crc32c"].tolist()
+        wanted = [
+            _Wanted(place, self._open(shards[place]), images[place], offsets[place], checksums[place])
+            for place in places
+        ]
+        num_runs = max(1, min(self._num_threads, len(wanted)))
+        bounds = [len(wanted) * run // num_runs for run in range(num_runs + 1)]
+        runs = [wanted[begin:end] for begin, end in pairwise(bounds)]
+        # An evicted shard is closed when the last read from it is done: only the runs may hold it.
+        wanted.clear()
+        return PendingBytes(images, [self._pool.submit(_read_all, run, samples, records) for run in runs])
 
     def describe(self, sample: int) -> str:
         """Name a sample: its shard, its dense number and its key."""
@@ -130,6 +139,10 @@ class Reader:
 
     def _drop_deleted(self) -> None:
         """Close what a cache has evicted: until then its disk space is not free."""
+        now_s = time.monotonic()
+        if now_s - self._asked_s < _KEPT_DELETED_S:
+            return
+        self._asked_s = now_s
         for shard in [shard for shard, file in self._files.items() if file.is_deleted]:
             del self._files[shard]
 
@@ -140,20 +153,30 @@ def name_sample(shards: ShardSet, sample: int, key: int) -> str:
     return f"{shards.shard_name(shard)}: sample {sample} (key {key})"
 
 
+class _Wanted(NamedTuple):
+    """A read: the image's place in its batch, and where its bytes are."""
+
+    place: int
+    file: ShardFile
+    image: Encoded
+    offset: int
+    crc32c: int
+
+
 def _read_all(
-    wanted: list[tuple[int, ShardFile, Encoded, np.void]], samples: Indices
+    wanted: list[_Wanted], samples: Indices, records: npt.NDArray[np.void]
 ) -> list[tuple[int, DamagedSampleError]]:
     """Read each image and check it; give (place, what is wrong) of the damaged ones."""
     damaged: list[tuple[int, DamagedSampleError]] = []
-    for place, file, image, record in wanted:
-        num_read = file.read_into(image, int(record["offset"]))
+    for place, file, image, offset, crc32c in wanted:
+        num_read = file.read_into(image, offset)
         if num_read < len(image):
             reason = f"the shard ends {len(image) - num_read} bytes too early"
-        elif google_crc32c.value(image) != record["crc32c"]:
+        elif google_crc32c.value(image) != crc32c:
             reason = "its bytes do not match their crc32c"
         else:
             continue
-        damaged.append((place, _damaged(file.name, int(samples[place]), record, reason)))
+        damaged.append((place, _damaged(file.name, int(samples[place]), records[place], reason)))
     # An evicted shard is closed when the last read from it is done, not when the pool lets go of its arguments.
     wanted.clear()
     return damaged

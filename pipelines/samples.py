@@ -28,7 +28,7 @@ __all__ = [
 
 Indices = npt.NDArray[np.int64]
 Image = TypeVar("Image")
-Draw = Callable[[int, Indices, npt.NDArray[np.void]], tuple[ViewTable, ...]]
+Draw = Callable[[int | Indices, Indices, npt.NDArray[np.void]], tuple[ViewTable, ...]]
 
 _LONGEST_SEARCH = 1000
 
@@ -74,28 +74,36 @@ class ListedSteps:
 
 
 def draw_training(
-    epoch: int, samples: Indices, records: npt.NDArray[np.void], *, views: ViewsConfig, seed: int
+    epoch: int | Indices, samples: Indices, records: npt.NDArray[np.void], *, views: ViewsConfig, seed: int
 ) -> tuple[ViewTable, ViewTable]:
-    """Draw both views of samples whose index records are given."""
+    """Draw both views of samples whose index records are given; `epoch` is that of all, or (n,)."""
     known = (records["flags"] & Flag.HAS_MEAN_RGB) != 0
     mean_rgb = np.where(known[:, None], records["mean_rgb"], 128).astype(np.float64)
+    width, height = records["width"].astype(np.int64), records["height"].astype(np.int64)
 
-    def draw(config: ViewConfig, view: int) -> ViewTable:
+    def draw(config: ViewConfig, *which: int) -> ViewTable:
+        num = len(which)
         return draw_view(
             config,
             seed=seed,
-            epoch=epoch,
-            view=view,
-            index=samples,
-            width=records["width"].astype(np.int64),
-            height=records["height"].astype(np.int64),
-            mean_rgb=mean_rgb,
+            epoch=np.tile(np.broadcast_to(epoch, len(samples)), num),
+            view=np.repeat(which, len(samples)),
+            index=np.tile(samples, num),
+            width=np.tile(width, num),
+            height=np.tile(height, num),
+            mean_rgb=np.tile(mean_rgb, (num, 1)),
         )
 
-    return draw(views.query, QUERY_VIEW), draw(views.key, KEY_VIEW)
+    if views.query != views.key:
+        return draw(views.query, QUERY_VIEW), draw(views.key, KEY_VIEW)
+    # In one call, for on a few samples numpy takes its time by the call.
+    both = draw(views.query, QUERY_VIEW, KEY_VIEW)
+    return both.rows(slice(len(samples))), both.rows(slice(len(samples), None))
 
 
-def draw_central(_epoch: int, _samples: Indices, records: npt.NDArray[np.void], *, crop: float) -> tuple[ViewTable]:
+def draw_central(
+    _epoch: int | Indices, _samples: Indices, records: npt.NDArray[np.void], *, crop: float
+) -> tuple[ViewTable]:
     """Cut the central square of side `crop` times the shorter side, and do nothing else."""
     width, height = records["width"].astype(np.int64), records["height"].astype(np.int64)
     side = np.maximum(1, np.rint(crop * np.minimum(width, height)).astype(np.int64))
@@ -131,11 +139,18 @@ class Taken(Generic[Image]):
 class Pending:
     """Samples whose bytes are on their way: into a buffer one behind the other, or into a new one."""
 
-    def __init__(self, reader: Reader, samples: Indices, *, into: npt.NDArray[np.uint8] | None = None) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        samples: Indices,
+        *,
+        records: npt.NDArray[np.void] | None = None,
+        into: npt.NDArray[np.uint8] | None = None,
+    ) -> None:
         self._reader = reader
         self.samples = samples
         """(n,) dense sample numbers that were asked for."""
-        self._records = reader.records(samples)
+        self._records = reader.records(samples) if records is None else records
         self.sizes: Indices = self._records["size"].astype(np.int64)
         """(n,) bytes of each of them."""
         self._bytes = reader.submit(samples, self._records, into=into)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from pipelines.augment import KEY_VIEW, QUERY_VIEW, color_matrix, draw_view, hue_map
 from pipelines.config import VIEWS, ViewConfig
+from pipelines.samples import draw_training
+from shards.index import RECORD
 
 V2 = VIEWS["moco-v2"].query
 FIELDS = ("box", "flip", "sigma", "matrix", "solarize", "factors", "jitter_order", "grayscale")
@@ -33,6 +35,43 @@ def test_a_samples_view_does_not_depend_on_its_neighbors(permutation, size):
     whole, part = draw(index=np.arange(40)), draw(index=permutation[:size])
     for field in FIELDS:
         assert np.array_equal(getattr(part, field), getattr(whole, field)[permutation[:size]]), field
+
+
+def test_views_and_epochs_drawn_in_one_call_are_those_drawn_one_by_one():
+    index = np.arange(30)
+    epoch, view = np.repeat([0, 1, 2**40], 10), np.tile([QUERY_VIEW, KEY_VIEW], 15)
+    together = draw(index=index, epoch=epoch, view=view)
+    for row in range(30):
+        alone = draw(index=index[row : row + 1], epoch=int(epoch[row]), view=int(view[row]))
+        for field in FIELDS:
+            assert np.array_equal(getattr(together.rows(slice(row, row + 1)), field), getattr(alone, field)), field
+
+
+@pytest.mark.parametrize("recipe", VIEWS)
+def test_both_views_of_several_steps_are_those_of_each_step(recipe):
+    rng = np.random.default_rng(0)
+    records = np.zeros(24, dtype=RECORD)
+    records["width"], records["height"] = rng.integers(20, 600, (2, 24))
+    records["mean_rgb"], records["flags"] = rng.integers(0, 256, (24, 3)), rng.integers(0, 2, 24)
+    samples, epochs = rng.integers(0, 2**40, 24), np.repeat([3, 4, 4], 8)
+    views = VIEWS[recipe]
+    together = draw_training(epochs, samples, records, views=views, seed=5)
+    for begin in (0, 8, 16):
+        step = slice(begin, begin + 8)
+        pairs = zip((views.query, views.key), (QUERY_VIEW, KEY_VIEW), together, strict=True)
+        for config, view, table in pairs:
+            alone = draw_view(
+                config,
+                seed=5,
+                epoch=int(epochs[begin]),
+                view=view,
+                index=samples[step],
+                width=records["width"][step].astype(np.int64),
+                height=records["height"][step].astype(np.int64),
+                mean_rgb=np.where(records["flags"][step, None] == 1, records["mean_rgb"][step], 128).astype(np.float64),
+            )
+            for field in FIELDS:
+                assert np.array_equal(getattr(table.rows(step), field), getattr(alone, field)), field
 
 
 @pytest.mark.parametrize("other", [{"seed": 7}, {"epoch": 3}, {"view": KEY_VIEW}])

@@ -5,7 +5,9 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import astuple
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,12 @@ import pytest
 
 from pipelines.channel import ChannelClosed
 from pipelines.child import WorkerDiedError
+from pipelines.config import VIEWS
+from pipelines.order import OrderPlan
 from pipelines.readahead import ReadAhead
 from pipelines.readahead_process import ReadingSpec
 from pipelines.reader import DamagedSampleError, Reader
-from pipelines.samples import ListedSteps, draw_central
+from pipelines.samples import EpochSteps, ListedSteps, draw_central, draw_training
 from shards import ShardSet
 from tests.pipelines.shard_files import write_shards
 
@@ -57,6 +61,33 @@ def test_batches_hold_the_bytes_and_tables_of_their_samples_in_order(shards):
     reader.close()
     batches.close()
     assert bytes(kept[-1].encoded[-1]) == PAYLOADS[samples[-1]]
+
+
+def test_steps_drawn_together_have_the_tables_of_their_own_epoch(shards):
+    plan = OrderPlan(shard_sizes=shards.shard_sizes, seed=1, batch_size=9, lanes=2, window_shards=1)
+    steps = EpochSteps(plan=plan, epoch=5, step=4, rank=0, world_size=1)
+    draw = partial(draw_training, views=VIEWS["moco-v3"], seed=2)
+    batches = ReadAhead(
+        ReadingSpec(shards=shards, steps=steps, draw=draw, max_batch=9, ahead=2, num_threads=1, skip=False)
+    )
+    reader = Reader(shards)
+    # More steps than are drawn in one call, over the ends of epochs.
+    for (epoch, samples), batch in zip(islice(steps, 40), batches, strict=False):
+        assert np.array_equal(batch.samples, samples)
+        for found, expected in zip(batch.tables, draw(epoch, samples, reader.records(samples)), strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(astuple(found), astuple(expected), strict=True))
+    reader.close()
+    batches.close()
+
+
+def test_an_index_that_cannot_be_read_is_told_after_the_batches_before_it(tmp_path):
+    shards = ShardSet.open(write_shards(tmp_path / "set", PAYLOADS, per_shard=20))
+    (shards.path / "shard-000002.index.npy").unlink()
+    batches = reading(shards, np.arange(60), batch_size=10)
+    assert [next(batches).samples[0] for _ in range(4)] == [0, 10, 20, 30]
+    with pytest.raises(ValueError, match=r"cannot read the index .*shard-000002"):
+        next(batches)
+    batches.close()
 
 
 def test_memory_is_used_again_once_a_batch_is_dropped(shards):
