@@ -25,8 +25,10 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RunConfig",
+    "changes",
     "differences",
     "from_dict",
+    "option_name",
     "to_dict",
     "validate",
 ]
@@ -69,7 +71,7 @@ class MocoConfig:
     """The dictionary and the loss."""
 
     queue_size: int = 65536
-    """Keys in the dictionary (the paper's K); under `bank`, how many are drawn from it; unused under `batch`."""
+    """Keys in the dictionary (the paper's K); under `bank`, how many are drawn from it for each batch."""
     momentum: float = 0.999
     """Momentum of the key encoder (the paper's m)."""
     temperature: float = 0.2
@@ -142,7 +144,7 @@ class RunConfig:
     out: str = "runs/default"
     """Folder of the run. Running the same command again continues it."""
     epochs: float = 200.0
-    """Passes over the samples; ignored when `steps` or `samples` is set."""
+    """Passes over the samples, unless `steps` or `samples` is set."""
     steps: int | None = None
     """Optimizer steps."""
     samples: int | None = None
@@ -257,7 +259,7 @@ def validate(config: Config) -> None:
     }
     for name, value in positive.items():
         if not value > 0:
-            raise ValueError(f"--{_option(name)} is {value}, but must be above 0")
+            raise ValueError(f"--{option_name(name)} is {value}, but must be above 0")
     if not all(value > 0 for value in config.model.std) or not all(0 <= value <= 1 for value in config.model.mean):
         raise ValueError(
             f"--model.mean {config.model.mean} and --model.std {config.model.std} are those of pixels in 0..1: a mean "
@@ -267,7 +269,7 @@ def validate(config: Config) -> None:
     averages = {"moco.momentum": config.moco.momentum, "moco.bank_momentum": config.moco.bank_momentum}
     for name, value in averages.items():
         if not 0 <= value <= 1:
-            raise ValueError(f"--{_option(name)} is {value}, but a moving average needs a value from 0 to 1")
+            raise ValueError(f"--{option_name(name)} is {value}, but a moving average needs a value from 0 to 1")
     if config.optim.clip_norm is not None and not config.optim.clip_norm > 0:
         raise ValueError(
             f"--optim.clip-norm is {config.optim.clip_norm}, but must be above 0, or unset for no clipping"
@@ -324,6 +326,11 @@ def _validate_mechanism(config: Config) -> None:
         )
     if moco.key_encoder == "query" and config.bn.policy == "gather":
         raise ValueError("--bn.policy gather carries no gradients, which --moco.key-encoder query needs: use exchange")
+    if moco.dictionary == "bank" and config.model.head == "v3":
+        raise ValueError(
+            "--model.head v3 has a predictor for queries alone, but --moco.dictionary bank holds past queries as keys: "
+            "use --model.head mlp"
+        )
     if moco.dictionary == "bank" and moco.loss != "one-sided":
         raise ValueError(
             f"--moco.dictionary bank has one key for both views of a sample, so --moco.loss {moco.loss} would take it "
@@ -366,8 +373,8 @@ def _with_tuples(value: object) -> object:
     return tuple(_with_tuples(item) for item in items)
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Name every option in which two configurations differ, as `--option: old -> new`."""
+def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Return every field in which two configurations differ, by its name with dots: the old and the new value."""
 
     def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         items: dict[str, Any] = {}
@@ -379,10 +386,16 @@ def differences(old: Config, new: Config) -> list[str]:
         return items
 
     before, after = flat(to_dict(old)), flat(to_dict(new))
-    return [f"--{_option(name)}: {before[name]} -> {after[name]}" for name in after if before[name] != after[name]]
+    return {name: (before[name], after[name]) for name in after if before[name] != after[name]}
 
 
-def _option(field_name: str) -> str:
+def differences(old: Config, new: Config) -> list[str]:
+    """Name every option in which two configurations differ, as `--option: old -> new`."""
+    return [f"--{option_name(name)}: {before} -> {after}" for name, (before, after) in changes(old, new).items()]
+
+
+def option_name(field_name: str) -> str:
+    """Return what the field `section.name` is called on the command line, without its dashes in front."""
     return field_name.replace("_", "-")
 
 

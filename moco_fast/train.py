@@ -12,10 +12,11 @@ import tyro
 
 from moco_fast import process
 from moco_fast.config import Config, validate
+from moco_fast.meaning import refuse_meaningless
 from moco_fast.presets import PRESETS
 from shards.storage import split_sets
 
-__all__ = ["check", "is_first_rank", "main", "parse"]
+__all__ = ["check", "is_first_rank", "main", "parse", "recipe_of"]
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
@@ -32,8 +33,13 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         args=argv,
         console_outputs=is_first_rank(),
     )
-    check(config)
+    check(config, recipe_of(argv))
     return config
+
+
+def recipe_of(argv: Sequence[str] | None = None) -> Config:
+    """The preset that a command line names, as it is without the options; tyro has parsed it already."""
+    return next(PRESETS[word][1] for word in (sys.argv[1:] if argv is None else argv) if word in PRESETS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,13 +56,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def check(config: Config) -> None:
+def check(config: Config, recipe: Config) -> None:
     """Refuse what can be seen to be wrong without importing torch.
 
+    Args:
+        config: as the command line says.
+        recipe: the preset that it starts from.
+
     Raises:
-        ValueError: the options cannot work together, or a folder is not there.
+        ValueError: the options cannot work together, one means nothing, or a folder is not there.
     """
     validate(config)
+    refuse_meaningless(config, recipe)
+    if config.data.stream_samples is not None and (Path(config.data.shards) / "manifest.json").is_file():
+        raise ValueError(
+            f"--data.stream-samples {config.data.stream_samples} is for tars without an index, but "
+            f"{config.data.shards} has one, so an epoch is all of its samples: leave it out (--run.samples says how "
+            "long a run is)"
+        )
     for option, shards in (("--data.shards", config.data.shards), ("--eval.shards", config.eval.shards)):
         is_streamed = option == "--data.shards" and config.data.stream_samples is not None
         for path in split_sets(shards) if shards is not None and not is_streamed else ():

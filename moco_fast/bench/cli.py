@@ -16,7 +16,7 @@ import tyro
 from moco_fast.bench.result import table, verdict
 from moco_fast.config import Config
 from moco_fast.presets import PRESETS
-from moco_fast.train import check, is_first_rank
+from moco_fast.train import check, is_first_rank, recipe_of
 
 __all__ = ["BenchConfig", "main"]
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console_outputs=is_first_rank(),
     )
     try:
-        check(config.recipe)
+        check(config.recipe, recipe_of(argv))
         if config.seconds <= 0:
             raise ValueError(f"--seconds is {config.seconds}, but a round takes some time: give a number above 0")
         if config.json and not Path(config.json).resolve().parent.is_dir():

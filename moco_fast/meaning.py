@@ -1,0 +1,126 @@
+"""Options that mean nothing beside others: refused where they are given. Free of torch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from moco_fast.config import Config, changes, option_name
+
+__all__ = ["refuse_meaningless"]
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Some options, what makes them mean nothing, and what makes them mean something."""
+
+    options: tuple[str, ...]
+    """Fields of the configuration with dots between."""
+    beside: Callable[[Config], str | None]
+    """The options, as a user would give them, beside which these mean nothing; None: they mean something."""
+    way_out: str
+
+
+def _unless(field: str, *values: str) -> Callable[[Config], str | None]:
+    """Beside another value of `field` than these, options mean nothing."""
+
+    def beside(config: Config) -> str | None:
+        section, _, name = field.partition(".")
+        value = getattr(getattr(config, section), name)
+        return None if value in values else f"--{option_name(field)} {value}"
+
+    return beside
+
+
+def _without_key_encoder(config: Config) -> str | None:
+    if config.moco.dictionary == "bank":
+        return "--moco.dictionary bank, which remembers keys"
+    return None if config.moco.key_encoder == "momentum" else f"--moco.key-encoder {config.moco.key_encoder}"
+
+
+def _without_key_images(config: Config) -> str | None:
+    return "--moco.dictionary bank, which encodes no key images" if config.moco.dictionary == "bank" else None
+
+
+def _shuffling_bank(config: Config) -> str | None:
+    return _without_key_images(config) if config.bn.policy in ("exchange", "gather") else None
+
+
+def _other_length(config: Config) -> str | None:
+    lengths = {"steps": config.run.steps, "samples": config.run.samples}
+    return next((f"--run.{name} {value}" for name, value in lengths.items() if value is not None), None)
+
+
+def _without_evaluation(config: Config) -> str | None:
+    return "no --eval.shards" if config.eval.shards is None else None
+
+
+def _local_shards(config: Config) -> str | None:
+    is_remote = any("://" in shards for shards in (config.data.shards, config.eval.shards or ""))
+    return None if is_remote else f"--data.shards {config.data.shards}, which is on this machine"
+
+
+def _streamed(config: Config) -> str | None:
+    samples = config.data.stream_samples
+    return None if samples is None else f"--data.stream-samples {samples}"
+
+
+_RULES = (
+    _Rule(("moco.queue_size",), _unless("moco.dictionary", "queue", "bank"), "use --moco.dictionary queue or bank"),
+    _Rule(("moco.momentum", "moco.momentum_schedule"), _without_key_encoder, "use --moco.dictionary queue or batch"),
+    _Rule(("moco.bank_momentum",), _unless("moco.dictionary", "bank"), "use --moco.dictionary bank"),
+    _Rule(("model.mlp_dim",), _unless("model.head", "v3"), "use --model.head v3"),
+    _Rule(("bn.num_groups",), _unless("bn.policy", "virtual", "auto"), "use --bn.policy virtual"),
+    _Rule(("bn.policy",), _shuffling_bank, "use --bn.policy auto, virtual, sync or none"),
+    _Rule(("optim.momentum",), _unless("optim.name", "sgd", "lars"), "use --optim.name sgd or lars"),
+    _Rule(("optim.betas",), _unless("optim.name", "adamw", "lamb"), "use --optim.name adamw or lamb"),
+    _Rule(("optim.trust",), _unless("optim.name", "lars"), "use --optim.name lars"),
+    _Rule(("optim.milestones",), _unless("optim.schedule", "step"), "use --optim.schedule step"),
+    _Rule(
+        ("optim.decay", "optim.decay_every"),
+        _unless("optim.schedule", "exponential"),
+        "use --optim.schedule exponential",
+    ),
+    _Rule(("run.epochs",), _other_length, "add --run.steps None --run.samples None"),
+    _Rule(("eval.every_steps",), _without_evaluation, "name held-out shards"),
+    _Rule(("data.cache", "data.cache_gib"), _local_shards, "name shards in a bucket"),
+    _Rule(("data.lanes", "data.window_shards", "data.read_threads"), _streamed, "index the tars (make-shards index)"),
+    _Rule(("data.hw_decoder_load",), _unless("data.backend", "dali", "auto"), "use --data.backend dali"),
+)
+
+
+def _rules(config: Config) -> Iterator[_Rule]:
+    yield from _RULES
+    for name, view in (("query", config.views.query), ("key", config.views.key)):
+        prefix = f"views.{name}"
+        fields = tuple(f"{prefix}.{field}" for field in vars(view))
+        if name == "key":
+            yield _Rule(fields, _without_key_images, "use --moco.dictionary queue or batch")
+        jitter = tuple(f"{prefix}.{field}" for field in ("brightness", "contrast", "saturation", "hue"))
+        yield _view_rule(jitter, f"{prefix}.jitter_p", view.jitter_p)
+        yield _view_rule((f"{prefix}.blur_sigma",), f"{prefix}.blur_p", view.blur_p)
+        yield _view_rule((f"{prefix}.grayscale_first",), f"{prefix}.grayscale_p", view.grayscale_p)
+        yield _view_rule((f"{prefix}.grayscale_first",), f"{prefix}.jitter_p", view.jitter_p)
+
+
+def _view_rule(options: tuple[str, ...], field: str, probability: float) -> _Rule:
+    option = option_name(field)
+    return _Rule(options, lambda _: None if probability else f"--{option} 0", f"give --{option} a chance")
+
+
+def refuse_meaningless(config: Config, recipe: Config) -> None:
+    """Refuse an option that was given, but changes nothing beside the others.
+
+    Args:
+        config: as it was given.
+        recipe: the preset that it came from: what is as there was not given.
+
+    Raises:
+        ValueError: with the option, what it means nothing beside, and the way out.
+    """
+    given = changes(recipe, config)
+    for rule in _rules(config):
+        for option in rule.options:
+            if option in given and (beside := rule.beside(config)):
+                raise ValueError(
+                    f"--{option_name(option)} {given[option][1]} means nothing beside {beside}: leave it out, or "
+                    f"{rule.way_out}"
+                )

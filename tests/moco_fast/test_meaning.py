@@ -1,0 +1,241 @@
+"""No option that is accepted does nothing: what is refused changes no number of a training, and what is not, does."""
+
+import dataclasses
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from moco_fast import build as build_module
+from moco_fast.build import build
+from moco_fast.config import BatchNormConfig, Config, MocoConfig, ModelConfig, OptimConfig, RunConfig, validate
+from moco_fast.encoders import ENCODERS
+from moco_fast.meaning import refuse_meaningless
+from moco_fast.presets import PRESETS
+from moco_fast.runtime import Runtime, start
+from moco_fast.schedule import lr_at, momentum_at
+from moco_fast.train import main, parse
+from pipelines.batch import TwoViewBatch
+from pipelines.config import DataConfig
+
+BATCH, NUM_STEPS = 8, 10
+
+
+class Tiny(nn.Sequential):
+    num_features = 4
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class NoLoader:
+    def __len__(self) -> int:
+        return NUM_STEPS
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Any:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield start(RunConfig(device="cpu", precision="fp32"), env={})
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENCODERS, "tiny", Tiny)
+    monkeypatch.setattr(build_module, "open_run_loader", lambda *_: NoLoader())
+
+
+def configuration(shards: str, **sections: Any) -> Config:
+    return Config(
+        data=DataConfig(shards=shards, batch_size=BATCH),
+        run=RunConfig(device="cpu", precision="fp32"),
+        model=sections.pop("model", ModelConfig(encoder="tiny", dim=4, mlp_dim=6)),
+        bn=BatchNormConfig(num_groups=2),
+        **sections,
+    )
+
+
+def make_batch(number: int) -> TwoViewBatch:
+    generator = torch.Generator().manual_seed(number)
+    views = [torch.randint(0, 256, (BATCH, 3, 6, 6), dtype=torch.uint8, generator=generator) for _ in range(2)]
+    index = torch.arange(BATCH)
+    return TwoViewBatch(view_q=views[0], view_k=views[1], index=index, label=torch.full((BATCH,), -1))
+
+
+def outcome(config: Config, runtime: Runtime) -> list[torch.Tensor]:
+    """All that a training gives: its losses, and the encoder after steps at the start, middle and end of a run."""
+    parts = build(config, runtime)
+    torch.manual_seed(1)
+    losses = []
+    for step in (0, 4, 9):
+        lr, momentum = lr_at(step, NUM_STEPS, config.optim), momentum_at(step, NUM_STEPS, config.moco)
+        losses.append(parts.train_step([make_batch(step)], lr=lr, momentum=momentum)["loss"])
+    return [torch.stack(losses), *(parameter.detach() for parameter in parts.query.parameters())]
+
+
+def is_same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def with_option(config: Config, option: str, value: Any) -> Config:
+    section, _, name = option.partition(".")
+    return replace(config, **{section: replace(getattr(config, section), **{name: value})})
+
+
+MOCO_OPTIONS = {
+    "moco.queue_size": 13,
+    "moco.momentum": 0.3,
+    "moco.momentum_schedule": "cosine",
+    "moco.temperature": 0.5,
+    "moco.bank_momentum": 0.9,
+    "model.dim": 5,
+    "model.mlp_dim": 7,
+    "model.mean": (0.1, 0.2, 0.3),
+    "model.std": (0.1, 0.2, 0.3),
+    "bn.num_groups": 4,
+    "bn.policy": "none",
+}
+OPTIM_OPTIONS = {
+    "optim.lr": 0.07,
+    "optim.momentum": 0.5,
+    "optim.betas": (0.5, 0.9),
+    "optim.trust": 0.5,
+    "optim.weight_decay": 0.3,
+    "optim.clip_norm": 1e-3,
+    "optim.milestones": (0.3, 0.5),
+    "optim.decay": 0.2,
+    "optim.decay_every": 0.4,
+    "optim.warmup": 0.5,
+}
+
+
+def is_refused(config: Config, recipe: Config) -> bool:
+    try:
+        refuse_meaningless(config, recipe)
+    except ValueError as error:
+        return "means nothing beside" in str(error)
+    return False
+
+
+def check_options(base: Config, options: dict[str, Any], runtime: Runtime) -> set[str]:
+    """Hold the promise for each option; return those that were refused."""
+    refused = set()
+    expected = outcome(base, runtime)
+    assert is_same(outcome(base, runtime), expected), "the test would see differences that are none"
+    for option, value in options.items():
+        changed = with_option(base, option, value)
+        validate(changed)
+        if is_refused(changed, base):
+            refused.add(option)
+        assert is_same(outcome(changed, runtime), expected) == (option in refused), (base.moco, base.optim, option)
+    return refused
+
+
+MECHANISMS = list(
+    product(
+        ("queue", "batch", "bank"), ("momentum", "query"), ("one-sided", "symmetric", "v3"), ("linear", "mlp", "v3")
+    )
+)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_every_option_of_every_mechanism_does_something_or_is_refused(packed_demo: Any, runtime: Runtime) -> None:
+    refused: set[str] = set()
+    num_accepted = 0
+    for dictionary, key_encoder, loss, head in MECHANISMS:
+        moco = MocoConfig(dictionary=dictionary, key_encoder=key_encoder, loss=loss, queue_size=12, momentum=0.9)
+        model = ModelConfig(encoder="tiny", head=head, dim=4, mlp_dim=6)
+        base = configuration(str(packed_demo.train), moco=moco, model=model)
+        try:
+            validate(base)
+        except ValueError:
+            assert dictionary == "bank" or key_encoder == "query"
+            continue
+        num_accepted += 1
+        refused |= check_options(base, MOCO_OPTIONS, runtime)
+    # Queue and batch with a key encoder, three losses and heads each; end-to-end without v3's head; the bank one-sided.
+    assert num_accepted == 9 + 9 + 6 + 2
+    assert refused == {
+        *("moco.queue_size", "moco.momentum", "moco.momentum_schedule", "moco.bank_momentum", "model.mlp_dim")
+    }
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw", "lamb"])
+@pytest.mark.parametrize("schedule", ["cosine", "step", "exponential", "constant"])
+def test_every_option_of_every_optimizer_does_something_or_is_refused(
+    packed_demo: Any, runtime: Runtime, name: Any, schedule: Any
+) -> None:
+    optim = OptimConfig(name=name, schedule=schedule, lr=0.1, weight_decay=0.1)
+    base = configuration(str(packed_demo.train), optim=optim, moco=MocoConfig(queue_size=12, momentum=0.9))
+    refused = check_options(base, OPTIM_OPTIONS, runtime)
+    expected = {"optim.betas"} if name in ("sgd", "lars") else {"optim.momentum"}
+    expected |= {"optim.trust"} - ({"optim.trust"} if name == "lars" else set())
+    expected |= {"optim.milestones"} if schedule != "step" else set()
+    expected |= {"optim.decay", "optim.decay_every"} if schedule != "exponential" else set()
+    assert refused == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_preset_sets_what_means_nothing_in_it(name: str) -> None:
+    preset = PRESETS[name][1]
+    validate(preset)
+    # Held-out shards are the user's to name, and views without blur keep its default.
+    refuse_meaningless(preset, Config(data=preset.data, views=preset.views, eval=preset.eval))
+
+
+@pytest.fixture
+def shards(tmp_path: Any) -> str:
+    (tmp_path / "manifest.json").write_text("{}")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("end-to-end --moco.queue-size 100", "--moco.queue-size 100 means nothing beside --moco.dictionary batch"),
+        ("end-to-end --moco.momentum 0.9", "beside --moco.key-encoder query: leave it out, or use"),
+        ("memory-bank --moco.momentum 0.9", "beside --moco.dictionary bank, which remembers keys"),
+        ("memory-bank --bn.policy exchange", "beside --moco.dictionary bank, which encodes no key images"),
+        ("memory-bank --views.key.blur-p 0.5", "--views.key.blur-p 0.5 means nothing beside --moco.dictionary bank"),
+        ("moco-v2 --model.mlp-dim 64", "beside --model.head mlp: leave it out, or use --model.head v3"),
+        ("moco-v3-resnet50 --bn.num-groups 4", "beside --bn.policy sync"),
+        ("moco-v3-vit-small --optim.trust 0.1", "beside --optim.name adamw"),
+        ("moco-v2 --optim.milestones 0.5", "beside --optim.schedule cosine"),
+        ("demo --run.epochs 5", "--run.epochs 5.0 means nothing beside --run.steps 200"),
+        ("moco-v2 --eval.every-steps 5", "beside no --eval.shards"),
+        ("moco-v2 --data.cache /tmp", "which is on this machine"),
+        ("demo --data.backend torch --data.hw-decoder-load 0.5", "beside --data.backend torch"),
+        ("moco-v1 --views.query.blur-sigma 0.1 1", "beside --views.query.blur-p 0"),
+        ("moco-v2 --views.query.jitter-p 0 --views.query.hue 0.2", "beside --views.query.jitter-p 0"),
+        ("moco-v2 --views.key.grayscale-p 0 --views.key.grayscale-first", "beside --views.key.grayscale-p 0"),
+        ("moco-v2 --data.stream-samples 500", "is for tars without an index"),
+        ("memory-bank --model.head v3", "--model.head v3 has a predictor for queries alone"),
+        ("memory-bank --moco.loss v3", "so --moco.loss v3 would take it in twice"),
+    ],
+)
+def test_what_means_nothing_is_refused_where_it_is_given(
+    shards: str, words: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words.split(), "--data.shards", shards]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_streamed_tars_have_no_lanes(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"--data\.lanes 8 means nothing beside --data\.stream-samples 500"):
+        parse(["moco-v2", "--data.shards", str(tmp_path), "--data.stream-samples", "500", "--data.lanes", "8"])
+
+
+@pytest.mark.parametrize(
+    "words", ["cifar10 --moco.dictionary batch", "moco-v3-resnet50 --optim.name sgd", "demo --run.steps 20"]
+)
+def test_what_the_preset_says_of_an_option_is_not_the_users_to_leave_out(shards: str, words: str) -> None:
+    config = parse([*words.split(), "--data.shards", shards])
+    assert dataclasses.is_dataclass(config)
