@@ -46,7 +46,7 @@ BATCH_SIZE = 64
 RECIPE = (
     f"--model.encoder resnet18_quarter --model.stem imagenet --model.head mlp --data.batch-size {BATCH_SIZE} "
     "--bn.num-groups 2 --moco.queue-size 256 --moco.momentum 0.99 --optim.lr 0.03 --run.device cpu "
-    "--run.precision fp32 --eval.k 20 --checkpoint.every-steps 500 --checkpoint.keep 1 "
+    "--run.precision fp32 --eval.layer backbone --eval.k 20 --checkpoint.every-steps 500 --checkpoint.keep 1 "
     "--log.every-steps 10 --log.no-tensorboard"
 )
 """Small enough for some minutes on a core: the stem leaves 8 x 8 of a view of 32 x 32."""

@@ -117,7 +117,7 @@ def test_a_finished_run_is_not_run_again_even_if_watched_otherwise(packed_demo, 
     config = json.loads(file.read_text())
     config["optim"]["published"] = [[32, 0.06]]  # What is known of the recipe may grow with a release.
     file.write_text(json.dumps(config))
-    watched_otherwise = ("--eval.every-steps", "3", "--log.every-steps", "7", "--checkpoint.every-steps", "4")
+    watched_otherwise = ("--log.every-steps", "7", "--checkpoint.every-steps", "4")
     assert "finished 20 steps" in Training(packed_demo, uninterrupted, *watched_otherwise).finish()
     assert exact_numbers(uninterrupted) == before
 
