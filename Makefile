@@ -90,7 +90,7 @@ bench: setup ## Every benchmark that a CPU can run, in 15 minutes: benchmarks/re
 	python benchmarks/run_all.py $(if $(PHOTOS),--photos $(PHOTOS))
 
 # No set-up: machines that have a GPU often have their own Python and torch, and no network.
-gpu-check: ## On a GPU: its tests and figures into OUT in 8 minutes; DEVICE=cpu for a small version
+gpu-check: ## On a GPU: its tests and figures into OUT in 9 minutes; DEVICE=cpu for a small version
 	$(if $(wildcard $(VENV)/bin/python),python,$(or $(PYTHON),python3)) benchmarks/gpu_check.py --device $(DEVICE) \
 		--out $(OUT) $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(PART),--part $(PART)) $(if $(CIFAR),--cifar $(CIFAR))
 

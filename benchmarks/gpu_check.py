@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_check.py --device cuda --out build/gpu-check [--part NAME ...]
 
-Each part runs in a process of its own, within a time of its own, and leaves NAME.json; a part whose NAME.json is in the
-folder is not run again, so the same command goes on where it stopped. One that fails leaves NAME.log instead, and the
-others go on. report.md puts together what is there. All parts stop after --minutes; cifar10 runs only if it is named.
+Each part runs in a process of its own, within a time of its own, prints what it found and leaves NAME.json; a part
+whose NAME.json is in the folder is not run again, so the same command goes on where it stopped. One that fails leaves
+NAME.log instead, and the others go on. report.md puts together what is there. All parts stop after --minutes; the most
+useful come first, and cifar10 runs only if it is named. A loader's figures carry the backend that made them.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,68 +48,88 @@ def parts(device: str) -> list[Part]:
 
 
 def _on_a_gpu() -> list[Part]:
+    whole = {"encoder": "resnet50", "size": 224, "queue": 65536, "precision": "bf16"}
+
     def step(name: str, limit_s: float, **options: object) -> Part:
-        base = {"encoder": "resnet50", "size": 224, "batch": 256, "queue": 65536, "precision": "bf16", "compile": False}
-        return Part(name=f"step-{name}", kind="step", limit_s=limit_s, options=base | {"rounds": 5} | options)
+        base = whole | {"batch": 256, "compile": False, "rounds": 5}
+        return Part(name=f"step-{name}", kind="step", limit_s=limit_s, options=base | options)
 
     def loader(name: str, **data: object) -> Part:
         options = {"size": 224, "batch": 256, "seconds": 8, "data": data}
         return Part(name=f"loader-{name}", kind="loader", limit_s=40, options=options)
 
     def end_to_end(name: str, limit_s: float, **options: object) -> Part:
-        base = {"encoder": "resnet50", "size": 224, "batch": 256, "queue": 65536, "precision": "bf16", "compile": False}
-        base |= {"policy": "none", "seconds": 25}
+        base = whole | {"batch": 256, "compile": False, "policy": "none", "seconds": 25}
         return Part(name=f"end-to-end-{name}", kind="end_to_end", limit_s=limit_s, options=base | options)
 
-    whole = {"encoder": "resnet50", "size": 224, "queue": 65536, "precision": "bf16"}
+    def decode(name: str, load: float) -> Part:
+        options = {"batch": 256, "load": load, "seconds": 4.5}
+        return Part(name=f"decode-{name}", kind="decode_rate", limit_s=40, options=options)
+
+    def profile(name: str, limit_s: float, **options: object) -> Part:
+        return Part(name=f"profile-{name}", kind="profile", limit_s=limit_s, options=whole | {"steps": 5} | options)
+
+    both, short = ["loader", "step", "end_to_end"], {"stages": ["end_to_end"], "seconds": 6}
     tests = {"paths": ["tests/gpu"], "but": ["tests/gpu/test_demo.py"]}
+    memory = whole | {"batches": [1024, 512, 256]}
     return [
         Part(name="environment", kind="environment", limit_s=40),
         Part(name="data", kind="data", limit_s=90),
-        Part(name="tests", kind="tests", limit_s=200, options=tests),
-        end_to_end("eager", 75),
+        end_to_end("256", 75, seconds=20),
+        end_to_end("32", 60, batch=32, stages=both, seconds=12),
+        loader("engines-90", hw_decoder_load=0.9),
+        loader("engines-0", hw_decoder_load=0.0),
+        loader("engines-65", hw_decoder_load=0.65),
+        loader("engines-100", hw_decoder_load=1.0),
         step("256-bf16", 60),
-        loader("dali"),
-        loader("dali-4-threads", num_threads=4),
-        loader("dali-no-engine", hw_decoder_load=0.0),
-        loader("dali-engine-90", hw_decoder_load=0.9),
+        end_to_end("256-engines-65", 40, data={"hw_decoder_load": 0.65}, **short),
+        end_to_end("256-engines-90", 40, data={"hw_decoder_load": 0.9}, **short),
+        end_to_end("256-engines-100", 40, data={"hw_decoder_load": 1.0}, **short),
+        end_to_end("256-ordered", 40, ordered=True, **short),
+        end_to_end("32-ordered", 40, batch=32, ordered=True, **short),
+        decode("engines-100", 1.0),
+        decode("engines-90", 0.9),
+        decode("engines-0", 0.0),
+        Part(name="host", kind="host", limit_s=50, options={"size": 224, "batches": [32, 256], "seconds": 4}),
+        Part(name="tests", kind="tests", limit_s=200, options=tests),
+        profile("beside-the-loader", 50, batch=256, beside=True),
+        Part(name="jpeg-kinds", kind="jpeg_kinds", limit_s=90, options={"batch": 64, "rounds": 5}),
         Part(name="momentum", kind="momentum", limit_s=30, options={"encoder": "resnet50"}),
-        step("256-bf16-compiled", 120, compile=True, only=["ours", "supervised"]),
-        end_to_end("compiled", 120, compile=True),
-        Part(name="profile", kind="profile", limit_s=60, options=whole | {"batch": 256, "compile": True, "steps": 5}),
         step("32-bf16", 40, batch=32),
-        Part(name="memory", kind="memory", limit_s=90, options=whole | {"batches": [1024, 512, 256]}),
-        step("256-fp32", 50, precision="fp32"),
-        end_to_end("virtual-groups", 60, policy="virtual", stages=["step"], seconds=6),
-        end_to_end("32-eager", 40, batch=32, stages=["step"], seconds=6),
-        end_to_end("32-graphs", 120, batch=32, stages=["step"], seconds=6, cuda_graphs=True),
+        end_to_end("256-compiled", 120, compile=True, stages=both, seconds=12),
+        end_to_end("32-graphs", 120, batch=32, cuda_graphs=True, stages=both, seconds=12),
+        step("256-bf16-compiled", 120, compile=True, only=["ours", "supervised"]),
+        profile("compiled", 60, batch=256, compile=True),
+        Part(name="memory", kind="memory", limit_s=90, options=memory),
+        loader("4-threads", num_threads=4),
         loader("torch", backend="torch"),
+        step("256-fp32", 50, precision="fp32"),
+        end_to_end("256-virtual-groups", 60, policy="virtual", stages=["step"], seconds=6),
         step("32-bf16-compiled", 100, batch=32, compile=True, only=["ours"]),
         Part(name="demo", kind="tests", limit_s=200, options={"paths": ["tests/gpu/test_demo.py"], "but": []}),
     ]
 
 
+def smaller(part: Part) -> Part:
+    """The same part, so small that only mistakes show."""
+    sizes = {"encoder": "resnet18_quarter", "size": 32, "batch": 16, "queue": 64, "seconds": 0.3, "rounds": 1}
+    sizes |= {
+        "steps": 1,
+        "batches": [16],
+        "paths": ["tests/gpu/test_step.py::test_half_precision_follows_full_precision"],
+    }
+    options = part.options | {name: value for name, value in sizes.items() if name in part.options}
+    return replace(part, limit_s=120, options=options)
+
+
 def _on_a_cpu() -> list[Part]:
-    """The same, so small that only mistakes are to be seen."""
-    small = {"encoder": "resnet18_quarter", "size": 32, "queue": 64, "precision": "fp32"}
-    one = small | {"batch": 16, "compile": False}
-    test = "tests/gpu/test_step.py::test_half_precision_follows_full_precision"
-    return [
-        Part(name="environment", kind="environment", limit_s=60),
-        Part(name="data", kind="data", limit_s=60),
-        Part(name="tests", kind="tests", limit_s=120, options={"paths": [test], "but": []}),
-        Part(name="end-to-end-eager", kind="end_to_end", limit_s=120, options=one | {"policy": "none", "seconds": 1}),
-        Part(name="step-16-fp32", kind="step", limit_s=60, options=one | {"rounds": 1}),
-        Part(
-            name="loader-dali",
-            kind="loader",
-            limit_s=60,
-            options={"size": 32, "batch": 16, "seconds": 0.5, "data": {"backend": "dali", "num_threads": 1}},
-        ),
-        Part(name="momentum", kind="momentum", limit_s=60, options={"encoder": "resnet18_quarter"}),
-        Part(name="profile", kind="profile", limit_s=60, options=one | {"steps": 1}),
-        Part(name="memory", kind="memory", limit_s=90, options=small | {"batches": [16]}),
+    """A part of every kind, at tiny sizes and in a precision that a CPU has."""
+    chosen = {part.kind: part for part in reversed(_on_a_gpu())}
+    small = [smaller(chosen[kind]) for kind in dict.fromkeys(part.kind for part in _on_a_gpu())]
+    single = [
+        replace(part, options=part.options | {"precision": "fp32"}) for part in small if "precision" in part.options
     ]
+    return [next((each for each in single if each.name == part.name), part) for part in small]
 
 
 def cifar10(device: str, archive: Path | None, seconds: float) -> Part:
@@ -124,7 +145,7 @@ def cifar10(device: str, archive: Path | None, seconds: float) -> Part:
 
 
 def run(part: Part, device: str, out: Path, data: Path, photos: Path | None, limit_s: float) -> str:
-    """Run a part in a process; return how it ended: done, failed or out of time."""
+    """Run a part in a process; return how it ended: done, failed (with the last line it said) or out of time."""
     job = {"kind": part.kind, "options": part.options, "device": device, "data": str(data)}
     job |= {"photos": str(photos.resolve()) if photos else None, "out": str(out / f"{part.name}.json")}
     environment = os.environ | {
@@ -153,7 +174,10 @@ def run(part: Part, device: str, out: Path, data: Path, photos: Path | None, lim
     if code == 0:
         log.unlink()
         return "done"
-    return "out of time" if code is None else "failed"
+    if code is None:
+        return "out of time"
+    told = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"failed: {told[-1][:200]}" if told else "failed"
 
 
 def _kill_session(process: "subprocess.Popen[bytes]") -> None:
@@ -206,6 +230,15 @@ def _table(rows: dict[str, dict[str, str]]) -> list[str]:
     return [*lines, ""]
 
 
+def _told(out: Path, part: Part) -> str:
+    """What a part found, on lines of its own: a run that is cut short has said what it knows."""
+    if not _file(out, part).is_file():
+        return ""
+    rows = json.loads(_file(out, part).read_text())["rows"]
+    each = [", ".join(f"{name} {value}" for name, value in row.items() if value and name != "part") for row in rows]
+    return "".join(f"\n    {row['part']}: {line}" for row, line in zip(rows, each, strict=True))
+
+
 def _file(out: Path, part: Part) -> Path:
     return out / f"{part.name}.json"
 
@@ -234,7 +267,7 @@ def check(arguments: argparse.Namespace) -> int:
             continue
         started = time.monotonic()
         endings[part.name] = run(part, arguments.device, out, data, arguments.photos, min(part.limit_s, left_s))
-        print(f"{part.name}: {endings[part.name]} in {time.monotonic() - started:.0f} s", flush=True)
+        print(f"{part.name}: {endings[part.name]} in {time.monotonic() - started:.0f} s{_told(out, part)}", flush=True)
         (out / "report.md").write_text(report(wanted, out, endings))
     (out / "report.md").write_text(report(wanted, out, endings))
     print(f"\n{(out / 'report.md').read_text()}\nwritten to {out}")
@@ -251,7 +284,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path("build/gpu-check-data"), help="what parts share, not results")
     parser.add_argument("--part", nargs="+", default=[], help="only these")
     parser.add_argument("--photos", type=Path, help="tar of photographs to load instead of scikit-image's")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
     parser.add_argument("--cifar", type=Path, help="archive of CIFAR-10 as files, split/class/number.jpg")
     parser.add_argument("--cifar-seconds", type=float, default=1200.0, help="for training, in this call")
     arguments = parser.parse_args()

@@ -10,86 +10,111 @@ import json
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
 from statistics import median
 from typing import Any
 
+from gpu_decoding import decode_rate, jpeg_kinds
+from gpu_job import Job, Outcome, Row, backend_of, cpu_seconds, processors, recipe, repeated
+
 ROOT = Path(__file__).resolve().parent.parent
 
-Row = dict[str, str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a part found."""
-
-    rows: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
-    ok: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a part gets besides its options."""
-
-    name: str
-    device: str
-    data: Path
-    """Folder that all parts share."""
-    photos: Path | None
-
-    def shards(self) -> Path:
-        """Packed photographs; part `data` makes them, or else the first part that asks for them."""
-        from photographs import photograph_shards
-
-        num, size = (2048, (500, 375)) if self.device == "cuda" else (64, (80, 60))
-        return photograph_shards(self.data, num=num, photos=self.photos, size=size)
+WANTED = (
+    "accelerate",
+    "google-crc32c",
+    "hypothesis",
+    "matplotlib",
+    "numpy",
+    "nvidia-ml-py",
+    "obstore",
+    "opencv-python-headless",
+    "pillow",
+    "psutil",
+    "pytest",
+    "pytest-timeout",
+    "safetensors",
+    "scikit-image",
+    "simplejpeg",
+    "tensorboard",
+    "timm",
+    "torch",
+    "torchvision",
+    "tqdm",
+    "tyro",
+    "webdataset",
+    "xxhash",
+)
+"""Packages that one part or another needs."""
 
 
 def environment(job: Job) -> Outcome:
-    """Machine, versions, and what is missing."""
+    """Machine, driver, JPEG engines, versions, and what is missing."""
     import torch
     from alternating import header
 
-    wanted = (
-        "accelerate",
-        "google-crc32c",
-        "numpy",
-        "nvidia-dali-cuda130",
-        "obstore",
-        "opencv-python-headless",
-        "pillow",
-    )
-    wanted += ("pytest", "safetensors", "scikit-image", "simplejpeg", "timm", "torch", "torchvision", "tyro", "xxhash")
-    found = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions() if dist.name}
-    versions = {name: found.get(name, "missing") for name in wanted}
-    facts: dict[str, Any] = {"python": platform.python_version(), "versions": versions}
-    facts["has_apex"] = importlib.util.find_spec("apex") is not None
-    facts["memory_gib"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    facts: dict[str, Any] = {"python": platform.python_version(), "kernel": platform.release()}
+    facts |= {"cpus": f"{processors()} of {os.cpu_count()}", "has_apex": importlib.util.find_spec("apex") is not None}
+    facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    facts["shared_memory_gib"] = round(shutil.disk_usage("/dev/shm").total / 2**30, 1)
+    versions, missing = _packages()
+    facts["missing"] = ", ".join(missing) or "nothing"
     if job.device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        facts |= {"gpu": properties.name, "gpu_memory_gib": properties.total_memory / 2**30}
-        facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        facts["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
-        # The limit for whatever moves weights: bytes read and written by a copy.
-        source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-        target = torch.empty_like(source)
-        facts["copy_gb_per_s"] = 2 * source.nbytes / _device_seconds(lambda: target.copy_(source), 20) / 1e9
-    lines = [f"- {name}: {value}" for name, value in facts.items() if name != "versions"]
+        facts |= _facts_of_gpu(torch)
+    lines = [f"- {name}: {value}" for name, value in facts.items()]
     lines.append(f"- versions: {', '.join(f'{name} {version}' for name, version in versions.items())}")
-    return Outcome(notes=[header(job.device), "", *lines], figures=facts)
+    row = {"part": job.name, "device": facts.get("gpu", "CPU"), "torch": torch.__version__, "python": facts["python"]}
+    row |= {"JPEG engines": str(facts.get("jpeg_engines", "")), "missing": facts["missing"]}
+    return Outcome(rows=[row], notes=[header(job.device), "", *lines], figures=facts | {"versions": versions})
+
+
+def _packages() -> tuple[dict[str, str], list[str]]:
+    """Versions of what is there, NVIDIA's libraries too, and names of what is not."""
+    found = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions() if dist.name}
+    missing = [name for name in WANTED if name not in found]
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        missing.append("nvidia-dali")
+    shown = [name for name in found if name in WANTED or name.startswith(("nvidia-dali", "nvidia-nv", "triton"))]
+    return {name: found[name] for name in sorted(shown)}, missing
+
+
+def _facts_of_gpu(torch: Any) -> dict[str, Any]:
+    from pipelines.engines import find_engines
+
+    properties, engines = torch.cuda.get_device_properties(0), find_engines(torch.device("cuda", 0))
+    facts = {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
+    facts |= {"compute_capability": f"{properties.major}.{properties.minor}", "driver": _driver()}
+    facts["jpeg_engines"] = engines.count or f"none: {engines.reason}"
+    facts["engine_cores"] = engines.cores
+    facts["driver_capabilities"] = os.environ.get("NVIDIA_DRIVER_CAPABILITIES", "not set")
+    facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    facts["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+    # The limit for whatever moves weights: bytes read and written by a copy.
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    facts["copy_gb_per_s"] = round(2 * source.nbytes / _device_seconds(lambda: target.copy_(source), 20) / 1e9)
+    return facts
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return "nvidia-smi does not answer"
 
 
 def data(job: Job) -> Outcome:
@@ -129,22 +154,34 @@ def tests(job: Job, *, paths: list[str], but: list[str]) -> Outcome:
     )
 
 
-def end_to_end(job: Job, *, seconds: float, stages: list[str] | None = None, **options: Any) -> Outcome:
-    """`moco-fast bench` on photographs."""
+def end_to_end(
+    job: Job, *, seconds: float, stages: list[str] | None = None, ordered: bool = False, **options: Any
+) -> Outcome:
+    """`moco-fast bench` on photographs; `ordered`: with DALI's next batch before the step, as `from_dlpack` does it."""
+    import torch
+
     from moco_fast.bench.measure import STAGES, measure
     from moco_fast.bench.result import table
+    from pipelines import dali
 
-    config = _recipe(job, **options)
+    if ordered:
+        # What it was: the step on the default stream, for which DALI makes that stream wait.
+        dali.to_torch = torch.from_dlpack
+        torch.cuda.set_stream = lambda _: None
+    config = recipe(job, **options)
     wanted = STAGES if stages is None else [stage for stage in STAGES if stage in stages]
     result = measure(config, seconds=seconds, stages=wanted)
-    row = {"part": job.name}
+    row = {"part": job.name, "backend": backend_of(result.environment["loader"], config.data.backend)}
     for name in ("reading", "decoding", "loader", "step", "end_to_end"):
         rate = getattr(result, name)
         row[f"{name.replace('_', ' ')}, samples/s"] = f"{rate.median:,.0f}" if rate else ""
     if result.overlap is not None:
         row["overlap"] = f"{result.overlap:.3f}"
+    if result.headroom is not None:
         row["loader to step"] = f"{result.headroom:.2f}"
+    if result.data_wait_share is not None and result.end_to_end is not None:
         row["waiting"] = f"{result.data_wait_share:.1%}"
+    if result.slowdown is not None:
         row["step beside the loader"] = f"{result.slowdown:.2f}x"
     figures = asdict(result) | {"overlap": result.overlap, "headroom": result.headroom, "slowdown": result.slowdown}
     return Outcome(rows=[row], notes=["```", table(result), "```"], figures=figures)
@@ -154,12 +191,12 @@ def loader(job: Job, *, size: int, batch: int, seconds: float, data: dict[str, A
     """Two views, by the load of the GPU's decoder, threads and backend."""
     from moco_fast.bench.measure import measure
 
-    config = _recipe(job, encoder="resnet18_quarter", size=size, batch=batch, queue=64)
-    config = replace(config, data=replace(config.data, **data))
+    config = recipe(job, encoder="resnet18_quarter", size=size, batch=batch, queue=64, data=data)
     result = measure(config, seconds=seconds, stages=("decoding", "loader"))
     assert result.decoding is not None
     assert result.loader is not None
-    row = {"part": job.name, "decoding, samples/s": f"{result.decoding.median:,.0f}"}
+    row = {"part": job.name, "backend": backend_of(result.environment["loader"], config.data.backend)}
+    row["decoding, samples/s"] = f"{result.decoding.median:,.0f}"
     row["loader, samples/s"] = (
         f"{result.loader.median:,.0f} ({result.loader.lowest:,.0f} to {result.loader.highest:,.0f})"
     )
@@ -168,19 +205,49 @@ def loader(job: Job, *, size: int, batch: int, seconds: float, data: dict[str, A
     return Outcome(rows=[row | {"how": result.environment["loader"]}], figures=asdict(result))
 
 
+def host(job: Job, *, size: int, batches: list[int], seconds: float) -> Outcome:
+    """Processor time of the host for loading alone, all threads and the reader included."""
+    import torch
+
+    from pipelines.loader import open_loader
+
+    rows: list[Row] = []
+    figures: dict[str, Any] = {}
+    for batch in batches:
+        config = recipe(job, encoder="resnet18_quarter", size=size, batch=batch, queue=64)
+        with open_loader(config.data, config.views, seed=0, device=torch.device(job.device)) as opened:
+            backend = backend_of(opened.description, config.data.backend)
+            endless = (each for _ in iter(int, 1) for each in opened)
+            for _ in range(8):
+                next(endless)
+            begin, cpu_begin, num = time.perf_counter(), cpu_seconds(), 0
+            while time.perf_counter() - begin < seconds:
+                next(endless)
+                num += batch
+            wall_s, cpu_s = time.perf_counter() - begin, cpu_seconds() - cpu_begin
+        figures[str(batch)] = {"samples_per_s": num / wall_s, "cpu_s_per_1000": 1e3 * cpu_s / num}
+        rows.append({"part": f"batch {batch}", "backend": backend, "loader, samples/s": f"{num / wall_s:,.0f}"})
+        rows[-1] |= {"CPU s per 1,000 samples": f"{1e3 * cpu_s / num:.3f}", "CPUs busy": f"{cpu_s / wall_s:.1f}"}
+    return Outcome(rows=rows, figures=figures)
+
+
 def step(job: Job, *, rounds: int, only: list[str] | None = None, **setting: Any) -> Outcome:
     """Our step beside a supervised one and the authors', each on one batch over and over."""
     import torch
     from alternating import alternate, claims_table, compare
     from step import Authors, Ours, Setting, Supervised
 
+    from moco_fast.runtime import allow_tf32
+
     device = torch.device(job.device)
+    # fp32 as a run computes it: torch alone lets convolutions use TF32.
+    allow_tf32(False)
     made = Setting(device=device, **setting)
     contestants = {"ours": Ours, "authors'": Authors, "supervised": Supervised}
     views = made.views()
     calls = 5 if device.type == "cuda" else 1
     alternatives = {
-        name: _repeated(kind(made, views).step, calls)
+        name: repeated(kind(made, views).step, calls)
         for name, kind in contestants.items()
         if only is None or name in only
     }
@@ -253,7 +320,7 @@ def _memory_of(job: Job, options: dict[str, Any]) -> dict[str, float]:
     from moco_fast.bench.measure import measure
 
     try:
-        result = measure(_recipe(job, **options), seconds=2, stages=("end_to_end",))
+        result = measure(recipe(job, **options), seconds=2, stages=("end_to_end",))
     except torch.OutOfMemoryError:
         return {"torch's peak": -1.0}
     found = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
@@ -263,8 +330,8 @@ def _memory_of(job: Job, options: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def profile(job: Job, *, steps: int, **options: Any) -> Outcome:
-    """Where the device's time goes in the step on resident batches, and how much of it is idle."""
+def profile(job: Job, *, steps: int, beside: bool = False, **options: Any) -> Outcome:
+    """Where the device's time goes in the step, and how much of it is idle; `beside`: on the loader's batches."""
     import torch
     from torch.profiler import ProfilerActivity
 
@@ -272,20 +339,24 @@ def profile(job: Job, *, steps: int, **options: Any) -> Outcome:
     from moco_fast.build import build
     from moco_fast.runtime import start
 
-    config = _recipe(job, **options)
+    config = recipe(job, **options)
     runtime = start(config.run)
     parts = build(config, runtime)
-    parts.loader.close()
-    batch = resident_batch(config, runtime, config.data.batch_size, runtime.device)
+    backend = backend_of(parts.loader.description, config.data.backend)
+    if not beside:
+        parts.loader.close()
+    resident = resident_batch(config, runtime, config.data.batch_size, runtime.device)
+    batches = (each for _ in iter(int, 1) for each in (parts.loader if beside else [resident]))
 
     def train() -> None:
         for _ in range(steps):
-            parts.train_step([batch], lr=0.0, momentum=0.999)
+            parts.train_step([next(batches)], lr=0.0, momentum=0.999)
         if runtime.device.type == "cuda":
             torch.cuda.synchronize()
 
-    train()
-    train()
+    # Beside the loader: until what it had ready is used up.
+    for _ in range(4 if beside else 2):
+        train()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if job.device == "cuda" else [])]
     with torch.profiler.profile(activities=activities) as profiler:
         train()
@@ -295,13 +366,15 @@ def profile(job: Job, *, steps: int, **options: Any) -> Outcome:
         events = json.loads(trace.read_text())["traceEvents"]
     kinds = ("kernel", "gpu_memcpy", "gpu_memset") if job.device == "cuda" else ("cpu_op",)
     idle_share, wall_us, costs = busy(events, kinds)
-    lines = [f"Idle {idle_share:.1%} of {wall_us / steps / 1e3:.2f} ms a step.", ""]
-    lines += ["| share of the busy time | us a step | |", "|---|---|---|"]
+    lines = [f"Idle {idle_share:.1%} of {wall_us / steps / 1e3:.2f} ms per step.", ""]
+    lines += ["| share of the busy time | us per step | |", "|---|---|---|"]
     total_us = sum(costs.values())
     for name, of_all_us in sorted(costs.items(), key=lambda item: -item[1])[:15]:
         lines.append(f"| {of_all_us / total_us:.1%} | {of_all_us / steps:,.0f} | `{name[:90].replace('|', ' ')}` |")
-    row = {"part": job.name, "idle": f"{idle_share:.1%}", "ms a step": f"{wall_us / steps / 1e3:.2f}"}
+    row = {"part": job.name, "batches of": backend if beside else "the device", "idle": f"{idle_share:.1%}"}
+    row["ms per step"] = f"{wall_us / steps / 1e3:.2f}"
     top = dict(sorted(costs.items(), key=lambda item: -item[1])[:50])
+    parts.loader.close()
     runtime.close()
     return Outcome(rows=[row], notes=lines, figures={"idle_share": idle_share, "us_of_all_steps": top})
 
@@ -388,42 +461,6 @@ def _pack_cifar(archive: Path, split: str, folder: Path) -> Path:
     return shards
 
 
-def _recipe(
-    job: Job,
-    *,
-    encoder: str,
-    size: int,
-    batch: int,
-    queue: int,
-    precision: str = "auto",
-    compile: bool = False,  # noqa: A002 (the option's name)
-    cuda_graphs: bool = False,
-    policy: str = "none",
-) -> Any:
-    """MoCo v2 on photographs. Without a policy for batch norm, it is the step of each of several GPUs."""
-    from moco_fast.config import BatchNormConfig
-    from moco_fast.presets import PRESETS
-
-    base = PRESETS["moco-v2"][1]
-    return replace(
-        base,
-        data=replace(base.data, shards=str(job.shards()), batch_size=batch),
-        views=replace(base.views, size=size),
-        model=replace(base.model, encoder=encoder),
-        moco=replace(base.moco, queue_size=queue),
-        bn=BatchNormConfig(policy=policy),
-        run=replace(base.run, device=job.device, precision=precision, compile=compile, cuda_graphs=cuda_graphs),
-    )
-
-
-def _repeated(call: Callable[[], object], calls: int) -> Callable[[], object]:
-    def all_calls() -> None:
-        for _ in range(calls):
-            call()
-
-    return all_calls
-
-
 def _device_seconds(call: Callable[[], object], calls: int, device: str = "cuda") -> float:
     """Seconds of one call by the device's own clock, after a tenth of the calls as warm-up."""
     import torch
@@ -445,6 +482,9 @@ KINDS: dict[str, Callable[..., Outcome]] = {
     "tests": tests,
     "end_to_end": end_to_end,
     "loader": loader,
+    "host": host,
+    "decode_rate": decode_rate,
+    "jpeg_kinds": jpeg_kinds,
     "step": step,
     "momentum": momentum,
     "memory": memory,

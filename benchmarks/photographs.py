@@ -25,12 +25,30 @@ def photograph_shards(
     return shards
 
 
+def _originals() -> list[Image.Image]:
+    """scikit-image's photographs, or where it is missing noise with a photograph's spectrum."""
+    spec = util.find_spec("skimage")
+    if spec is not None and spec.origin is not None:
+        return [Image.open(Path(spec.origin).parent / "data" / name).convert("RGB") for name in _NAMES]
+    print("scikit-image is missing: noise with a photograph's spectrum stands for its photographs", flush=True)
+    return [_noise(seed, 800, 600) for seed in range(len(_NAMES))]
+
+
+def _noise(seed: int, width: int, height: int) -> Image.Image:
+    """Amplitudes that fall with the frequency as in photographs, mostly gray; its JPEGs are about as large."""
+    spectrum = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
+    spectrum[0, 0] = np.inf
+    random = np.random.default_rng(seed)
+    shape = (4, height, width // 2 + 1)
+    waves = (random.standard_normal(shape) + 1j * random.standard_normal(shape)) / spectrum
+    gray, *colors = np.fft.irfft2(waves, s=(height, width))
+    pixels = np.stack([gray + 0.3 * color for color in colors], axis=-1)
+    return Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
+
+
 def _written(folder: Path, num: int, size: tuple[int, int]) -> Path:
     """Write JPEGs of `size`, or turned: about the size and the detail of ImageNet's."""
-    spec = util.find_spec("skimage")
-    if spec is None or spec.origin is None:
-        raise ValueError("the photographs come with scikit-image, which is missing: pip install scikit-image")
-    photographs = [Image.open(Path(spec.origin).parent / "data" / name).convert("RGB") for name in _NAMES]
+    photographs = _originals()
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(number: int) -> None:

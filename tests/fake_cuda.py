@@ -286,13 +286,18 @@ def _replace_the_profiler():
     """What the CPU's operators took stands for the kernels."""
     import torch.profiler
 
-    write = torch.profiler.profile.export_chrome_trace
+    build, write = torch.profiler.profile.__init__, torch.profiler.profile.export_chrome_trace
+
+    def build_for_cpu(self, *, activities, **options):
+        assert torch.profiler.ProfilerActivity.CUDA in activities
+        build(self, activities=[torch.profiler.ProfilerActivity.CPU], **options)
 
     def export_chrome_trace(self, path):
         write(self, path)
         trace = Path(path)
         trace.write_text(trace.read_text().replace('"cat": "cpu_op"', '"cat": "kernel"'))
 
+    torch.profiler.profile.__init__ = build_for_cpu
     torch.profiler.profile.export_chrome_trace = export_chrome_trace
 
 

@@ -1,5 +1,6 @@
 """`make gpu-check DEVICE=cpu` runs everywhere, so that the script is in order when there is a GPU."""
 
+import argparse
 import dataclasses
 import inspect
 import io
@@ -16,7 +17,7 @@ import torch
 
 from pipelines.config import DataConfig
 from shards import ShardSet
-from tests.pipelines.shard_files import jpeg
+from tests.pipelines.shard_files import jpeg, smooth_image
 from tests.scripts import load
 
 ROOT = Path(__file__).parent.parent
@@ -41,28 +42,82 @@ def test_every_part_shows_something_on_the_cpu(tmp_path):
     (out / "tests.json").write_text(json.dumps({"rows": [], "notes": ["done before"], "figures": {}, "ok": True}))
     blocked = out / "momentum.partial"
     blocked.mkdir()
-    result = check("--device", "cpu", "--out", str(out), "--data", str(data))
+    # The other kinds run in the next test.
+    names = ["environment", "data", "tests", "end-to-end-256", "loader-engines-90", "step-256-bf16", "momentum"]
+    words = ("--device", "cpu", "--out", str(out), "--data", str(data), "--part", *names)
+    result = check(*words)
     assert result.returncode == 1, result.stdout
     assert "momentum: failed" in result.stdout
     assert "IsADirectoryError" in (out / "momentum.log").read_text()
     blocked.rmdir()
-    result = check("--device", "cpu", "--out", str(out), "--data", str(data))
+    result = check(*words)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("was done before") == 8
+    assert result.stdout.count("was done before") == len(names) - 1
 
     report = (out / "report.md").read_text()
     assert "done before" in report
     assert report in result.stdout
     found = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
     assert found["environment"]["figures"]["versions"]["torch"] == torch.__version__.partition("+")[0]
-    end_to_end = found["end-to-end-eager"]["figures"]
+    end_to_end = found["end-to-end-256"]["figures"]
     assert f"{end_to_end['end_to_end']['median']:,.0f}" in report
     assert end_to_end["parts_alone_s"].keys() >= {"query forward", "backward", "momentum update"}
-    assert found["step-16-fp32"]["figures"]["samples_per_s"].keys() == {"ours", "authors'", "supervised"}
+    assert found["step-256-bf16"]["figures"]["samples_per_s"].keys() == {"ours", "authors'", "supervised"}
     assert found["momentum"]["figures"]["claims"][0]["ours"] > 0
-    assert any("convolution" in name for name in found["profile"]["figures"]["us_of_all_steps"])
+    for name in ("end-to-end-256", "loader-engines-90"):
+        assert found[name]["rows"][0]["backend"] == "dali", "a loader's figures carry the backend that made them"
+    assert (
+        f"    momentum: encoder resnet18_quarter, ours, us {found['momentum']['rows'][0]['ours, us']}" in result.stdout
+    )
     assert not list(out.glob("*.log"))
     assert not list(out.glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_every_kind_of_part_runs_on_a_gpu_that_is_not_there(tmp_path, monkeypatch):
+    """The branches that only a GPU takes: streams, events, memory figures, DALI's graph for it."""
+    runner = load("gpu_check")
+    of_kind = {part.kind: part.name for part in reversed(runner.parts("cuda"))}
+    # The GPU's tests run on it in test_fake_cuda.py.
+    names = {*of_kind.values(), "end-to-end-32-ordered", "end-to-end-32-graphs"} - {"tests", "demo"}
+    chosen = [runner.smaller(part) for part in runner.parts("cuda") if part.name in names]
+    photos = tmp_path / "photos.tar"
+    with tarfile.open(photos, "w") as tar:
+        for number in range(40):
+            member = tarfile.TarInfo(f"{number}.jpg")
+            image = jpeg(smooth_image(np.random.default_rng(number), 60, 80))
+            member.size = len(image)
+            tar.addfile(member, io.BytesIO(image))
+    monkeypatch.setattr(runner, "__file__", str(ROOT / "tests" / "fake_gpu" / "gpu_check.py"))
+    monkeypatch.setattr(runner, "parts", lambda _: chosen)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "out"
+    arguments = {"device": "cuda", "part": [], "out": out, "data": tmp_path / "data", "photos": photos, "minutes": 30}
+    code = runner.check(argparse.Namespace(**arguments))
+    assert code == 0, (out / "report.md").read_text()
+    found = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    assert found.keys() == {part.name for part in chosen}
+    assert found["environment"]["figures"]["gpu"] == "NVIDIA Imaginary"
+    assert {row["backend"] for name in ("end-to-end-256", "host") for row in found[name]["rows"]} == {"dali"}
+    profiled = found["profile-beside-the-loader"]
+    assert profiled["rows"][0]["batches of"] == "dali"
+    assert any("convolution" in name for name in profiled["figures"]["us_of_all_steps"])
+    assert found["decode-engines-100"]["figures"]["images_per_s"][0] > 0
+    kinds = {row["part"]: row for row in found["jpeg-kinds"]["rows"]}
+    assert kinds.keys() >= {"4:4:4", "progressive", "CMYK", "odd size"}
+    assert "CUDA, images/s" in kinds["gray"]
+
+
+def test_a_figure_never_appears_under_another_backends_name(tmp_path, monkeypatch):
+    parts = load("gpu_parts")
+    job = parts.Job(name="loader", device="cpu", data=tmp_path, photos=None)
+    monkeypatch.setattr(type(job), "shards", lambda _: tmp_path)
+    setting = {"encoder": "resnet18_quarter", "size": 32, "batch": 16, "queue": 64}
+    assert parts.recipe(job, **setting).data.backend == "dali"
+    assert parts.recipe(job, data={"backend": "torch"}, **setting).data.backend == "torch"
+    assert parts.backend_of("dali (as asked for), 2 threads per rank", "dali") == "dali"
+    with pytest.raises(ValueError, match="figures of the dali backend were asked for, but the loader says: torch"):
+        parts.backend_of("torch (nvidia.dali is not installed), 2 processes per rank", "dali")
 
 
 def test_says_that_there_is_no_gpu(tmp_path):
@@ -108,8 +163,8 @@ def test_parts_have_names_of_their_own_and_settings_that_exist():
         assert accepts_more or part.options.keys() <= signature.parameters.keys(), part.name
         DataConfig(shards="x", **part.options.get("data", {}))
         if part.kind in ("end_to_end", "memory", "profile"):
-            recipe = inspect.signature(parts._recipe).parameters.keys()
-            others = {"seconds", "stages", "steps", "batches"}
+            recipe = inspect.signature(parts.recipe).parameters.keys()
+            others = {"seconds", "stages", "steps", "batches", "ordered", "beside"}
             assert part.options.keys() - others <= recipe, part.name
         if part.kind == "step":
             fields = {field.name for field in dataclasses.fields(load("step").Setting)} | {"rounds", "only"}

@@ -4,20 +4,22 @@ import copy
 import gc
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from moco_fast.batchnorm import use_group_statistics
 from moco_fast.bench.clock import PartClock
 from moco_fast.bench.parts import on_a_clock
-from moco_fast.config import MocoConfig, ModelConfig, OptimConfig
+from moco_fast.config import MocoConfig, ModelConfig, OptimConfig, RunConfig
 from moco_fast.dictionary import build_dictionary
 from moco_fast.encoders import build_encoder
 from moco_fast.keys import BankKeys, MomentumKeys, QueryKeys
 from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.optim import build_optimizer
-from moco_fast.runtime import allow_tf32
+from moco_fast.runtime import allow_tf32, start
 from moco_fast.shuffle import Together, VirtualGroups
 from moco_fast.step import TrainStep
 from pipelines.batch import TwoViewBatch
@@ -113,6 +115,38 @@ def test_the_host_never_waits_in_a_step(device, mechanism, optimizer):
         watched = training.step([batch, batch], lr=0.01, momentum=0.99)
     assert watched["loss"].device == training.query.get_parameter("head.0.bias").device
     assert all(value.isfinite() for value in watched.values())
+
+
+@pytest.fixture
+def float16(device, monkeypatch):
+    """A runtime in float16. On a CPU, where accelerate scales no loss, it is told that it may."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    on_gpu = device.type == "cuda"
+    runtime = start(RunConfig(device=device.type, precision="fp16" if on_gpu else "fp32"), env={})
+    if not on_gpu:
+        monkeypatch.setattr(runtime.accelerator.state, "_mixed_precision", "fp16")
+        monkeypatch.setattr(runtime.accelerator, "native_amp", True)
+        monkeypatch.setattr(runtime.accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    yield runtime
+    runtime.close()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_host_never_waits_for_the_scaler_of_float16(device, float16, optimizer):
+    # A CPU takes a minute for a step in float16; scaling is the same in float32.
+    autocast = float16.autocast if device.type == "cuda" else nullcontext
+    training = Training(device, optimizer=optimizer, autocast=autocast)
+    wrapped = float16.wrap_optimizer(training.step.optimizer)
+    training.step = replace(training.step, optimizer=wrapped, backward=float16.backward, unscale=float16.unscale)
+    before = training.query.get_parameter("head.0.weight").detach().clone()
+    training.run(2)
+    batch = training.batch(2)
+    with no_host_sync(device):
+        watched = training.step([batch], lr=0.01, momentum=0.99)
+    assert watched["loss"].isfinite()
+    assert float16.scaler_state()["scale"] > 0
+    assert not torch.equal(training.query.get_parameter("head.0.weight"), before)
 
 
 def test_measuring_the_parts_does_not_make_the_host_wait(device):
