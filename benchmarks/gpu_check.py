@@ -70,7 +70,11 @@ def _on_a_gpu() -> list[Part]:
         return Part(name=f"profile-{name}", kind="profile", limit_s=limit_s, options=whole | {"steps": 5} | options)
 
     both, short = ["loader", "step", "end_to_end"], {"stages": ["end_to_end"], "seconds": 6}
-    tests = {"paths": ["tests/gpu"], "but": ["tests/gpu/test_demo.py"]}
+
+    def tests(name: str, limit_s: float, *files: str, select: str = "") -> Part:
+        options = {"paths": [f"tests/gpu/test_{file}.py" for file in files], "select": select}
+        return Part(name=f"tests-{name}", kind="tests", limit_s=limit_s, options=options)
+
     memory = whole | {"batches": [1024, 512, 256]}
     return [
         Part(name="environment", kind="environment", limit_s=40),
@@ -91,7 +95,9 @@ def _on_a_gpu() -> list[Part]:
         decode("engines-90", 0.9),
         decode("engines-0", 0.0),
         Part(name="host", kind="host", limit_s=50, options={"size": 224, "batches": [32, 256], "seconds": 4}),
-        Part(name="tests", kind="tests", limit_s=200, options=tests),
+        tests("step", 100, "step", select="not compiled"),
+        tests("views", 90, "views"),
+        tests("world-and-apex", 90, "world_of_one", "apex"),
         profile("beside-the-loader", 50, batch=256, beside=True),
         Part(name="jpeg-kinds", kind="jpeg_kinds", limit_s=90, options={"batch": 64, "rounds": 5}),
         Part(name="momentum", kind="momentum", limit_s=30, options={"encoder": "resnet50"}),
@@ -100,36 +106,35 @@ def _on_a_gpu() -> list[Part]:
         end_to_end("32-graphs", 120, batch=32, cuda_graphs=True, stages=both, seconds=12),
         step("256-bf16-compiled", 120, compile=True, only=["ours", "supervised"]),
         profile("compiled", 60, batch=256, compile=True),
+        tests("compiled", 200, "step", select="compiled"),
+        tests("resume", 150, "resume"),
         Part(name="memory", kind="memory", limit_s=90, options=memory),
         loader("4-threads", num_threads=4),
         loader("torch", backend="torch"),
         step("256-fp32", 50, precision="fp32"),
         end_to_end("256-virtual-groups", 60, policy="virtual", stages=["step"], seconds=6),
         step("32-bf16-compiled", 100, batch=32, compile=True, only=["ours"]),
-        Part(name="demo", kind="tests", limit_s=200, options={"paths": ["tests/gpu/test_demo.py"], "but": []}),
+        tests("demo", 200, "demo"),
     ]
 
 
 def smaller(part: Part) -> Part:
     """The same part, so small that only mistakes show."""
     sizes = {"encoder": "resnet18_quarter", "size": 32, "batch": 16, "queue": 64, "seconds": 0.3, "rounds": 1}
-    sizes |= {
-        "steps": 1,
-        "batches": [16],
-        "paths": ["tests/gpu/test_step.py::test_half_precision_follows_full_precision"],
-    }
+    sizes |= {"steps": 1, "batches": [16], "select": "half_precision"}
     options = part.options | {name: value for name, value in sizes.items() if name in part.options}
     return replace(part, limit_s=120, options=options)
 
 
 def _on_a_cpu() -> list[Part]:
     """A part of every kind, at tiny sizes and in a precision that a CPU has."""
-    chosen = {part.kind: part for part in reversed(_on_a_gpu())}
-    small = [smaller(chosen[kind]) for kind in dict.fromkeys(part.kind for part in _on_a_gpu())]
-    single = [
-        replace(part, options=part.options | {"precision": "fp32"}) for part in small if "precision" in part.options
+    first: dict[str, Part] = {}
+    for part in map(smaller, _on_a_gpu()):
+        first.setdefault(part.kind, part)
+    single = {"precision": "fp32"}
+    return [
+        replace(part, options=part.options | single) if "precision" in part.options else part for part in first.values()
     ]
-    return [next((each for each in single if each.name == part.name), part) for part in small]
 
 
 def cifar10(device: str, archive: Path | None, seconds: float) -> Part:

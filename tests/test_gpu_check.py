@@ -39,11 +39,11 @@ def test_every_part_shows_something_on_the_cpu(tmp_path):
     out, data = tmp_path / "out", tmp_path / "data"
     # The part that was done before is not done again; the one that cannot succeed does not keep the others from it.
     out.mkdir()
-    (out / "tests.json").write_text(json.dumps({"rows": [], "notes": ["done before"], "figures": {}, "ok": True}))
+    (out / "tests-step.json").write_text(json.dumps({"rows": [], "notes": ["done before"], "figures": {}, "ok": True}))
     blocked = out / "momentum.partial"
     blocked.mkdir()
     # The other kinds run in the next test.
-    names = ["environment", "data", "tests", "end-to-end-256", "loader-engines-90", "step-256-bf16", "momentum"]
+    names = ["environment", "data", "tests-step", "end-to-end-256", "loader-engines-90", "step-256-bf16", "momentum"]
     words = ("--device", "cpu", "--out", str(out), "--data", str(data), "--part", *names)
     result = check(*words)
     assert result.returncode == 1, result.stdout
@@ -79,7 +79,7 @@ def test_every_kind_of_part_runs_on_a_gpu_that_is_not_there(tmp_path, monkeypatc
     runner = load("gpu_check")
     of_kind = {part.kind: part.name for part in reversed(runner.parts("cuda"))}
     # The GPU's tests run on it in test_fake_cuda.py.
-    names = {*of_kind.values(), "end-to-end-32-ordered", "end-to-end-32-graphs"} - {"tests", "demo"}
+    names = {*of_kind.values(), "end-to-end-32-ordered", "end-to-end-32-graphs"} - {of_kind["tests"]}
     chosen = [runner.smaller(part) for part in runner.parts("cuda") if part.name in names]
     photos = tmp_path / "photos.tar"
     with tarfile.open(photos, "w") as tar:
@@ -169,6 +169,16 @@ def test_parts_have_names_of_their_own_and_settings_that_exist():
         if part.kind == "step":
             fields = {field.name for field in dataclasses.fields(load("step").Setting)} | {"rounds", "only"}
             assert part.options.keys() <= fields, part.name
+
+
+def test_every_test_for_the_gpu_belongs_to_a_part():
+    of_parts = [part.options for part in load("gpu_check").parts("cuda") if part.kind == "tests"]
+    files = {f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    assert {path for options in of_parts for path in options["paths"]} == files
+    # Tests of one file are divided by a word and its opposite.
+    selects = [options["select"] for options in of_parts if options["select"]]
+    assert {f"not {select}" for select in selects if not select.startswith("not ")} <= set(selects)
+    assert len(selects) == 2 * len([select for select in selects if select.startswith("not ")])
 
 
 def test_time_is_idle_where_no_kernel_runs():
