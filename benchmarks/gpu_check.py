@@ -239,9 +239,11 @@ def _told(out: Path, part: Part) -> str:
     """What a part found, on lines of its own: a run that is cut short has said what it knows."""
     if not _file(out, part).is_file():
         return ""
-    rows = json.loads(_file(out, part).read_text())["rows"]
+    found = json.loads(_file(out, part).read_text())
+    rows: list[dict[str, str]] = found["rows"]
     each = [", ".join(f"{name} {value}" for name, value in row.items() if value and name != "part") for row in rows]
-    return "".join(f"\n    {row['part']}: {line}" for row, line in zip(rows, each, strict=True))
+    lines = [f"\n    {row['part']}: {line}" for row, line in zip(rows, each, strict=True)]
+    return f", {found['cpu_s']:.0f} s of CPU{''.join(lines)}"
 
 
 def _file(out: Path, part: Part) -> Path:

@@ -69,7 +69,8 @@ def environment(job: Job) -> Outcome:
     facts: dict[str, Any] = {"python": platform.python_version(), "kernel": platform.release()}
     facts |= {"cpus": f"{processors()} of {os.cpu_count()}", "has_apex": importlib.util.find_spec("apex") is not None}
     facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    facts["shared_memory_gib"] = round(shutil.disk_usage("/dev/shm").total / 2**30, 1)
+    with suppress(OSError):
+        facts["shared_memory_gib"] = round(shutil.disk_usage("/dev/shm").total / 2**30, 1)
     versions, missing = _packages()
     facts["missing"] = ", ".join(missing) or "nothing"
     if job.device == "cuda":
@@ -502,8 +503,11 @@ def main() -> None:
     photos = Path(wanted["photos"]) if wanted["photos"] else None
     job = Job(name=out.stem, device=wanted["device"], data=Path(wanted["data"]), photos=photos)
     outcome = KINDS[wanted["kind"]](job, **wanted["options"])
+    # Of this process and of those that it has waited for: a loader's reader, a part's own processes.
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu_s = sum(each.ru_utime + each.ru_stime for each in used)
     partial = out.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
+    partial.write_text(json.dumps(asdict(outcome) | {"cpu_s": cpu_s}, indent=2) + "\n")
     partial.rename(out)
 
 

@@ -90,14 +90,17 @@ def test_what_is_not_there_is_refused(monkeypatch):
 
 
 def test_products_are_rounded_only_when_asked():
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         for allowed, expected in ((True, ("high", "tf32")), (False, ("highest", "ieee"))):
             allow_tf32(allowed)
             assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision) == expected
+            # Inductor reads this one, which raises where convolutions and RNNs differ.
+            assert torch.backends.cudnn.allow_tf32 == allowed
+            assert torch.backends.cuda.matmul.allow_tf32 == allowed
     finally:
         torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.conv.fp32_precision = before[1]
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_deterministic_kernels_are_asked_for(monkeypatch):
