@@ -52,7 +52,9 @@ def optimizers(device, monkeypatch):
 @pytest.fixture
 def runtime(device):
     AcceleratorState._reset_state(reset_partial_state=True)
-    yield start(RunConfig(device=device.type, precision="fp32"), env={})
+    started = start(RunConfig(device=device.type, precision="fp32"), env={})
+    yield started
+    started.close()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
