@@ -73,12 +73,12 @@ class ViewTable:
 
     def rows(self, rows: slice) -> "ViewTable":
         """Return the same for some of the samples."""
-
-        def of(value: Any) -> Any:
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value: Any = getattr(self, field.name)
             # What is not an array holds of all samples.
-            return value[rows] if isinstance(value, np.ndarray) else value
-
-        return ViewTable(**{field.name: of(getattr(self, field.name)) for field in fields(self)})
+            values[field.name] = value[rows] if np.ndim(value) else value
+        return ViewTable(**values)
 
 
 def draw_view(

@@ -100,6 +100,11 @@ class ReadAhead(Iterator[EncodedBatch]):
             replaced=content.replaced,
         )
 
+    @property
+    def pid(self) -> int:
+        """The process that reads."""
+        return self._process.pid
+
     def interrupt(self) -> None:
         """End the process, and let whoever waits for a batch raise ChannelClosed."""
         self._is_interrupted = True

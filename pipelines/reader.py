@@ -23,6 +23,8 @@ Encoded = npt.NDArray[np.uint8]
 # several shards a lane.
 _RECORDS_BYTES = 128 << 20
 _OPEN_SHARDS = 256
+# Reads that a thread is woken for. The threads that a small batch leaves over have those of the next one.
+_SHORTEST_RUN = 16
 # How long a shard that a cache has evicted may stay open. Asking at every batch cost a tenth of reading it.
 _KEPT_DELETED_S = 1.0
 
@@ -105,7 +107,7 @@ class Reader:
             _Wanted(place, self._open(shards[place]), images[place], offsets[place], checksums[place])
             for place in places
         ]
-        num_runs = max(1, min(self._num_threads, len(wanted)))
+        num_runs = max(1, min(self._num_threads, len(wanted) // _SHORTEST_RUN))
         bounds = [len(wanted) * run // num_runs for run in range(num_runs + 1)]
         runs = [wanted[begin:end] for begin, end in pairwise(bounds)]
         # An evicted shard is closed when the last read from it is done: only the runs may hold it.

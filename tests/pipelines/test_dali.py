@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nvidia.dali import fn, types
 from nvidia.dali.backend import TensorCPU
+from nvidia.dali.pipeline import pipeline_def
 
-from pipelines.dali import to_torch
+from pipelines.config import ViewConfig
+from pipelines.dali import Stages, _view, to_torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,3 +62,24 @@ def test_the_search_for_such_operators_finds_them():
     found = set(mixed_operators(ast.parse("fn.decoders.image_slice(x, device='mixed'); fn.a(x, device=d)")))
     assert found == {"image_slice", "a"}
     assert not set(mixed_operators(ast.parse("fn.decoders.image_random_crop(x, device='cpu')")))
+
+
+def test_the_graph_of_a_gpu_blurs_where_it_is_told_to():
+    """On the CPU's operators, which have the same names: whether DALI takes the graph, and what it does with it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 60, 60, 3), dtype=np.uint8)
+    stages = Stages(ViewConfig(jitter_p=0, grayscale_p=0), with_colors=True)
+    pipe = on_gpu_graph(stages, batch_size=4, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
+    pipe.build()
+    pipe.feed_input("images", pixels)
+    crops = [(0, 0, 60, 60, sigma) for sigma in (0.0, 1.5, 0.0, 0.5)]
+    pipe.feed_input("crop_0", np.array(crops, dtype=np.float32))
+    pipe.schedule_run()
+    [views] = pipe.outputs()
+    left_of_noise = [views.at(row).std() / pixels[row].std() for row in range(4)]
+    assert left_of_noise == pytest.approx([1.0, 0.2, 1.0, 0.6], abs=0.15)
+
+
+@pipeline_def(enable_conditionals=True)
+def on_gpu_graph(stages):
+    images = fn.external_source(name="images", ndim=3, dtype=types.UINT8, layout="HWC")
+    return _view(images, 60, stages, 0, on_gpu=True)
