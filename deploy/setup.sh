@@ -48,7 +48,7 @@ install_packages() {
     else
         fail "$missing; run as root: apt-get update && apt-get install -y --no-install-recommends $*"
     fi
-    say "installing the system packages $* ${as_root:+with sudo}"
+    say "installing the system packages $*${as_root:+ with sudo}"
     $as_root apt-get update -qq
     $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
