@@ -32,7 +32,12 @@ NUMBERED = {
     "torch": "2.14.0a0+b2c75dd062.nv26.9.68203377",
     "torchvision": "0.29.0a0+0fba2e84.nv26.9.68203377",
 }
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# NVIDIA's images bind every pip to the versions that they were built with.
+CONSTRAINTS = {"pillow": "12.3.0", "setuptools": "68.1.2"}
+BASE_ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "PIP_CONSTRAINT": "/etc/pip/constraint.txt",
+}
 # How this machine reaches package indexes; Docker has options of its own for it.
 NETWORK_VARIABLES = re.compile(r"(?i)(PIP|UV)_.*|.*_PROXY|SSL_CERT_\w+|\w+_CA_BUNDLE")
 NETWORK_FILES = ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs", "/etc/pip.conf")
@@ -113,7 +118,7 @@ class Image:
 
     base: str = ""
     arguments: dict[str, str] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=lambda: {"PATH": PATH})
+    environment: dict[str, str] = field(default_factory=lambda: dict(BASE_ENVIRONMENT))
     shell: list[str] = field(default_factory=lambda: ["/bin/sh", "-c"])
     folder: str = "/"
     user: str = "0"
@@ -358,9 +363,9 @@ def make_stand_in(folders: Folders, suite: str) -> None:
     where = ["--target", site, "--python-version", python.removeprefix("python"), "--constraint", constraints]
     run(uv, "pip", "install", "--quiet", "--only-binary", ":all:", *where, *brought)
     number_as_nvidia_does(site)
-    constraint = unfinished / "etc" / "pip" / "constraint.txt"
+    constraint = unfinished / BASE_ENVIRONMENT["PIP_CONSTRAINT"].lstrip("/")
     constraint.parent.mkdir()
-    constraint.write_text("pillow==1.0\n")
+    constraint.write_text("".join(f"{name}=={version}\n" for name, version in CONSTRAINTS.items()))
     old = unfinished / "usr" / "lib" / "python3" / "dist-packages" / "tqdm-4.60.0.egg-info"
     old.mkdir()
     (old / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: tqdm\nVersion: 4.60.0\n")

@@ -98,8 +98,8 @@ def test_instructions_change_what_later_ones_see(steps):
     assert image.labels == {"z": "12 w"}
     runs = [entry for entry in done if entry[0] == "run_instruction"]
     assert runs == [
-        ("run_instruction", "/", "0", {"PATH": rehearsal.PATH, "ONE": "1"}, "x"),
-        ("run_instruction", "/b/c", "7", {"PATH": "/p", "ONE": "1", "TWO": "12"}, "y"),
+        ("run_instruction", "/", "0", rehearsal.BASE_ENVIRONMENT | {"ONE": "1"}, "x"),
+        ("run_instruction", "/b/c", "7", rehearsal.BASE_ENVIRONMENT | {"PATH": "/p", "ONE": "1", "TWO": "12"}, "y"),
     ]
 
 
