@@ -47,74 +47,80 @@ def parts(device: str) -> list[Part]:
     return _on_a_gpu() if device == "cuda" else _on_a_cpu()
 
 
+WHOLE: Options = {"encoder": "resnet50", "size": 224, "queue": 65536, "precision": "bf16"}
+
+
+def _step(name: str, limit_s: float, **options: object) -> Part:
+    base = WHOLE | {"batch": 256, "compile": False, "rounds": 5}
+    return Part(name=f"step-{name}", kind="step", limit_s=limit_s, options=base | options)
+
+
+def _loader(name: str, **data: object) -> Part:
+    options = {"size": 224, "batch": 256, "seconds": 8, "data": data}
+    return Part(name=f"loader-{name}", kind="loader", limit_s=40, options=options)
+
+
+def _end_to_end(name: str, limit_s: float, **options: object) -> Part:
+    base = WHOLE | {"batch": 256, "compile": False, "policy": "none"}
+    return Part(name=f"end-to-end-{name}", kind="end_to_end", limit_s=limit_s, options=base | options)
+
+
+def _decode(name: str, load: float) -> Part:
+    options = {"batch": 256, "load": load, "seconds": 4.5}
+    return Part(name=f"decode-{name}", kind="decode_rate", limit_s=40, options=options)
+
+
+def _profile(name: str, limit_s: float, **options: object) -> Part:
+    return Part(name=f"profile-{name}", kind="profile", limit_s=limit_s, options=WHOLE | {"steps": 5} | options)
+
+
+def _tests(name: str, limit_s: float, *files: str, select: str = "") -> Part:
+    options = {"paths": [f"tests/gpu/test_{file}.py" for file in files], "select": select}
+    return Part(name=f"tests-{name}", kind="tests", limit_s=limit_s, options=options)
+
+
 def _on_a_gpu() -> list[Part]:
-    whole = {"encoder": "resnet50", "size": 224, "queue": 65536, "precision": "bf16"}
-
-    def step(name: str, limit_s: float, **options: object) -> Part:
-        base = whole | {"batch": 256, "compile": False, "rounds": 5}
-        return Part(name=f"step-{name}", kind="step", limit_s=limit_s, options=base | options)
-
-    def loader(name: str, **data: object) -> Part:
-        options = {"size": 224, "batch": 256, "seconds": 8, "data": data}
-        return Part(name=f"loader-{name}", kind="loader", limit_s=40, options=options)
-
-    def end_to_end(name: str, limit_s: float, **options: object) -> Part:
-        base = whole | {"batch": 256, "compile": False, "policy": "none", "seconds": 25}
-        return Part(name=f"end-to-end-{name}", kind="end_to_end", limit_s=limit_s, options=base | options)
-
-    def decode(name: str, load: float) -> Part:
-        options = {"batch": 256, "load": load, "seconds": 4.5}
-        return Part(name=f"decode-{name}", kind="decode_rate", limit_s=40, options=options)
-
-    def profile(name: str, limit_s: float, **options: object) -> Part:
-        return Part(name=f"profile-{name}", kind="profile", limit_s=limit_s, options=whole | {"steps": 5} | options)
-
-    both, short = ["loader", "step", "end_to_end"], {"stages": ["end_to_end"], "seconds": 6}
-
-    def tests(name: str, limit_s: float, *files: str, select: str = "") -> Part:
-        options = {"paths": [f"tests/gpu/test_{file}.py" for file in files], "select": select}
-        return Part(name=f"tests-{name}", kind="tests", limit_s=limit_s, options=options)
-
-    memory = whole | {"batches": [1024, 512, 256]}
+    both: Options = {"stages": ["loader", "step", "end_to_end"], "seconds": 12}
+    short: Options = {"stages": ["end_to_end"], "seconds": 6}
     return [
         Part(name="environment", kind="environment", limit_s=40),
         Part(name="data", kind="data", limit_s=90),
-        end_to_end("256", 75, seconds=20),
-        end_to_end("32", 60, batch=32, stages=both, seconds=12),
-        loader("engines-90", hw_decoder_load=0.9),
-        loader("engines-0", hw_decoder_load=0.0),
-        loader("engines-65", hw_decoder_load=0.65),
-        loader("engines-100", hw_decoder_load=1.0),
-        step("256-bf16", 60),
-        end_to_end("256-engines-65", 40, data={"hw_decoder_load": 0.65}, **short),
-        end_to_end("256-engines-90", 40, data={"hw_decoder_load": 0.9}, **short),
-        end_to_end("256-engines-100", 40, data={"hw_decoder_load": 1.0}, **short),
-        end_to_end("256-ordered", 40, ordered=True, **short),
-        end_to_end("32-ordered", 40, batch=32, ordered=True, **short),
-        decode("engines-100", 1.0),
-        decode("engines-90", 0.9),
-        decode("engines-0", 0.0),
+        _end_to_end("256", 75, seconds=20),
+        _end_to_end("32", 60, batch=32, **both),
+        _loader("engines-90", hw_decoder_load=0.9),
+        _loader("engines-0", hw_decoder_load=0.0),
+        _loader("engines-65", hw_decoder_load=0.65),
+        _loader("engines-100", hw_decoder_load=1.0),
+        _step("256-bf16", 60),
+        _end_to_end("256-engines-65", 40, data={"hw_decoder_load": 0.65}, **short),
+        _end_to_end("256-engines-90", 40, data={"hw_decoder_load": 0.9}, **short),
+        _end_to_end("256-engines-100", 40, data={"hw_decoder_load": 1.0}, **short),
+        _end_to_end("256-ordered", 40, ordered=True, **short),
+        _end_to_end("32-ordered", 40, batch=32, ordered=True, **short),
+        _decode("engines-100", 1.0),
+        _decode("engines-90", 0.9),
+        _decode("engines-0", 0.0),
         Part(name="host", kind="host", limit_s=50, options={"size": 224, "batches": [32, 256], "seconds": 4}),
-        tests("step", 100, "step", select="not compiled"),
-        tests("views", 90, "views"),
-        tests("world-and-apex", 90, "world_of_one", "apex"),
-        profile("beside-the-loader", 50, batch=256, beside=True),
+        _tests("step", 100, "step", select="not compiled"),
+        _tests("views", 90, "views"),
+        _tests("world-and-apex", 90, "world_of_one", "apex"),
+        _profile("beside-the-loader", 50, batch=256, beside=True),
         Part(name="jpeg-kinds", kind="jpeg_kinds", limit_s=90, options={"batch": 64, "rounds": 5}),
         Part(name="momentum", kind="momentum", limit_s=30, options={"encoder": "resnet50"}),
-        step("32-bf16", 40, batch=32),
-        end_to_end("256-compiled", 120, compile=True, stages=both, seconds=12),
-        end_to_end("32-graphs", 120, batch=32, cuda_graphs=True, stages=both, seconds=12),
-        step("256-bf16-compiled", 120, compile=True, only=["ours", "supervised"]),
-        profile("compiled", 60, batch=256, compile=True),
-        tests("compiled", 200, "step", select="compiled"),
-        tests("resume", 150, "resume"),
-        Part(name="memory", kind="memory", limit_s=90, options=memory),
-        loader("4-threads", num_threads=4),
-        loader("torch", backend="torch"),
-        step("256-fp32", 50, precision="fp32"),
-        end_to_end("256-virtual-groups", 60, policy="virtual", stages=["step"], seconds=6),
-        step("32-bf16-compiled", 100, batch=32, compile=True, only=["ours"]),
-        tests("demo", 200, "demo"),
+        _step("32-bf16", 40, batch=32),
+        _end_to_end("256-compiled", 120, compile=True, **both),
+        _end_to_end("32-graphs", 120, batch=32, cuda_graphs=True, **both),
+        _step("256-bf16-compiled", 120, compile=True, only=["ours", "supervised"]),
+        _profile("compiled", 60, batch=256, compile=True),
+        _tests("compiled", 200, "step", select="compiled"),
+        _tests("resume", 150, "resume"),
+        Part(name="memory", kind="memory", limit_s=90, options=WHOLE | {"batches": [1024, 512, 256]}),
+        _loader("4-threads", num_threads=4),
+        _loader("torch", backend="torch"),
+        _step("256-fp32", 50, precision="fp32"),
+        _end_to_end("256-virtual-groups", 60, policy="virtual", stages=["step"], seconds=6),
+        _step("32-bf16-compiled", 100, batch=32, compile=True, only=["ours"]),
+        _tests("demo", 200, "demo"),
     ]
 
 

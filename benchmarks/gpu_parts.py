@@ -84,7 +84,9 @@ def environment(job: Job) -> Outcome:
 
 def _packages() -> tuple[dict[str, str], list[str]]:
     """Versions of what is there, NVIDIA's libraries too, and names of what is not."""
-    found = {dist.name.lower(): dist.version for dist in importlib.metadata.distributions() if dist.name}
+    found = {
+        dist.name.lower().replace("_", "-"): dist.version for dist in importlib.metadata.distributions() if dist.name
+    }
     missing = [name for name in WANTED if name not in found]
     if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
         missing.append("nvidia-dali")
