@@ -42,7 +42,9 @@ class MemoryBank(nn.Module):
     """A key for every sample of the set, which follows the sample's queries by a momentum of its own (Wu et al. 2018).
 
     State dict: `keys` (num_samples, dim) float32, by dense sample number; random unit vectors at the start. Each batch
-    is told apart from `num_negatives` of them, drawn with replacement.
+    is told apart from `num_negatives` of them, drawn with replacement and shared by its queries: drawn for each query,
+    as InstDisc does, 65,536 keys of 128 numbers would be 32 MiB to gather per query. Loss and gradient are the same in
+    the mean.
     """
 
     keys: Tensor

@@ -48,7 +48,7 @@ def test_a_queue_contrasts_with_the_keys_that_it_holds():
     assert torch.equal(queue.keys[:3], keys)
 
 
-def test_a_bank_draws_its_negatives_from_all_samples_anew_each_time():
+def test_a_bank_draws_its_negatives_from_all_samples_each_time():
     bank = make_bank(num_samples=50, num_negatives=4000)
     queries, keys = unit(1, 3, 4), unit(2, 3, 4)
     torch.manual_seed(0)
@@ -56,6 +56,29 @@ def test_a_bank_draws_its_negatives_from_all_samples_anew_each_time():
     assert first != again
     expected = (queries @ bank.keys.T).mean()
     assert abs(first - expected) < 0.03
+
+
+def test_negatives_shared_by_a_batch_give_the_loss_and_gradient_of_negatives_drawn_for_each_query():
+    bank = make_bank(num_samples=200, num_negatives=64)
+    queries, keys = unit(1, 8, 4), unit(2, 8, 4)
+    torch.manual_seed(0)
+
+    def of_draw(contrast):
+        drawn = queries.clone().requires_grad_()
+        loss = contrast(drawn)
+        return torch.cat([loss.detach()[None], torch.autograd.grad(loss, drawn)[0].flatten()])
+
+    def shared(drawn):
+        return bank.contrast(drawn, keys, 0.2)[0]
+
+    def own(drawn):  # as in InstDisc's NCEAverage.py
+        return torch.stack([bank.contrast(drawn[row, None], keys[row, None], 0.2)[0] for row in range(8)]).mean()
+
+    of_shared, of_own = (torch.stack([of_draw(contrast) for _ in range(600)]) for contrast in (shared, own))
+    error = ((of_shared.var(0) + of_own.var(0)) / 600).sqrt()
+    assert ((of_shared.mean(0) - of_own.mean(0)).abs() < 5 * error).all()
+    # A query's own gradient varies as much, too; only the mean over the batch does more.
+    torch.testing.assert_close(of_shared[:, 1:].std(0).mean(), of_own[:, 1:].std(0).mean(), rtol=0.05, atol=0)
 
 
 def test_a_banks_keys_follow_their_samples_queries_by_the_momentum():

@@ -22,14 +22,16 @@ from timm.models.resnet import BasicBlock as TimmBlock
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
+from moco_fast.batchnorm import convert_batch_norm
 from moco_fast.dictionary import Batch
 from moco_fast.encoders import ENCODERS, build_encoder, sine_cosine_positions
 from moco_fast.keys import MomentumKeys
 from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.optim import build_optimizer
 from moco_fast.presets import PRESETS
+from moco_fast.queue import Queue
 from moco_fast.schedule import lr_at, momentum_at
-from moco_fast.shuffle import Together
+from moco_fast.shuffle import Together, build_policy
 from moco_fast.step import TrainStep
 from pipelines.batch import TwoViewBatch
 
@@ -164,18 +166,39 @@ V3_PRESET = PRESETS["moco-v3-resnet50"][1]
 V3_TINY = replace(V3_PRESET, model=replace(V3_PRESET.model, encoder="resnet10", dim=DIM, mlp_dim=MLP_DIM))
 
 
-def make_batch(step):
+def make_batch(step, batch=BATCH, side=32):
     generator = torch.Generator().manual_seed(step)
-    views = [torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator) for _ in range(2)]
-    return TwoViewBatch(view_q=views[0], view_k=views[1], index=torch.arange(BATCH), label=torch.full((BATCH,), -1))
+    views = [torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, generator=generator) for _ in range(2)]
+    return TwoViewBatch(view_q=views[0], view_k=views[1], index=torch.arange(batch), label=torch.full((batch,), -1))
+
+
+def in_float64(model, normalize):
+    """The encoder of a recipe, from seed 0, with all of its numbers in float64."""
+    torch.manual_seed(0)
+    encoder = build_encoder(model).double()
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in normalize)
+    encoder.pixel_scale, encoder.pixel_shift = 1 / (255 * std), -mean / std
+    return encoder
+
+
+def normalized(view, normalize):
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in normalize)
+    return (view.double() / 255 - mean) / std
+
+
+@pytest.fixture
+def resnet10(monkeypatch):
+    """A ResNet of ten layers, built as ENCODERS builds the others."""
+
+    def build():
+        return timm.models.ResNet(TimmBlock, (1, 1, 1, 1), num_classes=0, zero_init_last=False)
+
+    monkeypatch.setitem(ENCODERS, "resnet10", build)
 
 
 def our_training():
     """The parameters at the start, the losses, and the encoders after the last step; in float64."""
-    torch.manual_seed(0)
-    query = build_encoder(V3_TINY.model).double()
-    mean, std = (torch.tensor(values, dtype=torch.float64) for values in IMAGENET)
-    query.pixel_scale, query.pixel_shift = 1 / (255 * std), -mean / std
+    query = in_float64(V3_TINY.model, IMAGENET)
     start = copy.deepcopy(query.state_dict())
     key = copy_as_key_encoder(query)
     moco, optim = V3_TINY.moco, V3_TINY.optim
@@ -196,7 +219,7 @@ def our_training():
 
 
 def named(name):
-    """Our name of a parameter of torchvision's network with v3's projector in place of its classifier."""
+    """Our name of a parameter of torchvision's network, whose classifier is the authors' head."""
     return f"head.{name.removeprefix('fc.')}" if name.startswith("fc.") else f"backbone.{name}"
 
 
@@ -239,8 +262,7 @@ class AuthorsV3:
 
     def step(self, number):
         batch, epoch = make_batch(number), number / NUM_STEPS * 100  # of 100 epochs, 10 of them warm-up
-        mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in IMAGENET)
-        first, second = ((view.double() / 255 - mean) / std for view in (batch.view_q, batch.view_k))
+        first, second = (normalized(view, IMAGENET) for view in (batch.view_q, batch.view_k))
         momentum = 1 - 0.5 * (1 + math.cos(math.pi * epoch / 100)) * (1 - 0.99)
         queries = [self.predictor(self.base(images)) for images in (first, second)]
         with torch.no_grad():
@@ -273,8 +295,8 @@ def largest_difference(ours, theirs):
 
 
 @pytest.mark.slow
-def test_twenty_steps_of_v3_are_the_authors_with_their_start_and_their_lars(monkeypatch):
-    monkeypatch.setitem(ENCODERS, "resnet10", lambda: timm.models.ResNet(TimmBlock, (1, 1, 1, 1), num_classes=0))
+@pytest.mark.usefixtures("resnet10")
+def test_twenty_steps_of_v3_are_the_authors_with_their_start_and_their_lars():
     start, losses, query, key = our_training()
     authors = AuthorsV3(start)
     assert losses == pytest.approx([authors.step(number) for number in range(NUM_STEPS)], rel=1e-7)
@@ -282,3 +304,91 @@ def test_twenty_steps_of_v3_are_the_authors_with_their_start_and_their_lars(monk
     theirs_slow = {named(name): value for name, value in authors.momentum_base.named_parameters()}
     for ours, expected in ((query, theirs), (key, theirs_slow)):
         assert largest_difference(dict(ours.named_parameters()), expected) < 1e-6
+
+
+# The tiny demo: all of cifar10, with ten layers in place of 18, two samples in each of the eight groups, a short queue.
+DEMO_BATCH, DEMO_QUEUE, NUM_SPLITS = 16, 64, 8
+CIFAR_PRESET = PRESETS["cifar10"][1]
+CIFAR_TINY = replace(CIFAR_PRESET, model=replace(CIFAR_PRESET.model, encoder="resnet10", dim=DIM))
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """The demo's: sample n is of group n mod 8; running statistics are the mean of the groups'."""
+
+    def forward(self, inputs):
+        outputs, means, variances = torch.empty_like(inputs), [], []
+        for group in range(NUM_SPLITS):
+            part = inputs[group::NUM_SPLITS]
+            mean, variance = self.running_mean.clone(), self.running_var.clone()
+            outputs[group::NUM_SPLITS] = F.batch_norm(part, mean, variance, self.weight, self.bias, True, 0.1, 1e-5)
+            means.append(mean)
+            variances.append(variance)
+        self.running_mean.copy_(torch.stack(means).mean(0))
+        self.running_var.copy_(torch.stack(variances).mean(0))
+        return outputs
+
+
+class AuthorsDemo:
+    """The notebook's ModelMoCo and its SGD in float64. `order` says which of our samples is its n-th."""
+
+    def __init__(self, start, queue):
+        self.base = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=DIM, norm_layer=SplitBatchNorm)
+        self.base.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        self.base.maxpool = nn.Identity()
+        self.base.double()
+        with torch.no_grad():
+            for name, parameter in self.base.named_parameters():
+                if parameter.ndim > 1 or name == "fc.bias":
+                    parameter.copy_(start[named(name)])
+        self.slow = copy.deepcopy(self.base)
+        self.queue, self.pointer, self.velocity = queue.T.clone(), 0, {}
+
+    def step(self, batch, order, permutation, lr=0.06, decay=5e-4):
+        images = [normalized(view[order], CIFAR) for view in (batch.view_q, batch.view_k)]
+        queries = F.normalize(self.base(images[0]), dim=1)
+        with torch.no_grad():
+            for slow, fast in zip(self.slow.parameters(), self.base.parameters(), strict=True):
+                slow.copy_(slow * 0.99 + fast * (1 - 0.99))
+            keys = F.normalize(self.slow(images[1][permutation]), dim=1)[permutation.argsort()]
+        logits = torch.cat([(queries * keys).sum(1, keepdim=True), queries @ self.queue.clone()], dim=1) / 0.1
+        loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
+        self.queue[:, self.pointer : self.pointer + len(keys)] = keys.T
+        self.pointer = (self.pointer + len(keys)) % DEMO_QUEUE
+        parameters = dict(self.base.named_parameters())
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        with torch.no_grad():
+            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+                self.velocity[name] = 0.9 * self.velocity.get(name, 0) + gradient + decay * parameter
+                parameter -= lr * self.velocity[name]
+        return loss.item()
+
+
+@pytest.mark.usefixtures("resnet10")
+def test_steps_of_cifar10_are_the_demos_for_the_same_groups_and_permutation():
+    query = in_float64(CIFAR_TINY.model, CIFAR)
+    start = copy.deepcopy(query.state_dict())
+    convert_batch_norm(query, CIFAR_TINY.bn)
+    key = copy_as_key_encoder(query)
+    queue = Queue(DIM, DEMO_QUEUE, torch.Generator().manual_seed(0)).double()
+    authors = AuthorsDemo(start, queue.keys)
+    policy = build_policy(CIFAR_TINY.bn, batch_size=DEMO_BATCH, local_world_size=1)
+    moco, optim = CIFAR_TINY.moco, CIFAR_TINY.optim
+    step = TrainStep(
+        query=query,
+        keys=MomentumKeys(key, MomentumUpdate(query, key), policy, nullcontext),
+        dictionary=queue,
+        optimizer=build_optimizer(query, optim),
+        temperature=moco.temperature,
+    )
+    # Our groups are neighbors; in this order they are the demo's, and our way to deal keys out is this permutation.
+    order = torch.arange(DEMO_BATCH).view(NUM_SPLITS, -1).T.flatten()
+    for number in range(6):
+        batch = make_batch(number, DEMO_BATCH, 16)
+        loss = step([batch], lr=optim.lr, momentum=moco.momentum)["loss"].item()
+        assert loss == pytest.approx(authors.step(batch, order, order), rel=1e-9)
+    for ours, theirs in ((query, authors.base), (key, authors.slow)):
+        expected = {named(name): value for name, value in theirs.named_parameters()}
+        assert largest_difference(dict(ours.named_parameters()), expected) < 1e-8
+    for name, buffer in authors.base.named_buffers():
+        if "num_batches" not in name:
+            torch.testing.assert_close(query.state_dict()[f"backbone.{name}"], buffer, rtol=1e-9, atol=1e-12)
