@@ -240,11 +240,7 @@ def step(job: Job, *, rounds: int, only: list[str] | None = None, **setting: Any
     from alternating import alternate, claims_table, compare
     from step import Authors, Ours, Setting, Supervised
 
-    from moco_fast.runtime import allow_tf32
-
     device = torch.device(job.device)
-    # fp32 as a run computes it: torch alone lets convolutions use TF32.
-    allow_tf32(False)
     made = Setting(device=device, **setting)
     contestants = {"ours": Ours, "authors'": Authors, "supervised": Supervised}
     views = made.views()

@@ -30,6 +30,7 @@ from moco_fast.loss import feature_std, info_nce
 from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.optim import build_optimizer
 from moco_fast.queue import Queue
+from moco_fast.runtime import allow_tf32
 from moco_fast.shuffle import Exchange, Gather, Together
 from moco_fast.step import TrainStep
 from pipelines.batch import TwoViewBatch
@@ -57,6 +58,8 @@ class Setting:
 
     def build(self) -> tuple[Encoder, Encoder]:
         """A query encoder and its key encoder."""
+        # float32 as a run computes it: torch alone lets convolutions round.
+        allow_tf32(False)
         torch.manual_seed(0)
         query = build_encoder(ModelConfig(encoder=self.encoder)).to(self.device, memory_format=torch.channels_last)
         key = copy_as_key_encoder(query)

@@ -20,7 +20,7 @@ def test_the_gpus_tests_pass_and_meet_the_warnings():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.fake_cuda", "-p", "no:cacheprovider", "-m", "gpu"]
     command += ["-k", f"not ({LONG})", "tests/gpu"]
     env = os.environ | {"DEVICE": "cuda", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=550)
     assert done.returncode == 0, done.stdout
     assert "fake GPU: warned of the sync debug mode: True, of TF32: True, events: True" in done.stdout
 
