@@ -6,7 +6,7 @@ The stand-in is a plain Debian with torch, torchvision and DALI of requirements.
 NVIDIA's image: versions as NVIDIA numbers them (so that the packages' metadata contradict each other), an old numpy, a
 list of constraints, no apex, and packages of the system that pip cannot remove. An overlay of it takes what the
 Dockerfile's own instructions do. The commands of docs/docker.md then run in it as the Dockerfile's user, with a
-read-only root, caches and results on volumes, and /tmp mounted as Docker mounts it. No GPU has a part in it.
+read-only root, caches and results on volumes, and /tmp mounted as Docker mounts it. It needs no GPU.
 """
 
 import argparse
@@ -180,7 +180,7 @@ def identity(root: Path, user: str) -> str:
 
 
 def execute(folders: Folders, image: Image, command: list[str], mounts: str, environment: dict[str, str]) -> None:
-    """Run a command in the image, in name spaces of its own for mounts and processes.
+    """Run a command in the image, in mount and process namespaces of its own.
 
     Raises:
         ValueError: it fails.
@@ -338,7 +338,7 @@ def make_stand_in(folders: Folders, suite: str) -> None:
     folders.top.mkdir(parents=True, exist_ok=True)
     unfinished = folders.top / "unfinished"
     remove(unfinished)
-    # Whatever it mounts ends with its name space.
+    # Its mounts end with its namespace.
     bootstrap = ["debootstrap", "--variant=minbase", f"--include={SYSTEM_PACKAGES}", suite, str(unfinished)]
     log = folders.top / "debootstrap.log"
     try:

@@ -11,11 +11,11 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def without(monkeypatch):
-    """Make chosen modules look as if they were not installed."""
+    """Make chosen modules look as if they were not installed, and all others as if they were."""
 
     def hide(*names):
-        real = importlib.util.find_spec
-        monkeypatch.setattr(backends, "find_spec", lambda name: None if name in names else real(name))
+        spec = importlib.util.find_spec("json")
+        monkeypatch.setattr(backends, "find_spec", lambda name: None if name in names else spec)
 
     return hide
 
@@ -53,6 +53,7 @@ def test_an_unknown_backend_is_refused():
 
 
 def test_a_beton_is_for_ffcv_unless_there_is_a_gpu_or_no_ffcv(without):
+    without()
     assert choose("auto", device=CPU, size=32, is_beton=True) == ("ffcv", "the data is a .beton")
     assert choose("auto", device=GPU, size=32, is_beton=True)[0] == "dali"
     assert choose("auto", device=CPU, size=224, exact=True, is_beton=True)[0] == "torch"
