@@ -91,11 +91,22 @@ is_current() {
     [ -f "$stamp" ] && .venv/bin/python -c "$supported" 2>/dev/null && [ "$(fingerprint "$@")" = "$(cat "$stamp")" ]
 }
 
+has_headers='import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
+
+# What make-shards transcodes with has wheels for older versions only.
+builds_pyjpegio='import platform, sys; sys.exit(sys.version_info < (3, 14) or platform.machine() != "x86_64")'
+
 warn_if_disk_is_small() {
     free_kib=$(df -Pk . | awk 'NR == 2 { print $4 }')
     if [ ! -d .venv ] && [ "$free_kib" -lt 8000000 ]; then
         say "only $((free_kib / 1000000)) GB are free here, and the environment takes about 7" >&2
     fi
+}
+
+# install_headers WHAT_IS_BUILT: those of the environment's Python.
+install_headers() {
+    .venv/bin/python -c "$has_headers" ||
+        install_packages "$1 is built here, and $(.venv/bin/python -V) lacks its headers (Python.h)" python3-dev
 }
 
 make_environment() {
@@ -106,6 +117,10 @@ make_environment() {
         say "making .venv with $("$python" -V)"
         "$uv" venv $quiet --clear --no-python-downloads --python "$python" .venv
     fi
+    if .venv/bin/python -c "$builds_pyjpegio"; then
+        command -v g++ >/dev/null || install_packages "pyjpegio is built here, by a C++ compiler" g++
+        install_headers pyjpegio
+    fi
     say "installing the packages of requirements.lock: about 3 GB to download the first time, then about a minute"
     "$uv" pip install $quiet --python .venv --compile-bytecode --requirement requirements.lock
     # By path (compat): with setuptools' import hook, a folder shards/ where somebody works would hide the package.
@@ -114,16 +129,13 @@ make_environment() {
     say "done; to use the commands by name: . .venv/bin/activate"
 }
 
-has_headers='import os, sysconfig; raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'
-
 # FFCV has no wheel. Of OpenCV it uses two libraries, but its build names all of them: --as-needed leaves out the rest.
 add_ffcv() {
     if ! pkg-config --exists opencv4 libturbojpeg 2>/dev/null || ! command -v g++ >/dev/null; then
         install_packages "FFCV is built here, against OpenCV and libjpeg-turbo" \
             libopencv-dev libturbojpeg0-dev pkg-config g++
     fi
-    .venv/bin/python -c "$has_headers" ||
-        install_packages "FFCV is built here, and $(.venv/bin/python -V) lacks its headers (Python.h)" python3-dev
+    install_headers FFCV
     python=$(find_python)
     find_uv
     say "building FFCV"

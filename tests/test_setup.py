@@ -40,6 +40,8 @@ class Checkout:
         (self.root / "requirements-ffcv.lock").write_text("ffcv==1.0.2\n")
         (self.root / "pyproject.toml").write_text("[project]\n")
         self.tool("uv", FAKE_UV)
+        # What Python 3.14 needs for its one package without a wheel.
+        self.tool("g++", "#!/bin/sh\n")
         for program in PROGRAMS:
             (self.tools / program).symlink_to(shutil.which(program))
 
@@ -156,6 +158,28 @@ def test_names_the_command_that_brings_pip(checkout):
     result, _ = checkout.setup(PYTHON=str(bare))
     assert result.returncode == 1
     assert f"run: {bare} -m ensurepip --upgrade" in result.stderr
+
+
+def test_what_has_no_wheel_for_a_new_python_is_built_with_what_that_takes(checkout):
+    checkout.setup()
+    python = checkout.root / ".venv/bin/python"
+    python.unlink()
+    for name, has in (("g++", 1), ("python3-dev", 1), (None, 0)):
+        # Stands for 3.14: pyjpegio has no wheel, and headers are there or not.
+        answers = f'#!/bin/sh\ncase "$*" in *x86_64*) exit 0 ;; *Python.h*) exit {has} ;; esac\n'
+        python.write_text(f'{answers}exec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        (checkout.root / "requirements.lock").write_text(f"{name}\n")
+        (checkout.tools / "g++").unlink(missing_ok=True)
+        if name != "g++":
+            checkout.tool("g++", "#!/bin/sh\n")
+        result, calls = checkout.setup()
+        if name:
+            assert (result.returncode, calls) == (1, [])
+            assert "pyjpegio is built here" in result.stderr
+            assert f"install what your system calls {name} and try again" in result.stderr
+        else:
+            assert (result.returncode, calls) == (0, ["pip", "pip"]), result.stderr
 
 
 @pytest.fixture
