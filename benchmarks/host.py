@@ -20,7 +20,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from pipelines.config import VIEWS
-from pipelines.dali import Stages, inputs_of
+from pipelines.dali import inputs_of
 from pipelines.order import OrderPlan
 from pipelines.readahead import EncodedBatch, ReadAhead
 from pipelines.readahead_process import ReadingSpec
@@ -52,7 +52,7 @@ def open_reader(shards: ShardSet, batch: int) -> ReadAhead:
 def inputs(batch: EncodedBatch) -> dict[str, Any]:
     """What a pipeline on a GPU is fed with."""
     views = (VIEWS["moco-v2"].query, VIEWS["moco-v2"].key)
-    return inputs_of(batch, tuple(Stages(view, with_colors=True) for view in views), on_gpu=True)
+    return inputs_of(batch, tuple(view.blur_p > 0 for view in views), on_gpu=True)
 
 
 def open_pipeline(first: EncodedBatch) -> Pipeline:

@@ -4,7 +4,7 @@
     python benchmarks/loader.py --photos FILE.tar   # on photographs of your own, or --shards DIR
     python benchmarks/loader.py --only torch dali pil [--json FILE] [--plot FILE]
 
-`torch`, `dali`, `ffcv` and `exact` (the torch backend with torchvision's own colors) are ours. What a user would take
+`torch`, `dali`, `ffcv` and `linear` (the torch backend with `--views.color linear`) are ours. What a user would take
 instead: `pil` is what the authors' code does, PIL and torchvision's transforms in a DataLoader with a worker a
 CPU, to normalized float; `lightly` the same with lightly's MoCoV2Transform; `tv2` torchvision's v2 transforms on uint8
 tensors; `dali-stock` DALI with its random crop, blur and color operators. All read the same bytes from page cache.
@@ -222,9 +222,9 @@ def open_ours(name: str, options: Options) -> Opened:
     data = DataConfig(
         shards=shards,
         batch_size=options.batch_size,
-        backend="torch" if name == "exact" else name,
+        backend="torch" if name == "linear" else name,
     )
-    views = ViewsConfig(size=options.size, color="torchvision" if name == "exact" else "linear")
+    views = ViewsConfig(size=options.size, color="linear" if name == "linear" else "torchvision")
     loader = open_loader(data, views, seed=0, device=torch.device("cpu"))
     return endless(loader), loader.close
 
@@ -269,7 +269,7 @@ def claims_of(rates: dict[str, list[float]], size: int) -> list[Claim]:
             unit="samples/s",
             goal=goals.get((ours, theirs)),
         )
-        for ours in ("torch", "dali", "ffcv", "exact")
+        for ours in ("torch", "dali", "ffcv", "linear")
         if ours in rates
         for theirs in peers
     ]
@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--rounds", type=int, default=3)
-    every = ["torch", "dali", "ffcv", "exact", *VIEWS, "dali-stock"]
+    every = ["torch", "dali", "ffcv", "linear", *VIEWS, "dali-stock"]
     parser.add_argument("--only", nargs="+", choices=every, default=every)
     parser.add_argument("--json", type=Path, help="where to write the claims")
     parser.add_argument("--plot", type=Path, help="where to draw the rates")

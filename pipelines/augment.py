@@ -6,6 +6,7 @@ preview shows what training sees.
 """
 
 from dataclasses import dataclass, fields
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,18 @@ import numpy.typing as npt
 from pipelines.config import ViewConfig
 from pipelines.philox import philox4x64, uniform
 
-__all__ = ["KEY_VIEW", "LUMA", "QUERY_VIEW", "ViewTable", "color_matrix", "draw_view", "hue_map"]
+__all__ = [
+    "KEY_VIEW",
+    "LUMA",
+    "NUM_PLACES",
+    "QUERY_VIEW",
+    "Stage",
+    "ViewTable",
+    "color_chain",
+    "color_matrix",
+    "draw_view",
+    "hue_map",
+]
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -60,16 +72,19 @@ class ViewTable:
     """(n,) mirror left and right."""
     sigma: npt.NDArray[np.float32]
     """(n,) sigma of the Gaussian blur in pixels of the view; 0: none."""
-    matrix: npt.NDArray[np.float32]
-    """(n, 3, 4) color map in 0..255: `matrix[:, :3] @ rgb + matrix[:, 3]`, rounded and clamped."""
-    solarize: Bools
-    """(n,) invert all values of 128 and above."""
     factors: Floats
-    """(n, 4) what the matrix is made of: brightness, contrast, saturation (1: unchanged), hue shift in turns (0)."""
+    """(n, 4) of the jitter: brightness, contrast, saturation (1: unchanged), hue shift in turns (0: unchanged)."""
     jitter_order: Integers
     """(n, 4) in which the four are applied: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
     grayscale: Bools
     """(n,) drop color."""
+    grayscale_first: bool
+    """Drop color before the jitter instead of after it."""
+    matrix: npt.NDArray[np.float32] | None
+    """(n, 3, 4) linear color map in 0..255 that takes the place of jitter and grayscale: `matrix[:, :3] @ rgb +
+    matrix[:, 3]`, rounded and clamped. None: they are applied as torchvision does, one by one."""
+    solarize: Bools
+    """(n,) invert all values of 128 and above."""
 
     def rows(self, rows: slice) -> "ViewTable":
         """Return the same for some of the samples."""
@@ -90,7 +105,7 @@ def draw_view(
     index: Integers,
     width: Integers,
     height: Integers,
-    mean_rgb: Floats,
+    mean_rgb: Floats | None = None,
 ) -> ViewTable:
     """Draw the parameters of views for n samples: of one view, or of several in a call, which costs less.
 
@@ -102,7 +117,8 @@ def draw_view(
         index: (n,) dense sample numbers.
         width: (n,) of the images as decoded, in pixels.
         height: (n,).
-        mean_rgb: (n, 3) mean color of each image in 0..255 (128 where unknown): the pivot of contrast.
+        mean_rgb: (n, 3) mean color of each image in 0..255 (128 where unknown), to make the linear color map of it.
+            None: no map, the colors are torchvision's.
 
     The distributions are those of torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale and of the blur and
     solarization of MoCo v2 and v3.
@@ -115,19 +131,54 @@ def draw_view(
     factors = _factors(config, u, jitter)
     order = _PERMUTATIONS[(u[:, _ORDER] * len(_PERMUTATIONS)).astype(np.int64)]
     grayscale = u[:, _GRAYSCALE] < config.grayscale_p
-    matrix = color_matrix(factors, order, grayscale, mean_rgb, grayscale_first=config.grayscale_first)
+    matrix = None
+    if mean_rgb is not None:
+        matrix = color_matrix(factors, order, grayscale, mean_rgb, grayscale_first=config.grayscale_first)
     low, high = config.blur_sigma
     sigma = np.where(u[:, _BLUR] < config.blur_p, low + (high - low) * u[:, _SIGMA], 0.0)
     return ViewTable(
         box=_crop_boxes(config, u, np.asarray(width), np.asarray(height)),
         flip=u[:, _FLIP] < config.flip_p,
         sigma=sigma.astype(np.float32),
-        matrix=matrix.astype(np.float32),
-        solarize=u[:, _SOLARIZE] < config.solarize_p,
         factors=factors,
         jitter_order=order,
         grayscale=grayscale,
+        grayscale_first=config.grayscale_first,
+        matrix=None if matrix is None else matrix.astype(np.float32),
+        solarize=u[:, _SOLARIZE] < config.solarize_p,
     )
+
+
+class Stage(IntEnum):
+    """What a place of a color chain does to a pixel; the first four as in ViewTable.jitter_order."""
+
+    BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE, SOLARIZE, NOTHING = range(7)
+
+
+NUM_PLACES = 7
+"""Of a color chain: grayscale, the jitter's four, grayscale, solarize."""
+
+
+def color_chain(table: ViewTable) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Lay out jitter, grayscale and solarize as one chain per sample, for kernels that apply it pixel by pixel.
+
+    Returns:
+        (n, NUM_PLACES) Stage of each place and (n, NUM_PLACES) its factor; of hue, the shift in 0..255 as torchvision
+        has it for 8-bit images: 255ths of a turn, truncated. Jitter and grayscale are left out where `table.matrix`
+        takes their place.
+    """
+    num = len(table.solarize)
+    stages = np.full((num, NUM_PLACES), Stage.NOTHING, dtype=np.int32)
+    factors = np.ones((num, NUM_PLACES), dtype=np.float32)
+    stages[table.solarize, -1] = Stage.SOLARIZE
+    if table.matrix is None:
+        stages[table.grayscale, 0 if table.grayscale_first else 5] = Stage.GRAYSCALE
+        in_order = np.take_along_axis(table.factors, table.jitter_order, axis=1)
+        is_hue = table.jitter_order == Stage.HUE
+        changes = in_order != np.where(is_hue, 0.0, 1.0)
+        stages[:, 1:5] = np.where(changes, table.jitter_order, Stage.NOTHING)
+        factors[:, 1:5] = np.where(is_hue, np.trunc(255 * in_order) % 256, in_order)
+    return stages, factors
 
 
 def color_matrix(
@@ -143,8 +194,9 @@ def color_matrix(
         grayscale_first: drop color before the other four instead of after them.
 
     Returns:
-        (n, 3, 4) float64 in 0..255. Against torchvision's ColorJitter it differs by the pivot, by a linear hue, and by
-        clamping once at the end instead of after each stage.
+        (n, 3, 4) float64 in 0..255; the identity, bit for bit, where nothing is changed. Against torchvision's
+        ColorJitter it differs by the pivot (the photo's mean instead of the crop's), by a linear hue, and by clamping
+        once at the end instead of after each stage.
     """
     num = len(factors)
     chain = np.zeros((num, 3, 4))
@@ -169,7 +221,7 @@ def color_matrix(
 
 
 def hue_map(turns: Floats, mean_rgb: Floats) -> Floats:
-    """Give the linear map nearest to a shift of hue in HSV, for images of a given mean color.
+    """Give a linear map near to a shift of hue in HSV, for images of a given mean color.
 
     Args:
         turns: (n,) red toward green where positive.
@@ -177,14 +229,16 @@ def hue_map(turns: Floats, mean_rgb: Floats) -> Floats:
 
     Returns:
         (n, 3, 3). A shift of hue in HSV is linear within one sector of the hue circle. Where the mean color is
-        saturated, most pixels lie in its sector: its map is taken. Where it is gray the map is a rotation about the
-        gray axis, in between a mixture. Both keep gray. On photos this is nearly three times as near to HSV as the
-        usual rotation in YIQ (docs/data.md).
+        saturated and, before and after the shift, away from a sector's edge, most pixels lie in its sector: its map is
+        taken. Where it is gray or on an edge the map is a rotation about the gray axis, in between a mixture: so the
+        map is continuous in both arguments. Both keep gray. A shift by 0 is the identity, bit for bit.
     """
     high, low = mean_rgb.max(axis=1), mean_rgb.min(axis=1)
     saturation = (high - low) / np.maximum(high, 1e-6)
-    weight = np.minimum(1.0, 4 * saturation)[:, None, None]
-    return weight * _sector_map(turns, mean_rgb) + (1 - weight) * _gray_axis_rotation(turns)
+    sector_map, from_edge = _sector_map(turns, mean_rgb)
+    weight = np.minimum(1.0, np.minimum(4 * saturation, 20 * from_edge))[:, None, None]
+    mixed = weight * sector_map + (1 - weight) * _gray_axis_rotation(turns)
+    return np.where(turns[:, None, None] == 0, np.eye(3), mixed)
 
 
 def _gray_axis_rotation(turns: Floats) -> Floats:
@@ -192,8 +246,12 @@ def _gray_axis_rotation(turns: Floats) -> Floats:
     return _ONTO_GRAY + np.cos(angle) * (np.eye(3) - _ONTO_GRAY) + np.sin(angle) * _ACROSS_GRAY
 
 
-def _sector_map(turns: Floats, mean_rgb: Floats) -> Floats:
-    """Shift hue in HSV, as the linear map that holds between the mean's sector before and after the shift."""
+def _sector_map(turns: Floats, mean_rgb: Floats) -> tuple[Floats, Floats]:
+    """Shift hue in HSV, as the linear map that holds between the mean's sector before and after the shift.
+
+    Returns:
+        (n, 3, 3) and (n,) how far the mean's hue, before or after, is from the nearest edge, in sixths of a turn.
+    """
     rows = np.arange(len(turns))
     ranked = np.argsort(-mean_rgb, axis=1, kind="stable")
     sector = (ranked[:, None, :] == _SECTORS).all(axis=2).argmax(axis=1)
@@ -209,7 +267,8 @@ def _sector_map(turns: Floats, mean_rgb: Floats) -> Floats:
     hue_chroma: Floats = np.where(ascending, begin * chroma + rise, (begin + 1) * chroma - rise)
     shifted = hue_chroma + 6 * turns[:, None] * chroma
     mean_chroma = np.maximum((chroma * mean_rgb).sum(axis=1), 1e-6)
-    target = np.floor((shifted * mean_rgb).sum(axis=1) / mean_chroma).astype(np.int64)
+    before, after = ((hue * mean_rgb).sum(axis=1) / mean_chroma for hue in (hue_chroma, shifted))
+    target = np.floor(after).astype(np.int64)
     ascending = (target % 2 == 0)[:, None]
     begin = target[:, None].astype(np.float64)
     rise = np.where(ascending, shifted - begin * chroma, (begin + 1) * chroma - shifted)
@@ -217,7 +276,7 @@ def _sector_map(turns: Floats, mean_rgb: Floats) -> Floats:
     places = _SECTORS[target % 6]
     for rank, row in enumerate((largest, smallest + rise, smallest)):
         result[rows, places[:, rank]] = row
-    return result
+    return result, np.minimum(np.abs(before - np.rint(before)), np.abs(after - np.rint(after)))
 
 
 def _factors(config: ViewConfig, u: Floats, jitter: Bools) -> Floats:

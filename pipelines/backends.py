@@ -56,8 +56,6 @@ class Job:
     """The recipe of each view: which stages there can be. None: crop and resize only."""
     size: int
     """Height and width of a view."""
-    exact: bool = False
-    """Apply torchvision's color operations one by one."""
     max_batch: int
     """Samples in the largest batch."""
     device: torch.device
@@ -107,25 +105,18 @@ _NEEDS = {"dali": ("nvidia.dali",), "ffcv": ("ffcv", "numba"), "torch": ("cv2", 
 _HOW = {"ffcv": " (docs/data.md says how)"}
 
 
-def choose(
-    backend: str, *, device: torch.device, size: int, exact: bool = False, is_beton: bool = False
-) -> tuple[Backend, str]:
+def choose(backend: str, *, device: torch.device, size: int, is_beton: bool = False) -> tuple[Backend, str]:
     """Resolve `auto` into a backend, and say why in a few words.
 
     Args:
         backend: as in DataConfig.
         device: where the views shall be.
         size: height and width of a view.
-        exact: whether torchvision's color operations are asked for.
         is_beton: whether the data is a `.beton`.
 
     Raises:
         ValueError: no such backend, or one that cannot do what is asked, or what it needs is not installed.
     """
-    if exact and backend not in ("auto", "torch"):
-        raise ValueError(f"views.color torchvision cannot be done by {backend}: choose --data.backend torch")
-    if exact:
-        backend = "torch"
     if backend == "auto":
         return _choose_for(device, size, is_beton=is_beton)
     if backend not in BACKENDS:

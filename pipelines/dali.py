@@ -1,11 +1,12 @@
 """The DALI backend: encoded bytes and parameter tables in, views out. One definition for the CPU and the GPU.
 
-Stages, each with uint8 between them: decode, crop-and-resize (linear, antialiased; a reversed region is the flip),
-Gaussian blur, one affine color map with rounding and clamping, solarize. On the CPU OpenCV does the last two.
+DALI's stages, with uint8 between them: decode, crop-and-resize (linear, antialiased; a reversed region is the flip),
+Gaussian blur. Colors follow in place: on a GPU by two kernels of ours, on the CPU by OpenCV.
 """
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -20,15 +21,14 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from pipelines.augment import ViewTable
 from pipelines.backends import Job, Made
 from pipelines.channel import Channel, ChannelClosed
-from pipelines.config import ViewConfig
-from pipelines.pixels import recolor
+from pipelines.colors import recolor
 from pipelines.readahead import EncodedBatch, ReadAhead
 from pipelines.readahead_process import ReadingSpec
 from pipelines.reader import DamagedSampleError, name_sample
 from pipelines.samples import Steps
 from shards.manifest import Manifest
 
-__all__ = ["DaliViews", "Stages", "blur_kernels", "colors_in_graph", "inputs_of", "size_hints", "to_torch"]
+__all__ = ["DaliViews", "blur_kernels", "inputs_of", "size_hints", "to_torch"]
 
 # DALI makes its operators and type names at run time: their stubs know half of what works.
 fn: Any = untyped_fn
@@ -37,25 +37,9 @@ types: Any = untyped_types
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
+_Recolor = Callable[[tuple[torch.Tensor, ...], tuple[ViewTable, ...]], None]
+
 _MOST_HINTED_BYTES = 2 << 30
-
-
-class Stages:
-    """Which stages a view's graph needs after the resize."""
-
-    def __init__(self, config: ViewConfig | None, *, with_colors: bool) -> None:
-        jitters = config is not None and (config.jitter_p > 0 or config.grayscale_p > 0)
-        self.blur = config is not None and config.blur_p > 0
-        self.color = with_colors and jitters
-        self.solarize = with_colors and config is not None and config.solarize_p > 0
-
-
-def colors_in_graph(device: torch.device) -> bool:
-    """Whether DALI's own operators apply colors and solarize, too.
-
-    Not on the CPU: they take as long there as decoding does (benchmarks/loader.py), OpenCV a tenth of it.
-    """
-    return device.type == "cuda"
 
 
 class DaliViews:
@@ -68,8 +52,8 @@ class DaliViews:
 
     def __init__(self, job: Job, steps: Steps) -> None:
         self._job = job
-        self._with_colors = colors_in_graph(job.device)
-        self._stages = tuple(Stages(view, with_colors=self._with_colors) for view in job.views)
+        self._blurs = tuple(view is not None and view.blur_p > 0 for view in job.views)
+        self._recolor = _recoloring_on_gpu(job.device) if job.device.type == "cuda" else _recolor_on_cpu
         self._batches = ReadAhead(
             ReadingSpec(
                 shards=job.shards,
@@ -100,7 +84,7 @@ class DaliViews:
         try:
             # The first `schedule_run` starts as many runs as DALI's queue is long: there must be input for all of them.
             under_way = deque(islice(self._batches, self._job.prefetch))
-            pipe = _build(self._stages, self._job, depth=len(under_way)) if under_way else None
+            pipe = _build(self._blurs, self._job, depth=len(under_way)) if under_way else None
             if pipe is not None:
                 for batch in under_way:
                     self._feed(pipe, batch)
@@ -123,8 +107,7 @@ class DaliViews:
                 pipe.schedule_run()
                 under_way.append(batch)
             views = tuple(to_torch(view.as_tensor()) for view in outputs)
-            if not self._with_colors:
-                _recolor(views, done.tables)
+            self._recolor(views, done.tables)
             channels_last = tuple(view.permute(0, 3, 1, 2) for view in views)
             self._out.put(Made(samples=done.samples, labels=done.labels, views=channels_last, replaced=done.replaced))
 
@@ -143,7 +126,7 @@ class DaliViews:
             raise
 
     def _feed(self, pipe: Pipeline, batch: EncodedBatch) -> None:
-        for name, data in inputs_of(batch, self._stages, on_gpu=self._job.device.type == "cuda").items():
+        for name, data in inputs_of(batch, self._blurs, on_gpu=self._job.device.type == "cuda").items():
             pipe.feed_input(name, data)
 
 
@@ -158,16 +141,33 @@ def to_torch(output: Any) -> torch.Tensor:
     return torch.from_dlpack(output.__dlpack__(stream=-1))
 
 
-def _recolor(views: tuple[torch.Tensor, ...], tables: tuple[ViewTable, ...]) -> None:
+def _recolor_on_cpu(views: tuple[torch.Tensor, ...], tables: tuple[ViewTable, ...]) -> None:
     for view, table in zip(views, tables, strict=True):
         for row, pixels in enumerate(view.numpy()):
             recolor(table, row, pixels)
 
 
-def _build(stages: tuple[Stages, ...], job: Job, *, depth: int) -> Pipeline:
+def _recoloring_on_gpu(device: torch.device) -> "_Recolor":
+    from pipelines.color_kernels import recolor_batch
+
+    # Of high priority: the kernels of the training step would keep these waiting.
+    stream = torch.cuda.Stream(device, priority=-1)
+
+    def recolor_on_gpu(views: tuple[torch.Tensor, ...], tables: tuple[ViewTable, ...]) -> None:
+        with torch.cuda.stream(stream):
+            recolor_batch(views, tables)
+            done = torch.cuda.Event(blocking=True)
+            done.record(stream)
+        # This thread waits, as it does for DALI's part, so that no stream and no other thread has to.
+        done.synchronize()
+
+    return recolor_on_gpu
+
+
+def _build(blurs: tuple[bool, ...], job: Job, *, depth: int) -> Pipeline:
     on_gpu = job.device.type == "cuda"
     pipe = _views(
-        stages,
+        blurs,
         job.size,
         "mixed" if on_gpu else "cpu",
         {"hw_decoder_load": job.hw_decoder_load, **size_hints(job.shards.manifest, job.max_batch)},
@@ -217,7 +217,7 @@ def _decoded(decoder: str) -> Any:
 
 
 @pipeline_def(enable_conditionals=True)
-def _views(stages: tuple[Stages, ...], size: int, decoder: str, decoding: dict[str, Any]) -> tuple[Any, ...]:
+def _views(blurs: tuple[bool, ...], size: int, decoder: str, decoding: dict[str, Any]) -> tuple[Any, ...]:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
     # The packer has turned the pixels already, and the boxes are in stored coordinates.
     images = fn.decoders.image(
@@ -229,10 +229,10 @@ def _views(stages: tuple[Stages, ...], size: int, decoder: str, decoding: dict[s
         **decoding,
     )
     on_gpu = decoder == "mixed"
-    return tuple(_view(images, size, view, number, on_gpu=on_gpu) for number, view in enumerate(stages))
+    return tuple(_view(images, size, number, blurs=each, on_gpu=on_gpu) for number, each in enumerate(blurs))
 
 
-def _view(images: Any, size: int, stages: Stages, number: int, *, on_gpu: bool) -> Any:
+def _view(images: Any, size: int, number: int, *, blurs: bool, on_gpu: bool) -> Any:
     def given(name: str, dtype: Any, ndim: int) -> Any:
         return fn.external_source(name=f"{name}_{number}", dtype=dtype, ndim=ndim)
 
@@ -245,7 +245,7 @@ def _view(images: Any, size: int, stages: Stages, number: int, *, on_gpu: bool) 
         interp_type=types.INTERP_LINEAR,
         antialias=True,
     )
-    if stages.blur:
+    if blurs:
         # DALI turns an `if` over a parameter into a split and a merge of the batch.
         sigma = crop[4]
         if on_gpu:
@@ -256,42 +256,31 @@ def _view(images: Any, size: int, stages: Stages, number: int, *, on_gpu: bool) 
             row, column = given("row", types.FLOAT, 2), given("column", types.FLOAT, 2)
             if sigma > 0:
                 view = fn.filter(fn.filter(view, row), column)
-    if stages.color:
-        view = fn.coord_transform(
-            view, M=given("linear", types.FLOAT, 2), T=given("shift", types.FLOAT, 1), dtype=types.UINT8
-        )
-    if stages.solarize:
-        inverted = (view >= 128) & given("solarize", types.BOOL, 0)
-        view = view ^ (inverted * types.Constant(255, dtype=types.UINT8))
     return view
 
 
-def inputs_of(batch: EncodedBatch, stages: tuple[Stages, ...], *, on_gpu: bool) -> dict[str, Any]:
+def inputs_of(batch: EncodedBatch, blurs: tuple[bool, ...], *, on_gpu: bool) -> dict[str, Any]:
     """What the graph is fed with, by name: the encoded images, and a few arrays for each view.
 
     As few as there can be: feeding one holds the interpreter for some 13 us, whatever is in it. The images are wrapped
     here, for DALI takes half as long again to find out what each array is.
     """
     inputs: dict[str, Any] = {"encoded": [TensorCPU(image) for image in batch.encoded]}
-    for number, (of_view, table) in enumerate(zip(stages, batch.tables, strict=True)):
-        inputs |= {f"{name}_{number}": data for name, data in _inputs(of_view, table, on_gpu=on_gpu).items()}
+    for number, (has_blur, table) in enumerate(zip(blurs, batch.tables, strict=True)):
+        of_view = _inputs(table, has_kernels=has_blur and not on_gpu)
+        inputs |= {f"{name}_{number}": data for name, data in of_view.items()}
     return inputs
 
 
-def _inputs(stages: Stages, table: ViewTable, *, on_gpu: bool) -> dict[str, Any]:
+def _inputs(table: ViewTable, *, has_kernels: bool) -> dict[str, Any]:
     box = table.box.astype(np.float32)
     x, y, right, bottom = box[:, 0], box[:, 1], box[:, 0] + box[:, 2], box[:, 1] + box[:, 3]
     left, right = np.where(table.flip, right, x), np.where(table.flip, x, right)
     inputs: dict[str, Any] = {"crop": np.stack((y, left, bottom, right, table.sigma), axis=1)}
-    if stages.blur and not on_gpu:
+    if has_kernels:
         kernels = blur_kernels(table.sigma)
         inputs["row"] = [kernel[None, :] for kernel in kernels]
         inputs["column"] = [kernel[:, None] for kernel in kernels]
-    if stages.color:
-        inputs["linear"] = np.ascontiguousarray(table.matrix[:, :, :3])
-        inputs["shift"] = np.ascontiguousarray(table.matrix[:, :, 3])
-    if stages.solarize:
-        inputs["solarize"] = table.solarize
     return inputs
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.augment import ViewTable
+from pipelines.augment import NUM_PLACES, ViewTable, color_chain
 from pipelines.backends import Job, Made
 from pipelines.channel import Channel, ChannelClosed
 from pipelines.ffcv_kernels import crc32c, decode, render
@@ -192,14 +192,17 @@ def _rows(records: npt.NDArray[np.void], tables: tuple[ViewTable, ...]) -> npt.N
     """What FFCV hands to the operation as its field's metadata: where each image is, and what is done to its views."""
     num = len(tables)
     fields: list[Any] = [("data_ptr", "<u8"), ("size", "<i8"), ("crc32c", "<u4"), ("width", "<i4"), ("height", "<i4")]
-    fields += [("box", "<i4", (num, 4)), ("flip", "u1", (num,)), ("solarize", "u1", (num,))]
-    fields += [("sigma", "<f4", (num,)), ("matrix", "<f4", (num, 3, 4))]
+    fields += [("box", "<i4", (num, 4)), ("flip", "u1", (num,)), ("sigma", "<f4", (num,))]
+    fields += [("matrix", "<f4", (num, 3, 4))]
+    fields += [("stages", "<i4", (num, NUM_PLACES)), ("factors", "<f4", (num, NUM_PLACES))]
     rows = np.zeros(len(records), dtype=[("f0", fields)])
     row = rows["f0"]
     row["data_ptr"] = records["offset"]
     for name in ("size", "crc32c", "width", "height"):
         row[name] = records[name]
     for view, table in enumerate(tables):
-        for name in ("box", "flip", "solarize", "sigma", "matrix"):
+        for name in ("box", "flip", "sigma"):
             row[name][:, view] = getattr(table, name)
+        row["matrix"][:, view] = np.eye(3, 4) if table.matrix is None else table.matrix
+        row["stages"][:, view], row["factors"][:, view] = color_chain(table)
     return rows

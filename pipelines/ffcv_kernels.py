@@ -1,6 +1,7 @@
 """What FFCV's compiled code does to one image: check its bytes, decode it, cut and color a view of it.
 
-Compiled by numba. All stages of a view are in float32, rounded once at the end.
+Compiled by numba. A view is resized and blurred in float32 and then rounded once; torchvision's color operations give
+whole numbers from whole numbers.
 """
 
 import ctypes
@@ -9,15 +10,21 @@ from typing import Any
 import numpy as np
 from google_crc32c import _crc32c  # pyright: ignore[reportAttributeAccessIssue, reportMissingImports]
 
+from pipelines.augment import NUM_PLACES, Stage
 from pipelines.ffcv_library import libffcv, numba
 
-__all__ = ["crc32c", "decode", "render"]
+__all__ = ["apply_chain", "crc32c", "decode", "render"]
 
 compiled: Any = numba.njit(nogil=True, fastmath=True, error_model="numpy")
 # Kept on disk: functions that call into C cannot be.
 compiled_once: Any = numba.njit(nogil=True, fastmath=True, error_model="numpy", cache=True)
 
+# Rounds every operation as it is written: whole numbers stay whole.
+compiled_exactly: Any = numba.njit(nogil=True, error_model="numpy", cache=True)
+
 _RGB = 0
+_BRIGHTNESS, _CONTRAST, _SATURATION = Stage.BRIGHTNESS.value, Stage.CONTRAST.value, Stage.SATURATION.value
+_HUE, _GRAYSCALE, _SOLARIZE = Stage.HUE.value, Stage.GRAYSCALE.value, Stage.SOLARIZE.value
 
 # FFCV's own `imdecode` takes the fast and inexact DCT, and says nothing of damage: libjpeg-turbo, which its library is
 # linked to, is called directly.
@@ -65,23 +72,109 @@ def render(image, row, view, out):
         _mirror(pixels)
     if row["sigma"][view] > 0:
         _blur(pixels, row["sigma"][view])
-    matrix = row["matrix"]
-    solarize = row["solarize"][view] != 0
-    m00, m01, m02, m03 = matrix[view, 0, 0], matrix[view, 0, 1], matrix[view, 0, 2], matrix[view, 0, 3]
-    m10, m11, m12, m13 = matrix[view, 1, 0], matrix[view, 1, 1], matrix[view, 1, 2], matrix[view, 1, 3]
-    m20, m21, m22, m23 = matrix[view, 2, 0], matrix[view, 2, 1], matrix[view, 2, 2], matrix[view, 2, 3]
-    for i in range(size):
-        for j in range(size):
-            r, g, b = pixels[i, 3 * j], pixels[i, 3 * j + 1], pixels[i, 3 * j + 2]
-            out[i, j, 0] = _finish(m00 * r + m01 * g + m02 * b + m03, solarize)
-            out[i, j, 1] = _finish(m10 * r + m11 * g + m12 * b + m13, solarize)
-            out[i, j, 2] = _finish(m20 * r + m21 * g + m22 * b + m23, solarize)
+    planes = np.empty((3, size * size), np.float32)
+    _apply_matrix(pixels.reshape(size * size, 3), row["matrix"][view], planes)
+    apply_chain(planes, row["stages"][view], row["factors"][view])
+    for channel in range(3):
+        out[:, :, channel] = planes[channel].reshape(size, size)
 
 
 @compiled_once
-def _finish(value, solarize):
-    rounded = np.uint8(min(max(value, np.float32(0)), np.float32(255)) + np.float32(0.5))
-    return np.uint8(255) - rounded if solarize and rounded >= 128 else rounded
+def _apply_matrix(pixels, matrix, planes):
+    """Map pixels, (n, 3), by a (3, 4) matrix, round and clamp them into planes, (3, n)."""
+    for channel in range(3):
+        m0, m1, m2, m3 = matrix[channel]
+        for k in range(len(pixels)):
+            value = m0 * pixels[k, 0] + m1 * pixels[k, 1] + m2 * pixels[k, 2] + m3
+            planes[channel, k] = np.floor(min(max(value, np.float32(0)), np.float32(255)) + np.float32(0.5))
+
+
+@compiled_exactly
+def apply_chain(planes, stages, factors):
+    """Apply a color chain (pipelines.augment.color_chain) as Pillow computes it; whole numbers in (3, n) float32."""
+    for place in range(NUM_PLACES):
+        stage, factor = stages[place], factors[place]
+        if stage == _BRIGHTNESS:
+            for channel in range(3):
+                _blend(planes[channel], np.float32(0), factor)
+        elif stage == _CONTRAST:
+            pivot = np.float32(_mean_gray(planes))
+            for channel in range(3):
+                _blend(planes[channel], pivot, factor)
+        elif stage == _SATURATION:
+            _saturate(planes[0], planes[1], planes[2], factor)
+        elif stage == _HUE:
+            _shift_hue(planes[0], planes[1], planes[2], factor)
+        elif stage == _GRAYSCALE:
+            _saturate(planes[0], planes[1], planes[2], np.float32(0))
+        elif stage == _SOLARIZE:
+            for channel in range(3):
+                values = planes[channel]
+                for k in range(values.size):
+                    values[k] = values[k] if values[k] < 128 else np.float32(255) - values[k]
+
+
+@compiled_exactly
+def _mix(origin, value, factor):
+    mixed = origin + factor * (value - origin)
+    return np.floor(min(max(mixed, np.float32(0)), np.float32(255)))
+
+
+@compiled_exactly
+def _blend(values, origin, factor):
+    for k in range(values.size):
+        values[k] = _mix(origin, values[k], factor)
+
+
+@compiled_exactly
+def _gray(r, g, b):
+    return (np.int32(r) * np.int32(19595) + np.int32(g) * np.int32(38470) + np.int32(b) * np.int32(7471) + 0x8000) >> 16
+
+
+@compiled_exactly
+def _mean_gray(planes):
+    total = 0
+    for k in range(planes.shape[1]):
+        total += _gray(planes[0, k], planes[1, k], planes[2, k])
+    return int(total / planes.shape[1] + 0.5)
+
+
+@compiled_exactly
+def _saturate(red, green, blue, factor):
+    for k in range(red.size):
+        r, g, b = red[k], green[k], blue[k]
+        gray = np.float32(_gray(r, g, b))
+        red[k], green[k], blue[k] = _mix(gray, r, factor), _mix(gray, g, factor), _mix(gray, b, factor)
+
+
+@compiled_exactly
+def _shift_hue(red, green, blue, steps):
+    """To Pillow's 8-bit HSV, on by so many of 256 steps of hue, and back."""
+    one, full = np.float32(1), np.float32(255)
+    for k in range(red.size):
+        r, g, b = red[k], green[k], blue[k]
+        high, low = max(r, g, b), min(r, g, b)
+        chroma = high - low
+        safe = max(chroma, one)
+        r_away, g_away, b_away = (high - r) / safe, (high - g) / safe, (high - b) / safe
+        not_red = np.float32(2) + r_away - b_away if g == high else np.float32(4) + g_away - r_away
+        sixths = b_away - g_away if r == high else not_red
+        turns = sixths / np.float32(6) + one
+        hue = np.floor((turns - np.floor(turns)) * full) + steps
+        hue = (hue - np.float32(256) if hue >= 256 else hue) * np.float32(6) / full
+        saturation = np.floor(chroma * full / max(high, one)) / full
+        red[k] = _channel(hue, np.float32(5), high, saturation)
+        green[k] = _channel(hue, np.float32(3), high, saturation)
+        blue[k] = _channel(hue, one, high, saturation)
+
+
+@compiled_exactly
+def _channel(hue, offset, value, saturation):
+    """A channel of an HSV color, hue in sixths of a turn: red is farthest from its full value at 5 - 2, and so on."""
+    along = offset + hue
+    along = along - np.float32(6) * np.floor(along / np.float32(6))
+    share = max(np.float32(0), min(min(along, np.float32(4) - along), np.float32(1)))
+    return np.floor(value * (np.float32(1) - saturation * share) + np.float32(0.5))
 
 
 @compiled_once

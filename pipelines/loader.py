@@ -244,17 +244,13 @@ def open_loader(
     )
     check_ranks(data.batch_size, world_size)
     shards = cache_for_training(shards, data, plan, world_size=world_size, local_world_size=local_world_size)
-    exact = views.color == "torchvision"
-    name, reason = choose(
-        data.backend, device=device, size=views.size, exact=exact, is_beton=isinstance(shards, BetonSet)
-    )
+    name, reason = choose(data.backend, device=device, size=views.size, is_beton=isinstance(shards, BetonSet))
     load, engines = choose_decoding(name, data, device)
     job = Job(
         shards=shards,
         draw=partial(draw_training, views=views, seed=seed),
         views=(views.query, views.key),
         size=views.size,
-        exact=exact,
         max_batch=data.batch_size // world_size,
         device=device,
         num_threads=choose_num_threads(name, data.num_threads, device=device, local_world_size=local_world_size),
@@ -324,7 +320,6 @@ def _open_streamed(
         draw=partial(draw_training, views=views, seed=seed),
         views=(views.query, views.key),
         size=views.size,
-        exact=views.color == "torchvision",
         skip=data.on_bad_sample == "skip",
         num_samples=data.batch_size // world_size,
     )
@@ -415,14 +410,12 @@ def make_views(
     device: torch.device = _CPU,
 ) -> tuple[torch.Tensor, ...]:
     """Make the query and the key views of chosen samples as a run would: (n, 3, S, S) uint8 each, on the device."""
-    exact = views.color == "torchvision"
-    name, _ = choose(backend, device=device, size=views.size, exact=exact, is_beton=isinstance(shards, BetonSet))
+    name, _ = choose(backend, device=device, size=views.size, is_beton=isinstance(shards, BetonSet))
     job = Job(
         shards=shards,
         draw=partial(draw_training, views=views, seed=seed),
         views=(views.query, views.key),
         size=views.size,
-        exact=exact,
         max_batch=len(samples),
         device=device,
         num_threads=1,

@@ -77,9 +77,11 @@ def draw_training(
     epoch: int | Indices, samples: Indices, records: npt.NDArray[np.void], *, views: ViewsConfig, seed: int
 ) -> tuple[ViewTable, ViewTable]:
     """Draw both views of samples whose index records are given; `epoch` is that of all, or (n,)."""
-    known = (records["flags"] & Flag.HAS_MEAN_RGB) != 0
-    mean_rgb = np.where(known[:, None], records["mean_rgb"], 128).astype(np.float64)
     width, height = records["width"].astype(np.int64), records["height"].astype(np.int64)
+    mean_rgb = None
+    if views.color == "linear":
+        known = (records["flags"] & Flag.HAS_MEAN_RGB) != 0
+        mean_rgb = np.where(known[:, None], records["mean_rgb"], 128).astype(np.float64)
 
     def draw(config: ViewConfig, *which: int) -> ViewTable:
         num = len(which)
@@ -91,7 +93,7 @@ def draw_training(
             index=np.tile(samples, num),
             width=np.tile(width, num),
             height=np.tile(height, num),
-            mean_rgb=np.tile(mean_rgb, (num, 1)),
+            mean_rgb=None if mean_rgb is None else np.tile(mean_rgb, (num, 1)),
         )
 
     if views.query != views.key:
@@ -108,16 +110,16 @@ def draw_central(
     width, height = records["width"].astype(np.int64), records["height"].astype(np.int64)
     side = np.maximum(1, np.rint(crop * np.minimum(width, height)).astype(np.int64))
     num = len(side)
-    identity = np.concatenate((np.eye(3), np.zeros((3, 1))), axis=1)
     table = ViewTable(
         box=np.stack(((width - side) // 2, (height - side) // 2, side, side), axis=1).astype(np.int32),
         flip=np.zeros(num, dtype=np.bool_),
         sigma=np.zeros(num, dtype=np.float32),
-        matrix=np.broadcast_to(identity.astype(np.float32), (num, 3, 4)),
-        solarize=np.zeros(num, dtype=np.bool_),
         factors=np.broadcast_to(np.array([1.0, 1.0, 1.0, 0.0]), (num, 4)),
         jitter_order=np.broadcast_to(np.arange(4), (num, 4)),
         grayscale=np.zeros(num, dtype=np.bool_),
+        grayscale_first=False,
+        matrix=None,
+        solarize=np.zeros(num, dtype=np.bool_),
     )
     return (table,)
 

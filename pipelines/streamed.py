@@ -29,7 +29,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipelines.backends import Made
 from pipelines.config import ViewConfig
-from pipelines.pixels import Pixels, decode, render, render_as_torchvision
+from pipelines.pixels import Pixels, decode, render
 from pipelines.reader import DamagedSampleError
 from pipelines.samples import Draw
 from shards.index import RECORD, Flag
@@ -87,8 +87,6 @@ class StreamSpec:
     views: tuple[ViewConfig | None, ...]
     size: int
     """Height and width of a view."""
-    exact: bool
-    """Apply torchvision's color operations one by one."""
     skip: bool
     """Leave out images that cannot be decoded, instead of ending."""
     num_samples: int
@@ -204,11 +202,8 @@ class _Batches(IterableDataset[_Batch]):
         for row in range(len(numbers)):
             image, labels[row] = self._next_good(samples, left_out)
             tables = spec.draw(self._place.epoch, numbers[row : row + 1], _record(image))
-            for out, table, view in zip(views, tables, spec.views, strict=True):
-                if spec.exact and view is not None:
-                    render_as_torchvision(image, table, 0, out[row], grayscale_first=view.grayscale_first)
-                else:
-                    render(image, table, 0, out[row])
+            for out, table in zip(views, tables, strict=True):
+                render(image, table, 0, out[row])
         channels_last = tuple(torch.from_numpy(view).permute(0, 3, 1, 2) for view in views)
         return torch.from_numpy(labels), channels_last, tuple(left_out)
 

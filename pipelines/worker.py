@@ -40,8 +40,6 @@ class WorkerSpec:
     """Height and width of a view."""
     views: tuple[ViewConfig | None, ...]
     """The recipe of each view."""
-    exact: bool
-    """Apply torchvision's operations one by one."""
     skip: bool
     """Replace samples that are damaged, instead of failing."""
 
@@ -159,7 +157,7 @@ class _Begun:
 
 def _fill(begun: _Begun, spec: WorkerSpec, arrays: SlotArrays) -> tuple[str, ...]:
     """Do a task; give what was wrong with samples that were replaced."""
-    from pipelines.pixels import decode, render, render_as_torchvision
+    from pipelines.pixels import decode, render
 
     if isinstance(begun.pending, Exception):
         raise begun.pending
@@ -170,9 +168,6 @@ def _fill(begun: _Begun, spec: WorkerSpec, arrays: SlotArrays) -> tuple[str, ...
     arrays.samples[places] = taken.samples
     arrays.labels[places] = taken.records["label"]
     for row, image in enumerate(taken.images):
-        for out, table, view in zip(arrays.views[:, task.begin + row], tables, spec.views, strict=True):
-            if spec.exact and view is not None:
-                render_as_torchvision(image, table, row, out, grayscale_first=view.grayscale_first)
-            else:
-                render(image, table, row, out)
+        for out, table in zip(arrays.views[:, task.begin + row], tables, strict=True):
+            render(image, table, row, out)
     return taken.replaced

@@ -10,6 +10,7 @@ mode leaves the call after the mode is set), torch/_inductor/compile_fx.py (2.11
 
 import contextlib
 import inspect
+import os
 import threading
 import time
 import warnings
@@ -282,6 +283,14 @@ def _replace_dali():
         fn.decoders.image, pipeline.Pipeline.__init__ = decode_on_cpu, build_on_cpu
 
 
+def _interpret_kernels():
+    """Triton's kernels run on the CPU, in fewer and larger blocks, for a block takes the interpreter milliseconds."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from pipelines import color_kernels
+
+    color_kernels._BLOCK = 1 << 14
+
+
 def _replace_the_profiler():
     """What the CPU's operators took stands for the kernels."""
     import torch.profiler
@@ -311,6 +320,7 @@ def install():
     _in_every_thread()
     _replace_nccl()
     _replace_dali()
+    _interpret_kernels()
     _replace_the_profiler()
 
 

@@ -98,10 +98,7 @@ def can_read(config: Config) -> bool:
 
 
 def _backend(config: Config, device: torch.device) -> Backend:
-    exact = config.views.color == "torchvision"
-    name, _ = choose(
-        config.data.backend, device=device, size=config.views.size, exact=exact, is_beton=_is_beton(config)
-    )
+    name, _ = choose(config.data.backend, device=device, size=config.views.size, is_beton=_is_beton(config))
     return name
 
 

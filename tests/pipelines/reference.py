@@ -1,12 +1,13 @@
 """Views in plain float64 numpy, one pixel's definition at a time: what every backend is compared with.
 
-Nothing is rounded between the stages.
+Nothing is rounded between the stages; but torchvision's color operations take and give 8-bit images.
 """
 
 import io
 
 import numpy as np
-from PIL import Image
+import torchvision.transforms.functional as F
+from PIL import Image, ImageOps
 
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -64,12 +65,30 @@ def blur(image: np.ndarray, sigma: float) -> np.ndarray:
     return image
 
 
+def colors(image: np.ndarray, table, row: int) -> np.ndarray:
+    """Torchvision's own operations on a Pillow image, (H, W, 3) uint8, as in the MoCo authors' transforms."""
+    picture = Image.fromarray(image)
+    adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    if table.grayscale[row] and table.grayscale_first:
+        picture = F.to_grayscale(picture, 3)
+    for stage in table.jitter_order[row].tolist():
+        factor = float(table.factors[row, stage])
+        # Without jitter nothing is applied: a hue shifted by nothing would still be rounded to 8 bits.
+        if factor != (0.0 if stage == 3 else 1.0):
+            picture = adjust[stage](picture, factor)
+    if table.grayscale[row] and not table.grayscale_first:
+        picture = F.to_grayscale(picture, 3)
+    return np.asarray(ImageOps.solarize(picture) if table.solarize[row] else picture)
+
+
 def view(encoded, table, row: int, size: int, *, inside: bool = False) -> np.ndarray:
     """All stages: (size, size, 3) float64 in 0..255, not rounded."""
     image = resize(decode(encoded), table.box[row], size, inside=inside)
     if table.flip[row]:
         image = image[:, ::-1]
     image = blur(image, float(table.sigma[row]))
+    if table.matrix is None:
+        return colors(np.rint(image).astype(np.uint8), table, row).astype(np.float64)
     matrix = table.matrix[row].astype(np.float64)
     image = np.clip(image @ matrix[:, :3].T + matrix[:, 3], 0, 255)
     if table.solarize[row]:

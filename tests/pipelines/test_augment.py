@@ -13,7 +13,7 @@ from pipelines.samples import draw_training
 from shards.index import RECORD
 
 V2 = VIEWS["moco-v2"].query
-FIELDS = ("box", "flip", "sigma", "matrix", "solarize", "factors", "jitter_order", "grayscale")
+FIELDS = ("box", "flip", "sigma", "factors", "jitter_order", "grayscale", "matrix", "solarize")
 
 
 def draw(config: ViewConfig = V2, index=None, *, width=500, height=375, mean=(128.0, 128.0, 128.0), **options):
@@ -54,7 +54,7 @@ def test_both_views_of_several_steps_are_those_of_each_step(recipe):
     records["width"], records["height"] = rng.integers(20, 600, (2, 24))
     records["mean_rgb"], records["flags"] = rng.integers(0, 256, (24, 3)), rng.integers(0, 2, 24)
     samples, epochs = rng.integers(0, 2**40, 24), np.repeat([3, 4, 4], 8)
-    views = VIEWS[recipe]
+    views = replace(VIEWS[recipe], color="linear")
     together = draw_training(epochs, samples, records, views=views, seed=5)
     for begin in (0, 8, 16):
         step = slice(begin, begin + 8)
@@ -120,7 +120,10 @@ def test_where_no_try_fits_the_crop_is_torchvisions_central_one(width, height):
 
 
 def naive_hue_map(turns, mean) -> np.ndarray:
-    """HSV's own shift, made linear by its slope at the mean color, mixed with a rotation about the gray axis."""
+    """HSV's own shift, made linear by its slope at the mean color, mixed with a rotation about the gray axis.
+
+    The rotation has more weight where the mean is gray, or near an edge of a sector before or after the shift.
+    """
 
     def shift(rgb):
         hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
@@ -138,7 +141,9 @@ def naive_hue_map(turns, mean) -> np.ndarray:
         ],
         axis=1,
     )
-    weight = min(1.0, 4 * (mean.max() - mean.min()) / mean.max())
+    sixths = [6 * colorsys.rgb_to_hsv(*mean)[0], 6 * (colorsys.rgb_to_hsv(*mean)[0] + turns)]
+    from_edge = min(abs(each - round(each)) for each in sixths)
+    weight = min(1.0, 4 * (mean.max() - mean.min()) / mean.max(), 20 * from_edge)
     return weight * slope + (1 - weight) * rotation
 
 
@@ -185,9 +190,43 @@ def test_the_matrix_is_the_chain_of_its_stages(grayscale_first):
 @given(st.tuples(*[st.floats(1, 255)] * 3), st.floats(-0.5, 0.5))
 def test_the_hue_of_a_saturated_mean_color_is_shifted_as_in_hsv(mean, turns):
     hue, saturation, value = colorsys.rgb_to_hsv(*mean)
-    if saturation >= 0.25:
+    if saturation >= 0.25 and all(0.25 <= (6 * each) % 1 <= 0.75 for each in (hue, hue + turns)):
         shifted = hue_map(np.array([turns]), np.array([mean]))[0] @ np.array(mean)
         assert shifted == pytest.approx(colorsys.hsv_to_rgb((hue + turns) % 1, saturation, value), abs=1e-6)
+
+
+# Ties, zeros and colors next to them are where a map that is made of pieces can break.
+CHANNEL = st.one_of(st.sampled_from([0.0, 60.0, 85.0, 139.0, 190.0, 200.0, 255.0]), st.floats(0, 255))
+MEANS = st.one_of(st.tuples(CHANNEL, CHANNEL, CHANNEL), CHANNEL.map(lambda gray: (gray, gray, gray)))
+
+
+def test_ties_of_the_mean_were_where_it_broke():
+    for turns in (1e-9, -1e-9):
+        assert hue_map(np.array([turns]), np.array([(139.0, 139.0, 85.0)]))[0] == pytest.approx(np.eye(3), abs=1e-6)
+    before, after = hue_map(np.array([0.0199, 0.0201]), np.array([(200.0, 190.0, 60.0)] * 2))
+    assert np.abs(after - before).max() < 0.1
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    MEANS,
+    st.tuples(st.just(1.0), st.just(1.0), st.just(1.0), st.just(0.0)),
+    st.permutations(range(4)),
+    st.booleans(),
+)
+def test_no_change_is_the_identity_bit_for_bit(mean, factors, order, grayscale_first):
+    matrix = color_matrix(
+        np.array([factors]), np.array([order]), np.array([False]), np.array([mean]), grayscale_first=grayscale_first
+    )[0]
+    assert np.array_equal(matrix, np.eye(3, 4))
+
+
+@settings(deadline=None, max_examples=500)
+@given(MEANS, st.floats(-0.5, 0.5), st.floats(-1e-3, 1e-3))
+def test_a_small_shift_of_hue_is_a_small_change(mean, turns, step):
+    before, after = hue_map(np.array([turns, turns + step]), np.array([mean, mean]))
+    # A sector's map moves by up to 6 per turn, its weight by up to 120; the two maps differ by up to 2.
+    assert np.abs(after - before).max() <= 300 * abs(step) + 1e-9
 
 
 def test_the_hue_of_a_gray_image_is_rotated():

@@ -41,12 +41,6 @@ def test_auto_takes_what_is_installed(without):
         choose("auto", device=GPU, size=224)
 
 
-def test_torchvisions_colors_are_for_the_torch_backend():
-    assert choose("auto", device=CPU, size=32, exact=True)[0] == "torch"
-    with pytest.raises(ValueError, match=r"choose --data\.backend torch"):
-        choose("dali", device=CPU, size=32, exact=True)
-
-
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="no backend 'tf': choose auto, dali or ffcv or torch"):
         choose("tf", device=CPU, size=32)
@@ -56,7 +50,6 @@ def test_a_beton_is_for_ffcv_unless_there_is_a_gpu_or_no_ffcv(without):
     without()
     assert choose("auto", device=CPU, size=32, is_beton=True) == ("ffcv", "the data is a .beton")
     assert choose("auto", device=GPU, size=32, is_beton=True)[0] == "dali"
-    assert choose("auto", device=CPU, size=224, exact=True, is_beton=True)[0] == "torch"
     without("ffcv")
     assert choose("auto", device=CPU, size=224, is_beton=True)[0] == "torch"
     with pytest.raises(ValueError, match=r"the ffcv backend needs ffcv: install it \(docs/data\.md says how\)"):

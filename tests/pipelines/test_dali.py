@@ -9,8 +9,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.backend import TensorCPU
 from nvidia.dali.pipeline import pipeline_def
 
-from pipelines.config import ViewConfig
-from pipelines.dali import Stages, _view, to_torch
+from pipelines.dali import _view, to_torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,8 +66,7 @@ def test_the_search_for_such_operators_finds_them():
 def test_the_graph_of_a_gpu_blurs_where_it_is_told_to():
     """On the CPU's operators, which have the same names: whether DALI takes the graph, and what it does with it."""
     pixels = np.random.default_rng(0).integers(0, 256, (4, 60, 60, 3), dtype=np.uint8)
-    stages = Stages(ViewConfig(jitter_p=0, grayscale_p=0), with_colors=True)
-    pipe = on_gpu_graph(stages, batch_size=4, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
+    pipe = on_gpu_graph(batch_size=4, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
     pipe.build()
     pipe.feed_input("images", pixels)
     crops = [(0, 0, 60, 60, sigma) for sigma in (0.0, 1.5, 0.0, 0.5)]
@@ -80,6 +78,6 @@ def test_the_graph_of_a_gpu_blurs_where_it_is_told_to():
 
 
 @pipeline_def(enable_conditionals=True)
-def on_gpu_graph(stages):
+def on_gpu_graph():
     images = fn.external_source(name="images", ndim=3, dtype=types.UINT8, layout="HWC")
-    return _view(images, 60, stages, 0, on_gpu=True)
+    return _view(images, 60, 0, blurs=True, on_gpu=True)

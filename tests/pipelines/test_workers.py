@@ -12,7 +12,7 @@ import torch
 
 from pipelines.config import DataConfig, ViewConfig, ViewsConfig
 from pipelines.loader import open_eval_loader, open_loader
-from pipelines.pixels import decode, render_as_torchvision
+from pipelines.pixels import decode, render
 from pipelines.reader import Reader
 from pipelines.samples import draw_training
 from pipelines.workers import WorkerDiedError
@@ -94,9 +94,9 @@ def test_slots_are_used_again_and_pixels_are_nearly_those_of_dali(small_shards):
         two.close()
 
 
-def test_the_control_is_rendered_by_the_workers_too(small_shards):
-    views = ViewsConfig(size=24, query=VIEWS.query, key=VIEWS.key, color="torchvision")
-    data = DataConfig(shards=str(small_shards), batch_size=16, num_threads=1)
+def test_the_workers_apply_the_linear_map_where_it_is_asked_for(small_shards):
+    views = ViewsConfig(size=24, query=VIEWS.query, key=VIEWS.key, color="linear")
+    data = DataConfig(shards=str(small_shards), batch_size=16, num_threads=1, backend="torch")
     with open_loader(data, views, seed=3, device=CPU) as loader:
         batch = next(iter(loader))
     shards = ShardSet.open(small_shards)
@@ -106,10 +106,11 @@ def test_the_control_is_rendered_by_the_workers_too(small_shards):
     images = [decode(encoded) for encoded in reader.submit(samples, records).result()]
     reader.close()
     tables = draw_training(0, samples, records, views=views, seed=3)
+    assert all(table.matrix is not None for table in tables)
     for table, made in zip(tables, (batch.view_q, batch.view_k), strict=True):
         for row, image in enumerate(images):
             expected = np.empty((24, 24, 3), dtype=np.uint8)
-            render_as_torchvision(image, table, row, expected, grayscale_first=False)
+            render(image, table, row, expected)
             assert np.array_equal(made[row].permute(1, 2, 0).numpy(), expected)
 
 
