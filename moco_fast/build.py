@@ -13,7 +13,7 @@ from moco_fast.batchnorm import convert_batch_norm
 from moco_fast.config import Config
 from moco_fast.dictionary import Batch, MemoryBank, build_dictionary
 from moco_fast.distributed import broadcast_
-from moco_fast.encoders import Encoder, build_encoder
+from moco_fast.encoders import Encoder, build_encoder, check_image_size
 from moco_fast.keys import BankKeys, MomentumKeys, QueryKeys
 from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.optim import build_optimizer
@@ -58,6 +58,7 @@ def build(config: Config, runtime: Runtime) -> Parts:
         raise ValueError("--optim.kernels apex has kernels for GPUs alone: on the CPU use --optim.kernels torch")
     torch.manual_seed(config.run.seed)
     query = build_encoder(config.model)
+    check_image_size(query, config.model.encoder, config.views.size)
     convert_batch_norm(query, config.bn)
     query.to(runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - undeclared
     broadcast_([*query.parameters(), *query.buffers()])

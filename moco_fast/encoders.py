@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moco_fast.config import IMAGENET_MEAN, IMAGENET_STD, Layer, ModelConfig
 
-__all__ = ["ENCODERS", "Encoder", "build_encoder", "sine_cosine_positions", "unit_vectors"]
+__all__ = ["ENCODERS", "Encoder", "build_encoder", "check_image_size", "sine_cosine_positions", "unit_vectors"]
 
 
 class Encoder(nn.Module):
@@ -103,6 +103,17 @@ def build_encoder(model: ModelConfig) -> Encoder:
     feature_dim = int(backbone.num_features)  # pyright: ignore[reportArgumentType] - timm does not declare it
     head, predictor = _build_head(model, feature_dim, is_transformer=isinstance(backbone, VisionTransformer))
     return Encoder(backbone, head, predictor, feature_dim=feature_dim, dim=model.dim, mean=model.mean, std=model.std)
+
+
+def check_image_size(encoder: Encoder, name: str, size: int) -> None:
+    """Refuse images of a size that a transformer has no positions for. Raises ValueError: its name and both sizes."""
+    patches = getattr(encoder.backbone, "patch_embed", None)
+    wanted: tuple[int, int] | None = getattr(patches, "img_size", None)
+    if wanted is not None and getattr(patches, "strict_img_size", False) and wanted != (size, size):
+        raise ValueError(
+            f"encoder {name!r} takes images of {wanted[0]} pixels, but --views.size is {size}: use --views.size "
+            f"{wanted[0]}, or a ResNet"
+        )
 
 
 def _timm_resnet(name: str, **options: Any) -> nn.Module:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moco_fast.config import ModelConfig
-from moco_fast.encoders import ENCODERS, build_encoder
+from moco_fast.encoders import ENCODERS, build_encoder, check_image_size
 
 PAPER_MILLIONS = {"resnet50": 24, "resnext50_32x8d": 46, "resnet50_w2x": 94, "resnet50_w4x": 375}
 
@@ -145,6 +145,14 @@ def test_the_patch_projection_can_be_frozen():
     assert frozen == {"backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"}
     with pytest.raises(ValueError, match="not a vision transformer"):
         build_encoder(ModelConfig(encoder="resnet18", freeze_patch_projection=True))
+
+
+def test_images_of_a_size_that_a_transformer_has_no_positions_for_are_refused():
+    vit, resnet = (build_encoder(ModelConfig(encoder=name)) for name in ("vit_tiny_patch16_224", "resnet18_quarter"))
+    check_image_size(vit, "vit_tiny_patch16_224", 224)
+    check_image_size(resnet, "resnet18_quarter", 96)
+    with pytest.raises(ValueError, match=r"takes images of 224 pixels, but --views\.size is 96"):
+        check_image_size(vit, "vit_tiny_patch16_224", 96)
 
 
 def test_same_seed_same_weights():
