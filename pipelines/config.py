@@ -125,7 +125,7 @@ class ViewsConfig:
     """The view that the key encoder sees."""
     color: Literal["torchvision", "linear"] = "torchvision"
     """`torchvision`: jitter and grayscale as torchvision's own operations, one by one on 8-bit values. `linear`: as one
-    matrix, made of the mean colors in the index; 3 to 4 levels away from torchvision's."""
+    matrix, made of the mean colors in the index; 2.6 to 3.5 levels away from torchvision's."""
 
     def __post_init__(self) -> None:
         if self.size < 8:
