@@ -1,5 +1,5 @@
 """LARS as MoCo v3 trains its ResNets with it (moco/optimizer.py of facebookresearch/moco-v3)."""
-# pyright: reportPrivateImportUsage=false
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 # torch's optimizers are made of these functions, which have no public name.
 
 from collections.abc import Callable, Iterable

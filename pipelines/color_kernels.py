@@ -4,6 +4,8 @@ The first takes the mean gray value of each image that contrast pivots about, th
 batch is read twice and written once. Per pixel they compute what Pillow does, down to its 8-bit HSV, so that a view
 differs from torchvision's by single levels where a product falls on the edge of an integer.
 """
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false
+# Triton compiles these functions; their values have no types in Python.
 
 from collections.abc import Sequence
 from typing import Any

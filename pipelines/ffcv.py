@@ -4,6 +4,8 @@ FFCV compiles one operation, which makes all views of a sample from one decode; 
 FFCV's own iterator is not used: it wants an epoch's order at once, writes into buffers that a consumer may still hold,
 and an exception in it leaves the consumer waiting for ever. Nor is its decoder, which is inexact and hides damage.
 """
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false
+# numba compiles the operation for the types that it meets.
 
 import threading
 from collections.abc import Callable

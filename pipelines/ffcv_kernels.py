@@ -3,6 +3,8 @@
 Compiled by numba. A view is resized and blurred in float32 and then rounded once; torchvision's color operations give
 whole numbers from whole numbers.
 """
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false
+# numba compiles these functions for the types that it meets.
 
 import ctypes
 from typing import Any
