@@ -7,6 +7,7 @@ differs from torchvision's by single levels where a product falls on the edge of
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false
 # Triton compiles these functions; their values have no types in Python.
 
+import subprocess
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,9 @@ def recolor_batch(views: Sequence[torch.Tensor], tables: Sequence[ViewTable]) ->
     Args:
         views: contiguous, on the GPU; with Triton's interpreter (TRITON_INTERPRET=1) on the CPU.
         tables: what is done to each of them.
+
+    Raises:
+        ValueError: Triton cannot compile here. It does so at the first batch, before any training step.
     """
     for view, table in zip(views, tables, strict=True):
         if table.matrix is not None:
@@ -52,8 +56,14 @@ def recolor_batch(views: Sequence[torch.Tensor], tables: Sequence[ViewTable]) ->
         grid = (triton.cdiv(height * width, _BLOCK), num)
         # A multiplication and an addition are rounded apart, as on the CPU.
         options: dict[str, Any] = {"block": _BLOCK, "num_warps": 4, "enable_fp_fusion": False}
-        for kernel in KERNELS:
-            kernel[grid](view, *of_view, height * width, **options)
+        try:
+            for kernel in KERNELS:
+                kernel[grid](view, *of_view, height * width, **options)
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            raise ValueError(
+                f"the GPU's color kernels cannot be compiled or run here ({error}): Triton needs a C compiler and "
+                "Python's headers (gcc and python3-dev on Debian); or use --views.color linear"
+            ) from error
 
 
 def _apply_matrix(view: torch.Tensor, matrix: npt.NDArray[np.float32]) -> None:
