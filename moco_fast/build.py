@@ -18,6 +18,7 @@ from moco_fast.keys import BankKeys, MomentumKeys, QueryKeys
 from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.optim import build_optimizer
 from moco_fast.queue import Queue
+from moco_fast.recast import RecastWeights
 from moco_fast.runtime import Runtime
 from moco_fast.schedule import run_length
 from moco_fast.shuffle import build_policy
@@ -26,6 +27,9 @@ from pipelines.loader import Loader, open_loader
 from shards import ShardSet
 
 __all__ = ["Parts", "build", "open_run_loader"]
+
+
+_LOWER_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +123,9 @@ def _build_step(
     if isinstance(dictionary, MemoryBank):
         keys = BankKeys(dictionary)
     elif isinstance(key, Encoder):
-        keys = MomentumKeys(key, MomentumUpdate(query, key), policy, runtime.autocast)
+        dtype = _LOWER_PRECISIONS.get(runtime.precision)
+        recast = None if dtype is None else RecastWeights(key, dtype)
+        keys = MomentumKeys(key, MomentumUpdate(query, key), policy, runtime.autocast, recast)
     else:
         keys = QueryKeys(wrapped, policy, runtime.autocast)
     return TrainStep(

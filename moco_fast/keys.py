@@ -1,7 +1,7 @@
 """Where keys come from: three mechanisms of MoCo v1, figure 2. All give unit vectors (B, D) in float32."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moco_fast.dictionary import MemoryBank
 from moco_fast.encoders import unit_vectors
+from moco_fast.recast import RecastWeights
 from moco_fast.shuffle import KeyPolicy
 
 __all__ = ["Autocast", "BankKeys", "KeySource", "MomentumKeys", "QueryKeys"]
@@ -47,15 +48,20 @@ class MomentumKeys:
     """Among which samples keys are computed."""
     autocast: Autocast
     """Makes the context that chooses the precision."""
+    recast: RecastWeights | None = None
+    """Of `key`, where that precision is lower than the weights'."""
 
     def advance(self, momentum: float) -> None:
         """Move the key encoder toward the query encoder."""
         self.update(momentum)
+        if self.recast is not None:
+            self.recast.refresh()
 
     @torch.no_grad()
     def __call__(self, images: Tensor, _index: Tensor, /) -> Tensor:
         """Encode."""
-        return _encode(self.key, images, self.policy, self.autocast)
+        with nullcontext() if self.recast is None else self.recast.in_use():
+            return _encode(self.key, images, self.policy, self.autocast)
 
 
 @dataclass(frozen=True, eq=False)

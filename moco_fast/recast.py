@@ -1,0 +1,55 @@
+"""The key encoder's weights in autocast's precision, cast once per step.
+
+Autocast casts a weight each time it is used, one kernel for each, and remembers only the casts of weights that are
+trained. The key encoder's are not: a ResNet-50 takes 54 small kernels in every forward pass, twice per step where the
+loss is symmetric. Here one call casts them all after they have moved.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+__all__ = ["RecastWeights"]
+
+# What autocast computes in lower precision, of the layers that have weights ("Autocast Op Reference" in torch's docs).
+_CAST_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)  # pyright: ignore[reportPrivateUsage] - the base of them all
+
+
+class RecastWeights:
+    """Copies of a frozen module's convolution and linear weights; the module itself stays in float32.
+
+    Args:
+        module: without gradients, and not replaced afterwards.
+        dtype: autocast's: torch.bfloat16 or torch.float16.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        self._places = [
+            (layer, name)
+            for layer in module.modules()
+            if isinstance(layer, _CAST_LAYERS)
+            for name, _ in layer.named_parameters(recurse=False)
+        ]
+        self._weights = [layer.get_parameter(name) for layer, name in self._places]
+        self._copies = [nn.Parameter(weight.to(dtype), requires_grad=False) for weight in self._weights]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Cast all weights again."""
+        torch._foreach_copy_(self._copies, self._weights)  # pyright: ignore[reportPrivateImportUsage]
+
+    @contextmanager
+    def in_use(self) -> Generator[None]:
+        """Let the module compute with the copies inside this context: bit for bit as autocast does without them."""
+        try:
+            self._put(self._copies)
+            yield
+        finally:
+            self._put(self._weights)
+
+    def _put(self, weights: list[nn.Parameter]) -> None:
+        # Not by assignment: a module would look the name up in all that it holds, for each weight of each step.
+        for (layer, name), weight in zip(self._places, weights, strict=True):
+            layer._parameters[name] = weight
