@@ -27,8 +27,10 @@ from pipelines.readahead_process import ReadingSpec
 from pipelines.samples import EpochSteps, draw_training
 from shards import ShardSet
 
-GOAL_S = 0.08
-"""At 256 images; at 32 it is half of what it was: 0.16."""
+ALLOWED_S = 0.08
+"""At 256 images per rank."""
+BEFORE_S = 0.16
+"""At 32: what it took when each step and view was drawn and fed by itself, on the machine of results/host.md."""
 
 _TYPES = {"float32": types.FLOAT, "uint8": types.UINT8, "bool": types.BOOL}
 
@@ -122,16 +124,18 @@ def main() -> None:
         for reading, _ in opened.values():
             reading.interrupt()
             reading.close()
+    compared = {256: ("what we allow", ALLOWED_S, 1.0), 32: ("drawn and fed step by step", BEFORE_S, None)}
     claims = [
         compare(
-            f"host CPU time of 1,000 samples, {batch} images per rank / what we allow",
-            [sum(each.values()) for each in found],
-            [GOAL_S] * len(found),
+            f"host CPU time of 1,000 samples, {batch} images per rank / {what}",
+            [sum(each.values()) for each in rounds[batch]],
+            [theirs_s] * options.rounds,
             unit="s",
             less_is_better=True,
-            goal=1.0 if batch in (256, 32) else None,
+            goal=goal,
         )
-        for batch, found in rounds.items()
+        for batch, (what, theirs_s, goal) in compared.items()
+        if batch in rounds
     ]
     print(header())
     share_of = f"interpreter's share at {options.rate:,.0f} samples/s"

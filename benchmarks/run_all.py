@@ -38,11 +38,12 @@ class Benchmark:
 
 BENCHMARKS = (
     Benchmark(name="order", words="", limit_s=40),
-    Benchmark(name="pack", words="--photos {photos} --rounds 3", limit_s=150),
+    Benchmark(name="pack", words="--photos {photos} --rounds 3", limit_s=130),
     Benchmark(name="reading", words="--shards {shards} --seconds 2 --rounds 3", limit_s=60),
+    Benchmark(name="host", words="--shards {shards} --seconds 1 --rounds 3", limit_s=40),
     Benchmark(name="loader", words="--shards {shards} --seconds 3 --rounds 3", limit_s=210, plot=True),
     Benchmark(name="color", words="--photos {photos} --num 10", limit_s=40),
-    Benchmark(name="step", words="--encoder resnet18 --batch 64 --rounds 4", limit_s=180, plot=True),
+    Benchmark(name="step", words="--encoder resnet18 --batch 64 --rounds 4", limit_s=160, plot=True),
     Benchmark(name="momentum", words="--encoder resnet50 --rounds 20", limit_s=30, plot=True),
     Benchmark(name="exchange", script="step", words="--shuffle --batch 32", limit_s=40, plot=True),
     Benchmark(name="end_to_end", words="--shards {shards} --seconds 30", limit_s=150, plot=True),

@@ -15,7 +15,11 @@ from moco_fast.runtime import Runtime
 from moco_fast.schedule import describe_lr
 from moco_fast.shuffle import resolve_policy
 
-__all__ = ["environment", "print_closing", "print_opening"]
+__all__ = ["advice_on_launches", "environment", "print_closing", "print_opening"]
+
+_SMALL_BATCH = 48
+"""Images per GPU. Starting a ResNet-50 step's kernels takes 15 to 20 ms of the host, running them 13 ms at 32 images on
+an H100 and in proportion: derived, not measured yet (docs/performance.md)."""
 
 
 def environment(runtime: Runtime, parts: Parts) -> dict[str, Any]:
@@ -50,6 +54,8 @@ def print_opening(config: Config, runtime: Runtime, parts: Parts, step: int) -> 
     _say(f"loader: {parts.loader.description}")
     for note in runtime.notes:
         _say(note)
+    if note := advice_on_launches(config, on_gpu=runtime.device.type == "cuda", world_size=runtime.world_size):
+        _say(note)
     policy = resolve_policy(config.bn)
     _say(f"batch norm: {policy}" + (f", {config.bn.num_groups} groups" if policy == "virtual" else ""))
     if config.optim.accumulate > 1:
@@ -57,6 +63,16 @@ def print_opening(config: Config, runtime: Runtime, parts: Parts, step: int) -> 
         _say(f"accumulation: {batches} a step; the dictionary takes in each by itself, so this is not one large batch")
     if step:
         _say(f"continuing {config.run.out} from step {step}")
+
+
+def advice_on_launches(config: Config, *, on_gpu: bool, world_size: int) -> str | None:
+    """Name the option for batches so small that starting kernels takes longer than running them; None elsewhere."""
+    per_gpu = config.data.batch_size // world_size
+    if not on_gpu or per_gpu > _SMALL_BATCH or config.run.compile or config.run.cuda_graphs:
+        return None
+    one_backward = config.moco.loss == "one-sided" and config.optim.accumulate == 1
+    option = "--run.cuda-graphs" if one_backward else "--run.compile"
+    return f"note: with {per_gpu} images per GPU, starting kernels takes longer than running them: try {option}"
 
 
 def print_closing(config: Config, outcome: str, step: int, num_steps: int) -> None:

@@ -1,15 +1,16 @@
 """The key encoder's weights in autocast's precision, cast once per step.
 
 Autocast casts a weight each time it is used, one kernel for each, and remembers only the casts of weights that are
-trained. The key encoder's are not: a ResNet-50 takes 54 small kernels in every forward pass, twice per step where the
+trained. The key encoder's are not: a ResNet-50 takes 55 small kernels in every forward pass, twice per step where the
 loss is symmetric. Here one call casts them all after they have moved.
 """
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["RecastWeights"]
 
@@ -32,8 +33,8 @@ class RecastWeights:
             if isinstance(layer, _CAST_LAYERS)
             for name, _ in layer.named_parameters(recurse=False)
         ]
-        self._weights = [layer.get_parameter(name) for layer, name in self._places]
-        self._copies = [nn.Parameter(weight.to(dtype), requires_grad=False) for weight in self._weights]
+        self._weights: list[Tensor] = [layer.get_parameter(name) for layer, name in self._places]
+        self._copies: list[Tensor] = [nn.Parameter(weight.to(dtype), requires_grad=False) for weight in self._weights]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -49,7 +50,7 @@ class RecastWeights:
         finally:
             self._put(self._weights)
 
-    def _put(self, weights: list[nn.Parameter]) -> None:
+    def _put(self, weights: list[Tensor]) -> None:
         # Not by assignment: a module would look the name up in all that it holds, for each weight of each step.
         for (layer, name), weight in zip(self._places, weights, strict=True):
-            layer._parameters[name] = weight
+            layer._parameters[name] = cast("nn.Parameter", weight)
