@@ -161,19 +161,15 @@ def end_to_end(
     job: Job, *, seconds: float, stages: list[str] | None = None, ordered: bool = False, **options: Any
 ) -> Outcome:
     """`moco-fast bench` on photographs; `ordered`: with DALI's next batch before the step, as `from_dlpack` does it."""
-    import torch
+    from hand_over import hand_over
 
     from moco_fast.bench.measure import STAGES, measure
     from moco_fast.bench.result import table
-    from pipelines import dali
 
-    if ordered:
-        # What it was: the step on the default stream, for which DALI makes that stream wait.
-        dali.to_torch = torch.from_dlpack
-        torch.cuda.set_stream = lambda _: None
     config = recipe(job, **options)
     wanted = STAGES if stages is None else [stage for stage in STAGES if stage in stages]
-    result = measure(config, seconds=seconds, stages=wanted)
+    with hand_over("waits on it" if ordered else "free"):
+        result = measure(config, seconds=seconds, stages=wanted)
     row = {"part": job.name, "backend": backend_of(result.environment["loader"], config.data.backend)}
     for name in ("reading", "decoding", "loader", "step", "end_to_end"):
         rate = getattr(result, name)

@@ -18,7 +18,6 @@ from unittest.mock import patch
 import torch
 from alternating import claims_table, compare, header, write_claims
 
-import pipelines.dali
 from moco_fast.bench.measure import measure
 from moco_fast.config import BatchNormConfig
 from moco_fast.presets import PRESETS
@@ -32,7 +31,9 @@ def hand_over(how: HandOver) -> Generator[None]:
     if how == "free":
         yield
         return
-    with patch.object(pipelines.dali, "to_torch", torch.from_dlpack):
+    from pipelines import dali
+
+    with patch.object(dali, "to_torch", torch.from_dlpack):
         if how == "waits":
             yield
             return
