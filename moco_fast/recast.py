@@ -39,7 +39,7 @@ class RecastWeights:
     @torch.no_grad()
     def refresh(self) -> None:
         """Cast all weights again."""
-        torch._foreach_copy_(self._copies, self._weights)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(self._copies, self._weights)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
     @contextmanager
     def in_use(self) -> Generator[None]:
@@ -53,4 +53,4 @@ class RecastWeights:
     def _put(self, weights: list[Tensor]) -> None:
         # Not by assignment: a module would look the name up in all that it holds, for each weight of each step.
         for (layer, name), weight in zip(self._places, weights, strict=True):
-            layer._parameters[name] = cast("nn.Parameter", weight)
+            layer._parameters[name] = cast("nn.Parameter", weight)  # pyright: ignore[reportPrivateUsage]
