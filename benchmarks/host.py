@@ -28,8 +28,8 @@ from pipelines.samples import EpochSteps, draw_training
 from shards import ShardSet
 
 ALLOWED_S = 0.08
-"""At 256 images per rank and at 32. When each step and view was drawn and fed by itself, 32 took 0.15 and 0.13, by turns
-with 0.077 and 0.072 of today."""
+"""At 256 images per rank and at 32. When each step and view was drawn and fed by itself, 32 took 0.15 and 0.13, by
+turns with 0.077 and 0.072 of today."""
 
 _TYPES = {"float32": types.FLOAT, "uint8": types.UINT8, "bool": types.BOOL}
 
