@@ -102,7 +102,7 @@ def _on_a_gpu() -> list[Part]:
         _decode("engines-0", 0.0),
         Part(name="host", kind="host", limit_s=50, options={"size": 224, "batches": [32, 256], "seconds": 4}),
         _tests("step", 100, "step", select="not compiled"),
-        _tests("views", 90, "views"),
+        _tests("views", 120, "views", "colors"),
         _tests("world-and-apex", 90, "world_of_one", "apex"),
         _profile("beside-the-loader", 50, batch=256, beside=True),
         Part(name="jpeg-kinds", kind="jpeg_kinds", limit_s=90, options={"batch": 64, "rounds": 5}),

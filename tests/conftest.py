@@ -101,3 +101,16 @@ def run_ranks(tmp_path_factory):
     ranks = Ranks(tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.close()
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """Accelerate as in a new process, now and for the next test: it keeps the first precision that a process asks for.
+
+    Ask for it before monkeypatch: what that puts back must not meet a state that was reset before.
+    """
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

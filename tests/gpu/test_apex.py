@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from moco_fast.config import ModelConfig, OptimConfig, RunConfig
 from moco_fast.encoders import build_encoder
@@ -50,12 +49,10 @@ def optimizers(device, monkeypatch):
 
 
 @pytest.fixture
-def runtime(device):
-    AcceleratorState._reset_state(reset_partial_state=True)
+def runtime(device, fresh_accelerator):
     started = start(RunConfig(device=device.type, precision="fp32"), env={})
     yield started
     started.close()
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def training(runtime, optim):

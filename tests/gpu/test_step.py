@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from moco_fast.batchnorm import use_group_statistics
 from moco_fast.bench.clock import PartClock
@@ -118,9 +117,8 @@ def test_the_host_never_waits_in_a_step(device, mechanism, optimizer):
 
 
 @pytest.fixture
-def float16(device, monkeypatch):
+def float16(device, fresh_accelerator, monkeypatch):
     """A runtime in float16. On a CPU, where accelerate scales no loss, it is told that it may."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     on_gpu = device.type == "cuda"
     runtime = start(RunConfig(device=device.type, precision="fp16" if on_gpu else "fp32"), env={})
     if not on_gpu:
@@ -129,7 +127,6 @@ def float16(device, monkeypatch):
         monkeypatch.setattr(runtime.accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=1024.0))
     yield runtime
     runtime.close()
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -74,14 +73,6 @@ def make_batch(number: int) -> TwoViewBatch:
         for _ in range(2)
     )
     return TwoViewBatch(view_q=view_q, view_k=view_k, index=torch.arange(BATCH), label=torch.full((BATCH,), -1))
-
-
-@pytest.fixture
-def fresh_accelerator():
-    """Accelerate keeps the first precision of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ BATCH = 8
 
 
 @pytest.fixture
-def half_runtime(monkeypatch):
+def half_runtime(fresh_accelerator, monkeypatch):
     """A runtime in float16. Accelerate scales losses on a GPU only, so it is told that it may."""
     runtime = start(RunConfig(device="cpu", precision="fp32"), env={})
     monkeypatch.setattr(runtime.accelerator.state, "_mixed_precision", "fp16")
