@@ -31,14 +31,15 @@ def hand_over(how: HandOver) -> Generator[None]:
     if how == "free":
         yield
         return
+    from moco_fast import runtime
     from pipelines import dali
 
     with patch.object(dali, "to_torch", torch.from_dlpack):
         if how == "waits":
             yield
             return
-        # What `runtime.start` does on a GPU, undone.
-        with patch.object(torch.cuda, "set_stream", lambda _stream: None):
+        # This alone: torch.cuda.stream(), in which the loader's kernels run, calls set_stream too.
+        with patch.object(runtime, "_leave_default_stream", lambda _device: None):
             yield
 
 

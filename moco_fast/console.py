@@ -54,7 +54,9 @@ def print_opening(config: Config, runtime: Runtime, parts: Parts, step: int) -> 
     _say(f"loader: {parts.loader.description}")
     for note in runtime.notes:
         _say(note)
-    if note := advice_on_launches(config, on_gpu=runtime.device.type == "cuda", world_size=runtime.world_size):
+    on_gpu = runtime.device.type == "cuda"
+    # The launcher may have asked for compilation, too.
+    if not runtime.compile and (note := advice_on_launches(config, on_gpu=on_gpu, world_size=runtime.world_size)):
         _say(note)
     policy = resolve_policy(config.bn)
     _say(f"batch norm: {policy}" + (f", {config.bn.num_groups} groups" if policy == "virtual" else ""))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 __all__ = ["RecastWeights"]
 
 # What autocast computes in lower precision, of the layers that have weights ("Autocast Op Reference" in torch's docs).
-_CAST_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)  # pyright: ignore[reportPrivateUsage] - the base of them all
+# Not layers that compute with their weight first, as weight-standardized convolutions do in float32.
+_CAST_FORWARDS = frozenset({nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward})
 
 
 class RecastWeights:
@@ -30,7 +31,7 @@ class RecastWeights:
         self._places = [
             (layer, name)
             for layer in module.modules()
-            if isinstance(layer, _CAST_LAYERS)
+            if type(layer).forward in _CAST_FORWARDS
             for name, _ in layer.named_parameters(recurse=False)
         ]
         self._weights: list[Tensor] = [layer.get_parameter(name) for layer, name in self._places]

@@ -169,7 +169,7 @@ def start(config: RunConfig, *, env: Mapping[str, str] = os.environ) -> Runtime:
         )
     if not on_cpu:
         # Before anything is built: DDP remembers the stream on which it met the parameters.
-        torch.cuda.set_stream(torch.cuda.Stream(accelerator.device))
+        _leave_default_stream(accelerator.device)
     return Runtime(
         accelerator=accelerator,
         rank=accelerator.process_index,
@@ -181,6 +181,10 @@ def start(config: RunConfig, *, env: Mapping[str, str] = os.environ) -> Runtime:
         compile_options=compile_options,
         notes=tuple(notes),
     )
+
+
+def _leave_default_stream(device: torch.device) -> None:
+    torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
 def choose_precision(asked: str, launcher: str | None, *, has_bf16: bool) -> tuple[str, str]:

@@ -39,7 +39,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 def recipe_of(argv: Sequence[str] | None = None) -> Config:
     """The preset that a command line names, as it is without the options; tyro has parsed it already."""
-    return next(PRESETS[word][1] for word in (sys.argv[1:] if argv is None else argv) if word in PRESETS)
+    words = [word.replace("_", "-") for word in (sys.argv[1:] if argv is None else argv)]
+    return next(PRESETS[word][1] for word in words if word in PRESETS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -151,7 +151,8 @@ def _sum_gray(pixels, stages, factors, sums, num_pixels, block: tl.constexpr):
     """Add up the gray values that contrast meets: those after the stages before it. Whole numbers: exact."""
     image = tl.program_id(1)
     place = 0
-    while (place < _PLACES) & (tl.load(stages + image * _PLACES + place) != _CONTRAST):
+    # Behind the last place nothing is read.
+    while tl.load(stages + image * _PLACES + place, mask=place < _PLACES, other=_CONTRAST) != _CONTRAST:
         place += 1
     if place < _PLACES:
         r, g, b, _, there = _load(pixels, image, num_pixels, block)

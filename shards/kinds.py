@@ -77,6 +77,6 @@ def tell_kinds(manifest: Manifest) -> str:
     share = manifest.engine_share
     if share is None:
         unknown = f"{manifest.num_unknown_jpegs:,} samples"
-        return f"JPEG engines: not known whether they can decode {unknown}; `make-shards index` finds out"
+        return f"JPEG engines: not known whether they can decode {unknown}; `make-shards index SHARDS` finds out"
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in manifest.jpegs.items())
     return f"JPEG engines can decode {share:.1%} of the samples ({kinds})"

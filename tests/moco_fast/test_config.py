@@ -6,7 +6,7 @@ import pytest
 
 from moco_fast.config import Config, differences, from_dict, to_dict, validate
 from moco_fast.presets import PRESETS
-from moco_fast.train import main, parse
+from moco_fast.train import main, parse, recipe_of
 from pipelines.config import DataConfig
 
 
@@ -168,3 +168,7 @@ def test_several_sets_are_looked_for_one_by_one(shards, tmp_path):
     assert parse(["moco-v2", "--data.shards", both]).data.shards == both
     with pytest.raises(ValueError, match=r"--data\.shards \S+/nowhere has no manifest\.json"):
         parse(["moco-v2", "--data.shards", f"{shards},{tmp_path}/nowhere"])
+
+
+def test_the_recipe_is_found_in_either_spelling_that_the_command_line_takes():
+    assert recipe_of(["moco_v2", "--data.shards", "x"]) is recipe_of(["moco-v2", "--data.shards", "x"])

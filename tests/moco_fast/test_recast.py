@@ -5,6 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco_fast.config import ModelConfig
@@ -105,3 +107,22 @@ def test_a_compiled_key_encoder_is_not_compiled_again():
         if number == 0:
             first = len(graphs)
     assert len(graphs) == first > 0
+
+
+class Standardized(nn.Conv2d):
+    """Computes with its weight in float32 before it convolves."""
+
+    def forward(self, x):
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
+        return functional.conv2d(x, weight, self.bias)
+
+
+def test_a_layer_that_computes_with_its_weight_keeps_it_in_float32():
+    torch.manual_seed(0)
+    module = nn.Sequential(Standardized(3, 8, 3), nn.Conv2d(8, 4, 3)).requires_grad_(False)
+    images = torch.randn(2, 3, 9, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = module(images)
+        with RecastWeights(module, torch.bfloat16).in_use():
+            assert [layer.weight.dtype for layer in module] == [torch.float32, torch.bfloat16]
+            assert torch.equal(module(images), expected)
