@@ -64,7 +64,7 @@ def installed() -> dict[str, Package]:
     importlib.invalidate_caches()
     found: dict[str, Package] = {}
     for distribution in metadata.distributions():
-        name, version = distribution.metadata["Name"], distribution.metadata["Version"]
+        name, version = distribution.metadata.get("Name"), distribution.metadata.get("Version")
         if name and version:
             package = Package(
                 version=version,

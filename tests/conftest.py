@@ -9,6 +9,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# No test has a threshold of time: a busy machine would fail it.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that runs the tests in the background makes them ignore it, and the commands that they start inherit that.
