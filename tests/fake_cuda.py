@@ -310,6 +310,17 @@ def _replace_the_profiler():
     torch.profiler.profile.export_chrome_trace = export_chrome_trace
 
 
+def _autocast_on_the_cpu():
+    """Let the GPU's autocast be the CPU's, which casts the same operations that have weights."""
+    autocast = torch.amp.autocast_mode.autocast
+    begin = autocast.__init__
+
+    def begin_on_the_cpu(self, device_type, *arguments, **options):
+        begin(self, "cpu" if device_type == "cuda" else device_type, *arguments, **options)
+
+    autocast.__init__ = begin_on_the_cpu
+
+
 def install():
     """Replace all of it, for the rest of this process."""
     for name, replacement in FUNCTIONS.items():
@@ -317,6 +328,7 @@ def install():
         setattr(torch.cuda, name, replacement)
     torch.accelerator.current_stream = FUNCTIONS["current_stream"]
     torch.nn.Module.compile = compile_module
+    _autocast_on_the_cpu()
     _in_every_thread()
     _replace_nccl()
     _replace_dali()
