@@ -203,7 +203,7 @@ def pip_install(pins: list[Pin], beneath: bool) -> None:
         # The base may name constraints of its own, which hold no hashes.
         environment = os.environ | {"PIP_CONSTRAINT": ""}
         command += ["--require-hashes", "--requirement", file.name]
-        result = subprocess.run(command, env=environment)  # noqa: S603
+        result = subprocess.run(command, env=environment)  # noqa: S603 (pip, with words of our own)
     names = " ".join(pin.lines.split()[0] for pin in pins)
     if result.returncode:
         raise ValueError(f"pip could not add {names}; its reasons stand above")
@@ -224,7 +224,7 @@ def failing_imports(modules: Iterable[str]) -> dict[str, str]:
         "    except Exception as error:\n        failed[name] = f'{type(error).__name__}: {error}'\n"
         "print(json.dumps(failed))\n"
     )
-    result = subprocess.run([sys.executable, "-c", code, *modules], stdout=subprocess.PIPE, text=True)  # noqa: S603
+    result = subprocess.run([sys.executable, "-c", code, *modules], stdout=subprocess.PIPE, text=True)  # noqa: S603 (this interpreter)
     if result.returncode:
         raise ValueError(f"importing {', '.join(modules)} ended Python with {result.returncode}")
     return json.loads(result.stdout.splitlines()[-1])

@@ -33,7 +33,7 @@ class Lars(Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] - torch declares overloads
         """Step once, all parameters at a time; those without a gradient stay as they are."""
         assert closure is None, "the loss is not computed again"
         for group in self.param_groups:

@@ -42,4 +42,4 @@ class MomentumUpdate:
     @torch.no_grad()
     def __call__(self, momentum: float) -> None:
         """Step once with the paper's m."""
-        torch._foreach_lerp_(self._key, self._query, 1 - momentum)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        torch._foreach_lerp_(self._key, self._query, 1 - momentum)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] - no public name

@@ -40,7 +40,7 @@ class RecastWeights:
     @torch.no_grad()
     def refresh(self) -> None:
         """Cast all weights again."""
-        torch._foreach_copy_(self._copies, self._weights)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        torch._foreach_copy_(self._copies, self._weights)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] - no public name
 
     @contextmanager
     def in_use(self) -> Generator[None]:
@@ -54,4 +54,4 @@ class RecastWeights:
     def _put(self, weights: list[Tensor]) -> None:
         # Not by assignment: a module would look the name up in all that it holds, for each weight of each step.
         for (layer, name), weight in zip(self._places, weights, strict=True):
-            layer._parameters[name] = cast("nn.Parameter", weight)  # pyright: ignore[reportPrivateUsage]
+            layer._parameters[name] = cast("nn.Parameter", weight)  # pyright: ignore[reportPrivateUsage] - as said above

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
-from tests import fake_cuda  # noqa: E402
+from tests import fake_cuda  # noqa: E402 (the path comes first)
 
 fake_cuda.install()
 

@@ -28,7 +28,7 @@ class FakeNvjpeg:
         self._create_status, self._info_status = create_status, info_status
         self.open_handles = 0
 
-    def nvjpegCreateEx(self, backend, dev_allocator, pinned_allocator, flags, handle):  # noqa: N802
+    def nvjpegCreateEx(self, backend, dev_allocator, pinned_allocator, flags, handle):  # noqa: N802 (nvJPEG's name)
         assert (backend, dev_allocator, pinned_allocator, flags) == (3, None, None, 0)
         if self._create_status:
             return self._create_status
@@ -37,13 +37,13 @@ class FakeNvjpeg:
         self.open_handles += 1
         return 0
 
-    def nvjpegGetHardwareDecoderInfo(self, handle, engines, cores):  # noqa: N802
+    def nvjpegGetHardwareDecoderInfo(self, handle, engines, cores):  # noqa: N802 (nvJPEG's name)
         assert handle.value == HANDLE
         for target, value in zip((engines, cores), self._found, strict=True):
             ctypes.cast(target, ctypes.POINTER(ctypes.c_uint))[0] = value
         return self._info_status
 
-    def nvjpegDestroy(self, handle):  # noqa: N802
+    def nvjpegDestroy(self, handle):  # noqa: N802 (nvJPEG's name)
         assert handle.value == HANDLE
         self.open_handles -= 1
         return 0
