@@ -10,8 +10,8 @@ WORKDIR /opt/moco-fast
 
 # The dependencies come before the sources, so that a change of the sources does not install them again.
 COPY pyproject.toml requirements.lock ./
-COPY deploy/base_image.py deploy/
-RUN python deploy/base_image.py install base.json
+COPY deploy/docker/base_image.py deploy/docker/
+RUN python deploy/docker/base_image.py install base.json
 
 # PIP_CONSTRAINT is the base's own list; it would also bind the throw-away environment that builds the wheel.
 COPY README.md LICENSE ./
@@ -20,14 +20,14 @@ COPY pipelines pipelines
 COPY moco_fast moco_fast
 RUN PIP_CONSTRAINT='' python -m pip install --quiet --root-user-action ignore --no-cache-dir \
         --break-system-packages --no-deps . \
-    && python deploy/base_image.py check base.json \
+    && python deploy/docker/base_image.py check base.json \
     && make-shards --help >/dev/null && moco-fast --help >/dev/null && python -m moco_fast.train --help >/dev/null
 
-# Relative paths of the README work in /moco: configs/accelerate/*.yaml to read, anything else to write. Caches are in
+# Relative paths of the README work in /moco: deploy/accelerate/*.yaml to read, anything else to write. Caches are in
 # the home directory, which is anyone's to write: --user can be another, and a read-only container mounts a volume there.
 RUN useradd --no-create-home --home-dir /var/cache/moco --uid 10001 moco \
     && install --directory --mode 1777 /var/cache/moco && install --directory --owner moco /moco
-COPY --chown=moco configs /moco/configs
+COPY --chown=moco deploy/accelerate /moco/deploy/accelerate
 USER 10001
 WORKDIR /moco
 

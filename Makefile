@@ -35,7 +35,7 @@ demo-steps:
 	python -m moco_fast.demo demo/images
 	make-shards pack demo/images/train --out demo/shards/train
 	make-shards pack demo/images/val --out demo/shards/val
-	accelerate launch --config_file configs/accelerate/$(DEMO_CONFIG).yaml -m moco_fast.train demo --data.shards demo/shards/train --eval.shards demo/shards/val --run.out demo/run
+	accelerate launch --config_file deploy/accelerate/$(DEMO_CONFIG).yaml -m moco_fast.train demo --data.shards demo/shards/train --eval.shards demo/shards/val --run.out demo/run
 	moco-fast eval knn --checkpoint demo/run
 	moco-fast report demo/run
 
@@ -99,7 +99,7 @@ image: ## Build the Docker image (docs/docker.md)
 		--build-arg VERSION=$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' moco_fast/__init__.py) .
 
 image-rehearsal: setup ## As root, without Docker: what the Dockerfile does, in a Debian with debootstrap
-	python deploy/rehearse_image.py build/image-rehearsal
+	python deploy/docker/rehearse_image.py build/image-rehearsal
 
 clean: ## Remove what the commands above made, but not .venv nor your runs
 	rm -rf demo build dist .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis .import_linter_cache

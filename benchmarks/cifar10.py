@@ -32,15 +32,15 @@ import torch
 from alternating import Claim, claims_table, compare, header, write_claims
 from torch import Tensor, nn
 
-from moco_fast.build import build, open_run_loader
 from moco_fast.config import Config
-from moco_fast.encoders import Encoder, build_encoder
-from moco_fast.evaluate.knn import evaluate_knn
+from moco_fast.encoders.encoder import Encoder, build_encoder
+from moco_fast.evaluation.knn import evaluate_knn
 from moco_fast.report.record import read_run
-from moco_fast.run import train
-from moco_fast.runtime import Runtime, start
-from moco_fast.schedule import lr_at
 from moco_fast.train import parse
+from moco_fast.training.build import build, open_run_loader
+from moco_fast.training.loop import train
+from moco_fast.training.runtime import Runtime, start
+from moco_fast.training.schedule import lr_at
 from pipelines.batch import TwoViewBatch
 from shards.cli import main as make_shards
 

@@ -22,16 +22,16 @@ import torchvision.transforms.functional as F
 from alternating import Claim, claims_table, compare, header, write_claims
 from PIL import Image, ImageFilter, ImageOps
 
-from pipelines.augment import ViewTable
 from pipelines.config import VIEWS, ViewConfig, ViewsConfig
 from pipelines.loader import make_views
-from pipelines.reader import Reader
-from pipelines.samples import draw_training
+from pipelines.plan.augment import ViewTable
+from pipelines.reading.reader import Reader
+from pipelines.reading.samples import draw_training
 from shards import ShardSet
 from shards.config import PackConfig
-from shards.pack import pack
-from shards.progress import Progress
-from shards.write_beton import write_beton
+from shards.ground.progress import Progress
+from shards.packing.pack import pack
+from shards.tools.beton import write_beton
 
 STILL = ViewConfig(
     flip_p=0.0, jitter_p=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, grayscale_p=0.0, blur_p=0.0

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from moco_fast.config import Config
-from moco_fast.encoders import Encoder
-from moco_fast.evaluate.knn import evaluate_knn
+from moco_fast.encoders.encoder import Encoder
+from moco_fast.evaluation.knn import evaluate_knn
 from moco_fast.report.record import RunRecord, read_run
 
 

@@ -23,10 +23,10 @@ from step import Authors, Setting
 
 from moco_fast.bench.measure import measure
 from moco_fast.bench.result import table
-from moco_fast.build import build
 from moco_fast.config import BatchNormConfig, Config
 from moco_fast.presets import PRESETS
-from moco_fast.runtime import start
+from moco_fast.training.build import build
+from moco_fast.training.runtime import start
 
 
 def recipe(options: argparse.Namespace, shards: Path) -> Config:

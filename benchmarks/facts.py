@@ -27,10 +27,10 @@ import torch
 from alternating import Claim, claims_table, compare, header, write_claims
 from torch import Tensor
 
+from moco_fast.methods.shuffle import VirtualGroups
 from moco_fast.report.record import RunRecord, read_run
-from moco_fast.run import train
-from moco_fast.shuffle import VirtualGroups
 from moco_fast.train import parse
+from moco_fast.training.loop import train
 
 MOMENTUM, SIZE, BATCH_NORM = "momentum m, K = 4,096", "dictionary size K", "BN in groups of 8, K = 512"
 SHUFFLED, NOT_SHUFFLED = "shuffled", "not shuffled"

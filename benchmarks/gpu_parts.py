@@ -95,7 +95,7 @@ def _packages() -> tuple[dict[str, str], list[str]]:
 
 
 def _facts_of_gpu(torch: Any) -> dict[str, Any]:
-    from pipelines.engines import find_engines
+    from pipelines.backends.engines import find_engines
 
     properties, engines = torch.cuda.get_device_properties(0), find_engines(torch.device("cuda", 0))
     facts = {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
@@ -270,8 +270,8 @@ def momentum(job: Job, *, encoder: str) -> Outcome:
     from alternating import claims_table, compare
 
     from moco_fast.config import ModelConfig
-    from moco_fast.encoders import build_encoder
-    from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
+    from moco_fast.encoders.encoder import build_encoder
+    from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
 
     device = torch.device(job.device)
     query = build_encoder(ModelConfig(encoder=encoder))
@@ -331,8 +331,8 @@ def profile(job: Job, *, steps: int, beside: bool = False, **options: Any) -> Ou
     from torch.profiler import ProfilerActivity
 
     from moco_fast.bench.loading import resident_batch
-    from moco_fast.build import build
-    from moco_fast.runtime import start
+    from moco_fast.training.build import build
+    from moco_fast.training.runtime import start
 
     config = recipe(job, **options)
     runtime = start(config.run)

@@ -2,9 +2,10 @@
 
     python benchmarks/hand_over.py --shards DIR [--device cuda] [--encoder resnet50] [--batch 32] [--seconds 20]
 
-`free`: as in a run, no stream waits (pipelines.dali.to_torch). `waits`: by torch.from_dlpack alone, which makes the
-stream of the thread that asks, the legacy default stream, wait for the batch after this one; `waits on it` trains on
-that stream, too, as a script does that never asked for one of its own. On a CPU there are no streams, and all are one.
+`free`: as in a run, no stream waits (pipelines.backends.dali.to_torch). `waits`: by torch.from_dlpack alone, which
+makes the stream of the thread that asks, the legacy default stream, wait for the batch after this one; `waits on it`
+trains on that stream, too, as a script does that never asked for one of its own. On a CPU there are no streams, and
+all are one.
 """
 
 import argparse
@@ -31,8 +32,8 @@ def hand_over(how: HandOver) -> Generator[None]:
     if how == "free":
         yield
         return
-    from moco_fast import runtime
-    from pipelines import dali
+    from moco_fast.training import runtime
+    from pipelines.backends.registry import dali
 
     with patch.object(dali, "to_torch", torch.from_dlpack):
         if how == "waits":

@@ -19,12 +19,12 @@ from alternating import claims_table, compare, header, write_claims
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
+from pipelines.backends.dali import inputs_of
 from pipelines.config import VIEWS
-from pipelines.dali import inputs_of
-from pipelines.order import OrderPlan
-from pipelines.readahead import EncodedBatch, ReadAhead
-from pipelines.readahead_process import ReadingSpec
-from pipelines.samples import EpochSteps, draw_training
+from pipelines.plan.order import OrderPlan
+from pipelines.reading.ahead_process import ReadingSpec
+from pipelines.reading.readahead import EncodedBatch, ReadAhead
+from pipelines.reading.samples import EpochSteps, draw_training
 from shards import ShardSet
 
 ALLOWED_S = 0.08

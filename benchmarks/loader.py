@@ -35,11 +35,11 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 from pipelines.config import DataConfig, ViewsConfig
-from pipelines.cpus import available_cpus
 from pipelines.loader import open_loader
 from shards import ShardSet
-from shards.progress import Progress
-from shards.write_beton import write_beton
+from shards.ground.cpus import available_cpus
+from shards.ground.progress import Progress
+from shards.tools.beton import write_beton
 
 Opened = tuple[Iterator[Any], Callable[[], None]]
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

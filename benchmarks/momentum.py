@@ -12,8 +12,8 @@ import torch
 from alternating import alternate, bars, claims_table, compare, header, table, write_claims
 
 from moco_fast.config import ModelConfig
-from moco_fast.encoders import build_encoder
-from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from shards.index import SUFFIXES
-from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from shards.sets.index import SUFFIXES
+from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
 
 
 def peak_mib() -> float:
@@ -59,7 +59,7 @@ def write_manifest(folder: Path, num_shards: int, num_samples: int) -> None:
 
 def measure_ours(folder: Path, batch_size: int, world_size: int) -> dict[str, float]:
     """Print start-up, first step, seek and steady step of one rank; return seconds and GB until the first samples."""
-    from pipelines.order import EpochOrder, OrderPlan
+    from pipelines.plan.order import EpochOrder, OrderPlan
     from shards import ShardSet
 
     before = peak_mib()

@@ -27,8 +27,8 @@ import numpy as np
 from PIL import Image
 
 from shards.config import EncodeConfig, PackConfig
-from shards.encode import encode
-from shards.pack import pack
+from shards.images.encode import encode
+from shards.packing.pack import pack
 
 if TYPE_CHECKING:
     from alternating import Claim

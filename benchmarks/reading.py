@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from alternating import claims_table, compare, header, write_claims
 
-from pipelines.readahead import ReadAhead
-from pipelines.readahead_process import ReadingSpec
-from pipelines.reader import Reader
-from pipelines.samples import ListedSteps, draw_central
+from pipelines.reading.ahead_process import ReadingSpec
+from pipelines.reading.readahead import ReadAhead
+from pipelines.reading.reader import Reader
+from pipelines.reading.samples import ListedSteps, draw_central
 from shards import ShardSet
 
 GOAL = 15_000

@@ -24,15 +24,15 @@ from alternating import alternate, bars, claims_table, compare, header, table, w
 from torch import Tensor, nn
 
 from moco_fast.config import ModelConfig, OptimConfig
-from moco_fast.encoders import Encoder, build_encoder, unit_vectors
-from moco_fast.keys import MomentumKeys
-from moco_fast.loss import feature_std, info_nce
-from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
-from moco_fast.optim import build_optimizer
-from moco_fast.queue import Queue
-from moco_fast.runtime import allow_tf32
-from moco_fast.shuffle import Exchange, Gather, Together
-from moco_fast.step import TrainStep
+from moco_fast.encoders.encoder import Encoder, build_encoder, unit_vectors
+from moco_fast.methods.key_queue import Queue
+from moco_fast.methods.keys import MomentumKeys
+from moco_fast.methods.loss import feature_std, info_nce
+from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.shuffle import Exchange, Gather, Together
+from moco_fast.training.optim import build_optimizer
+from moco_fast.training.runtime import allow_tf32
+from moco_fast.training.step import TrainStep
 from pipelines.batch import TwoViewBatch
 
 MOMENTUM, TEMPERATURE, LR = 0.999, 0.2, 0.03

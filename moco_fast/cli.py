@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 
-from moco_fast import process
 from moco_fast.bench.cli import main as bench
 from moco_fast.config import Layer
-from moco_fast.export import Format
+from moco_fast.export.export import Format
+from moco_fast.training import process
 
 if TYPE_CHECKING:
     import torch
 
     from moco_fast.config import Config
-    from moco_fast.evaluate.knn import KnnResult
+    from moco_fast.evaluation.knn import KnnResult
 
 __all__ = ["VERBS", "Verb", "main"]
 
@@ -117,8 +117,8 @@ class Verb:
 def _eval_knn(command: EvalKnn) -> int:
     import json
 
-    from moco_fast.checkpoint import load_encoder
-    from moco_fast.evaluate.untrained import untrained_twin
+    from moco_fast.evaluation.untrained import untrained_twin
+    from moco_fast.training.checkpoint import load_encoder
 
     config, encoder = load_encoder(command.checkpoint)
     device = _choose_device(command.device)
@@ -143,7 +143,7 @@ def _eval_knn(command: EvalKnn) -> int:
 
 def _knn(command: EvalKnn, config: "Config", encoder: Any, device: "torch.device") -> "KnnResult":
     from moco_fast.config import KnnConfig
-    from moco_fast.evaluate.knn import evaluate_knn
+    from moco_fast.evaluation.knn import evaluate_knn
 
     query_shards = command.query_shards or config.eval.shards
     if query_shards is None:
@@ -223,7 +223,7 @@ def _report(command: Report) -> int:
 
 
 def _export(command: Export) -> int:
-    from moco_fast.export import export
+    from moco_fast.export.export import export
 
     written = export(command.run, command.format, command.out)
     print(f"{written.path}: {written.num_parameters:,} parameters. To load them:\n\n{written.usage}")

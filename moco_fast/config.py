@@ -46,7 +46,7 @@ class ModelConfig:
     """The encoder and the head on top of it."""
 
     encoder: str = "resnet50"
-    """Name of an encoder: one of moco_fast.encoders.ENCODERS, or any name that timm knows."""
+    """Name of an encoder: one of moco_fast.encoders.encoder.ENCODERS, or any name that timm knows."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """`cifar`: a 3x3 first convolution with stride 1 and no pooling, for images of about 32 pixels."""
     head: Literal["linear", "mlp", "v3"] = "mlp"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import tyro
 
-from moco_fast import process
 from moco_fast.config import Config, validate
 from moco_fast.meaning import refuse_meaningless
 from moco_fast.presets import PRESETS
-from shards.storage import split_sets
+from moco_fast.training import process
+from shards.storage.stores import split_sets
 
 __all__ = ["check", "is_first_rank", "main", "parse", "recipe_of"]
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     process.prepare()
     try:
         config = parse(argv)
-        from moco_fast.run import train
+        from moco_fast.training.loop import train
 
         return train(config)
     except ValueError as error:

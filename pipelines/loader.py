@@ -12,21 +12,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.backends import BACKENDS, Job, Stream, choose, choose_num_threads
+from pipelines.backends.engines import Engines, choose_load, describe_engines, find_engines
+from pipelines.backends.registry import BACKENDS, Job, Stream, choose, choose_num_threads
 from pipelines.batch import ImageBatch, TwoViewBatch
 from pipelines.config import DataConfig, ViewsConfig
-from pipelines.cpus import available_cpus
-from pipelines.engines import Engines, choose_load, describe_engines, find_engines
-from pipelines.order import OrderPlan, check_ranks
-from pipelines.samples import EpochSteps, ListedSteps, draw_central, draw_training
-from pipelines.sets import cache_for_evaluation, cache_for_training, open_readable
+from pipelines.plan.order import OrderPlan, check_ranks
+from pipelines.reading.samples import EpochSteps, ListedSteps, draw_central, draw_training
+from pipelines.reading.sets import cache_for_evaluation, cache_for_training, open_readable
 from shards import ShardSet
-from shards.beton import BetonSet
-from shards.kinds import tell_kinds
-from shards.manifest import MANIFEST_NAME
+from shards.ground.cpus import available_cpus
+from shards.sets.beton import BetonSet
+from shards.sets.kinds import tell_kinds
+from shards.sets.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
-    from pipelines.streamed import StreamPlan
+    from pipelines.backends.streamed import StreamPlan
 
 __all__ = ["EvalLoader", "Loader", "choose_decoding", "find_tars", "make_views", "open_eval_loader", "open_loader"]
 
@@ -309,7 +309,7 @@ def _open_streamed(
             f"--data.backend {data.backend} needs an index: {index}; tars without one are streamed by the torch backend"
         )
     # Not above: webdataset and torch's workers are only loaded by those who stream.
-    from pipelines.streamed import Place, StreamedViews, StreamPlan, StreamSpec
+    from pipelines.backends.streamed import Place, StreamedViews, StreamPlan, StreamSpec
 
     rank, world_size, local_world_size = ranks
     plan = StreamPlan(tars=tars, num_samples=data.stream_samples, batch_size=data.batch_size)

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 
 from pipelines.config import ViewsConfig
 from pipelines.loader import make_views
-from pipelines.reader import Reader
-from pipelines.samples import draw_training
+from pipelines.reading.reader import Reader
+from pipelines.reading.samples import draw_training
 from shards import ShardSet
 
 __all__ = ["Preview", "differences", "draw", "sheet"]

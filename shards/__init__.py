@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shards.index import ShardSet
-    from shards.manifest import Manifest
+    from shards.sets.index import ShardSet
+    from shards.sets.manifest import Manifest
 
 __all__ = ["Manifest", "ShardSet"]
 
-_MODULES = {"Manifest": "shards.manifest", "ShardSet": "shards.index"}
+_MODULES = {"Manifest": "shards.sets.manifest", "ShardSet": "shards.sets.index"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from shards.config import WORK_FOLDER, PackConfig
-from shards.errors import PackError
+from shards.ground.errors import PackError
 
 __all__ = ["main"]
 
@@ -86,10 +86,10 @@ class FinishCommand:
 
 
 def _pack(command: PackCommand) -> int:
-    from shards.estimate import estimate
-    from shards.pack import pack
-    from shards.progress import Progress
-    from shards.summary import summarize
+    from shards.ground.progress import Progress
+    from shards.packing.estimate import estimate
+    from shards.packing.pack import pack
+    from shards.packing.summary import summarize
 
     if command.dry_run:
         for line in estimate(command, Progress()).lines(command):
@@ -103,11 +103,11 @@ def _pack(command: PackCommand) -> int:
 
 
 def _index(command: IndexCommand) -> int:
-    from shards.foreign import advice, index_folder
-    from shards.kinds import note_kinds, tell_kinds
-    from shards.pool import default_workers
-    from shards.progress import Progress
-    from shards.shard_folder import ShardFolder
+    from shards.ground.progress import Progress
+    from shards.packing.pool import default_workers
+    from shards.sets.kinds import note_kinds, tell_kinds
+    from shards.sets.shard_folder import ShardFolder
+    from shards.tools.index import advice, index_folder
 
     workers, work_folder = command.workers or default_workers(), command.work_folder
     described = ShardFolder(where=command.folder, work_folder=work_folder)
@@ -124,8 +124,8 @@ def _index(command: IndexCommand) -> int:
 
 
 def _inspect(command: InspectCommand) -> int:
-    from shards.index import ShardSet
-    from shards.inspect import contact_sheet, describe
+    from shards.sets.index import ShardSet
+    from shards.tools.inspect import contact_sheet, describe
 
     shards = ShardSet.open(command.folder)
     for line in describe(shards, where=command.folder):
@@ -137,16 +137,16 @@ def _inspect(command: InspectCommand) -> int:
 
 
 def _finish(command: FinishCommand) -> int:
-    from shards.pack import finish
-    from shards.summary import summarize
+    from shards.packing.pack import finish
+    from shards.packing.summary import summarize
 
     return summarize(command.folder, finish(command.folder, work_folder=command.work_folder), command.max_rejected)
 
 
 def _beton(command: BetonCommand) -> int:
-    from shards.pool import default_workers
-    from shards.progress import Progress
-    from shards.write_beton import write_beton
+    from shards.ground.progress import Progress
+    from shards.packing.pool import default_workers
+    from shards.tools.beton import write_beton
 
     written = write_beton(
         command.folder, command.out, workers=command.workers or default_workers(), progress=Progress()
@@ -157,12 +157,12 @@ def _beton(command: BetonCommand) -> int:
 
 
 def _verify(command: VerifyCommand) -> int:
-    from shards.pool import default_workers
-    from shards.progress import Progress
-    from shards.verify import verify
+    from shards.ground.progress import Progress
+    from shards.packing.pool import default_workers
+    from shards.tools.verify import verify
 
     if command.folder.endswith(".beton"):
-        from shards.write_beton import verify_beton
+        from shards.tools.beton import verify_beton
 
         problems = verify_beton(
             command.folder,

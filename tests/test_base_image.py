@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.scripts import DEPLOY, ROOT, load
 
-base_image = load("base_image", DEPLOY)
+base_image = load("base_image", DEPLOY / "docker")
 Package, Pin = base_image.Package, base_image.Pin
 
 # Versions as 26.09 has them where they are public; its metadata contradicts itself, as a base's may.
@@ -269,7 +269,7 @@ def test_a_module_that_ends_python_is_an_error(tmp_path, monkeypatch):
 
 def run(command, record, **environment):
     return subprocess.run(
-        [sys.executable, str(DEPLOY / "base_image.py"), command, str(record)],
+        [sys.executable, str(DEPLOY / "docker" / "base_image.py"), command, str(record)],
         env=os.environ | environment,
         capture_output=True,
         text=True,

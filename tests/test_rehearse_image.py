@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.scripts import DEPLOY, ROOT, load
 
-rehearsal = load("rehearse_image", DEPLOY)
+rehearsal = load("rehearse_image", DEPLOY / "docker")
 
 
 def test_joins_lines_and_leaves_comments_out():

@@ -1,7 +1,7 @@
 """The command line of the bench: what it can be told, and what it says.
 
 moco-fast bench moco-v2 --data.shards DIR
-accelerate launch --config_file configs/accelerate/gpu-8.yaml -m moco_fast.bench moco-v2 --data.shards DIR
+accelerate launch --config_file deploy/accelerate/gpu-8.yaml -m moco_fast.bench moco-v2 --data.shards DIR
 """
 
 import json

@@ -8,17 +8,17 @@ from itertools import count
 
 import torch
 
-from moco_fast.build import open_run_loader
 from moco_fast.config import Config
-from moco_fast.runtime import Runtime
-from pipelines.backends import choose
+from moco_fast.training.build import open_run_loader
+from moco_fast.training.runtime import Runtime
+from pipelines.backends.registry import choose
 from pipelines.batch import TwoViewBatch
 from pipelines.config import Backend, ViewConfig, ViewsConfig
 from pipelines.loader import Loader, find_tars
-from pipelines.order import EpochOrder, OrderPlan
-from pipelines.reader import Reader
-from pipelines.samples import Pending
-from pipelines.sets import cache_for_training, open_readable
+from pipelines.plan.order import EpochOrder, OrderPlan
+from pipelines.reading.reader import Reader
+from pipelines.reading.samples import Pending
+from pipelines.reading.sets import cache_for_training, open_readable
 
 __all__ = ["can_read", "decoding", "made_on_device", "reading", "resident_batch"]
 

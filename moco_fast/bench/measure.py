@@ -8,17 +8,17 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from moco_fast import console
 from moco_fast.bench.clock import PartClock
 from moco_fast.bench.loading import can_read, decoding, made_on_device, reading, resident_batch
 from moco_fast.bench.parts import on_a_clock
 from moco_fast.bench.result import BenchResult, Rate
 from moco_fast.bench.stopwatch import Job, Stopwatch
 from moco_fast.bench.turns import Round, Turns, made_ahead
-from moco_fast.build import Parts, build, open_run_loader
 from moco_fast.config import Config
-from moco_fast.runtime import Runtime, start
-from moco_fast.shuffle import resolve_policy
+from moco_fast.methods.shuffle import resolve_policy
+from moco_fast.training import console
+from moco_fast.training.build import Parts, build, open_run_loader
+from moco_fast.training.runtime import Runtime, start
 from pipelines.loader import Loader
 
 __all__ = ["STAGES", "Stage", "measure"]

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moco_fast.bench.clock import PartClock
-from moco_fast.dictionary import Dictionary
-from moco_fast.keys import Autocast, KeySource, MomentumKeys, QueryKeys
-from moco_fast.shuffle import KeyPolicy
-from moco_fast.step import TrainStep
+from moco_fast.methods.dictionary import Dictionary
+from moco_fast.methods.keys import Autocast, KeySource, MomentumKeys, QueryKeys
+from moco_fast.methods.shuffle import KeyPolicy
+from moco_fast.training.step import TrainStep
 
 __all__ = ["on_a_clock"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moco_fast.runtime import Runtime
+from moco_fast.training.runtime import Runtime
 
 __all__ = ["Stopwatch"]
 

@@ -8,7 +8,7 @@ from moco_fast.bench.clock import PartClock
 from moco_fast.bench.names import REST, WAITING
 from moco_fast.bench.stopwatch import Job, Stopwatch
 from moco_fast.config import Config
-from moco_fast.step import TrainStep
+from moco_fast.training.step import TrainStep
 from pipelines.batch import TwoViewBatch
 from pipelines.loader import Loader
 

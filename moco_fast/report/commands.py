@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from shlex import join, quote, split
 
-from moco_fast.export import why_not
+from moco_fast.export.export import why_not
 from moco_fast.report.record import RunRecord
 
 __all__ = ["Command", "next_commands"]

@@ -8,9 +8,9 @@ import numpy.typing as npt
 import torch
 
 from moco_fast.config import Config
-from moco_fast.encoders import Encoder
-from moco_fast.evaluate.features import labeled_features, spread
-from moco_fast.evaluate.knn import classify, common_classes
+from moco_fast.encoders.encoder import Encoder
+from moco_fast.evaluation.features import labeled_features, spread
+from moco_fast.evaluation.knn import classify, common_classes
 from moco_fast.report.pictures import Picture, to_picture
 from pipelines.config import DataConfig
 from pipelines.loader import open_eval_loader

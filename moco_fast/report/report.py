@@ -12,15 +12,15 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from moco_fast import __version__
-from moco_fast.checkpoint import load_encoder
 from moco_fast.config import Config
-from moco_fast.evaluate.untrained import untrained_twin
+from moco_fast.evaluation.untrained import untrained_twin
 from moco_fast.report.commands import next_commands
 from moco_fast.report.figures import Curve, Level, draw_curves
 from moco_fast.report.neighbors import Query, find_neighbors
 from moco_fast.report.pictures import show_views
 from moco_fast.report.record import RunRecord, read_run
 from moco_fast.report.words import configuration_table, environment_table, headline, tiles
+from moco_fast.training.checkpoint import load_encoder
 
 __all__ = ["guessing", "write_report"]
 

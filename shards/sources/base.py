@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from shards.config import Columns
-from shards.storage import check_url, is_url
+from shards.storage.stores import check_url, is_url
 
 __all__ = ["Columns", "Input", "Source", "nested_source", "open_source", "printable", "reopen_source"]
 

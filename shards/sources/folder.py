@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from shards.errors import PackError, Rejected
+from shards.ground.errors import PackError, Rejected
 from shards.sources.base import Columns, Input, Source, nested_source, printable
-from shards.storage import absolute
+from shards.storage.stores import absolute
 
 __all__ = ["FolderSource", "read_file"]
 

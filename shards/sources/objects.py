@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shards.errors import Rejected
+from shards.ground.errors import Rejected
 from shards.sources.base import Columns, Input, Source, nested_source, printable
-from shards.storage import Folder, open_folder
+from shards.storage.stores import Folder, open_folder
 
 __all__ = ["ObjectsSource"]
 

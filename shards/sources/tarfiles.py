@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from shards.errors import PackError, Rejected
-from shards.manifest import MANIFEST_NAME, Manifest
+from shards.ground.errors import PackError, Rejected
+from shards.sets.manifest import MANIFEST_NAME, Manifest
 from shards.sources.base import Input, Source, printable
-from shards.storage import ByteFile, SeekableFile, absolute, is_url, open_bytes
-from shards.tar import BLOCK, EndOfTar, TarError, parse_header
+from shards.storage.stores import ByteFile, SeekableFile, absolute, is_url, open_bytes
+from shards.storage.tar import BLOCK, EndOfTar, TarError, parse_header
 
 __all__ = ["TarSource", "members"]
 

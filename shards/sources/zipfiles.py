@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shards.errors import PackError, Rejected
+from shards.ground.errors import PackError, Rejected
 from shards.sources.base import Input, Source, printable
-from shards.storage import SeekableFile, absolute, is_url, open_bytes
+from shards.storage.stores import SeekableFile, absolute, is_url, open_bytes
 
 __all__ = ["ZipSource"]
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shards.config import PackConfig
-from shards.pack import finish, pack
+from shards.packing.pack import finish, pack
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 

@@ -11,8 +11,8 @@ import pytest
 
 from shards import ShardSet
 from shards.config import PackConfig
-from shards.pack import pack
-from shards.write_beton import verify_beton
+from shards.packing.pack import pack
+from shards.tools.beton import verify_beton
 from tests.faults.test_packer import alive, children, wait_until
 from tests.shards.pictures import fill
 

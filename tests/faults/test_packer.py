@@ -19,10 +19,10 @@ import pytest
 
 from shards.cli import main
 from shards.config import PackConfig
-from shards.errors import PackError
-from shards.pack import pack
-from shards.pool import run_tasks
-from shards.verify import verify
+from shards.ground.errors import PackError
+from shards.packing.pack import pack
+from shards.packing.pool import run_tasks
+from shards.tools.verify import verify
 from tests.shards.pictures import contents, encoded, fill, jpeg, picture
 
 pytestmark = pytest.mark.faults

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 
 from shards.cli import main
-from shards.cluster import NodeJob
 from shards.config import PackConfig
-from shards.errors import PackError
-from shards.pack import pack
-from shards.plan import Task
-from shards.planner import make_plan
-from shards.progress import Progress
-from shards.target import LocalTarget
-from shards.write import WriteShard
+from shards.ground.errors import PackError
+from shards.ground.progress import Progress
+from shards.packing.cluster import NodeJob
+from shards.packing.listing import make_plan
+from shards.packing.pack import pack
+from shards.packing.plan import Task
+from shards.packing.write import WriteShard
+from shards.storage.target import LocalTarget
 from tests.shards.pictures import contents, encoded, picture
 
 pytestmark = pytest.mark.faults

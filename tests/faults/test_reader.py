@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.reader import DamagedSampleError, Reader
+from pipelines.reading.reader import DamagedSampleError, Reader
 from shards import ShardSet
 from tests.pipelines.shard_files import write_shards
 

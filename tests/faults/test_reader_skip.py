@@ -7,7 +7,7 @@ import torch
 
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.loader import open_loader
-from pipelines.reader import DamagedSampleError
+from pipelines.reading.reader import DamagedSampleError
 from shards import ShardSet
 from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
 

@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import cache as cache_module
-from pipelines.cache import CachedShardSet, CacheFolder, CacheFullError, FetchError, Holder
 from pipelines.config import DataConfig, ViewsConfig
-from pipelines.fetch import FetchedSteps, cached
 from pipelines.loader import open_eval_loader, open_loader
-from pipelines.reader import Reader
-from pipelines.samples import ListedSteps
-from shards import ShardSet, storage
-from shards.remote import RemoteShardSet
+from pipelines.reading import cache as cache_module
+from pipelines.reading.cache import CachedShardSet, CacheFolder, CacheFullError, FetchError, Holder
+from pipelines.reading.fetch import FetchedSteps, cached
+from pipelines.reading.reader import Reader
+from pipelines.reading.samples import ListedSteps
+from shards import ShardSet
+from shards.sets.remote import RemoteShardSet
+from shards.storage import stores as storage
 from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
 from tests.shards.web import Web, serving
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from moco_fast.config import ModelConfig, OptimConfig, RunConfig
-from moco_fast.encoders import build_encoder
-from moco_fast.keys import MomentumKeys
-from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
-from moco_fast.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from moco_fast.queue import Queue
-from moco_fast.runtime import start
-from moco_fast.shuffle import Together
-from moco_fast.step import TrainStep
+from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods.key_queue import Queue
+from moco_fast.methods.keys import MomentumKeys
+from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.shuffle import Together
+from moco_fast.training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from moco_fast.training.runtime import start
+from moco_fast.training.step import TrainStep
 from pipelines.batch import TwoViewBatch
 
 pytestmark = pytest.mark.gpu

@@ -35,7 +35,7 @@ def test_demo_learns(command, device, tmp_path):
     for split in ("train", "val"):
         command("shards.cli", "pack", f"images/{split}", "--out", f"shards/{split}")
     on_gpu = device.type == "cuda"
-    config = ROOT / "configs" / "accelerate" / f"{'gpu' if on_gpu else 'cpu'}-1.yaml"
+    config = ROOT / "deploy" / "accelerate" / f"{'gpu' if on_gpu else 'cpu'}-1.yaml"
     # A GPU takes a minute for the whole demo; a CPU shows in a few steps that the commands fit together.
     shorter = () if on_gpu else ("--run.steps", 3, "--data.batch-size", 32, "--model.encoder", "resnet18_quarter")
     data = ("--data.shards", "shards/train", "--eval.shards", "shards/val", "--run.out", "run")

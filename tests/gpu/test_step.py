@@ -9,18 +9,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moco_fast.batchnorm import use_group_statistics
 from moco_fast.bench.clock import PartClock
 from moco_fast.bench.parts import on_a_clock
 from moco_fast.config import MocoConfig, ModelConfig, OptimConfig, RunConfig
-from moco_fast.dictionary import build_dictionary
-from moco_fast.encoders import build_encoder
-from moco_fast.keys import BankKeys, MomentumKeys, QueryKeys
-from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
-from moco_fast.optim import build_optimizer
-from moco_fast.runtime import allow_tf32, start
-from moco_fast.shuffle import Together, VirtualGroups
-from moco_fast.step import TrainStep
+from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods.batchnorm import use_group_statistics
+from moco_fast.methods.dictionary import build_dictionary
+from moco_fast.methods.keys import BankKeys, MomentumKeys, QueryKeys
+from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.shuffle import Together, VirtualGroups
+from moco_fast.training.optim import build_optimizer
+from moco_fast.training.runtime import allow_tf32, start
+from moco_fast.training.step import TrainStep
 from pipelines.batch import TwoViewBatch
 from tests.gpu.waiting import ABOUT_TF32, no_host_sync
 

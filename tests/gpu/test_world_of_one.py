@@ -25,12 +25,12 @@ if {fake}:
 from dataclasses import replace
 from moco_fast import distributed
 from moco_fast.bench.loading import resident_batch
-from moco_fast.build import build
+from moco_fast.training.build import build
 from moco_fast.config import ModelConfig
 from moco_fast.presets import PRESETS
-from moco_fast.runtime import start
-from moco_fast.shuffle import exchange_group
-from moco_fast.stop import StopSignal
+from moco_fast.training.runtime import start
+from moco_fast.methods.shuffle import exchange_group
+from moco_fast.training.stop import StopSignal
 
 base = PRESETS["moco-v2"][1]
 config = replace(

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moco_fast.affinity import stay_near_gpu
+from moco_fast.training.affinity import stay_near_gpu
 
 ROOT = Path(__file__).parents[2]
 GPU = torch.device("cuda", 0)
@@ -69,7 +69,7 @@ def test_the_launchers_wish_is_ours_to_grant():
     code = (
         "import torch, tests.fake_cuda as fake; fake.install()\n"
         "from moco_fast.config import RunConfig\n"
-        "from moco_fast.runtime import start\n"
+        "from moco_fast.training.runtime import start\n"
         "print(*start(RunConfig(device='cuda')).notes, sep='\\n')\n"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_CPU_AFFINITY": "1"}

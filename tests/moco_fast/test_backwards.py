@@ -8,10 +8,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from moco_fast.build import build
 from moco_fast.config import MocoConfig, ModelConfig, OptimConfig
 from moco_fast.presets import PRESETS
-from moco_fast.runtime import start
+from moco_fast.training.build import build
+from moco_fast.training.runtime import start
 from pipelines.batch import TwoViewBatch
 
 MECHANISMS = {

@@ -6,10 +6,10 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from moco_fast import distributed
-from moco_fast.batchnorm import average_batch_statistics, use_group_statistics
 from moco_fast.config import ModelConfig
-from moco_fast.encoders import build_encoder
-from moco_fast.momentum import copy_as_key_encoder
+from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods.batchnorm import average_batch_statistics, use_group_statistics
+from moco_fast.methods.momentum import copy_as_key_encoder
 
 LAYERS = {
     "torch 2d": lambda: nn.BatchNorm2d(6),

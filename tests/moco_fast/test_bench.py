@@ -21,14 +21,14 @@ from moco_fast.bench.parts import on_a_clock
 from moco_fast.bench.result import BenchResult, Rate, table, verdict
 from moco_fast.bench.stopwatch import Stopwatch
 from moco_fast.config import BatchNormConfig, MocoConfig, ModelConfig, OptimConfig
-from moco_fast.dictionary import build_dictionary
-from moco_fast.encoders import build_encoder
-from moco_fast.keys import BankKeys, MomentumKeys, QueryKeys
-from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
-from moco_fast.optim import build_optimizer
+from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods.dictionary import build_dictionary
+from moco_fast.methods.keys import BankKeys, MomentumKeys, QueryKeys
+from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.shuffle import Together, VirtualGroups, build_policy
 from moco_fast.presets import PRESETS
-from moco_fast.shuffle import Together, VirtualGroups, build_policy
-from moco_fast.step import TrainStep
+from moco_fast.training.optim import build_optimizer
+from moco_fast.training.step import TrainStep
 from pipelines.batch import TwoViewBatch
 from pipelines.config import ViewsConfig
 
@@ -264,7 +264,7 @@ def test_a_file_that_cannot_be_written_is_told_before_measuring(tmp_path, capsys
 
 @pytest.mark.slow
 def test_two_ranks_measure_a_recipe_and_leave_no_run_behind(packed_demo, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-2.yaml"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "deploy/accelerate/cpu-2.yaml"]
     command += ["-m", "moco_fast.bench", "demo", "--seconds", "2", "--json", str(tmp_path / "bench.json")]
     command += ["--data.shards", str(packed_demo.train), "--data.batch-size", "32", "--views.size", "32"]
     command += ["--model.encoder", "resnet18_quarter", "--moco.queue-size", "128", "--run.device", "cpu"]

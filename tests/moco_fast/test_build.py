@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moco_fast.batchnorm import average_batch_statistics
-from moco_fast.build import build
 from moco_fast.config import BatchNormConfig, Config, MocoConfig, ModelConfig, OptimConfig, RunConfig, validate
-from moco_fast.optim import load_optimizer_tensors, optimizer_tensors
-from moco_fast.runtime import start
+from moco_fast.methods.batchnorm import average_batch_statistics
+from moco_fast.training.build import build
+from moco_fast.training.optim import load_optimizer_tensors, optimizer_tensors
+from moco_fast.training.runtime import start
 from pipelines.config import VIEWS, DataConfig
 
 MECHANISMS = {

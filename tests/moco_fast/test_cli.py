@@ -82,10 +82,10 @@ def test_eval_knn_compares_trained_and_untrained(
 ) -> None:
     import torch
 
-    from moco_fast.checkpoint import load_encoder
     from moco_fast.config import KnnConfig
-    from moco_fast.encoders import build_encoder
-    from moco_fast.evaluate.knn import evaluate_knn
+    from moco_fast.encoders.encoder import build_encoder
+    from moco_fast.evaluation.knn import evaluate_knn
+    from moco_fast.training.checkpoint import load_encoder
 
     assert main(["eval", "knn", "--checkpoint", str(finished_run), "--json", "--device", "cpu"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -118,9 +118,9 @@ def test_each_figure_is_that_of_its_encoder(
 ) -> None:
     import torch
 
-    from moco_fast.checkpoint import load_encoder
-    from moco_fast.encoders import build_encoder
-    from moco_fast.evaluate.knn import KnnResult
+    from moco_fast.encoders.encoder import build_encoder
+    from moco_fast.evaluation.knn import KnnResult
+    from moco_fast.training.checkpoint import load_encoder
 
     config, trained = load_encoder(finished_run)
     torch.manual_seed(config.run.seed)

@@ -11,18 +11,18 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from moco_fast import distributed
-from moco_fast.batchnorm import use_statistics_of_all_ranks
-from moco_fast.build import build
 from moco_fast.config import Config, RunConfig
-from moco_fast.encoders import ENCODERS, Encoder
-from moco_fast.keys import MomentumKeys
-from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
-from moco_fast.optim import build_optimizer
+from moco_fast.encoders.encoder import ENCODERS, Encoder
+from moco_fast.methods.batchnorm import use_statistics_of_all_ranks
+from moco_fast.methods.key_queue import Queue
+from moco_fast.methods.keys import MomentumKeys
+from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.shuffle import Together
 from moco_fast.presets import PRESETS
-from moco_fast.queue import Queue
-from moco_fast.runtime import start
-from moco_fast.shuffle import Together
-from moco_fast.step import TrainStep
+from moco_fast.training.build import build
+from moco_fast.training.optim import build_optimizer
+from moco_fast.training.runtime import start
+from moco_fast.training.step import TrainStep
 from pipelines.batch import TwoViewBatch
 
 BATCH = 8

@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 
 from moco_fast.config import validate
-from moco_fast.console import advice_on_launches
 from moco_fast.presets import PRESETS
+from moco_fast.training.console import advice_on_launches
 
 
 def recipe(*, batch=256, loss="one-sided", **run):

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 
 from moco_fast import distributed
 from moco_fast.config import MocoConfig
-from moco_fast.dictionary import Batch, MemoryBank, build_dictionary
-from moco_fast.loss import info_nce, info_nce_in_batch
-from moco_fast.queue import Queue
+from moco_fast.methods.dictionary import Batch, MemoryBank, build_dictionary
+from moco_fast.methods.key_queue import Queue
+from moco_fast.methods.loss import info_nce, info_nce_in_batch
 
 
 def unit(seed, *shape):

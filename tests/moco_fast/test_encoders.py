@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moco_fast.config import ModelConfig
-from moco_fast.encoders import ENCODERS, build_encoder, check_image_size
+from moco_fast.encoders.encoder import ENCODERS, build_encoder, check_image_size
 
 PAPER_MILLIONS = {"resnet50": 24, "resnext50_32x8d": 46, "resnet50_w2x": 94, "resnet50_w4x": 375}
 

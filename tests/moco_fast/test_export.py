@@ -8,11 +8,11 @@ import torch
 import torchvision
 from safetensors import safe_open
 
-from moco_fast import checkpoint
-from moco_fast.checkpoint import Checkpoint, load_encoder
 from moco_fast.config import Config, ModelConfig, to_dict
-from moco_fast.encoders import ENCODERS, Encoder, build_encoder
-from moco_fast.export import _TIMM, _TORCHVISION, Format, export, library_network, why_not
+from moco_fast.encoders.encoder import ENCODERS, Encoder, build_encoder
+from moco_fast.export.export import _TIMM, _TORCHVISION, Format, export, library_network, why_not
+from moco_fast.training import checkpoint
+from moco_fast.training.checkpoint import Checkpoint, load_encoder
 from pipelines.config import DataConfig, ViewsConfig
 
 

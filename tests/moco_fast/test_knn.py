@@ -17,10 +17,10 @@ from torch.nn.functional import normalize
 
 from moco_fast import distributed
 from moco_fast.config import KnnConfig, Layer, ModelConfig
-from moco_fast.encoders import Encoder, build_encoder
-from moco_fast.evaluate import knn
-from moco_fast.evaluate.features import Features, extract, gather, labeled_features, spread
-from moco_fast.evaluate.knn import KnnResult, classify, evaluate_knn
+from moco_fast.encoders.encoder import Encoder, build_encoder
+from moco_fast.evaluation import knn
+from moco_fast.evaluation.features import Features, extract, gather, labeled_features, spread
+from moco_fast.evaluation.knn import KnnResult, classify, evaluate_knn
 from pipelines.batch import ImageBatch
 
 

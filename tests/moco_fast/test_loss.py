@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moco_fast.loss import feature_std, info_nce, info_nce_in_batch
+from moco_fast.methods.loss import feature_std, info_nce, info_nce_in_batch
 
 shapes = {"batch": st.integers(1, 7), "size": st.integers(1, 20), "dim": st.integers(2, 9)}
 

@@ -10,15 +10,15 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from moco_fast import build as build_module
-from moco_fast.build import build
 from moco_fast.config import BatchNormConfig, Config, MocoConfig, ModelConfig, OptimConfig, RunConfig, validate
-from moco_fast.encoders import ENCODERS
+from moco_fast.encoders.encoder import ENCODERS
 from moco_fast.meaning import refuse_meaningless
 from moco_fast.presets import PRESETS
-from moco_fast.runtime import Runtime, start
-from moco_fast.schedule import lr_at, momentum_at
 from moco_fast.train import main, parse
+from moco_fast.training import build as build_module
+from moco_fast.training.build import build
+from moco_fast.training.runtime import Runtime, start
+from moco_fast.training.schedule import lr_at, momentum_at
 from pipelines.batch import TwoViewBatch
 from pipelines.config import DataConfig
 

@@ -11,16 +11,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_fast import distributed
-from moco_fast.batchnorm import batch_norm_over_ranks, use_statistics_of_all_ranks
 from moco_fast.config import ModelConfig, OptimConfig
-from moco_fast.dictionary import Batch, MemoryBank
-from moco_fast.encoders import build_encoder
-from moco_fast.keys import BankKeys, MomentumKeys, QueryKeys
-from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
-from moco_fast.optim import build_optimizer
-from moco_fast.queue import Queue
-from moco_fast.shuffle import Exchange, Together
-from moco_fast.step import TrainStep
+from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods.batchnorm import batch_norm_over_ranks, use_statistics_of_all_ranks
+from moco_fast.methods.dictionary import Batch, MemoryBank
+from moco_fast.methods.key_queue import Queue
+from moco_fast.methods.keys import BankKeys, MomentumKeys, QueryKeys
+from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.shuffle import Exchange, Together
+from moco_fast.training.optim import build_optimizer
+from moco_fast.training.step import TrainStep
 from pipelines.batch import TwoViewBatch
 
 BATCH = 8

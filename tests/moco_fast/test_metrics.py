@@ -4,7 +4,7 @@ import math
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moco_fast.metrics import Average, MetricsFile
+from moco_fast.training.metrics import Average, MetricsFile
 
 
 def test_average_over_steps_starts_anew_after_each_reading():

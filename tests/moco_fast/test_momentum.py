@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from moco_fast.config import ModelConfig
-from moco_fast.encoders import build_encoder
-from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
 
 SMALL = ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8)
 

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from moco_fast import process
+from moco_fast.training import process
 
 
 @pytest.mark.parametrize("chosen", [None, "ACTIVE"])
@@ -21,7 +21,7 @@ def test_idle_threads_sleep_unless_the_user_says_otherwise(monkeypatch, chosen):
         (["python", "/somewhere/bin/accelerate", "launch", "-m", "moco_fast.train"], True),
         (["bash", "train.sh"], False),
         ([], False),
-        (["python", "watch.py", "--config", "configs/accelerate"], False),
+        (["python", "watch.py", "--config", "deploy/accelerate"], False),
     ],
 )
 def test_the_launcher_is_known_by_its_command(words, expected):

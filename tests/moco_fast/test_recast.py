@@ -10,11 +10,11 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco_fast.config import ModelConfig
-from moco_fast.encoders import build_encoder
-from moco_fast.keys import MomentumKeys
-from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
-from moco_fast.recast import RecastWeights
-from moco_fast.shuffle import Together
+from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods.keys import MomentumKeys
+from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.recast import RecastWeights
+from moco_fast.methods.shuffle import Together
 
 bf16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 

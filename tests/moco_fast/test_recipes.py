@@ -22,17 +22,17 @@ from timm.models.resnet import BasicBlock as TimmBlock
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from moco_fast.batchnorm import convert_batch_norm
-from moco_fast.dictionary import Batch
-from moco_fast.encoders import ENCODERS, build_encoder, sine_cosine_positions
-from moco_fast.keys import MomentumKeys
-from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
-from moco_fast.optim import build_optimizer
+from moco_fast.encoders.encoder import ENCODERS, build_encoder, sine_cosine_positions
+from moco_fast.methods.batchnorm import convert_batch_norm
+from moco_fast.methods.dictionary import Batch
+from moco_fast.methods.key_queue import Queue
+from moco_fast.methods.keys import MomentumKeys
+from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.shuffle import Together, build_policy
 from moco_fast.presets import PRESETS
-from moco_fast.queue import Queue
-from moco_fast.schedule import lr_at, momentum_at
-from moco_fast.shuffle import Together, build_policy
-from moco_fast.step import TrainStep
+from moco_fast.training.optim import build_optimizer
+from moco_fast.training.schedule import lr_at, momentum_at
+from moco_fast.training.step import TrainStep
 from pipelines.batch import TwoViewBatch
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

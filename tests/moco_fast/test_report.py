@@ -16,16 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from moco_fast.checkpoint import load_encoder
 from moco_fast.config import to_dict
-from moco_fast.evaluate.features import labeled_features
-from moco_fast.evaluate.untrained import untrained_twin
+from moco_fast.evaluation.features import labeled_features
+from moco_fast.evaluation.untrained import untrained_twin
 from moco_fast.presets import PRESETS
 from moco_fast.report.figures import Curve, Level, draw_curves, thin_out
 from moco_fast.report.neighbors import find_neighbors
 from moco_fast.report.record import read_run
 from moco_fast.report.report import guessing, write_report
 from moco_fast.report.words import configuration_table, duration, headline
+from moco_fast.training.checkpoint import load_encoder
 from pipelines.loader import open_loader
 from shards import ShardSet
 

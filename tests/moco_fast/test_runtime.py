@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moco_fast.config import RunConfig
-from moco_fast.runtime import allow_tf32, alone_by_mistake, choose_compile, choose_precision, start
+from moco_fast.training.runtime import allow_tf32, alone_by_mistake, choose_compile, choose_precision, start
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moco_fast.config import Config, MocoConfig, OptimConfig, RunConfig
 from moco_fast.presets import PRESETS
-from moco_fast.schedule import describe_lr, lr_at, momentum_at, run_length
+from moco_fast.training.schedule import describe_lr, lr_at, momentum_at, run_length
 from pipelines.config import DataConfig
 
 

@@ -7,10 +7,11 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moco_fast import distributed, shuffle
+from moco_fast import distributed
 from moco_fast.config import BatchNormConfig, ModelConfig
-from moco_fast.encoders import build_encoder
-from moco_fast.shuffle import Exchange, Gather, Together, VirtualGroups, build_policy, exchange_group
+from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods import shuffle
+from moco_fast.methods.shuffle import Exchange, Gather, Together, VirtualGroups, build_policy, exchange_group
 
 
 def labeled_images(rank, batch):

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_fast import distributed
-from moco_fast.batchnorm import use_group_statistics
 from moco_fast.config import ModelConfig, OptimConfig
-from moco_fast.encoders import build_encoder
-from moco_fast.keys import MomentumKeys
-from moco_fast.momentum import MomentumUpdate, copy_as_key_encoder
-from moco_fast.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from moco_fast.queue import Queue
-from moco_fast.shuffle import Exchange, Gather, Together, VirtualGroups
-from moco_fast.step import TrainStep
+from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods.batchnorm import use_group_statistics
+from moco_fast.methods.key_queue import Queue
+from moco_fast.methods.keys import MomentumKeys
+from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.shuffle import Exchange, Gather, Together, VirtualGroups
+from moco_fast.training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from moco_fast.training.step import TrainStep
 from pipelines.batch import TwoViewBatch
 
 MODEL = ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8)

@@ -10,8 +10,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from pipelines.augment import ViewTable, draw_view
 from pipelines.config import VIEWS, ViewConfig
+from pipelines.plan.augment import ViewTable, draw_view
 from tests.pipelines import reference
 from tests.pipelines.photos import NAMES, photo
 
@@ -60,7 +60,7 @@ def differences(recolor: Callable[[np.ndarray, ViewTable], np.ndarray]) -> dict[
 
 def by_kernels(batch: np.ndarray, table: ViewTable, *, device: torch.device) -> np.ndarray:
     """The batch, recolored by the GPU's kernels as one of two views."""
-    from pipelines.color_kernels import recolor_batch
+    from pipelines.backends.color_kernels import recolor_batch
 
     other = torch.zeros((_NUM, 5, 7, 3), dtype=torch.uint8, device=device)
     view = torch.from_numpy(batch).to(device)

@@ -9,8 +9,8 @@ import google_crc32c
 import numpy as np
 from PIL import Image
 
-from shards.index import RECORD, Flag, ShardSet
-from shards.manifest import Manifest, ShardEntry
+from shards.sets.index import RECORD, Flag, ShardSet
+from shards.sets.manifest import Manifest, ShardEntry
 
 
 def jpeg(image: np.ndarray, quality: int = 92) -> bytes:

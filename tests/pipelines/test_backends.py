@@ -3,8 +3,8 @@ import importlib.util
 import pytest
 import torch
 
-from pipelines import backends
-from pipelines.backends import choose
+from pipelines.backends import registry as backends
+from pipelines.backends.registry import choose
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -63,8 +63,8 @@ def test_ffcv_without_a_beton_tells_how_to_make_one():
 
 @pytest.mark.parametrize(("side", "hinted"), [(500, True), (20_000, False)])
 def test_the_decoder_is_told_the_largest_size_unless_it_is_out_of_proportion(side, hinted):
-    from pipelines.dali import size_hints
-    from shards.manifest import Manifest
+    from pipelines.backends.dali import size_hints
+    from shards.sets.manifest import Manifest
 
     manifest = Manifest(
         shards=(), num_inputs=0, num_samples=0, num_rejected=0, max_width=side, max_height=side - 1, max_bytes=0

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from pipelines.channel import Channel, ChannelClosed
+from shards.ground.channel import Channel, ChannelClosed
 
 
 def in_thread(function) -> tuple[threading.Thread, list]:

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from pipelines.augment import Stage, color_chain
-from pipelines.colors import recolor
+from pipelines.backends.colors import recolor
+from pipelines.plan.augment import Stage, color_chain
 from tests.pipelines.color_cases import CASES, differences, images, table_of
 
 # Mean difference from torchvision in levels. OpenCV rounds hue and saturation where Pillow truncates them, and the
@@ -69,7 +69,7 @@ COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pipelines.color_kernels import KERNELS
+from pipelines.backends.color_kernels import KERNELS
 from tests.pipelines.test_colors import SIGNATURE
 
 for kernel in KERNELS:

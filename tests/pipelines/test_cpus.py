@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from pipelines.cpus import available_cpus
+from shards.ground.cpus import available_cpus
 
 
 @pytest.fixture

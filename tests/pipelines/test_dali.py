@@ -9,7 +9,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.backend import TensorCPU
 from nvidia.dali.pipeline import pipeline_def
 
-from pipelines.dali import _view, to_torch
+from pipelines.backends.dali import _view, to_torch
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,10 +4,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from pipelines import engines as module
-from pipelines.backends import choose_num_threads
+from pipelines.backends import engines as module
+from pipelines.backends.engines import Engines, choose_load, describe_engines, find_engines
+from pipelines.backends.registry import choose_num_threads
 from pipelines.config import DataConfig
-from pipelines.engines import Engines, choose_load, describe_engines, find_engines
 from pipelines.loader import choose_decoding
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -116,7 +116,7 @@ def test_what_the_user_says_counts_and_dali_on_a_gpu_alone_has_engines(gpu):
 
 
 def test_dalis_threads_on_a_gpu_are_at_most_sixteen_unless_asked_for(monkeypatch):
-    monkeypatch.setattr("pipelines.backends.available_cpus", lambda ranks: 192 // ranks)
+    monkeypatch.setattr("pipelines.backends.registry.available_cpus", lambda ranks: 192 // ranks)
     assert choose_num_threads("dali", None, device=GPU, local_world_size=1) == 16
     assert choose_num_threads("dali", None, device=GPU, local_world_size=16) == 12
     assert choose_num_threads("dali", 40, device=GPU, local_world_size=1) == 40

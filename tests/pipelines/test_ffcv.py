@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.augment import color_chain
-from pipelines.backends import Job
+from pipelines.backends.pixels import decode, render
+from pipelines.backends.registry import Job
 from pipelines.config import VIEWS, DataConfig, ViewConfig, ViewsConfig
 from pipelines.loader import make_views, open_eval_loader, open_loader
-from pipelines.pixels import decode, render
-from pipelines.samples import ListedSteps, draw_central, draw_training
+from pipelines.plan.augment import color_chain
+from pipelines.reading.samples import ListedSteps, draw_central, draw_training
 from shards import ShardSet
-from shards.beton import METADATA, BetonSet
-from shards.progress import Progress
-from shards.write_beton import write_beton
+from shards.ground.progress import Progress
+from shards.sets.beton import METADATA, BetonSet
+from shards.tools.beton import write_beton
 from tests.pipelines import reference
 from tests.pipelines.color_cases import differences
 from tests.pipelines.photos import NAMES, photo
@@ -72,7 +72,7 @@ def same(one, two) -> bool:
 @pytest.mark.parametrize("os_cache", [True, False])
 def test_ffcvs_own_loader_reads_the_file(photos, tmp_path, os_cache):
     # First of all, for it makes FFCV's import faster.
-    from pipelines.ffcv_library import Loader  # isort: skip
+    from pipelines.backends.ffcv_library import Loader  # isort: skip
     from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
     from ffcv.transforms import ToTensor
     from ffcv.types import get_metadata_type
@@ -127,7 +127,7 @@ def test_a_stage_is_what_the_reference_says(stage, photos):
 
 
 def test_colors_are_torchvisions():
-    from pipelines.ffcv_kernels import apply_chain
+    from pipelines.backends.ffcv_kernels import apply_chain
 
     def by_numba(batch, table):
         stages, factors = color_chain(table)
@@ -263,7 +263,7 @@ def raise_in_draw(_epoch, _samples, _records):
 
 @pytest.mark.parametrize("fault", ["draw", "steps", "operation"])
 def test_an_exception_reaches_the_consumer(small, fault, monkeypatch):
-    from pipelines import ffcv
+    from pipelines.backends.registry import ffcv
 
     def steps():
         raise ArithmeticError("no order")

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipelines.order import EpochOrder, OrderPlan, check_ranks
+from pipelines.plan.order import EpochOrder, OrderPlan, check_ranks
 
 
 def plan(sizes, batch_size, **options) -> OrderPlan:

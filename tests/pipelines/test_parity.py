@@ -8,11 +8,11 @@ import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as F
 
-from pipelines.augment import QUERY_VIEW, draw_view
+from pipelines.backends.pixels import decode, render
 from pipelines.config import VIEWS, ViewConfig, ViewsConfig
 from pipelines.loader import make_views
-from pipelines.pixels import decode, render
-from pipelines.samples import draw_training
+from pipelines.plan.augment import QUERY_VIEW, draw_view
+from pipelines.reading.samples import draw_training
 from shards import ShardSet
 from tests.pipelines import reference
 from tests.pipelines.photos import NAMES, photo

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.philox import philox4x64, stream_words, uniform
+from pipelines.plan.philox import philox4x64, stream_words, uniform
 
 WORD = st.integers(0, 2**64 - 1)
 MASK = 2**64 - 1

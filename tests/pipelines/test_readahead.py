@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.channel import ChannelClosed
-from pipelines.child import WorkerDiedError
 from pipelines.config import VIEWS
-from pipelines.order import OrderPlan
-from pipelines.readahead import ReadAhead
-from pipelines.readahead_process import ReadingSpec
-from pipelines.reader import DamagedSampleError, Reader
-from pipelines.samples import EpochSteps, ListedSteps, draw_central, draw_training
+from pipelines.plan.order import OrderPlan
+from pipelines.reading.ahead_process import ReadingSpec
+from pipelines.reading.readahead import ReadAhead
+from pipelines.reading.reader import DamagedSampleError, Reader
+from pipelines.reading.samples import EpochSteps, ListedSteps, draw_central, draw_training
 from shards import ShardSet
+from shards.ground.channel import ChannelClosed
+from shards.ground.child import WorkerDiedError
 from tests.pipelines.shard_files import write_shards
 
 PAYLOADS = [bytes([number]) * (50 + 37 * number) for number in range(60)]

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import reader as reader_module
-from pipelines.reader import Reader
+from pipelines.reading import reader as reader_module
+from pipelines.reading.reader import Reader
 from shards import ShardSet
 from tests.pipelines.shard_files import write_shards
 

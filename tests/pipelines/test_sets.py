@@ -9,8 +9,8 @@ from PIL import Image
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.loader import open_eval_loader, open_loader
 from shards import ShardSet
-from shards.foreign import index_folder
-from shards.index import Flag
+from shards.sets.index import Flag
+from shards.tools.index import index_folder
 from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
 from tests.shards.pictures import encoded
 

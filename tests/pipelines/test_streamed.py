@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipelines.config import DataConfig, ViewConfig, ViewsConfig
 from pipelines.loader import find_tars, open_loader
-from pipelines.reader import DamagedSampleError
+from pipelines.reading.reader import DamagedSampleError
 from tests.pipelines.shard_files import jpeg, smooth_image
 
 STILL = ViewConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_p=0.0, jitter_p=0.0, grayscale_p=0.0, blur_p=0.0)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.backends.pixels import decode, render
+from pipelines.backends.torch import WorkerDiedError
 from pipelines.config import DataConfig, ViewConfig, ViewsConfig
 from pipelines.loader import open_eval_loader, open_loader
-from pipelines.pixels import decode, render
-from pipelines.reader import Reader
-from pipelines.samples import draw_training
-from pipelines.workers import WorkerDiedError
+from pipelines.reading.reader import Reader
+from pipelines.reading.samples import draw_training
 from shards import ShardSet
 from tests.pipelines.shard_files import damaged_copy
 
@@ -37,7 +37,7 @@ def children() -> list[int]:
                 stat, command = (entry / "stat").read_text(), (entry / "cmdline").read_text()
             except OSError:
                 continue
-            if int(stat.rpartition(")")[2].split()[1]) == os.getpid() and "pipelines.worker" in command:
+            if int(stat.rpartition(")")[2].split()[1]) == os.getpid() and "pipelines.backends.view_process" in command:
                 found.append(int(entry.name))
     return found
 

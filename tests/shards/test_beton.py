@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shards import ShardSet
-from shards.beton import METADATA, METADATA_AT, PAGE_BYTES, BetonSet
 from shards.cli import main
 from shards.config import PackConfig
-from shards.pack import pack
-from shards.progress import Progress
-from shards.write_beton import _place, verify_beton, write_beton
+from shards.ground.progress import Progress
+from shards.packing.pack import pack
+from shards.sets.beton import METADATA, METADATA_AT, PAGE_BYTES, BetonSet
+from shards.tools.beton import _place, verify_beton, write_beton
 from tests.shards.pictures import contents, encoded, fill, picture
 
 QUIET = Progress(enabled=False)

@@ -19,17 +19,17 @@ from pathlib import Path
 
 import pytest
 
-from shards import storage
 from shards.cli import main
-from shards.cluster import NodeJob, remove_copy
 from shards.config import PackConfig
-from shards.errors import PackError
-from shards.pack import finish, pack
-from shards.plan import Task
-from shards.planner import make_plan
-from shards.progress import Progress
-from shards.target import BucketTarget
-from shards.write import WriteShard
+from shards.ground.errors import PackError
+from shards.ground.progress import Progress
+from shards.packing.cluster import NodeJob, remove_copy
+from shards.packing.listing import make_plan
+from shards.packing.pack import finish, pack
+from shards.packing.plan import Task
+from shards.packing.write import WriteShard
+from shards.storage import stores as storage
+from shards.storage.target import BucketTarget
 from tests.shards.pictures import contents, fill, jpeg
 
 ROOT = Path(__file__).resolve().parents[2]

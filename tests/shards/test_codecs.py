@@ -6,7 +6,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from shards.codecs import shrink, sum_channels
+from shards.images.libraries import shrink, sum_channels
 
 
 def _photo_like(height: int, width: int) -> NDArray[np.uint8]:

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from shards.cli import main
-from shards.codecs import decode_jpeg
 from shards.config import EncodeConfig
-from shards.encode import encode
-from shards.errors import Rejected
-from shards.jpeg import parse_jpeg
+from shards.ground.errors import Rejected
+from shards.images.encode import encode
+from shards.images.jpeg import parse_jpeg
+from shards.images.libraries import decode_jpeg
 from tests.shards.pictures import encoded, jpeg, picture
 
 DEFAULT = EncodeConfig()

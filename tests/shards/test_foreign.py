@@ -7,10 +7,10 @@ from PIL import Image
 
 from shards import ShardSet
 from shards.cli import main
-from shards.errors import PackError
-from shards.foreign import advice, index_folder
-from shards.index import Flag
-from shards.verify import verify
+from shards.ground.errors import PackError
+from shards.sets.index import Flag
+from shards.tools.index import advice, index_folder
+from shards.tools.verify import verify
 from tests.shards.pictures import encoded, jpeg, picture
 
 

@@ -7,9 +7,9 @@ from PIL import Image
 from shards import ShardSet
 from shards.cli import main
 from shards.config import PackConfig
-from shards.estimate import estimate
-from shards.inspect import contact_sheet, describe
-from shards.pack import pack
+from shards.packing.estimate import estimate
+from shards.packing.pack import pack
+from shards.tools.inspect import contact_sheet, describe
 from tests.shards.pictures import encoded, fill, picture
 
 

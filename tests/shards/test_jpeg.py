@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.jpeg import JpegError, is_jpeg, parse_jpeg
+from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from tests.shards.pictures import encoded, jpeg, picture
 
 

@@ -9,10 +9,10 @@ from PIL import Image
 from shards import ShardSet
 from shards.cli import main
 from shards.config import PackConfig
-from shards.foreign import index_folder
-from shards.jpeg import ENGINE_KINDS, parse_jpeg
-from shards.manifest import Manifest
-from shards.pack import pack
+from shards.images.jpeg import ENGINE_KINDS, parse_jpeg
+from shards.packing.pack import pack
+from shards.sets.manifest import Manifest
+from shards.tools.index import index_folder
 from tests.shards.pictures import encoded, fill, picture
 
 PIXELS = np.array(picture())

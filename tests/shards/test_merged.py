@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shards import Manifest, ShardSet
-from shards.merged import MergedShardSet
+from shards.sets.merged import MergedShardSet
 from tests.pipelines.shard_files import write_shards
 
 ONE = [bytes([number]) * 50 for number in range(20)]

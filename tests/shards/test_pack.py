@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from shards import ShardSet
 from shards.cli import main
 from shards.config import PackConfig
-from shards.index import Flag
-from shards.pack import pack
-from shards.verify import verify
+from shards.packing.pack import pack
+from shards.sets.index import Flag
+from shards.tools.verify import verify
 from tests.shards.pictures import contents, encoded, fill, jpeg, picture
 
 
@@ -237,8 +237,8 @@ def test_planning_a_long_list_takes_little_memory_and_time(tmp_path):
 import resource, time
 from pathlib import Path
 from shards.config import PackConfig
-from shards.planner import make_plan
-from shards.progress import Progress
+from shards.packing.listing import make_plan
+from shards.ground.progress import Progress
 from shards.sources import open_source
 config = PackConfig(sources=({str(path)!r},), out="unused", shard_samples=10_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

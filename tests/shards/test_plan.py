@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.plan import difference, shuffled
+from shards.packing.plan import difference, shuffled
 
 
 def splitmix64(state):

@@ -13,7 +13,7 @@ import pytest
 
 from shards import ShardSet
 from shards.config import PackConfig
-from shards.pack import pack
+from shards.packing.pack import pack
 from tests.shards.pictures import fill, jpeg
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from shards import ShardSet
 from shards.cli import main
 from shards.config import PackConfig
-from shards.errors import PackError
-from shards.pack import pack
-from shards.verify import verify
+from shards.ground.errors import PackError
+from shards.packing.pack import pack
+from shards.tools.verify import verify
 from tests.shards.pictures import contents, encoded, fill, jpeg, picture
 
 

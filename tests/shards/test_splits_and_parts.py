@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from shards import ShardSet
 from shards.cli import main
 from shards.config import PackConfig
-from shards.content import DIGEST, first_of_each, split_of
-from shards.errors import PackError
-from shards.pack import finish, pack
-from shards.verify import verify
+from shards.ground.errors import PackError
+from shards.packing.content import DIGEST, first_of_each, split_of
+from shards.packing.pack import finish, pack
+from shards.tools.verify import verify
 from tests.shards.pictures import contents, fill, jpeg
 
 

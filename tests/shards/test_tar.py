@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.tar import BLOCK, EndOfTar, TarError, TarWriter, make_header, parse_header
+from shards.storage.tar import BLOCK, EndOfTar, TarError, TarWriter, make_header, parse_header
 
 _names = st.binary(min_size=1, max_size=100).filter(lambda name: b"\0" not in name)
 

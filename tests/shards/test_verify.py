@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from shards import ShardSet
 from shards.cli import main
 from shards.config import PackConfig
-from shards.pack import pack
-from shards.verify import verify
+from shards.packing.pack import pack
+from shards.tools.verify import verify
 from tests.shards.pictures import fill
 
 

@@ -9,12 +9,13 @@ from datetime import timedelta
 
 import pytest
 
-from shards import ShardSet, storage
+from shards import ShardSet
 from shards.cli import main
 from shards.config import PackConfig
-from shards.errors import PackError, RefusedError
-from shards.pack import finish, pack
-from shards.verify import verify
+from shards.ground.errors import PackError, RefusedError
+from shards.packing.pack import finish, pack
+from shards.storage import stores as storage
+from shards.tools.verify import verify
 from tests.shards.pictures import contents, fill, jpeg
 from tests.shards.web import FAULTS, Cloud, Web, serving
 

@@ -1,0 +1,1 @@
+"""Encoders: backbones by name, stems and heads."""

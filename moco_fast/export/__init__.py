@@ -1,0 +1,1 @@
+"""Export: encoders for other libraries."""

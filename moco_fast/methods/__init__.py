@@ -1,0 +1,1 @@
+"""Methods: what a step compares, and the parts it is made of."""

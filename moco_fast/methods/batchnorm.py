@@ -1,0 +1,159 @@
+"""Batch norm with other statistics than one rank's whole batch: of virtual groups, or of all ranks."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as _CudaSyncBatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] - no public name
+
+from moco_fast import distributed
+from moco_fast.config import BatchNormConfig
+from moco_fast.methods.shuffle import resolve_policy
+
+__all__ = [
+    "average_batch_statistics",
+    "batch_norm_in_groups",
+    "batch_norm_over_ranks",
+    "convert_batch_norm",
+    "use_group_statistics",
+    "use_statistics_of_all_ranks",
+]
+
+
+def batch_norm_in_groups(layer: _BatchNorm, inputs: Tensor, num_groups: int) -> Tensor:
+    """Batch norm with statistics for each of `num_groups` runs of neighboring samples: (B, C, ...) -> (B, C, ...).
+
+    Running statistics take one step of the layer's momentum toward the mean of the groups' statistics, as in the
+    authors' SplitBatchNorm.
+    """
+    assert layer.momentum is not None, "cumulative averages are not supported"
+    parts, running_mean, running_var = inputs.chunk(num_groups), layer.running_mean, layer.running_var
+    options = (layer.weight, layer.bias, True, layer.momentum, layer.eps)
+    if running_mean is None or running_var is None:
+        return torch.cat([F.batch_norm(part, None, None, *options) for part in parts])
+    means, variances = running_mean.repeat(num_groups, 1), running_var.repeat(num_groups, 1)  # (G, C) each
+    outputs = [
+        F.batch_norm(part, mean, variance, *options)
+        for part, mean, variance in zip(parts, means.unbind(), variances.unbind(), strict=True)
+    ]
+    running_mean.copy_(means.mean(dim=0))
+    running_var.copy_(variances.mean(dim=0))
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+    return torch.cat(outputs)
+
+
+def batch_norm_over_ranks(layer: _BatchNorm, inputs: Tensor) -> Tensor:
+    """Batch norm with statistics of all ranks' batches, which must be equally large: (B, C, ...) -> (B, C, ...)."""
+    assert layer.momentum is not None, "cumulative averages are not supported"
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+    running_mean, running_var = layer.running_mean, layer.running_var
+    if inputs.is_cuda:
+        parts = (inputs, layer.weight, layer.bias, running_mean, running_var, layer.eps, layer.momentum)
+        return _CudaSyncBatchNorm.apply(*parts, dist.group.WORLD, distributed.world_size())
+    num_ranks, axes = distributed.world_size(), [axis for axis in range(inputs.ndim) if axis != 1]
+    of_channel = [1, -1] + [1] * (inputs.ndim - 2)
+    values = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    mean = distributed.sum_over_ranks(values.mean(axes)) / num_ranks
+    centered = values - mean.view(of_channel)
+    variance = distributed.sum_over_ranks(centered.square().mean(axes)) / num_ranks
+    if running_mean is not None and running_var is not None:
+        count = num_ranks * inputs.numel() / inputs.shape[1]
+        running_mean.lerp_(mean.detach(), layer.momentum)
+        running_var.lerp_(variance.detach() * (count / (count - 1)), layer.momentum)
+    outputs = centered * (variance + layer.eps).rsqrt().view(of_channel)
+    if layer.affine:
+        outputs = outputs * layer.weight.view(of_channel) + layer.bias.view(of_channel)
+    return outputs.to(inputs.dtype)
+
+
+class _OtherStatistics(_BatchNorm):
+    """Mixed in before a kind of batch norm: other statistics in training, the layer itself in evaluation."""
+
+    normalize: Callable[[_BatchNorm, Tensor], Tensor]
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name is torch's)
+        return self.normalize(self, input) if self.training else super().forward(input)
+
+
+class _OtherBatchNorm1d(_OtherStatistics, nn.BatchNorm1d):
+    pass
+
+
+class _OtherBatchNorm2d(_OtherStatistics, nn.BatchNorm2d):
+    pass
+
+
+class _OtherBatchNormAct2d(_OtherStatistics, BatchNormAct2d):
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name is torch's)
+        outputs = super().forward(input)
+        return self.act(self.drop(outputs)) if self.training else outputs
+
+
+_CONVERTED: dict[type[nn.Module], type[_OtherStatistics]] = {
+    nn.BatchNorm1d: _OtherBatchNorm1d,
+    nn.BatchNorm2d: _OtherBatchNorm2d,
+    BatchNormAct2d: _OtherBatchNormAct2d,
+}
+
+
+def convert_batch_norm(encoder: nn.Module, bn: BatchNormConfig) -> None:
+    """Give the encoder the batch statistics that the policy needs, in place; most policies need none but its own."""
+    policy = resolve_policy(bn)
+    if policy == "virtual":
+        use_group_statistics(encoder, bn.num_groups)
+    elif policy == "sync" and distributed.world_size() > 1:
+        use_statistics_of_all_ranks(encoder)
+
+
+def use_group_statistics(encoder: nn.Module, num_groups: int) -> None:
+    """Make every batch norm of `encoder` normalize `num_groups` runs of neighboring samples apart, in place.
+
+    Parameters, buffers, hooks and the keys of the state dict stay; evaluation is not changed.
+
+    Raises:
+        ValueError: a kind of batch norm that we cannot convert.
+    """
+    _convert(encoder, partial(batch_norm_in_groups, num_groups=num_groups))
+
+
+def use_statistics_of_all_ranks(encoder: nn.Module) -> None:
+    """Make every batch norm of `encoder` normalize by statistics of the global batch (SyncBN), in place.
+
+    Works on the CPU too, and with timm's layers, unlike torch's own conversion. See `use_group_statistics`.
+    """
+    # Its collectives stay as they are: compiled code ends before them and goes on after them.
+    eager = torch.compiler.disable(batch_norm_over_ranks)
+    _convert(encoder, cast("Callable[[_BatchNorm, Tensor], Tensor]", eager))
+
+
+def _convert(encoder: nn.Module, normalize: Callable[[_BatchNorm, Tensor], Tensor]) -> None:
+    for name, layer in encoder.named_modules():
+        if not isinstance(layer, _BatchNorm):
+            continue
+        if type(layer) not in _CONVERTED:
+            raise ValueError(
+                f"{name} is a {type(layer).__name__}, which knows neither virtual groups nor synchronized statistics: "
+                "choose another encoder, or several ranks and the exchange policy"
+            )
+        layer.__class__ = _CONVERTED[type(layer)]
+        cast("_OtherStatistics", layer).normalize = normalize
+
+
+def average_batch_statistics(encoder: nn.Module) -> None:
+    """Replace running means and variances by their means over ranks: before evaluation and saving.
+
+    Training keeps them apart (no buffer is broadcast), so ranks would otherwise evaluate slightly different encoders.
+    """
+    layers = [layer for layer in encoder.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
+    distributed.average_(getattr(layer, name) for layer in layers for name in ("running_mean", "running_var"))

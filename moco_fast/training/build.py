@@ -1,0 +1,150 @@
+"""From a configuration to the parts of a run, as they are before its first step.
+
+Encoders know no rank, device or precision: all of that is applied here, from outside.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moco_fast.config import Config
+from moco_fast.distributed import broadcast_
+from moco_fast.encoders.encoder import Encoder, build_encoder, check_image_size
+from moco_fast.methods.batchnorm import convert_batch_norm
+from moco_fast.methods.dictionary import Batch, MemoryBank, build_dictionary
+from moco_fast.methods.key_queue import Queue
+from moco_fast.methods.keys import BankKeys, MomentumKeys, QueryKeys
+from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.recast import RecastWeights
+from moco_fast.methods.shuffle import build_policy
+from moco_fast.training.optim import build_optimizer
+from moco_fast.training.runtime import Runtime
+from moco_fast.training.schedule import run_length
+from moco_fast.training.step import TrainStep
+from pipelines.loader import Loader, open_loader
+from shards import ShardSet
+
+__all__ = ["Parts", "build", "open_run_loader"]
+
+
+_LOWER_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run trains and feeds; `train_step` is built of the rest."""
+
+    query: Encoder
+    key: nn.Module
+    """The key encoder; empty where keys are made without one."""
+    queue: Queue | Batch | MemoryBank
+    """The dictionary; most often a queue."""
+    optimizer: torch.optim.Optimizer
+    train_step: TrainStep
+    loader: Loader
+    num_steps: int
+
+
+def build(config: Config, runtime: Runtime) -> Parts:
+    """Build the parts of a run as they are before the first step; equal on all ranks.
+
+    Raises:
+        ValueError: the configuration does not fit the data or the world.
+    """
+    if config.data.batch_size % runtime.world_size:
+        raise ValueError(
+            f"--data.batch-size {config.data.batch_size} does not divide among {runtime.world_size} ranks: "
+            f"take a multiple of {runtime.world_size}"
+        )
+    if config.optim.kernels == "apex" and runtime.device.type != "cuda":
+        raise ValueError("--optim.kernels apex has kernels for GPUs alone: on the CPU use --optim.kernels torch")
+    torch.manual_seed(config.run.seed)
+    query = build_encoder(config.model)
+    check_image_size(query, config.model.encoder, config.views.size)
+    convert_batch_norm(query, config.bn)
+    query.to(runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - undeclared
+    broadcast_([*query.parameters(), *query.buffers()])
+    dictionary = build_dictionary(
+        config.moco,
+        config.model.dim,
+        num_samples=config.data.stream_samples or ShardSet.open(config.data.shards).num_samples,
+        seed=config.run.seed,
+        available_bytes=_available_bytes(runtime.device),
+    ).to(runtime.device)
+    optimizer = build_optimizer(query, config.optim)
+    has_key_encoder = config.moco.key_encoder == "momentum" and config.moco.dictionary != "bank"
+    key = copy_as_key_encoder(query) if has_key_encoder else nn.Module()
+    if runtime.compile_options is not None:
+        query.compile(**runtime.compile_options)
+        key.compile(**runtime.compile_options)
+    train_step = _build_step(config, runtime, query, key, dictionary, optimizer)
+    loader = open_run_loader(config, runtime)
+    return Parts(
+        query=query,
+        key=key,
+        queue=dictionary,
+        optimizer=optimizer,
+        train_step=train_step,
+        loader=loader,
+        num_steps=run_length(config, batches_per_epoch=len(loader)),
+    )
+
+
+def open_run_loader(config: Config, runtime: Runtime) -> Loader:
+    """This rank's loader of the run. Raises ValueError: the configuration does not fit the data or the world."""
+    return open_loader(
+        config.data,
+        config.views,
+        seed=config.run.seed,
+        device=runtime.device,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        local_world_size=runtime.local_world_size,
+    )
+
+
+def _build_step(
+    config: Config,
+    runtime: Runtime,
+    query: Encoder,
+    key: nn.Module,
+    dictionary: Queue | Batch | MemoryBank,
+    optimizer: torch.optim.Optimizer,
+) -> TrainStep:
+    policy = build_policy(
+        config.bn,
+        batch_size=config.data.batch_size // runtime.world_size,
+        local_world_size=runtime.local_world_size,
+    )
+    symmetric = config.moco.loss != "one-sided"
+    wrapped = runtime.wrap_model(query, backwards_per_step=config.optim.accumulate * (1 + symmetric))
+    if isinstance(dictionary, MemoryBank):
+        keys = BankKeys(dictionary)
+    elif isinstance(key, Encoder):
+        dtype = _LOWER_PRECISIONS.get(runtime.precision)
+        recast = None if dtype is None else RecastWeights(key, dtype)
+        keys = MomentumKeys(key, MomentumUpdate(query, key), policy, runtime.autocast, recast)
+    else:
+        keys = QueryKeys(wrapped, policy, runtime.autocast)
+    return TrainStep(
+        query=wrapped,
+        keys=keys,
+        dictionary=dictionary,
+        optimizer=runtime.wrap_optimizer(optimizer),
+        temperature=config.moco.temperature,
+        symmetric=symmetric,
+        loss_scale=2 * config.moco.temperature if config.moco.loss == "v3" else 1.0,
+        clip_norm=config.optim.clip_norm,
+        autocast=runtime.autocast,
+        backward=runtime.backward,
+        unscale=runtime.unscale,
+    )
+
+
+def _available_bytes(device: torch.device) -> int:
+    """Memory that is free on a GPU, or all that this machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

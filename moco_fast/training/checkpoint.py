@@ -1,0 +1,188 @@
+"""Checkpoints: written aside, synced, renamed; tensors in safetensors, numbers in JSON, never a pickle.
+
+    RUN/checkpoints/step-00000100/
+        model.safetensors       query.*, key.*, queue.*: weights, batch statistics, the dictionary
+        optimizer.safetensors   the optimizer's state, <state>/<parameter>
+        rng.safetensors         <rank>.cpu, <rank>.cuda: states of torch's generators
+        state.json              step, loader, scaler, configuration; digests of the files above and of itself
+
+A folder that carries its final name is whole; everything else is swept away by the next run.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moco_fast.config import Config, from_dict
+
+if TYPE_CHECKING:
+    from moco_fast.encoders.encoder import Encoder
+
+__all__ = [
+    "Checkpoint",
+    "find_newest",
+    "load",
+    "load_encoder",
+    "part",
+    "save",
+    "sweep",
+]
+
+VERSION = 1
+_TENSOR_FILES = ("model", "optimizer", "rng")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Everything that a run needs to go on."""
+
+    step: int
+    """Optimizer steps done."""
+    config: dict[str, Any]
+    """The run's configuration (`moco_fast.config.to_dict`)."""
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    rng: dict[str, Tensor]
+    numbers: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Plain numbers of the run: the loader's position, seconds trained, the loss scaler's state."""
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write `folder/step-NNNNNNNN` so that it is there whole or not at all, then remove all but the newest `keep`.
+
+    Called by one rank only. Returns the new checkpoint's folder.
+
+    Raises:
+        OSError: the disk is full or refuses; what was there before is untouched.
+    """
+    final = folder / f"step-{checkpoint.step:08d}"
+    if final.exists():  # a run that stops right after it was resumed
+        return final
+    aside = folder / f".{final.name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        for name in _TENSOR_FILES:
+            save_file(_on_cpu(getattr(checkpoint, name)), aside / f"{name}.safetensors")
+        state = {
+            "version": VERSION,
+            "step": checkpoint.step,
+            "config": checkpoint.config,
+            "numbers": checkpoint.numbers,
+            "files": {f"{name}.safetensors": _fingerprint(aside / f"{name}.safetensors") for name in _TENSOR_FILES},
+        }
+        (aside / "state.json").write_text(json.dumps(state | {"digest": _digest_of(state)}, indent=2))
+        for path in [*aside.iterdir(), aside]:
+            _sync(path)
+        aside.rename(final)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    for old in _whole(folder)[:-keep]:
+        # A kill while files go one by one must not leave half of them under a name that promises all.
+        shutil.rmtree(old.rename(folder / f".{old.name}.partial"))
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint folder back, tensors on the CPU.
+
+    Raises:
+        ValueError: a file is missing, changed or of another version; the message names it.
+    """
+    state = _read_state(path)
+    for name, fingerprint in state["files"].items():
+        if not (path / name).is_file():
+            raise ValueError(f"{path / name} is missing: the checkpoint cannot be used, delete {path}")
+        if _fingerprint(path / name) != fingerprint:
+            raise ValueError(f"{path / name} is not what was written (its digest differs): delete {path}")
+    tensors = {name: load_file(path / f"{name}.safetensors") for name in _TENSOR_FILES}
+    return Checkpoint(step=state["step"], config=state["config"], numbers=state["numbers"], **tensors)
+
+
+def find_newest(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint in a run's `checkpoints` folder, or None."""
+    whole = _whole(folder)
+    return whole[-1] if whole else None
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for path in folder.glob(".step-*.partial"):
+        shutil.rmtree(path)
+
+
+def load_encoder(path: str | Path) -> "tuple[Config, Encoder]":
+    """Load the trained query encoder of a run (its newest checkpoint) or of one checkpoint folder.
+
+    Returns:
+        the run's configuration and the encoder, on the CPU in fp32 and in eval mode.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is damaged.
+    """
+    from moco_fast.encoders.encoder import build_encoder
+
+    path = Path(path)
+    found = path if (path / "state.json").is_file() else find_newest(path / "checkpoints")
+    if found is None:
+        raise ValueError(f"{path} holds no checkpoint: give a run's folder or one of its checkpoints/step-*")
+    checkpoint = load(found)
+    config = from_dict(checkpoint.config)
+    encoder = build_encoder(config.model)
+    encoder.load_state_dict(part(checkpoint.model, "query"))
+    return config, encoder.eval()
+
+
+def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the tensors below `name.`, without that prefix."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+def _whole(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((path / "state.json").read_text())
+        if state["version"] != VERSION:
+            raise ValueError(f"{path} was written in format {state['version']}, but this version reads {VERSION}")
+        if state.pop("digest") != _digest_of(state):
+            raise ValueError(f"{path}/state.json is not what was written (its digest differs): delete {path}")
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}/state.json cannot be read ({error}): delete {path}") from None
+    return state
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors keeps no strides: channels_last weights are stored in their logical order.
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+
+
+def _digest_of(state: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

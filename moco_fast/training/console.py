@@ -1,0 +1,97 @@
+"""What a run says of itself: to the terminal, and into its folder."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moco_fast import __version__
+from moco_fast.config import Config
+from moco_fast.methods.shuffle import resolve_policy
+from moco_fast.training.build import Parts
+from moco_fast.training.runtime import Runtime
+from moco_fast.training.schedule import describe_lr
+
+__all__ = ["advice_on_launches", "environment", "print_closing", "print_opening"]
+
+_SMALL_BATCH = 48
+"""Images per GPU. Starting a ResNet-50 step's kernels takes 15 to 20 ms of the host, running them 13 ms at 32 images on
+an H100 and in proportion: derived, not measured yet (docs/performance.md)."""
+
+
+def environment(runtime: Runtime, parts: Parts) -> dict[str, Any]:
+    """Return on what the run takes place, as JSON can hold it."""
+    on_gpu = runtime.device.type == "cuda"
+    return {
+        "command": [*sys.orig_argv],
+        "moco_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "device": torch.cuda.get_device_name(runtime.device) if on_gpu else _processor(),
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "num_threads": torch.get_num_threads(),
+        "world_size": runtime.world_size,
+        "precision": runtime.precision,
+        "compile": runtime.compile,
+        "loader": parts.loader.description,
+        "num_samples": parts.loader.num_samples,
+        "steps_per_epoch": len(parts.loader),
+    }
+
+
+def print_opening(config: Config, runtime: Runtime, parts: Parts, step: int) -> None:
+    """Say what is about to happen, and what was decided on the user's behalf."""
+    ranks = f"{runtime.world_size} ranks" if runtime.world_size > 1 else "1 rank"
+    _say(
+        f"{config.model.encoder}, {ranks} on {runtime.device.type}, {parts.num_steps} steps of {config.data.batch_size}"
+    )
+    _say(f"data: {parts.loader.num_samples} samples in {config.data.shards}, {len(parts.loader)} steps an epoch")
+    _say(describe_lr(config))
+    _say(f"loader: {parts.loader.description}")
+    for note in runtime.notes:
+        _say(note)
+    on_gpu = runtime.device.type == "cuda"
+    # The launcher may have asked for compilation, too.
+    if not runtime.compile and (note := advice_on_launches(config, on_gpu=on_gpu, world_size=runtime.world_size)):
+        _say(note)
+    policy = resolve_policy(config.bn)
+    _say(f"batch norm: {policy}" + (f", {config.bn.num_groups} groups" if policy == "virtual" else ""))
+    if config.optim.accumulate > 1:
+        batches = f"{config.optim.accumulate} batches"
+        _say(f"accumulation: {batches} a step; the dictionary takes in each by itself, so this is not one large batch")
+    if step:
+        _say(f"continuing {config.run.out} from step {step}")
+
+
+def advice_on_launches(config: Config, *, on_gpu: bool, world_size: int) -> str | None:
+    """Name the option for batches so small that starting kernels takes longer than running them; None elsewhere."""
+    per_gpu = config.data.batch_size // world_size
+    if not on_gpu or per_gpu > _SMALL_BATCH or config.run.compile or config.run.cuda_graphs:
+        return None
+    one_backward = config.moco.loss == "one-sided" and config.optim.accumulate == 1
+    option = "--run.cuda-graphs" if one_backward else "--run.compile"
+    return f"note: with {per_gpu} images per GPU, starting kernels takes longer than running them: try {option}"
+
+
+def print_closing(config: Config, outcome: str, step: int, num_steps: int) -> None:
+    """Say how the run ended, and what to do next."""
+    if outcome == "stopped":
+        _say(f"stopped and saved at step {step} of {num_steps}; the same command continues from there")
+    else:
+        _say(f"finished {num_steps} steps; encoder, metrics and configuration are in {config.run.out}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _processor() -> str:
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()

@@ -1,0 +1,95 @@
+"""The run's folder: claimed by one run at a time, with its configuration and how it ended."""
+
+import fcntl
+import json
+from pathlib import Path
+from typing import IO, Any
+
+from moco_fast.config import Config, differences, from_dict, to_dict
+from moco_fast.training.checkpoint import find_newest
+
+__all__ = ["RunFolder", "open_folder"]
+
+# What may change between two starts of the same run: nothing here alters what is trained.
+_FREE = (
+    "--run.out",
+    "--run.device",
+    "--run.timeout-s",
+    "--data.num-threads",
+    "--data.hw-decoder-load",
+    "--data.prefetch",
+    "--data.read-threads",
+    "--data.cache",
+    "--optim.published",
+    "--eval.every-steps",
+    "--checkpoint.",
+    "--log.",
+)
+
+
+class RunFolder:
+    """A run's folder, locked against a second run for as long as this object lives; held by the first rank."""
+
+    def __init__(self, path: Path, lock: IO[str]):
+        self.path = path
+        self._lock = lock
+
+    def write_config(self, config: Config) -> None:
+        """Write down what is run."""
+        _write(self.path / "config.json", to_dict(config))
+
+    def write_environment(self, facts: dict[str, Any]) -> None:
+        """Write down on what the run takes place."""
+        _write(self.path / "environment.json", facts)
+
+    def write_outcome(self, outcome: str, **facts: Any) -> None:
+        """Write down how the run stands: `running`, `finished`, `stopped` or `failed`."""
+        _write(self.path / "outcome.json", {"outcome": outcome, **facts})
+
+    def close(self) -> None:
+        """Let others use the folder."""
+        self._lock.close()
+
+
+def open_folder(config: Config) -> RunFolder:
+    """Create or reopen `config.run.out`.
+
+    Raises:
+        ValueError: another run has the folder, it holds a run with other settings, or it cannot be written.
+    """
+    path = Path(config.run.out)
+    try:
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("w")
+    except OSError as error:
+        raise ValueError(f"--run.out {path} cannot be used: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise ValueError(f"--run.out {path} is in use by another run: wait for it or choose another folder") from None
+    try:
+        _refuse_other_settings(path, config)
+    except ValueError:
+        lock.close()
+        raise
+    return RunFolder(path, lock)
+
+
+def _refuse_other_settings(path: Path, config: Config) -> None:
+    # Without a checkpoint there is nothing to continue: the run starts anew, with whatever settings.
+    if find_newest(path / "checkpoints") is None or not (path / "config.json").exists():
+        return
+    before = from_dict(json.loads((path / "config.json").read_text()))
+    changed = [line for line in differences(before, config) if not line.startswith(_FREE)]
+    if changed:
+        raise ValueError(
+            f"--run.out {path} holds a run with other settings ({'; '.join(changed)}): use the same settings to "
+            "continue it, or another folder"
+        )
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(content, indent=2) + "\n")
+    aside.replace(path)

@@ -1,0 +1,350 @@
+"""A run from its first step to its last: load, step, watch, evaluate, save."""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moco_fast import distributed
+from moco_fast.config import Config, to_dict
+from moco_fast.evaluation.knn import evaluate_knn
+from moco_fast.methods.batchnorm import average_batch_statistics
+from moco_fast.training import checkpoint, console
+from moco_fast.training.build import Parts, build
+from moco_fast.training.checkpoint import Checkpoint
+from moco_fast.training.folder import RunFolder, open_folder
+from moco_fast.training.metrics import Average, MetricsFile, Pending
+from moco_fast.training.optim import load_optimizer_tensors, optimizer_tensors
+from moco_fast.training.runtime import Runtime, start
+from moco_fast.training.schedule import describe_lr, lr_at, momentum_at
+from moco_fast.training.stop import StopSignal
+from pipelines.batch import TwoViewBatch
+
+__all__ = ["train"]
+
+_NOT_A_NUMBER = (
+    "the loss is no longer a number around step {step}, so the run stops; its checkpoints are from before. "
+    "Lower --optim.lr, or try --run.precision fp32"
+)
+WATCHED = ("loss", "accuracy", "similarity_positive", "similarity_negative", "feature_std", "grad_norm")
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    time_s: float = 0.0
+    """Seconds spent on them, over all starts of the run."""
+    averages: Average
+    """What was watched since the last line of metrics."""
+    interval_s: float = 0.0
+    """Seconds spent since the last line of metrics; `data_wait_s` of them waiting for data."""
+    data_wait_s: float = 0.0
+    interval_steps: int = 0
+    pending: tuple[dict[str, Any], Pending] | None = None
+    """A line of metrics whose numbers are still on their way from the device."""
+
+
+def train(config: Config) -> int:
+    """Run, or continue, the run that the configuration describes, in this process as one of its ranks.
+
+    Returns:
+        the exit code: 0 when the run is finished, 128 + signal when it was told to stop (and was saved).
+
+    Raises:
+        ValueError: what the user asked for cannot work; nothing has been trained.
+        FloatingPointError: the loss is no longer a number.
+    """
+    runtime = start(config.run)
+    folder = None
+    try:
+        folder = _open_folder(config, runtime)
+        return _run(config, runtime, folder)
+    except ValueError:
+        raise  # Refused: what the folder says of an earlier start stays true.
+    except BaseException as error:
+        if folder is not None:
+            folder.write_outcome("failed", error=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        if folder is not None:
+            folder.close()
+        runtime.close()
+
+
+def _open_folder(config: Config, runtime: Runtime) -> RunFolder | None:
+    """Open the run's folder on the first rank; if that fails, every rank raises the same error."""
+    folder, refused = None, None
+    if runtime.rank == 0:
+        try:
+            folder = open_folder(config)
+            checkpoint.sweep(_checkpoints(config))
+        except ValueError as error:
+            refused = str(error)
+    if refused := runtime.tell_all(refused):
+        raise ValueError(refused)
+    return folder
+
+
+def _run(config: Config, runtime: Runtime, folder: RunFolder | None) -> int:
+    parts = build(config, runtime)
+    try:
+        # In float16 a gradient may overflow: its step is skipped, and only the run's scale is lowered.
+        may_overflow = ("grad_norm",) if runtime.precision == "fp16" else ()
+        progress = Progress(averages=Average(WATCHED, runtime.device, may_overflow=may_overflow))
+        restore(config, runtime, parts, progress)
+        metrics = None
+        if folder is not None:
+            folder.write_config(config)
+            folder.write_environment(console.environment(runtime, parts) | {"learning_rate": describe_lr(config)})
+            folder.write_outcome("running")
+            console.print_opening(config, runtime, parts, progress.step)
+            metrics = MetricsFile(folder.path, step=progress.step, tensorboard=config.log.tensorboard)
+        run = Run(config, runtime, parts, progress, metrics)
+        try:
+            if progress.step == 0:
+                run.evaluate()
+            stopped_by = run.loop()
+        finally:
+            run.close()
+    finally:
+        parts.loader.close()
+    if folder is not None:
+        outcome = "stopped" if stopped_by else "finished"
+        folder.write_outcome(outcome, step=progress.step, num_steps=parts.num_steps, time_s=progress.time_s)
+        console.print_closing(config, outcome, progress.step, parts.num_steps)
+    return 128 + stopped_by if stopped_by else 0
+
+
+def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) -> None:
+    """Take up the newest checkpoint of the run's folder, if there is one.
+
+    Raises:
+        ValueError: the newest checkpoint is damaged, or not every rank can read it.
+    """
+    newest = checkpoint.find_newest(_checkpoints(config))
+    of_first_rank = runtime.tell_all(newest.name if newest else None)
+    if (newest.name if newest else None) != of_first_rank:
+        raise ValueError(
+            f"rank {runtime.rank} finds {newest} where the first rank finds {of_first_rank}: --run.out must be a "
+            "folder that all nodes share"
+        )
+    if newest is None:
+        return
+    saved = checkpoint.load(newest)
+    parts.query.load_state_dict(checkpoint.part(saved.model, "query"))
+    parts.key.load_state_dict(checkpoint.part(saved.model, "key"))
+    parts.queue.load_state_dict(checkpoint.part(saved.model, "queue"))
+    load_optimizer_tensors(parts.optimizer, parts.query, saved.optimizer)
+    parts.loader.load_state_dict(saved.numbers["loader"])
+    runtime.load_scaler_state(saved.numbers["scaler"])
+    progress.step = saved.step
+    progress.time_s = saved.numbers["time_s"]
+    progress.averages.sums.copy_(saved.model["watched.sums"])
+    # A rank that the saved run did not have goes on with the seed's generator.
+    if f"{runtime.rank}.cpu" in saved.rng:
+        torch.set_rng_state(saved.rng[f"{runtime.rank}.cpu"])
+    if runtime.device.type == "cuda" and f"{runtime.rank}.cuda" in saved.rng:
+        torch.cuda.set_rng_state(saved.rng[f"{runtime.rank}.cuda"], runtime.device)
+
+
+class Run:
+    """The loop and what it does at intervals. Only the first rank has `metrics`."""
+
+    def __init__(self, config: Config, runtime: Runtime, parts: Parts, progress: Progress, metrics: MetricsFile | None):
+        self.config, self.runtime, self.parts, self.progress = config, runtime, parts, progress
+        self._metrics = metrics
+        self._stop = StopSignal(timeout_s=config.run.timeout_s)
+        self._bar = tqdm(
+            total=parts.num_steps,
+            initial=progress.step,
+            unit="step",
+            desc="train",
+            disable=metrics is None,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )
+
+    def loop(self) -> int:
+        """Train until the last step or a signal; return the signal, or 0.
+
+        Raises:
+            RuntimeError: whatever went wrong; a ValueError from here on is our fault, not the user's.
+            FloatingPointError: the loss is no longer a number.
+        """
+        try:
+            return self._loop()
+        except ValueError as error:
+            raise RuntimeError(f"training failed after step {self.progress.step}: {error}") from error
+
+    def _loop(self) -> int:
+        config, progress, num_steps = self.config, self.progress, self.parts.num_steps
+        batches = self._batches()
+        clock = time.perf_counter()
+        while progress.step < num_steps:
+            step_batches = list(islice(batches, config.optim.accumulate))
+            progress.data_wait_s += time.perf_counter() - clock
+            lr = lr_at(progress.step, num_steps, config.optim)
+            momentum = momentum_at(progress.step, num_steps, config.moco)
+            watched = self.parts.train_step(step_batches, lr=lr, momentum=momentum)
+            progress.averages.add(watched)
+            progress.step += 1
+            progress.interval_steps += 1
+            now = time.perf_counter()
+            progress.interval_s += now - clock
+            clock = now
+            self._bar.update()
+            if progress.step % config.log.every_steps == 0:
+                self._log(lr, momentum)
+            last = progress.step == num_steps
+            stopped_by = 0 if last else self._stop.poll()
+            # Before saving: a run that is killed in between evaluates again, and no result is missing.
+            if not stopped_by and (last or progress.step % config.eval.every_steps == 0):
+                self.evaluate()
+            if stopped_by or last or progress.step % config.checkpoint.every_steps == 0:
+                self.save()
+            if stopped_by:
+                return stopped_by
+            clock = time.perf_counter()  # What was done since the step is not training.
+        return 0
+
+    def evaluate(self) -> None:
+        """Classify held-out samples by their neighbors among training samples, and write the result down."""
+        config, runtime = self.config, self.runtime
+        if config.eval.shards is None:
+            return
+        average_batch_statistics(self.parts.query)
+        result = evaluate_knn(
+            self.parts.query,
+            config.eval,
+            bank_shards=config.data.shards,
+            query_shards=config.eval.shards,
+            size=config.views.size,
+            batch_size=config.data.batch_size // runtime.world_size,
+            device=runtime.device,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            local_world_size=runtime.local_world_size,
+            data=config.data,
+        )
+        self._write({"knn/top1": result.top1, "knn/num_bank": result.num_bank, "knn/num_queries": result.num_queries})
+        if self._metrics is not None:
+            self._bar.write(f"step {self.progress.step}: kNN top-1 {100 * result.top1:.1f}%", file=sys.stderr)
+        self._bar.unpause()
+
+    def save(self) -> None:
+        """Write a checkpoint of the whole world; the first rank writes it.
+
+        Raises:
+            FloatingPointError: the loss is no longer a number.
+        """
+        self._settle()
+        config, runtime, parts, progress = self.config, self.runtime, self.parts, self.progress
+        average_batch_statistics(parts.query)
+        # One file stands for all ranks, so what they have not put together yet is shared evenly.
+        sums = progress.averages.sums.clone()
+        distributed.average_([sums])
+        if not sums.isfinite().all():
+            raise FloatingPointError(_NOT_A_NUMBER.format(step=progress.step))
+        rng = _rng_of_all_ranks(runtime)
+        if self._metrics is not None:
+            modules = {"query": parts.query, "key": parts.key, "queue": parts.queue}
+            model = {f"{name}.{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
+            numbers = {
+                "loader": parts.loader.state_dict(),
+                "scaler": runtime.scaler_state(),
+                "time_s": progress.time_s + progress.interval_s,
+            }
+            saved = Checkpoint(
+                step=progress.step,
+                config=to_dict(config),
+                model=model | {"watched.sums": sums},
+                optimizer=optimizer_tensors(parts.optimizer, parts.query),
+                rng=rng,
+                numbers=numbers,
+            )
+            checkpoint.save(_checkpoints(config), saved, keep=config.checkpoint.keep)
+        runtime.wait_for_all()
+
+    def close(self) -> None:
+        """Write what is still on its way, and give back signals and files."""
+        self._bar.close()
+        self._stop.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def _batches(self) -> Iterator[TwoViewBatch]:
+        """Every batch from where the loader stands, epoch after epoch."""
+        while True:
+            yield from self.parts.loader
+
+    def _log(self, lr: float, momentum: float) -> None:
+        """Write the line of the last interval, and set this one's on its way."""
+        self._settle()
+        progress = self.progress
+        progress.time_s += progress.interval_s
+        samples = progress.interval_steps * self.config.data.batch_size * self.config.optim.accumulate
+        line = {
+            **self._where(),
+            "lr": lr,
+            "momentum": momentum,
+            "samples_per_s": samples / progress.interval_s,
+            "data_wait_share": progress.data_wait_s / progress.interval_s,
+            "num_replaced": self.parts.loader.num_replaced,
+        }
+        progress.pending = (line, progress.averages.take())
+        progress.data_wait_s = progress.interval_s = 0.0
+        progress.interval_steps = 0
+
+    def _settle(self) -> None:
+        """Write the line whose numbers have arrived.
+
+        Raises:
+            FloatingPointError: the loss is no longer a number; checkpoints hold the run as it was before.
+        """
+        if self.progress.pending is None:
+            return
+        line, pending = self.progress.pending
+        self.progress.pending = None
+        line |= pending.wait()
+        if not math.isfinite(line["loss"]):
+            raise FloatingPointError(_NOT_A_NUMBER.format(step=line["step"]))
+        if math.isnan(line["grad_norm"]):
+            del line["grad_norm"]  # Every step of the interval was skipped.
+        self._bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['samples_per_s']:.0f} samples/s", refresh=False)
+        if self._metrics is not None:
+            self._metrics.write(line)
+
+    def _write(self, numbers: dict[str, float]) -> None:
+        self._settle()
+        if self._metrics is not None:
+            self._metrics.write(self._where() | numbers)
+
+    def _where(self) -> dict[str, float]:
+        num_batches = self.progress.step * self.config.optim.accumulate
+        return {
+            "step": self.progress.step,
+            "epoch": num_batches / len(self.parts.loader),
+            "samples": num_batches * self.config.data.batch_size,
+            "time_s": self.progress.time_s,
+        }
+
+
+def _checkpoints(config: Config) -> Path:
+    return Path(config.run.out) / "checkpoints"
+
+
+def _rng_of_all_ranks(runtime: Runtime) -> dict[str, Tensor]:
+    states = {f"{runtime.rank}.cpu": torch.get_rng_state()}
+    if runtime.device.type == "cuda":
+        states[f"{runtime.rank}.cuda"] = torch.cuda.get_rng_state(runtime.device)
+    return {name: state for rank_states in runtime.gather(states) for name, state in rank_states.items()}

@@ -1,0 +1,96 @@
+"""Optimizers, and their state as named tensors."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.optim.lamb import Lamb
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from moco_fast.config import OptimConfig
+from moco_fast.training.apex import apex_optimizer
+from moco_fast.training.lars import Lars
+
+__all__ = ["build_optimizer", "load_optimizer_tensors", "optimizer_tensors"]
+
+
+def build_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
+    """The optimizer of all parameters of `module` that take gradients.
+
+    SGD and AdamW are torch's with its fused kernels, LAMB is timm's and LARS MoCo v3's; both handle all parameters at
+    once, too.
+
+    Raises:
+        ValueError: apex is asked for, but it is not there or has no such optimizer.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if optim.kernels == "apex":
+        return apex_optimizer(parameters, optim)
+    match optim.name:
+        case "sgd":
+            sgd = SGD(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True)
+            # torch 2.13 allocates these at the first step and leaves them unset if its gradient overflows (float16).
+            for parameter in parameters if optim.momentum else ():
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return sgd
+        case "adamw":
+            return AdamW(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+        case "lamb":
+            # Clipping is a step of its own, for all optimizers.
+            options: dict[str, Any] = {"betas": optim.betas, "weight_decay": optim.weight_decay, "max_grad_norm": None}
+            return Lamb(parameters, lr=optim.lr, **options)
+        case "lars":
+            momentum, trust = optim.momentum, optim.trust
+            return Lars(parameters, lr=optim.lr, momentum=momentum, weight_decay=optim.weight_decay, trust=trust)
+
+
+def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
+    """Name in the module of each parameter, in the order of the optimizer's state dict."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _group_steps(optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The parameter groups that count their steps (LAMB, apex), by a name for the count."""
+    for number, group in enumerate(optimizer.param_groups):
+        if "step" in group:
+            yield f"step/group {number}", group
+
+
+def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as `<state>/<parameter's name>` -> tensor. Settings are left to the configuration."""
+    names = _names(optimizer, module)
+    of_parameters = {
+        f"{key}/{names[index]}": value
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    }
+    return of_parameters | {name: torch.as_tensor(group["step"]) for name, group in _group_steps(optimizer)}
+
+
+def load_optimizer_tensors(optimizer: Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put back copies of what `optimizer_tensors` gave.
+
+    Raises:
+        ValueError: tensors of another optimizer or module.
+    """
+    indices = {name: index for index, name in enumerate(_names(optimizer, module))}
+    parameters = dict(module.named_parameters())
+    groups = {f"group {number}": group for number, group in enumerate(optimizer.param_groups)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        key, _, name = full_name.partition("/")
+        if key == "step" and name in groups:
+            # apex counts in Python, timm in a tensor.
+            groups[name]["step"] = tensor.clone() if tensor.is_floating_point() else int(tensor)
+            continue
+        if name not in indices:
+            raise ValueError(
+                f"the optimizer's state has {full_name!r}, which this encoder lacks: load the run it is of"
+            )
+        # As the parameter lies in memory: a file keeps values, not strides, and fused kernels need them equal.
+        like = parameters[name] if parameters[name].shape == tensor.shape else tensor
+        state.setdefault(indices[name], {})[key] = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

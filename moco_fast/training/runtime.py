@@ -1,0 +1,275 @@
+"""Processes, device and precision: the one file that knows accelerate.
+
+Who decides where both `accelerate launch` and our options have a say:
+
+- precision: `--run.precision` if it is given; else `--mixed_precision` of the launcher if that is bf16 or fp16; else
+  bf16 on a GPU that has it; else fp32. (The launcher exports "no" also when nobody chose: "no" cannot be a choice.)
+- torch.compile: on when `--run.compile`, `--run.cuda-graphs` or the launcher's `--dynamo_backend` asks for it, with the
+  backend that the launcher names, else inductor.
+- gradient accumulation: `--optim.accumulate` alone; the launcher's option is for DeepSpeed.
+- device: `--run.device` if given; else the CPU after `accelerate launch --cpu`; else a GPU if there is one.
+- CPUs: those next to the GPU if the launcher's `--enable_cpu_affinity` asks for it; which ones, affinity.py settles.
+
+On a GPU, `start` puts all work of the calling thread on a stream of its own until `close`: libraries that know no
+streams (and whatever asks for "the legacy default stream") use stream 0, and nothing of theirs shall order the step.
+"""
+
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+    gather_object,
+    patch_environment,
+)
+from torch import Tensor, nn
+
+from moco_fast.config import RunConfig
+from moco_fast.training.affinity import stay_near_gpu
+
+__all__ = ["Runtime", "allow_tf32", "alone_by_mistake", "choose_compile", "choose_precision", "start"]
+
+T = TypeVar("T")
+
+_ACCELERATE_NAMES = {"fp32": "no", "tf32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What a process knows of its place in the world, and how it computes."""
+
+    accelerator: Accelerator
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    precision: str
+    compile_options: Mapping[str, str] | None
+    """Of torch.compile; None: encoders are not compiled."""
+    notes: tuple[str, ...]
+    """What was decided on the user's behalf, one line each."""
+
+    @property
+    def compile(self) -> bool:
+        """Whether encoders are compiled."""
+        return self.compile_options is not None
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Compute in the run's precision inside this context."""
+        return self.accelerator.autocast()
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate, with loss scaling in fp16."""
+        self.accelerator.backward(loss)
+
+    def wrap_model(self, model: nn.Module, *, backwards_per_step: int) -> nn.Module:
+        """Average gradients over ranks (DDP) and run the forward pass in the run's precision.
+
+        Args:
+            model: to be trained.
+            backwards_per_step: backward passes between two optimizer steps. DDP can prepare for one; told so before a
+                second one, it ends in an internal assertion.
+        """
+        options = DistributedDataParallelKwargs(
+            broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=backwards_per_step == 1
+        )
+        self.accelerator.ddp_handler = options  # pyright: ignore[reportAttributeAccessIssue] - declared as None
+        with warnings.catch_warnings():
+            # torch 2.13 renames the option, but accelerate passes on the old name only.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            return self.accelerator.prepare_model(model)
+
+    def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Undo loss scaling before a step, and skip the step after an overflow (fp16)."""
+        return self.accelerator.prepare_optimizer(optimizer)
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide gradients by what `backward` scaled them with (fp16)."""
+        self.accelerator.unscale_gradients(optimizer)
+
+    def tell_all(self, value: T) -> T:
+        """Return the first rank's `value` on every rank."""
+        return broadcast_object_list([value])[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's `value`, in the order of ranks."""
+        return gather_object([value])
+
+    def wait_for_all(self) -> None:
+        """Wait until every rank has come here."""
+        self.accelerator.wait_for_everyone()
+
+    def scaler_state(self) -> dict[str, float]:
+        """Return the loss scaler's numbers, or nothing outside fp16."""
+        scaler = self.accelerator.scaler
+        return {} if scaler is None else dict(scaler.state_dict())
+
+    def load_scaler_state(self, state: Mapping[str, float]) -> None:
+        """Take back what `scaler_state` returned."""
+        if self.accelerator.scaler is not None and state:
+            self.accelerator.scaler.load_state_dict(dict(state))
+
+    def close(self) -> None:
+        """Leave the process group, and go back to the default stream once all work is done."""
+        self.accelerator.end_training()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.set_stream(torch.cuda.default_stream(self.device))
+
+
+def start(config: RunConfig, *, env: Mapping[str, str] = os.environ) -> Runtime:
+    """Join the other processes and settle device and precision.
+
+    Raises:
+        ValueError: the device is not there, or this process would train alone though several were meant.
+    """
+    if reason := alone_by_mistake(env):
+        raise ValueError(reason)
+    on_cpu = _choose_cpu(config.device, env)
+    has_bf16 = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision, note = choose_precision(config.precision, env.get("ACCELERATE_MIXED_PRECISION"), has_bf16=has_bf16)
+    if precision == "tf32" and on_cpu:
+        raise ValueError("--run.precision tf32 needs a GPU's tensor cores: on the CPU take fp32 or bf16")
+    if precision == "fp16" and on_cpu:
+        raise ValueError("--run.precision fp16 needs a GPU (its loss scaling does): on the CPU take fp32 or bf16")
+    if not on_cpu:
+        allow_tf32(precision == "tf32")
+    if config.deterministic:
+        _be_deterministic()
+    if config.cuda_graphs and on_cpu:
+        raise ValueError("--run.cuda-graphs needs a GPU: on the CPU take --run.compile")
+    compile_options, compile_note = choose_compile(config, env.get("ACCELERATE_DYNAMO_BACKEND"))
+    # accelerate asks NVML by a number that ignores CUDA_VISIBLE_DEVICES, and ends where a CPU is not allowed.
+    with patch_environment(ACCELERATE_CPU_AFFINITY="false"):
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=_ACCELERATE_NAMES[precision],
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),  # pyright: ignore[reportArgumentType] - a name will do
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))],
+        )
+    notes = [note, *([compile_note] if compile_note else [])]
+    if not on_cpu and env.get("ACCELERATE_CPU_AFFINITY", "").lower() in ("1", "true"):
+        notes.append(stay_near_gpu(accelerator.device))
+    meant = int(env.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != meant:
+        raise ValueError(
+            f"{meant} processes were started, but this one sees {accelerator.num_processes} and would train alone: "
+            "launch with one of deploy/accelerate/*.yaml"
+        )
+    if not on_cpu:
+        # Before anything is built: DDP remembers the stream on which it met the parameters.
+        _leave_default_stream(accelerator.device)
+    return Runtime(
+        accelerator=accelerator,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        local_rank=accelerator.local_process_index,
+        local_world_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
+        device=accelerator.device,
+        precision=precision,
+        compile_options=compile_options,
+        notes=tuple(notes),
+    )
+
+
+def _leave_default_stream(device: torch.device) -> None:
+    torch.cuda.set_stream(torch.cuda.Stream(device))
+
+
+def choose_precision(asked: str, launcher: str | None, *, has_bf16: bool) -> tuple[str, str]:
+    """Settle the precision between our option and the launcher's (see the top of this file).
+
+    Returns:
+        the precision (`fp32`, `tf32`, `bf16` or `fp16`) and one line that says who decided.
+
+    Raises:
+        ValueError: the launcher asks for a precision that we do not train in.
+    """
+    chosen_by_launcher = launcher not in (None, "no")
+    if asked != "auto":
+        over = f" (over the launcher's {launcher})" if chosen_by_launcher and launcher != asked else ""
+        return asked, f"precision: {asked}, as --run.precision says{over}"
+    if chosen_by_launcher:
+        if launcher not in ("bf16", "fp16"):
+            raise ValueError(f"accelerate launch --mixed_precision {launcher} is not supported: take bf16, fp16 or no")
+        return launcher, f"precision: {launcher}, as `accelerate launch` says"
+    if has_bf16:
+        return "bf16", "precision: bf16, for this GPU has it (--run.precision fp32 for full precision)"
+    return "fp32", "precision: fp32 (--run.precision tf32, bf16 or fp16 to choose another)"
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let products of float32 be rounded to 10 bits on tensor cores, or not: torch allows convolutions alone."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    # All of cuDNN's: inductor reads the one flag, which raises while it and those of convolutions and RNNs disagree.
+    cudnn: Any = torch.backends.cudnn
+    cudnn.allow_tf32 = allowed
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"
+
+
+def _be_deterministic() -> None:
+    # cuBLAS reads it when it is first used (torch's page on use_deterministic_algorithms).
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def choose_compile(config: RunConfig, launcher: str | None) -> tuple[dict[str, str] | None, str | None]:
+    """Settle torch.compile between our options and the launcher's backend (see the top of this file).
+
+    Returns:
+        its options, or None for no compilation, and one line that says so if there is any.
+
+    Raises:
+        ValueError: CUDA graphs from a backend that makes none.
+    """
+    backend = (launcher or "no").lower()
+    if backend == "no" and not (config.compile or config.cuda_graphs):
+        return None, None
+    who = "as asked" if backend == "no" else f"by {backend}, as `accelerate launch --dynamo_backend` says"
+    backend = "inductor" if backend == "no" else backend
+    if not config.cuda_graphs:
+        return {"backend": backend}, f"compile: encoders, {who}"
+    if backend != "inductor":
+        raise ValueError(f"--run.cuda-graphs needs inductor, but the launcher's --dynamo_backend is {backend}")
+    return {"backend": backend, "mode": "reduce-overhead"}, "compile: encoders, with CUDA graphs"
+
+
+def alone_by_mistake(env: Mapping[str, str]) -> str | None:
+    """Tell from the environment whether several processes were meant but this one was told of no other.
+
+    Returns:
+        the error to show, or None if all is well.
+    """
+    if "WORLD_SIZE" in env:
+        return None
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return (
+            f"srun started {env['SLURM_STEP_NUM_TASKS']} processes, but none was told of the others, so each would "
+            "train alone: start one `accelerate launch` a node (see deploy/accelerate/multi-node.yaml)"
+        )
+    # For one process accelerate exports no address; for several on CPUs without MPI it does, and then starts only one.
+    if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
+        return (
+            "accelerate launch was asked for several processes but started one that would train alone: on CPUs use "
+            "deploy/accelerate/cpu-2.yaml (or unset MASTER_ADDR if one process is meant)"
+        )
+    return None
+
+
+def _choose_cpu(device: str, env: Mapping[str, str]) -> bool:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--run.device cuda: torch finds no GPU here; take --run.device cpu")
+    if device != "auto":
+        return device == "cpu"
+    return env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()

@@ -1,0 +1,1 @@
+"""Backends: encoded samples in, views out."""

@@ -1,0 +1,297 @@
+"""The DALI backend: encoded bytes and parameter tables in, views out. One definition for the CPU and the GPU.
+
+DALI's stages, with uint8 between them: decode, crop-and-resize (linear, antialiased; a reversed region is the flip),
+Gaussian blur. Colors follow in place: on a GPU by two kernels of ours, on the CPU by OpenCV.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from nvidia.dali import fn as untyped_fn
+from nvidia.dali import types as untyped_types
+from nvidia.dali.backend import TensorCPU
+from nvidia.dali.pipeline import Pipeline, pipeline_def
+
+from pipelines.backends.colors import recolor
+from pipelines.backends.registry import Job, Made
+from pipelines.plan.augment import ViewTable
+from pipelines.reading.ahead_process import ReadingSpec
+from pipelines.reading.readahead import EncodedBatch, ReadAhead
+from pipelines.reading.reader import DamagedSampleError, name_sample
+from pipelines.reading.samples import Steps
+from shards.ground.channel import Channel, ChannelClosed
+from shards.sets.manifest import Manifest
+
+__all__ = ["DaliViews", "blur_kernels", "inputs_of", "size_hints", "to_torch"]
+
+# DALI makes its operators and type names at run time: their stubs know half of what works.
+fn: Any = untyped_fn
+types: Any = untyped_types
+
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int64]
+
+_Recolor = Callable[[tuple[torch.Tensor, ...], tuple[ViewTable, ...]], None]
+
+_MOST_HINTED_BYTES = 2 << 30
+
+
+class DaliViews:
+    """Views of the samples of `steps`, made ahead of need by a thread of its own.
+
+    Args:
+        job: what to do.
+        steps: (epoch, dense sample numbers) of each batch; consumed in the background.
+    """
+
+    def __init__(self, job: Job, steps: Steps) -> None:
+        self._job = job
+        self._blurs = tuple(view is not None and view.blur_p > 0 for view in job.views)
+        self._recolor = _recoloring_on_gpu(job.device) if job.device.type == "cuda" else _recolor_on_cpu
+        self._batches = ReadAhead(
+            ReadingSpec(
+                shards=job.shards,
+                steps=steps,
+                draw=job.draw,
+                max_batch=job.max_batch,
+                ahead=job.prefetch,
+                num_threads=job.read_threads,
+                skip=job.skip,
+            )
+        )
+        self._out: Channel[Made] = Channel(job.prefetch)
+        self._thread = threading.Thread(target=self._run, name="dali-views", daemon=True)
+        self._thread.start()
+
+    def get(self) -> Made:
+        """Wait for the next batch. Raises StopIteration at the end, or what went wrong."""
+        return self._out.get()
+
+    def close(self) -> None:
+        """End the thread and the reader process; what is ready is dropped."""
+        self._out.close()
+        self._batches.interrupt()
+        self._thread.join()
+        self._batches.close()
+
+    def _run(self) -> None:
+        try:
+            # The first `schedule_run` starts as many runs as DALI's queue is long: there must be input for all of them.
+            under_way = deque(islice(self._batches, self._job.prefetch))
+            pipe = _build(self._blurs, self._job, depth=len(under_way)) if under_way else None
+            if pipe is not None:
+                for batch in under_way:
+                    self._feed(pipe, batch)
+                pipe.schedule_run()
+                self._hand_over_all(pipe, under_way)
+            self._out.fail(StopIteration())
+        except ChannelClosed:
+            pass
+        except BaseException as error:
+            self._out.fail(error)
+
+    def _hand_over_all(self, pipe: Pipeline, under_way: deque[EncodedBatch]) -> None:
+        while under_way:
+            outputs = self._outputs(pipe, under_way)
+            # DALI reads the encoded bytes where they lie: a batch is kept until its views are out.
+            done = under_way.popleft()
+            batch = next(self._batches, None)
+            if batch is not None:
+                self._feed(pipe, batch)
+                pipe.schedule_run()
+                under_way.append(batch)
+            views = tuple(to_torch(view.as_tensor()) for view in outputs)
+            self._recolor(views, done.tables)
+            channels_last = tuple(view.permute(0, 3, 1, 2) for view in views)
+            self._out.put(Made(samples=done.samples, labels=done.labels, views=channels_last, replaced=done.replaced))
+
+    def _outputs(self, pipe: Pipeline, under_way: deque[EncodedBatch]) -> Any:
+        try:
+            return pipe.outputs()
+        except RuntimeError as error:
+            # DALI says that a batch failed, and seldom which sample of it.
+            for batch in under_way:
+                for sample, key, encoded in zip(
+                    batch.samples.tolist(), batch.keys.tolist(), batch.encoded, strict=True
+                ):
+                    if not _can_decode(encoded, self._job):
+                        name = name_sample(self._job.shards, sample, key)
+                        raise DamagedSampleError(f"{name} cannot be decoded by DALI") from error
+            raise
+
+    def _feed(self, pipe: Pipeline, batch: EncodedBatch) -> None:
+        for name, data in inputs_of(batch, self._blurs, on_gpu=self._job.device.type == "cuda").items():
+            pipe.feed_input(name, data)
+
+
+def to_torch(output: Any) -> torch.Tensor:
+    """Wrap a DALI tensor that `Pipeline.outputs` has waited for, without a copy and without making any stream wait.
+
+    No copy: the dynamic executor writes to no output that someone still holds. Stream -1 is DLPack's "do not
+    synchronize". `torch.from_dlpack(output)` would name the caller's stream instead; once `outputs` has waited, DALI
+    no longer has an event of this batch, and makes that stream wait for all that is queued on its own: the next batch
+    (`ToDLMTensor`, dali/python/backend_impl.cc of DALI 2.4).
+    """
+    return torch.from_dlpack(output.__dlpack__(stream=-1))
+
+
+def _recolor_on_cpu(views: tuple[torch.Tensor, ...], tables: tuple[ViewTable, ...]) -> None:
+    for view, table in zip(views, tables, strict=True):
+        for row, pixels in enumerate(view.numpy()):
+            recolor(table, row, pixels)
+
+
+def _recoloring_on_gpu(device: torch.device) -> "_Recolor":
+    from pipelines.backends.color_kernels import recolor_batch
+
+    # Of high priority: the kernels of the training step would keep these waiting.
+    stream = torch.cuda.Stream(device, priority=-1)
+
+    def recolor_on_gpu(views: tuple[torch.Tensor, ...], tables: tuple[ViewTable, ...]) -> None:
+        with torch.cuda.stream(stream):
+            recolor_batch(views, tables)
+            done = torch.cuda.Event(blocking=True)
+            done.record(stream)
+        # This thread waits, as it does for DALI's part, so that no stream and no other thread has to.
+        done.synchronize()
+
+    return recolor_on_gpu
+
+
+def _build(blurs: tuple[bool, ...], job: Job, *, depth: int) -> Pipeline:
+    on_gpu = job.device.type == "cuda"
+    pipe = _views(
+        blurs,
+        job.size,
+        "mixed" if on_gpu else "cpu",
+        {"hw_decoder_load": job.hw_decoder_load, **size_hints(job.shards.manifest, job.max_batch)},
+        batch_size=job.max_batch,
+        num_threads=job.num_threads,
+        device_id=(job.device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=depth,
+        exec_dynamic=True,
+    )
+    pipe.build()
+    return pipe
+
+
+def size_hints(manifest: Manifest, batch_size: int) -> dict[str, int]:
+    """Sizes for which the GPU's decoder takes its memory at the start, instead of growing in the first epoch.
+
+    The set's largest sides, unless a whole batch of such images would be out of proportion: one huge photo among a
+    billion is met with a larger buffer when it comes.
+    """
+    if batch_size * manifest.max_width * manifest.max_height * 3 > _MOST_HINTED_BYTES:
+        return {}
+    return {"preallocate_width_hint": manifest.max_width, "preallocate_height_hint": manifest.max_height}
+
+
+def _can_decode(encoded: npt.NDArray[np.uint8], job: Job) -> bool:
+    """Whether DALI decodes one image, tried in a pipeline of its own: one that has failed is of no more use."""
+    on_gpu = job.device.type == "cuda"
+    pipe = _decoded(
+        "mixed" if on_gpu else "cpu",
+        batch_size=1,
+        num_threads=1,
+        device_id=(job.device.index or 0) if on_gpu else None,
+        prefetch_queue_depth=1,
+    )
+    try:
+        pipe.run(encoded=[encoded])
+    except RuntimeError:
+        return False
+    return True
+
+
+@pipeline_def
+def _decoded(decoder: str) -> Any:
+    return fn.decoders.image(
+        fn.external_source(name="encoded", dtype=types.UINT8, ndim=1), device=decoder, output_type=types.RGB
+    )
+
+
+@pipeline_def(enable_conditionals=True)
+def _views(blurs: tuple[bool, ...], size: int, decoder: str, decoding: dict[str, Any]) -> tuple[Any, ...]:
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+    # The packer has turned the pixels already, and the boxes are in stored coordinates.
+    images = fn.decoders.image(
+        encoded,
+        device=decoder,
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+        **decoding,
+    )
+    on_gpu = decoder == "mixed"
+    return tuple(_view(images, size, number, blurs=each, on_gpu=on_gpu) for number, each in enumerate(blurs))
+
+
+def _view(images: Any, size: int, number: int, *, blurs: bool, on_gpu: bool) -> Any:
+    def given(name: str, dtype: Any, ndim: int) -> Any:
+        return fn.external_source(name=f"{name}_{number}", dtype=dtype, ndim=ndim)
+
+    crop = given("crop", types.FLOAT, 1)
+    view = fn.resize(
+        images,
+        size=(size, size),
+        roi_start=crop[0:2],
+        roi_end=crop[2:4],
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
+    if blurs:
+        # DALI turns an `if` over a parameter into a split and a merge of the batch.
+        sigma = crop[4]
+        if on_gpu:
+            if sigma > 0:
+                view = fn.gaussian_blur(view, sigma=sigma)
+        else:
+            # On the CPU two passes with a kernel each cost half as much as fn.gaussian_blur.
+            row, column = given("row", types.FLOAT, 2), given("column", types.FLOAT, 2)
+            if sigma > 0:
+                view = fn.filter(fn.filter(view, row), column)
+    return view
+
+
+def inputs_of(batch: EncodedBatch, blurs: tuple[bool, ...], *, on_gpu: bool) -> dict[str, Any]:
+    """What the graph is fed with, by name: the encoded images, and a few arrays for each view.
+
+    As few as there can be: feeding one holds the interpreter for some 13 us, whatever is in it. The images are wrapped
+    here, for DALI takes half as long again to find out what each array is.
+    """
+    inputs: dict[str, Any] = {"encoded": [TensorCPU(image) for image in batch.encoded]}
+    for number, (has_blur, table) in enumerate(zip(blurs, batch.tables, strict=True)):
+        of_view = _inputs(table, has_kernels=has_blur and not on_gpu)
+        inputs |= {f"{name}_{number}": data for name, data in of_view.items()}
+    return inputs
+
+
+def _inputs(table: ViewTable, *, has_kernels: bool) -> dict[str, Any]:
+    box = table.box.astype(np.float32)
+    x, y, right, bottom = box[:, 0], box[:, 1], box[:, 0] + box[:, 2], box[:, 1] + box[:, 3]
+    left, right = np.where(table.flip, right, x), np.where(table.flip, x, right)
+    inputs: dict[str, Any] = {"crop": np.stack((y, left, bottom, right, table.sigma), axis=1)}
+    if has_kernels:
+        kernels = blur_kernels(table.sigma)
+        inputs["row"] = [kernel[None, :] for kernel in kernels]
+        inputs["column"] = [kernel[:, None] for kernel in kernels]
+    return inputs
+
+
+def blur_kernels(sigma: Floats) -> list[Floats]:
+    """Give one normalized kernel of 2 * ceil(3 * sigma) + 1 taps a sample; one tap of 1 where sigma is 0."""
+    radius = np.ceil(3 * sigma).astype(np.int64)
+    widest = int(radius.max(initial=0))
+    distance = np.arange(-widest, widest + 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weights = np.exp(-0.5 * (distance / sigma[:, None].astype(np.float64)) ** 2)
+    weights[np.abs(distance) > radius[:, None]] = 0.0
+    weights[radius == 0] = distance == 0
+    weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return [row[widest - r : widest + r + 1] for row, r in zip(weights, radius.tolist(), strict=True)]

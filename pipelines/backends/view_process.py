@@ -1,0 +1,173 @@
+"""One worker process of the torch backend: reads, decodes and augments runs of samples into shared memory.
+
+It runs `main` on the descriptor of its end of a connection to the loader: a WorkerSpec first, then a Report for every
+Task. It ends when the other end is gone.
+"""
+
+import mmap
+import signal
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.config import ViewConfig
+from pipelines.plan.augment import ViewTable
+from pipelines.reading.reader import Reader
+from pipelines.reading.samples import Draw, Pending
+from shards import ShardSet
+from shards.ground.child import portable
+from shards.ground.memory import map_shared
+
+__all__ = ["Report", "Slot", "SlotArrays", "Task", "WorkerSpec", "main", "map_slot", "slot_bytes"]
+
+Indices = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """What a worker needs to know once."""
+
+    shards: ShardSet
+    draw: Draw
+    """Gives the views' tables from (epoch, samples, records)."""
+    size: int
+    """Height and width of a view."""
+    views: tuple[ViewConfig | None, ...]
+    """The recipe of each view."""
+    skip: bool
+    """Replace samples that are damaged, instead of failing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """Shared memory for the views and labels of a batch."""
+
+    path: str
+    """Opens the memory in any process of this user."""
+    number: int
+    """Name of the slot."""
+    capacity: int
+    """Samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A run of samples of a batch."""
+
+    slot: Slot
+    begin: int
+    """Place of the first sample in the slot."""
+    epoch: int
+    samples: Indices
+    """Dense sample numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What became of a task."""
+
+    slot: int
+    """Number of the slot."""
+    num_samples: int = 0
+    """Samples whose views are in the slot now."""
+    replaced: tuple[str, ...] = ()
+    """What was wrong with each sample that another took the place of."""
+    error: Exception | None = None
+
+
+class SlotArrays:
+    """A slot's memory as arrays."""
+
+    def __init__(self, memory: mmap.mmap, spec: WorkerSpec, capacity: int) -> None:
+        shape = (len(spec.views), capacity, spec.size, spec.size, 3)
+        self.samples: Indices = np.frombuffer(memory, dtype=np.int64, count=capacity)
+        self.labels: Indices = np.frombuffer(memory, dtype=np.int64, offset=8 * capacity, count=capacity)
+        self.views: Pixels = np.frombuffer(memory, dtype=np.uint8, offset=16 * capacity, count=int(np.prod(shape)))
+        self.views = self.views.reshape(shape)
+
+
+def slot_bytes(spec: WorkerSpec, capacity: int) -> int:
+    """Bytes of a slot for so many samples."""
+    return capacity * (16 + len(spec.views) * spec.size * spec.size * 3)
+
+
+def map_slot(slot: Slot, spec: WorkerSpec) -> SlotArrays:
+    """Map a slot's memory into this process."""
+    return SlotArrays(map_shared(slot.path, slot_bytes(spec, slot.capacity)), spec, slot.capacity)
+
+
+def main(descriptor: int) -> None:
+    """Work until the loader is gone."""
+    # Ctrl-C reaches the whole group of processes: the loader decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import cv2
+    import torch
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    connection: Connection[Any, Any] = Connection(descriptor)
+    with suppress(EOFError, ConnectionResetError, BrokenPipeError):
+        _work(connection, connection.recv())
+
+
+def _work(connection: "Connection[Any, Any]", spec: WorkerSpec) -> None:
+    reader = Reader(spec.shards, num_threads=1)
+    slots: dict[int, SlotArrays] = {}
+    waiting: deque[_Begun] = deque()
+    try:
+        while True:
+            # The bytes of the next task are read while this one is worked on.
+            while not waiting or (len(waiting) < 2 and connection.poll()):
+                waiting.append(_Begun(connection.recv(), reader))
+            begun = waiting.popleft()
+            slot = begun.task.slot
+            if slot.number not in slots:
+                try:
+                    slots[slot.number] = map_slot(slot, spec)
+                except FileNotFoundError:
+                    # The loader's process is gone, and its memory with it.
+                    return
+            try:
+                replaced = _fill(begun, spec, slots[slot.number])
+            except Exception as error:
+                connection.send(Report(slot=slot.number, error=portable(error, "in a worker process")))
+            else:
+                connection.send(Report(slot=slot.number, num_samples=len(begun.task.samples), replaced=replaced))
+    finally:
+        reader.close()
+
+
+class _Begun:
+    """A task whose bytes are on their way, or the error that kept them from being asked for."""
+
+    def __init__(self, task: Task, reader: Reader) -> None:
+        self.task = task
+        self.pending: Pending | Exception
+        try:
+            self.pending = Pending(reader, task.samples)
+        except Exception as error:
+            self.pending = error
+
+
+def _fill(begun: _Begun, spec: WorkerSpec, arrays: SlotArrays) -> tuple[str, ...]:
+    """Do a task; give what was wrong with samples that were replaced."""
+    from pipelines.backends.pixels import decode, render
+
+    if isinstance(begun.pending, Exception):
+        raise begun.pending
+    task = begun.task
+    taken = begun.pending.take(decode, skip=spec.skip)
+    tables: tuple[ViewTable, ...] = spec.draw(task.epoch, taken.samples, taken.records)
+    places = slice(task.begin, task.begin + len(task.samples))
+    arrays.samples[places] = taken.samples
+    arrays.labels[places] = taken.records["label"]
+    for row, image in enumerate(taken.images):
+        for out, table in zip(arrays.views[:, task.begin + row], tables, strict=True):
+            render(image, table, row, out)
+    return taken.replaced

@@ -1,0 +1,1 @@
+"""Order and augmentation as data: pure functions, numpy in, numpy out."""

@@ -1,0 +1,1 @@
+"""Reading: the samples of coming steps, ahead of the backends."""

@@ -1,0 +1,327 @@
+"""A folder on local disk with copies of remote shards, shared by all processes of a machine.
+
+    FOLDER/room.lock                     held to make room, and to change what is held
+    FOLDER/<digest of a manifest>/       shard-000000.tar and .index.npy, whole or not there; used last: mtime
+                                         shard-000000.tar.part while it is fetched, locked by who fetches it
+    FOLDER/<process>.<random>.held       what a process needs now or soon, locked by it
+
+All locks are flocks: the kernel releases them when their owner ends, however it ends. So nothing is stale after a kill:
+a `.part` or `.held` that nobody locks belongs to nobody.
+"""
+
+import fcntl
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from shards.ground.errors import PackError
+from shards.ground.files import open_locked
+from shards.sets.index import RECORD, npy_header
+from shards.sets.manifest import Manifest, ShardEntry
+from shards.sets.remote import RemoteShardSet
+from shards.sets.shard_file import LocalShardFile, ShardFile
+from shards.storage.stores import open_folder
+
+__all__ = ["CacheFolder", "CacheFullError", "CachedShardSet", "FetchError", "Holder", "gib"]
+
+_LOG = logging.getLogger(__name__)
+
+_PIECE_BYTES = 16 << 20
+_ATTEMPTS = 3
+_BACK_OFF_S, _LONGEST_BACK_OFF_S = 1.0, 30.0
+_OUTAGE_S = 300.0
+_WAIT_FOR_ROOM_S = 20.0
+
+
+class FetchError(ValueError):
+    """A shard cannot be fetched."""
+
+
+class CacheFullError(ValueError):
+    """All that is in the cache is in use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheFolder:
+    """Where copies are kept, and how many."""
+
+    path: Path
+    budget_bytes: int
+    share_bytes: int
+    """What one rank holds for now and later."""
+
+    @contextmanager
+    def locked(self) -> Generator[None]:
+        """Keep others from changing what is held, and from making room."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = open_locked(self.path / "room.lock", fcntl.LOCK_EX, str(self.path))
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def make_room(self, descriptor: int, num_bytes: int, shard: str) -> None:
+        """Reserve bytes for a file that is open, and evict what was used least recently until there is room.
+
+        Raises:
+            CacheFullError: what is left is held.
+        """
+        with self.locked():
+            held = self._held()
+            files = self._files()
+            used = sum(status.st_size for status in files.values())
+            tars = sorted((status.st_mtime, path) for path, status in files.items() if path.suffix == ".tar")
+            for _, tar in tars:
+                if used + num_bytes <= self.budget_bytes:
+                    break
+                if self.name_of(tar) not in held:
+                    used -= sum(files[path].st_size for path in (tar, _index_of(tar)) if path in files)
+                    tar.unlink(missing_ok=True)
+                    _index_of(tar).unlink(missing_ok=True)
+            if used + num_bytes > self.budget_bytes:
+                raise CacheFullError(
+                    f"no room for {shard} ({gib(num_bytes)}): {self.path} may hold {gib(self.budget_bytes)}, and "
+                    f"{gib(used)} are in use; raise --data.cache-gib, or give other runs a --data.cache of their own"
+                )
+            os.ftruncate(descriptor, num_bytes)
+
+    def sweep(self) -> None:
+        """Remove what processes that were killed left half done."""
+        with self.locked():
+            for path in [*self.path.glob("*/*.part"), *self.path.glob("*.held")]:
+                _remove_unlocked(path)
+
+    def name_of(self, tar: Path) -> str:
+        """Name of a shard in this folder."""
+        return f"{tar.parent.name}/{tar.name}"
+
+    def _held(self) -> set[str]:
+        names: set[str] = set()
+        for path in self.path.glob("*.held"):
+            if not _remove_unlocked(path):
+                names.update(path.read_text().splitlines())
+        return names
+
+    def _files(self) -> dict[Path, os.stat_result]:
+        found: dict[Path, os.stat_result] = {}
+        for path in self.path.glob("*/*"):
+            with suppress(FileNotFoundError):
+                found[path] = path.stat()
+        return found
+
+
+class Holder:
+    """What this process needs now or soon: nobody evicts that. Safe for several threads."""
+
+    def __init__(self, folder: CacheFolder) -> None:
+        self._folder = folder
+        folder.sweep()
+        self._path = folder.path / f"{os.getpid()}.{uuid.uuid4().hex}.held"
+        self._descriptor = open_locked(self._path, fcntl.LOCK_EX, str(self._path))
+
+    def hold(self, names: set[str]) -> None:
+        """Hold exactly these shards from now on."""
+        with self._folder.locked():
+            text = "".join(f"{name}\n" for name in sorted(names)).encode()
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, text, 0)
+
+    def close(self) -> None:
+        """Hold nothing any more."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+
+class CachedShardSet(RemoteShardSet):
+    """A remote set whose shards are fetched whole, when they are needed or before, into a folder on local disk."""
+
+    def __init__(self, url: str, manifest: Manifest, digest: str, folder: CacheFolder) -> None:
+        super().__init__(url, manifest, digest)
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return (CachedShardSet, (self.url, self.manifest, self.digest, self.folder))
+
+    def cached_bytes(self, shard: int) -> int:
+        """Disk that a shard takes in the cache."""
+        entry = self.manifest.shards[shard]
+        return entry.num_bytes + len(npy_header(entry.num_samples)) + entry.num_samples * RECORD.itemsize
+
+    def cached_name(self, shard: int) -> str:
+        """Name of a shard in the cache's folder."""
+        return self.folder.name_of(self._copy(shard))
+
+    def open_shard(self, shard: int) -> ShardFile:
+        """Open the local copy of a shard's tar, fetched first if need be. Raises as `fetch`."""
+        while True:
+            self.fetch(shard)
+            # Another process may have evicted it since, where nobody holds it.
+            with suppress(FileNotFoundError):
+                return LocalShardFile(self._copy(shard))
+
+    def index(self, shard: int) -> npt.NDArray[np.void]:
+        """Records of a shard from the local copy of its index, fetched with the shard if need be. Raises ValueError."""
+        header = npy_header(self.manifest.shards[shard].num_samples)
+        while True:
+            self.fetch(shard)
+            with suppress(FileNotFoundError):
+                return np.frombuffer(_index_of(self._copy(shard)).read_bytes(), dtype=RECORD, offset=len(header))
+
+    def fetch(self, shard: int, *, cancel: threading.Event | None = None) -> None:
+        """Make sure that a shard is on this machine; whoever else wants it at the same time waits for the same copy.
+
+        Args:
+            shard: its number.
+            cancel: gives up between two pieces once this is set.
+
+        Raises:
+            FetchError: the store does not give it, or gives something else than what was packed.
+            CacheFullError: there is no room, and none is made while we wait.
+        """
+        copy = self._copy(shard)
+        if _touch(copy):
+            return
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with _part_of(copy) as (part, descriptor):
+            # Whoever held the lock before us may have wanted the same.
+            if not _touch(copy) and self._download(shard, descriptor, cancel or threading.Event()):
+                part.replace(copy)
+
+    def _copy(self, shard: int) -> Path:
+        return self.folder.path / self.digest / self.manifest.shards[shard].name
+
+    def _download(self, shard: int, descriptor: int, cancel: threading.Event) -> bool:
+        """Write a tar to its part and its index beside it, once more after an outage; False when canceled."""
+        entry, name = self.manifest.shards[shard], self.shard_name(shard)
+        outage_ends, delay_s, num_wrong = time.monotonic() + _OUTAGE_S, _BACK_OFF_S, 0
+        while True:
+            self._reserve(descriptor, self.cached_bytes(shard), name, cancel)
+            try:
+                problem = self._copy_pieces(entry, descriptor, cancel)
+                if not problem and not cancel.is_set():
+                    self._copy_index(shard)
+            except PackError as error:
+                if _is_refusal(error) or time.monotonic() > outage_ends:
+                    raise
+                problem = str(error)
+            else:
+                if cancel.is_set() or not problem:
+                    return not cancel.is_set()
+                num_wrong += 1
+                if num_wrong == _ATTEMPTS:
+                    raise FetchError(f"{problem}, {_ATTEMPTS} times; `make-shards verify {self.url}` tells more")
+            _LOG.warning("%s (trying again in %.3g s)", problem, delay_s)
+            if cancel.wait(delay_s):
+                return False
+            delay_s = min(2 * delay_s, _LONGEST_BACK_OFF_S)
+
+    def _copy_index(self, shard: int) -> None:
+        copy = _index_of(self._copy(shard))
+        with _part_of(copy) as (part, descriptor):
+            os.pwrite(descriptor, self.index_bytes(shard), 0)
+            part.replace(copy)
+
+    def _reserve(self, descriptor: int, num_bytes: int, name: str, cancel: threading.Event) -> None:
+        deadline = time.monotonic() + _WAIT_FOR_ROOM_S
+        os.ftruncate(descriptor, 0)
+        while True:
+            try:
+                return self.folder.make_room(descriptor, num_bytes, name)
+            except CacheFullError:
+                if time.monotonic() > deadline or cancel.wait(0.2):
+                    raise
+
+    def _copy_pieces(self, entry: ShardEntry, descriptor: int, cancel: threading.Event) -> str:
+        """Fetch a tar piece by piece; give what is wrong with it, if anything."""
+        name, store, digest = f"{self.url}/{entry.name}", open_folder(self.url), xxhash.xxh3_128()
+        try:
+            size = store.size(entry.name)
+            if size != entry.num_bytes:
+                return f"{name} has {size} bytes, and manifest.json says {entry.num_bytes}"
+            for begin in range(0, size, _PIECE_BYTES):
+                if cancel.is_set():
+                    return ""
+                data = store.read_range(entry.name, begin, min(_PIECE_BYTES, size - begin))
+                digest.update(data)
+                os.pwrite(descriptor, data, begin)
+        except FileNotFoundError:
+            raise FetchError(
+                f"{name} is listed in manifest.json but absent: restore it, or run `make-shards verify {self.url}`"
+            ) from None
+        except OSError as error:
+            raise FetchError(
+                f"cannot keep {name} in {self.folder.path} ({error.strerror}): make room there, or name another folder "
+                "with --data.cache"
+            ) from None
+        os.ftruncate(descriptor, size)
+        # After a power cut, a name must not stand for bytes that never reached the disk.
+        os.fsync(descriptor)
+        found = digest.hexdigest()
+        promised = entry.digests.get(".tar", found)
+        return "" if found == promised else f"{name} arrived with digest {found}, and manifest.json says {promised}"
+
+
+@contextmanager
+def _part_of(copy: Path) -> Generator[tuple[Path, int]]:
+    """(path, descriptor) of the locked file that a copy grows in; removed unless it was renamed meanwhile."""
+    part = copy.with_name(f"{copy.name}.part")
+    descriptor = open_locked(part, fcntl.LOCK_EX, str(part))
+    try:
+        yield part, descriptor
+    finally:
+        # Renamed, its name may be another's file already.
+        with suppress(FileNotFoundError):
+            if part.stat().st_ino == os.fstat(descriptor).st_ino:
+                part.unlink()
+        os.close(descriptor)
+
+
+def _touch(copy: Path) -> bool:
+    """Note that a copy is used, if it is there."""
+    try:
+        os.utime(copy)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _is_refusal(error: PackError) -> bool:
+    """Whether asking again is of no use."""
+    from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+
+    return isinstance(error.__context__, PermissionDeniedError | UnauthenticatedError)
+
+
+def _index_of(tar: Path) -> Path:
+    return tar.with_name(f"{tar.stem}.index.npy")
+
+
+def _remove_unlocked(path: Path) -> bool:
+    """Remove a file whose owner is gone; say whether it was."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def gib(num_bytes: int) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / (1 << 30):.3g} GiB"

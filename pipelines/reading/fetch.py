@@ -1,0 +1,174 @@
+"""The steps of a rank, while the shards of the coming ones are fetched: the order is known, so what is needed next is.
+
+A second walk through the steps runs ahead of the first as far as the rank's share of the cache reaches. What it has
+passed and the first has not is held; fetching is in that order, by a few threads. Nobody waits here: who needs a shard
+that is not there yet waits for it, or fetches it, in `CachedShardSet.open_shard`.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.reading.cache import CachedShardSet, CacheFolder, Holder
+from pipelines.reading.samples import Steps
+from shards import ShardSet
+from shards.sets.merged import MergedShardSet
+from shards.sets.remote import RemoteShardSet
+
+__all__ = ["STEPS_KEPT", "FetchedSteps", "cached", "num_cached_bytes"]
+
+Indices = npt.NDArray[np.int64]
+
+_LOG = logging.getLogger(__name__)
+
+STEPS_KEPT = 4
+"""Steps whose shards are held after they were taken: their samples may not be read yet."""
+
+
+_FETCHERS = 4
+_PATIENCE_S = 5
+
+
+def cached(shards: ShardSet, folder: CacheFolder) -> ShardSet:
+    """Return the same set with local copies of what is remote."""
+    if isinstance(shards, MergedShardSet):
+        return MergedShardSet([cached(part, folder) for part in shards.parts])
+    if isinstance(shards, RemoteShardSet):
+        return CachedShardSet(shards.url, shards.manifest, shards.digest, folder)
+    return shards
+
+
+def num_cached_bytes(shards: ShardSet) -> Indices:
+    """(num_shards,) bytes that each shard takes in a cache; 0 where it is local."""
+    return np.array([_bytes_of(*shards.part(shard)) for shard in range(shards.num_shards)], dtype=np.int64)
+
+
+def _bytes_of(part: ShardSet, inner: int) -> int:
+    return part.cached_bytes(inner) if isinstance(part, CachedShardSet) else 0
+
+
+class FetchedSteps(Iterator[tuple[int, Indices]]):
+    """Gives the steps as they are. Where shards are cached, fetches and holds those of the coming steps."""
+
+    def __init__(self, shards: ShardSet, steps: Steps) -> None:
+        self._steps = iter(steps)
+        folders = {p.folder for s in range(shards.num_shards) if isinstance(p := shards.part(s)[0], CachedShardSet)}
+        self._ahead = _Ahead(shards, iter(steps), folders.pop()) if folders else None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[int, Indices]:
+        """Give the next step: (epoch, dense sample numbers)."""
+        self.advance()
+        return next(self._steps)
+
+    def advance(self) -> None:
+        """Note that a step is begun, for who has the steps from elsewhere."""
+        if self._ahead is not None:
+            self._ahead.advance()
+
+    def close(self) -> None:
+        """Stop fetching, and hold nothing any more."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+
+class _Ahead:
+    def __init__(self, shards: ShardSet, steps: Iterator[tuple[int, Indices]], folder: CacheFolder) -> None:
+        self._shards = shards
+        self._steps = steps
+        self._share_bytes = folder.share_bytes
+        self._ends: Indices = np.cumsum(shards.shard_sizes)
+        self._bytes = num_cached_bytes(shards)
+        self._holder = Holder(folder)
+        self._last_use: dict[int, int] = {}
+        self._wanted: deque[int] = deque()
+        self._num_taken = 0
+        self._changed = threading.Condition()
+        self._is_closed = threading.Event()
+        # Daemons: a store that does not answer must not keep the process from ending.
+        targets = [self._walk, *[self._fetch] * _FETCHERS]
+        self._threads = [threading.Thread(target=target, name="fetch-shards", daemon=True) for target in targets]
+        for thread in self._threads:
+            thread.start()
+
+    def advance(self) -> None:
+        with self._changed:
+            self._num_taken += 1
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closed.set()
+            self._changed.notify_all()
+        deadline = time.monotonic() + _PATIENCE_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._holder.close()
+
+    def _walk(self) -> None:
+        num_remote = int((self._bytes > 0).sum())
+        for step, (_, samples) in enumerate(self._steps):
+            shards = np.unique(np.searchsorted(self._ends, samples, side="right"))
+            needed = [shard for shard in shards.tolist() if self._bytes[shard]]
+            self._admit(step, needed)
+            # All are held, and stay so.
+            if self._is_closed.is_set() or len(self._last_use) == num_remote:
+                return
+
+    def _admit(self, step: int, needed: list[int]) -> None:
+        """Hold the shards of a step, once there is room for them in this rank's share or the step is due."""
+        with self._changed:
+            while not self._is_closed.is_set():
+                self._release(needed)
+                new = [shard for shard in needed if shard not in self._last_use]
+                num_bytes = int(self._bytes[[*self._last_use, *new]].sum())
+                if not new or num_bytes <= self._share_bytes or step <= self._num_taken:
+                    break
+                self._changed.wait()
+            else:
+                return
+            self._last_use.update(dict.fromkeys(needed, step))
+            if new:
+                self._hold()
+                self._wanted.extend(new)
+                self._changed.notify_all()
+
+    def _release(self, needed: list[int]) -> None:
+        """Let go of shards whose last known use is over."""
+        oldest = self._num_taken - STEPS_KEPT
+        over = [shard for shard, step in self._last_use.items() if step < oldest and shard not in needed]
+        for shard in over:
+            del self._last_use[shard]
+        if over:
+            self._hold()
+
+    def _hold(self) -> None:
+        self._holder.hold({self._name(shard) for shard in self._last_use})
+
+    def _fetch(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed.is_set() or self._wanted)
+                if self._is_closed.is_set():
+                    return
+                shard = self._wanted.popleft()
+            part, inner = self._shards.part(shard)
+            assert isinstance(part, CachedShardSet)
+            try:
+                part.fetch(inner, cancel=self._is_closed)
+            except (ValueError, OSError) as error:
+                # Whoever needs it tries again, and fails if that fails.
+                _LOG.warning("not fetched ahead: %s", error)
+
+    def _name(self, shard: int) -> str:
+        part, inner = self._shards.part(shard)
+        assert isinstance(part, CachedShardSet)
+        return part.cached_name(inner)

@@ -1,0 +1,227 @@
+"""Reading samples' bytes out of shards: positioned reads by a few threads, each sample checked against its crc32c."""
+
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+from typing import NamedTuple
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from shards import ShardSet
+from shards.sets.shard_file import ShardFile
+
+__all__ = ["DamagedSampleError", "Outcome", "PendingBytes", "Reader", "name_sample"]
+
+Indices = npt.NDArray[np.int64]
+Encoded = npt.NDArray[np.uint8]
+
+# Records of the shards in use are kept in memory, not mapped: a mapping costs a file descriptor, and a step touches
+# several shards a lane.
+_RECORDS_BYTES = 128 << 20
+_OPEN_SHARDS = 256
+# Reads that a thread is woken for. The threads that a small batch leaves over have those of the next one.
+_SHORTEST_RUN = 16
+# How long a shard that a cache has evicted may stay open. Asking at every batch cost a tenth of reading it.
+_KEPT_DELETED_S = 1.0
+
+
+class DamagedSampleError(ValueError):
+    """A sample's bytes are not those that were packed."""
+
+
+Outcome = Encoded | DamagedSampleError
+
+
+class PendingBytes:
+    """Encoded images on their way."""
+
+    def __init__(self, images: list[Encoded], parts: "list[Future[list[tuple[int, DamagedSampleError]]]]") -> None:
+        self._images = images
+        self._parts = parts
+
+    def outcomes(self) -> list[Outcome]:
+        """Wait for all of them, in the order they were asked for; an error for each that is damaged. Raises OSError."""
+        outcomes: list[Outcome] = list(self._images)
+        for part in self._parts:
+            for place, error in part.result():
+                outcomes[place] = error
+        return outcomes
+
+    def result(self) -> list[Encoded]:
+        """Wait for all of them, in the order they were asked for. Raises DamagedSampleError or OSError."""
+        for outcome in self.outcomes():
+            if isinstance(outcome, DamagedSampleError):
+                raise outcome
+        return self._images
+
+
+class Reader:
+    """Samples of a set by their dense numbers. `records` and `submit` belong to one thread; the reads run in others."""
+
+    def __init__(self, shards: ShardSet, *, num_threads: int = 4) -> None:
+        self._shards = shards
+        sizes = shards.shard_sizes
+        self._starts: Indices = np.cumsum(sizes) - sizes
+        self._records = _RecordCache(shards)
+        self._files: OrderedDict[int, ShardFile] = OrderedDict()
+        self._num_threads = num_threads
+        self._asked_s = time.monotonic()
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read-shards")
+
+    def locate(self, samples: Indices) -> tuple[Indices, Indices]:
+        """Turn dense sample numbers into (shard, number within the shard), both (n,) int64."""
+        shard = np.searchsorted(self._starts, samples, side="right") - 1
+        return shard, samples - self._starts[shard]
+
+    def records(self, samples: Indices) -> npt.NDArray[np.void]:
+        """Index records of samples: (n,) of shards.sets.index.RECORD."""
+        shard, local = self.locate(samples)
+        return self._records.gather(shard, local)
+
+    def submit(self, samples: Indices, records: npt.NDArray[np.void], *, into: Encoded | None = None) -> PendingBytes:
+        """Start to read the encoded bytes of samples, one behind the other into a buffer; into a new one if not given.
+
+        Raises:
+            ValueError: the samples are larger than the buffer.
+        """
+        shard, _ = self.locate(samples)
+        ends = np.cumsum(records["size"], dtype=np.int64)
+        num_bytes = int(ends[-1]) if len(ends) else 0
+        buffer = np.empty(num_bytes, dtype=np.uint8) if into is None else into
+        if num_bytes > len(buffer):
+            raise ValueError(
+                f"{self._shards.shard_name(int(shard[records['size'].argmax()]))}: its index has larger samples than "
+                "manifest.json: it is damaged or of another set; `make-shards verify` tells more"
+            )
+        begins = (ends - records["size"]).tolist()
+        images = [buffer[begin:end] for begin, end in zip(begins, ends.tolist(), strict=True)]
+        self._drop_deleted()
+        # Sorted by place on disk, and split into runs of it: neighbors are read one after the other.
+        places: list[int] = np.lexsort((records["offset"], shard)).tolist()
+        shards, offsets, checksums = shard.tolist(), records["offset"].tolist(), records["crc32c"].tolist()
+        wanted = [
+            _Wanted(place, self._open(shards[place]), images[place], offsets[place], checksums[place])
+            for place in places
+        ]
+        num_runs = max(1, min(self._num_threads, len(wanted) // _SHORTEST_RUN))
+        bounds = [len(wanted) * run // num_runs for run in range(num_runs + 1)]
+        runs = [wanted[begin:end] for begin, end in pairwise(bounds)]
+        # An evicted shard is closed when the last read from it is done: only the runs may hold it.
+        wanted.clear()
+        return PendingBytes(images, [self._pool.submit(_read_all, run, samples, records) for run in runs])
+
+    def describe(self, sample: int) -> str:
+        """Name a sample: its shard, its dense number and its key."""
+        key = int(self.records(np.array([sample]))["position"][0])
+        return name_sample(self._shards, sample, key)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the set."""
+        return self._shards.num_samples
+
+    def close(self) -> None:
+        """End the threads and close the files."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._files.clear()
+
+    def _open(self, shard: int) -> ShardFile:
+        file = self._files.get(shard)
+        if file is None:
+            file = self._files[shard] = self._shards.open_shard(shard)
+            if len(self._files) > _OPEN_SHARDS:
+                self._files.popitem(last=False)
+        else:
+            self._files.move_to_end(shard)
+        return file
+
+    def _drop_deleted(self) -> None:
+        """Close what a cache has evicted: until then its disk space is not free."""
+        now_s = time.monotonic()
+        if now_s - self._asked_s < _KEPT_DELETED_S:
+            return
+        self._asked_s = now_s
+        for shard in [shard for shard, file in self._files.items() if file.is_deleted]:
+            del self._files[shard]
+
+
+def name_sample(shards: ShardSet, sample: int, key: int) -> str:
+    """Name a sample: its shard, its dense number and its key."""
+    shard = int(np.searchsorted(shards.shard_sizes.cumsum(), sample, side="right"))
+    return f"{shards.shard_name(shard)}: sample {sample} (key {key})"
+
+
+class _Wanted(NamedTuple):
+    """A read: the image's place in its batch, and where its bytes are."""
+
+    place: int
+    file: ShardFile
+    image: Encoded
+    offset: int
+    crc32c: int
+
+
+def _read_all(
+    wanted: list[_Wanted], samples: Indices, records: npt.NDArray[np.void]
+) -> list[tuple[int, DamagedSampleError]]:
+    """Read each image and check it; give (place, what is wrong) of the damaged ones."""
+    damaged: list[tuple[int, DamagedSampleError]] = []
+    for place, file, image, offset, crc32c in wanted:
+        num_read = file.read_into(image, offset)
+        if num_read < len(image):
+            reason = f"the shard ends {len(image) - num_read} bytes too early"
+        elif google_crc32c.value(image) != crc32c:
+            reason = "its bytes do not match their crc32c"
+        else:
+            continue
+        damaged.append((place, _damaged(file.name, int(samples[place]), records[place], reason)))
+    # An evicted shard is closed when the last read from it is done, not when the pool lets go of its arguments.
+    wanted.clear()
+    return damaged
+
+
+def _damaged(name: str, sample: int, record: np.void, reason: str) -> DamagedSampleError:
+    begin, size = int(record["offset"]), int(record["size"])
+    return DamagedSampleError(
+        f"{name}: sample {sample} (key {record['position']}, bytes {begin} to {begin + size}) is damaged: {reason}; "
+        f"run `make-shards verify {name.rpartition('/')[0]}`"
+    )
+
+
+class _RecordCache:
+    """Index records of the shards used last, up to a number of bytes."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self._shards = shards
+        self._kept: OrderedDict[int, npt.NDArray[np.void]] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def gather(self, shard: Indices, local: Indices) -> npt.NDArray[np.void]:
+        by_shard = np.argsort(shard, kind="stable")
+        unique, begins = np.unique(shard[by_shard], return_index=True)
+        with self._lock:
+            pieces = [
+                self._of(int(s))[local[places]]
+                for s, places in zip(unique, np.split(by_shard, begins[1:]), strict=True)
+            ]
+        records = np.concatenate(pieces)
+        result = np.empty_like(records)
+        result[by_shard] = records
+        return result
+
+    def _of(self, shard: int) -> npt.NDArray[np.void]:
+        kept = self._kept.get(shard)
+        if kept is not None:
+            self._kept.move_to_end(shard)
+            return kept
+        records = np.array(self._shards.index(shard))
+        self._kept[shard] = records
+        self._bytes += records.nbytes
+        while self._bytes > _RECORDS_BYTES and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return records

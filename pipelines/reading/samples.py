@@ -1,0 +1,220 @@
+"""The samples of a rank, step after step and epoch after epoch: order, parameters, and bytes that are good."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.config import ViewConfig, ViewsConfig
+from pipelines.plan.augment import KEY_VIEW, QUERY_VIEW, ViewTable, draw_view
+from pipelines.plan.order import EpochOrder, OrderPlan
+from pipelines.reading.reader import DamagedSampleError, Outcome, Reader
+from shards.sets.index import REFUSED, Flag, flag_name
+
+__all__ = [
+    "Draw",
+    "EpochSteps",
+    "ListedSteps",
+    "Pending",
+    "Steps",
+    "Taken",
+    "as_read",
+    "draw_central",
+    "draw_training",
+]
+
+Indices = npt.NDArray[np.int64]
+Image = TypeVar("Image")
+Draw = Callable[[int | Indices, Indices, npt.NDArray[np.void]], tuple[ViewTable, ...]]
+
+_LONGEST_SEARCH = 1000
+
+
+class Steps(Protocol):
+    """What a rank reads, batch after batch. Can be pickled, and iterated more than once."""
+
+    def __iter__(self) -> Iterator[tuple[int, Indices]]:
+        """Give (epoch, dense sample numbers) of each batch."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochSteps:
+    """A rank's shares of a plan's steps from a place on, over the epochs' ends, for ever."""
+
+    plan: OrderPlan
+    epoch: int
+    step: int
+    rank: int
+    world_size: int
+
+    def __iter__(self) -> Iterator[tuple[int, Indices]]:
+        """Give (epoch, dense sample numbers) of each batch."""
+        for epoch in count(self.epoch):
+            order = EpochOrder(self.plan, epoch)
+            for step in range(self.step if epoch == self.epoch else 0, self.plan.num_steps):
+                yield epoch, order.rank_step(step, self.rank, self.world_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedSteps:
+    """Given samples in their order, in batches; the last one may be short."""
+
+    samples: Indices
+    batch_size: int
+    epoch: int = 0
+
+    def __iter__(self) -> Iterator[tuple[int, Indices]]:
+        """Give (epoch, dense sample numbers) of each batch."""
+        for begin in range(0, len(self.samples), self.batch_size):
+            yield self.epoch, self.samples[begin : begin + self.batch_size]
+
+
+def draw_training(
+    epoch: int | Indices, samples: Indices, records: npt.NDArray[np.void], *, views: ViewsConfig, seed: int
+) -> tuple[ViewTable, ViewTable]:
+    """Draw both views of samples whose index records are given; `epoch` is that of all, or (n,)."""
+    width, height = records["width"].astype(np.int64), records["height"].astype(np.int64)
+    mean_rgb = None
+    if views.color == "linear":
+        known = (records["flags"] & Flag.HAS_MEAN_RGB) != 0
+        mean_rgb = np.where(known[:, None], records["mean_rgb"], 128).astype(np.float64)
+
+    def draw(config: ViewConfig, *which: int) -> ViewTable:
+        num = len(which)
+        return draw_view(
+            config,
+            seed=seed,
+            epoch=np.tile(np.broadcast_to(epoch, len(samples)), num),
+            view=np.repeat(which, len(samples)),
+            index=np.tile(samples, num),
+            width=np.tile(width, num),
+            height=np.tile(height, num),
+            mean_rgb=None if mean_rgb is None else np.tile(mean_rgb, (num, 1)),
+        )
+
+    if views.query != views.key:
+        return draw(views.query, QUERY_VIEW), draw(views.key, KEY_VIEW)
+    # In one call, for on a few samples numpy takes its time by the call.
+    both = draw(views.query, QUERY_VIEW, KEY_VIEW)
+    return both.rows(slice(len(samples))), both.rows(slice(len(samples), None))
+
+
+def draw_central(
+    _epoch: int | Indices, _samples: Indices, records: npt.NDArray[np.void], *, crop: float
+) -> tuple[ViewTable]:
+    """Cut the central square of side `crop` times the shorter side, and do nothing else."""
+    width, height = records["width"].astype(np.int64), records["height"].astype(np.int64)
+    side = np.maximum(1, np.rint(crop * np.minimum(width, height)).astype(np.int64))
+    num = len(side)
+    table = ViewTable(
+        box=np.stack(((width - side) // 2, (height - side) // 2, side, side), axis=1).astype(np.int32),
+        flip=np.zeros(num, dtype=np.bool_),
+        sigma=np.zeros(num, dtype=np.float32),
+        factors=np.broadcast_to(np.array([1.0, 1.0, 1.0, 0.0]), (num, 4)),
+        jitter_order=np.broadcast_to(np.arange(4), (num, 4)),
+        grayscale=np.zeros(num, dtype=np.bool_),
+        grayscale_first=False,
+        matrix=None,
+        solarize=np.zeros(num, dtype=np.bool_),
+    )
+    return (table,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken(Generic[Image]):
+    """Samples whose bytes are good."""
+
+    samples: Indices
+    """(n,) dense sample numbers."""
+    records: npt.NDArray[np.void]
+    """(n,) of shards.sets.index.RECORD."""
+    images: list[Image]
+    """n of what `convert` made."""
+    replaced: tuple[str, ...]
+    """What was wrong with each sample that another took the place of."""
+
+
+class Pending:
+    """Samples whose bytes are on their way: into a buffer one behind the other, or into a new one."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        samples: Indices,
+        *,
+        records: npt.NDArray[np.void] | None = None,
+        into: npt.NDArray[np.uint8] | None = None,
+    ) -> None:
+        self._reader = reader
+        self.samples = samples
+        """(n,) dense sample numbers that were asked for."""
+        self._records = reader.records(samples) if records is None else records
+        self.sizes: Indices = self._records["size"].astype(np.int64)
+        """(n,) bytes of each of them."""
+        self._bytes = reader.submit(samples, self._records, into=into)
+
+    def take(self, convert: Callable[[npt.NDArray[np.uint8]], Image], *, skip: bool) -> Taken[Image]:
+        """Wait for the bytes and convert each sample's.
+
+        Where `skip`, a sample that is damaged, that `make-shards index` found unfit or that `convert` refuses with
+        ValueError is replaced by the next one of the set that is not. That rule knows no rank, so order and batches
+        stay the same for any number of them.
+
+        Raises:
+            DamagedSampleError: without `skip`, or when 1,000 samples in a row are damaged.
+        """
+        samples, records = self.samples.copy(), self._records.copy()
+        images: list[Image] = []
+        replaced: list[str] = []
+        for place, outcome in enumerate(self._bytes.outcomes()):
+            sample = int(samples[place])
+            fit = self._refuse(outcome, sample, records[place]) if skip else outcome
+            converted = self._convert(fit, sample, convert)
+            if isinstance(converted, DamagedSampleError) and skip:
+                replaced.append(str(converted))
+                samples[place], converted = self._next_good(sample, convert)
+                records[place] = self._reader.records(samples[place : place + 1])[0]
+            if isinstance(converted, DamagedSampleError):
+                raise converted
+            images.append(converted)
+        return Taken(samples=samples, records=records, images=images, replaced=tuple(replaced))
+
+    def _refuse(self, outcome: Outcome, sample: int, record: np.void) -> Outcome:
+        """Turn what `make-shards index` found unfit into an error that says so."""
+        flags = Flag(int(record["flags"])) & REFUSED
+        if not flags:
+            return outcome
+        return DamagedSampleError(f"{self._reader.describe(sample)} is {', '.join(flag_name(flag) for flag in flags)}")
+
+    def _convert(
+        self, outcome: Outcome, sample: int, convert: Callable[[npt.NDArray[np.uint8]], Image]
+    ) -> Image | DamagedSampleError:
+        if isinstance(outcome, DamagedSampleError):
+            return outcome
+        try:
+            return convert(outcome)
+        except ValueError as error:
+            return DamagedSampleError(f"{self._reader.describe(sample)} {error}")
+
+    def _next_good(
+        self, sample: int, convert: Callable[[npt.NDArray[np.uint8]], Image]
+    ) -> tuple[int, Image | DamagedSampleError]:
+        converted: Image | DamagedSampleError = DamagedSampleError("")
+        for _ in range(_LONGEST_SEARCH):
+            sample = (sample + 1) % self._reader.num_samples
+            one = np.array([sample])
+            records = self._reader.records(one)
+            [outcome] = self._reader.submit(one, records).outcomes()
+            converted = self._convert(self._refuse(outcome, sample, records[0]), sample, convert)
+            if not isinstance(converted, DamagedSampleError):
+                break
+        return sample, converted
+
+
+def as_read(encoded: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Convert nothing: for `Pending.take`."""
+    return encoded

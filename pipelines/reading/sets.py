@@ -1,0 +1,124 @@
+"""Sets of shards as the loaders open them: remote ones with a cache, none with samples unfit for training."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.config import DataConfig
+from pipelines.plan.order import OrderPlan
+from pipelines.reading.cache import CacheFolder, gib
+from pipelines.reading.fetch import STEPS_KEPT, cached, num_cached_bytes
+from shards import ShardSet
+from shards.sets.index import REFUSED, flag_name
+
+__all__ = ["cache_for_evaluation", "cache_for_training", "open_readable"]
+
+Indices = npt.NDArray[np.int64]
+
+# The rest is for evaluation, which comes between a run's steps.
+_FOR_TRAINING = 0.75
+_OF_FREE_DISK = 0.8
+# A request for one sample takes about as long as it takes to fetch so many bytes of a whole shard.
+_BYTES_A_REQUEST = 4 << 20
+
+
+def open_readable(shards: str, *, skip: bool) -> ShardSet:
+    """Open a set, several with commas between them as one, unless some samples cannot be read as they are.
+
+    What `make-shards index` found out is in the manifest, so this costs no look at the samples.
+
+    Args:
+        shards: folders or addresses.
+        skip: accept such samples, since others will take their place.
+
+    Raises:
+        ValueError: shards that are absent or unfinished, or that hold such samples.
+    """
+    opened = ShardSet.open(shards)
+    found = {flag_name(flag): opened.manifest.outcomes.get(flag_name(flag), 0) for flag in REFUSED}
+    if any(found.values()) and not skip:
+        counts = ", ".join(f"{count:,} {name}" for name, count in found.items() if count)
+        raise ValueError(
+            f"{shards} has samples that cannot be trained on as they are ({counts}): `make-shards pack {shards} --out "
+            "DIR` mends what can be mended; or put others in their place with --data.on-bad-sample skip"
+        )
+    return opened
+
+
+def cache_for_training(
+    shards: ShardSet, data: DataConfig, plan: OrderPlan, *, world_size: int, local_world_size: int
+) -> ShardSet:
+    """Give remote shards a cache, which the ranks of this machine share. A local set stays as it is.
+
+    Raises:
+        ValueError: the cache is smaller than what the ranks need at once.
+    """
+    opened = cached(shards, CacheFolder(path=_folder(data), budget_bytes=0, share_bytes=0))
+    sizes = num_cached_bytes(opened)
+    if not sizes.any():
+        return shards
+    budget = _budget(data)
+    usable = int(_FOR_TRAINING * budget)
+    share = usable // local_world_size
+    if sizes.sum() <= usable:
+        share = int(sizes.sum())
+    else:
+        # Neighboring ranks take neighboring lanes; where the numbers do not divide, one at each end is shared.
+        lanes = -(-plan.num_lanes // world_size) + (plan.num_lanes % world_size > 0)
+        a_step = plan.batch_size / plan.num_lanes / (plan.num_samples / len(plan.shard_sizes))
+        num_shards, largest = plan.window_shards + 2 + int((STEPS_KEPT + 1) * a_step), int(sizes.max())
+        needed = lanes * num_shards * largest
+        if needed > share:
+            raise ValueError(
+                f"the cache in {_folder(data)} may hold {gib(budget)}, less than what training needs at once: "
+                f"{local_world_size} ranks here x {lanes} lanes x {num_shards} shards of a window x {gib(largest)} = "
+                f"{gib(local_world_size * needed)}, in {_FOR_TRAINING:.0%} of the cache; raise --data.cache-gib to "
+                f"{local_world_size * needed / _FOR_TRAINING / (1 << 30):.3g}, or lower --data.lanes, or pack smaller "
+                "shards"
+            )
+    return cached(shards, CacheFolder(path=_folder(data), budget_bytes=budget, share_bytes=share))
+
+
+def cache_for_evaluation(shards: ShardSet, data: DataConfig, samples: Indices, *, local_world_size: int) -> ShardSet:
+    """Give remote shards a cache, if whole shards are fetched faster than the samples alone.
+
+    Raises:
+        ValueError: the cache is smaller than a few shards.
+    """
+    opened = cached(shards, CacheFolder(path=_folder(data), budget_bytes=0, share_bytes=0))
+    sizes = num_cached_bytes(opened)
+    touched = np.unique(np.searchsorted(shards.shard_sizes.cumsum(), samples, side="right"))
+    if not sizes.any() or sizes[touched].sum() > len(samples) * _BYTES_A_REQUEST:
+        return shards
+    budget = _budget(data)
+    share = int((1 - _FOR_TRAINING) * budget) // local_world_size
+    if share < 2 * sizes.max():
+        raise ValueError(
+            f"the cache in {_folder(data)} may hold {gib(budget)}, too little for evaluation: {local_world_size} ranks "
+            f"here x 2 shards x {gib(int(sizes.max()))} in {1 - _FOR_TRAINING:.0%} of it; raise --data.cache-gib"
+        )
+    return cached(shards, CacheFolder(path=_folder(data), budget_bytes=budget, share_bytes=share))
+
+
+def _folder(data: DataConfig) -> Path:
+    if data.cache is not None:
+        return Path(data.cache).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "moco-fast" / "shards"
+
+
+def _budget(data: DataConfig) -> int:
+    """Bytes: as asked for, else four fifths of what the disk has left, counting what is cached as left."""
+    folder = _folder(data)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cannot make the folder {folder} for shards ({error.strerror}): name another one with --data.cache"
+        ) from None
+    if data.cache_gib is not None:
+        return int(data.cache_gib * (1 << 30))
+    in_use = sum(path.stat().st_size for path in folder.glob("*/*.tar"))
+    return int(_OF_FREE_DISK * (shutil.disk_usage(folder).free + in_use))

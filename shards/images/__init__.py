@@ -1,0 +1,1 @@
+"""Images: one encoded image in, one baseline JPEG out."""

@@ -1,0 +1,1 @@
+"""Packing: the plan, who carries it out, and what one task writes."""

@@ -1,0 +1,235 @@
+"""The shards of a plan as tasks of an existing Ray cluster. Same plan, same bytes, whichever node writes a shard."""
+
+import shutil
+import socket
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from shards.config import EncodeConfig
+from shards.ground.errors import PackError
+from shards.ground.files import locked
+from shards.packing.plan import Task
+from shards.packing.pool import Tick
+from shards.packing.write import WriteShard
+from shards.storage.target import BucketTarget, LocalTarget
+
+__all__ = ["NodeJob", "check", "remove_copy", "run_tasks"]
+
+_RETRIES = 5
+_CONNECT_S = 5
+_CLEAN_S = 10
+_CODECS = ("simplejpeg", "pillow", "opencv-python-headless", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeJob:
+    """The job of writing one shard on a node that may be another machine, in another folder, with other packages."""
+
+    job: WriteShard
+    plan_digest: str
+    """xxh3_64 of plan.json."""
+    versions: tuple[str, ...]
+    """Of the packages that decide which bytes are written, where the packing was started."""
+
+    @classmethod
+    def of(cls, job: WriteShard) -> "NodeJob":
+        """Make a job independent of this process's folder and command line."""
+        config = EncodeConfig(**{f.name: getattr(job.config, f.name) for f in fields(EncodeConfig)})
+        target = job.target
+        if isinstance(target, LocalTarget):
+            target = replace(target, out=str(Path(target.out).absolute()))
+        job = WriteShard(job.plan.absolute(), target, config)
+        digest = xxhash.xxh3_64_hexdigest((job.plan / "plan.json").read_bytes())
+        return cls(job=job, plan_digest=digest, versions=_versions(config))
+
+    def __call__(self, task: Task, tick: Tick) -> None:
+        """Write a shard.
+
+        Raises:
+            PackError: this node lacks something; it is named.
+        """
+        try:
+            here = _versions(self.job.config)
+            if here != self.versions:
+                pairs = zip(here, self.versions, strict=True)
+                shown = ", ".join(f"{ours}, not {theirs}" for ours, theirs in pairs if ours != theirs)
+                raise PackError(f"has {shown}: its shards could differ; install the same versions on all nodes")
+            self._fetch_plan()
+            self.job(task, tick)
+        except PackError as error:
+            raise PackError(f"node {socket.gethostname()}: {error}") from None
+        except OSError as error:
+            what = f"{error.filename or self.job.target.work}: {error.strerror or error}"
+            raise PackError(f"node {socket.gethostname()}: {what}: mend this and run the same command again") from None
+
+    def _fetch_plan(self) -> None:
+        target, plan = self.job.target, self.job.plan
+        if isinstance(target, BucketTarget):
+            target.work.mkdir(parents=True, exist_ok=True)
+            # Other workers of this node need it too.
+            with locked(target.work / "lock-plan", holder="the plan", wait=True):
+                target.fetch_plan(plan)
+        try:
+            found = xxhash.xxh3_64_hexdigest((plan / "plan.json").read_bytes())
+        except OSError as error:
+            raise PackError(
+                f"cannot read {plan} ({error.strerror}): with --executor ray, --out must be a folder that every node "
+                "has under the same path, or a bucket"
+            ) from None
+        if found != self.plan_digest:
+            raise PackError(f"{plan} holds another plan here: --out must be one folder, shared by all nodes")
+        target.scratch.mkdir(exist_ok=True)
+
+
+@lru_cache(maxsize=1)
+def _versions(config: EncodeConfig) -> tuple[str, ...]:
+    names = [*_CODECS, "pyjpegio"] if config.progressive == "transcode" else _CODECS
+    return tuple(f"{name} {_version(name)}" for name in names)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+def run_tasks(
+    job: WriteShard, tasks: Sequence[Task], *, address: str, workers: int | None, tick: Tick
+) -> Iterator[tuple[Task, None]]:
+    """Write shards on a Ray cluster. A shard whose worker or node dies is written anew, on another.
+
+    Args:
+        job: writes one shard.
+        tasks: handed out in this order.
+        address: of the cluster, as `ray.init` takes it.
+        workers: at most this many at a time; None: as many as the cluster has CPUs.
+        tick: called with the number of inputs of each finished shard.
+
+    Raises:
+        ValueError: Ray is not installed, or there is no cluster.
+        PackError: a node lacks something, or workers died again and again.
+        Exception: what a job raised.
+    """
+    if not tasks:
+        return
+    ray = _connect(address)
+    write = ray.remote(num_cpus=1, max_retries=_RETRIES)(_write_shard)
+    shared, left, given = ray.put(NodeJob.of(job)), deque(tasks), dict[Any, Task]()
+    try:
+        while left or given:
+            # Read anew each time: a cluster may grow. What waits in line tells it to.
+            limit = workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+            while left and len(given) < limit:
+                task = left.popleft()
+                given[write.remote(shared, task)] = task
+            for done in ray.wait(list(given), num_returns=1, timeout=None)[0]:
+                task = given.pop(done)
+                tick(_result(ray, done))
+                yield task, None
+    finally:
+        if given:
+            # Ends what still runs or waits. ray.cancel() may end this process instead, when a task is just done (Ray's
+            # pull request 54738 tells how).
+            ray.shutdown()
+        if isinstance(job.target, BucketTarget):
+            _clean_nodes(ray, address, job.target)
+        ray.shutdown()
+
+
+def _write_shard(job: NodeJob, task: Task) -> tuple[int, Exception | None]:
+    """Write a shard on a node: inputs dealt with, and the error where there was one."""
+    num_inputs = 0
+
+    def tick(count: int) -> None:
+        nonlocal num_inputs
+        num_inputs += count
+
+    try:
+        job(task, tick)
+    # Raised again where the packing was started; Ray would wrap it in pages of traceback.
+    except Exception as error:
+        return num_inputs, error
+    return num_inputs, None
+
+
+def _result(ray: Any, reference: Any) -> int:
+    try:
+        num_inputs, error = ray.get(reference)
+    except ray.exceptions.RayError as failure:
+        reason = str(failure).strip().partition("\n")[0][:300]
+        raise PackError(
+            f"Ray could not write a shard in {1 + _RETRIES} tries ({type(failure).__name__}: {reason}): finished "
+            "shards are kept; is moco-fast installed on all nodes, and is there enough memory?"
+        ) from None
+    if error is not None:
+        raise error
+    return num_inputs
+
+
+def check(address: str) -> Any:
+    """The ray module, if there may be a cluster.
+
+    Raises:
+        ValueError: Ray is not installed, or nobody listens at the address.
+    """
+    try:
+        ray: Any = import_module("ray")
+    except ImportError:
+        raise ValueError("--executor ray needs Ray: install it with `pip install 'moco-fast[ray]'`") from None
+    host, _, port = address.rpartition(":")
+    # Ray itself would try for a minute, and then end this process.
+    if host and port.isdecimal() and "/" not in host:
+        try:
+            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+        except OSError as error:
+            raise _no_cluster(address, error) from None
+    return ray
+
+
+def _connect(address: str) -> Any:
+    """The ray module, connected."""
+    ray = check(address)
+    try:
+        # A plain worker reads its own environment; nothing of this process, which may hold secrets, is sent there.
+        ray.init(address=address, logging_level="error", log_to_driver=False)
+    except (OSError, RuntimeError) as error:
+        raise _no_cluster(address, error) from None
+    return ray
+
+
+def _no_cluster(address: str, error: Exception) -> ValueError:
+    reason = str(error).strip().partition("\n")[0][:200]
+    return ValueError(
+        f"--ray-address {address}: no Ray cluster answers ({reason}): start one with `ray start --head`, or name the "
+        "one to use as HOST:PORT"
+    )
+
+
+def _clean_nodes(ray: Any, address: str, target: BucketTarget) -> None:
+    """Remove the copy of the plan from every node but this one, whose owner does it."""
+    strategy: Any = import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
+    with suppress(Exception):
+        if not ray.is_initialized():
+            _connect(address)
+        here = ray.get_runtime_context().get_node_id()
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+        clean = ray.remote(num_cpus=0)(remove_copy)
+        jobs = [clean.options(scheduling_strategy=strategy(node, soft=False)).remote(target) for node in nodes]
+        ray.wait(jobs, num_returns=len(jobs), timeout=_CLEAN_S)
+
+
+def remove_copy(target: BucketTarget) -> None:
+    """Remove this node's copy of a bucket's plan."""
+    # Whoever packs to the same place from that machine holds the lock.
+    with suppress(PackError, FileNotFoundError), locked(target.work / "lock", holder=target.out):
+        shutil.rmtree(target.work)

@@ -1,0 +1,138 @@
+"""`pack --dry-run`: what packing would give and take, found out from a listing and a few inputs."""
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from shards.config import PackConfig
+from shards.ground.errors import Rejected
+from shards.ground.progress import Progress
+from shards.images.encode import encode
+from shards.images.libraries import decode_jpeg
+from shards.packing.listing import make_plan
+from shards.packing.plan import Plan
+from shards.packing.pool import default_workers
+from shards.packing.summary import human_bytes
+from shards.sources.reading import read_inputs
+from shards.storage.tar import BLOCK, padding
+
+__all__ = ["Estimate", "estimate"]
+
+_PROBED = 256
+# Views of 224 pixels are cut from at least a fifth of the area: a side of 512 leaves such a crop 229 pixels.
+_ENOUGH_PIXELS = 512
+_MANY_ANEW = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Predictions for a packing."""
+
+    num_inputs: int
+    num_classes: int
+    shards: dict[str, int]
+    """Number of shards by split."""
+    num_probed: int
+    outcomes: dict[str, int]
+    """Of the probed inputs, by what is done to them."""
+    rejections: dict[str, int]
+    """Of the probed inputs, by reason."""
+    bytes_a_sample: float
+    seconds_a_sample: float
+    """To read and encode one, on one core."""
+    decoded_a_second: float
+    """Packed images that one core decodes at full size."""
+    median_shorter_side: float
+
+    def lines(self, config: PackConfig) -> Iterator[str]:
+        """The predictions for people."""
+        workers = config.workers or default_workers()
+        packed = self.num_inputs * (1 - sum(self.rejections.values()) / self.num_probed)
+        yield f"{self.num_inputs:,} inputs, {self.num_classes:,} classes; {self.num_probed} of them tried:"
+        shards = ", ".join(f"{count:,} shards{f' of {name}' if name else ''}" for name, count in self.shards.items())
+        yield f"  {packed:,.0f} samples, {human_bytes(packed * self.bytes_a_sample)}, in {shards}"
+        for title, tally in (("packed", self.outcomes), ("rejected", self.rejections)):
+            yield f"  {title}: {', '.join(f'{what} {count}' for what, count in sorted(tally.items())) or 'none'}"
+        seconds = self.num_inputs * self.seconds_a_sample / workers
+        yield f"  about {_duration(seconds)} with {workers} workers, if the disk keeps up"
+        yield f"  one core will decode about {self.decoded_a_second:,.0f} of the packed images a second"
+        made_anew = self.outcomes.get("made baseline", 0)
+        if config.progressive == "encode" and config.resize is None and made_anew > _MANY_ANEW * self.num_probed:
+            yield (
+                f"  {made_anew / self.num_probed:.0%} are progressive JPEGs or the like and would be written anew: "
+                "--progressive transcode would keep their pixels"
+            )
+        if config.resize is None and self.median_shorter_side > 1.25 * _ENOUGH_PIXELS:
+            gain = (self.median_shorter_side / _ENOUGH_PIXELS) ** 2
+            yield (
+                f"  half of the images are larger than {self.median_shorter_side:,.0f} pixels on their shorter side; "
+                f"crops for 224-pixel views need about {_ENOUGH_PIXELS}: --resize {_ENOUGH_PIXELS} would make them "
+                f"about {gain:.0f} times as fast to decode. It costs one more JPEG generation, and detail in the "
+                "smallest crops"
+            )
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("hours", 7200), ("minutes", 120)):
+        if seconds > size:
+            return f"{seconds / size * 2:,.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def estimate(config: PackConfig, progress: Progress | None = None) -> Estimate:
+    """List the sources and pack a few inputs to nowhere. Nothing is written to the target.
+
+    Raises:
+        ValueError: as `pack`.
+    """
+    with tempfile.TemporaryDirectory(dir=config.work_folder) as folder:
+        plan = make_plan(replace(config, part=None), Path(folder) / "plan", progress or Progress(enabled=False))
+        return _probe(config, plan)
+
+
+def _tar_bytes(size: int) -> int:
+    return BLOCK + size + len(padding(size))
+
+
+def _probe(config: PackConfig, plan: Plan) -> Estimate:
+    probed = np.unique(np.linspace(0, plan.num_inputs - 1, min(_PROBED, plan.num_inputs)).astype(np.int64))
+    outcomes: Counter[str] = Counter()
+    rejections: Counter[str] = Counter()
+    packed: list[bytes] = []
+    sides: list[int] = []
+    begin = time.perf_counter()
+    with closing(read_inputs(plan, plan.listed(0, plan.num_inputs)[probed])) as inputs:
+        for item in inputs:
+            try:
+                if isinstance(item.data, Rejected):
+                    raise item.data
+                image = encode(item.data, config)
+            except Rejected as rejected:
+                rejections[rejected.reason] += 1
+                continue
+            outcomes.update(image.outcomes)
+            packed.append(image.data)
+            sides.append(min(image.width, image.height))
+    middle = time.perf_counter()
+    for data in packed:
+        decode_jpeg(data, strict=False)
+    end = time.perf_counter()
+    return Estimate(
+        num_inputs=plan.num_inputs,
+        num_classes=len(plan.class_names),
+        shards={split.name: split.num_shards for split in plan.splits},
+        num_probed=len(probed),
+        outcomes=dict(outcomes),
+        rejections=dict(rejections),
+        bytes_a_sample=sum(_tar_bytes(len(data)) for data in packed) / max(1, len(packed))
+        + (_tar_bytes(1) if plan.class_names else 0),
+        seconds_a_sample=(middle - begin) / len(probed),
+        decoded_a_second=len(packed) / max(end - middle, 1e-9),
+        median_shorter_side=float(np.median(sides)) if sides else 0.0,
+    )

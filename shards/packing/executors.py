@@ -1,0 +1,45 @@
+"""Who writes the shards of a plan: processes of this machine, or an existing Ray cluster."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Protocol
+
+from shards.config import PackConfig
+from shards.packing.plan import Task
+from shards.packing.pool import Tick
+from shards.packing.write import WriteShard
+
+__all__ = ["Executor", "executor"]
+
+
+class Executor(Protocol):
+    """Does tasks in any order and at any place, and yields each as it finishes, with what the job returned."""
+
+    def __call__(self, job: WriteShard, tasks: Sequence[Task], *, tick: Tick) -> Iterator[tuple[Task, None]]:
+        """Raises PackError where a task cannot be done."""
+        ...
+
+
+def _local(config: PackConfig) -> Executor:
+    from shards.packing.pool import default_workers, run_tasks
+
+    return partial(run_tasks, workers=config.workers or default_workers())
+
+
+def _ray(config: PackConfig) -> Executor:
+    from shards.packing.cluster import check, run_tasks
+
+    check(config.ray_address)
+    return partial(run_tasks, address=config.ray_address, workers=config.workers)
+
+
+_EXECUTORS: dict[str, Callable[[PackConfig], Executor]] = {"local": _local, "ray": _ray}
+
+
+def executor(config: PackConfig) -> Executor:
+    """The executor that was chosen.
+
+    Raises:
+        ValueError: there is none such here.
+    """
+    return _EXECUTORS[config.executor](config)

@@ -1,0 +1,128 @@
+"""Lists the sources and fixes the plan."""
+
+import shutil
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.config import PackConfig
+from shards.ground.errors import Rejected
+from shards.ground.files import sync_file, sync_folder
+from shards.ground.progress import Progress
+from shards.images.encode import encode
+from shards.packing.content import digest_contents, first_of_each, split_of
+from shards.packing.plan import ROW, ClassTable, Duplicates, Header, Plan, Split, TableWriter, Task, shuffled
+from shards.packing.pool import default_workers
+from shards.sources import Input, Source, open_source
+from shards.sources.reading import read_inputs
+
+__all__ = ["make_plan"]
+
+_PROBED = 64
+_MOST_SAMPLES = 10_000
+
+
+def make_plan(config: PackConfig, folder: Path, progress: Progress) -> Plan:
+    """List the sources and write the plan to `folder`, which appears whole or not at all.
+
+    Raises:
+        ValueError: a source is not there, or is empty.
+        PackError: a source cannot be listed.
+    """
+    sources = [open_source(path, config.columns()) for path in config.sources]
+    building = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    class_names = _list_inputs(config, sources, building, progress)
+    num_rows = (building / "rows.bin").stat().st_size // ROW.itemsize
+    order = shuffled(num_rows, config.seed) if config.shuffle else np.arange(num_rows, dtype=np.uint64)
+    order.astype("<u8").tofile(building / "order.bin")
+    whole = Split(name="", first=0, num_positions=num_rows, shard_samples=num_rows)
+    header = Header(settings=config.settings(), sources=sources, class_names=class_names, splits=[whole])
+    # What follows reads inputs, and for that it needs a plan, if only of one shard.
+    Duplicates.none().write(building)
+    header.write(building)
+    shard_samples = config.shard_samples or _samples_for(config, Plan.open(building))
+    by_content = bool(config.splits) or config.dedup
+    splits = _cut_by_content(config, building, order, progress) if by_content else [whole]
+    replace(header, splits=[replace(split, shard_samples=shard_samples) for split in splits]).write(building)
+    for path in building.iterdir():
+        sync_file(path)
+    # One that was killed before others knew of it left a plan that nobody follows.
+    shutil.rmtree(folder, ignore_errors=True)
+    building.replace(folder)
+    sync_folder(folder.parent)
+    return Plan.open(folder)
+
+
+def _own_or_folder(item: Input) -> str | int | None:
+    return item.folder if item.label is None else item.label
+
+
+_LABEL_OF: dict[str, Callable[[Input], str | int | None]] = {
+    "auto": _own_or_folder,
+    "folder": lambda item: item.folder,
+    "column": lambda item: item.label,
+}
+
+
+def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progress: Progress) -> tuple[str, ...]:
+    """Write rows.bin and names.bin; returns the class names."""
+    classes = ClassTable()
+    labeled, pick = config.labels != "none", _LABEL_OF.get(config.labels, _own_or_folder)
+    with TableWriter(folder) as table, progress.stage("listing", unit=" inputs") as tick:
+        # The list grows while it is walked: by the archives that folders hold.
+        for number, source in enumerate(sources):
+            for item in source.inputs(folder / f"spool-{number}"):
+                if isinstance(item, Input):
+                    label = classes.number(pick(item)) if labeled else -1
+                    table.add(number, label, item.name, item.offset, item.size)
+                    tick(1)
+                else:
+                    sources.append(item)
+    if not table.num_rows:
+        raise ValueError(f"no files in {', '.join(config.sources)}: is this the right folder?")
+    class_names, final = classes.resolve(need_two=config.labels == "auto")
+    if len(final):
+        rows = np.memmap(folder / "rows.bin", dtype=ROW, mode="r+")
+        provisional = rows["label"]
+        rows["label"] = np.where(provisional < 0, -1, final[provisional])
+        rows.flush()
+    return class_names
+
+
+def _samples_for(config: PackConfig, plan: Plan) -> int:
+    """Inputs a shard so that it comes to about `shard_bytes`: a few inputs, evenly spread, are packed to find out."""
+    num_inputs = plan.num_inputs
+    probed = np.unique(np.linspace(0, num_inputs - 1, min(_PROBED, num_inputs)).astype(np.int64))
+    total = 0
+    with closing(read_inputs(plan, plan.rows(Task(split=0, shard=0))[probed])) as inputs:
+        for item in inputs:
+            # What cannot be packed takes no room.
+            with suppress(Rejected):
+                if isinstance(item.data, bytes):
+                    total += len(encode(item.data, config).data) + 1536
+    mean = max(1, total // len(probed))
+    return int(min(_MOST_SAMPLES, max(1, config.shard_bytes // mean), num_inputs))
+
+
+def _cut_by_content(config: PackConfig, folder: Path, order: NDArray[np.uint64], progress: Progress) -> list[Split]:
+    """Rewrite order.bin split after split, without duplicates if these are to go."""
+    digests = digest_contents(folder, len(order), workers=config.workers or default_workers(), progress=progress)
+    names = ["train", *(name for name, _ in config.splits)] if config.splits else [""]
+    split = split_of(digests, [share for _, share in config.splits])
+    rows = np.arange(len(order))
+    firsts = first_of_each(digests) if config.dedup else rows
+    Duplicates.of(firsts, split).write(folder)
+    kept = order[firsts[order] == order]
+    parts = [kept[split[kept] == number] for number in range(len(names))]
+    np.concatenate(parts).astype("<u8").tofile(folder / "order.bin")
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+    return [
+        Split(name=name, first=int(start), num_positions=len(part), shard_samples=1)
+        for name, start, part in zip(names, starts, parts, strict=False)
+    ]

@@ -1,0 +1,49 @@
+"""What `pack` prints when it is done."""
+
+import sys
+
+from shards.sets.manifest import Manifest
+
+__all__ = ["human_bytes", "summarize"]
+
+
+def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> int:
+    """Print what was packed and rejected; returns the exit status: 3 where too much was rejected."""
+    for name, manifest in manifests.items():
+        size = sum(shard.num_bytes for shard in manifest.shards)
+        folder = f"{out.rstrip('/')}/{name}".rstrip("/")
+        print(
+            f"{folder}: {manifest.num_samples:,} images in {len(manifest.shards):,} shards, {human_bytes(size)}", end=""
+        )
+        print(f", {len(manifest.class_names):,} classes" if manifest.class_names else ", no labels")
+        if manifest.outcomes:
+            print("  " + ", ".join(f"{what} {count:,}" for what, count in manifest.outcomes.items()))
+    inputs = sum(manifest.num_inputs for manifest in manifests.values())
+    rejected = sum(manifest.num_rejected for manifest in manifests.values())
+    if not rejected:
+        return 0
+    reasons: dict[str, int] = {}
+    for manifest in manifests.values():
+        for reason, count in manifest.rejections.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    tally = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+    print(f"  rejected {rejected:,} of {inputs:,} ({tally}): see rejected.jsonl")
+    # Duplicates were left out on purpose.
+    rejected -= reasons.get("duplicate", 0)
+    if rejected <= max_rejected * inputs:
+        return 0
+    print(
+        f"make-shards: {rejected / inputs:.1%} of the inputs were rejected, more than --max-rejected "
+        f"{max_rejected:.1%}: the shards are whole, but look at rejected.jsonl before you train on them",
+        file=sys.stderr,
+    )
+    return 3
+
+
+def human_bytes(num_bytes: float) -> str:
+    """A size for people, in powers of a thousand."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.4g} TB"

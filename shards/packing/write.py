@@ -1,0 +1,158 @@
+"""Writes one shard of a plan: the tar, its index, and the files beside them."""
+
+import json
+import os
+from collections import Counter
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from shards.config import EncodeConfig
+from shards.ground.errors import Rejected
+from shards.ground.files import write_and_sync
+from shards.images.encode import Encoded, encode
+from shards.images.libraries import crc32c
+from shards.packing.plan import Plan, Task, cached_plan
+from shards.packing.pool import Tick
+from shards.sets.index import RECORD, SUFFIXES, Flag, npy_header
+from shards.sets.manifest import ShardEntry
+from shards.sources.reading import read_inputs
+from shards.storage.tar import TarWriter
+from shards.storage.target import WORK_NAME, Target, path_in
+
+__all__ = ["KEY_DIGITS", "WriteShard", "record_name", "shard_stem"]
+
+KEY_DIGITS = 12
+
+
+def shard_stem(shard: int) -> str:
+    """Name of a shard's files without their suffix."""
+    return f"shard-{shard:06d}"
+
+
+def record_name(task: Task) -> str:
+    """Name of the record that a shard is finished."""
+    return f"{task.split}-{task.shard:06d}.json"
+
+
+class _Columns:
+    """What is written beside a shard, collected while its tar is written."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[Any, ...]] = []
+        self.sources: list[str] = []
+        self.idx: list[str] = []
+        self.rejected: list[dict[str, Any]] = []
+        self.outcomes: Counter[str] = Counter()
+        self.rejections: Counter[str] = Counter()
+        self.jpegs: Counter[str] = Counter()
+
+    def add(self, position: int, image: Encoded, label: int, offset: int, source: str) -> None:
+        flags = 0 if image.mean_rgb is None else int(Flag.HAS_MEAN_RGB)
+        crc = crc32c(image.data)
+        mean = image.mean_rgb or (0, 0, 0)
+        size = len(image.data)
+        self.records.append((position, offset, size, image.width, image.height, label, crc, mean, flags))
+        self.sources.append(source)
+        self.outcomes.update(image.outcomes)
+        self.jpegs[image.kind] += 1
+
+    def reject(self, position: int, source: str, rejected: Rejected) -> None:
+        key = f"{position:0{KEY_DIGITS}d}"
+        self.rejected.append({"key": key, "source": source, "reason": rejected.reason, "detail": rejected.detail})
+        self.rejections[rejected.reason] += 1
+
+    def files(self) -> dict[str, bytes]:
+        """Content of each file beside the tar, by suffix."""
+        records = np.array(self.records, dtype=RECORD)
+        # DALI's format: a head line, then extension, offset, size and name of each member of a sample.
+        idx = f"v1.2 {len(self.idx)}\n" + "".join(self.idx)
+        sources = "".join(f"{line}\n" for line in self.sources)
+        return {
+            ".index.npy": npy_header(len(records)) + records.tobytes(),
+            ".sources.txt": sources.encode(),
+            ".idx": idx.encode(),
+        }
+
+
+@dataclass(frozen=True)
+class WriteShard:
+    """The job of writing one shard, for a worker process. Same plan, same bytes."""
+
+    plan: Path
+    target: Target
+    config: EncodeConfig
+
+    def __call__(self, task: Task, tick: Tick) -> None:
+        """Write a shard, then the record that it is finished."""
+        plan, target, stem = cached_plan(self.plan), self.target, shard_stem(task.shard)
+        split = plan.splits[task.split].name
+        temporary = {suffix: target.scratch / f"{task.split}-{stem}{suffix}.{os.getpid()}" for suffix in SUFFIXES}
+        try:
+            entry, rejected = _write_files(plan, task, self.config, temporary, tick)
+            target.publish({path_in(split, f"{stem}{suffix}"): path for suffix, path in temporary.items()})
+        finally:
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+        text = json.dumps({"entry": asdict(entry), "rejected": rejected}, ensure_ascii=False)
+        target.put(f"{WORK_NAME}/done/{record_name(task)}", text.encode())
+
+
+def _write_files(
+    plan: Plan, task: Task, config: EncodeConfig, paths: dict[str, Path], tick: Tick
+) -> tuple[ShardEntry, list[dict[str, Any]]]:
+    columns = _Columns()
+    fd = os.open(paths[".tar"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    tar = TarWriter(fd)
+    try:
+        with closing(read_inputs(plan, plan.rows(task))) as inputs:
+            for position, (source, name, label, data) in zip(plan.positions(task), inputs, strict=True):
+                try:
+                    if isinstance(data, Rejected):
+                        raise data
+                    image = encode(data, config)
+                except Rejected as rejected:
+                    columns.reject(position, source.describe(name), rejected)
+                else:
+                    _add_sample(tar, columns, position, image, label, source.describe(name))
+                tick(1)
+        digests = {".tar": tar.finish()}
+    finally:
+        tar.close()
+        os.close(fd)
+    for suffix, data in columns.files().items():
+        write_and_sync(paths[suffix], data)
+        digests[suffix] = xxhash.xxh3_128_hexdigest(data)
+    return _entry(task, tar.num_bytes, digests, columns), columns.rejected
+
+
+def _add_sample(tar: TarWriter, columns: _Columns, position: int, image: Encoded, label: int, source: str) -> None:
+    key = f"{position:0{KEY_DIGITS}d}"
+    offset = tar.add(b"%b.jpg" % key.encode(), image.data)
+    line = f"jpg {offset} {len(image.data)} {key}.jpg"
+    if label >= 0:
+        text = b"%d" % label
+        line += f" cls {tar.add(b'%b.cls' % key.encode(), text)} {len(text)} {key}.cls"
+    columns.idx.append(line + "\n")
+    columns.add(position, image, label, offset, source)
+
+
+def _entry(task: Task, num_bytes: int, digests: dict[str, str], columns: _Columns) -> ShardEntry:
+    records = np.array(columns.records, dtype=RECORD)
+    return ShardEntry(
+        name=f"{shard_stem(task.shard)}.tar",
+        num_samples=len(records),
+        num_rejected=len(columns.rejected),
+        num_bytes=num_bytes,
+        digests=digests,
+        max_width=int(records["width"].max(initial=0)),
+        max_height=int(records["height"].max(initial=0)),
+        max_bytes=int(records["size"].max(initial=0)),
+        outcomes=dict(sorted(columns.outcomes.items())),
+        rejections=dict(sorted(columns.rejections.items())),
+        jpegs=dict(sorted(columns.jpegs.items())),
+    )

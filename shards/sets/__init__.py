@@ -1,0 +1,1 @@
+"""Sets of shards: manifest, index, and the kinds of sets that readers open."""

@@ -1,0 +1,82 @@
+"""Kinds of JPEG in a finished set, counted from the images' headers: for sets of versions that did not note them."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from shards.config import WORK_FOLDER
+from shards.ground.progress import Progress
+from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
+from shards.packing.pool import Tick, run_tasks
+from shards.sets.index import ShardSet
+from shards.sets.manifest import MANIFEST_NAME, Manifest
+from shards.sets.shard_folder import ShardFolder
+
+__all__ = ["note_kinds", "tell_kinds"]
+
+# A header is seldom longer; where it is (color profiles, EXIF with a preview), the whole image is read.
+_HEAD_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class _CountKinds:
+    """Counts the kinds of a shard."""
+
+    shards: ShardSet
+
+    def __call__(self, number: int, tick: Tick) -> dict[str, int]:
+        file, kinds = self.shards.open_shard(number), Counter[str]()
+        for record in self.shards.index(number):
+            size, offset = int(record["size"]), int(record["offset"])
+            head = np.empty(min(size, _HEAD_BYTES), dtype=np.uint8)
+            kind = _kind_of(head[: file.read_into(head, offset)].tobytes())
+            if kind == "damaged" and size > len(head):
+                whole = np.empty(size, dtype=np.uint8)
+                kind = _kind_of(whole[: file.read_into(whole, offset)].tobytes())
+            kinds[kind] += 1
+            tick(1)
+        return dict(sorted(kinds.items()))
+
+
+def _kind_of(data: bytes) -> str:
+    if not is_jpeg(data):
+        return "not JPEG"
+    try:
+        return parse_jpeg(data).kind
+    except JpegError:
+        return "damaged"
+
+
+def note_kinds(where: str, *, workers: int, progress: Progress | None = None) -> Manifest:
+    """Count the kinds of a set that lacks them, and write its manifest again with them. Shards are only read.
+
+    Args:
+        where: folder with manifest.json, local or in a bucket.
+        workers: processes.
+        progress: draws a bar.
+
+    Raises:
+        ValueError: there is no finished set.
+        OSError: a shard cannot be read.
+    """
+    shards = ShardSet.open(where)
+    with (progress or Progress(enabled=False)).stage(
+        "looking at headers", unit=" images", total=shards.num_samples
+    ) as tick:
+        found = dict(run_tasks(_CountKinds(shards), range(shards.num_shards), workers=workers, tick=tick))
+    entries = tuple(replace(entry, jpegs=found[number]) for number, entry in enumerate(shards.manifest.shards))
+    total = sum((Counter(entry.jpegs) for entry in entries), Counter[str]())
+    manifest = replace(shards.manifest, shards=entries, jpegs=dict(sorted(total.items())))
+    ShardFolder(where=where, work_folder=WORK_FOLDER).put(MANIFEST_NAME, manifest.to_json().encode())
+    return manifest
+
+
+def tell_kinds(manifest: Manifest) -> str:
+    """Say in a line what share of a set a GPU's JPEG engines can decode, and what kinds there are."""
+    share = manifest.engine_share
+    if share is None:
+        unknown = f"{manifest.num_unknown_jpegs:,} samples"
+        return f"JPEG engines: not known whether they can decode {unknown}; `make-shards index SHARDS` finds out"
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in manifest.jpegs.items())
+    return f"JPEG engines can decode {share:.1%} of the samples ({kinds})"

@@ -1,0 +1,169 @@
+"""`manifest.json`: what a set of shards holds. It is written last, so its presence means that the set is whole."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self, cast
+
+from shards.images.jpeg import ENGINE_KINDS
+
+__all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "ShardEntry"]
+
+FORMAT = "moco-fast-shards"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One shard: a tar and the files beside it."""
+
+    name: str
+    """File name of the tar; the files beside it share its stem."""
+    num_samples: int
+    """Samples packed."""
+    num_rejected: int
+    """Inputs planned for this shard that could not be packed."""
+    num_bytes: int
+    """Size of the tar."""
+    digests: dict[str, str]
+    """xxh3_128, in hex, of the tar and of each file beside it, by suffix."""
+    max_width: int
+    """Widest image in pixels."""
+    max_height: int
+    """Highest image in pixels."""
+    max_bytes: int
+    """Largest image in bytes."""
+    outcomes: dict[str, int]
+    """Packed samples by what was done to them."""
+    rejections: dict[str, int]
+    """Rejected inputs by reason."""
+    jpegs: dict[str, int] = field(default_factory=dict[str, int])
+    """Packed samples by kind (shards.images.jpeg, JpegHeader.kind); empty in shards of earlier versions: unknown."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from parsed JSON. Raises KeyError when a field is missing."""
+        return cls(**_known(cls, values))
+
+    @property
+    def stem(self) -> str:
+        """Name without `.tar`."""
+        return self.name.removesuffix(".tar")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A whole set of shards."""
+
+    shards: tuple[ShardEntry, ...]
+    """In order; dense sample numbers run through them."""
+    class_names: tuple[str, ...] = ()
+    """Name of each label; empty when nothing is labeled."""
+    num_inputs: int
+    """Everything that was listed: packed + rejected."""
+    num_samples: int
+    """Samples packed."""
+    num_rejected: int
+    """Inputs rejected; each is a line of rejected.jsonl."""
+    max_width: int
+    """Widest image in pixels: a hint for decoders."""
+    max_height: int
+    """Highest image in pixels."""
+    max_bytes: int
+    """Largest image in bytes."""
+    outcomes: dict[str, int] = field(default_factory=dict[str, int])
+    """Packed samples by what was done to them."""
+    rejections: dict[str, int] = field(default_factory=dict[str, int])
+    """Rejected inputs by reason."""
+    jpegs: dict[str, int] = field(default_factory=dict[str, int])
+    """Packed samples by kind, as far as it is known."""
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Every option that decides what the shards hold."""
+
+    @property
+    def num_unknown_jpegs(self) -> int:
+        """Samples whose kind is not known, since earlier versions did not note it."""
+        return self.num_samples - sum(self.jpegs.values())
+
+    @property
+    def engine_share(self) -> float | None:
+        """Share of the samples that a GPU's JPEG engine can decode; None: not known of all of them."""
+        if self.num_unknown_jpegs or not self.num_samples:
+            return None
+        return sum(count for kind, count in self.jpegs.items() if kind in ENGINE_KINDS) / self.num_samples
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, where: str) -> Self:
+        """Parse the text of a manifest; `where` names it in errors.
+
+        Raises:
+            ValueError: not a manifest, or of a version this code does not read.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{where} is not JSON ({error}): restore it, or pack again") from error
+        if not isinstance(values, dict) or cast("dict[str, Any]", values).get("format") != FORMAT:
+            raise ValueError(f"{where} was not written by make-shards: point to a folder that make-shards packed")
+        values = cast("dict[str, Any]", values)
+        if values.get("version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{where} has version {values.get('version')}, this code reads version {FORMAT_VERSION}: "
+                "pack again, or use the moco-fast that wrote it"
+            )
+        try:
+            rest = _known(cls, values)
+            rest["shards"] = tuple(ShardEntry.from_dict(entry) for entry in values["shards"])
+            rest["class_names"] = tuple(values["class_names"])
+            return cls(**rest)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{where} lacks {error}: it is damaged; restore it, or pack again") from error
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """Read the manifest of a folder.
+
+        Raises:
+            ValueError: no such folder, no manifest in it (packing has not finished), or another version.
+        """
+        path = Path(folder) / MANIFEST_NAME
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ValueError(_explain_absence(Path(folder))) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read {path}: {error}") from error
+        return cls.from_json(text, where=str(path))
+
+    def to_json(self) -> str:
+        """Text of manifest.json: the same set gives the same bytes."""
+        values: dict[str, Any] = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
+        entries = [asdict(shard) for shard in self.shards]
+        del values["shards"]
+        head = json.dumps(values, indent=1, ensure_ascii=False, sort_keys=False)
+        lines = ",\n".join("  " + json.dumps(entry, ensure_ascii=False) for entry in entries)
+        return f'{head[:-2]},\n "shards": [\n{lines}\n ]\n}}\n'
+
+
+def _known(cls: type[ShardEntry | Manifest], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a class; what earlier versions did not write is empty."""
+    return {f.name: values[f.name] for f in fields(cls) if f.name != "jpegs"} | {"jpegs": values.get("jpegs", {})}
+
+
+def _explain_absence(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder} is not a folder: give the folder that make-shards wrote"
+    if (folder / ".pack").exists():
+        return (
+            f"{folder} is not finished: run the same `make-shards pack` command again, or `make-shards finish {folder}`"
+        )
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
+    if inner:
+        return (
+            f"{folder} has no {MANIFEST_NAME}, but its folders do: give {' or '.join(str(folder / n) for n in inner)}"
+        )
+    tars = any(folder.glob("*.tar"))
+    way_out = f"`make-shards index {folder}` describes tars that others wrote" if tars else "pack images into it first"
+    return f"{folder} has no {MANIFEST_NAME}: {way_out}"

@@ -1,0 +1,98 @@
+"""Several sets of shards as one."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.sets.index import ShardSet
+from shards.sets.manifest import Manifest
+from shards.sets.shard_file import ShardFile
+
+__all__ = ["MergedShardSet"]
+
+
+class MergedShardSet(ShardSet):
+    """The shards of several sets, set after set.
+
+    Labels are kept where all sets number their classes alike; else there are none, for numbers of one set mean nothing
+    in another.
+
+    Args:
+        parts: the sets, in the order of the dense sample numbers.
+    """
+
+    def __init__(self, parts: Sequence[ShardSet]) -> None:
+        self.parts = tuple(parts)
+        manifest = _merge([part.manifest for part in parts])
+        super().__init__(Path(), manifest)
+        counts = np.array([part.num_shards for part in parts], dtype=np.int64)
+        self._ends = np.cumsum(counts)
+        self._starts: list[int] = (self._ends - counts).tolist()
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return (MergedShardSet, (self.parts,))
+
+    def __repr__(self) -> str:
+        return f"MergedShardSet({list(self.parts)!r})"
+
+    @property
+    def has_dropped_labels(self) -> bool:
+        """Whether the sets have labels that do not go together."""
+        return not self.class_names and any(part.class_names for part in self.parts)
+
+    def part(self, shard: int) -> tuple[ShardSet, int]:
+        """Return the set that a shard is from, and its number there."""
+        number = int(np.searchsorted(self._ends, shard, side="right"))
+        return self.parts[number], shard - self._starts[number]
+
+    def shard_path(self, shard: int) -> Path:
+        """Path of a shard's tar."""
+        part, inner = self.part(shard)
+        return part.shard_path(inner)
+
+    def shard_name(self, shard: int) -> str:
+        """Where a shard is, for messages."""
+        part, inner = self.part(shard)
+        return part.shard_name(inner)
+
+    def open_shard(self, shard: int) -> ShardFile:
+        """Open a shard's tar. Raises FileNotFoundError."""
+        part, inner = self.part(shard)
+        return part.open_shard(inner)
+
+    def index(self, shard: int) -> NDArray[np.void]:
+        """Records of a shard, (shard_sizes[shard],) of RECORD. Raises ValueError."""
+        part, inner = self.part(shard)
+        records = part.index(inner)
+        if self.has_dropped_labels:
+            records = np.array(records)
+            records["label"] = -1
+        return records
+
+
+def _merge(manifests: list[Manifest]) -> Manifest:
+    names = manifests[0].class_names
+    outcomes: Counter[str] = Counter()
+    jpegs: Counter[str] = Counter()
+    for manifest in manifests:
+        outcomes.update(manifest.outcomes)
+        jpegs.update(manifest.jpegs)
+    return replace(
+        manifests[0],
+        shards=tuple(shard for manifest in manifests for shard in manifest.shards),
+        class_names=names if all(manifest.class_names == names for manifest in manifests) else (),
+        num_inputs=sum(manifest.num_inputs for manifest in manifests),
+        num_samples=sum(manifest.num_samples for manifest in manifests),
+        num_rejected=sum(manifest.num_rejected for manifest in manifests),
+        max_width=max(manifest.max_width for manifest in manifests),
+        max_height=max(manifest.max_height for manifest in manifests),
+        max_bytes=max(manifest.max_bytes for manifest in manifests),
+        outcomes=dict(outcomes),
+        rejections={},
+        jpegs=dict(jpegs),
+        settings={},
+    )

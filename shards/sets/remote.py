@@ -1,0 +1,120 @@
+"""A set of shards in a bucket or on a web server, read where it is."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from shards.sets.index import RECORD, ShardSet, npy_header
+from shards.sets.manifest import MANIFEST_NAME, Manifest
+from shards.sets.shard_file import ShardFile
+from shards.storage.stores import check_url, open_folder
+
+__all__ = ["RemoteShardSet"]
+
+
+class RemoteShardSet(ShardSet):
+    """A finished set that is not on this machine. Indexes are fetched when asked for, samples by ranges.
+
+    Args:
+        url: address of the folder that holds manifest.json.
+        manifest: its content.
+        digest: xxh3_128 of its bytes, in hex.
+    """
+
+    def __init__(self, url: str, manifest: Manifest, digest: str) -> None:
+        super().__init__(Path(url), manifest)
+        self.url = url
+        self.digest = digest
+        self._fetch_index = lru_cache(maxsize=128)(self._read_index)
+
+    @classmethod
+    def open_url(cls, url: str) -> Self:
+        """Fetch a manifest, and nothing else.
+
+        Raises:
+            ValueError: there is no finished set, or the store does not answer.
+        """
+        check_url(url)
+        url = url.rstrip("/")
+        try:
+            text = open_folder(url).read(MANIFEST_NAME)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{url} has no {MANIFEST_NAME}: packing has not finished there, or the sets are in folders below, such "
+                "as train/"
+            ) from None
+        return cls(url, Manifest.from_json(text, where=f"{url}/{MANIFEST_NAME}"), xxhash.xxh3_128_hexdigest(text))
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return (type(self), (self.url, self.manifest, self.digest))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r}, num_samples={self.num_samples}, num_shards={self.num_shards})"
+
+    def shard_path(self, shard: int) -> Path:
+        """Refuse: there is no such file. Raises ValueError."""
+        raise ValueError(f"{self.shard_name(shard)} is not on this machine: copy the set here first")
+
+    def shard_name(self, shard: int) -> str:
+        """Address of a shard's tar."""
+        return f"{self.url}/{self.manifest.shards[shard].name}"
+
+    def open_shard(self, shard: int) -> ShardFile:
+        """Open a shard's tar for reading by ranges."""
+        return _RangeFile(self, shard)
+
+    def index(self, shard: int) -> NDArray[np.void]:
+        """Records of a shard, (shard_sizes[shard],) of RECORD; the newest 128 are kept.
+
+        Raises:
+            ValueError: the index is absent, damaged, or not that of this manifest, or the store does not answer.
+        """
+        return self._fetch_index(shard)
+
+    def index_bytes(self, shard: int) -> bytes:
+        """Fetch the index of a shard and check it. Raises ValueError."""
+        entry = self.manifest.shards[shard]
+        name = f"{entry.stem}.index.npy"
+        try:
+            data = open_folder(self.url).read(name)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self.url}/{name} is listed in {MANIFEST_NAME} but absent: restore it, or run "
+                f"`make-shards verify {self.url}`"
+            ) from None
+        promised = entry.digests.get(".index.npy", "")
+        header = npy_header(entry.num_samples)
+        if (promised and xxhash.xxh3_128_hexdigest(data) != promised) or (
+            not data.startswith(header) or len(data) != len(header) + entry.num_samples * RECORD.itemsize
+        ):
+            raise ValueError(
+                f"{self.url}/{name} is no index of these {entry.num_samples} samples: it is damaged or of another set; "
+                f"`make-shards verify {self.url}` tells more"
+            )
+        return data
+
+    def _read_index(self, shard: int) -> NDArray[np.void]:
+        data = self.index_bytes(shard)
+        return np.frombuffer(data, dtype=RECORD, offset=len(npy_header(self.manifest.shards[shard].num_samples)))
+
+
+class _RangeFile:
+    """A shard that stays where it is."""
+
+    is_deleted = False
+
+    def __init__(self, shards: RemoteShardSet, shard: int) -> None:
+        self.name = shards.shard_name(shard)
+        self._url = shards.url
+        self._object = shards.manifest.shards[shard].name
+
+    def read_into(self, buffer: NDArray[np.uint8], offset: int) -> int:
+        """Fetch a range. Raises FileNotFoundError, or PackError where the store does not answer."""
+        buffer[:] = np.frombuffer(
+            open_folder(self._url).read_range(self._object, offset, len(buffer)) if len(buffer) else b"", dtype=np.uint8
+        )
+        return len(buffer)

@@ -1,0 +1,102 @@
+"""A folder of shards, local or in a bucket, whose files are looked at as local ones."""
+
+import os
+import tempfile
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards.ground.files import publish, write_and_sync
+from shards.sets.index import ShardSet
+from shards.sets.manifest import MANIFEST_NAME, Manifest
+from shards.storage.stores import ByteFile, is_url, open_bytes, open_folder
+
+__all__ = ["ShardFolder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFolder:
+    """Names and files of a folder. Sent to worker processes."""
+
+    where: str
+    """Path or URL."""
+    work_folder: str
+    """Local folder for files of a bucket while they are looked at."""
+
+    def tars(self) -> list[str]:
+        """Names of the tars, sorted.
+
+        Raises:
+            PackError: the bucket does not answer.
+        """
+        if is_url(self.where):
+            names = (name for name, _ in open_folder(self._url).objects() if "/" not in name)
+        else:
+            names = (path.name for path in Path(self.where).glob("*"))
+        return sorted(name for name in names if name.endswith(".tar"))
+
+    def manifest(self) -> Manifest:
+        """What the set holds.
+
+        Raises:
+            ValueError: there is no finished set.
+        """
+        if not is_url(self.where):
+            return Manifest.read(self.where)
+        try:
+            text = open_folder(self._url).read(MANIFEST_NAME)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self.where} has no {MANIFEST_NAME}: packing has not finished there, or the sets are in folders "
+                "below, such as train/"
+            ) from None
+        return Manifest.from_json(text, where=f"{self._url}/{MANIFEST_NAME}")
+
+    def has_manifest(self) -> bool:
+        """Whether the folder is described already."""
+        if not is_url(self.where):
+            return (Path(self.where) / MANIFEST_NAME).exists()
+        return MANIFEST_NAME in (name for name, _ in open_folder(self._url).objects())
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a file, which appears whole or not at all."""
+        if is_url(self.where):
+            open_folder(self._url).put(name, data)
+            return
+        final = Path(self.where) / name
+        temporary = final.with_name(f"{name}.{os.getpid()}.unfinished")
+        try:
+            write_and_sync(temporary, data)
+            publish([(temporary, final)])
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def open(self, name: str) -> ByteFile:
+        """A file to read by ranges."""
+        return open_bytes(f"{self._url}/{name}" if is_url(self.where) else str(Path(self.where) / name))
+
+    @contextmanager
+    def local(self, names: Iterable[str]) -> Generator[Path]:
+        """A local folder that has some of the files: this one, or one that they are downloaded to for a while.
+
+        Files that are missing here are missing there.
+        """
+        if not is_url(self.where):
+            yield Path(self.where)
+            return
+        with tempfile.TemporaryDirectory(dir=self.work_folder, prefix="make-shards-") as folder:
+            for name in names:
+                with suppress(FileNotFoundError):
+                    open_folder(self._url).download(name, Path(folder) / name)
+            yield Path(folder)
+
+    @contextmanager
+    def opened(self, names: Iterable[str], manifest: Manifest) -> Generator[ShardSet]:
+        """The set, with no more than some of its files."""
+        with self.local(names) as folder:
+            yield ShardSet(folder, manifest)
+
+    @property
+    def _url(self) -> str:
+        return self.where.rstrip("/")

@@ -1,0 +1,1 @@
+"""Storage: bytes of files and objects, and the archives written to them."""

@@ -1,0 +1,313 @@
+"""Bytes of local files and of objects in buckets or on web servers, behind one small interface."""
+
+import io
+import os
+import re
+import weakref
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
+
+from shards.ground.errors import PackError, RefusedError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+
+__all__ = [
+    "ByteFile",
+    "Folder",
+    "SeekableFile",
+    "absolute",
+    "check_url",
+    "is_url",
+    "open_bytes",
+    "open_folder",
+    "split_sets",
+    "split_url",
+]
+
+SCHEMES = ("s3", "gs", "az", "http", "https")
+CLIENT_OPTIONS: "ClientConfig" = {"timeout": "60s", "connect_timeout": "10s"}
+RETRIES: "RetryConfig" = {"max_retries": 6, "retry_timeout": timedelta(minutes=3)}
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
+"""Variables that send a scheme's requests elsewhere; an address there is a decision for what it says."""
+_REFUSAL = re.compile(r"status code: (4(?!08|29)\d\d [\w ']+)")
+"""What a web server says for good: not "too slow" (408) or "too many" (429)."""
+_WINDOW_BYTES = 4 << 20
+_UPLOAD_BYTES = 16 << 20
+
+
+def is_url(path: str) -> bool:
+    """Whether a source or target is not on this machine."""
+    return path.partition("://")[0] in SCHEMES and "://" in path
+
+
+def absolute(path: str) -> str:
+    """A path from the root on, links as they are; a URL as it is."""
+    return path if is_url(path) else str(Path(path).absolute())
+
+
+def split_sets(paths: str) -> tuple[str, ...]:
+    """Split several paths or URLs with commas between them; a path that exists is one, whatever its name."""
+    if os.path.exists(paths):  # noqa: PTH110
+        return (paths,)
+    return tuple(part for part in paths.split(",") if part) or (paths,)
+
+
+def check_url(url: str) -> None:
+    """Refuse URLs that hold a secret: they end up in the manifest. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.password or parts.username or parts.query:
+        shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+        raise ValueError(
+            f"{shown}: leave user, password and query out of the address, since it is written into the manifest; "
+            "give credentials through the environment (AWS_ACCESS_KEY_ID and so on)"
+        )
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """(address of the folder, name of the object in it)."""
+    folder, _, name = url.rstrip("/").rpartition("/")
+    return folder, name
+
+
+class ByteFile(Protocol):
+    """A file that is read by ranges."""
+
+    size: int
+
+    def read(self, start: int, count: int) -> bytes:
+        """`count` bytes, or fewer at the end. Raises OSError or PackError."""
+        ...
+
+
+class _LocalFile:
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._fd)
+        self.size = os.fstat(self._fd).st_size
+
+    def read(self, start: int, count: int) -> bytes:
+        data = os.pread(self._fd, count, start)
+        while len(data) < min(count, self.size - start):
+            more = os.pread(self._fd, count - len(data), start + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+
+class _RemoteFile:
+    def __init__(self, url: str) -> None:
+        folder, self._name = split_url(url)
+        self._folder = open_folder(folder)
+        self.size = self._folder.size(self._name)
+
+    def read(self, start: int, count: int) -> bytes:
+        count = min(count, self.size - start)
+        return self._folder.read_range(self._name, start, count) if count > 0 else b""
+
+
+def open_bytes(path: str) -> ByteFile:
+    """Open a local path or a URL for reading by ranges; the newest 64 stay open."""
+    if is_url(path):
+        return _open_remote(path)
+    status = os.stat(path)  # noqa: PTH116 - once for each image that is read from an archive
+    return _open_local(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=64)
+def _open_local(path: str, identity: tuple[int, ...]) -> ByteFile:
+    # A file that was replaced since is another file.
+    del identity
+    return _LocalFile(path)
+
+
+@lru_cache(maxsize=64)
+def _open_remote(url: str) -> ByteFile:
+    return _RemoteFile(url)
+
+
+class SeekableFile(io.RawIOBase):
+    """A ByteFile as Python's libraries want it, read in windows: for headers and directories.
+
+    Args:
+        file: what to read.
+        window: bytes fetched at a time.
+    """
+
+    def __init__(self, file: ByteFile, window: int = _WINDOW_BYTES) -> None:
+        super().__init__()
+        self._file = file
+        self._window = window
+        self._at = 0
+        self._start, self._buffer = 0, b""
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """Current offset."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to an offset."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: "WriteableBuffer") -> int:
+        """Fill a buffer from the current offset."""
+        view = memoryview(buffer).cast("B")
+        data = self.read_at(self._at, len(view))
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def read_at(self, start: int, count: int) -> bytes:
+        """Bytes at an offset, without moving."""
+        inside = start - self._start
+        if inside < 0 or inside + count > len(self._buffer):
+            self._start, inside = start, 0
+            self._buffer = self._file.read(start, max(count, self._window))
+        return self._buffer[inside : inside + count]
+
+
+class Folder:
+    """A bucket's prefix or a web server's folder.
+
+    Args:
+        url: its address.
+    """
+
+    def __init__(self, url: str) -> None:
+        check_url(url)
+        self.url = url
+        self._store = _connect(url)
+
+    def objects(self) -> Iterator[tuple[str, int]]:
+        """(name, size) of every object below, in the store's order."""
+        import obstore
+
+        try:
+            for chunk in obstore.list(self._store, chunk_size=1000):  # pyright: ignore[reportUnknownMemberType]
+                for meta in chunk:
+                    yield meta["path"], meta["size"]
+        except Exception as error:
+            raise self._explain("list", "", error) from None
+
+    def size(self, name: str) -> int:
+        """Bytes of an object. Raises FileNotFoundError or PackError."""
+        import obstore
+
+        try:
+            return obstore.head(self._store, name)["size"]
+        except FileNotFoundError:
+            raise FileNotFoundError(2, "no such object", f"{self.url}/{name}") from None
+        except Exception as error:
+            raise self._explain("read", name, error) from None
+
+    def read(self, name: str) -> bytes:
+        """A whole object. Raises FileNotFoundError or PackError."""
+        import obstore
+
+        try:
+            return bytes(obstore.get(self._store, name).bytes())
+        except FileNotFoundError:
+            raise FileNotFoundError(2, "no such object", f"{self.url}/{name}") from None
+        except Exception as error:
+            raise self._explain("read", name, error) from None
+
+    def read_range(self, name: str, start: int, count: int) -> bytes:
+        """Some bytes of an object. Raises FileNotFoundError or PackError."""
+        import obstore
+
+        try:
+            data = bytes(obstore.get_range(self._store, name, start=start, length=count))
+        except FileNotFoundError:
+            raise FileNotFoundError(2, "no such object", f"{self.url}/{name}") from None
+        except Exception as error:
+            raise self._explain("read", name, error) from None
+        if len(data) != count:
+            raise PackError(
+                f"{self.url}/{name} gave {len(data)} of {count} bytes at {start}: run the same command again"
+            )
+        return data
+
+    def put(self, name: str, data: bytes | Path, *, only_if_new: bool = False) -> bool:
+        """Write an object, whole or not at all; False where it was there and `only_if_new`. Raises PackError."""
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        try:
+            if only_if_new:
+                obstore.put(self._store, name, data, mode="create")
+            else:
+                obstore.put(self._store, name, data, chunk_size=_UPLOAD_BYTES)
+        except AlreadyExistsError:
+            return False
+        except Exception as error:
+            raise self._explain("write", name, error) from None
+        return True
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy an object to a local file. Raises FileNotFoundError, without a file, or PackError."""
+        import obstore
+
+        try:
+            stream = obstore.get(self._store, name).stream()
+            with path.open("wb") as file:
+                for chunk in stream:
+                    file.write(chunk)
+        except OSError:
+            raise
+        except Exception as error:
+            raise self._explain("read", name, error) from None
+
+    def delete(self, names: list[str]) -> None:
+        """Remove objects. Raises PackError."""
+        import obstore
+
+        try:
+            obstore.delete(self._store, names)
+        except FileNotFoundError:
+            pass
+        except Exception as error:
+            raise self._explain("remove", self.url, error) from None
+
+    def _explain(self, verb: str, name: str, error: Exception) -> PackError:
+        # The libraries' messages are many lines; the first says what happened.
+        reason = str(error).strip().partition("\n")[0][:300]
+        where = f"{self.url}/{name}" if name else self.url
+        message = f"cannot {verb} {where}: {reason}. Mend this and run the same command again"
+        refusal = _REFUSAL.search(reason) if self.url.startswith("http") else None
+        return RefusedError(message, refusal[1]) if refusal else PackError(message)
+
+
+open_folder = lru_cache(maxsize=64)(Folder)
+
+
+def _connect(url: str) -> "ObjectStore":
+    from obstore.store import from_url
+
+    options = CLIENT_OPTIONS.copy()
+    endpoints = [os.environ.get(name, "") for name in _ENDPOINTS.get(url.partition(":")[0], ())]
+    if any(address.startswith("http://") for address in (url, *endpoints)):
+        options["allow_http"] = True
+    try:
+        return from_url(url, client_options=options, retry_config=RETRIES)
+    except Exception as error:
+        raise ValueError(f"cannot open {url}: {str(error).strip().partition(chr(10))[0][:300]}") from None

@@ -1,0 +1,1 @@
+"""Commands on finished sets, one file per command."""

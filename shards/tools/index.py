@@ -1,0 +1,255 @@
+"""`index`: index and manifest for WebDataset tars that someone else wrote, which stay as they are."""
+
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from PIL import Image
+
+from shards.config import WORK_FOLDER
+from shards.ground.errors import PackError
+from shards.ground.progress import Progress
+from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
+from shards.images.libraries import crc32c
+from shards.packing.plan import ClassTable
+from shards.packing.pool import Tick, run_tasks
+from shards.sets.index import INDEXED, RECORD, Flag, flag_name, npy_header
+from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from shards.sets.shard_folder import ShardFolder
+from shards.sources.base import Input, printable
+from shards.sources.tarfiles import TarSource
+from shards.storage.stores import open_bytes
+from shards.storage.tar import TarError
+
+__all__ = ["Indexed", "advice", "index_folder"]
+
+_BAD = Flag.NEEDS_ORIENTATION | Flag.NOT_BASELINE | Flag.NOT_RGB | Flag.NOT_JPEG | Flag.DAMAGED
+_LONG_RUN = 1000
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Indexed:
+    """What was found."""
+
+    manifest: Manifest
+    flagged: dict[str, int]
+    """Samples by what a decoder may stumble over; a sample can count more than once."""
+    examples: dict[str, list[str]]
+    """A few samples of each kind."""
+    longest_run: int
+    """Most samples in a row, in the order of the tars, that share a label."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    entry: ShardEntry
+    records: NDArray[np.void]
+    """Without labels and positions, which depend on the other tars."""
+    labels: list[str | int | None]
+    names: list[str]
+    idx: list[str]
+
+
+@dataclass(frozen=True)
+class _IndexTar:
+    folder: ShardFolder
+
+    def __call__(self, name: str, tick: Tick) -> _Shard:
+        with self.folder.local([name]) as local:
+            return self._index(local / name, tick)
+
+    def _index(self, path: Path, tick: Tick) -> _Shard:
+        records: list[tuple[Any, ...]] = []
+        labels: list[str | int | None] = []
+        names: list[str] = []
+        idx: list[str] = []
+        kinds: Counter[str] = Counter()
+        file = open_bytes(str(path))
+        for item in TarSource(f"{self.folder.where.rstrip('/')}/{path.name}", root=str(path)).inputs(path):
+            assert isinstance(item, Input)
+            if item.size < 0:
+                continue
+            data = file.read(item.offset, item.size)
+            width, height, flags, kind = _look_at(data)
+            if flags & Flag.NOT_JPEG and flags & Flag.DAMAGED:
+                continue
+            crc = crc32c(data)
+            records.append((0, item.offset, item.size, width, height, -1, crc, (0, 0, 0), int(flags)))
+            kinds[kind] += 1
+            labels.append(item.label)
+            names.append(printable(item.name))
+            base = os.fsdecode(item.name.rpartition(b"/")[2])
+            idx.append(f"{base.partition('.')[2]} {item.offset} {item.size} {names[-1]}\n")
+            tick(1)
+        table = np.array(records, dtype=RECORD)
+        return _Shard(entry=_entry(path, table, kinds), records=table, labels=labels, names=names, idx=idx)
+
+
+def _look_at(data: bytes) -> tuple[int, int, Flag, str]:
+    """(width, height, flags, kind) from an image's header; NOT_JPEG and DAMAGED for what is not an image at all."""
+    flags = Flag(0)
+    if is_jpeg(data):
+        try:
+            header = parse_jpeg(data)
+        except JpegError:
+            return 0, 0, Flag.DAMAGED, "damaged"
+        if data.rfind(b"\xff\xd9") < 0:
+            flags |= Flag.DAMAGED
+        if header.orientation != 1:
+            flags |= Flag.NEEDS_ORIENTATION
+        if not header.is_baseline:
+            flags |= Flag.NOT_BASELINE
+        if not header.is_ycbcr_or_gray:
+            flags |= Flag.NOT_RGB
+        return header.width, header.height, flags, header.kind
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.width, image.height, Flag.NOT_JPEG, "not JPEG"
+    # Pillow's plugins raise whatever their parsing runs into.
+    except Exception:
+        return 0, 0, Flag.NOT_JPEG | Flag.DAMAGED, "not JPEG"
+
+
+def _entry(path: Path, records: NDArray[np.void], kinds: Counter[str]) -> ShardEntry:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while data := file.read(8 << 20):
+            digest.update(data)
+    return ShardEntry(
+        name=path.name,
+        num_samples=len(records),
+        num_rejected=0,
+        num_bytes=path.stat().st_size,
+        digests={".tar": digest.hexdigest()},
+        max_width=int(records["width"].max(initial=0)),
+        max_height=int(records["height"].max(initial=0)),
+        max_bytes=int(records["size"].max(initial=0)),
+        outcomes=_outcomes(records),
+        rejections={},
+        jpegs=dict(sorted(kinds.items())),
+    )
+
+
+def _outcomes(records: NDArray[np.void]) -> dict[str, int]:
+    """All samples, and how many of them have each flag that a loader must know of before it starts."""
+    tally = {flag_name(flag): int(((records["flags"] & flag) != 0).sum()) for flag in _BAD}
+    return {what: count for what, count in {"indexed": len(records), **tally}.items() if count}
+
+
+def index_folder(
+    folder: str,
+    *,
+    workers: int,
+    work_folder: str = WORK_FOLDER,
+    progress: Progress | None = None,
+) -> Indexed:
+    """Write indexes and a manifest beside the tars of a folder. The tars are only read.
+
+    Args:
+        folder: path, or address of a bucket's folder.
+        workers: processes.
+        work_folder: local folder for the tars of a bucket, one for each worker at a time.
+        progress: draws a bar.
+
+    Raises:
+        ValueError: no tars there, or they are described already.
+        PackError: a tar cannot be read to its end.
+    """
+    described = ShardFolder(where=folder, work_folder=work_folder)
+    if described.has_manifest():
+        raise ValueError(f"{folder} has a {MANIFEST_NAME} already: `make-shards verify {folder}` checks it")
+    names = described.tars()
+    if not names:
+        raise ValueError(f"{folder} holds no .tar: give the folder of the shards")
+    found: dict[str, _Shard] = {}
+    with (progress or Progress(enabled=False)).stage("indexing", unit=" images") as tick:
+        try:
+            found.update(run_tasks(_IndexTar(described), names, workers=workers, tick=tick))
+        except TarError as error:
+            raise PackError(str(error)) from error
+    shards = [found[name] for name in names]
+    classes = ClassTable()
+    provisional = [np.array([classes.number(label) for label in s.labels], dtype=np.int64) for s in shards]
+    class_names, final = classes.resolve(need_two=False)
+    labels = [np.where(p < 0, -1, final[p]) if len(final) else np.full(len(p), -1) for p in provisional]
+    entries = list(_write(described, shards, labels))
+    manifest = _manifest(entries, class_names)
+    described.put(MANIFEST_NAME, manifest.to_json().encode())
+    return _summary(manifest, shards, labels)
+
+
+def _write(folder: ShardFolder, shards: list[_Shard], labels: list[NDArray[np.int64]]) -> Iterator[ShardEntry]:
+    first = 0
+    for shard, own in zip(shards, labels, strict=True):
+        records = shard.records
+        records["position"] = np.arange(first, first + len(records))
+        records["label"] = own
+        first += len(records)
+        files = {
+            ".index.npy": npy_header(len(records)) + records.tobytes(),
+            ".sources.txt": "".join(f"{name}\n" for name in shard.names).encode(),
+            ".idx": (f"v1.2 {len(shard.idx)}\n" + "".join(shard.idx)).encode("utf-8", "surrogateescape"),
+        }
+        for suffix, data in files.items():
+            folder.put(f"{shard.entry.stem}{suffix}", data)
+        digests = {suffix: xxhash.xxh3_128_hexdigest(data) for suffix, data in files.items()}
+        yield replace(shard.entry, digests={**shard.entry.digests, **digests})
+
+
+def _manifest(entries: list[ShardEntry], class_names: tuple[str, ...]) -> Manifest:
+    num_samples = sum(entry.num_samples for entry in entries)
+    return Manifest(
+        shards=tuple(entries),
+        class_names=class_names,
+        num_inputs=num_samples,
+        num_samples=num_samples,
+        num_rejected=0,
+        max_width=max(entry.max_width for entry in entries),
+        max_height=max(entry.max_height for entry in entries),
+        max_bytes=max(entry.max_bytes for entry in entries),
+        outcomes=dict(sum((Counter(entry.outcomes) for entry in entries), Counter[str]())),
+        jpegs=dict(sum((Counter(entry.jpegs) for entry in entries), Counter[str]())),
+        settings={INDEXED: True},
+    )
+
+
+def _summary(manifest: Manifest, shards: list[_Shard], labels: list[NDArray[np.int64]]) -> Indexed:
+    flagged: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
+    for shard in shards:
+        for name, flags in zip(shard.names, shard.records["flags"].tolist(), strict=True):
+            for flag in Flag(flags) & _BAD:
+                kind = flag_name(flag)
+                flagged[kind] += 1
+                if len(examples.setdefault(kind, [])) < _EXAMPLES:
+                    examples[kind].append(f"{shard.entry.name}/{name}")
+    run = _longest_run(np.concatenate(labels)) if manifest.class_names else 0
+    return Indexed(manifest=manifest, flagged=dict(flagged), examples=examples, longest_run=run)
+
+
+def _longest_run(labels: NDArray[np.int64]) -> int:
+    if not len(labels):
+        return 0
+    changes = np.flatnonzero(np.diff(labels)) + 1
+    edges = np.concatenate([[0], changes, [len(labels)]])
+    return int(np.diff(edges).max())
+
+
+def advice(indexed: Indexed, folder: str) -> Iterator[str]:
+    """What to tell about tars that training can read less well than it could."""
+    for kind, count in indexed.flagged.items():
+        yield f"  {kind}: {count:,} samples, such as {', '.join(indexed.examples[kind])}"
+    samples = indexed.manifest.num_samples
+    is_sorted = indexed.longest_run > max(_LONG_RUN, 2 * samples // max(1, len(indexed.manifest.class_names)) // 3)
+    if is_sorted:
+        yield f"  {indexed.longest_run:,} samples in a row share one label: batches would be far from random"
+    if indexed.flagged or is_sorted:
+        yield f"  this mends it: make-shards pack {folder} --out {folder.rstrip('/')}-packed"

@@ -1,0 +1,208 @@
+"""`verify`: compare every byte of a set with what its manifest and indexes promise."""
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from shards.config import WORK_FOLDER
+from shards.ground.progress import Progress
+from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
+from shards.images.libraries import crc32c, decode_jpeg
+from shards.packing.pool import Tick, run_tasks
+from shards.sets.index import INDEXED, Flag, ShardSet
+from shards.sets.manifest import Manifest, ShardEntry
+from shards.sets.shard_folder import ShardFolder
+from shards.storage.tar import BLOCK, EndOfTar, TarError, parse_header
+
+__all__ = ["Problem", "check_image", "verify"]
+
+_READ_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is not as promised."""
+
+    shard: str
+    sample: str | None
+    """Key of the sample; None where the whole shard is concerned."""
+    what: str
+
+    def __str__(self) -> str:
+        where = f"{self.shard}, sample {self.sample}" if self.sample else self.shard
+        return f"{where}: {self.what}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CheckShard:
+    """The job of checking one shard, for a worker process."""
+
+    folder: ShardFolder
+    manifest: Manifest
+    decode: bool
+
+    def __call__(self, number: int, tick: Tick) -> list[Problem]:
+        entry = self.manifest.shards[number]
+        names = [entry.name, *(f"{entry.stem}{suffix}" for suffix in {**entry.digests, ".index.npy": ""})]
+        with self.folder.opened(dict.fromkeys(names), self.manifest) as shards:
+            problems = verify_shard(shards, number, decode=self.decode)
+        tick(entry.num_samples)
+        return problems
+
+
+def verify(
+    path: str | Path,
+    *,
+    decode: bool = False,
+    workers: int = 1,
+    work_folder: str = WORK_FOLDER,
+    progress: Progress | None = None,
+) -> list[Problem]:
+    """Check digests, tar structure, offsets, labels, checksums and image headers of a set.
+
+    Args:
+        path: folder with manifest.json, local or in a bucket.
+        decode: also decode every pixel.
+        workers: processes; the report is the same for any number.
+        work_folder: local folder for the shards of a bucket, one for each worker at a time.
+        progress: draws a bar.
+
+    Returns:
+        What is wrong, in the order of the shards; empty for a sound set.
+
+    Raises:
+        ValueError: there is no finished set.
+        PackError: the bucket does not answer, or a worker died.
+    """
+    folder = ShardFolder(where=str(path), work_folder=work_folder)
+    manifest = folder.manifest()
+    check, numbers = _CheckShard(folder=folder, manifest=manifest, decode=decode), range(len(manifest.shards))
+    with (progress or Progress(enabled=False)).stage("verifying", unit=" images", total=manifest.num_samples) as tick:
+        found = dict(run_tasks(check, numbers, workers=workers, tick=tick))
+    return [problem for number in numbers for problem in found[number]]
+
+
+def verify_shard(shards: ShardSet, number: int, *, decode: bool) -> list[Problem]:
+    """Check one shard."""
+    entry = shards.manifest.shards[number]
+    problems = [Problem(shard=entry.name, sample=None, what=what) for what in _check_digests(shards.path, entry)]
+    try:
+        records = shards.index(number)
+    except ValueError as error:
+        return [*problems, Problem(shard=entry.name, sample=None, what=str(error))]
+    # Tars that others wrote have names and members of their own.
+    check = _check_images_only if shards.manifest.settings.get(INDEXED) else _check_samples
+    try:
+        with shards.shard_path(number).open("rb") as file:
+            problems += [
+                Problem(shard=entry.name, sample=key, what=what)
+                for key, what in check(file, entry, records, decode=decode)
+            ]
+    except OSError as error:
+        problems.append(Problem(shard=entry.name, sample=None, what=f"cannot be read: {error.strerror}"))
+    return problems
+
+
+def _check_digests(folder: Path, entry: ShardEntry) -> Iterator[str]:
+    for suffix, promised in entry.digests.items():
+        digest = xxhash.xxh3_128()
+        try:
+            with (folder / f"{entry.stem}{suffix}").open("rb") as file:
+                while data := file.read(_READ_BYTES):
+                    digest.update(data)
+        except OSError as error:
+            yield f"{entry.stem}{suffix} cannot be read: {error.strerror}"
+            continue
+        if digest.hexdigest() != promised:
+            yield f"{entry.stem}{suffix} has changed since it was packed: digest {digest.hexdigest()}, not {promised}"
+
+
+def _check_samples(
+    file: io.BufferedReader, entry: ShardEntry, records: NDArray[np.void], *, decode: bool
+) -> Iterator[tuple[str | None, str]]:
+    """Walk the tar from member to member and compare it with the index; yields (key, what is wrong)."""
+    at = 0
+    for record in records:
+        key = f"{int(record['position']):012d}"
+        try:
+            name, data, start = _member(file, at)
+        except (TarError, EndOfTar) as error:
+            yield key, f"the tar ends or breaks at byte {at}: {error or 'end of archive'}"
+            return
+        if name != f"{key}.jpg" or start != record["offset"] or len(data) != record["size"]:
+            yield (
+                key,
+                f"the tar has {name} of {len(data)} bytes at {start}, the index {record['size']} at {record['offset']}",
+            )
+            return
+        at = start + len(data) + -len(data) % BLOCK
+        yield from ((key, what) for what in check_image(data, record, decode=decode))
+        if record["label"] >= 0:
+            try:
+                name, data, start = _member(file, at)
+            except (TarError, EndOfTar) as error:
+                yield key, f"its label is missing: {error or 'end of archive'}"
+                return
+            if name != f"{key}.cls" or data != b"%d" % record["label"]:
+                yield key, f"its label is {name} with {data[:20]!r}, the index says {record['label']}"
+            at = start + len(data) + -len(data) % BLOCK
+    file.seek(at)
+    if file.read() != bytes(2 * BLOCK):
+        yield None, f"does not end with two empty blocks at byte {at}"
+    if os.fstat(file.fileno()).st_size != entry.num_bytes:
+        yield None, f"has {os.fstat(file.fileno()).st_size} bytes, not {entry.num_bytes}"
+
+
+def _check_images_only(
+    file: io.BufferedReader, entry: ShardEntry, records: NDArray[np.void], *, decode: bool
+) -> Iterator[tuple[str | None, str]]:
+    """Compare each image with the index; yields (number of the sample, what is wrong)."""
+    del entry
+    for record in records:
+        file.seek(int(record["offset"]))
+        data = file.read(int(record["size"]))
+        for what in check_image(data, record, decode=decode and not record["flags"] & Flag.NOT_JPEG):
+            yield str(record["position"]), what
+
+
+def _member(file: io.BufferedReader, at: int) -> tuple[str, bytes, int]:
+    """(name, data, offset of the data) of the member at a byte."""
+    file.seek(at)
+    member = parse_header(file.read(BLOCK))
+    data = file.read(member.size)
+    if len(data) != member.size:
+        raise TarError(f"cut after {len(data)} of {member.size} bytes")
+    return os.fsdecode(member.name), data, at + BLOCK
+
+
+def check_image(data: bytes, record: Any, *, decode: bool) -> Iterator[str]:
+    """Compare the bytes of an image with its index record; yields what is wrong."""
+    if crc32c(data) != record["crc32c"]:
+        yield "its bytes have changed since it was packed: crc32c differs"
+        return
+    if not is_jpeg(data):
+        if not record["flags"] & Flag.NOT_JPEG:
+            yield "is no JPEG"
+        return
+    try:
+        header = parse_jpeg(data)
+    except JpegError as error:
+        if not record["flags"] & Flag.DAMAGED:
+            yield f"is a JPEG that {error}"
+        return
+    if (header.width, header.height) != (record["width"], record["height"]):
+        yield f"is {header.width} x {header.height} pixels, the index says {record['width']} x {record['height']}"
+    if not header.is_baseline and not record["flags"] & Flag.NOT_BASELINE:
+        yield "is no baseline JPEG"
+    if decode:
+        try:
+            decode_jpeg(data, gray=header.num_components == 1)
+        except ValueError as error:
+            yield f"does not decode: {error}"
