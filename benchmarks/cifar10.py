@@ -2,18 +2,20 @@
 
     python benchmarks/cifar10.py --data cifar10-jpeg.tar.xz --out build/cifar10 --json build/cifar10.json
 
-`ours` and `ours, linear color` are runs of the recipe `cifar10`; `lightly` is put together from its parts as in
+`ours` is the recipe `cifar10`, whose colors are those of MoCo v2; `v1's colors` gives it the jitter of MoCo v1 with its
+strong hue, after the grayscale. `linear` is `--views.color linear`. `lightly` is put together from its parts as in
 its MoCo example: MoCoV2Transform, NTXentLoss with a memory bank, update_momentum. All have the same images, initial
 weights, optimizer, schedule, batch and number of steps, and are judged by the same kNN. Ours has virtual BN groups, as
 the recipe says; on one process lightly has nothing in their place.
 
 Trainings are kept one by one under --out: interrupted, the same command goes on where it was. `--parts accuracy`
 trains, `--parts speed` times loader, step and both together, in alternating rounds on an otherwise idle machine.
-Needs benchmarks/requirements.txt. Writes cifar10.md.
+Without benchmarks/requirements.txt, lightly and the speeds beside it are left out. Writes cifar10.md.
 """
 
 import argparse
 import copy
+import importlib.util
 import json
 import shlex
 import sys
@@ -42,9 +44,12 @@ from moco_fast.training.loop import train
 from moco_fast.training.runtime import Runtime, start
 from moco_fast.training.schedule import lr_at
 from pipelines.batch import TwoViewBatch
+from pipelines.config import VIEWS
 from shards.cli import main as make_shards
 
-OURS, LINEAR, LIGHTLY = "ours", "ours, linear color", "lightly"
+OURS, LINEAR, LIGHTLY = "ours", "ours, linear", "lightly"
+V1, V1_LINEAR = "v1's colors", "v1's colors, linear"
+CONTENDERS = (OURS, LINEAR, V1, V1_LINEAR, LIGHTLY)
 PER_CLASS = {"train": 1000, "test": 200}
 RECIPE = (
     "--model.encoder resnet18_quarter --data.batch-size 128 --bn.num-groups 4 --moco.queue-size 1024 --run.device cpu "
@@ -71,14 +76,24 @@ def prepare(data: Path, folder: Path) -> None:
         assert make_shards(["pack", str(images), "--out", str(shards)]) == 0
 
 
+def color_options(contender: str) -> list[str]:
+    """The options that set a contender's colors apart from those of the recipe."""
+    words = ["--views.color", "linear"] if contender in (LINEAR, V1_LINEAR) else []
+    if contender in (V1, V1_LINEAR):
+        v1 = VIEWS["moco-v1"].query
+        for view in ("query", "key"):
+            words += [f"--views.{view}.hue", str(v1.hue), f"--views.{view}.jitter-p", str(v1.jitter_p)]
+            words += [f"--views.{view}.grayscale-first" if v1.grayscale_first else f"--views.{view}.no-grayscale-first"]
+    return words
+
+
 def configure(contender: str, seed: int, options: argparse.Namespace) -> Config:
     """The whole recipe of one training."""
     folder = options.out
     words = ["cifar10", "--data.shards", f"{folder}/shards/train", "--eval.shards", f"{folder}/shards/test"]
-    words += ["--run.out", f"{folder}/runs/{'linear' if contender == LINEAR else 'ours'}-seed-{seed}"]
+    words += ["--run.out", f"{folder}/runs/{contender.replace(', ', '-').replace(' ', '-')}-seed-{seed}"]
     words += ["--run.seed", str(seed), "--run.steps", str(options.steps), "--data.num-threads", str(options.workers)]
-    color = ["--views.color", "linear"] if contender == LINEAR else []
-    return parse([*words, *RECIPE.split(), *color])
+    return parse([*words, *RECIPE.split(), *color_options(contender)])
 
 
 class Lightly:
@@ -244,14 +259,14 @@ def measure_speed(options: argparse.Namespace) -> dict[str, dict[str, list[float
     return speeds
 
 
-def accuracy_table(rows: list[dict[str, Any]], seeds: list[int]) -> tuple[str, list[Claim]]:
-    """Markdown and claims of all trainings that are done."""
+def accuracy_table(rows: list[dict[str, Any]], seeds: list[int], contenders: list[str]) -> tuple[str, list[Claim]]:
+    """Markdown and claims of the seeds with which every contender was trained."""
     of = {(row["contender"], row["seed"]): row for row in rows}
-    done = [seed for seed in seeds if all((name, seed) in of for name in (OURS, LINEAR, LIGHTLY))]
-    lines = ["| seed | untrained | ours | ours, linear color | lightly |", "|---|---|---|---|---|"]
+    done = [seed for seed in seeds if all((name, seed) in of for name in contenders)]
+    lines = [f"| seed | untrained | {' | '.join(contenders)} |", "|---|---" + "|---" * len(contenders) + "|"]
     columns: dict[str, list[float]] = {
-        "untrained": [of[OURS, seed]["untrained"] for seed in done],
-        **{name: [of[name, seed]["trained"] for seed in done] for name in (OURS, LINEAR, LIGHTLY)},
+        "untrained": [of[contenders[0], seed].get("untrained", float("nan")) for seed in done],
+        **{name: [of[name, seed]["trained"] for seed in done] for name in contenders},
     }
     for number, seed in enumerate(done):
         lines.append(f"| {seed} | {' | '.join(f'{values[number]:.1%}' for values in columns.values())} |")
@@ -260,16 +275,18 @@ def accuracy_table(rows: list[dict[str, Any]], seeds: list[int]) -> tuple[str, l
     lines.append(f"| mean | {' | '.join(f'{mean(values):.1%}' for values in columns.values())} |")
     lines.append(f"| standard deviation | {' | '.join(f'{stdev(values):.1%}' for values in columns.values())} |")
     claims: list[Claim] = []
-    # A point below is as good: the goal as a ratio. What the color map costs is told, and nothing promised.
-    for other, may_lack in ((LIGHTLY, 0.01), (LINEAR, None)):
-        ours, theirs = mean(columns[OURS]), mean(columns[other])
-        apart = [a - b for a, b in zip(columns[OURS], columns[other], strict=True)]
+    # A point below is as good: the goal as a ratio. What the color map costs is reported, and nothing promised.
+    for name, other, may_lack in ((OURS, LIGHTLY, 0.01), (OURS, LINEAR, None), (V1, V1_LINEAR, None)):
+        if not {name, other} <= set(contenders):
+            continue
+        ours, theirs = mean(columns[name]), mean(columns[other])
+        apart = [a - b for a, b in zip(columns[name], columns[other], strict=True)]
         error = stdev(apart) / len(done) ** 0.5
-        lines.append(f"\nOurs minus {other}: {100 * mean(apart):+.1f} points, standard error {100 * error:.1f}.")
+        lines.append(f"\n{name} minus {other}: {100 * mean(apart):+.1f} points, standard error {100 * error:.1f}.")
         goal = None if may_lack is None else (theirs - may_lack) / theirs
-        ratios = [a / b for a, b in zip(columns[OURS], columns[other], strict=True)]
+        ratios = [a / b for a, b in zip(columns[name], columns[other], strict=True)]
         claim = Claim(
-            claim=f"CIFAR-10: kNN top-1, mean of {len(done)} seeds, against {other}",
+            claim=f"CIFAR-10: kNN top-1, mean of {len(done)} seeds: {name} / {other}",
             ours=ours,
             theirs=theirs,
             unit="of images",
@@ -286,13 +303,14 @@ def accuracy_table(rows: list[dict[str, Any]], seeds: list[int]) -> tuple[str, l
 def report(options: argparse.Namespace) -> str:
     """Write what is known so far; returns the Markdown."""
     rows = [json.loads(path.read_text()) for path in sorted((options.out / "accuracy").glob("*.json"))]
-    table, claims = accuracy_table(rows, options.seeds)
+    table, claims = accuracy_table(rows, options.seeds, options.only)
     if (kept := options.out / "speed.json").is_file():
         for what, rates in json.loads(kept.read_text()).items():
             claims.append(compare(f"CIFAR-10: {what}, against lightly", rates[OURS], rates[LIGHTLY], unit="samples/s"))
     command = shlex.join(["python", "benchmarks/cifar10.py", *sys.argv[1:]])
+    lightly = f", lightly {metadata.version('lightly')}" if LIGHTLY in options.only else ""
     text = (
-        f"# CIFAR-10: ours against lightly\n\n{header()}, lightly {metadata.version('lightly')}\n\n    {command}\n\n"
+        f"# CIFAR-10: color modes, and ours against lightly\n\n{header()}{lightly}\n\n    {command}\n\n"
         f"ResNet-18's layout at a quarter of its channels, CIFAR stem; {10 * PER_CLASS['train']:,} images to train on, "
         f"{10 * PER_CLASS['test']:,} held out; {options.steps} steps of 128; kNN with k = 20.\n\n"
         f"{table}\n{claims_table(claims)}\n"
@@ -308,6 +326,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/cifar10"))
     parser.add_argument("--json", type=Path, help="write the claims here")
     parser.add_argument("--parts", nargs="*", default=["accuracy", "speed"], help="what to measure; none: only pack")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--threads", type=int, default=2, help="of the training step")
@@ -315,14 +334,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each timing")
     options = parser.parse_args()
+    if LIGHTLY in options.only and not importlib.util.find_spec("lightly"):
+        print("lightly and the speeds are left out; to have them: install benchmarks/requirements.txt")
+        options.only = [name for name in options.only if name != LIGHTLY]
     torch.set_num_threads(options.threads)
     prepare(options.data, options.out)
     if "accuracy" in options.parts:
         for seed in options.seeds:
-            for contender in (OURS, LIGHTLY, LINEAR):
+            for contender in options.only:
                 measure_accuracy(contender, seed, options)
                 report(options)
-    if "speed" in options.parts:
+    if "speed" in options.parts and LIGHTLY in options.only:
         (options.out / "speed.json").write_text(json.dumps(measure_speed(options)) + "\n")
     print(report(options))
 
