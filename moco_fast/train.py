@@ -6,7 +6,9 @@ Only reads the command line; everything that needs torch is imported once the op
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -16,7 +18,26 @@ from moco_fast.presets import PRESETS
 from moco_fast.training import process
 from shards.storage.stores import split_sets
 
-__all__ = ["check", "is_first_rank", "main", "parse", "recipe_of"]
+__all__ = ["Chosen", "Recipe", "check", "is_first_rank", "main", "parse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What a command line says: a preset, and the configuration that the options made of it."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    preset: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress]
+    """The preset's name. The parser fills it in: among the words it may also be an option's value."""
+
+
+if TYPE_CHECKING:
+    Recipe = Chosen
+else:
+    Recipe = tyro.extras.subcommand_type_from_defaults(
+        {name: Chosen(config=config, preset=name) for name, (_, config) in PRESETS.items()},
+        {name: line for name, (line, _) in PRESETS.items()},
+        prefix_names=False,
+    )
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
@@ -26,21 +47,15 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         SystemExit: 2 when an option is wrong (the message is on stderr), 0 after `--help`.
         ValueError: the options cannot work together, or a folder is not there.
     """
-    config = tyro.extras.overridable_config_cli(
-        PRESETS,
+    chosen = tyro.cli(
+        Recipe,
         prog="moco_fast.train",
         description="Pretrain an image encoder without labels. Several processes: start it with `accelerate launch`.",
         args=argv,
         console_outputs=is_first_rank(),
     )
-    check(config, recipe_of(argv))
-    return config
-
-
-def recipe_of(argv: Sequence[str] | None = None) -> Config:
-    """The preset that a command line names, as it is without the options; tyro has parsed it already."""
-    words = [word.replace("_", "-") for word in (sys.argv[1:] if argv is None else argv)]
-    return next(PRESETS[word][1] for word in words if word in PRESETS)
+    check(chosen)
+    return chosen.config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,18 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def check(config: Config, recipe: Config) -> None:
+def check(chosen: Chosen) -> None:
     """Refuse what can be seen to be wrong without importing torch.
-
-    Args:
-        config: as the command line says.
-        recipe: the preset that it starts from.
 
     Raises:
         ValueError: the options cannot work together, one means nothing, or a folder is not there.
     """
+    config = chosen.config
     validate(config)
-    refuse_meaningless(config, recipe)
+    refuse_meaningless(config, PRESETS[chosen.preset][1])
     if config.data.stream_samples is not None and (Path(config.data.shards) / "manifest.json").is_file():
         raise ValueError(
             f"--data.stream-samples {config.data.stream_samples} is for tars without an index, but "

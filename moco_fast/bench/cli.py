@@ -9,25 +9,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from moco_fast.bench.result import table, verdict
-from moco_fast.config import Config
-from moco_fast.presets import PRESETS
-from moco_fast.train import check, is_first_rank, recipe_of
+from moco_fast.train import Recipe, check, is_first_rank
 
 __all__ = ["BenchConfig", "main"]
-
-if TYPE_CHECKING:
-    Recipe = Config
-else:
-    Recipe = tyro.extras.subcommand_type_from_defaults(
-        {name: preset for name, (_, preset) in PRESETS.items()},
-        {name: line for name, (line, _) in PRESETS.items()},
-        prefix_names=False,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         console_outputs=is_first_rank(),
     )
     try:
-        check(config.recipe, recipe_of(argv))
+        check(config.recipe)
         if config.seconds <= 0:
             raise ValueError(f"--seconds is {config.seconds}, but a round takes some time: give a number above 0")
         if config.json and not Path(config.json).resolve().parent.is_dir():
             raise ValueError(f"--json {config.json}: there is no such folder to write to")
         from moco_fast.bench.measure import measure
 
-        result = measure(config.recipe, seconds=config.seconds, tell=_tell)
+        result = measure(config.recipe.config, seconds=config.seconds, tell=_tell)
     except ValueError as error:
         if is_first_rank():
             print(f"error: {error}", file=sys.stderr)

@@ -28,8 +28,10 @@ class RunRecord:
     @property
     def recipe(self) -> str:
         """The preset that the run was started with, or that its settings are nearest to."""
-        named = [word for word in self.environment.get("command", []) if word in PRESETS]
-        return named[0] if named else min(PRESETS, key=lambda name: len(self.changes(name)))
+        words: list[str] = self.environment.get("command", [])
+        # The recipe comes first: further on, its name may be an option's value.
+        named = words[words.index("moco_fast.train") + 1].replace("_", "-") if "moco_fast.train" in words[:-1] else None
+        return named if named in PRESETS else min(PRESETS, key=lambda name: len(self.changes(name)))
 
     @property
     def command(self) -> str:

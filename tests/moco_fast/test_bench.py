@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moco_fast.bench import cli as cli_module
 from moco_fast.bench import clock as clock_module
 from moco_fast.bench import stopwatch as stopwatch_module
 from moco_fast.bench.cli import main
@@ -260,6 +261,17 @@ def test_a_file_that_cannot_be_written_is_told_before_measuring(tmp_path, capsys
     out = tmp_path / "absent" / "bench.json"
     assert main(["moco-v2", "--data.shards", str(packed_demo.train), "--json", str(out)]) == 2
     assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_an_options_value_is_not_taken_for_the_recipe(capsys, monkeypatch):
+    def name_preset(chosen):
+        raise ValueError(chosen.preset)
+
+    monkeypatch.setattr(cli_module, "check", name_preset)
+    for value, name in zip(PRESETS, reversed(PRESETS), strict=True):
+        for words in (["--json", value, name, "--data.shards", "x"], [name, "--data.shards", value, "--json", value]):
+            assert main(words) == 2
+            assert capsys.readouterr().err == f"error: {name}\n"
 
 
 @pytest.mark.slow

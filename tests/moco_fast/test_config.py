@@ -6,7 +6,7 @@ import pytest
 
 from moco_fast.config import Config, differences, from_dict, to_dict, validate
 from moco_fast.presets import PRESETS
-from moco_fast.train import main, parse, recipe_of
+from moco_fast.train import main, parse
 from pipelines.config import DataConfig
 
 
@@ -170,5 +170,16 @@ def test_several_sets_are_looked_for_one_by_one(shards, tmp_path):
         parse(["moco-v2", "--data.shards", f"{shards},{tmp_path}/nowhere"])
 
 
-def test_the_recipe_is_found_in_either_spelling_that_the_command_line_takes():
-    assert recipe_of(["moco_v2", "--data.shards", "x"]) is recipe_of(["moco-v2", "--data.shards", "x"])
+@pytest.mark.parametrize("name", ["moco-v3-resnet50", "moco_v3_resnet50"])
+def test_what_was_given_is_seen_beside_the_recipe_in_either_spelling(shards, name):
+    # Groups mean nothing beside sync, and the recipe `demo` has others.
+    words = [name, "--data.shards", str(shards), "--run.out", "demo"]
+    assert parse(words).bn.num_groups == 8
+    with pytest.raises(ValueError, match=r"--bn\.num-groups 4 means nothing"):
+        parse([*words, "--bn.num-groups", "4"])
+
+
+def test_the_name_of_the_preset_is_no_option(capsys):
+    with pytest.raises(SystemExit):
+        parse(["moco-v2", "--data.shards", "x", "--preset", "moco-v1"])
+    assert "--preset" in capsys.readouterr().err

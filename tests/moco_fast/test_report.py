@@ -260,6 +260,21 @@ def leaves(values: Any) -> Any:
         yield from leaves(value) if isinstance(value, dict) else (value,)
 
 
+@pytest.mark.parametrize(
+    ("words", "recipe"),
+    [
+        ("/venv/python -u -m moco_fast.train moco_v2 --run.out moco-v1", "moco-v2"),
+        ("/venv/python -m moco_fast.train memory-bank --data.shards cifar10", "memory-bank"),
+        # Started by other means: the nearest.
+        ("/venv/python compare.py --only moco-v1", "moco-v2"),
+        ("/venv/python -m moco_fast.train", "moco-v2"),
+    ],
+)
+def test_no_other_word_of_the_command_is_taken_for_the_recipe(run: Path, words: str, recipe: str) -> None:
+    (run / "environment.json").write_text(json.dumps({"command": words.split()}))
+    assert read_run(run).recipe == recipe
+
+
 def test_the_recipe_of_a_run_without_environment_is_the_nearest(run: Path) -> None:
     (run / "environment.json").unlink()
     for name, (_, preset) in PRESETS.items():
