@@ -110,6 +110,11 @@ def _index(command: IndexCommand) -> int:
     from shards.tools.index import advice, index_folder
 
     workers, work_folder = command.workers or default_workers(), command.work_folder
+    if command.folder.endswith(".beton"):
+        raise ValueError(
+            f"{command.folder}: a .beton has its index and cannot be changed; to note kinds of JPEG in it, run "
+            "`make-shards index SHARDS` on the shards it was made of, and write it again with `make-shards beton`"
+        )
     described = ShardFolder(where=command.folder, work_folder=work_folder)
     if described.has_manifest() and described.manifest().num_unknown_jpegs:
         manifest = note_kinds(command.folder, workers=workers, progress=Progress())

@@ -11,6 +11,7 @@ from shards.cli import main
 from shards.config import PackConfig
 from shards.images.jpeg import ENGINE_KINDS, parse_jpeg
 from shards.packing.pack import pack
+from shards.sets.beton import BetonSet
 from shards.sets.manifest import Manifest
 from shards.tools.index import index_folder
 from tests.shards.pictures import encoded, fill, picture
@@ -104,6 +105,24 @@ def test_a_set_without_kinds_opens_and_index_notes_them(packed, capsys):
     assert main(["verify", str(packed), "--workers", "1"]) == 0
     # There is nothing more to note.
     assert main(["index", str(packed)]) == 2
+
+
+def test_a_beton_gets_its_kinds_from_its_shards(packed, tmp_path, capsys):
+    file = tmp_path / "set.beton"
+    assert main(["beton", str(without_kinds(packed)), "--out", str(file), "--workers", "1"]) == 0
+    assert BetonSet.open(file).manifest.engine_share is None
+    before = file.read_bytes()
+    capsys.readouterr()
+    assert main(["index", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert f"{file}: a .beton has its index and cannot be changed" in error
+    assert error.count("\n") == 1
+    assert file.read_bytes() == before
+    # As it says.
+    assert main(["index", str(packed), "--workers", "1"]) == 0
+    file.unlink()
+    assert main(["beton", str(packed), "--out", str(file), "--workers", "1"]) == 0
+    assert BetonSet.open(file).manifest.engine_share == 1 - 1 / 9
 
 
 def test_a_long_header_is_read_whole(packed, tmp_path):
