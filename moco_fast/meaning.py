@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from moco_fast.config import Config, changes, option_name
+from pipelines.config import refuse_unused
 
 __all__ = ["refuse_meaningless"]
 
@@ -82,8 +83,7 @@ _RULES = (
     _Rule(("run.epochs",), _other_length, "add --run.steps None --run.samples None"),
     _Rule(("eval.every_steps",), _without_evaluation, "name held-out shards"),
     _Rule(("data.cache", "data.cache_gib"), _local_shards, "name shards in a bucket"),
-    _Rule(("data.lanes", "data.window_shards", "data.read_threads"), _streamed, "index the tars (make-shards index)"),
-    _Rule(("data.hw_decoder_load",), _unless("data.backend", "dali", "auto"), "use --data.backend dali"),
+    _Rule(("data.lanes", "data.window_shards"), _streamed, "index the tars (make-shards index)"),
 )
 
 
@@ -124,3 +124,6 @@ def refuse_meaningless(config: Config, recipe: Config) -> None:
                     f"--{option_name(option)} {given[option][1]} means nothing beside {beside}: leave it out, or "
                     f"{rule.way_out}"
                 )
+    is_streamed = config.data.stream_samples is not None
+    # The device may show only when the run starts: then the loader refuses what is left.
+    refuse_unused(config.data, "torch" if is_streamed else config.data.backend, on_gpu=config.run.device != "cpu")

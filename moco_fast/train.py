@@ -16,6 +16,7 @@ from moco_fast.config import Config, validate
 from moco_fast.meaning import refuse_meaningless
 from moco_fast.presets import PRESETS
 from moco_fast.training import process
+from pipelines.config import tars_to_stream
 from shards.storage.stores import split_sets
 
 __all__ = ["Chosen", "Recipe", "check", "is_first_rank", "main", "parse"]
@@ -81,12 +82,7 @@ def check(chosen: Chosen) -> None:
     config = chosen.config
     validate(config)
     refuse_meaningless(config, PRESETS[chosen.preset][1])
-    if config.data.stream_samples is not None and (Path(config.data.shards) / "manifest.json").is_file():
-        raise ValueError(
-            f"--data.stream-samples {config.data.stream_samples} is for tars without an index, but "
-            f"{config.data.shards} has one, so an epoch is all of its samples: leave it out (--run.samples says how "
-            "long a run is)"
-        )
+    tars_to_stream(config.data)
     for option, shards in (("--data.shards", config.data.shards), ("--eval.shards", config.eval.shards)):
         is_streamed = option == "--data.shards" and config.data.stream_samples is not None
         for path in split_sets(shards) if shards is not None and not is_streamed else ():

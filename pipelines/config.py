@@ -6,7 +6,9 @@ Free of torch, numpy and DALI, so that `--help` costs nothing.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-__all__ = ["VIEWS", "Backend", "DataConfig", "ViewConfig", "ViewsConfig"]
+from shards.sets.manifest import find_tars
+
+__all__ = ["VIEWS", "Backend", "DataConfig", "ViewConfig", "ViewsConfig", "refuse_unused", "tars_to_stream"]
 
 Backend = Literal["dali", "ffcv", "torch"]
 """What decodes and augments."""
@@ -33,8 +35,8 @@ class DataConfig:
     at most 16 threads of dali on a GPU, where each takes 16 MiB on the device and as much pinned memory."""
     on_bad_sample: Literal["error", "skip"] = "error"
     """A damaged sample ends the run, or is replaced by the next good one of the set, counted and told."""
-    read_threads: int = 4
-    """Threads a rank that read shards."""
+    read_threads: int | None = None
+    """`dali`: threads per rank that read shards. Unset: 4."""
     prefetch: int = 2
     """Batches kept ready ahead of the training step."""
     cache: str | None = None
@@ -65,6 +67,49 @@ class DataConfig:
             raise ValueError(f"data.cache_gib is {self.cache_gib}: it must lie above 0")
         if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"data.hw_decoder_load is {self.hw_decoder_load}: a share lies in 0 .. 1")
+
+
+def refuse_unused(data: DataConfig, backend: Literal["auto", Backend], *, on_gpu: bool) -> None:
+    """Refuse options that a backend has no use for.
+
+    Args:
+        data: as it was given.
+        backend: what decodes; `auto`: not known yet, and only what no backend would use is refused.
+        on_gpu: whether the views are made for a GPU; True also where that is not known yet.
+
+    Raises:
+        ValueError: with the option, why it means nothing, and the way out.
+    """
+    readers = {"torch": "whose processes read for themselves", "ffcv": "which maps the file into memory"}
+    if data.read_threads is not None and backend in readers:
+        raise ValueError(
+            f"--data.read-threads {data.read_threads} means nothing beside --data.backend {backend}, "
+            f"{readers[backend]}: leave it out, or use --data.backend dali"
+        )
+    if data.hw_decoder_load is not None and (backend in readers or not on_gpu):
+        decoder = (
+            f"--data.backend {backend}, which decodes on the CPU" if on_gpu else "a CPU, which has no JPEG engines"
+        )
+        raise ValueError(
+            f"--data.hw-decoder-load {data.hw_decoder_load} means nothing beside {decoder}: leave it out, or use "
+            "--data.backend dali on a GPU"
+        )
+
+
+def tars_to_stream(data: DataConfig) -> tuple[str, ...]:
+    """Return the tars that are streamed as they are; none where an index says what is in them.
+
+    Raises:
+        ValueError: `stream_samples` was given, but there are no such tars.
+    """
+    tars = find_tars(data.shards)
+    if data.stream_samples is not None and not tars:
+        raise ValueError(
+            f"--data.stream-samples {data.stream_samples} is for tars without an index in one folder on this machine, "
+            f"which {data.shards} is not: leave it out (an epoch is all samples of a set; --run.samples says how long "
+            "a run is)"
+        )
+    return tars
 
 
 @dataclass(frozen=True, kw_only=True)

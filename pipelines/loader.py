@@ -5,7 +5,6 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -15,20 +14,20 @@ import torch
 from pipelines.backends.engines import Engines, choose_load, describe_engines, find_engines
 from pipelines.backends.registry import BACKENDS, Job, Stream, choose, choose_num_threads
 from pipelines.batch import ImageBatch, TwoViewBatch
-from pipelines.config import DataConfig, ViewsConfig
+from pipelines.config import DataConfig, ViewsConfig, refuse_unused, tars_to_stream
 from pipelines.plan.order import OrderPlan, check_ranks
+from pipelines.reading.reader import READ_THREADS
 from pipelines.reading.samples import EpochSteps, ListedSteps, draw_central, draw_training
 from pipelines.reading.sets import cache_for_evaluation, cache_for_training, open_readable
 from shards import ShardSet
 from shards.ground.cpus import available_cpus
 from shards.sets.beton import BetonSet
 from shards.sets.kinds import tell_kinds
-from shards.sets.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from pipelines.backends.streamed import StreamPlan
 
-__all__ = ["EvalLoader", "Loader", "choose_decoding", "find_tars", "make_views", "open_eval_loader", "open_loader"]
+__all__ = ["EvalLoader", "Loader", "choose_decoding", "make_views", "open_eval_loader", "open_loader"]
 
 Indices = npt.NDArray[np.int64]
 
@@ -229,7 +228,7 @@ def open_loader(
     Raises:
         ValueError: shards that are absent or unfinished, or numbers that do not fit each other.
     """
-    tars = find_tars(data.shards)
+    tars = tars_to_stream(data)
     if tars:
         ranks = (rank, world_size, local_world_size)
         return _open_streamed(tars, data, views, seed=seed, device=device, ranks=ranks)
@@ -245,6 +244,7 @@ def open_loader(
     check_ranks(data.batch_size, world_size)
     shards = cache_for_training(shards, data, plan, world_size=world_size, local_world_size=local_world_size)
     name, reason = choose(data.backend, device=device, size=views.size, is_beton=isinstance(shards, BetonSet))
+    refuse_unused(data, name, on_gpu=device.type == "cuda")
     load, engines = choose_decoding(name, data, device)
     job = Job(
         shards=shards,
@@ -255,7 +255,7 @@ def open_loader(
         device=device,
         num_threads=choose_num_threads(name, data.num_threads, device=device, local_world_size=local_world_size),
         skip=skip,
-        read_threads=data.read_threads,
+        read_threads=data.read_threads or READ_THREADS,
         prefetch=data.prefetch,
         hw_decoder_load=load,
     )
@@ -280,14 +280,6 @@ def choose_decoding(name: str, data: DataConfig, device: torch.device) -> tuple[
     return choose_load(engines) if data.hw_decoder_load is None else data.hw_decoder_load, engines
 
 
-def find_tars(path: str) -> tuple[str, ...]:
-    """Tars of a local folder that no manifest describes; none where there is a manifest, or no folder."""
-    folder = Path(path)
-    if not folder.is_dir() or (folder / MANIFEST_NAME).exists():
-        return ()
-    return tuple(str(tar.absolute()) for tar in sorted(folder.glob("*.tar")))
-
-
 def _open_streamed(
     tars: tuple[str, ...],
     data: DataConfig,
@@ -308,6 +300,7 @@ def _open_streamed(
         raise ValueError(
             f"--data.backend {data.backend} needs an index: {index}; tars without one are streamed by the torch backend"
         )
+    refuse_unused(data, "torch", on_gpu=device.type == "cuda")
     # Not above: webdataset and torch's workers are only loaded by those who stream.
     from pipelines.backends.streamed import Place, StreamedViews, StreamPlan, StreamSpec
 

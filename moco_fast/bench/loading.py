@@ -14,11 +14,12 @@ from moco_fast.training.runtime import Runtime
 from pipelines.backends.registry import choose
 from pipelines.batch import TwoViewBatch
 from pipelines.config import Backend, ViewConfig, ViewsConfig
-from pipelines.loader import Loader, find_tars
+from pipelines.loader import Loader
 from pipelines.plan.order import EpochOrder, OrderPlan
-from pipelines.reading.reader import Reader
+from pipelines.reading.reader import READ_THREADS, Reader
 from pipelines.reading.samples import Pending
 from pipelines.reading.sets import cache_for_training, open_readable
+from shards.sets.manifest import find_tars
 
 __all__ = ["can_read", "decoding", "made_on_device", "reading", "resident_batch"]
 
@@ -46,7 +47,7 @@ def reading(config: Config, runtime: Runtime) -> Generator[Iterator[int]]:
     shards = cache_for_training(
         shards, data, plan, world_size=runtime.world_size, local_world_size=runtime.local_world_size
     )
-    reader = Reader(shards, num_threads=data.read_threads)
+    reader = Reader(shards, num_threads=data.read_threads or READ_THREADS)
 
     def batches() -> Iterator[int]:
         under_way: deque[Pending] = deque()

@@ -14,7 +14,10 @@ import numpy.typing as npt
 from shards import ShardSet
 from shards.sets.shard_file import ShardFile
 
-__all__ = ["DamagedSampleError", "Outcome", "PendingBytes", "Reader", "name_sample"]
+__all__ = ["READ_THREADS", "DamagedSampleError", "Outcome", "PendingBytes", "Reader", "name_sample"]
+
+READ_THREADS = 4
+"""Threads that read shards, where none are named."""
 
 Indices = npt.NDArray[np.int64]
 Encoded = npt.NDArray[np.uint8]
@@ -62,7 +65,7 @@ class PendingBytes:
 class Reader:
     """Samples of a set by their dense numbers. `records` and `submit` belong to one thread; the reads run in others."""
 
-    def __init__(self, shards: ShardSet, *, num_threads: int = 4) -> None:
+    def __init__(self, shards: ShardSet, *, num_threads: int = READ_THREADS) -> None:
         self._shards = shards
         sizes = shards.shard_sizes
         self._starts: Indices = np.cumsum(sizes) - sizes

@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 
 from shards.images.jpeg import ENGINE_KINDS
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "ShardEntry"]
+__all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "ShardEntry", "find_tars"]
 
 FORMAT = "moco-fast-shards"
 FORMAT_VERSION = 1
@@ -167,3 +167,11 @@ def _explain_absence(folder: Path) -> str:
     tars = any(folder.glob("*.tar"))
     way_out = f"`make-shards index {folder}` describes tars that others wrote" if tars else "pack images into it first"
     return f"{folder} has no {MANIFEST_NAME}: {way_out}"
+
+
+def find_tars(path: str) -> tuple[str, ...]:
+    """Return the tars of a local folder that no manifest describes; none where there is a manifest, or no folder."""
+    folder = Path(path)
+    if not folder.is_dir() or (folder / MANIFEST_NAME).exists():
+        return ()
+    return tuple(str(tar.absolute()) for tar in sorted(folder.glob("*.tar")))

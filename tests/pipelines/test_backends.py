@@ -1,12 +1,96 @@
+import dataclasses
 import importlib.util
+from functools import partial
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
 from pipelines.backends import registry as backends
-from pipelines.backends.registry import choose
+from pipelines.backends.registry import BACKENDS, Job, choose
+from pipelines.config import VIEWS, DataConfig, refuse_unused
+from pipelines.loader import open_loader
+from pipelines.reading.samples import ListedSteps, draw_training
+from shards import ShardSet
+from shards.ground.progress import Progress
+from shards.tools.beton import write_beton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+# Options that not every backend uses, and who does, by backend and whether there is a GPU.
+USED = {
+    ("torch", False): set[str](),
+    ("torch", True): set[str](),
+    ("ffcv", False): set[str](),
+    ("ffcv", True): set[str](),
+    ("dali", False): {"read_threads"},
+    ("dali", True): {"read_threads", "hw_decoder_load"},
+    ("auto", False): {"read_threads"},
+    ("auto", True): {"read_threads", "hw_decoder_load"},
+}
+SOME = {"read_threads": 8, "hw_decoder_load": 0.5}
+EVERYWHERE = {"shards", "batch_size", "lanes", "window_shards", "backend", "num_threads", "on_bad_sample", "prefetch"}
+# Whether they mean something is a matter of where the data lies (tests/moco_fast/test_meaning.py).
+BY_PLACE = {"cache", "cache_gib", "stream_samples"}
+
+
+def test_of_every_option_it_is_known_who_uses_it():
+    assert {field.name for field in dataclasses.fields(DataConfig)} == EVERYWHERE | BY_PLACE | SOME.keys()
+    assert {backend for backend, _ in USED} == {"auto", *BACKENDS}
+
+
+@pytest.mark.parametrize(("backend", "on_gpu"), USED)
+@pytest.mark.parametrize("option", SOME)
+def test_an_option_that_the_backend_does_not_use_is_refused(backend, on_gpu, option):
+    data = DataConfig(shards="x", **{option: SOME[option]})
+    if option in USED[backend, on_gpu]:
+        refuse_unused(data, backend, on_gpu=on_gpu)
+    else:
+        name = option.replace("_", "-")
+        with pytest.raises(ValueError, match=f"--data.{name} {SOME[option]} means nothing beside .*: leave it out, or"):
+            refuse_unused(data, backend, on_gpu=on_gpu)
+    refuse_unused(DataConfig(shards="x"), backend, on_gpu=on_gpu)
+
+
+class Watched(Job):
+    asked: ClassVar[set[str]] = set()
+
+    def __getattribute__(self, name):
+        Watched.asked.add(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_asks_for_the_options_that_it_is_said_to_use(small_shards, tmp_path, backend):
+    shards = ShardSet.open(small_shards)
+    if backend == "ffcv":
+        shards = write_beton(small_shards, tmp_path / "set.beton", workers=1, progress=Progress(enabled=False))
+    views = VIEWS["cifar10"]
+    job = Watched(
+        shards=shards,
+        draw=partial(draw_training, views=views, seed=0),
+        views=(views.query, views.key),
+        size=views.size,
+        max_batch=8,
+        device=CPU,
+        num_threads=1,
+    )
+    Watched.asked.clear()
+    stream = BACKENDS[backend](job, ListedSteps(samples=np.arange(8), batch_size=8))
+    try:
+        assert stream.get().views[0].shape[0] == 8
+    finally:
+        stream.close()
+    assert {"num_threads", "prefetch"} <= Watched.asked
+    assert ("read_threads" in Watched.asked) == ("read_threads" in USED[backend, False])
+
+
+@pytest.mark.parametrize(("option", "beside"), [("read_threads", "--data.backend torch"), ("hw_decoder_load", "a CPU")])
+def test_what_auto_chose_is_refused_its_unused_options(small_shards, option, beside):
+    data = DataConfig(shards=str(small_shards), batch_size=8, **{option: SOME[option]})
+    with pytest.raises(ValueError, match=f"means nothing beside {beside}"):
+        open_loader(data, VIEWS["moco-v2"], seed=0, device=CPU)
 
 
 @pytest.fixture

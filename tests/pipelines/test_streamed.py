@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from pipelines.config import DataConfig, ViewConfig, ViewsConfig
-from pipelines.loader import find_tars, open_loader
+from pipelines.loader import open_loader
 from pipelines.reading.reader import DamagedSampleError
+from shards.sets.manifest import find_tars
 from tests.pipelines.shard_files import jpeg, smooth_image
 
 STILL = ViewConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_p=0.0, jitter_p=0.0, grayscale_p=0.0, blur_p=0.0)
@@ -170,6 +171,7 @@ def test_nothing_runs_a_pipe(tmp_path, monkeypatch):
     [
         ({"stream_samples": None}, "make-shards index"),
         ({"backend": "dali"}, "--data.backend dali needs an index"),
+        ({"read_threads": 8}, "--data.read-threads 8 means nothing beside --data.backend torch"),
         ({"stream_samples": 5}, "at least a batch of 8"),
     ],
 )
@@ -181,3 +183,10 @@ def test_what_cannot_be_streamed_is_refused(tars, options, message):
 
 def test_a_folder_with_a_manifest_is_not_streamed(small_shards):
     assert find_tars(str(small_shards)) == ()
+
+
+@pytest.mark.parametrize("shards", ["{indexed}", "s3://bucket/tars", "{tars},{tars}", "{tars}/some.beton"])
+def test_what_is_not_one_folder_of_tars_is_not_counted_by_the_user(tars, small_shards, shards):
+    data = DataConfig(shards=shards.format(tars=tars, indexed=small_shards), batch_size=8, stream_samples=60)
+    with pytest.raises(ValueError, match=r"--data\.stream-samples 60 is for tars without an index"):
+        open_loader(data, VIEWS, seed=0, device=CPU)
