@@ -43,7 +43,7 @@ from moco_fast.training.build import build, open_run_loader
 from moco_fast.training.loop import train
 from moco_fast.training.runtime import Runtime, start
 from moco_fast.training.schedule import lr_at
-from pipelines.batch import TwoViewBatch
+from pipelines.batch import Batch
 from pipelines.config import VIEWS
 from shards.cli import main as make_shards
 
@@ -216,7 +216,7 @@ def rate(step: Callable[[], object], batch_size: int, seconds: float) -> float:
 
 
 @contextmanager
-def our_batches(config: Config, runtime: Runtime) -> Iterator[Iterator[TwoViewBatch]]:
+def our_batches(config: Config, runtime: Runtime) -> Iterator[Iterator[Batch]]:
     """Our loader, which works only as long as it is measured."""
     with closing(open_run_loader(config, runtime)) as loader, closing(forever(loader)) as batches:
         yield batches
@@ -232,7 +232,7 @@ def measure_speed(options: argparse.Namespace) -> dict[str, dict[str, list[float
     parts, theirs = build(config, runtime), Lightly(config)
     parts.loader.close()
 
-    def our_step(batch: TwoViewBatch) -> None:
+    def our_step(batch: Batch) -> None:
         parts.train_step([batch], lr=config.optim.lr, momentum=config.moco.momentum)
 
     def their_step(batch: tuple[list[Tensor], Tensor, list[str]]) -> None:

@@ -33,7 +33,7 @@ from moco_fast.methods.shuffle import Exchange, Gather, Together
 from moco_fast.training.optim import build_optimizer
 from moco_fast.training.runtime import allow_tf32
 from moco_fast.training.step import TrainStep
-from pipelines.batch import TwoViewBatch
+from pipelines.batch import Batch
 
 MOMENTUM, TEMPERATURE, LR = 0.999, 0.2, 0.03
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -101,7 +101,7 @@ class Ours:
             autocast=setting.autocast,
         )
         none = torch.full((setting.batch,), -1)
-        self.batch = TwoViewBatch(view_q=views[0], view_k=views[1], index=none, label=none)
+        self.batch = Batch(views=tuple(views), index=none, label=none)
 
     def step(self) -> None:
         """One step."""

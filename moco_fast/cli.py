@@ -196,7 +196,7 @@ def _preview(command: Preview) -> int:
     sheet(previews, others, columns=2 if others else 3).save(out)
     print(f"{out}: {len(chosen)} samples as a run with seed {command.seed} sees them in epoch {command.epoch}")
     if others:
-        apart = differences(previews, others)
+        apart = np.concatenate([of_view.ravel() for of_view in differences(previews, others)])
         print(
             f"{command.backend} and {command.compare} are {apart.mean():.2f} levels of 255 apart on average, "
             f"{apart.max()} at most (docs/data.md says where)"

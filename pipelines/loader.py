@@ -13,7 +13,7 @@ import torch
 
 from pipelines.backends.engines import Engines, choose_load, describe_engines, find_engines
 from pipelines.backends.registry import BACKENDS, Job, Stream, choose, choose_num_threads
-from pipelines.batch import ImageBatch, TwoViewBatch
+from pipelines.batch import Batch
 from pipelines.config import DataConfig, ViewsConfig, refuse_unused, tars_to_stream
 from pipelines.plan.order import OrderPlan, check_ranks
 from pipelines.reading.reader import READ_THREADS
@@ -73,7 +73,7 @@ class Loader:
         """Steps in a whole epoch, the same on every rank."""
         return self._num_steps
 
-    def __iter__(self) -> Iterator[TwoViewBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         epoch = self._epoch
         while self._epoch == epoch:
             batch = self._next()
@@ -109,7 +109,7 @@ class Loader:
         self._stop()
         self._kept.clear()
 
-    def _next(self) -> TwoViewBatch:
+    def _next(self) -> Batch:
         if self._closed:
             raise ValueError("this loader is closed: open another one")
         self._kept.mark()
@@ -117,14 +117,12 @@ class Loader:
             self._stream = self._start(self._epoch, self._step)
             self._finalizer = _close_with(self, self._stream)
         made = self._stream.get()
-        view_q, view_k = made.views
         for reason in made.replaced:
             self.num_replaced += 1
             _LOG.warning("replaced by the next good sample: %s", reason)
-        self._kept.add(view_q, view_k)
-        return TwoViewBatch(
-            view_q=view_q,
-            view_k=view_k,
+        self._kept.add(*made.views)
+        return Batch(
+            views=made.views,
             index=torch.from_numpy(made.samples),
             label=torch.from_numpy(made.labels),
         )
@@ -148,7 +146,7 @@ class EvalLoader:
         """Batches of this rank; the last one may be short."""
         return self._num_batches
 
-    def __iter__(self) -> Iterator[ImageBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         self.close()
         stream = self._start()
         self._finalizer = finalizer = _close_with(self, stream)
@@ -156,11 +154,8 @@ class EvalLoader:
         try:
             for _ in range(self._num_batches):
                 made = stream.get()
-                [images] = made.views
-                kept.add(images)
-                yield ImageBatch(
-                    images=images, index=torch.from_numpy(made.samples), label=torch.from_numpy(made.labels)
-                )
+                kept.add(*made.views)
+                yield Batch(views=made.views, index=torch.from_numpy(made.samples), label=torch.from_numpy(made.labels))
                 kept.mark()
         finally:
             kept.clear()

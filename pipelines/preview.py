@@ -1,8 +1,9 @@
-"""The two views of chosen samples exactly as training sees them, and a sheet of them to look at."""
+"""Preview of chosen samples: their views exactly as training sees them, and a sheet of them to look at."""
 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 import numpy.typing as npt
@@ -14,36 +15,33 @@ from pipelines.reading.reader import Reader
 from pipelines.reading.samples import draw_training
 from shards import ShardSet
 
-__all__ = ["Preview", "differences", "draw", "sheet"]
+__all__ = ["SampleViews", "differences", "draw", "sheet"]
 
 Pixels = npt.NDArray[np.uint8]
 
 # One level of difference is too dark to see.
 _AMPLIFY = 16
-_QUERY_COLOR, _KEY_COLOR = (230, 85, 13), (33, 113, 181)
+# One for each view; a recipe with more of them begins again.
+_COLORS = ((230, 85, 13), (33, 113, 181), (49, 163, 84), (117, 107, 177))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preview:
-    """A sample and its two views."""
+class SampleViews:
+    """A sample and its views."""
 
     index: int
     """Dense sample number."""
     original: Pixels
     """(H, W, 3) as stored."""
-    box_q: tuple[int, int, int, int]
-    """Crop of the query view in the original: x, y, width, height in pixels."""
-    box_k: tuple[int, int, int, int]
-    """Crop of the key view."""
-    view_q: Pixels
-    """(S, S, 3)."""
-    view_k: Pixels
-    """(S, S, 3)."""
+    boxes: tuple[tuple[int, int, int, int], ...]
+    """Crop of each view in the original: x, y, width, height in pixels."""
+    views: tuple[Pixels, ...]
+    """(S, S, 3) each."""
 
 
 def draw(
     shards: str, views: ViewsConfig, *, seed: int, epoch: int, indices: Sequence[int], backend: str = "dali"
-) -> list[Preview]:
+) -> list[SampleViews]:
     """Make the views of some samples as a run with this seed sees them in this epoch.
 
     Args:
@@ -69,32 +67,29 @@ def draw(
         reader.close()
     tables = draw_training(epoch, samples, records, views=views, seed=seed)
     made = make_views(opened, samples, views, seed=seed, epoch=epoch, backend=backend)
-    view_q, view_k = (view.permute(0, 2, 3, 1).numpy() for view in made)
+    pixels = [view.permute(0, 2, 3, 1).numpy() for view in made]
     return [
-        Preview(
+        SampleViews(
             index=int(sample),
             original=np.asarray(Image.open(io.BytesIO(encoded[row].tobytes())).convert("RGB")),
-            box_q=_as_box(tables[0].box[row]),
-            box_k=_as_box(tables[1].box[row]),
-            view_q=view_q[row].copy(),
-            view_k=view_k[row].copy(),
+            boxes=tuple(_as_box(table.box[row]) for table in tables),
+            views=tuple(of_view[row].copy() for of_view in pixels),
         )
         for row, sample in enumerate(samples)
     ]
 
 
-def differences(previews: Sequence[Preview], others: Sequence[Preview]) -> npt.NDArray[np.uint8]:
-    """How far two backends' views of the same samples are apart, in 8-bit levels: (samples, 2 views, S, S, 3)."""
-    one, two = (
-        np.array([(preview.view_q, preview.view_k) for preview in some], dtype=np.int16) for some in (previews, others)
-    )
-    return np.abs(one - two).astype(np.uint8)
+def differences(previews: Sequence[SampleViews], others: Sequence[SampleViews]) -> list[Pixels]:
+    """Return how far two backends' views of the same samples are apart in 8-bit levels: (n, S, S, 3) for each view."""
+    one, two = (zip(*(preview.views for preview in some), strict=True) for some in (previews, others))
+    apart = [np.abs(np.array(a, dtype=np.int16) - np.array(b, dtype=np.int16)) for a, b in zip(one, two, strict=True)]
+    return [of_view.astype(np.uint8) for of_view in apart]
 
 
 def sheet(
-    previews: Sequence[Preview], others: Sequence[Preview] = (), *, side: int = 160, columns: int = 3
+    previews: Sequence[SampleViews], others: Sequence[SampleViews] = (), *, side: int = 160, columns: int = 3
 ) -> Image.Image:
-    """Lay samples out on one sheet: the original with both crops outlined, then the query and the key view.
+    """Lay samples out on one sheet: the original with all crops outlined, then each view.
 
     Args:
         previews: what to show.
@@ -104,15 +99,16 @@ def sheet(
     """
     margin = 8
     apart = differences(previews, others) if others else None
-    rows, tiles = -(-len(previews) // columns), 5 if others else 3
+    num_views = len(previews[0].views)
+    rows, tiles = -(-len(previews) // columns), 1 + (2 if others else 1) * num_views
     cell_w, cell_h = tiles * side + (tiles + 1) * margin, side + margin
     canvas = Image.new("RGB", (columns * cell_w, rows * cell_h + margin), (255, 255, 255))
     for number, preview in enumerate(previews):
         shown = [_outlined(preview, side)]
-        for view, (pixels, color) in enumerate(((preview.view_q, _QUERY_COLOR), (preview.view_k, _KEY_COLOR))):
+        for view, (pixels, color) in enumerate(zip(preview.views, cycle(_COLORS))):
             shown.append(_framed(pixels, side, color))
             if apart is not None:
-                amplified = (apart[number, view].astype(np.uint16) * _AMPLIFY).clip(0, 255).astype(np.uint8)
+                amplified = (apart[view][number].astype(np.uint16) * _AMPLIFY).clip(0, 255).astype(np.uint8)
                 shown.append(_framed(amplified, side, color))
         left, top = number % columns * cell_w + margin, number // columns * cell_h + margin
         for place, tile in enumerate(shown):
@@ -126,7 +122,7 @@ def _framed(pixels: Pixels, side: int, color: tuple[int, int, int]) -> Image.Ima
     return tile
 
 
-def _outlined(preview: Preview, side: int) -> Image.Image:
+def _outlined(preview: SampleViews, side: int) -> Image.Image:
     """Fit the original into a square tile, with both boxes drawn on it."""
     height, width = preview.original.shape[:2]
     scale = side / max(height, width)
@@ -136,7 +132,7 @@ def _outlined(preview: Preview, side: int) -> Image.Image:
     left, top = (side - size[0]) // 2, (side - size[1]) // 2
     tile.paste(small, (left, top))
     pen = ImageDraw.Draw(tile)
-    for (x, y, w, h), color in ((preview.box_k, _KEY_COLOR), (preview.box_q, _QUERY_COLOR)):
+    for (x, y, w, h), color in reversed(list(zip(preview.boxes, cycle(_COLORS)))):
         corners = (left + x * scale, top + y * scale, left + (x + w) * scale - 1, top + (y + h) * scale - 1)
         pen.rectangle((*corners[:2], max(corners[0], corners[2]), max(corners[1], corners[3])), outline=color, width=2)
     return tile

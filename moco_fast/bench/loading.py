@@ -12,7 +12,7 @@ from moco_fast.config import Config
 from moco_fast.training.build import open_run_loader
 from moco_fast.training.runtime import Runtime
 from pipelines.backends.registry import choose
-from pipelines.batch import TwoViewBatch
+from pipelines.batch import Batch
 from pipelines.config import Backend, ViewConfig, ViewsConfig
 from pipelines.loader import Loader
 from pipelines.plan.order import EpochOrder, OrderPlan
@@ -77,7 +77,7 @@ def made_on_device(config: Config, device: torch.device) -> bool:
     return device.type == "cpu" or _backend(config, device) == "dali"
 
 
-def resident_batch(config: Config, runtime: Runtime, size: int, device: torch.device) -> TwoViewBatch:
+def resident_batch(config: Config, runtime: Runtime, size: int, device: torch.device) -> Batch:
     """A batch of `size` samples of this rank that looks like the loader's; its pixels are noise.
 
     Its samples are the first ones of the set: a memory bank knows them all.
@@ -90,7 +90,7 @@ def resident_batch(config: Config, runtime: Runtime, size: int, device: torch.de
         )
         for _ in range(2)
     )
-    return TwoViewBatch(view_q=view_q, view_k=view_k, index=torch.arange(size), label=torch.full((size,), -1))
+    return Batch(views=(view_q, view_k), index=torch.arange(size), label=torch.full((size,), -1))
 
 
 def can_read(config: Config) -> bool:

@@ -144,7 +144,7 @@ class _Bench:
     def _hand_over(self, size: int) -> Rate:
         batch = resident_batch(self.config, self._runtime, size, torch.device("cpu"))
         device = self._runtime.device
-        return self._rate(lambda: (batch.view_q.to(device), batch.view_k.to(device)), 0.1 * self.round_s)
+        return self._rate(lambda: [view.to(device) for view in batch.views], 0.1 * self.round_s)
 
     def _rate(self, job: Job, seconds: float) -> Rate:
         """Of rounds of a job that handles a batch; what was made ahead of its time does not count."""

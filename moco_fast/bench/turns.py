@@ -9,7 +9,7 @@ from moco_fast.bench.names import REST, WAITING
 from moco_fast.bench.stopwatch import Job, Stopwatch
 from moco_fast.config import Config
 from moco_fast.training.step import TrainStep
-from pipelines.batch import TwoViewBatch
+from pipelines.batch import Batch
 from pipelines.loader import Loader
 
 __all__ = ["Round", "Turns", "made_ahead"]
@@ -45,7 +45,7 @@ class Turns:
         loader: Loader,
         step: TrainStep,
         clock: PartClock,
-        resident: list[TwoViewBatch],
+        resident: list[Batch],
         round_s: float,
     ):
         self._config, self._stopwatch, self._step, self._clock = config, stopwatch, step, clock
@@ -94,12 +94,12 @@ class Turns:
         """Whether a step takes longer than a round should."""
         return self._call_s.get("step", 0.0) > self._round_s
 
-    def _train(self, batches: list[TwoViewBatch]) -> None:
+    def _train(self, batches: list[Batch]) -> None:
         with self._clock.part(REST):
             # The weights stay as they are, and with them the time that they take, on noise too.
             self._step(batches, lr=0.0, momentum=self._config.moco.momentum)
 
-    def _take(self) -> list[TwoViewBatch]:
+    def _take(self) -> list[Batch]:
         return list(islice(self._batches, self._config.optim.accumulate))
 
     def _drain(self) -> None:
@@ -126,6 +126,6 @@ def made_ahead(config: Config) -> int:
     return 2 * config.data.prefetch + 2
 
 
-def _endless(loader: Loader) -> Iterator[TwoViewBatch]:
+def _endless(loader: Loader) -> Iterator[Batch]:
     while True:
         yield from loader

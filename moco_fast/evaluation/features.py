@@ -14,7 +14,7 @@ from tqdm import tqdm
 from moco_fast import distributed
 from moco_fast.config import Layer
 from moco_fast.encoders.encoder import Encoder
-from pipelines.batch import ImageBatch
+from pipelines.batch import Batch
 from pipelines.config import DataConfig
 from pipelines.loader import open_eval_loader
 from shards import ShardSet
@@ -40,7 +40,7 @@ class Features:
 @torch.no_grad()
 def extract(
     encoder: Encoder,
-    batches: Iterable[ImageBatch],
+    batches: Iterable[Batch],
     *,
     device: torch.device,
     layer: Layer = "backbone",
@@ -64,7 +64,7 @@ def extract(
     index: list[Tensor] = []
     with _eval_mode(encoder):
         for batch in _with_progress(batches, title):
-            features = encoder.features(batch.images.to(device, non_blocking=True), layer).float()
+            features = encoder.features(batch.views[0].to(device, non_blocking=True), layer).float()
             values.append(normalize(features) if l2_normalize else features)
             labels.append(batch.label)
             index.append(batch.index)
@@ -76,7 +76,7 @@ def extract(
     )
 
 
-def _with_progress(batches: Iterable[ImageBatch], title: str | None) -> Iterable[ImageBatch]:
+def _with_progress(batches: Iterable[Batch], title: str | None) -> Iterable[Batch]:
     interval_s = 0.5 if sys.stderr.isatty() else 10.0
     return tqdm(batches, desc=title, disable=title is None, delay=3, mininterval=interval_s, leave=False, unit="batch")
 

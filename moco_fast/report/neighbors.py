@@ -169,7 +169,7 @@ def _pictures(shards: str, samples: Indices, *, side: int, crop: float, data: Da
     pictures: dict[int, Picture] = {}
     try:
         for batch in loader:
-            pixels = batch.images.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+            pixels = batch.views[0].permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
             pictures |= {int(sample): to_picture(image) for sample, image in zip(batch.index, pixels, strict=True)}
     finally:
         loader.close()

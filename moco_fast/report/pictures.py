@@ -34,10 +34,8 @@ class Sample:
 
     index: int
     original: Picture
-    box_q: tuple[int, int, int, int]
-    box_k: tuple[int, int, int, int]
-    view_q: Picture
-    view_k: Picture
+    boxes: tuple[tuple[int, int, int, int], ...]
+    views: tuple[Picture, ...]
 
 
 def show_views(config: Config, *, epoch: int, num_samples: int) -> list[Sample]:
@@ -49,10 +47,8 @@ def show_views(config: Config, *, epoch: int, num_samples: int) -> list[Sample]:
         Sample(
             index=preview.index,
             original=to_picture(preview.original),
-            box_q=preview.box_q,
-            box_k=preview.box_k,
-            view_q=to_picture(preview.view_q),
-            view_k=to_picture(preview.view_k),
+            boxes=preview.boxes,
+            views=tuple(to_picture(view) for view in preview.views),
         )
         for preview in previews
     ]

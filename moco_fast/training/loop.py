@@ -26,7 +26,7 @@ from moco_fast.training.optim import load_optimizer_tensors, optimizer_tensors
 from moco_fast.training.runtime import Runtime, start
 from moco_fast.training.schedule import describe_lr, lr_at, momentum_at
 from moco_fast.training.stop import StopSignal
-from pipelines.batch import TwoViewBatch
+from pipelines.batch import Batch
 
 __all__ = ["train"]
 
@@ -282,7 +282,7 @@ class Run:
         if self._metrics is not None:
             self._metrics.close()
 
-    def _batches(self) -> Iterator[TwoViewBatch]:
+    def _batches(self) -> Iterator[Batch]:
         """Every batch from where the loader stands, epoch after epoch."""
         while True:
             yield from self.parts.loader

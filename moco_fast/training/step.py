@@ -13,7 +13,7 @@ from moco_fast.encoders.encoder import unit_vectors
 from moco_fast.methods.dictionary import Dictionary
 from moco_fast.methods.keys import KeySource
 from moco_fast.methods.loss import feature_std
-from pipelines.batch import TwoViewBatch
+from pipelines.batch import Batch
 
 __all__ = ["TrainStep"]
 
@@ -45,7 +45,7 @@ class TrainStep:
     unscale: Callable[[Optimizer], object] = lambda _: None
     """Divides gradients by what `backward` scaled them with."""
 
-    def __call__(self, batches: Sequence[TwoViewBatch], *, lr: float, momentum: float) -> dict[str, Tensor]:
+    def __call__(self, batches: Sequence[Batch], *, lr: float, momentum: float) -> dict[str, Tensor]:
         """Step once on the mean gradient of `batches`; the dictionary takes in the keys of each.
 
         Returns:
@@ -63,9 +63,10 @@ class TrainStep:
         self.optimizer.zero_grad()
         return _mean(watched) | {"grad_norm": grad_norm}
 
-    def _accumulate(self, batch: TwoViewBatch, weight: float, *, last: bool) -> dict[str, Tensor]:
+    def _accumulate(self, batch: Batch, weight: float, *, last: bool) -> dict[str, Tensor]:
         """Add `weight` times the gradient of one batch; gradients are averaged over ranks in the last one only."""
-        directions = [(batch.view_q, batch.view_k), (batch.view_k, batch.view_q)][: 1 + self.symmetric]
+        first, second = batch.views
+        directions = [(first, second), (second, first)][: 1 + self.symmetric]
         outcomes = []
         for number, (view_q, view_k) in enumerate(directions, start=1):
             with self._averaging(last and number == len(directions)):

@@ -18,7 +18,7 @@ loader = open_loader(DataConfig(shards=shards, batch_size=12, backend=backend, n
 loader.load_state_dict(state)
 while loader.state_dict()["epoch"] < 3:
     for batch in loader:
-        content = b"".join(t.contiguous().numpy().tobytes() for t in (batch.view_q, batch.view_k, batch.index))
+        content = b"".join(t.contiguous().numpy().tobytes() for t in (*batch.views, batch.index))
         print(json.dumps([hashlib.sha256(content).hexdigest(), loader.state_dict()]), flush=True)
 """
 

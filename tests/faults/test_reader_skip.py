@@ -71,7 +71,7 @@ def test_a_replacement_is_seen_as_itself(flipped):
     views = {}
     with open_loader(data, ViewsConfig(size=16), seed=1, device=CPU) as loader:
         for batch in loader:
-            for sample, view in zip(batch.index.tolist(), batch.view_q, strict=True):
+            for sample, view in zip(batch.index.tolist(), batch.views[0], strict=True):
                 # Sample 11 comes three times, with the same parameters and so the same pixels.
                 assert torch.equal(views.setdefault(sample, view.clone()), view)
     assert len(views) == 27

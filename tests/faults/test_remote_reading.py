@@ -375,7 +375,7 @@ def batches(shards, tmp_path, *, state=None, num=10**6, cache_gib=None, **option
             loader.load_state_dict(state)
         while loader.state_dict()["epoch"] < 2 and len(found) < num:
             for batch in loader:
-                content = b"".join(t.contiguous().numpy().tobytes() for t in (batch.view_q, batch.view_k, batch.index))
+                content = b"".join(t.contiguous().numpy().tobytes() for t in (*batch.views, batch.index))
                 found.append(hashlib.sha256(content).hexdigest())
                 if len(found) == num:
                     break

@@ -19,7 +19,7 @@ from moco_fast.methods.shuffle import Together
 from moco_fast.training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from moco_fast.training.runtime import start
 from moco_fast.training.step import TrainStep
-from pipelines.batch import TwoViewBatch
+from pipelines.batch import Batch
 
 pytestmark = pytest.mark.gpu
 
@@ -85,7 +85,7 @@ def batch(number, device):
         )
         for _ in range(2)
     )
-    return TwoViewBatch(view_q=view_q, view_k=view_k, index=torch.arange(BATCH), label=torch.full((BATCH,), -1))
+    return Batch(views=(view_q, view_k), index=torch.arange(BATCH), label=torch.full((BATCH,), -1))
 
 
 def take(made, runtime, numbers):

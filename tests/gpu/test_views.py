@@ -73,7 +73,7 @@ def stream_of_its_own(device):
 @pytest.mark.parametrize("stream", [lambda _: nullcontext(), stream_of_its_own], ids=["default", "own"])
 def test_views_are_whole_when_kernels_that_come_late_read_them(device, many_sizes, stream):
     with open_sizes(device, many_sizes) as loader:
-        expected = [(batch.view_q.sum().item(), batch.view_k.sum().item()) for _ in range(5) for batch in loader]
+        expected = [tuple(view.sum().item() for view in batch.views) for _ in range(5) for batch in loader]
     sums = []
     with stream(device), open_sizes(device, many_sizes) as loader:
         for _ in range(5):
@@ -81,7 +81,7 @@ def test_views_are_whole_when_kernels_that_come_late_read_them(device, many_size
                 if device.type == "cuda":
                     torch.cuda._sleep(20_000_000)
                 # Read on the device long after Python has dropped the batch.
-                sums.append((batch.view_q.sum(), batch.view_k.sum()))
+                sums.append((batch.views[0].sum(), batch.views[1].sum()))
                 del batch
         # Inside: on the stream that summed them.
         assert [(q.item(), k.item()) for q, k in sums] == expected
@@ -89,10 +89,10 @@ def test_views_are_whole_when_kernels_that_come_late_read_them(device, many_size
 
 def test_a_resume_is_exact_on_the_device(device, many_sizes):
     with open_sizes(device, many_sizes) as loader:
-        whole = [(batch.view_q.cpu(), batch.view_k.cpu(), batch.index) for batch in loader]
+        whole = [(*(view.cpu() for view in batch.views), batch.index) for batch in loader]
     with open_sizes(device, many_sizes) as loader:
         loader.load_state_dict({"epoch": 0, "step": 2})
-        rest = [(batch.view_q.cpu(), batch.view_k.cpu(), batch.index) for batch in loader]
+        rest = [(*(view.cpu() for view in batch.views), batch.index) for batch in loader]
     for one, two in zip(rest, whole[2:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
@@ -101,7 +101,7 @@ def test_evaluation_images_are_those_of_the_cpu(device, many_sizes):
     loaders = [open_eval_loader(str(many_sizes), size=48, batch_size=20, device=d) for d in (device, CPU)]
     for one, two in zip(*loaders, strict=True):
         assert torch.equal(one.index, two.index)
-        assert (one.images.cpu().int() - two.images.int()).abs().float().mean() < 1.0
+        assert (one.views[0].cpu().int() - two.views[0].int()).abs().float().mean() < 1.0
 
 
 def memory_in_use(device) -> int:

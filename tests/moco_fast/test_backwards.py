@@ -12,7 +12,7 @@ from moco_fast.config import MocoConfig, ModelConfig, OptimConfig
 from moco_fast.presets import PRESETS
 from moco_fast.training.build import build
 from moco_fast.training.runtime import start
-from pipelines.batch import TwoViewBatch
+from pipelines.batch import Batch
 
 MECHANISMS = {
     "queue": MocoConfig(queue_size=64),
@@ -58,7 +58,7 @@ def batch(number, rank):
         )
         for _ in range(2)
     )
-    return TwoViewBatch(view_q=view_q, view_k=view_k, index=torch.arange(BATCH), label=torch.full((BATCH,), -1))
+    return Batch(views=(view_q, view_k), index=torch.arange(BATCH), label=torch.full((BATCH,), -1))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -30,7 +30,7 @@ from moco_fast.methods.shuffle import Together, VirtualGroups, build_policy
 from moco_fast.presets import PRESETS
 from moco_fast.training.optim import build_optimizer
 from moco_fast.training.step import TrainStep
-from pipelines.batch import TwoViewBatch
+from pipelines.batch import Batch
 from pipelines.config import ViewsConfig
 
 ROOT = Path(__file__).parent.parent.parent
@@ -216,7 +216,7 @@ def train_step(moco):
 def test_a_step_on_a_clock_is_the_same_step(mechanism):
     generator = torch.Generator().manual_seed(1)
     view_q, view_k = (torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=generator) for _ in range(2))
-    batch = TwoViewBatch(view_q=view_q, view_k=view_k, index=torch.arange(8), label=torch.full((8,), -1))
+    batch = Batch(views=(view_q, view_k), index=torch.arange(8), label=torch.full((8,), -1))
     plain, watched = train_step(MECHANISMS[mechanism]), train_step(MECHANISMS[mechanism])
     clock = PartClock(CPU)
     for seed in range(2):

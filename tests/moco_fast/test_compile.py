@@ -23,7 +23,7 @@ from moco_fast.training.build import build
 from moco_fast.training.optim import build_optimizer
 from moco_fast.training.runtime import start
 from moco_fast.training.step import TrainStep
-from pipelines.batch import TwoViewBatch
+from pipelines.batch import Batch
 
 BATCH = 8
 SIZE = 32
@@ -64,7 +64,7 @@ def tiny(preset: Config, shards: str) -> Config:
     )
 
 
-def make_batch(number: int) -> TwoViewBatch:
+def make_batch(number: int) -> Batch:
     generator = torch.Generator().manual_seed(number)
     view_q, view_k = (
         torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator).contiguous(
@@ -72,7 +72,7 @@ def make_batch(number: int) -> TwoViewBatch:
         )
         for _ in range(2)
     )
-    return TwoViewBatch(view_q=view_q, view_k=view_k, index=torch.arange(BATCH), label=torch.full((BATCH,), -1))
+    return Batch(views=(view_q, view_k), index=torch.arange(BATCH), label=torch.full((BATCH,), -1))
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def step_with_statistics_of_all_ranks(compiled: bool) -> tuple[list[float], dict
     use_statistics_of_all_ranks(encoder)
     if compiled:
         encoder.compile(backend="aot_eager")
-    images = make_batch(distributed.rank()).view_q.float()
+    images = make_batch(distributed.rank()).views[0].float()
     losses = []
     # Torch looks for gradients of what it goes on with, and hides the warning of that in its own way.
     with warnings.catch_warnings(action="ignore", category=UserWarning):

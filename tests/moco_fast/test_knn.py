@@ -21,7 +21,7 @@ from moco_fast.encoders.encoder import Encoder, build_encoder
 from moco_fast.evaluation import knn
 from moco_fast.evaluation.features import Features, extract, gather, labeled_features, spread
 from moco_fast.evaluation.knn import KnnResult, classify, evaluate_knn
-from pipelines.batch import ImageBatch
+from pipelines.batch import Batch
 
 
 def unit_rows(rows: int, dim: int, seed: int) -> Tensor:
@@ -84,12 +84,12 @@ def encoder() -> Encoder:
     return build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8))
 
 
-def image_batches(sizes: list[int], *, first: int = 0) -> Iterator[ImageBatch]:
+def image_batches(sizes: list[int], *, first: int = 0) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(first)
     for size in sizes:
         index = torch.arange(first, first + size)
         images = torch.randint(0, 256, (size, 3, 16, 16), dtype=torch.uint8, generator=generator)
-        yield ImageBatch(images=images, index=index, label=index % 3)
+        yield Batch(images=images, index=index, label=index % 3)
         first += size
 
 
@@ -98,7 +98,7 @@ def test_extract_gives_the_backbone_s_features_in_eval_mode(encoder: Encoder) ->
     found = extract(encoder.train(), batches, device=torch.device("cpu"))
     encoder.eval()
     with torch.no_grad():
-        expected = encoder.features(torch.cat([batch.images for batch in batches]), "backbone")
+        expected = encoder.features(torch.cat([batch.views[0] for batch in batches]), "backbone")
     torch.testing.assert_close(found.values, expected / expected.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
     assert found.values.dtype == torch.float32
     assert found.index.tolist() == list(range(9))

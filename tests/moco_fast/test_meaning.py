@@ -19,7 +19,7 @@ from moco_fast.training import build as build_module
 from moco_fast.training.build import build
 from moco_fast.training.runtime import Runtime, start
 from moco_fast.training.schedule import lr_at, momentum_at
-from pipelines.batch import TwoViewBatch
+from pipelines.batch import Batch
 from pipelines.config import DataConfig
 
 BATCH, NUM_STEPS = 8, 10
@@ -60,11 +60,11 @@ def configuration(shards: str, **sections: Any) -> Config:
     )
 
 
-def make_batch(number: int) -> TwoViewBatch:
+def make_batch(number: int) -> Batch:
     generator = torch.Generator().manual_seed(number)
     views = [torch.randint(0, 256, (BATCH, 3, 6, 6), dtype=torch.uint8, generator=generator) for _ in range(2)]
     index = torch.arange(BATCH)
-    return TwoViewBatch(view_q=views[0], view_k=views[1], index=index, label=torch.full((BATCH,), -1))
+    return Batch(views=tuple(views), index=index, label=torch.full((BATCH,), -1))
 
 
 def outcome(config: Config, runtime: Runtime) -> list[torch.Tensor]:

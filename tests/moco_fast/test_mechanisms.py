@@ -14,14 +14,15 @@ from moco_fast import distributed
 from moco_fast.config import ModelConfig, OptimConfig
 from moco_fast.encoders.encoder import build_encoder
 from moco_fast.methods.batchnorm import batch_norm_over_ranks, use_statistics_of_all_ranks
-from moco_fast.methods.dictionary import Batch, MemoryBank
+from moco_fast.methods.dictionary import Batch as BatchDictionary
+from moco_fast.methods.dictionary import MemoryBank
 from moco_fast.methods.key_queue import Queue
 from moco_fast.methods.keys import BankKeys, MomentumKeys, QueryKeys
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.methods.shuffle import Exchange, Together
 from moco_fast.training.optim import build_optimizer
 from moco_fast.training.step import TrainStep
-from pipelines.batch import TwoViewBatch
+from pipelines.batch import Batch
 
 BATCH = 8
 TEMPERATURE = 0.5
@@ -38,7 +39,7 @@ def make_batch(step, rank):
         return images.contiguous(memory_format=torch.channels_last)
 
     index = torch.arange(BATCH) + BATCH * (2 * step + rank)
-    return TwoViewBatch(view_q=view(0), view_k=view(1), index=index, label=torch.full((BATCH,), -1))
+    return Batch(views=(view(0), view(1)), index=index, label=torch.full((BATCH,), -1))
 
 
 def make_query(head):
@@ -66,7 +67,7 @@ def train(mechanism):
     if distributed.is_distributed():
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.13 renames broadcast_buffers
             wrapped = DistributedDataParallel(query, broadcast_buffers=False)
-    dictionary = {"symmetric": make_queue, "bank": make_bank}.get(mechanism, Batch)()
+    dictionary = {"symmetric": make_queue, "bank": make_bank}.get(mechanism, BatchDictionary)()
     if mechanism == "bank":
         keys = BankKeys(dictionary)
     elif mechanism == "end-to-end":
@@ -157,7 +158,7 @@ class Simulation:
             for name, k in self.key.named_parameters():
                 k.copy_(MOMENTUM * k + (1 - MOMENTUM) * self.query.get_parameter(name))
         batches = [make_batch(number, rank) for rank in range(self.world_size)]
-        views = [[batch.view_q for batch in batches], [batch.view_k for batch in batches]]
+        views = [[batch.views[0] for batch in batches], [batch.views[1] for batch in batches]]
         index = torch.cat([batch.index for batch in batches])
         directions = [views, views[::-1]] if self.mechanism in ("symmetric", "v3") else [views]
         outcomes = [self.losses_of_direction(*direction, index) for direction in directions]

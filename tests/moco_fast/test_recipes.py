@@ -24,7 +24,7 @@ from torchvision.models.resnet import BasicBlock
 
 from moco_fast.encoders.encoder import ENCODERS, build_encoder, sine_cosine_positions
 from moco_fast.methods.batchnorm import convert_batch_norm
-from moco_fast.methods.dictionary import Batch
+from moco_fast.methods.dictionary import Batch as BatchDictionary
 from moco_fast.methods.key_queue import Queue
 from moco_fast.methods.keys import MomentumKeys
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
@@ -33,7 +33,7 @@ from moco_fast.presets import PRESETS
 from moco_fast.training.optim import build_optimizer
 from moco_fast.training.schedule import lr_at, momentum_at
 from moco_fast.training.step import TrainStep
-from pipelines.batch import TwoViewBatch
+from pipelines.batch import Batch
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -169,7 +169,7 @@ V3_TINY = replace(V3_PRESET, model=replace(V3_PRESET.model, encoder="resnet10", 
 def make_batch(step, batch=BATCH, side=32):
     generator = torch.Generator().manual_seed(step)
     views = [torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8, generator=generator) for _ in range(2)]
-    return TwoViewBatch(view_q=views[0], view_k=views[1], index=torch.arange(batch), label=torch.full((batch,), -1))
+    return Batch(views=tuple(views), index=torch.arange(batch), label=torch.full((batch,), -1))
 
 
 def in_float64(model, normalize):
@@ -205,7 +205,7 @@ def our_training():
     step = TrainStep(
         query=query,
         keys=MomentumKeys(key, MomentumUpdate(query, key), Together(), nullcontext),
-        dictionary=Batch(),
+        dictionary=BatchDictionary(),
         optimizer=build_optimizer(query, optim),
         temperature=moco.temperature,
         symmetric=True,
@@ -262,7 +262,7 @@ class AuthorsV3:
 
     def step(self, number):
         batch, epoch = make_batch(number), number / NUM_STEPS * 100  # of 100 epochs, 10 of them warm-up
-        first, second = (normalized(view, IMAGENET) for view in (batch.view_q, batch.view_k))
+        first, second = (normalized(view, IMAGENET) for view in batch.views)
         momentum = 1 - 0.5 * (1 + math.cos(math.pi * epoch / 100)) * (1 - 0.99)
         queries = [self.predictor(self.base(images)) for images in (first, second)]
         with torch.no_grad():
@@ -344,7 +344,7 @@ class AuthorsDemo:
         self.queue, self.pointer, self.velocity = queue.T.clone(), 0, {}
 
     def step(self, batch, order, permutation, lr=0.06, decay=5e-4):
-        images = [normalized(view[order], CIFAR) for view in (batch.view_q, batch.view_k)]
+        images = [normalized(view[order], CIFAR) for view in batch.views]
         queries = F.normalize(self.base(images[0]), dim=1)
         with torch.no_grad():
             for slow, fast in zip(self.slow.parameters(), self.base.parameters(), strict=True):

@@ -140,7 +140,7 @@ def test_views_are_those_that_training_saw(page: Page, finished_run: Path) -> No
     try:
         loader.load_state_dict({"epoch": 3, "step": 0})  # 40 steps are 4.4 epochs: the fourth is the last whole one
         for batch in loader:
-            views = (batch.view_q.permute(0, 2, 3, 1).numpy(), batch.view_k.permute(0, 2, 3, 1).numpy())
+            views = [view.permute(0, 2, 3, 1).numpy() for view in batch.views]
             seen |= {int(index): (q.copy(), k.copy()) for index, q, k in zip(batch.index, *views, strict=True)}
     finally:
         loader.close()
@@ -157,8 +157,8 @@ def test_boxes_lie_where_the_views_were_cut(page: Page, finished_run: Path) -> N
 
     config = read_run(finished_run).config
     previews = draw(config.data.shards, config.views, seed=config.run.seed, epoch=3, indices=[0, 96, 191, 287])
-    assert page.boxes["of-query"] == [preview.box_q for preview in previews]
-    assert page.boxes["of-key"] == [preview.box_k for preview in previews]
+    assert page.boxes["of-query"] == [preview.boxes[0] for preview in previews]
+    assert page.boxes["of-key"] == [preview.boxes[1] for preview in previews]
 
 
 def test_neighbors_agree_with_a_plain_search(finished_run: Path) -> None:

@@ -21,7 +21,7 @@ from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.methods.shuffle import Exchange, Gather, Together, VirtualGroups
 from moco_fast.training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from moco_fast.training.step import TrainStep
-from pipelines.batch import TwoViewBatch
+from pipelines.batch import Batch
 
 MODEL = ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8)
 OPTIM = OptimConfig(lr=0.02, weight_decay=1e-3)
@@ -53,7 +53,7 @@ def make_batch(step, rank):
         return images.contiguous(memory_format=torch.channels_last)
 
     none = torch.full((BATCH,), -1)
-    return TwoViewBatch(view_q=view(0), view_k=view(1), index=torch.arange(BATCH), label=none)
+    return Batch(views=(view(0), view(1)), index=torch.arange(BATCH), label=none)
 
 
 def make_step(policy, num_groups=1, wrap=lambda query: query, autocast=nullcontext, exact=False, **options):
@@ -131,12 +131,12 @@ def simulate(policy_name, num_steps, accumulate, world_size):
         for micro in range(accumulate):
             batches = [make_batch(step * accumulate + micro, rank) for rank in range(world_size)]
             keys = torch.zeros(world_size, BATCH, MODEL.dim, dtype=torch.float64)
-            for images, owners in naive_shuffle(policy_name, [batch.view_k for batch in batches], world_size):
+            for images, owners in naive_shuffle(policy_name, [batch.views[1] for batch in batches], world_size):
                 with torch.no_grad():
                     for (owner, row), k in zip(owners, F.normalize(key(images)), strict=True):
                         keys[owner, row] = k
             for rank in range(world_size):
-                queries = F.normalize(query(batches[rank].view_q))
+                queries = F.normalize(query(batches[rank].views[0]))
                 logits = torch.cat([(queries * keys[rank]).sum(1, keepdim=True), queries @ dictionary.T], dim=1)
                 loss = F.cross_entropy(logits / TEMPERATURE, torch.zeros(BATCH, dtype=torch.int64))
                 (loss / world_size / accumulate).backward()
@@ -184,9 +184,8 @@ def test_virtual_groups_on_one_rank_do_what_separate_ranks_would():
     # Two groups of a batch of 16 are two ranks with batches of 8, but for the queue's order.
     parts = make_step(VirtualGroups(2), num_groups=2)
     halves = [make_batch(0, rank) for rank in range(2)]
-    merged = TwoViewBatch(
-        view_q=torch.cat([half.view_q for half in halves]),
-        view_k=torch.cat([half.view_k for half in halves]),
+    merged = Batch(
+        views=tuple(torch.cat(of_halves) for of_halves in zip(*(half.views for half in halves), strict=True)),
         index=torch.arange(16),
         label=torch.full((16,), -1),
     )
@@ -196,8 +195,8 @@ def test_virtual_groups_on_one_rank_do_what_separate_ranks_would():
     for group in range(2):
         dealt = [row for place in range(8 * group, 8 * group + 8) for row in [place // 2 + 8 * (place % 2)]]
         with torch.no_grad():
-            keys[dealt] = F.normalize(key(merged.view_k[dealt]))
-    queries = torch.cat([F.normalize(query(half.view_q)) for half in halves])
+            keys[dealt] = F.normalize(key(merged.views[1][dealt]))
+    queries = torch.cat([F.normalize(query(half.views[0])) for half in halves])
     logits = torch.cat([(queries * keys).sum(1, keepdim=True), queries @ make_parts()[2].keys.T], dim=1)
     expected = F.cross_entropy(logits / TEMPERATURE, torch.zeros(16, dtype=torch.int64))
     assert watched["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
@@ -209,7 +208,7 @@ def test_what_is_watched():
     batch = make_batch(0, 0)
     queue = parts.queue.keys.clone()
     watched = parts.step([batch], lr=0.1, momentum=MOMENTUM)
-    queries = F.normalize(before(batch.view_q))
+    queries = F.normalize(before(batch.views[0]))
     keys = parts.queue.keys[:BATCH]
     positives, negatives = (queries * keys).sum(1), queries @ queue.T
     assert watched.keys() == {

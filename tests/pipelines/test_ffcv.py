@@ -66,7 +66,8 @@ def our_threads() -> list[str]:
 
 
 def same(one, two) -> bool:
-    return all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("view_q", "view_k", "index", "label"))
+    of_one, of_two = ((*batch.views, batch.index, batch.label) for batch in (one, two))
+    return all(torch.equal(a, b) for a, b in zip(of_one, of_two, strict=True))
 
 
 @pytest.mark.parametrize("os_cache", [True, False])
@@ -164,11 +165,11 @@ def test_batches_are_those_of_the_shards_whichever_backend_reads_what(small):
             for one, two in zip(ours, theirs, strict=True):
                 assert torch.equal(one.index, two.index)
                 assert torch.equal(one.label, one.index)
-                for view in (one.view_q, one.view_k):
+                for view in one.views:
                     assert view.shape == (16, 3, 24, 24)
                     assert view.dtype == torch.uint8
                     assert view.is_contiguous(memory_format=torch.channels_last)
-                assert (one.view_q.float() - two.view_q.float()).abs().mean() < 2
+                assert (one.views[0].float() - two.views[0].float()).abs().mean() < 2
     with open_small(small, backend="auto") as loader:
         assert "ffcv (the data is a .beton)" in loader.description
 
@@ -184,7 +185,7 @@ def test_a_resume_and_a_left_loop_go_on_to_the_bit(small):
     numpys_state, torchs_threads = np.random.get_state()[1].copy(), torch.get_num_threads()  # noqa: NPY002
     with open_small(small) as loader:
         whole = [batch for _ in range(2) for batch in loader]
-        kept = [(batch.view_q.clone(), batch.view_k.clone()) for batch in whole]
+        kept = [(batch.views[0].clone(), batch.views[1].clone()) for batch in whole]
         loader.load_state_dict({"epoch": 0, "step": 1})
         parts = []
         for batch in loader:
@@ -194,9 +195,10 @@ def test_a_resume_and_a_left_loop_go_on_to_the_bit(small):
     assert all(same(a, b) for a, b in zip(parts, whole[1:], strict=True))
     # What was handed over stayed as it was, however many batches came after it.
     assert all(
-        torch.equal(batch.view_q, q) and torch.equal(batch.view_k, k) for batch, (q, k) in zip(whole, kept, strict=True)
+        torch.equal(batch.views[0], q) and torch.equal(batch.views[1], k)
+        for batch, (q, k) in zip(whole, kept, strict=True)
     )
-    assert not any(torch.equal(a.view_q, b.view_q) for a in whole[:3] for b in whole[3:])
+    assert not any(torch.equal(a.views[0], b.views[0]) for a in whole[:3] for b in whole[3:])
     assert np.array_equal(np.random.get_state()[1], numpys_state)  # noqa: NPY002
     assert torch.get_num_threads() == torchs_threads
 
@@ -300,7 +302,7 @@ def test_evaluation_sees_each_sample_once_as_a_central_crop(small):
     assert our_threads() == []
     [table] = draw_central(0, np.arange(60), shards.records, crop=0.875)
     data = small.read_bytes()
-    for number, image in enumerate(torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy()):
+    for number, image in enumerate(torch.cat([batch.views[0] for batch in batches]).permute(0, 2, 3, 1).numpy()):
         record = shards.records[number]
         encoded = data[int(record["offset"]) : int(record["offset"]) + int(record["size"])]
         expected = reference.view(encoded, table, number, 20, inside=True)

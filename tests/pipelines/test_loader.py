@@ -32,7 +32,8 @@ def our_threads() -> list[str]:
 
 
 def same(one, two) -> bool:
-    return all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("view_q", "view_k", "index", "label"))
+    of_one, of_two = ((*batch.views, batch.index, batch.label) for batch in (one, two))
+    return all(torch.equal(a, b) for a, b in zip(of_one, of_two, strict=True))
 
 
 def test_a_batch_keeps_the_contract(loader):
@@ -40,13 +41,13 @@ def test_a_batch_keeps_the_contract(loader):
     assert (loader.num_samples, loader.batch_size) == (100, 16)
     assert "dali" in loader.description
     for batch in loader:
-        for view in (batch.view_q, batch.view_k):
+        for view in batch.views:
             assert view.shape == (16, 3, 24, 24)
             assert view.dtype == torch.uint8
             assert view.is_contiguous(memory_format=torch.channels_last)
         assert batch.index.dtype == batch.label.dtype == torch.int64
         assert torch.equal(batch.index, batch.label)
-        assert not torch.equal(batch.view_q, batch.view_k)
+        assert not torch.equal(*batch.views)
 
 
 def test_an_iteration_is_an_epoch_and_each_has_an_order_and_views_of_its_own(loader):
@@ -55,8 +56,8 @@ def test_an_iteration_is_an_epoch_and_each_has_an_order_and_views_of_its_own(loa
     seen = [torch.cat([batch.index for batch in epoch]).tolist() for epoch in epochs]
     assert all(len(set(samples)) == 96 for samples in seen)
     assert seen[0] != seen[1] != seen[2]
-    first = {int(i): view for batch in epochs[0] for i, view in zip(batch.index, batch.view_q, strict=True)}
-    second = {int(i): view for batch in epochs[1] for i, view in zip(batch.index, batch.view_q, strict=True)}
+    first = {int(i): view for batch in epochs[0] for i, view in zip(batch.index, batch.views[0], strict=True)}
+    second = {int(i): view for batch in epochs[1] for i, view in zip(batch.index, batch.views[0], strict=True)}
     assert not any(torch.equal(first[i], second[i]) for i in first.keys() & second.keys())
 
 
@@ -109,8 +110,8 @@ def test_pixels_and_samples_of_a_step_do_not_depend_on_the_ranks(small_shards):
             step = {}
             for batch in batches:
                 assert len(batch.index) == 16 // world_size
-                for i, view_q, view_k in zip(batch.index, batch.view_q, batch.view_k, strict=True):
-                    step[int(i)] = torch.stack((view_q, view_k)).clone()
+                for i, *views in zip(batch.index, *batch.views, strict=True):
+                    step[int(i)] = torch.stack(views).clone()
             found.append(step)
         for loader in loaders:
             loader.close()
@@ -127,8 +128,8 @@ def test_pixels_and_samples_of_a_step_do_not_depend_on_the_ranks(small_shards):
 def test_views_stay_whole_while_later_ones_are_made(loader):
     kept = []
     for _ in range(3):
-        kept.extend((batch, batch.view_q.clone(), batch.view_k.clone()) for batch in loader)
-    assert all(torch.equal(batch.view_q, q) and torch.equal(batch.view_k, k) for batch, q, k in kept)
+        kept.extend((batch, batch.views[0].clone(), batch.views[1].clone()) for batch in loader)
+    assert all(torch.equal(batch.views[0], q) and torch.equal(batch.views[1], k) for batch, q, k in kept)
 
 
 def test_the_next_epoch_is_made_ready_before_it_is_asked_for(loader):
@@ -222,7 +223,7 @@ def test_evaluation_sees_each_sample_once_in_dense_order(small_shards, rank):
         assert len(loader) == len(batches) == 3
         samples = torch.cat([batch.index for batch in batches]).tolist()
         assert samples == list(range(100 * rank // 3, 100 * (rank + 1) // 3))
-        assert all(batch.images.shape == (len(batch.index), 3, 20, 20) for batch in batches)
+        assert all(batch.views[0].shape == (len(batch.index), 3, 20, 20) for batch in batches)
         assert all(torch.equal(batch.label, batch.index) for batch in batches)
     assert our_threads() == []
 
@@ -260,4 +261,4 @@ def test_stages_that_never_happen_are_left_out(small_shards):
     none = ViewConfig(jitter_p=0.0, grayscale_p=0.0, blur_p=0.0, flip_p=0.0, crop_scale=(1.0, 1.0))
     with open_small(small_shards, views=replace(VIEWS, query=none, key=none)) as loader:
         batch = next(iter(loader))
-    assert batch.view_q.float().std() > 10
+    assert batch.views[0].float().std() > 10

@@ -17,10 +17,10 @@ def test_a_preview_shows_what_training_sees(small_shards):
     previews = draw(str(small_shards), VIEWS, seed=5, epoch=2, indices=batch.index.tolist())
     for row, preview in enumerate(previews):
         assert preview.index == int(batch.index[row])
-        assert np.array_equal(preview.view_q, batch.view_q[row].permute(1, 2, 0).numpy())
-        assert np.array_equal(preview.view_k, batch.view_k[row].permute(1, 2, 0).numpy())
+        for shown, view in zip(preview.views, batch.views, strict=True):
+            assert np.array_equal(shown, view[row].permute(1, 2, 0).numpy())
         height, width = preview.original.shape[:2]
-        for x, y, w, h in (preview.box_q, preview.box_k):
+        for x, y, w, h in preview.boxes:
             assert 0 <= x < x + w <= width
             assert 0 <= y < y + h <= height
 
@@ -31,7 +31,7 @@ def test_a_sheet_holds_every_sample(small_shards):
     assert image.size == (2 * (150 + 32), 3 * 58 + 8)
     pixels = np.asarray(image)
     tile = pixels[8:58, 66:116]
-    assert np.abs(tile[4:-4, 4:-4].astype(int).mean((0, 1)) - previews[0].view_q.mean((0, 1))).max() < 12
+    assert np.abs(tile[4:-4, 4:-4].astype(int).mean((0, 1)) - previews[0].views[0].mean((0, 1))).max() < 12
 
 
 def test_a_sheet_shows_how_far_two_backends_are_apart(small_shards):
@@ -40,15 +40,15 @@ def test_a_sheet_shows_how_far_two_backends_are_apart(small_shards):
         for backend in ("dali", "torch")
     )
     apart = differences(ours, others)
-    assert apart.shape == (2, 2, 24, 24, 3)
-    assert 0 < apart.mean() < 2
-    assert np.array_equal(apart[1, 0], np.abs(ours[1].view_q.astype(int) - others[1].view_q))
+    assert [of_view.shape for of_view in apart] == [(2, 24, 24, 3)] * 2
+    assert all(0 < of_view.mean() < 2 for of_view in apart)
+    assert np.array_equal(apart[0][1], np.abs(ours[1].views[0].astype(int) - others[1].views[0]))
     image = sheet(ours, others, side=24, columns=1)
     assert image.size == (5 * 32 + 8, 2 * 32 + 8)
     # The tile after the second sample's query view, less its frame.
     tile = np.asarray(image)[40:64, 72:96][2:-2, 2:-2]
-    assert np.array_equal(tile, (apart[1, 0].astype(int) * 16).clip(0, 255)[2:-2, 2:-2])
-    assert not differences(ours, ours).any()
+    assert np.array_equal(tile, (apart[0][1].astype(int) * 16).clip(0, 255)[2:-2, 2:-2])
+    assert not any(of_view.any() for of_view in differences(ours, ours))
 
 
 def test_a_sample_that_is_not_there_is_refused(small_shards):

@@ -69,11 +69,11 @@ def test_batches_keep_the_contract_and_epochs_follow_each_other(tars):
         assert loader.state_dict() == {"epoch": 1, "step": 0}
         following = next(iter(loader))
     for batch in (*first, following):
-        for view in (batch.view_q, batch.view_k):
+        for view in batch.views:
             assert view.shape == (8, 3, 24, 24)
             assert view.dtype == torch.uint8
             assert view.is_contiguous(memory_format=torch.channels_last)
-        assert not torch.equal(batch.view_q, batch.view_k)
+        assert not torch.equal(*batch.views)
         assert batch.index.tolist() == [-1] * 8
     assert set(labels(first)) <= set(range(60))
     assert len(set(labels(first))) > 20
@@ -90,7 +90,7 @@ def first_labels(tars, *, at=None, **options):
 def test_the_same_place_gives_the_same_batches_and_other_places_others(tars):
     with open_tars(tars) as one, open_tars(tars) as two:
         a, b = (list(islice(iter(each), 3)) for each in (one, two))
-    assert all(torch.equal(x.view_q, y.view_q) for x, y in zip(a, b, strict=True))
+    assert all(torch.equal(x.views[0], y.views[0]) for x, y in zip(a, b, strict=True))
     others = {
         first_labels(tars),
         first_labels(tars, seed=1),
@@ -115,8 +115,8 @@ def test_pixels_are_those_of_the_image(tmp_path):
     with open_tars(tmp_path, views=views, num_threads=1) as loader:
         batch = next(iter(loader))
     assert batch.label.tolist() == [-1] * 8
-    assert np.array_equal(batch.view_q[0].permute(1, 2, 0).numpy(), image)
-    assert np.array_equal(batch.view_k[0].permute(1, 2, 0).numpy(), image[:, ::-1])
+    assert np.array_equal(batch.views[0][0].permute(1, 2, 0).numpy(), image)
+    assert np.array_equal(batch.views[1][0].permute(1, 2, 0).numpy(), image[:, ::-1])
 
 
 def test_an_image_that_lies_on_its_side_is_turned(tmp_path):
@@ -127,7 +127,7 @@ def test_an_image_that_lies_on_its_side_is_turned(tmp_path):
     Image.fromarray(image).save(buffer, "jpeg", quality=98, subsampling=0, exif=exif)
     write_tar(tmp_path / "a.tar", {"one.jpg": buffer.getvalue()})
     with open_tars(tmp_path, views=ViewsConfig(size=24, query=STILL, key=STILL), num_threads=1) as loader:
-        view = next(iter(loader)).view_q[0].permute(1, 2, 0).numpy()
+        view = next(iter(loader)).views[0][0].permute(1, 2, 0).numpy()
     upright = np.rot90(image, -1).astype(int)
     assert np.abs(view - upright).mean() < 4 < np.abs(view - image.astype(int)).mean()
 
@@ -162,7 +162,7 @@ def test_nothing_runs_a_pipe(tmp_path, monkeypatch):
     write_tar(folder / "pipe:touch ran2.tar", {"one.png": encoded(image, "png")})
     monkeypatch.chdir(tmp_path)
     with open_tars("pipe:touch ran") as loader:
-        assert next(iter(loader)).view_q.shape == (8, 3, 24, 24)
+        assert next(iter(loader)).views[0].shape == (8, 3, 24, 24)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe:touch ran"]
 
 

@@ -43,7 +43,8 @@ def children() -> list[int]:
 
 
 def same(one, two) -> bool:
-    return all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("view_q", "view_k", "index", "label"))
+    of_one, of_two = ((*batch.views, batch.index, batch.label) for batch in (one, two))
+    return all(torch.equal(a, b) for a, b in zip(of_one, of_two, strict=True))
 
 
 def test_two_epochs_a_seek_and_a_clean_end(small_shards):
@@ -53,15 +54,17 @@ def test_two_epochs_a_seek_and_a_clean_end(small_shards):
     whole = []
     for _ in range(2):
         for batch in loader:
-            for view in (batch.view_q, batch.view_k):
+            for view in batch.views:
                 assert view.shape == (16, 3, 24, 24)
                 assert view.dtype == torch.uint8
                 assert view.is_contiguous(memory_format=torch.channels_last)
             assert torch.equal(batch.index, batch.label)
             whole.append(batch)
-            copies.append((batch.view_q.clone(), batch.view_k.clone()))
+            copies.append((batch.views[0].clone(), batch.views[1].clone()))
     # Batches that are held are not written to again; with all twelve held there are as many slots.
-    assert all(torch.equal(b.view_q, q) and torch.equal(b.view_k, k) for b, (q, k) in zip(whole, copies, strict=True))
+    assert all(
+        torch.equal(b.views[0], q) and torch.equal(b.views[1], k) for b, (q, k) in zip(whole, copies, strict=True)
+    )
     assert len(loader._stream._ring._descriptors) >= 12
     loader.load_state_dict({"epoch": 1, "step": 2})
     assert all(same(a, b) for a, b in zip(loader, whole[8:], strict=True))
@@ -70,14 +73,14 @@ def test_two_epochs_a_seek_and_a_clean_end(small_shards):
     del loader
     gc.collect()
     assert children() == []
-    assert torch.equal(whole[0].view_q, copies[0][0])
+    assert torch.equal(whole[0].views[0], copies[0][0])
 
 
 def test_slots_are_used_again_and_pixels_are_nearly_those_of_dali(small_shards):
     with open_torch(small_shards) as loader:
         for _ in range(5):
             for batch in loader:
-                assert batch.view_q.shape[0] == 16
+                assert batch.views[0].shape[0] == 16
         # Three under way or ready, one with the consumer, one just dropped.
         assert len(loader._stream._ring._descriptors) <= 5
 
@@ -87,7 +90,7 @@ def test_slots_are_used_again_and_pixels_are_nearly_those_of_dali(small_shards):
         for a, b in zip(loader, two, strict=True):
             assert torch.equal(a.index, b.index)
             inner = slice(4, -4)
-            difference = (a.view_q.int() - b.view_q.int()).abs()[:, :, inner, inner].float()
+            difference = (a.views[0].int() - b.views[0].int()).abs()[:, :, inner, inner].float()
             # The blur carries inwards what the two read differently beyond the crop's border.
             assert difference.mean() < 0.5
             assert difference.max() <= 8
@@ -107,7 +110,7 @@ def test_the_workers_apply_the_linear_map_where_it_is_asked_for(small_shards):
     reader.close()
     tables = draw_training(0, samples, records, views=views, seed=3)
     assert all(table.matrix is not None for table in tables)
-    for table, made in zip(tables, (batch.view_q, batch.view_k), strict=True):
+    for table, made in zip(tables, batch.views, strict=True):
         for row, image in enumerate(images):
             expected = np.empty((24, 24, 3), dtype=np.uint8)
             render(image, table, row, expected)
@@ -118,7 +121,7 @@ def test_evaluation_with_a_short_last_batch(small_shards):
     loader = open_eval_loader(str(small_shards), size=20, batch_size=30, device=CPU, backend="torch")
     batches = list(loader)
     assert torch.cat([batch.index for batch in batches]).tolist() == list(range(100))
-    assert [len(batch.images) for batch in batches] == [30, 30, 30, 10]
+    assert [len(batch.views[0]) for batch in batches] == [30, 30, 30, 10]
     assert all(torch.equal(batch.label, batch.index) for batch in batches)
     assert children() == []
 
