@@ -89,7 +89,7 @@ def image_batches(sizes: list[int], *, first: int = 0) -> Iterator[Batch]:
     for size in sizes:
         index = torch.arange(first, first + size)
         images = torch.randint(0, 256, (size, 3, 16, 16), dtype=torch.uint8, generator=generator)
-        yield Batch(images=images, index=index, label=index % 3)
+        yield Batch(views=(images,), index=index, label=index % 3)
         first += size
 
 
