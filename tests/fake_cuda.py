@@ -286,7 +286,7 @@ def _replace_dali():
 def _interpret_kernels():
     """Triton's kernels run on the CPU, in fewer and larger blocks, for a block takes the interpreter milliseconds."""
     os.environ["TRITON_INTERPRET"] = "1"
-    from pipelines.backends.registry import color_kernels
+    from pipelines.backends import color_kernels
 
     color_kernels._BLOCK = 1 << 14
 

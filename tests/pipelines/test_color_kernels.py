@@ -29,7 +29,7 @@ class Failing:
     ],
 )
 def test_a_missing_compiler_is_named_with_the_ways_out(monkeypatch, error, said):
-    from pipelines.backends.registry import color_kernels
+    from pipelines.backends import color_kernels
 
     monkeypatch.setattr(color_kernels, "KERNELS", (Failing(error),))
     views, table = torch.from_numpy(images()), table_of(CASES["moco-v2"])

@@ -265,7 +265,7 @@ def raise_in_draw(_epoch, _samples, _records):
 
 @pytest.mark.parametrize("fault", ["draw", "steps", "operation"])
 def test_an_exception_reaches_the_consumer(small, fault, monkeypatch):
-    from pipelines.backends.registry import ffcv
+    from pipelines.backends import ffcv
 
     def steps():
         raise ArithmeticError("no order")
