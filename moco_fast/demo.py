@@ -11,7 +11,6 @@ out, and no patch crosses the margin between cells, so no pixel is both learned 
 """
 
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,8 @@ from typing import Annotated
 import numpy as np
 import tyro
 from PIL import Image
+
+from shards.ground.files import appearing
 
 __all__ = ["PHOTOGRAPHS", "DemoConfig", "cut_positions", "main", "write_images"]
 
@@ -84,16 +85,11 @@ def write_images(config: DemoConfig) -> bool:
             return False
         raise ValueError(f"{out} is there already and holds something else: remove it or name another folder")
     photographs = {name: _photograph_path(file) for name, file in PHOTOGRAPHS.items()}
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with appearing(out, durable=False) as aside:
         for name, path in photographs.items():
             with Image.open(path) as photograph:
                 _cut(photograph, name, aside, config)
         (aside / "demo.json").write_text(json.dumps(settings, indent=2) + "\n")
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return True
 
 

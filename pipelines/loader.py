@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from pipelines.backends.engines import Engines, choose_load, describe_engines, find_engines
@@ -20,6 +19,7 @@ from pipelines.reading.reader import READ_THREADS
 from pipelines.reading.samples import EpochSteps, ListedSteps, draw_central, draw_training
 from pipelines.reading.sets import cache_for_evaluation, cache_for_training, open_readable
 from shards import ShardSet
+from shards.ground.arrays import Indices
 from shards.ground.cpus import available_cpus
 from shards.sets.beton import BetonSet
 from shards.sets.kinds import tell_kinds
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EvalLoader", "Loader", "choose_decoding", "make_views", "open_eval_loader", "open_loader"]
 
-Indices = npt.NDArray[np.int64]
 
 _LOG = logging.getLogger(__name__)
 _CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ from pipelines.loader import make_views
 from pipelines.reading.reader import Reader
 from pipelines.reading.samples import draw_training
 from shards import ShardSet
+from shards.ground.arrays import Pixels
 
 __all__ = ["SampleViews", "differences", "draw", "sheet"]
 
-Pixels = npt.NDArray[np.uint8]
 
 # One level of difference is too dark to see.
 _AMPLIFY = 16

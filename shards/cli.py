@@ -103,13 +103,13 @@ def _pack(command: PackCommand) -> int:
 
 
 def _index(command: IndexCommand) -> int:
+    from shards.ground.cpus import available_cpus
     from shards.ground.progress import Progress
-    from shards.packing.pool import default_workers
     from shards.sets.kinds import note_kinds, tell_kinds
     from shards.sets.shard_folder import ShardFolder
     from shards.tools.index import advice, index_folder
 
-    workers, work_folder = command.workers or default_workers(), command.work_folder
+    workers, work_folder = command.workers or available_cpus(), command.work_folder
     if command.folder.endswith(".beton"):
         raise ValueError(
             f"{command.folder}: a .beton has its index and cannot be changed; to note kinds of JPEG in it, run "
@@ -149,21 +149,20 @@ def _finish(command: FinishCommand) -> int:
 
 
 def _beton(command: BetonCommand) -> int:
+    from shards.ground.cpus import available_cpus
     from shards.ground.progress import Progress
-    from shards.packing.pool import default_workers
+    from shards.ground.units import format_bytes
     from shards.tools.beton import write_beton
 
-    written = write_beton(
-        command.folder, command.out, workers=command.workers or default_workers(), progress=Progress()
-    )
-    size = written.layout.num_bytes / 1e9
-    print(f"{command.out}: {written.num_samples:,} samples in {size:,.2f} GB, read back and right")
+    written = write_beton(command.folder, command.out, workers=command.workers or available_cpus(), progress=Progress())
+    size = format_bytes(written.layout.num_bytes)
+    print(f"{command.out}: {written.num_samples:,} samples in {size}, read back and right")
     return 0
 
 
 def _verify(command: VerifyCommand) -> int:
+    from shards.ground.cpus import available_cpus
     from shards.ground.progress import Progress
-    from shards.packing.pool import default_workers
     from shards.tools.verify import verify
 
     if command.folder.endswith(".beton"):
@@ -172,14 +171,14 @@ def _verify(command: VerifyCommand) -> int:
         problems = verify_beton(
             command.folder,
             decode=command.decode,
-            workers=command.workers or default_workers(),
+            workers=command.workers or available_cpus(),
             progress=Progress(),
         )
     else:
         problems = verify(
             command.folder,
             decode=command.decode,
-            workers=command.workers or default_workers(),
+            workers=command.workers or available_cpus(),
             work_folder=command.work_folder,
             progress=Progress(),
         )

@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from moco_fast.bench.names import REST, WAITING
+from shards.ground.units import format_bytes
 
 __all__ = ["BenchResult", "Rate", "table", "verdict"]
 
@@ -192,7 +193,7 @@ def _rates(result: BenchResult) -> Iterator[str]:
                 yield f"{name:<28}{'none: the views are made there':>43}"
             continue
         ratio = f"{_figure(rate.median / result.step.median):>12}x" if result.step else ""
-        extent = f"  {_bytes(result.read_bytes_per_s)}/s" if name == "reading" and result.read_bytes_per_s else ""
+        extent = f"  {format_bytes(result.read_bytes_per_s)}/s" if name == "reading" and result.read_bytes_per_s else ""
         figures = "".join(f"{_figure(each):>10}" for each in (rate.median, rate.lowest, rate.highest))
         yield f"{name:<28}{figures}{ratio}{extent}"
 
@@ -221,19 +222,9 @@ def _parts(result: BenchResult) -> Iterator[str]:
 def _memory(result: BenchResult) -> Iterator[str]:
     if result.torch_peak_bytes is not None and result.device_used_bytes is not None:
         yield ""
-        yield (
-            f"GPU memory: {_bytes(result.torch_peak_bytes)} at torch's peak, {_bytes(result.device_used_bytes)} in use "
-            "with DALI's and all else"
-        )
+        torch_peak, in_use = format_bytes(result.torch_peak_bytes), format_bytes(result.device_used_bytes)
+        yield f"GPU memory: {torch_peak} at torch's peak, {in_use} in use with DALI's and all else"
 
 
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

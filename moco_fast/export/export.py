@@ -4,13 +4,13 @@ The head is left out: it is thrown away after pretraining.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from moco_fast.config import Config, ModelConfig
+from shards.ground.files import appearing, remove
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -89,15 +89,10 @@ def export(run: str | Path, target: Format, out: str | Path) -> Export:
     out = Path(out)
     _check_place(out, target)
     network = library_network(config.model, encoder.backbone.state_dict(), target)
-    aside = out.with_name(f".{out.name}.partial")
-    _remove(aside)
-    try:
+    with appearing(out, durable=False) as aside:
         _write(network, config, target, aside)
         _compare(encoder, _read_back(config.model, target, aside), config.views.size, target)
-        _remove(out)
-        aside.rename(out)
-    finally:
-        _remove(aside)
+        remove(out)
     num_parameters = sum(parameter.numel() for parameter in encoder.backbone.parameters())
     return Export(path=out, num_parameters=num_parameters, usage=_usage(config.model, target, out))
 
@@ -221,10 +216,3 @@ def _usage(model: ModelConfig, target: Format, out: Path) -> str:
             f"normalize = torchvision.transforms.Normalize(mean={model.mean}, std={model.std})",
         ]
     return "\n".join(lines)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

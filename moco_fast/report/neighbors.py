@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from moco_fast.config import Config
@@ -15,10 +14,10 @@ from moco_fast.report.pictures import Picture, to_picture
 from pipelines.config import DataConfig
 from pipelines.loader import open_eval_loader
 from shards import ShardSet
+from shards.ground.arrays import Indices
 
 __all__ = ["Neighbor", "Query", "find_neighbors"]
 
-Indices = npt.NDArray[np.int64]
 
 _PICTURE_SIDE = 96  # pixels
 _MAX_LOOKED_AT = 200_000  # held-out samples among which one of each class is looked for

@@ -21,6 +21,7 @@ from moco_fast.report.pictures import show_views
 from moco_fast.report.record import RunRecord, read_run
 from moco_fast.report.words import configuration_table, environment_table, headline, tiles
 from moco_fast.training.checkpoint import load_encoder
+from shards.ground.files import write_whole
 
 __all__ = ["guessing", "write_report"]
 
@@ -80,9 +81,8 @@ def write_report(
         version=__version__,
     )
     path = record.path / "report.html"
-    aside = path.with_suffix(".partial")
-    aside.write_text(page, encoding="utf-8")
-    return aside.replace(path)
+    write_whole(path, page, durable=False)
+    return path
 
 
 def _template() -> Template:

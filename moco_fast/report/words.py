@@ -7,8 +7,9 @@ from typing import Any
 
 from moco_fast.presets import PRESETS
 from moco_fast.report.record import RunRecord
+from shards.ground.units import format_duration
 
-__all__ = ["Option", "Tile", "configuration_table", "duration", "environment_table", "headline", "tiles"]
+__all__ = ["Option", "Tile", "configuration_table", "environment_table", "headline", "tiles"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ def headline(record: RunRecord) -> str:
     last = record.last
     done = (
         f"{last['step']:,.0f} steps ({last['epoch']:.3g} epochs, {last['samples']:,.0f} samples) in "
-        f"{duration(last['time_s'])}"
+        f"{format_duration(last['time_s'])}"
     )
     if record.status == "finished":
         return f"Finished: {done}."
@@ -84,20 +85,6 @@ def tiles(record: RunRecord) -> list[Tile]:
             )
         )
     return found
-
-
-def duration(seconds: float) -> str:
-    """Write a time as people say it."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest_s = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest_s} s"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours} h"
 
 
 def configuration_table(record: RunRecord) -> list[Option]:

@@ -10,17 +10,17 @@ A folder that carries its final name is whole; everything else is swept away by 
 """
 
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xxhash
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moco_fast.config import Config, from_dict
+from shards.ground.digests import digest, digest_file
+from shards.ground.files import appearing, aside_of
 
 if TYPE_CHECKING:
     from moco_fast.encoders.encoder import Encoder
@@ -65,10 +65,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     final = folder / f"step-{checkpoint.step:08d}"
     if final.exists():  # a run that stops right after it was resumed
         return final
-    aside = folder / f".{final.name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with appearing(final, durable=True) as aside:
+        aside.mkdir(parents=True)
         for name in _TENSOR_FILES:
             save_file(_on_cpu(getattr(checkpoint, name)), aside / f"{name}.safetensors")
         state = {
@@ -79,16 +77,9 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             "files": {f"{name}.safetensors": _fingerprint(aside / f"{name}.safetensors") for name in _TENSOR_FILES},
         }
         (aside / "state.json").write_text(json.dumps(state | {"digest": _digest_of(state)}, indent=2))
-        for path in [*aside.iterdir(), aside]:
-            _sync(path)
-        aside.rename(final)
-        _sync(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     for old in _whole(folder)[:-keep]:
         # A kill while files go one by one must not leave half of them under a name that promises all.
-        shutil.rmtree(old.rename(folder / f".{old.name}.partial"))
+        shutil.rmtree(old.rename(aside_of(old)))
     return final
 
 
@@ -169,20 +160,8 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _digest_of(state: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(state, sort_keys=True).encode())
+    return digest(json.dumps(state, sort_keys=True).encode())
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)}

@@ -1,12 +1,15 @@
 """The run's folder: claimed by one run at a time, with its configuration and how it ended."""
 
-import fcntl
 import json
+import os
 from pathlib import Path
 from typing import IO, Any
 
 from moco_fast.config import Config, differences, from_dict, to_dict
 from moco_fast.training.checkpoint import find_newest
+from shards.ground.errors import InUseError
+from shards.ground.files import write_whole
+from shards.ground.locks import take_lock
 
 __all__ = ["RunFolder", "open_folder"]
 
@@ -30,7 +33,7 @@ _FREE = (
 class RunFolder:
     """A run's folder, locked against a second run for as long as this object lives; held by the first rank."""
 
-    def __init__(self, path: Path, lock: IO[str]):
+    def __init__(self, path: Path, lock: IO[bytes]):
         self.path = path
         self._lock = lock
 
@@ -60,14 +63,11 @@ def open_folder(config: Config) -> RunFolder:
     path = Path(config.run.out)
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = (path / "lock").open("w")
+        lock = os.fdopen(take_lock(path / "lock", holder=f"--run.out {path}"), "wb")
+    except InUseError:
+        raise ValueError(f"--run.out {path} is in use by another run: wait for it or choose another folder") from None
     except OSError as error:
         raise ValueError(f"--run.out {path} cannot be used: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise ValueError(f"--run.out {path} is in use by another run: wait for it or choose another folder") from None
     try:
         _refuse_other_settings(path, config)
     except ValueError:
@@ -90,6 +90,4 @@ def _refuse_other_settings(path: Path, config: Config) -> None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    aside.replace(path)
+    write_whole(path, json.dumps(content, indent=2) + "\n", durable=False)

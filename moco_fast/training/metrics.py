@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shards.ground.files import write_whole
+
 __all__ = ["Average", "MetricsFile"]
 
 
@@ -98,6 +100,4 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(text + "\n")
         except (json.JSONDecodeError, KeyError):
             continue
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept))
-    aside.replace(path)
+    write_whole(path, "".join(kept), durable=False)

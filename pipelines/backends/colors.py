@@ -2,13 +2,12 @@
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from pipelines.plan.augment import LUMA, Stage, ViewTable
+from shards.ground.arrays import Pixels
 
 __all__ = ["recolor"]
 
-Pixels = npt.NDArray[np.uint8]
 
 _INVERTED_FROM_128: Pixels = np.array([v if v < 128 else 255 - v for v in range(256)], dtype=np.uint8)
 _LINEAR_IDENTITY = np.eye(3, 4, dtype=np.float32)

@@ -35,7 +35,6 @@ fn: Any = untyped_fn
 types: Any = untyped_types
 
 Floats = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.int64]
 
 _Recolor = Callable[[tuple[torch.Tensor, ...], tuple[ViewTable, ...]], None]
 

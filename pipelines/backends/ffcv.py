@@ -26,14 +26,12 @@ from pipelines.backends.registry import Job, Made
 from pipelines.plan.augment import NUM_PLACES, ViewTable, color_chain
 from pipelines.reading.reader import Reader
 from pipelines.reading.samples import Pending, Steps
+from shards.ground.arrays import Indices, Pixels
 from shards.ground.channel import Channel, ChannelClosed
 from shards.ground.memory import lend
 from shards.sets.beton import BetonSet
 
 __all__ = ["FfcvViews"]
-
-Indices = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 
 
 class FfcvViews:

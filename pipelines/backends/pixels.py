@@ -11,10 +11,9 @@ from PIL import Image
 
 from pipelines.backends.colors import recolor
 from pipelines.plan.augment import ViewTable
+from shards.ground.arrays import Pixels
 
 __all__ = ["decode", "render"]
-
-Pixels = npt.NDArray[np.uint8]
 
 
 def decode(encoded: npt.NDArray[np.uint8]) -> Pixels:

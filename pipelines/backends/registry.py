@@ -5,18 +5,15 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from pipelines.config import Backend, ViewConfig
 from pipelines.reading.samples import Draw, Steps
 from shards import ShardSet
+from shards.ground.arrays import Indices
 from shards.ground.cpus import available_cpus
 
 __all__ = ["BACKENDS", "Job", "Made", "Stream", "choose", "choose_num_threads"]
-
-Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,11 +27,12 @@ from webdataset.filters import shuffle
 from webdataset.shardlists import ResampledShards
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipelines.backends.pixels import Pixels, decode, render
+from pipelines.backends.pixels import decode, render
 from pipelines.backends.registry import Made
 from pipelines.config import ViewConfig
 from pipelines.reading.reader import DamagedSampleError
 from pipelines.reading.samples import Draw
+from shards.ground.arrays import Pixels
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.sets.index import RECORD, Flag
 

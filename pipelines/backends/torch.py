@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import Pipe
 from multiprocessing.connection import wait
 
 import numpy as np
@@ -20,13 +19,13 @@ from pipelines.backends.registry import Job, Made
 from pipelines.backends.view_process import Report, Slot, SlotArrays, Task, WorkerSpec, map_slot, slot_bytes
 from pipelines.reading.fetch import FetchedSteps
 from pipelines.reading.samples import Steps
+from shards.ground.arrays import Indices
 from shards.ground.channel import Channel, ChannelClosed
-from shards.ground.child import WorkerDiedError, end_child, explain_death, start_child
+from shards.ground.child import Child, WorkerDiedError, start_children
 from shards.ground.memory import create_shared, lend, shared_path
 
 __all__ = ["WorkerDiedError", "WorkerViews"]
 
-Indices = npt.NDArray[np.int64]
 
 # Tasks a worker holds: one in work, one whose bytes are being read.
 _QUEUED = 2
@@ -67,7 +66,8 @@ class WorkerViews:
         self._num_started = 0
         self._num_taken = 0
         self._out: Channel[Made] = Channel(self._ahead + 1)
-        self._workers = [_Worker(spec) for _ in range(num_workers)]
+        children = start_children("pipelines.backends.view_process", spec, count=num_workers, what="worker process")
+        self._workers = [_Worker(child) for child in children]
         self._thread = threading.Thread(target=self._run, name="worker-views", daemon=True)
         self._thread.start()
 
@@ -85,9 +85,9 @@ class WorkerViews:
         self._thread.join()
         self._steps.close()
         for worker in self._workers:
-            worker.connection.close()
+            worker.child.connection.close()
         for worker in self._workers:
-            worker.end()
+            worker.child.close()
         self._ring.close()
 
     def _run(self) -> None:
@@ -129,14 +129,12 @@ class WorkerViews:
 
     def _collect(self) -> None:
         """Wait until a worker reports, the consumer has taken a batch, or the loader is closed."""
-        by_connection: dict[object, _Worker] = {worker.connection: worker for worker in self._workers}
-        for ready in wait([*(worker.connection for worker in self._workers), self._ring.bell.descriptor]):
+        by_connection: dict[object, _Worker] = {worker.child.connection: worker for worker in self._workers}
+        for ready in wait([*(worker.child.connection for worker in self._workers), self._ring.bell.descriptor]):
             if ready == self._ring.bell.descriptor:
                 self._ring.bell.clear()
                 continue
             report = by_connection[ready].report()
-            if report.error is not None:
-                raise report.error
             batch = next(batch for batch in self._batches if batch.slot.slot.number == report.slot)
             batch.missing -= report.num_samples
             batch.replaced += report.replaced
@@ -152,36 +150,20 @@ class WorkerViews:
 
 
 class _Worker:
-    """A worker process, as the loader sees it."""
+    """A worker process, and the tasks that it holds."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        self.connection, theirs = Pipe()
+    def __init__(self, child: Child) -> None:
+        self.child = child
         self.held = 0
-        self._process = start_child("pipelines.backends.view_process", theirs.fileno())
-        theirs.close()
-        self.connection.send(spec)
 
     def give(self, task: Task) -> None:
-        try:
-            self.connection.send(task)
-        except OSError:
-            raise self._died() from None
+        self.child.send(task)
         self.held += 1
 
     def report(self) -> Report:
-        try:
-            report = self.connection.recv()
-        except (EOFError, OSError):
-            raise self._died() from None
+        report: Report = self.child.receive()
         self.held -= 1
         return report
-
-    def end(self) -> None:
-        """Wait for the process, which ends when its connection is closed; kill it if it does not."""
-        end_child(self._process)
-
-    def _died(self) -> WorkerDiedError:
-        return explain_death(self._process, "worker process")
 
 
 class _Bell:

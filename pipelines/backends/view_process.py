@@ -1,32 +1,26 @@
 """One worker process of the torch backend: reads, decodes and augments runs of samples into shared memory.
 
-It runs `main` on the descriptor of its end of a connection to the loader: a WorkerSpec first, then a Report for every
-Task. It ends when the other end is gone.
+A child (shards.ground.child) whose spec is a WorkerSpec; it sends a Report for every Task.
 """
 
 import mmap
-import signal
 from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pipelines.config import ViewConfig
 from pipelines.plan.augment import ViewTable
 from pipelines.reading.reader import Reader
 from pipelines.reading.samples import Draw, Pending
 from shards import ShardSet
-from shards.ground.child import portable
+from shards.ground.arrays import Indices, Pixels
+from shards.ground.errors import portable
 from shards.ground.memory import map_shared
 
 __all__ = ["Report", "Slot", "SlotArrays", "Task", "WorkerSpec", "main", "map_slot", "slot_bytes"]
-
-Indices = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +72,6 @@ class Report:
     """Samples whose views are in the slot now."""
     replaced: tuple[str, ...] = ()
     """What was wrong with each sample that another took the place of."""
-    error: Exception | None = None
 
 
 class SlotArrays:
@@ -102,21 +95,13 @@ def map_slot(slot: Slot, spec: WorkerSpec) -> SlotArrays:
     return SlotArrays(map_shared(slot.path, slot_bytes(spec, slot.capacity)), spec, slot.capacity)
 
 
-def main(descriptor: int) -> None:
+def main(connection: "Connection[Any, Any]", spec: WorkerSpec) -> None:
     """Work until the loader is gone."""
-    # Ctrl-C reaches the whole group of processes: the loader decides when its workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     import cv2
     import torch
 
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    connection: Connection[Any, Any] = Connection(descriptor)
-    with suppress(EOFError, ConnectionResetError, BrokenPipeError):
-        _work(connection, connection.recv())
-
-
-def _work(connection: "Connection[Any, Any]", spec: WorkerSpec) -> None:
     reader = Reader(spec.shards, num_threads=1)
     slots: dict[int, SlotArrays] = {}
     waiting: deque[_Begun] = deque()
@@ -136,7 +121,7 @@ def _work(connection: "Connection[Any, Any]", spec: WorkerSpec) -> None:
             try:
                 replaced = _fill(begun, spec, slots[slot.number])
             except Exception as error:
-                connection.send(Report(slot=slot.number, error=portable(error, "in a worker process")))
+                connection.send(portable(error, "in a worker process"))
             else:
                 connection.send(Report(slot=slot.number, num_samples=len(begun.task.samples), replaced=replaced))
     finally:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from pipelines.config import ViewConfig
 from pipelines.plan.philox import philox4x64, uniform
+from shards.ground.arrays import Indices
 
 __all__ = [
     "KEY_VIEW",
@@ -30,7 +31,6 @@ __all__ = [
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
-Integers = npt.NDArray[np.int64]
 
 QUERY_VIEW, KEY_VIEW = 0, 1
 
@@ -52,12 +52,12 @@ _TRIES = slice(14, 14 + 2 * _NUM_TRIES)
 _TO_GRAY: Floats = np.tile(LUMA, (3, 1))
 
 # Channels by size, largest first, in the six sectors of the hue circle from red over yellow and green.
-_SECTORS: Integers = np.array([(0, 1, 2), (1, 0, 2), (1, 2, 0), (2, 1, 0), (2, 0, 1), (0, 2, 1)])
+_SECTORS: Indices = np.array([(0, 1, 2), (1, 0, 2), (1, 2, 0), (2, 1, 0), (2, 0, 1), (0, 2, 1)])
 # Turns a vector by 90 degrees about the gray axis, in the plane across it.
 _ACROSS_GRAY: Floats = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / np.sqrt(3)
 _ONTO_GRAY: Floats = np.full((3, 3), 1 / 3)
 
-_PERMUTATIONS: Integers = np.array(
+_PERMUTATIONS: Indices = np.array(
     [(a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3]
 )
 
@@ -74,7 +74,7 @@ class ViewTable:
     """(n,) sigma of the Gaussian blur in pixels of the view; 0: none."""
     factors: Floats
     """(n, 4) of the jitter: brightness, contrast, saturation (1: unchanged), hue shift in turns (0: unchanged)."""
-    jitter_order: Integers
+    jitter_order: Indices
     """(n, 4) in which the four are applied: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
     grayscale: Bools
     """(n,) drop color."""
@@ -100,11 +100,11 @@ def draw_view(
     config: ViewConfig,
     *,
     seed: int,
-    epoch: int | Integers,
-    view: int | Integers,
-    index: Integers,
-    width: Integers,
-    height: Integers,
+    epoch: int | Indices,
+    view: int | Indices,
+    index: Indices,
+    width: Indices,
+    height: Indices,
     mean_rgb: Floats | None = None,
 ) -> ViewTable:
     """Draw the parameters of views for n samples: of one view, or of several in a call, which costs less.
@@ -182,7 +182,7 @@ def color_chain(table: ViewTable) -> tuple[npt.NDArray[np.int32], npt.NDArray[np
 
 
 def color_matrix(
-    factors: Floats, order: Integers, grayscale: Bools, mean_rgb: Floats, *, grayscale_first: bool
+    factors: Floats, order: Indices, grayscale: Bools, mean_rgb: Floats, *, grayscale_first: bool
 ) -> Floats:
     """Chain brightness, contrast, saturation, hue and grayscale into one affine map of RGB.
 
@@ -289,7 +289,7 @@ def _factors(config: ViewConfig, u: Floats, jitter: Bools) -> Floats:
     return factors
 
 
-def _crop_boxes(config: ViewConfig, u: Floats, width: Integers, height: Integers) -> npt.NDArray[np.int32]:
+def _crop_boxes(config: ViewConfig, u: Floats, width: Indices, height: Indices) -> npt.NDArray[np.int32]:
     """Do as torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest central crop."""
     area = (width * height).astype(np.float64)
     tries = u[:, _TRIES].reshape(len(u), _NUM_TRIES, 2)

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from pipelines.plan.philox import stream_words
+from shards.ground.arrays import Indices
 
 __all__ = ["EpochOrder", "OrderPlan", "check_ranks"]
 
-Indices = npt.NDArray[np.int64]
 
 # Second word of the Philox key: what a stream of random words is for.
 _START, _SHARDS, _WINDOW, _RANK = 1, 2, 3, 4

@@ -1,22 +1,22 @@
 """The process that reads ahead: order, parameters and encoded bytes of batch after batch, into shared memory.
 
-It runs `main` on the descriptor of its end of a packet socket. The first packet names the shared memory that holds a
-ReadingSpec. Then it makes batches, at most `ahead` that the other side has not taken; each packet from there says that
-one was taken, and which slots are free again. Its own packets are a Filled for each batch, then None, or an error.
+A child (shards.ground.child) whose spec is a ReadingSpec. It makes batches, at most `ahead` that the other side has not
+taken; each message from there says that one was taken, and which slots are free again. Its own messages are a Filled
+for each batch, then None, or an error.
 """
 
 import mmap
 import os
 import pickle
-import signal
-import socket
 import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +26,12 @@ from pipelines.reading.fetch import FetchedSteps
 from pipelines.reading.reader import Reader
 from pipelines.reading.samples import Draw, Pending, Steps, as_read
 from shards import ShardSet
-from shards.ground.child import portable
-from shards.ground.memory import create_shared, map_shared, shared_path
+from shards.ground.arrays import Indices
+from shards.ground.errors import portable
+from shards.ground.memory import create_shared, shared_path
 
-__all__ = ["PACKET_BYTES", "Content", "Filled", "ReadingSpec", "SpecPlace", "main"]
+__all__ = ["Content", "Filled", "ReadingSpec", "main"]
 
-Indices = npt.NDArray[np.int64]
-
-PACKET_BYTES = 1 << 16
 
 _DRAWN_AT_ONCE = 512
 """Samples whose parameters are drawn in one call: numpy takes 23 us for each view of a batch of 32 by itself, 4 us for
@@ -60,14 +58,6 @@ class ReadingSpec:
     def slot_bytes(self) -> int:
         """Bytes that no batch exceeds, even if all its samples are replaced. Memory not written to costs nothing."""
         return self.max_batch * (2 * self.shards.max_bytes + 4096) + (1 << 20)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpecPlace:
-    """Where the pickled ReadingSpec is."""
-
-    path: str
-    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,32 +109,25 @@ class _Begun:
     slot: _Slot
 
 
-def main(descriptor: int) -> None:
+def main(connection: "Connection[Any, Any]", spec: ReadingSpec) -> None:
     """Read until the other side is gone."""
-    # Ctrl-C reaches the whole group of processes: the loader decides when its processes end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection = socket.socket(fileno=descriptor)
-    try:
-        place: SpecPlace = pickle.loads(connection.recv(PACKET_BYTES))  # noqa: S301 - from our own process
-        spec: ReadingSpec = pickle.loads(map_shared(place.path, place.num_bytes))  # noqa: S301
-    except (EOFError, FileNotFoundError):
-        # Closed before we were up: no packet, or no memory any more.
-        return
     taken: SimpleQueue[tuple[int, ...]] = SimpleQueue()
     threading.Thread(target=_listen, args=(connection, taken), name="listen", daemon=True).start()
     _Reading(spec, connection, taken).run()
 
 
-def _listen(connection: socket.socket, taken: "SimpleQueue[tuple[int, ...]]") -> None:
+def _listen(connection: "Connection[Any, Any]", taken: "SimpleQueue[tuple[int, ...]]") -> None:
     """Pass on what the other side says, and end this process at once when it is gone, whatever is being waited for."""
-    with suppress(OSError):
-        while packet := connection.recv(PACKET_BYTES):
-            taken.put(pickle.loads(packet))  # noqa: S301
+    with suppress(EOFError, OSError):
+        while True:
+            taken.put(connection.recv())
     os._exit(0)
 
 
 class _Reading:
-    def __init__(self, spec: ReadingSpec, connection: socket.socket, taken: "SimpleQueue[tuple[int, ...]]") -> None:
+    def __init__(
+        self, spec: ReadingSpec, connection: "Connection[Any, Any]", taken: "SimpleQueue[tuple[int, ...]]"
+    ) -> None:
         self._spec = spec
         self._connection = connection
         self._taken = taken
@@ -259,7 +242,7 @@ class _Reading:
 
     def _send(self, message: Filled | Exception | None) -> None:
         try:
-            self._connection.send(pickle.dumps(message))
+            self._connection.send(message)
         except OSError:
             # The other side is gone: `_listen` is about to do the same.
             os._exit(0)

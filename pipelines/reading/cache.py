@@ -9,7 +9,6 @@ All locks are flocks: the kernel releases them when their owner ends, however it
 a `.part` or `.held` that nobody locks belongs to nobody.
 """
 
-import fcntl
 import logging
 import os
 import threading
@@ -22,17 +21,18 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
+from shards.ground.digests import running_digest
 from shards.ground.errors import PackError
-from shards.ground.files import open_locked
+from shards.ground.locks import locked, open_locked, remove_unlocked
+from shards.ground.units import gib
 from shards.sets.index import RECORD, npy_header
 from shards.sets.manifest import Manifest, ShardEntry
 from shards.sets.remote import RemoteShardSet
 from shards.sets.shard_file import LocalShardFile, ShardFile
 from shards.storage.stores import open_folder
 
-__all__ = ["CacheFolder", "CacheFullError", "CachedShardSet", "FetchError", "Holder", "gib"]
+__all__ = ["CacheFolder", "CacheFullError", "CachedShardSet", "FetchError", "Holder"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -64,11 +64,8 @@ class CacheFolder:
     def locked(self) -> Generator[None]:
         """Keep others from changing what is held, and from making room."""
         self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = open_locked(self.path / "room.lock", fcntl.LOCK_EX, str(self.path))
-        try:
+        with locked(self.path / "room.lock", holder=str(self.path), wait=True):
             yield
-        finally:
-            os.close(descriptor)
 
     def make_room(self, descriptor: int, num_bytes: int, shard: str) -> None:
         """Reserve bytes for a file that is open, and evict what was used least recently until there is room.
@@ -99,7 +96,7 @@ class CacheFolder:
         """Remove what processes that were killed left half done."""
         with self.locked():
             for path in [*self.path.glob("*/*.part"), *self.path.glob("*.held")]:
-                _remove_unlocked(path)
+                remove_unlocked(path)
 
     def name_of(self, tar: Path) -> str:
         """Name of a shard in this folder."""
@@ -108,7 +105,7 @@ class CacheFolder:
     def _held(self) -> set[str]:
         names: set[str] = set()
         for path in self.path.glob("*.held"):
-            if not _remove_unlocked(path):
+            if not remove_unlocked(path):
                 names.update(path.read_text().splitlines())
         return names
 
@@ -127,7 +124,7 @@ class Holder:
         self._folder = folder
         folder.sweep()
         self._path = folder.path / f"{os.getpid()}.{uuid.uuid4().hex}.held"
-        self._descriptor = open_locked(self._path, fcntl.LOCK_EX, str(self._path))
+        self._descriptor = open_locked(self._path, holder=str(self._path), wait=True)
 
     def hold(self, names: set[str]) -> None:
         """Hold exactly these shards from now on."""
@@ -243,7 +240,7 @@ class CachedShardSet(RemoteShardSet):
 
     def _copy_pieces(self, entry: ShardEntry, descriptor: int, cancel: threading.Event) -> str:
         """Fetch a tar piece by piece; give what is wrong with it, if anything."""
-        name, store, digest = f"{self.url}/{entry.name}", open_folder(self.url), xxhash.xxh3_128()
+        name, store, digest = f"{self.url}/{entry.name}", open_folder(self.url), running_digest()
         try:
             size = store.size(entry.name)
             if size != entry.num_bytes:
@@ -275,7 +272,7 @@ class CachedShardSet(RemoteShardSet):
 def _part_of(copy: Path) -> Generator[tuple[Path, int]]:
     """(path, descriptor) of the locked file that a copy grows in; removed unless it was renamed meanwhile."""
     part = copy.with_name(f"{copy.name}.part")
-    descriptor = open_locked(part, fcntl.LOCK_EX, str(part))
+    descriptor = open_locked(part, holder=str(part), wait=True)
     try:
         yield part, descriptor
     finally:
@@ -304,24 +301,3 @@ def _is_refusal(error: PackError) -> bool:
 
 def _index_of(tar: Path) -> Path:
     return tar.with_name(f"{tar.stem}.index.npy")
-
-
-def _remove_unlocked(path: Path) -> bool:
-    """Remove a file whose owner is gone; say whether it was."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def gib(num_bytes: int) -> str:
-    """Bytes for people."""
-    return f"{num_bytes / (1 << 30):.3g} GiB"

@@ -13,17 +13,16 @@ from collections.abc import Iterator
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
 from pipelines.reading.cache import CachedShardSet, CacheFolder, Holder
 from pipelines.reading.samples import Steps
 from shards import ShardSet
+from shards.ground.arrays import Indices
 from shards.sets.merged import MergedShardSet
 from shards.sets.remote import RemoteShardSet
 
 __all__ = ["STEPS_KEPT", "FetchedSteps", "cached", "num_cached_bytes"]
 
-Indices = npt.NDArray[np.int64]
 
 _LOG = logging.getLogger(__name__)
 

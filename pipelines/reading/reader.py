@@ -7,11 +7,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from shards import ShardSet
+from shards.ground.arrays import Encoded, Indices
+from shards.ground.digests import crc32c
 from shards.sets.shard_file import ShardFile
 
 __all__ = ["READ_THREADS", "DamagedSampleError", "Outcome", "PendingBytes", "Reader", "name_sample"]
@@ -19,8 +20,6 @@ __all__ = ["READ_THREADS", "DamagedSampleError", "Outcome", "PendingBytes", "Rea
 READ_THREADS = 4
 """Threads that read shards, where none are named."""
 
-Indices = npt.NDArray[np.int64]
-Encoded = npt.NDArray[np.uint8]
 
 # Records of the shards in use are kept in memory, not mapped: a mapping costs a file descriptor, and a step touches
 # several shards a lane.
@@ -165,7 +164,8 @@ class _Wanted(NamedTuple):
     file: ShardFile
     image: Encoded
     offset: int
-    crc32c: int
+    checksum: int
+    """CRC-32C."""
 
 
 def _read_all(
@@ -173,11 +173,11 @@ def _read_all(
 ) -> list[tuple[int, DamagedSampleError]]:
     """Read each image and check it; give (place, what is wrong) of the damaged ones."""
     damaged: list[tuple[int, DamagedSampleError]] = []
-    for place, file, image, offset, crc32c in wanted:
+    for place, file, image, offset, checksum in wanted:
         num_read = file.read_into(image, offset)
         if num_read < len(image):
             reason = f"the shard ends {len(image) - num_read} bytes too early"
-        elif google_crc32c.value(image) != crc32c:
+        elif crc32c(image) != checksum:
             reason = "its bytes do not match their crc32c"
         else:
             continue

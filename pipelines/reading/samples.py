@@ -12,6 +12,7 @@ from pipelines.config import ViewConfig, ViewsConfig
 from pipelines.plan.augment import KEY_VIEW, QUERY_VIEW, ViewTable, draw_view
 from pipelines.plan.order import EpochOrder, OrderPlan
 from pipelines.reading.reader import DamagedSampleError, Outcome, Reader
+from shards.ground.arrays import Indices
 from shards.sets.index import REFUSED, Flag, flag_name
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
     "draw_training",
 ]
 
-Indices = npt.NDArray[np.int64]
 Image = TypeVar("Image")
 Draw = Callable[[int | Indices, Indices, npt.NDArray[np.void]], tuple[ViewTable, ...]]
 

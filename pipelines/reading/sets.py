@@ -5,18 +5,18 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from pipelines.config import DataConfig
 from pipelines.plan.order import OrderPlan
-from pipelines.reading.cache import CacheFolder, gib
+from pipelines.reading.cache import CacheFolder
 from pipelines.reading.fetch import STEPS_KEPT, cached, num_cached_bytes
 from shards import ShardSet
+from shards.ground.arrays import Indices
+from shards.ground.units import gib
 from shards.sets.index import REFUSED, flag_name
 
 __all__ = ["cache_for_evaluation", "cache_for_training", "open_readable"]
 
-Indices = npt.NDArray[np.int64]
 
 # The rest is for evaluation, which comes between a run's steps.
 _FOR_TRAINING = 0.75

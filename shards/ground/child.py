@@ -1,56 +1,165 @@
-"""A process of ours beside this one: how it starts, ends, and is told to have died."""
+"""Child processes: how one starts, what it is told, what it answers, and how it ends.
 
+A child runs `main(connection, spec)` of a module in a fresh interpreter: a fork would inherit the threads' locks, and
+torch's and CUDA's state. The spec comes pickled in shared memory, so starting never waits for the child. After that
+both sides send messages over the connection; an Exception that the child sends is raised where its message is received
+(`Child.receive`). A child ends when the other end of its connection is gone.
+"""
+
+import mmap
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
-import traceback
+from contextlib import suppress
+from importlib import import_module
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
 
-__all__ = ["WorkerDiedError", "end_child", "explain_death", "portable", "start_child"]
+from shards.ground.channel import ChannelClosed
+from shards.ground.memory import create_shared
+
+__all__ = ["Child", "WorkerDiedError", "serve", "start_children"]
 
 _PATIENCE_S = 5
 
 
 class WorkerDiedError(RuntimeError):
-    """A process of ours ended without being told to."""
+    """A child process ended although it was not asked to."""
 
 
-def start_child(module: str, descriptor: int) -> subprocess.Popen[bytes]:
-    """Start `main(descriptor)` of a module in a fresh interpreter with one OpenMP thread.
+class Child:
+    """One child process, seen from its parent. `interrupt` may be called from any thread.
 
-    Fresh, because a fork would inherit the threads' locks, and torch's and CUDA's state.
+    Args:
+        process: the process.
+        connection: our end of its connection.
+        what: what to call it in errors, such as `worker process`.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.Popen(  # noqa: S603 - this interpreter, a module of ours
-        [sys.executable, "-c", f"from {module} import main; main({descriptor})"],
-        pass_fds=(descriptor,),
-        stdin=subprocess.DEVNULL,
-        env=environment,
-    )
+
+    def __init__(self, process: "subprocess.Popen[bytes]", connection: "Connection[Any, Any]", what: str) -> None:
+        self.process = process
+        self.connection = connection
+        self._what = what
+        self._is_interrupted = False
+
+    def send(self, message: object) -> None:
+        """Send a message.
+
+        Raises:
+            WorkerDiedError: the process is gone.
+            ChannelClosed: interrupted.
+        """
+        try:
+            self.connection.send(message)
+        except OSError:
+            raise self.gone() from None
+
+    def receive(self) -> Any:
+        """Wait for the next message.
+
+        Raises:
+            Exception: what went wrong in the process.
+            WorkerDiedError: the process is gone.
+            ChannelClosed: interrupted.
+        """
+        try:
+            message = self.connection.recv()
+        except (EOFError, OSError):
+            raise self.gone() from None
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    def gone(self) -> Exception:
+        """Wait for a process whose connection has broken, and return the error that says how it ended."""
+        if self._is_interrupted:
+            return ChannelClosed()
+        self._wait()
+        code = self.process.returncode
+        if code >= 0:
+            return WorkerDiedError(f"{self._what} {self.process.pid} ended with exit code {code}")
+        hint = ": the machine may have run out of memory" if code == -signal.SIGKILL else ""
+        return WorkerDiedError(f"{self._what} {self.process.pid} was killed by {signal.Signals(-code).name}{hint}")
+
+    def interrupt(self) -> None:
+        """Break the connection, which ends the process, and let whoever waits for a message raise ChannelClosed."""
+        self._is_interrupted = True
+        # Closing would not wake a thread that reads.
+        with suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as same:
+            same.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Break the connection and wait for the process; kill it if it does not end."""
+        self.connection.close()
+        self._wait()
+
+    def kill(self) -> None:
+        """End the process, whatever it is doing."""
+        self.process.kill()
+        self.close()
+
+    def _wait(self) -> None:
+        try:
+            self.process.wait(timeout=_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
-def end_child(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a process that has been told to end; kill it if it does not."""
+def start_children(module: str, spec: object, *, count: int = 1, what: str) -> list[Child]:
+    """Start processes that run `main(connection, spec)` of a module, each with one OpenMP thread.
+
+    Args:
+        module: its name.
+        spec: pickled once for all of them.
+        count: how many.
+        what: what to call one in errors.
+    """
+    memory = create_shared("moco-fast-spec", pickle.dumps(spec))
+    children: list[Child] = []
     try:
-        process.wait(timeout=_PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        children.extend(_start(module, memory, what) for _ in range(count))
+    except BaseException:
+        for child in children:
+            child.kill()
+        raise
+    finally:
+        os.close(memory)
+    return children
 
 
-def explain_death(process: subprocess.Popen[bytes], what: str) -> WorkerDiedError:
-    """Wait for a process whose connection has broken, and say how it ended."""
-    end_child(process)
-    code = process.returncode
-    if code >= 0:
-        return WorkerDiedError(f"{what} {process.pid} ended with code {code}")
-    hint = ": the machine may have run out of memory" if code == -signal.SIGKILL else ""
-    return WorkerDiedError(f"{what} {process.pid} was killed by {signal.Signals(-code).name}{hint}")
+def _start(module: str, memory: int, what: str) -> Child:
+    ours, theirs = Pipe()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    call = f"serve({module!r}, {theirs.fileno()}, {memory})"
+    with theirs:
+        process = subprocess.Popen(  # noqa: S603 - this interpreter, a module of ours
+            [sys.executable, "-c", f"from shards.ground.child import serve; {call}"],
+            pass_fds=(theirs.fileno(), memory),
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+    return Child(process, ours, what)
 
 
-def portable(error: Exception, where: str) -> Exception:
-    """Give an error that survives the way to another process, with its traceback as a note."""
-    # Its end says most, and packets are small.
-    error.add_note(f"{where}:\n" + "".join(traceback.format_exception(error))[-8000:])
-    error.__cause__ = error.__context__ = error.__traceback__ = None
-    return error
+def serve(module: str, descriptor: int, memory: int) -> None:
+    """Run a module's `main` in a child until the parent is gone; `start_children` calls this there.
+
+    Args:
+        module: its name.
+        descriptor: of the child's end of the connection.
+        memory: descriptor of the shared memory that holds the spec.
+    """
+    # Ctrl-C reaches the whole group of processes: the parent decides when its children end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection: Connection[Any, Any] = Connection(descriptor)
+    main = import_module(module).main
+    with mmap.mmap(memory, 0, access=mmap.ACCESS_READ) as pickled:
+        spec = pickle.loads(pickled)  # noqa: S301 - from our own parent
+    os.close(memory)
+    with suppress(EOFError, ConnectionResetError, BrokenPipeError):
+        main(connection, spec)

@@ -1,6 +1,9 @@
-"""How packing goes wrong: for one input, or for the whole command."""
+"""Errors of packing and of the ground floor, and how an error crosses from one process to another."""
 
-__all__ = ["PackError", "RefusedError", "Rejected"]
+import pickle
+import traceback
+
+__all__ = ["InUseError", "PackError", "RefusedError", "Rejected", "portable"]
 
 
 class Rejected(Exception):  # noqa: N818 - an outcome of packing, not an error
@@ -18,14 +21,18 @@ class Rejected(Exception):  # noqa: N818 - an outcome of packing, not an error
 
 
 class PackError(ValueError):
-    """Packing cannot go on; what is finished stays, and the same command continues from there."""
+    """Packing cannot continue; finished shards are kept, and the same command continues from there."""
+
+
+class InUseError(PackError):
+    """Another process has locked a file or folder."""
 
 
 class RefusedError(PackError):
-    """A web server will not give one file, now or later.
+    """A web server refuses one file for good.
 
     Args:
-        message: what to tell where the file was needed.
+        message: what to report where the file was needed.
         status: the server's answer, such as `403 Forbidden`.
     """
 
@@ -33,3 +40,22 @@ class RefusedError(PackError):
     def __init__(self, message: str, status: str = "") -> None:
         super().__init__(message)
         self.status = status
+
+
+def portable(error: Exception, where: str) -> Exception:
+    """Return an error that can be sent to another process, with its traceback as a note.
+
+    Args:
+        error: the error; one that cannot be pickled becomes a RuntimeError that names it.
+        where: where it was raised, such as `in a worker process`.
+    """
+    # The end says most, and messages are small.
+    note = f"{where}:\n" + "".join(traceback.format_exception(error))[-8000:]
+    error.__cause__ = error.__context__ = error.__traceback__ = None
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - what this line has just made
+    # Whatever a class of someone else's does when it is copied.
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(note)
+    return error

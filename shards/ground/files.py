@@ -1,32 +1,51 @@
-"""Files that appear whole or not at all, and a lock that dies with its owner."""
+"""Atomic files and folders: whole under their name or not there at all, with or without a sync to disk."""
 
-import fcntl
 import os
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shards.ground.errors import PackError
-
-__all__ = ["locked", "open_locked", "publish", "sync_file", "sync_folder", "write_and_sync"]
+__all__ = ["appearing", "aside_of", "publish", "remove", "sync", "write_synced", "write_whole"]
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def aside_of(final: Path) -> Path:
+    """Return where a file or folder grows before it gets its name: `.NAME.partial` beside it."""
+    return final.with_name(f".{final.name}.partial")
+
+
+@contextmanager
+def appearing(final: Path, *, durable: bool, aside: Path | None = None) -> Generator[Path]:
+    """Give a path for what gets its name when the block ends, and is removed if the block raises.
+
+        with appearing(Path("config.json"), durable=False) as aside:
+            aside.write_text("{}")
+
+    Args:
+        final: name of the file or folder; a file that has it is replaced, a folder must be gone by then.
+        durable: sync contents and name to disk, so that a power cut cannot leave the name without the contents.
+        aside: where it grows, on the same file system; needed where several processes may write the same name at once.
+    """
+    aside = aside or aside_of(final)
+    remove(aside)
     try:
-        os.fsync(fd)
+        yield aside
+        if durable:
+            _sync_all(aside)
+            publish([(aside, final)])
+        else:
+            aside.replace(final)
     finally:
-        os.close(fd)
+        remove(aside)
 
 
-def sync_file(path: Path) -> None:
-    """Wait until a file's bytes are on the disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+def write_whole(final: Path, data: bytes | str, *, durable: bool, aside: Path | None = None) -> None:
+    """Write a file that appears whole or not at all; text as UTF-8. Arguments as in `appearing`."""
+    with appearing(final, durable=durable, aside=aside) as path:
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def write_and_sync(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes) -> None:
     """Write a file and wait until it is on the disk."""
     with path.open("wb") as file:
         file.write(data)
@@ -35,52 +54,32 @@ def write_and_sync(path: Path, data: bytes) -> None:
 
 
 def publish(pairs: list[tuple[Path, Path]]) -> None:
-    """Rename synced temporary files to their final names, in one folder, and sync that folder."""
-    for temporary, final in pairs:
-        temporary.replace(final)
+    """Rename synced files, and sync the folders that they are in now."""
+    for aside, final in pairs:
+        aside.replace(final)
     for folder in {final.parent for _, final in pairs}:
-        sync_folder(folder)
+        sync(folder)
 
 
-@contextmanager
-def locked(path: Path, *, holder: str, shared: bool = False, wait: bool = False) -> Generator[None]:
-    """Hold a lock file; the kernel releases it when the process ends, however it ends.
-
-    Args:
-        path: the file.
-        holder: what the lock stands for, in the error.
-        shared: others may hold it shared too.
-        wait: wait for others instead of refusing.
-
-    Raises:
-        PackError: someone else holds it.
-    """
-    how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-    fd = open_locked(path, how, holder)
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if not shared:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-        yield
+        os.fsync(descriptor)
     finally:
-        os.close(fd)
+        os.close(descriptor)
 
 
-def open_locked(path: Path, how: int, holder: str) -> int:
-    """Descriptor of a file, made if need be, that is locked with these flags of flock. Raises PackError."""
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(fd, how)
-            # Its last owner may have removed it between our two calls; such a lock would hold off nobody.
-            if path.stat().st_ino == os.fstat(fd).st_ino:
-                return fd
-        except BlockingIOError:
-            owner = os.pread(fd, 100, 0).decode(errors="replace").strip() or "its owner is not known"
-            os.close(fd)
-            raise PackError(
-                f"{holder} is in use by another make-shards ({owner}): wait for it, end it, or choose another folder"
-            ) from None
-        except FileNotFoundError:
-            pass
-        os.close(fd)
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_all(path: Path) -> None:
+    if path.is_dir():
+        for inner in path.iterdir():
+            _sync_all(inner)
+    sync(path)

@@ -1,7 +1,4 @@
-"""Shared memory without a name, and the lending of it.
-
-No name in a file system: nothing stays behind whatever kills the processes that share it.
-"""
+"""Shared memory without a name in the file system: nothing is left, whatever kills the processes that share it."""
 
 import mmap
 import os
@@ -9,15 +6,24 @@ import weakref
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
+
+from shards.ground.arrays import Encoded
 
 __all__ = ["create_shared", "lend", "map_shared", "shared_path"]
 
 
-def create_shared(name: str, num_bytes: int) -> int:
-    """Make a block of memory and return its descriptor. Pages that are never written cost nothing."""
+def create_shared(name: str, content: int | bytes) -> int:
+    """Make a block of memory and return its descriptor.
+
+    Args:
+        name: for those who look at the process from outside.
+        content: what it holds, or its size in bytes. Pages that are never written cost nothing.
+    """
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, num_bytes)
+    os.ftruncate(descriptor, content if isinstance(content, int) else len(content))
+    if isinstance(content, bytes):
+        with mmap.mmap(descriptor, len(content)) as memory:
+            memory[:] = content
     return descriptor
 
 
@@ -35,8 +41,8 @@ def map_shared(path: str, num_bytes: int) -> mmap.mmap:
         os.close(descriptor)
 
 
-def lend(array: npt.NDArray[np.uint8], on_return: Callable[[], object]) -> npt.NDArray[np.uint8]:
-    """Give an array on the same memory; `on_return` is called when all arrays and tensors made of it are dropped."""
+def lend(array: Encoded, on_return: Callable[[], object]) -> Encoded:
+    """Return an array on the same memory; `on_return` is called once all arrays and tensors made of it are dropped."""
     lease = _Lease(array)
     weakref.finalize(lease, on_return).atexit = False
     return np.asarray(lease)
@@ -45,6 +51,6 @@ def lend(array: npt.NDArray[np.uint8], on_return: Callable[[], object]) -> npt.N
 class _Lease:
     """Lends an array: every array and tensor made of it keeps this object alive."""
 
-    def __init__(self, array: npt.NDArray[np.uint8]) -> None:
+    def __init__(self, array: Encoded) -> None:
         self.__array_interface__ = array.__array_interface__
         self._array = array

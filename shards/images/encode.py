@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from shards.config import EncodeConfig
+from shards.ground.arrays import Pixels
 from shards.ground.errors import Rejected
 from shards.images.jpeg import JpegError, JpegHeader, is_jpeg, parse_jpeg
-from shards.images.libraries import Pixels, decode_jpeg, encode_jpeg, shrink, sum_channels
+from shards.images.libraries import decode_jpeg, encode_jpeg, shrink, sum_channels
 from shards.images.transcode import transcode_jpeg, transcoder
 
-__all__ = ["Encoded", "encode"]
+__all__ = ["PackedImage", "encode"]
 
 _MAX_JPEG_SIDE = 65500
 # These hand their bytes to another program, or hold no still image.
@@ -24,7 +25,7 @@ _EOI = b"\xff\xd9"
 _SMALL_PIXELS = 1 << 16
 
 
-class Encoded(NamedTuple):
+class PackedImage(NamedTuple):
     """A packed image."""
 
     data: bytes
@@ -37,7 +38,7 @@ class Encoded(NamedTuple):
     """As in JpegHeader.kind."""
 
 
-def encode(data: bytes, config: EncodeConfig) -> Encoded:
+def encode(data: bytes, config: EncodeConfig) -> PackedImage:
     """Turn the bytes of any still image into a baseline JPEG, RGB or gray, upright.
 
     Raises:
@@ -88,7 +89,7 @@ def _reduction(size: tuple[int, int], target: tuple[int, int]) -> int:
     return next(fits, 1)
 
 
-def _encode_jpeg(data: bytes, header: JpegHeader, config: EncodeConfig) -> Encoded:
+def _encode_jpeg(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage:
     upright = header.orientation == 1
     turned = header.orientation >= 5
     size = (header.height, header.width) if turned else (header.width, header.height)
@@ -120,14 +121,14 @@ def _encode_jpeg(data: bytes, header: JpegHeader, config: EncodeConfig) -> Encod
     return _finish(pixels, target, outcomes, config)
 
 
-def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> Encoded | None:
+def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage | None:
     """The image as it is; None where it must be decoded after all."""
     outcome = "copied"
     if not config.mean_rgb:
         # Trailing bytes after the end are common and harmless; no end at all means that bytes are missing.
         if _EOI not in data[-4096:] and data.rfind(_EOI) < 0:
             raise Rejected("damaged", "cut short: has no end marker")
-        return Encoded(data, header.width, header.height, None, (outcome,), header.kind)
+        return PackedImage(data, header.width, header.height, None, (outcome,), header.kind)
     try:
         small = _decode_small(data, header)
     except ValueError as error:
@@ -140,10 +141,10 @@ def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> Encoded | No
         except ValueError:
             raise Rejected("damaged", str(error)) from None
         data, outcome = ended, "repaired"
-    return Encoded(data, header.width, header.height, _mean_rgb(small), (outcome,), header.kind)
+    return PackedImage(data, header.width, header.height, _mean_rgb(small), (outcome,), header.kind)
 
 
-def _transcode(data: bytes, header: JpegHeader, config: EncodeConfig) -> Encoded | None:
+def _transcode(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage | None:
     """A progressive JPEG as a baseline one, without loss; None where it must be decoded after all."""
     # Without the library there are no shards: bytes must not depend on what a machine lacks.
     transcoder()
@@ -160,7 +161,7 @@ def _transcode(data: bytes, header: JpegHeader, config: EncodeConfig) -> Encoded
     if not found.is_baseline or found[:3] != header[:3]:
         return None
     mean = _mean_rgb(small) if config.mean_rgb else None
-    return Encoded(transcoded, header.width, header.height, mean, ("transcoded",), found.kind)
+    return PackedImage(transcoded, header.width, header.height, mean, ("transcoded",), found.kind)
 
 
 def _decode_small(data: bytes, header: JpegHeader) -> Pixels:
@@ -189,7 +190,7 @@ def _decode_jpeg(data: bytes, reduce: int, *, gray: bool) -> tuple[Pixels, bool]
         raise Rejected("damaged", str(error)) from None
 
 
-def _encode_other(data: bytes, config: EncodeConfig) -> Encoded:
+def _encode_other(data: bytes, config: EncodeConfig) -> PackedImage:
     pixels, outcomes = _decode_with_pillow(data, config)
     height, width = pixels.shape[:2]
     target = _target_size(width, height, config)
@@ -198,7 +199,7 @@ def _encode_other(data: bytes, config: EncodeConfig) -> Encoded:
     return _finish(pixels, target, ["converted", *outcomes], config)
 
 
-def _finish(pixels: Pixels, target: tuple[int, int], outcomes: list[str], config: EncodeConfig) -> Encoded:
+def _finish(pixels: Pixels, target: tuple[int, int], outcomes: list[str], config: EncodeConfig) -> PackedImage:
     """Resize to `target` (width, height) and compress."""
     height, width = pixels.shape[:2]
     if (width, height) != target:
@@ -209,7 +210,7 @@ def _finish(pixels: Pixels, target: tuple[int, int], outcomes: list[str], config
     pixels = np.ascontiguousarray(pixels)
     data = encode_jpeg(pixels, config.quality)
     mean = _mean_rgb(pixels) if config.mean_rgb else None
-    return Encoded(data, width, height, mean, tuple(outcomes), parse_jpeg(data).kind)
+    return PackedImage(data, width, height, mean, tuple(outcomes), parse_jpeg(data).kind)
 
 
 def _resize(pixels: Pixels, target: tuple[int, int]) -> Pixels:

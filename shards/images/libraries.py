@@ -4,23 +4,14 @@ import math
 from functools import lru_cache
 from typing import Any
 
-import google_crc32c
-import numpy as np
 import simplejpeg  # pyright: ignore[reportMissingTypeStubs]
-from numpy.typing import NDArray
 
-__all__ = ["Pixels", "crc32c", "decode_jpeg", "encode_jpeg", "shrink", "sum_channels"]
+from shards.ground.arrays import Pixels
 
-Pixels = NDArray[np.uint8]
-"""(H, W, 1) gray or (H, W, 3) RGB."""
+__all__ = ["decode_jpeg", "encode_jpeg", "shrink", "sum_channels"]
 
 # Shrinking a side by less than this is done by a Gaussian of three taps and cubic interpolation.
 _FAR = 1.7
-
-
-def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli) of some bytes."""
-    return google_crc32c.value(data)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def decode_jpeg(data: bytes, *, gray: bool = False, reduce: int = 1, strict: bool = True) -> Pixels:

@@ -12,13 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from shards.config import EncodeConfig
-from shards.ground.errors import PackError
-from shards.ground.files import locked
+from shards.ground.digests import short_digest
+from shards.ground.errors import PackError, portable
+from shards.ground.locks import locked
+from shards.ground.pool import Tick
 from shards.packing.plan import Task
-from shards.packing.pool import Tick
 from shards.packing.write import WriteShard
 from shards.storage.target import BucketTarget, LocalTarget
 
@@ -48,7 +47,7 @@ class NodeJob:
         if isinstance(target, LocalTarget):
             target = replace(target, out=str(Path(target.out).absolute()))
         job = WriteShard(job.plan.absolute(), target, config)
-        digest = xxhash.xxh3_64_hexdigest((job.plan / "plan.json").read_bytes())
+        digest = short_digest((job.plan / "plan.json").read_bytes())
         return cls(job=job, plan_digest=digest, versions=_versions(config))
 
     def __call__(self, task: Task, tick: Tick) -> None:
@@ -79,7 +78,7 @@ class NodeJob:
             with locked(target.work / "lock-plan", holder="the plan", wait=True):
                 target.fetch_plan(plan)
         try:
-            found = xxhash.xxh3_64_hexdigest((plan / "plan.json").read_bytes())
+            found = short_digest((plan / "plan.json").read_bytes())
         except OSError as error:
             raise PackError(
                 f"cannot read {plan} ({error.strerror}): with --executor ray, --out must be a folder that every node "
@@ -158,7 +157,7 @@ def _write_shard(job: NodeJob, task: Task) -> tuple[int, Exception | None]:
         job(task, tick)
     # Raised again where the packing was started; Ray would wrap it in pages of traceback.
     except Exception as error:
-        return num_inputs, error
+        return num_inputs, portable(error, f"on node {socket.gethostname()}")
     return num_inputs, None
 
 

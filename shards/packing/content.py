@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
+from shards.ground.digests import digest_number
+from shards.ground.pool import Tick, run_tasks
 from shards.ground.progress import Progress
 from shards.packing.plan import cached_plan
-from shards.packing.pool import Tick, run_tasks
 from shards.sources.reading import read_inputs
 
 __all__ = ["DIGEST", "digest_contents", "first_of_each", "split_of"]
@@ -35,7 +35,7 @@ class _DigestRows:
             for i, item in enumerate(inputs):
                 # What cannot be read is met again when packing, and written down then.
                 if isinstance(item.data, bytes):
-                    value = xxhash.xxh3_128_intdigest(item.data)
+                    value = digest_number(item.data)
                     digests[i] = (value >> 64, value & 0xFFFFFFFFFFFFFFFF)
                 tick(1)
         return digests

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from shards.config import PackConfig
+from shards.ground.cpus import available_cpus
 from shards.ground.errors import Rejected
 from shards.ground.progress import Progress
+from shards.ground.units import format_bytes, format_duration
 from shards.images.encode import encode
 from shards.images.libraries import decode_jpeg
 from shards.packing.listing import make_plan
 from shards.packing.plan import Plan
-from shards.packing.pool import default_workers
-from shards.packing.summary import human_bytes
 from shards.sources.reading import read_inputs
 from shards.storage.tar import BLOCK, padding
 
@@ -52,15 +52,15 @@ class Estimate:
 
     def lines(self, config: PackConfig) -> Iterator[str]:
         """The predictions for people."""
-        workers = config.workers or default_workers()
+        workers = config.workers or available_cpus()
         packed = self.num_inputs * (1 - sum(self.rejections.values()) / self.num_probed)
         yield f"{self.num_inputs:,} inputs, {self.num_classes:,} classes; {self.num_probed} of them tried:"
         shards = ", ".join(f"{count:,} shards{f' of {name}' if name else ''}" for name, count in self.shards.items())
-        yield f"  {packed:,.0f} samples, {human_bytes(packed * self.bytes_a_sample)}, in {shards}"
+        yield f"  {packed:,.0f} samples, {format_bytes(packed * self.bytes_a_sample)}, in {shards}"
         for title, tally in (("packed", self.outcomes), ("rejected", self.rejections)):
             yield f"  {title}: {', '.join(f'{what} {count}' for what, count in sorted(tally.items())) or 'none'}"
         seconds = self.num_inputs * self.seconds_a_sample / workers
-        yield f"  about {_duration(seconds)} with {workers} workers, if the disk keeps up"
+        yield f"  about {format_duration(seconds)} with {workers} workers, if the disk keeps up"
         yield f"  one core will decode about {self.decoded_a_second:,.0f} of the packed images a second"
         made_anew = self.outcomes.get("made baseline", 0)
         if config.progressive == "encode" and config.resize is None and made_anew > _MANY_ANEW * self.num_probed:
@@ -76,13 +76,6 @@ class Estimate:
                 f"about {gain:.0f} times as fast to decode. It costs one more JPEG generation, and detail in the "
                 "smallest crops"
             )
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("hours", 7200), ("minutes", 120)):
-        if seconds > size:
-            return f"{seconds / size * 2:,.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def estimate(config: PackConfig, progress: Progress | None = None) -> Estimate:

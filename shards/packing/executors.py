@@ -5,8 +5,8 @@ from functools import partial
 from typing import Protocol
 
 from shards.config import PackConfig
+from shards.ground.pool import Tick
 from shards.packing.plan import Task
-from shards.packing.pool import Tick
 from shards.packing.write import WriteShard
 
 __all__ = ["Executor", "executor"]
@@ -21,9 +21,10 @@ class Executor(Protocol):
 
 
 def _local(config: PackConfig) -> Executor:
-    from shards.packing.pool import default_workers, run_tasks
+    from shards.ground.cpus import available_cpus
+    from shards.ground.pool import run_tasks
 
-    return partial(run_tasks, workers=config.workers or default_workers())
+    return partial(run_tasks, workers=config.workers or available_cpus())
 
 
 def _ray(config: PackConfig) -> Executor:

@@ -1,6 +1,5 @@
 """Lists the sources and fixes the plan."""
 
-import shutil
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -10,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.config import PackConfig
+from shards.ground.cpus import available_cpus
 from shards.ground.errors import Rejected
-from shards.ground.files import sync_file, sync_folder
+from shards.ground.files import appearing, remove
 from shards.ground.progress import Progress
 from shards.images.encode import encode
 from shards.packing.content import digest_contents, first_of_each, split_of
 from shards.packing.plan import ROW, ClassTable, Duplicates, Header, Plan, Split, TableWriter, Task, shuffled
-from shards.packing.pool import default_workers
 from shards.sources import Input, Source, open_source
 from shards.sources.reading import read_inputs
 
@@ -34,29 +33,28 @@ def make_plan(config: PackConfig, folder: Path, progress: Progress) -> Plan:
         PackError: a source cannot be listed.
     """
     sources = [open_source(path, config.columns()) for path in config.sources]
-    building = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    class_names = _list_inputs(config, sources, building, progress)
-    num_rows = (building / "rows.bin").stat().st_size // ROW.itemsize
+    with appearing(folder, durable=True) as building:
+        building.mkdir(parents=True)
+        _build_plan(config, sources, building, progress)
+        # One that was killed before others knew of it left a plan that no one follows.
+        remove(folder)
+    return Plan.open(folder)
+
+
+def _build_plan(config: PackConfig, sources: list[Source], folder: Path, progress: Progress) -> None:
+    class_names = _list_inputs(config, sources, folder, progress)
+    num_rows = (folder / "rows.bin").stat().st_size // ROW.itemsize
     order = shuffled(num_rows, config.seed) if config.shuffle else np.arange(num_rows, dtype=np.uint64)
-    order.astype("<u8").tofile(building / "order.bin")
+    order.astype("<u8").tofile(folder / "order.bin")
     whole = Split(name="", first=0, num_positions=num_rows, shard_samples=num_rows)
     header = Header(settings=config.settings(), sources=sources, class_names=class_names, splits=[whole])
     # What follows reads inputs, and for that it needs a plan, if only of one shard.
-    Duplicates.none().write(building)
-    header.write(building)
-    shard_samples = config.shard_samples or _samples_for(config, Plan.open(building))
+    Duplicates.none().write(folder)
+    header.write(folder)
+    shard_samples = config.shard_samples or _samples_for(config, Plan.open(folder))
     by_content = bool(config.splits) or config.dedup
-    splits = _cut_by_content(config, building, order, progress) if by_content else [whole]
-    replace(header, splits=[replace(split, shard_samples=shard_samples) for split in splits]).write(building)
-    for path in building.iterdir():
-        sync_file(path)
-    # One that was killed before others knew of it left a plan that nobody follows.
-    shutil.rmtree(folder, ignore_errors=True)
-    building.replace(folder)
-    sync_folder(folder.parent)
-    return Plan.open(folder)
+    splits = _cut_by_content(config, folder, order, progress) if by_content else [whole]
+    replace(header, splits=[replace(split, shard_samples=shard_samples) for split in splits]).write(folder)
 
 
 def _own_or_folder(item: Input) -> str | int | None:
@@ -112,7 +110,7 @@ def _samples_for(config: PackConfig, plan: Plan) -> int:
 
 def _cut_by_content(config: PackConfig, folder: Path, order: NDArray[np.uint64], progress: Progress) -> list[Split]:
     """Rewrite order.bin split after split, without duplicates if these are to go."""
-    digests = digest_contents(folder, len(order), workers=config.workers or default_workers(), progress=progress)
+    digests = digest_contents(folder, len(order), workers=config.workers or available_cpus(), progress=progress)
     names = ["train", *(name for name, _ in config.splits)] if config.splits else [""]
     split = split_of(digests, [share for _, share in config.splits])
     rows = np.arange(len(order))

@@ -9,7 +9,7 @@ from typing import Any
 
 from shards.config import PackConfig
 from shards.ground.errors import PackError
-from shards.ground.files import locked
+from shards.ground.locks import locked
 from shards.ground.progress import Progress
 from shards.images.transcode import transcoder
 from shards.packing.executors import executor

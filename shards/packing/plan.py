@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.ground.errors import PackError
-from shards.ground.files import write_and_sync
 from shards.sources import Source, reopen_source
 
 __all__ = [
@@ -337,7 +336,7 @@ class Header:
             "class_names": self.class_names,
             "splits": [asdict(split) for split in self.splits],
         }
-        write_and_sync(folder / "plan.json", json.dumps(values, indent=1).encode())
+        (folder / "plan.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], *, render: Callable[[Any], str] = str) -> str:

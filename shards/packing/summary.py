@@ -2,18 +2,20 @@
 
 import sys
 
+from shards.ground.units import format_bytes
 from shards.sets.manifest import Manifest
 
-__all__ = ["human_bytes", "summarize"]
+__all__ = ["summarize"]
 
 
 def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> int:
     """Print what was packed and rejected; returns the exit status: 3 where too much was rejected."""
     for name, manifest in manifests.items():
-        size = sum(shard.num_bytes for shard in manifest.shards)
+        size = format_bytes(sum(shard.num_bytes for shard in manifest.shards))
         folder = f"{out.rstrip('/')}/{name}".rstrip("/")
         print(
-            f"{folder}: {manifest.num_samples:,} images in {len(manifest.shards):,} shards, {human_bytes(size)}", end=""
+            f"{folder}: {manifest.num_samples:,} images in {len(manifest.shards):,} shards, {format_bytes(size)}",
+            end="",
         )
         print(f", {len(manifest.class_names):,} classes" if manifest.class_names else ", no labels")
         if manifest.outcomes:
@@ -38,12 +40,3 @@ def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> 
         file=sys.stderr,
     )
     return 3
-
-
-def human_bytes(num_bytes: float) -> str:
-    """A size for people, in powers of a thousand."""
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.4g} TB"

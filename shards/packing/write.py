@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from shards.config import EncodeConfig
+from shards.ground.digests import crc32c, digest
 from shards.ground.errors import Rejected
-from shards.ground.files import write_and_sync
-from shards.images.encode import Encoded, encode
-from shards.images.libraries import crc32c
+from shards.ground.files import write_synced
+from shards.ground.pool import Tick
+from shards.images.encode import PackedImage, encode
 from shards.packing.plan import Plan, Task, cached_plan
-from shards.packing.pool import Tick
 from shards.sets.index import RECORD, SUFFIXES, Flag, npy_header
 from shards.sets.manifest import ShardEntry
 from shards.sources.reading import read_inputs
@@ -51,7 +50,7 @@ class _Columns:
         self.rejections: Counter[str] = Counter()
         self.jpegs: Counter[str] = Counter()
 
-    def add(self, position: int, image: Encoded, label: int, offset: int, source: str) -> None:
+    def add(self, position: int, image: PackedImage, label: int, offset: int, source: str) -> None:
         flags = 0 if image.mean_rgb is None else int(Flag.HAS_MEAN_RGB)
         crc = crc32c(image.data)
         mean = image.mean_rgb or (0, 0, 0)
@@ -125,12 +124,12 @@ def _write_files(
         tar.close()
         os.close(fd)
     for suffix, data in columns.files().items():
-        write_and_sync(paths[suffix], data)
-        digests[suffix] = xxhash.xxh3_128_hexdigest(data)
+        write_synced(paths[suffix], data)
+        digests[suffix] = digest(data)
     return _entry(task, tar.num_bytes, digests, columns), columns.rejected
 
 
-def _add_sample(tar: TarWriter, columns: _Columns, position: int, image: Encoded, label: int, source: str) -> None:
+def _add_sample(tar: TarWriter, columns: _Columns, position: int, image: PackedImage, label: int, source: str) -> None:
     key = f"{position:0{KEY_DIGITS}d}"
     offset = tar.add(b"%b.jpg" % key.encode(), image.data)
     line = f"jpg {offset} {len(image.data)} {key}.jpg"

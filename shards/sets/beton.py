@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from shards.sets.index import RECORD, ShardSet
@@ -33,7 +32,6 @@ __all__ = [
     "BetonSet",
     "Layout",
     "build_head",
-    "digest",
 ]
 
 _FORMAT = "moco-fast-beton"
@@ -110,14 +108,6 @@ def build_head(layout: Layout, *, page_bytes: int) -> bytes:
     ours = json.dumps({"format": _FORMAT, "version": _FORMAT_VERSION, **asdict(layout)}).encode()
     fields[0]["arguments"][: len(ours)] = np.frombuffer(ours, dtype=np.uint8)
     return header.tobytes() + fields.tobytes()
-
-
-def digest(*parts: bytes) -> str:
-    """xxh3_128 of some bytes, in hex."""
-    whole = xxhash.xxh3_128()
-    for part in parts:
-        whole.update(part)
-    return whole.hexdigest()
 
 
 class BetonSet(ShardSet):

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from shards.config import WORK_FOLDER
+from shards.ground.pool import Tick, run_tasks
 from shards.ground.progress import Progress
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
-from shards.packing.pool import Tick, run_tasks
 from shards.sets.index import ShardSet
 from shards.sets.manifest import MANIFEST_NAME, Manifest
 from shards.sets.shard_folder import ShardFolder

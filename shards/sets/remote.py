@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
+from shards.ground.digests import digest as digest_of
 from shards.sets.index import RECORD, ShardSet, npy_header
 from shards.sets.manifest import MANIFEST_NAME, Manifest
 from shards.sets.shard_file import ShardFile
@@ -47,7 +47,7 @@ class RemoteShardSet(ShardSet):
                 f"{url} has no {MANIFEST_NAME}: packing has not finished there, or the sets are in folders below, such "
                 "as train/"
             ) from None
-        return cls(url, Manifest.from_json(text, where=f"{url}/{MANIFEST_NAME}"), xxhash.xxh3_128_hexdigest(text))
+        return cls(url, Manifest.from_json(text, where=f"{url}/{MANIFEST_NAME}"), digest_of(text))
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return (type(self), (self.url, self.manifest, self.digest))
@@ -88,7 +88,7 @@ class RemoteShardSet(ShardSet):
             ) from None
         promised = entry.digests.get(".index.npy", "")
         header = npy_header(entry.num_samples)
-        if (promised and xxhash.xxh3_128_hexdigest(data) != promised) or (
+        if (promised and digest_of(data) != promised) or (
             not data.startswith(header) or len(data) != len(header) + entry.num_samples * RECORD.itemsize
         ):
             raise ValueError(

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.ground.files import publish, write_and_sync
+from shards.ground.files import write_whole
 from shards.sets.index import ShardSet
 from shards.sets.manifest import MANIFEST_NAME, Manifest
 from shards.storage.stores import ByteFile, is_url, open_bytes, open_folder
@@ -65,12 +65,8 @@ class ShardFolder:
             open_folder(self._url).put(name, data)
             return
         final = Path(self.where) / name
-        temporary = final.with_name(f"{name}.{os.getpid()}.unfinished")
-        try:
-            write_and_sync(temporary, data)
-            publish([(temporary, final)])
-        finally:
-            temporary.unlink(missing_ok=True)
+        # Two commands may describe one folder at a time.
+        write_whole(final, data, durable=True, aside=final.with_name(f".{name}.{os.getpid()}.partial"))
 
     def open(self, name: str) -> ByteFile:
         """A file to read by ranges."""

@@ -3,9 +3,9 @@
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import xxhash
+from shards.ground.digests import RunningDigest, running_digest
 
 __all__ = ["BLOCK", "EndOfTar", "Member", "TarError", "TarWriter", "make_header", "padding", "parse_header"]
 
@@ -90,11 +90,6 @@ def parse_header(block: bytes) -> Member:
     return Member(prefix + b"/" + name if prefix else name, _number(block[124:136]), block[156:157])
 
 
-class _Digest(Protocol):
-    def update(self, data: bytes, /) -> None: ...
-    def hexdigest(self) -> str: ...
-
-
 def _sync_and_forget(fd: int, num_bytes: int) -> None:
     """Bring a file's bytes to the disk, and give their memory back: to other programs' files, and to the next bytes."""
     os.fdatasync(fd)
@@ -116,7 +111,7 @@ class TarWriter:
         self._unsynced_bytes = 0
         self._buffers: list[bytes] = []
         self._pending_bytes = 0
-        self._digest: _Digest = xxhash.xxh3_128()
+        self._digest: RunningDigest = running_digest()
         self.num_bytes = 0
         """Size of the tar so far."""
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import xxhash
-
+from shards.ground.digests import short_digest
 from shards.ground.errors import PackError
-from shards.ground.files import publish, sync_folder, write_and_sync
+from shards.ground.files import publish, sync, write_whole
 from shards.storage.stores import check_url, is_url, open_folder
 
 __all__ = ["WORK_NAME", "Target", "open_target", "path_in"]
@@ -109,9 +108,8 @@ class LocalTarget:
 
     def put(self, name: str, data: bytes) -> None:
         """Write aside, sync, rename."""
-        temporary = self.scratch / f"{name.replace('/', '-')}.{os.getpid()}"
-        write_and_sync(temporary, data)
-        self.publish({name: temporary})
+        aside = self.scratch / f"{name.replace('/', '-')}.{os.getpid()}"
+        write_whole(Path(self.out) / name, data, durable=True, aside=aside)
 
     def get(self, name: str) -> bytes | None:
         """Read."""
@@ -165,7 +163,7 @@ class BucketTarget:
     @property
     def work(self) -> Path:
         """A local folder of this target's own."""
-        return Path(self.work_folder) / f"make-shards-{xxhash.xxh3_64_hexdigest(self.out.rstrip('/').encode())}"
+        return Path(self.work_folder) / f"make-shards-{short_digest(self.out.rstrip('/').encode())}"
 
     @property
     def scratch(self) -> Path:
@@ -201,7 +199,7 @@ class BucketTarget:
         folder = open_folder(self.out.rstrip("/"))
         # Other machines may be uploading another plan: its files must not mix with ours.
         header = (plan / _PLAN_HEADER).read_bytes()
-        prefix = f"{WORK_NAME}/plan-{xxhash.xxh3_64_hexdigest(header)}"
+        prefix = f"{WORK_NAME}/plan-{short_digest(header)}"
         for path in sorted(plan.iterdir()):
             folder.put(f"{prefix}/{path.name}", path)
         if not folder.put(f"{WORK_NAME}/{_PLAN_HEADER}", prefix.encode(), only_if_new=True):
@@ -227,7 +225,7 @@ class BucketTarget:
         # plan.json last: a folder without it is fetched again.
         for name in sorted(names, key=lambda name: name.endswith(_PLAN_HEADER)):
             folder.download(name, plan / name.rpartition("/")[2])
-        sync_folder(plan)
+        sync(plan)
 
     def remove_work(self) -> None:
         """Remove what is below `.pack`, its plan first, and the local folder."""

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.ground.digests import crc32c, digest
 from shards.ground.errors import PackError
-from shards.ground.files import locked, publish, sync_file
+from shards.ground.files import appearing
+from shards.ground.locks import locked
+from shards.ground.pool import Tick, run_tasks
 from shards.ground.progress import Progress
-from shards.images.libraries import crc32c
-from shards.packing.pool import Tick, run_tasks
-from shards.sets.beton import ALLOCATION, METADATA, METADATA_AT, PAGE_BYTES, BetonSet, Layout, build_head, digest
+from shards.ground.units import format_bytes
+from shards.sets.beton import ALLOCATION, METADATA, METADATA_AT, PAGE_BYTES, BetonSet, Layout, build_head
 from shards.sets.index import REFUSED, ShardSet
 from shards.storage.stores import is_url, split_sets
 from shards.tools.verify import Problem, check_image
@@ -48,17 +50,15 @@ def write_beton(folder: str | Path, out: str | Path, *, workers: int, progress: 
     out = Path(out)
     shards = ShardSet.open(folder)
     _check(shards, out)
-    partial = out.with_name(f".{out.name}.partial")
     lock = out.with_name(f".{out.name}.lock")
     with locked(lock, holder=str(out)):
         try:
-            written = _write(shards, partial, workers, progress)
-            problems = _verify(written, decode=False, workers=workers, progress=progress)
-            if problems:
-                raise PackError(f"{out} did not read back as it was written ({problems[0]}): nothing was kept")
-            publish([(partial, out)])
+            with appearing(out, durable=True) as aside:
+                written = _write(shards, aside, workers, progress)
+                problems = _verify(written, decode=False, workers=workers, progress=progress)
+                if problems:
+                    raise PackError(f"{out} did not read back as it was written ({problems[0]}): nothing was kept")
         finally:
-            partial.unlink(missing_ok=True)
             lock.unlink(missing_ok=True)
     return BetonSet.open(out)
 
@@ -132,7 +132,7 @@ def _write(shards: ShardSet, path: Path, workers: int, progress: Progress) -> Be
     free_bytes = shutil.disk_usage(path.parent).free
     if free_bytes < layout.num_bytes:
         raise PackError(
-            f"{path.parent} has {free_bytes / 1e9:,.1f} GB left, {layout.num_bytes / 1e9:,.1f} are needed: make room"
+            f"{path.parent} has {format_bytes(free_bytes)} left, {format_bytes(layout.num_bytes)} are needed: make room"
         )
     with path.open("wb") as file:
         file.write(build_head(layout, page_bytes=page_bytes) + metadata)
@@ -143,7 +143,6 @@ def _write(shards: ShardSet, path: Path, workers: int, progress: Progress) -> Be
     with progress.stage("writing", unit=" images", total=records.size) as tick:
         for _ in run_tasks(_Copy(shards, path), tasks, workers=workers, tick=tick):
             pass
-    sync_file(path)
     return BetonSet(path, shards.manifest, layout)
 
 

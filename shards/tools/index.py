@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
 from shards.config import WORK_FOLDER
+from shards.ground.digests import crc32c, digest, digest_file
 from shards.ground.errors import PackError
+from shards.ground.pool import Tick, run_tasks
 from shards.ground.progress import Progress
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
-from shards.images.libraries import crc32c
 from shards.packing.plan import ClassTable
-from shards.packing.pool import Tick, run_tasks
 from shards.sets.index import INDEXED, RECORD, Flag, flag_name, npy_header
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from shards.sets.shard_folder import ShardFolder
@@ -119,16 +118,12 @@ def _look_at(data: bytes) -> tuple[int, int, Flag, str]:
 
 
 def _entry(path: Path, records: NDArray[np.void], kinds: Counter[str]) -> ShardEntry:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while data := file.read(8 << 20):
-            digest.update(data)
     return ShardEntry(
         name=path.name,
         num_samples=len(records),
         num_rejected=0,
         num_bytes=path.stat().st_size,
-        digests={".tar": digest.hexdigest()},
+        digests={".tar": digest_file(path)},
         max_width=int(records["width"].max(initial=0)),
         max_height=int(records["height"].max(initial=0)),
         max_bytes=int(records["size"].max(initial=0)),
@@ -200,7 +195,7 @@ def _write(folder: ShardFolder, shards: list[_Shard], labels: list[NDArray[np.in
         }
         for suffix, data in files.items():
             folder.put(f"{shard.entry.stem}{suffix}", data)
-        digests = {suffix: xxhash.xxh3_128_hexdigest(data) for suffix, data in files.items()}
+        digests = {suffix: digest(data) for suffix, data in files.items()}
         yield replace(shard.entry, digests={**shard.entry.digests, **digests})
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from shards.ground.units import format_bytes
 from shards.sets.index import Flag, ShardSet
 from shards.sets.kinds import tell_kinds
 from shards.sets.shard_file import ShardFile
@@ -29,7 +30,7 @@ def describe(shards: ShardSet, *, where: str | None = None) -> Iterator[str]:
     """
     manifest = shards.manifest
     num_bytes = sum(entry.num_bytes for entry in manifest.shards)
-    size = f"{shards.num_samples:,} samples in {shards.num_shards:,} shards, {num_bytes / 1e9:.3f} GB"
+    size = f"{shards.num_samples:,} samples in {shards.num_shards:,} shards, {format_bytes(num_bytes)}"
     yield f"{where or shards.path}: {size}"
     for title, tally in (("packed", manifest.outcomes), ("rejected", manifest.rejections)):
         if tally:

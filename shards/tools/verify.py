@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from shards.config import WORK_FOLDER
+from shards.ground.digests import crc32c, digest_file
+from shards.ground.pool import Tick, run_tasks
 from shards.ground.progress import Progress
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
-from shards.images.libraries import crc32c, decode_jpeg
-from shards.packing.pool import Tick, run_tasks
+from shards.images.libraries import decode_jpeg
 from shards.sets.index import INDEXED, Flag, ShardSet
 from shards.sets.manifest import Manifest, ShardEntry
 from shards.sets.shard_folder import ShardFolder
 from shards.storage.tar import BLOCK, EndOfTar, TarError, parse_header
 
 __all__ = ["Problem", "check_image", "verify"]
-
-_READ_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,16 +110,13 @@ def verify_shard(shards: ShardSet, number: int, *, decode: bool) -> list[Problem
 
 def _check_digests(folder: Path, entry: ShardEntry) -> Iterator[str]:
     for suffix, promised in entry.digests.items():
-        digest = xxhash.xxh3_128()
         try:
-            with (folder / f"{entry.stem}{suffix}").open("rb") as file:
-                while data := file.read(_READ_BYTES):
-                    digest.update(data)
+            found = digest_file(folder / f"{entry.stem}{suffix}")
         except OSError as error:
             yield f"{entry.stem}{suffix} cannot be read: {error.strerror}"
             continue
-        if digest.hexdigest() != promised:
-            yield f"{entry.stem}{suffix} has changed since it was packed: digest {digest.hexdigest()}, not {promised}"
+        if found != promised:
+            yield f"{entry.stem}{suffix} has changed since it was packed: digest {found}, not {promised}"
 
 
 def _check_samples(

@@ -24,7 +24,7 @@ from moco_fast.report.figures import Curve, Level, draw_curves, thin_out
 from moco_fast.report.neighbors import find_neighbors
 from moco_fast.report.record import read_run
 from moco_fast.report.report import guessing, write_report
-from moco_fast.report.words import configuration_table, duration, headline
+from moco_fast.report.words import configuration_table, headline
 from moco_fast.training.checkpoint import load_encoder
 from pipelines.loader import open_loader
 from shards import ShardSet
@@ -284,14 +284,6 @@ def test_the_recipe_of_a_run_without_environment_is_the_nearest(run: Path) -> No
         (run / "config.json").write_text(json.dumps(config))
         record = read_run(run)
         assert (record.recipe, record.command) == (name, "")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.4, "0 s"), (59.4, "59 s"), (151, "2 min 31 s"), (3600, "1 h 0 min"), (7 * 86400, "7 d 0 h")],
-)
-def test_durations_are_written_as_people_say_them(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
 
 
 @pytest.mark.parametrize(

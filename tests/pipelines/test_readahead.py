@@ -151,8 +151,8 @@ def test_an_index_of_another_set_is_told(tmp_path):
 def test_a_killed_reader_process_is_told_within_seconds(shards):
     batches = reading(shards, np.arange(60), batch_size=1)
     next(batches)
-    batches._process.send_signal(signal.SIGSTOP)
-    threading.Timer(0.2, batches._process.kill).start()
+    batches._child.process.send_signal(signal.SIGSTOP)
+    threading.Timer(0.2, batches._child.process.kill).start()
     begin = time.monotonic()
     with pytest.raises(WorkerDiedError, match=r"reader process \d+ was killed by SIGKILL: .* out of memory"):
         for _ in batches:
@@ -164,14 +164,14 @@ def test_a_killed_reader_process_is_told_within_seconds(shards):
 @pytest.mark.faults
 def test_who_waits_is_released_when_interrupted(shards):
     batches = reading(shards, np.arange(60), batch_size=1)
-    batches._process.send_signal(signal.SIGSTOP)
+    batches._child.process.send_signal(signal.SIGSTOP)
     threading.Timer(0.2, batches.interrupt).start()
     with pytest.raises(ChannelClosed):
         for _ in batches:
             pass
-    batches._process.send_signal(signal.SIGCONT)
+    batches._child.process.send_signal(signal.SIGCONT)
     batches.close()
-    assert batches._process.returncode is not None
+    assert batches._child.process.returncode is not None
 
 
 PARENT = """

@@ -1,0 +1,133 @@
+"""Pools of worker processes. A dead worker is noticed at once, and no worker outlives its parent."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from shards.ground.child import Child, WorkerDiedError, start_children
+from shards.ground.errors import PackError, portable
+
+__all__ = ["Tick", "main", "run_tasks"]
+
+_TICK_S = 0.2
+TaskT = TypeVar("TaskT")
+ResultT = TypeVar("ResultT")
+
+Tick = Callable[[int], object]
+"""Called with the number of inputs that were dealt with."""
+
+
+@dataclass(frozen=True)
+class _Ticked:
+    """Inputs that a worker dealt with since it last said so."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a job returned, and the inputs dealt with since the last _Ticked."""
+
+    result: Any
+    count: int
+
+
+def run_tasks(
+    job: Callable[[TaskT, Tick], ResultT], tasks: Sequence[TaskT], *, workers: int, tick: Tick
+) -> Iterator[tuple[TaskT, ResultT]]:
+    """Do tasks in some worker processes; one worker is this process itself.
+
+    Args:
+        job: does one task; it is pickled for the workers, and opens there what it needs.
+        tasks: handed out in this order, one at a time to a worker.
+        workers: at most this many processes.
+        tick: called now and then with the number of inputs that the workers dealt with.
+
+    Yields:
+        Each task with its result, as they finish.
+
+    Raises:
+        PackError: a worker died.
+        Exception: what a job raised. All workers have ended by then.
+    """
+    if min(workers, len(tasks)) <= 1:
+        for task in tasks:
+            yield task, job(task, tick)
+        return
+    with closing(_Pool(job, min(workers, len(tasks)))) as pool:
+        yield from pool.run(deque(tasks), tick)
+
+
+class _Pool:
+    """Workers that hold one task each."""
+
+    def __init__(self, job: Callable[[Any, Tick], Any], workers: int) -> None:
+        children = start_children(__name__, job, count=workers, what="worker process")
+        self._children: dict[object, Child] = {child.connection: child for child in children}
+        self._connections = [child.connection for child in children]
+
+    def run(self, tasks: deque[Any], tick: Tick) -> Generator[tuple[Any, Any]]:
+        """Hand out all tasks and yield their results."""
+        given: dict[Child, Any] = {}
+        try:
+            for child in self._children.values():
+                _give(child, tasks, given)
+            while given:
+                for ready in wait(self._connections):
+                    child = self._children[ready]
+                    message = child.receive()
+                    tick(message.count)
+                    if isinstance(message, _Done):
+                        task = given.pop(child)
+                        _give(child, tasks, given)
+                        yield task, message.result
+        except WorkerDiedError as death:
+            raise PackError(
+                f"a {death}: finished shards are kept; run the same command to continue (where memory ran out, with "
+                "fewer --workers or a lower --max-pixels)"
+            ) from None
+
+    def close(self) -> None:
+        """End all workers, whatever they are doing."""
+        for child in self._children.values():
+            child.process.kill()
+        for child in self._children.values():
+            child.close()
+
+
+def _give(child: Child, tasks: deque[Any], given: dict[Child, Any]) -> None:
+    if tasks:
+        given[child] = tasks.popleft()
+        child.send(given[child])
+
+
+def main(connection: "Connection[Any, Any]", job: Callable[[Any, Tick], Any]) -> None:
+    """Do tasks in a worker process until the parent is gone."""
+    num_ticked, ticked_s = 0, time.monotonic()
+
+    def tick(count: int) -> None:
+        nonlocal num_ticked, ticked_s
+        num_ticked += count
+        now_s = time.monotonic()
+        if now_s - ticked_s >= _TICK_S:
+            try:
+                connection.send(_Ticked(num_ticked))
+            except OSError:
+                # The parent is gone; a job may catch what is raised here.
+                os._exit(1)
+            num_ticked, ticked_s = 0, now_s
+
+    while True:
+        task = connection.recv()
+        try:
+            result = job(task, tick)
+        except Exception as error:
+            connection.send(portable(error, "in a worker process"))
+        else:
+            connection.send(_Done(result, num_ticked))
+            num_ticked = 0

@@ -1,0 +1,31 @@
+"""Units for people: sizes and durations in words."""
+
+__all__ = ["format_bytes", "format_duration", "gib"]
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Write a size on disk or in memory in powers of 1,000, such as `512 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.4g} TB"
+
+
+def gib(num_bytes: float) -> str:
+    """Write a size in GiB: beside options that are given in GiB."""
+    return f"{num_bytes / (1 << 30):.3g} GiB"
+
+
+def format_duration(seconds: float) -> str:
+    """Write a time in two units at most, such as `3 h 12 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest_s = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest_s} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h"
