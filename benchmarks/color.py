@@ -27,10 +27,10 @@ from pipelines.loader import make_views
 from pipelines.plan.augment import ViewTable
 from pipelines.reading.reader import Reader
 from pipelines.reading.samples import draw_training
-from shards import ShardSet
 from shards.config import PackConfig
 from shards.ground.progress import Progress
 from shards.packing.pack import pack
+from shards.sets import ShardSet, open_set
 from shards.tools.beton import write_beton
 
 STILL = ViewConfig(
@@ -116,7 +116,7 @@ def main() -> None:
     lines = ["| | backend, `--views.color` | mean | 99th percentile | worst tenth of views |\n|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         pack(PackConfig(sources=(asked.photos,), out=f"{folder}/shards", shuffle=False))
-        shards, beton = ShardSet.open(f"{folder}/shards"), None
+        shards, beton = open_set(f"{folder}/shards"), None
         if importlib.util.find_spec("ffcv"):
             beton = write_beton(f"{folder}/shards", f"{folder}/all.beton", workers=1, progress=Progress(enabled=False))
         num = min(asked.num, MOST, shards.num_samples)

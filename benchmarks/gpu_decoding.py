@@ -49,9 +49,9 @@ def decode_pipeline(source: Callable[[], list[Encoded]], *, batch: int, on_gpu: 
 
 def decode_rate(job: Job, *, batch: int, load: float, seconds: float) -> Outcome:
     """Images/s of whole photographs, JPEG in host memory to RGB on the device, in a process that does nothing else."""
-    from shards import ShardSet
+    from shards.sets import open_set
 
-    shards = ShardSet.open(job.shards())
+    shards = open_set(job.shards())
     images = [_encoded(shards, number) for number in range(min(1024, shards.num_samples))]
     endless = cycle(images)
     on_gpu, threads = job.device == "cuda", min(16, processors())
@@ -178,9 +178,9 @@ def jpeg_kinds(job: Job, *, batch: int, rounds: int) -> Outcome:
 def _photograph(job: Job) -> npt.NDArray[np.uint8]:
     from PIL import Image
 
-    from shards import ShardSet
+    from shards.sets import open_set
 
-    with Image.open(io.BytesIO(_encoded(ShardSet.open(job.shards()), 0).tobytes())) as image:
+    with Image.open(io.BytesIO(_encoded(open_set(job.shards()), 0).tobytes())) as image:
         return np.asarray(image.convert("RGB"))
 
 

@@ -122,9 +122,9 @@ def _driver() -> str:
 
 def data(job: Job) -> Outcome:
     """The photographs that the other parts load."""
-    from shards import ShardSet
+    from shards.sets import open_set
 
-    shards = ShardSet.open(job.shards())
+    shards = open_set(job.shards())
     num_bytes = sum(shard.num_bytes for shard in shards.manifest.shards)
     row = {
         "part": job.name,

@@ -25,7 +25,7 @@ from pipelines.plan.order import OrderPlan
 from pipelines.reading.ahead_process import ReadingSpec
 from pipelines.reading.readahead import EncodedBatch, ReadAhead
 from pipelines.reading.samples import EpochSteps, draw_training
-from shards import ShardSet
+from shards.sets import ShardSet, open_set
 
 ALLOWED_S = 0.08
 """At 256 images per rank and at 32. When each step and view was drawn and fed by itself, 32 took 0.15 and 0.13, by
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3600.0, help="samples/s of one GPU, for the interpreter's share")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    shards = ShardSet.open(options.shards)
+    shards = open_set(options.shards)
     opened = {}
     for batch in options.batches:
         reading = open_reader(shards, batch)

@@ -36,9 +36,9 @@ from torchvision.transforms import v2
 
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.loader import open_loader
-from shards import ShardSet
 from shards.ground.cpus import available_cpus
 from shards.ground.progress import Progress
+from shards.sets import open_set
 from shards.tools.beton import write_beton
 
 Opened = tuple[Iterator[Any], Callable[[], None]]
@@ -58,7 +58,7 @@ class EncodedPhotos:
     """The encoded bytes of each sample, as a folder of files would give them."""
 
     def __init__(self, shards: str) -> None:
-        opened = ShardSet.open(shards)
+        opened = open_set(shards)
         self._places = [
             (opened.shard_path(shard), int(record["offset"]), int(record["size"]))
             for shard in range(opened.num_shards)

@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from shards.sets.index import SUFFIXES
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from shards.storage.file_kinds import SHARD_SUFFIXES
 
 
 def peak_mib() -> float:
@@ -36,7 +36,7 @@ def write_manifest(folder: Path, num_shards: int, num_samples: int) -> None:
             num_samples=num_samples // num_shards,
             num_rejected=0,
             num_bytes=1 << 30,
-            digests=dict.fromkeys(SUFFIXES, f"{number:032x}"),
+            digests=dict.fromkeys(SHARD_SUFFIXES, f"{number:032x}"),
             max_width=500,
             max_height=500,
             max_bytes=200_000,
@@ -60,11 +60,11 @@ def write_manifest(folder: Path, num_shards: int, num_samples: int) -> None:
 def measure_ours(folder: Path, batch_size: int, world_size: int) -> dict[str, float]:
     """Print start-up, first step, seek and steady step of one rank; return seconds and GB until the first samples."""
     from pipelines.plan.order import EpochOrder, OrderPlan
-    from shards import ShardSet
+    from shards.sets import open_set
 
     before = peak_mib()
     begin = time.perf_counter()
-    opened = ShardSet.open(folder)
+    opened = open_set(folder)
     handed_on = pickle.loads(pickle.dumps(opened))
     order = EpochOrder(OrderPlan(shard_sizes=handed_on.shard_sizes, seed=0, batch_size=batch_size), 0)
     order.rank_step(0, 0, world_size)

@@ -21,7 +21,7 @@ from pipelines.reading.ahead_process import ReadingSpec
 from pipelines.reading.readahead import ReadAhead
 from pipelines.reading.reader import Reader
 from pipelines.reading.samples import ListedSteps, draw_central
-from shards import ShardSet
+from shards.sets import ShardSet, open_set
 
 GOAL = 15_000
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    shards = ShardSet.open(options.shards)
+    shards = open_set(options.shards)
     opened = {
         "process": by_process(shards, options.batch_size, options.threads),
         "threads": by_threads(shards, options.batch_size, options.threads),

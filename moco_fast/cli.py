@@ -183,9 +183,9 @@ def _preview(command: Preview) -> int:
     import numpy as np
 
     from pipelines.preview import differences, draw, sheet
-    from shards import ShardSet
+    from shards.sets import open_set
 
-    num_samples = ShardSet.open(command.shards).num_samples
+    num_samples = open_set(command.shards).num_samples
     chosen = np.linspace(0, num_samples - 1, min(_positive("num", command.num), num_samples)).round().astype(int)
     previews, others = (
         draw(command.shards, views, seed=command.seed, epoch=command.epoch, indices=chosen.tolist(), backend=backend)

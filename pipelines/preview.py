@@ -13,8 +13,8 @@ from pipelines.config import ViewsConfig
 from pipelines.loader import make_views
 from pipelines.reading.reader import Reader
 from pipelines.reading.samples import draw_training
-from shards import ShardSet
 from shards.ground.arrays import Pixels
+from shards.sets import open_set
 
 __all__ = ["SampleViews", "differences", "draw", "sheet"]
 
@@ -55,7 +55,7 @@ def draw(
     Raises:
         ValueError: shards that are absent or unfinished, or a sample that is not in them.
     """
-    opened = ShardSet.open(shards)
+    opened = open_set(shards)
     samples = np.asarray(indices, dtype=np.int64)
     if samples.size and not 0 <= samples.min() <= samples.max() < opened.num_samples:
         raise ValueError(f"indices reach beyond the {opened.num_samples} samples of {shards}")

@@ -9,6 +9,7 @@ import tyro
 
 from shards.config import WORK_FOLDER, PackConfig
 from shards.ground.errors import PackError
+from shards.storage.file_kinds import BETON_SUFFIX
 
 __all__ = ["main"]
 
@@ -129,10 +130,10 @@ def _index(command: IndexCommand) -> int:
 
 
 def _inspect(command: InspectCommand) -> int:
-    from shards.sets.index import ShardSet
+    from shards.sets.registry import open_set
     from shards.tools.inspect import contact_sheet, describe
 
-    shards = ShardSet.open(command.folder)
+    shards = open_set(command.folder)
     for line in describe(shards, where=command.folder):
         print(line)
     if command.sheet is not None:
@@ -165,7 +166,7 @@ def _verify(command: VerifyCommand) -> int:
     from shards.ground.progress import Progress
     from shards.tools.verify import verify
 
-    if command.folder.endswith(".beton"):
+    if command.folder.endswith(BETON_SUFFIX):
         from shards.tools.beton import verify_beton
 
         problems = verify_beton(

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pipelines.config import DataConfig
-from shards import ShardSet
+from shards.sets import open_set
 from tests.pipelines.shard_files import jpeg, smooth_image
 from tests.scripts import load
 
@@ -217,7 +217,7 @@ def cifar(tmp_path):
 
 def test_cifar_is_packed_by_split_and_class(tmp_path, cifar):
     parts = load("gpu_parts")
-    shards = ShardSet.open(parts._pack_cifar(cifar, "train", tmp_path / "work"))
+    shards = open_set(parts._pack_cifar(cifar, "train", tmp_path / "work"))
     assert shards.num_samples == 20
     with pytest.raises(ValueError, match="has no validation/"):
         parts._pack_cifar(cifar, "validation", tmp_path / "work")

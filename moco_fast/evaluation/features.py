@@ -17,7 +17,7 @@ from moco_fast.encoders.encoder import Encoder
 from pipelines.batch import Batch
 from pipelines.config import DataConfig
 from pipelines.loader import open_eval_loader
-from shards import ShardSet
+from shards.sets import open_set
 
 __all__ = ["Features", "extract", "gather", "labeled_features", "spread"]
 
@@ -149,7 +149,7 @@ def gather(features: Features) -> Features:
 
 def spread(shards: str, at_most: int) -> np.ndarray | None:
     """Choose at most so many samples, evenly spread over a set: dense sample numbers, or None for all."""
-    num_samples = ShardSet.open(shards).num_samples
+    num_samples = open_set(shards).num_samples
     if num_samples <= at_most:
         return None
     return np.arange(at_most, dtype=np.int64) * num_samples // at_most

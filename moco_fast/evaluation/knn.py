@@ -14,7 +14,7 @@ from moco_fast.config import KnnConfig
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.features import Features, gather, labeled_features, spread
 from pipelines.config import DataConfig
-from shards import ShardSet
+from shards.sets import open_set
 
 __all__ = ["KnnResult", "Votes", "classify", "common_classes", "evaluate_knn"]
 
@@ -174,7 +174,7 @@ def common_classes(bank_shards: str, query_shards: str) -> tuple[str, ...]:
     Raises:
         ValueError: the sets number their classes differently.
     """
-    bank, queries = (ShardSet.open(path).class_names for path in (bank_shards, query_shards))
+    bank, queries = (open_set(path).class_names for path in (bank_shards, query_shards))
     if bank == queries:
         return bank
     odd = sorted(set(bank) ^ set(queries))

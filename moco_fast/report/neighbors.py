@@ -13,8 +13,8 @@ from moco_fast.evaluation.knn import classify, common_classes
 from moco_fast.report.pictures import Picture, to_picture
 from pipelines.config import DataConfig
 from pipelines.loader import open_eval_loader
-from shards import ShardSet
 from shards.ground.arrays import Indices
+from shards.sets import open_set
 
 __all__ = ["Neighbor", "Query", "find_neighbors"]
 
@@ -149,7 +149,7 @@ def _nearest(
 
 def _first_of_each_class(shards: str, wanted: int) -> tuple[Indices, Indices]:
     """Return dense numbers and labels of the first samples of evenly spread classes, in order of labels."""
-    opened = ShardSet.open(shards)
+    opened = open_set(shards)
     num_shards = 1 + int(np.searchsorted(opened.shard_sizes.cumsum(), _MAX_LOOKED_AT))
     labels = np.concatenate([opened.index(shard)["label"] for shard in range(opened.num_shards)[:num_shards]])
     classes, first = np.unique(labels, return_index=True)

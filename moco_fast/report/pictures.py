@@ -10,7 +10,7 @@ from PIL import Image
 
 from moco_fast.config import Config
 from pipelines.preview import draw
-from shards import ShardSet
+from shards.sets import open_set
 
 __all__ = ["Picture", "Sample", "show_views", "to_picture"]
 
@@ -40,7 +40,7 @@ class Sample:
 
 def show_views(config: Config, *, epoch: int, num_samples: int) -> list[Sample]:
     """Make the two views of some samples, evenly spread over the set, as training sees them in an epoch."""
-    total = ShardSet.open(config.data.shards).num_samples
+    total = open_set(config.data.shards).num_samples
     chosen = np.unique(np.linspace(0, total - 1, min(num_samples, total)).round().astype(int)).tolist()
     previews = draw(config.data.shards, config.views, seed=config.run.seed, epoch=epoch, indices=chosen)
     return [

@@ -24,7 +24,7 @@ from moco_fast.training.runtime import Runtime
 from moco_fast.training.schedule import run_length
 from moco_fast.training.step import TrainStep
 from pipelines.loader import Loader, open_loader
-from shards import ShardSet
+from shards.sets import open_set
 
 __all__ = ["Parts", "build", "open_run_loader"]
 
@@ -69,7 +69,7 @@ def build(config: Config, runtime: Runtime) -> Parts:
     dictionary = build_dictionary(
         config.moco,
         config.model.dim,
-        num_samples=config.data.stream_samples or ShardSet.open(config.data.shards).num_samples,
+        num_samples=config.data.stream_samples or open_set(config.data.shards).num_samples,
         seed=config.run.seed,
         available_bytes=_available_bytes(runtime.device),
     ).to(runtime.device)

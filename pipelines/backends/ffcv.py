@@ -44,7 +44,7 @@ class FfcvViews:
 
     def __init__(self, job: Job, steps: Steps) -> None:
         if not isinstance(job.shards, BetonSet):
-            raise ValueError(f"{job.shards.path} is no .beton: the ffcv backend reads nothing else")
+            raise ValueError(f"{job.shards.where} is no .beton: the ffcv backend reads nothing else")
         self._job = job
         self._path = job.shards.path
         self._steps = steps

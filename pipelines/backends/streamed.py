@@ -34,7 +34,7 @@ from pipelines.reading.reader import DamagedSampleError
 from pipelines.reading.samples import Draw
 from shards.ground.arrays import Pixels
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
-from shards.sets.index import RECORD, Flag
+from shards.sets.record import RECORD, Flag
 
 __all__ = ["Place", "StreamPlan", "StreamSpec", "StreamedViews"]
 

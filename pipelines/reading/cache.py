@@ -26,8 +26,8 @@ from shards.ground.digests import running_digest
 from shards.ground.errors import PackError
 from shards.ground.locks import locked, open_locked, remove_unlocked
 from shards.ground.units import gib
-from shards.sets.index import RECORD, npy_header
 from shards.sets.manifest import Manifest, ShardEntry
+from shards.sets.record import RECORD, npy_header
 from shards.sets.remote import RemoteShardSet
 from shards.sets.shard_file import LocalShardFile, ShardFile
 from shards.storage.stores import open_folder

@@ -18,7 +18,6 @@ from pipelines.reading.cache import CachedShardSet, CacheFolder, Holder
 from pipelines.reading.samples import Steps
 from shards import ShardSet
 from shards.ground.arrays import Indices
-from shards.sets.merged import MergedShardSet
 from shards.sets.remote import RemoteShardSet
 
 __all__ = ["STEPS_KEPT", "FetchedSteps", "cached", "num_cached_bytes"]
@@ -36,11 +35,13 @@ _PATIENCE_S = 5
 
 def cached(shards: ShardSet, folder: CacheFolder) -> ShardSet:
     """Return the same set with local copies of what is remote."""
-    if isinstance(shards, MergedShardSet):
-        return MergedShardSet([cached(part, folder) for part in shards.parts])
-    if isinstance(shards, RemoteShardSet):
-        return CachedShardSet(shards.url, shards.manifest, shards.digest, folder)
-    return shards
+
+    def copied(part: ShardSet) -> ShardSet:
+        if not isinstance(part, RemoteShardSet):
+            return part
+        return CachedShardSet(part.url, part.manifest, part.digest, folder)
+
+    return shards.with_parts(copied)
 
 
 def num_cached_bytes(shards: ShardSet) -> Indices:

@@ -80,7 +80,7 @@ class Reader:
         return shard, samples - self._starts[shard]
 
     def records(self, samples: Indices) -> npt.NDArray[np.void]:
-        """Index records of samples: (n,) of shards.sets.index.RECORD."""
+        """Index records of samples: (n,) of shards.sets.record.RECORD."""
         shard, local = self.locate(samples)
         return self._records.gather(shard, local)
 

@@ -13,7 +13,7 @@ from pipelines.plan.augment import KEY_VIEW, QUERY_VIEW, ViewTable, draw_view
 from pipelines.plan.order import EpochOrder, OrderPlan
 from pipelines.reading.reader import DamagedSampleError, Outcome, Reader
 from shards.ground.arrays import Indices
-from shards.sets.index import REFUSED, Flag, flag_name
+from shards.sets.record import REFUSED, Flag, flag_name
 
 __all__ = [
     "Draw",
@@ -131,7 +131,7 @@ class Taken(Generic[Image]):
     samples: Indices
     """(n,) dense sample numbers."""
     records: npt.NDArray[np.void]
-    """(n,) of shards.sets.index.RECORD."""
+    """(n,) of shards.sets.record.RECORD."""
     images: list[Image]
     """n of what `convert` made."""
     replaced: tuple[str, ...]

@@ -10,10 +10,10 @@ from pipelines.config import DataConfig
 from pipelines.plan.order import OrderPlan
 from pipelines.reading.cache import CacheFolder
 from pipelines.reading.fetch import STEPS_KEPT, cached, num_cached_bytes
-from shards import ShardSet
 from shards.ground.arrays import Indices
 from shards.ground.units import gib
-from shards.sets.index import REFUSED, flag_name
+from shards.sets import ShardSet, open_set
+from shards.sets.record import REFUSED, flag_name
 
 __all__ = ["cache_for_evaluation", "cache_for_training", "open_readable"]
 
@@ -37,7 +37,7 @@ def open_readable(shards: str, *, skip: bool) -> ShardSet:
     Raises:
         ValueError: shards that are absent or unfinished, or that hold such samples.
     """
-    opened = ShardSet.open(shards)
+    opened = open_set(shards)
     found = {flag_name(flag): opened.manifest.outcomes.get(flag_name(flag), 0) for flag in REFUSED}
     if any(found.values()) and not skip:
         counts = ", ".join(f"{count:,} {name}" for name, count in found.items() if count)

@@ -4,12 +4,13 @@ __all__ = ["format_bytes", "format_duration", "gib"]
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Write a size on disk or in memory in powers of 1,000, such as `512 MB`."""
+    """Write a size on disk or in memory in powers of 1,000 and three digits, such as `1.23 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.4g} {unit}"
+        # From here on three digits are those of the next unit.
+        if num_bytes < 999.5:
+            return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
-    return f"{num_bytes:.4g} TB"
+    return f"{num_bytes:.3g} TB" if num_bytes < 999.5 else f"{num_bytes:,.0f} TB"
 
 
 def gib(num_bytes: float) -> str:

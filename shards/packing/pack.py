@@ -16,9 +16,9 @@ from shards.packing.executors import executor
 from shards.packing.listing import make_plan
 from shards.packing.plan import Plan, Task, difference
 from shards.packing.write import WriteShard, record_name, shard_stem
-from shards.sets.index import SUFFIXES
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from shards.sources import open_source
+from shards.storage.file_kinds import SHARD_SUFFIXES
 from shards.storage.stores import is_url
 from shards.storage.target import WORK_NAME, BucketTarget, LocalTarget, Target, open_target, path_in
 
@@ -206,7 +206,7 @@ def _entry_of(plan: Plan, target: Target, task: Task, sizes: dict[str, int]) -> 
     if data is None:
         return None
     entry = ShardEntry.from_dict(json.loads(data)["entry"])
-    names = [path_in(plan.splits[task.split].name, f"{entry.stem}{suffix}") for suffix in SUFFIXES]
+    names = [path_in(plan.splits[task.split].name, f"{entry.stem}{suffix}") for suffix in SHARD_SUFFIXES]
     return entry if sizes.get(names[0]) == entry.num_bytes and all(name in sizes for name in names) else None
 
 

@@ -11,7 +11,7 @@ __all__ = ["summarize"]
 def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> int:
     """Print what was packed and rejected; returns the exit status: 3 where too much was rejected."""
     for name, manifest in manifests.items():
-        size = format_bytes(sum(shard.num_bytes for shard in manifest.shards))
+        size = sum(shard.num_bytes for shard in manifest.shards)
         folder = f"{out.rstrip('/')}/{name}".rstrip("/")
         print(
             f"{folder}: {manifest.num_samples:,} images in {len(manifest.shards):,} shards, {format_bytes(size)}",

@@ -17,9 +17,10 @@ from shards.ground.files import write_synced
 from shards.ground.pool import Tick
 from shards.images.encode import PackedImage, encode
 from shards.packing.plan import Plan, Task, cached_plan
-from shards.sets.index import RECORD, SUFFIXES, Flag, npy_header
 from shards.sets.manifest import ShardEntry
+from shards.sets.record import RECORD, Flag, npy_header
 from shards.sources.reading import read_inputs
+from shards.storage.file_kinds import SHARD_SUFFIXES
 from shards.storage.tar import TarWriter
 from shards.storage.target import WORK_NAME, Target, path_in
 
@@ -90,7 +91,7 @@ class WriteShard:
         """Write a shard, then the record that it is finished."""
         plan, target, stem = cached_plan(self.plan), self.target, shard_stem(task.shard)
         split = plan.splits[task.split].name
-        temporary = {suffix: target.scratch / f"{task.split}-{stem}{suffix}.{os.getpid()}" for suffix in SUFFIXES}
+        temporary = {suffix: target.scratch / f"{task.split}-{stem}{suffix}.{os.getpid()}" for suffix in SHARD_SUFFIXES}
         try:
             entry, rejected = _write_files(plan, task, self.config, temporary, tick)
             target.publish({path_in(split, f"{stem}{suffix}"): path for suffix, path in temporary.items()})

@@ -15,13 +15,15 @@ where a folder of shards does, and order and parameters of augmentation are the 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
-from shards.sets.index import RECORD, ShardSet
+from shards.ground.arrays import Records
+from shards.sets.base import BaseSet, SetKind
 from shards.sets.manifest import Manifest
+from shards.sets.record import RECORD
+from shards.sets.shard_file import LocalShardFile, ShardFile
 
 __all__ = [
     "ALLOCATION",
@@ -110,7 +112,7 @@ def build_head(layout: Layout, *, page_bytes: int) -> bytes:
     return header.tobytes() + fields.tobytes()
 
 
-class BetonSet(ShardSet):
+class BetonSet(BaseSet):
     """A `.beton` as a set of shards: the same samples under the same numbers, all in one file.
 
     Args:
@@ -119,10 +121,13 @@ class BetonSet(ShardSet):
         layout: of the file.
     """
 
+    kind: ClassVar[SetKind] = "beton"
+
     def __init__(self, path: Path, manifest: Manifest, layout: Layout) -> None:
-        super().__init__(path, manifest)
+        super().__init__(str(path), manifest)
+        self.path = path
         self.layout = layout
-        self.records: NDArray[np.void] = np.memmap(
+        self.records: Records = np.memmap(
             path, dtype=RECORD, mode="r", offset=layout.records_at, shape=(layout.num_samples,)
         )
         """(num_samples,) of RECORD, by dense sample number; offsets are those in this file."""
@@ -151,13 +156,18 @@ class BetonSet(ShardSet):
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return (BetonSet, (self.path, self.manifest, self.layout))
 
-    def shard_path(self, shard: int) -> Path:
-        """The file itself: it holds all shards."""
+    def shard_name(self, shard: int) -> str:
+        """Return the path of the file: it holds all shards."""
         del shard
-        return self.path
+        return self.where
 
-    def index(self, shard: int) -> NDArray[np.void]:
-        """Records of what was a shard, (shard_sizes[shard],) of RECORD, memory-mapped read-only."""
+    def open_shard(self, shard: int) -> ShardFile:
+        """Open the file. Raises FileNotFoundError."""
+        del shard
+        return LocalShardFile(self.path)
+
+    def index(self, shard: int) -> Records:
+        """Return the records of what was a shard, (shard_sizes[shard],) of RECORD, memory-mapped read-only."""
         end = self._ends[shard]
         return self.records[end - int(self.shard_sizes[shard]) : end]
 

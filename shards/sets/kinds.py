@@ -9,8 +9,9 @@ from shards.config import WORK_FOLDER
 from shards.ground.pool import Tick, run_tasks
 from shards.ground.progress import Progress
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
-from shards.sets.index import ShardSet
+from shards.sets.base import ShardSet
 from shards.sets.manifest import MANIFEST_NAME, Manifest
+from shards.sets.registry import open_set
 from shards.sets.shard_folder import ShardFolder
 
 __all__ = ["note_kinds", "tell_kinds"]
@@ -60,7 +61,7 @@ def note_kinds(where: str, *, workers: int, progress: Progress | None = None) ->
         ValueError: there is no finished set.
         OSError: a shard cannot be read.
     """
-    shards = ShardSet.open(where)
+    shards = open_set(where)
     with (progress or Progress(enabled=False)).stage(
         "looking at headers", unit=" images", total=shards.num_samples
     ) as tick:

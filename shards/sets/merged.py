@@ -1,21 +1,21 @@
 """Several sets of shards as one."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from shards.sets.index import ShardSet
+from shards.ground.arrays import Records
+from shards.sets.base import BaseSet, SetKind, ShardSet
 from shards.sets.manifest import Manifest
 from shards.sets.shard_file import ShardFile
 
 __all__ = ["MergedShardSet"]
 
 
-class MergedShardSet(ShardSet):
+class MergedShardSet(BaseSet):
     """The shards of several sets, set after set.
 
     Labels are kept where all sets number their classes alike; else there are none, for numbers of one set mean nothing
@@ -25,19 +25,17 @@ class MergedShardSet(ShardSet):
         parts: the sets, in the order of the dense sample numbers.
     """
 
+    kind: ClassVar[SetKind] = "merged"
+
     def __init__(self, parts: Sequence[ShardSet]) -> None:
+        super().__init__(",".join(part.where for part in parts), _merge([part.manifest for part in parts]))
         self.parts = tuple(parts)
-        manifest = _merge([part.manifest for part in parts])
-        super().__init__(Path(), manifest)
         counts = np.array([part.num_shards for part in parts], dtype=np.int64)
         self._ends = np.cumsum(counts)
         self._starts: list[int] = (self._ends - counts).tolist()
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return (MergedShardSet, (self.parts,))
-
-    def __repr__(self) -> str:
-        return f"MergedShardSet({list(self.parts)!r})"
 
     @property
     def has_dropped_labels(self) -> bool:
@@ -49,13 +47,12 @@ class MergedShardSet(ShardSet):
         number = int(np.searchsorted(self._ends, shard, side="right"))
         return self.parts[number], shard - self._starts[number]
 
-    def shard_path(self, shard: int) -> Path:
-        """Path of a shard's tar."""
-        part, inner = self.part(shard)
-        return part.shard_path(inner)
+    def with_parts(self, replace: Callable[[ShardSet], ShardSet]) -> ShardSet:
+        """Return the same set with each of its parts replaced."""
+        return MergedShardSet([part.with_parts(replace) for part in self.parts])
 
     def shard_name(self, shard: int) -> str:
-        """Where a shard is, for messages."""
+        """Return where a shard is, for messages."""
         part, inner = self.part(shard)
         return part.shard_name(inner)
 
@@ -64,8 +61,8 @@ class MergedShardSet(ShardSet):
         part, inner = self.part(shard)
         return part.open_shard(inner)
 
-    def index(self, shard: int) -> NDArray[np.void]:
-        """Records of a shard, (shard_sizes[shard],) of RECORD. Raises ValueError."""
+    def index(self, shard: int) -> Records:
+        """Return the records of a shard, (shard_sizes[shard],) of RECORD. Raises ValueError."""
         part, inner = self.part(shard)
         records = part.index(inner)
         if self.has_dropped_labels:

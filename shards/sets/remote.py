@@ -1,22 +1,22 @@
 """A set of shards in a bucket or on a web server, read where it is."""
 
 from functools import lru_cache
-from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
+from shards.ground.arrays import Encoded, Records
 from shards.ground.digests import digest as digest_of
-from shards.sets.index import RECORD, ShardSet, npy_header
+from shards.sets.base import BaseSet, SetKind
 from shards.sets.manifest import MANIFEST_NAME, Manifest
+from shards.sets.record import RECORD, npy_header
 from shards.sets.shard_file import ShardFile
 from shards.storage.stores import check_url, open_folder
 
 __all__ = ["RemoteShardSet"]
 
 
-class RemoteShardSet(ShardSet):
+class RemoteShardSet(BaseSet):
     """A finished set that is not on this machine. Indexes are fetched when asked for, samples by ranges.
 
     Args:
@@ -25,14 +25,16 @@ class RemoteShardSet(ShardSet):
         digest: xxh3_128 of its bytes, in hex.
     """
 
+    kind: ClassVar[SetKind] = "remote"
+
     def __init__(self, url: str, manifest: Manifest, digest: str) -> None:
-        super().__init__(Path(url), manifest)
+        super().__init__(url, manifest)
         self.url = url
         self.digest = digest
         self._fetch_index = lru_cache(maxsize=128)(self._read_index)
 
     @classmethod
-    def open_url(cls, url: str) -> Self:
+    def open(cls, url: str) -> Self:
         """Fetch a manifest, and nothing else.
 
         Raises:
@@ -52,23 +54,16 @@ class RemoteShardSet(ShardSet):
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return (type(self), (self.url, self.manifest, self.digest))
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.url!r}, num_samples={self.num_samples}, num_shards={self.num_shards})"
-
-    def shard_path(self, shard: int) -> Path:
-        """Refuse: there is no such file. Raises ValueError."""
-        raise ValueError(f"{self.shard_name(shard)} is not on this machine: copy the set here first")
-
     def shard_name(self, shard: int) -> str:
-        """Address of a shard's tar."""
+        """Return the address of a shard's tar."""
         return f"{self.url}/{self.manifest.shards[shard].name}"
 
     def open_shard(self, shard: int) -> ShardFile:
         """Open a shard's tar for reading by ranges."""
         return _RangeFile(self, shard)
 
-    def index(self, shard: int) -> NDArray[np.void]:
-        """Records of a shard, (shard_sizes[shard],) of RECORD; the newest 128 are kept.
+    def index(self, shard: int) -> Records:
+        """Return the records of a shard, (shard_sizes[shard],) of RECORD; the newest 128 are kept.
 
         Raises:
             ValueError: the index is absent, damaged, or not that of this manifest, or the store does not answer.
@@ -92,12 +87,12 @@ class RemoteShardSet(ShardSet):
             not data.startswith(header) or len(data) != len(header) + entry.num_samples * RECORD.itemsize
         ):
             raise ValueError(
-                f"{self.url}/{name} is no index of these {entry.num_samples} samples: it is damaged or of another set; "
-                f"`make-shards verify {self.url}` tells more"
+                f"{self.url}/{name} is not an index of {entry.num_samples} samples: it is damaged or of another set; "
+                f"`make-shards verify {self.url}` says more"
             )
         return data
 
-    def _read_index(self, shard: int) -> NDArray[np.void]:
+    def _read_index(self, shard: int) -> Records:
         data = self.index_bytes(shard)
         return np.frombuffer(data, dtype=RECORD, offset=len(npy_header(self.manifest.shards[shard].num_samples)))
 
@@ -112,7 +107,7 @@ class _RangeFile:
         self._url = shards.url
         self._object = shards.manifest.shards[shard].name
 
-    def read_into(self, buffer: NDArray[np.uint8], offset: int) -> int:
+    def read_into(self, buffer: Encoded, offset: int) -> int:
         """Fetch a range. Raises FileNotFoundError, or PackError where the store does not answer."""
         buffer[:] = np.frombuffer(
             open_folder(self._url).read_range(self._object, offset, len(buffer)) if len(buffer) else b"", dtype=np.uint8

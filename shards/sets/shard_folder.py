@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.ground.files import write_whole
-from shards.sets.index import ShardSet
+from shards.sets.local import LocalShardSet
 from shards.sets.manifest import MANIFEST_NAME, Manifest
 from shards.storage.stores import ByteFile, is_url, open_bytes, open_folder
 
@@ -88,10 +88,10 @@ class ShardFolder:
             yield Path(folder)
 
     @contextmanager
-    def opened(self, names: Iterable[str], manifest: Manifest) -> Generator[ShardSet]:
+    def opened(self, names: Iterable[str], manifest: Manifest) -> Generator[LocalShardSet]:
         """The set, with no more than some of its files."""
         with self.local(names) as folder:
-            yield ShardSet(folder, manifest)
+            yield LocalShardSet(folder, manifest)
 
     @property
     def _url(self) -> str:

@@ -14,14 +14,12 @@ from typing import IO, Any, NamedTuple, cast
 from shards.ground.errors import PackError, Rejected
 from shards.sets.manifest import MANIFEST_NAME, Manifest
 from shards.sources.base import Input, Source, printable
+from shards.storage.file_kinds import IMAGE_SUFFIXES
 from shards.storage.stores import ByteFile, SeekableFile, absolute, is_url, open_bytes
 from shards.storage.tar import BLOCK, EndOfTar, TarError, parse_header
 
 __all__ = ["TarSource", "members"]
 
-_IMAGE_NAMES = """avif avifs bmp dib gif icns ico j2c j2k jp2 jpc jpe jpeg jpf jpg jpx
-pcx pgm png pnm ppm tga tif tiff webp"""
-_IMAGE_SUFFIXES = frozenset(_IMAGE_NAMES.split())
 _OPENERS = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _MAX_EXTENSION_BYTES = 1 << 20
 _MAX_LABEL_BYTES = 1 << 10
@@ -181,7 +179,7 @@ def _samples(listing: Iterator[_Member]) -> Iterator[list[_Member]]:
 
 def _inputs_of(group: list[_Member], file: ByteFile, names: tuple[str, ...]) -> Iterator[Input]:
     suffixes = [member.name.rpartition(b".")[2].decode("ascii", "replace").lower() for member in group]
-    images = [member for member, suffix in zip(group, suffixes, strict=True) if suffix in _IMAGE_SUFFIXES]
+    images = [member for member, suffix in zip(group, suffixes, strict=True) if suffix in IMAGE_SUFFIXES]
     label = None
     for member, suffix in zip(group, suffixes, strict=True):
         if suffix == "cls" and 0 < member.size <= _MAX_LABEL_BYTES:

@@ -21,7 +21,9 @@ from shards.ground.pool import Tick, run_tasks
 from shards.ground.progress import Progress
 from shards.ground.units import format_bytes
 from shards.sets.beton import ALLOCATION, METADATA, METADATA_AT, PAGE_BYTES, BetonSet, Layout, build_head
-from shards.sets.index import REFUSED, ShardSet
+from shards.sets.local import LocalShardSet
+from shards.sets.record import REFUSED
+from shards.storage.file_kinds import BETON_SUFFIX
 from shards.storage.stores import is_url, split_sets
 from shards.tools.verify import Problem, check_image
 
@@ -43,12 +45,14 @@ def write_beton(folder: str | Path, out: str | Path, *, workers: int, progress: 
         ValueError: there is no finished set, it holds what FFCV cannot decode, or `out` cannot be written so.
         PackError: a damaged sample, a worker that died, or a file that does not read back as it was written.
     """
-    if "://" in str(out) or Path(out).suffix != ".beton":
+    if "://" in str(out) or Path(out).suffix != BETON_SUFFIX:
         raise ValueError(f"--out {out}: FFCV reads local files; give a path that ends in .beton")
     if is_url(str(folder)) or len(split_sets(str(folder))) > 1:
         raise ValueError(f"{folder}: a .beton is made of one folder on this machine; copy the shards there first")
+    if Path(folder).suffix == BETON_SUFFIX:
+        raise ValueError(f"{folder} is a .beton already: give the folder of shards it was made of")
     out = Path(out)
-    shards = ShardSet.open(folder)
+    shards = LocalShardSet.open(folder)
     _check(shards, out)
     lock = out.with_name(f".{out.name}.lock")
     with locked(lock, holder=str(out)):
@@ -84,9 +88,7 @@ def verify_beton(
     return _verify(shards, decode=decode, workers=workers, progress=progress or Progress(enabled=False))
 
 
-def _check(shards: ShardSet, out: Path) -> None:
-    if isinstance(shards, BetonSet):
-        raise ValueError(f"{shards.path} is a .beton already: give the folder of shards it was made of")
+def _check(shards: LocalShardSet, out: Path) -> None:
     if out.exists():
         raise ValueError(f"{out} exists: remove it, or choose another --out")
     if not out.parent.is_dir():
@@ -108,7 +110,7 @@ def _check(shards: ShardSet, out: Path) -> None:
         )
 
 
-def _write(shards: ShardSet, path: Path, workers: int, progress: Progress) -> BetonSet:
+def _write(shards: LocalShardSet, path: Path, workers: int, progress: Progress) -> BetonSet:
     # A copy: in the indexes, offsets are those inside the tars.
     records: NDArray[np.void] = np.concatenate([shards.index(number) for number in range(shards.num_shards)])
     page_bytes = _page_bytes(records)
@@ -183,7 +185,7 @@ def _tables(records: NDArray[np.void]) -> tuple[bytes, bytes]:
 class _Copy:
     """Copies the images of a shard."""
 
-    shards: ShardSet
+    shards: LocalShardSet
     target: Path
 
     def __call__(self, task: tuple[int, NDArray[np.int64]], tick: Tick) -> None:

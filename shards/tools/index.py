@@ -19,8 +19,8 @@ from shards.ground.pool import Tick, run_tasks
 from shards.ground.progress import Progress
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.packing.plan import ClassTable
-from shards.sets.index import INDEXED, RECORD, Flag, flag_name, npy_header
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from shards.sets.record import INDEXED, RECORD, Flag, flag_name, npy_header
 from shards.sets.shard_folder import ShardFolder
 from shards.sources.base import Input, printable
 from shards.sources.tarfiles import TarSource

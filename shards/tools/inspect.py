@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shards.ground.units import format_bytes
-from shards.sets.index import Flag, ShardSet
+from shards.sets.base import ShardSet
 from shards.sets.kinds import tell_kinds
+from shards.sets.record import Flag
 from shards.sets.shard_file import ShardFile
 
 __all__ = ["contact_sheet", "describe"]
@@ -26,12 +27,12 @@ def describe(shards: ShardSet, *, where: str | None = None) -> Iterator[str]:
 
     Args:
         shards: the set; only its indexes are read.
-        where: what to call it; None: its path.
+        where: what to call it; None: where it is.
     """
     manifest = shards.manifest
     num_bytes = sum(entry.num_bytes for entry in manifest.shards)
     size = f"{shards.num_samples:,} samples in {shards.num_shards:,} shards, {format_bytes(num_bytes)}"
-    yield f"{where or shards.path}: {size}"
+    yield f"{where or shards.where}: {size}"
     for title, tally in (("packed", manifest.outcomes), ("rejected", manifest.rejections)):
         if tally:
             yield f"{title}: " + ", ".join(f"{what} {count:,}" for what, count in tally.items())
@@ -96,7 +97,7 @@ def contact_sheet(shards: ShardSet, *, columns: int = 8, rows: int = 5) -> Image
         OSError: a shard cannot be read.
     """
     if not shards.num_samples:
-        raise ValueError(f"{shards.path} holds no samples: there is nothing to show")
+        raise ValueError(f"{shards.where} holds no samples: there is nothing to show")
     chosen = np.unique(np.linspace(0, shards.num_samples - 1, columns * rows).astype(np.int64))
     starts: list[int] = (np.cumsum(shards.shard_sizes) - shards.shard_sizes).tolist()
     sheet = Image.new("RGB", (columns * _CELL, -(-len(chosen) // columns) * _CELL), "white")

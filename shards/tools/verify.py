@@ -16,8 +16,9 @@ from shards.ground.pool import Tick, run_tasks
 from shards.ground.progress import Progress
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.images.libraries import decode_jpeg
-from shards.sets.index import INDEXED, Flag, ShardSet
+from shards.sets.local import LocalShardSet
 from shards.sets.manifest import Manifest, ShardEntry
+from shards.sets.record import INDEXED, Flag
 from shards.sets.shard_folder import ShardFolder
 from shards.storage.tar import BLOCK, EndOfTar, TarError, parse_header
 
@@ -87,7 +88,7 @@ def verify(
     return [problem for number in numbers for problem in found[number]]
 
 
-def verify_shard(shards: ShardSet, number: int, *, decode: bool) -> list[Problem]:
+def verify_shard(shards: LocalShardSet, number: int, *, decode: bool) -> list[Problem]:
     """Check one shard."""
     entry = shards.manifest.shards[number]
     problems = [Problem(shard=entry.name, sample=None, what=what) for what in _check_digests(shards.path, entry)]

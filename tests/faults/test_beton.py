@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from shards import ShardSet
 from shards.config import PackConfig
 from shards.packing.pack import pack
+from shards.sets import open_set
 from shards.tools.beton import verify_beton
 from tests.faults.test_packer import alive, children, wait_until
 from tests.shards.pictures import fill
@@ -63,7 +63,7 @@ def check_the_next_run(folder):
     result = subprocess.run(command(folder), cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert verify_beton(folder / "x.beton", decode=True) == []
-    assert ShardSet.open(folder / "x.beton").num_samples == 8
+    assert open_set(folder / "x.beton").num_samples == 8
     assert {path.name for path in folder.iterdir()} == {"in", "shards", "x.beton"}
 
 

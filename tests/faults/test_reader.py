@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.reading.reader import DamagedSampleError, Reader
-from shards import ShardSet
+from shards.sets import ShardSet, open_set
 from tests.pipelines.shard_files import write_shards
 
 pytestmark = pytest.mark.faults
@@ -14,7 +14,7 @@ PAYLOADS = [bytes(range(100 + number)) for number in range(8)]
 
 @pytest.fixture
 def shards(tmp_path):
-    return ShardSet.open(write_shards(tmp_path / "set", PAYLOADS, per_shard=4))
+    return open_set(write_shards(tmp_path / "set", PAYLOADS, per_shard=4))
 
 
 def read(shards: ShardSet, samples) -> list[bytes]:
@@ -29,7 +29,7 @@ def read(shards: ShardSet, samples) -> list[bytes]:
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_a_flipped_bit_anywhere_in_a_sample_is_found_and_named(tmp_path_factory, data):
-    shards = ShardSet.open(write_shards(tmp_path_factory.mktemp("flip"), PAYLOADS, per_shard=4))
+    shards = open_set(write_shards(tmp_path_factory.mktemp("flip"), PAYLOADS, per_shard=4))
     sample = data.draw(st.integers(0, 7))
     record = shards.index(sample // 4)[sample % 4]
     place = int(record["offset"]) + data.draw(st.integers(0, int(record["size"]) - 1))

@@ -8,7 +8,7 @@ import torch
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.loader import open_loader
 from pipelines.reading.reader import DamagedSampleError
-from shards import ShardSet
+from shards.sets import open_set
 from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
 
 pytestmark = pytest.mark.faults
@@ -30,7 +30,7 @@ def images():
 def flipped(images, tmp_path):
     """Samples 9, 10 and 29 do not match their crc."""
     folder = write_shards(tmp_path / "flipped", images)
-    shards = ShardSet.open(folder)
+    shards = open_set(folder)
     for sample in (9, 10, 29):
         path = shards.shard_path(sample // 10)
         content = bytearray(path.read_bytes())

@@ -22,7 +22,7 @@ from pipelines.reading.cache import CachedShardSet, CacheFolder, CacheFullError,
 from pipelines.reading.fetch import FetchedSteps, cached
 from pipelines.reading.reader import Reader
 from pipelines.reading.samples import ListedSteps
-from shards import ShardSet
+from shards.sets import ShardSet, open_set
 from shards.sets.remote import RemoteShardSet
 from shards.storage import stores as storage
 from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
@@ -93,7 +93,7 @@ def tar_bytes(local: Path) -> int:
 
 def open_cached(folder: Path, *, shards: float = NUM_SHARDS, local: Path) -> CachedShardSet:
     budget = int(shards * tar_bytes(local))
-    opened = cached(ShardSet.open("s3://bucket/set"), CacheFolder(path=folder, budget_bytes=budget, share_bytes=budget))
+    opened = cached(open_set("s3://bucket/set"), CacheFolder(path=folder, budget_bytes=budget, share_bytes=budget))
     assert isinstance(opened, CachedShardSet)
     return opened
 
@@ -130,16 +130,16 @@ def test_a_real_server_of_s3_is_read_like_a_folder(local, tmp_path, monkeypatch)
         for path in local.iterdir():
             storage.Folder("s3://bucket/set").put(path.name, path)
         shards = open_cached(tmp_path / "cache", local=local)
-        assert_same(shards, ShardSet.open(local))
+        assert_same(shards, open_set(local))
         with pytest.raises(ValueError, match=r"cannot read s3://no-such-bucket/set/manifest\.json|has no manifest"):
-            ShardSet.open("s3://no-such-bucket/set")
+            open_set("s3://no-such-bucket/set")
     finally:
         server.stop()
         storage.open_folder.cache_clear()
 
 
 def test_opening_reads_the_manifest_alone_and_samples_come_by_ranges(store, local):
-    shards = ShardSet.open("s3://bucket/set/")
+    shards = open_set("s3://bucket/set/")
     assert isinstance(shards, RemoteShardSet)
     assert [path.rpartition("/")[2] for path in store.reads] == ["manifest.json"]
     reader = Reader(shards, num_threads=2)
@@ -147,7 +147,7 @@ def test_opening_reads_the_manifest_alone_and_samples_come_by_ranges(store, loca
     images = reader.submit(samples, reader.records(samples)).result()
     reader.close()
     assert sum(path.endswith(".index.npy") for path in store.reads) == 3
-    own = Reader(ShardSet.open(local))
+    own = Reader(open_set(local))
     assert [i.tobytes() for i in images] == [i.tobytes() for i in own.submit(samples, own.records(samples)).result()]
     own.close()
 
@@ -166,12 +166,12 @@ def test_other_stores_are_read_as_well(store, local, tmp_path, monkeypatch, sche
         monkeypatch.setenv(name, value)
     url = f"{address}/bucket/set" if scheme == "http" else f"{scheme}://bucket/set"
     folder = CacheFolder(path=tmp_path / "cache", budget_bytes=1 << 30, share_bytes=1 << 30)
-    assert_same(cached(ShardSet.open(url), folder), ShardSet.open(local))
+    assert_same(cached(open_set(url), folder), open_set(local))
 
 
 def test_copies_are_bit_equal_and_fetched_once(store, local, tmp_path):
     for _ in range(2):
-        assert_same(open_cached(tmp_path / "cache", local=local), ShardSet.open(local))
+        assert_same(open_cached(tmp_path / "cache", local=local), open_set(local))
     assert tars_read(store) == [f"shard-{number:06d}.tar" for number in range(NUM_SHARDS)]
     assert not [*tmp_path.glob("**/*.part"), *tmp_path.glob("**/*.held")]
 
@@ -309,7 +309,7 @@ def test_two_processes_download_each_shard_once(store, local, tmp_path):
         go(process)
     assert [finish(process) for process in processes] == [0, 0]
     assert tars_read(store) == [f"shard-{number:06d}.tar" for number in range(NUM_SHARDS)]
-    assert_same(shards, ShardSet.open(local))
+    assert_same(shards, open_set(local))
 
 
 def test_after_a_kill_in_mid_download_nothing_is_in_the_way(store, local, tmp_path):
@@ -331,7 +331,7 @@ def test_after_a_kill_in_mid_download_nothing_is_in_the_way(store, local, tmp_pa
     assert left.exists()
     Holder(shards.folder).close()
     assert not left.exists()
-    assert_same(shards, ShardSet.open(local))
+    assert_same(shards, open_set(local))
 
 
 def test_the_coming_steps_are_fetched_ahead_in_their_order_within_the_share(store, local, tmp_path):

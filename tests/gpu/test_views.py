@@ -10,7 +10,7 @@ import torch
 
 from pipelines.config import VIEWS, DataConfig, ViewConfig, ViewsConfig
 from pipelines.loader import make_views, open_eval_loader, open_loader
-from shards import ShardSet
+from shards.sets import open_set
 from tests.pipelines.photos import NAMES, photo
 from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
 
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     images = [jpeg(photo(name)) for name in NAMES] + [jpeg(photo(name)[:, :, 0]) for name in NAMES]
-    return ShardSet.open(write_shards(tmp_path_factory.mktemp("photos"), images))
+    return open_set(write_shards(tmp_path_factory.mktemp("photos"), images))
 
 
 @pytest.fixture(scope="module")

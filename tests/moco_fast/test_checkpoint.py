@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(tmp_path, make(2), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

@@ -27,7 +27,7 @@ from moco_fast.report.report import guessing, write_report
 from moco_fast.report.words import configuration_table, headline
 from moco_fast.training.checkpoint import load_encoder
 from pipelines.loader import open_loader
-from shards import ShardSet
+from shards.sets import open_set
 
 VOID = {"meta", "link", "img", "br", "hr", "input", "image", "rect", "path", "use", "circle", "line"}
 
@@ -167,7 +167,7 @@ def test_neighbors_agree_with_a_plain_search(finished_run: Path) -> None:
     assert config.eval.shards is not None
     untrained = untrained_twin(config)
     found = find_neighbors(trained, untrained, config, device=cpu, num_queries=5, num_neighbors=4, max_bank=10_000)
-    names = ShardSet.open(config.data.shards).class_names
+    names = open_set(config.data.shards).class_names
     assert len(found) == 5
     assert len({query.label for query in found}) == 5
     for encoder, which in ((trained, "trained"), (untrained, "untrained")):

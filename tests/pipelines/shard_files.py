@@ -9,8 +9,9 @@ import google_crc32c
 import numpy as np
 from PIL import Image
 
-from shards.sets.index import RECORD, Flag, ShardSet
+from shards.sets import open_set
 from shards.sets.manifest import Manifest, ShardEntry
+from shards.sets.record import RECORD, Flag
 
 
 def jpeg(image: np.ndarray, quality: int = 92) -> bytes:
@@ -86,7 +87,7 @@ def _pixels(encoded: bytes) -> np.ndarray:
 def damaged_copy(shards: Path, to: Path, *, shard: int, sample: int) -> Path:
     """A copy of a set, with a byte of one image flipped; returns its folder."""
     shutil.copytree(shards, to)
-    copied = ShardSet.open(to)
+    copied = open_set(to)
     content = bytearray(copied.shard_path(shard).read_bytes())
     content[int(copied.index(shard)[sample]["offset"]) + 100] ^= 1
     copied.shard_path(shard).write_bytes(content)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipelines.config import VIEWS, ViewConfig
 from pipelines.plan.augment import KEY_VIEW, QUERY_VIEW, color_matrix, draw_view, hue_map
 from pipelines.reading.samples import draw_training
-from shards.sets.index import RECORD
+from shards.sets.record import RECORD
 
 V2 = VIEWS["moco-v2"].query
 FIELDS = ("box", "flip", "sigma", "factors", "jitter_order", "grayscale", "matrix", "solarize")

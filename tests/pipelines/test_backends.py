@@ -12,8 +12,8 @@ from pipelines.backends.registry import BACKENDS, Job, choose
 from pipelines.config import VIEWS, DataConfig, refuse_unused
 from pipelines.loader import open_loader
 from pipelines.reading.samples import ListedSteps, draw_training
-from shards import ShardSet
 from shards.ground.progress import Progress
+from shards.sets import open_set
 from shards.tools.beton import write_beton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -63,7 +63,7 @@ class Watched(Job):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_asks_for_the_options_that_it_is_said_to_use(small_shards, tmp_path, backend):
-    shards = ShardSet.open(small_shards)
+    shards = open_set(small_shards)
     if backend == "ffcv":
         shards = write_beton(small_shards, tmp_path / "set.beton", workers=1, progress=Progress(enabled=False))
     views = VIEWS["cifar10"]

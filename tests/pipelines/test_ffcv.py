@@ -16,8 +16,8 @@ from pipelines.config import VIEWS, DataConfig, ViewConfig, ViewsConfig
 from pipelines.loader import make_views, open_eval_loader, open_loader
 from pipelines.plan.augment import color_chain
 from pipelines.reading.samples import ListedSteps, draw_central, draw_training
-from shards import ShardSet
 from shards.ground.progress import Progress
+from shards.sets import open_set
 from shards.sets.beton import METADATA, BetonSet
 from shards.tools.beton import write_beton
 from tests.pipelines import reference
@@ -176,7 +176,7 @@ def test_batches_are_those_of_the_shards_whichever_backend_reads_what(small):
 
 def test_other_backends_read_a_beton_as_they_read_its_shards(small):
     samples = np.arange(50)
-    beton, shards = ShardSet.open(small), ShardSet.open(small.parent / "shards")
+    beton, shards = open_set(small), open_set(small.parent / "shards")
     one, two = (make_views(data, samples, VIEWS_24, seed=1, epoch=0, backend="dali") for data in (beton, shards))
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
@@ -272,7 +272,7 @@ def test_an_exception_reaches_the_consumer(small, fault, monkeypatch):
         yield
 
     job = Job(
-        shards=ShardSet.open(small),
+        shards=open_set(small),
         draw=raise_in_draw if fault == "draw" else partial(draw_training, views=VIEWS_24, seed=1),
         views=(VIEWS_24.query, VIEWS_24.key),
         size=24,

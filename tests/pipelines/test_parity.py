@@ -13,7 +13,7 @@ from pipelines.config import VIEWS, ViewConfig, ViewsConfig
 from pipelines.loader import make_views
 from pipelines.plan.augment import QUERY_VIEW, draw_view
 from pipelines.reading.samples import draw_training
-from shards import ShardSet
+from shards.sets import open_set
 from tests.pipelines import reference
 from tests.pipelines.photos import NAMES, photo
 from tests.pipelines.shard_files import jpeg, write_shards
@@ -39,7 +39,7 @@ SIZE = 64
 @pytest.fixture(scope="module")
 def photo_shards(tmp_path_factory):
     images = [jpeg(photo(name)) for name in NAMES]
-    return ShardSet.open(write_shards(tmp_path_factory.mktemp("photos"), images))
+    return open_set(write_shards(tmp_path_factory.mktemp("photos"), images))
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from pipelines.reading.ahead_process import ReadingSpec
 from pipelines.reading.readahead import ReadAhead
 from pipelines.reading.reader import DamagedSampleError, Reader
 from pipelines.reading.samples import EpochSteps, ListedSteps, draw_central, draw_training
-from shards import ShardSet
 from shards.ground.channel import ChannelClosed
 from shards.ground.child import WorkerDiedError
+from shards.sets import open_set
 from tests.pipelines.shard_files import write_shards
 
 PAYLOADS = [bytes([number]) * (50 + 37 * number) for number in range(60)]
@@ -31,7 +31,7 @@ PAYLOADS = [bytes([number]) * (50 + 37 * number) for number in range(60)]
 def shards(tmp_path_factory):
     """60 samples that are no images at all: the reader does not care."""
     labels = list(range(60))
-    return ShardSet.open(write_shards(tmp_path_factory.mktemp("odd") / "set", PAYLOADS, per_shard=7, labels=labels))
+    return open_set(write_shards(tmp_path_factory.mktemp("odd") / "set", PAYLOADS, per_shard=7, labels=labels))
 
 
 def reading(shards, samples, *, batch_size=8, ahead=2, skip=False) -> ReadAhead:
@@ -81,7 +81,7 @@ def test_steps_drawn_together_have_the_tables_of_their_own_epoch(shards):
 
 
 def test_an_index_that_cannot_be_read_is_told_after_the_batches_before_it(tmp_path):
-    shards = ShardSet.open(write_shards(tmp_path / "set", PAYLOADS, per_shard=20))
+    shards = open_set(write_shards(tmp_path / "set", PAYLOADS, per_shard=20))
     (shards.path / "shard-000002.index.npy").unlink()
     batches = reading(shards, np.arange(60), batch_size=10)
     assert [next(batches).samples[0] for _ in range(4)] == [0, 10, 20, 30]
@@ -117,7 +117,7 @@ def flip(shards, sample) -> None:
 
 
 def test_damaged_samples_are_named_after_the_batches_before_them_or_replaced(tmp_path):
-    shards = ShardSet.open(write_shards(tmp_path / "set", PAYLOADS, per_shard=7))
+    shards = open_set(write_shards(tmp_path / "set", PAYLOADS, per_shard=7))
     flip(shards, 20)
     flip(shards, 21)
     batches = reading(shards, np.arange(60))
@@ -136,7 +136,7 @@ def test_damaged_samples_are_named_after_the_batches_before_them_or_replaced(tmp
 
 
 def test_an_index_of_another_set_is_told(tmp_path):
-    shards = ShardSet.open(write_shards(tmp_path / "set", PAYLOADS, per_shard=60))
+    shards = open_set(write_shards(tmp_path / "set", PAYLOADS, per_shard=60))
     path = shards.path / "shard-000000.index.npy"
     records = np.load(path)
     records["size"] = 1 << 30
@@ -177,8 +177,8 @@ def test_who_waits_is_released_when_interrupted(shards):
 PARENT = """
 import os, sys, time
 from tests.pipelines.test_readahead import reading
-from shards import ShardSet
-batches = reading(ShardSet.open(sys.argv[1]), range(60), batch_size=1)
+from shards.sets import open_set
+batches = reading(open_set(sys.argv[1]), range(60), batch_size=1)
 next(batches)
 print(batches._process.pid, flush=True)
 time.sleep(600)

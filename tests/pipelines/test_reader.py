@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipelines.reading import reader as reader_module
 from pipelines.reading.reader import Reader
-from shards import ShardSet
+from shards.sets import open_set
 from tests.pipelines.shard_files import write_shards
 
 PAYLOADS = [bytes([number]) * (50 + 37 * number) for number in range(30)]
@@ -17,7 +17,7 @@ PAYLOADS = [bytes([number]) * (50 + 37 * number) for number in range(30)]
 @pytest.fixture(scope="module")
 def odd_shards(tmp_path_factory):
     """30 samples that are no images at all: the reader does not care."""
-    return ShardSet.open(write_shards(tmp_path_factory.mktemp("odd"), PAYLOADS, per_shard=4))
+    return open_set(write_shards(tmp_path_factory.mktemp("odd"), PAYLOADS, per_shard=4))
 
 
 @settings(deadline=None, max_examples=30)

@@ -8,8 +8,8 @@ from PIL import Image
 
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.loader import open_eval_loader, open_loader
-from shards import ShardSet
-from shards.sets.index import Flag
+from shards.sets import open_set
+from shards.sets.record import Flag
 from shards.tools.index import index_folder
 from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
 from tests.shards.pictures import encoded
@@ -48,7 +48,7 @@ def open_foreign(folder, **options):
 
 
 def test_the_manifest_counts_what_was_found(foreign):
-    shards = ShardSet.open(foreign)
+    shards = open_set(foreign)
     assert shards.manifest.outcomes == {
         "indexed": 20,
         "needs orientation": 1,

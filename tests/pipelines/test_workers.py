@@ -16,7 +16,7 @@ from pipelines.config import DataConfig, ViewConfig, ViewsConfig
 from pipelines.loader import open_eval_loader, open_loader
 from pipelines.reading.reader import Reader
 from pipelines.reading.samples import draw_training
-from shards import ShardSet
+from shards.sets import open_set
 from tests.pipelines.shard_files import damaged_copy
 
 VIEWS = ViewsConfig(size=24, query=ViewConfig(), key=ViewConfig(solarize_p=0.5))
@@ -102,7 +102,7 @@ def test_the_workers_apply_the_linear_map_where_it_is_asked_for(small_shards):
     data = DataConfig(shards=str(small_shards), batch_size=16, num_threads=1, backend="torch")
     with open_loader(data, views, seed=3, device=CPU) as loader:
         batch = next(iter(loader))
-    shards = ShardSet.open(small_shards)
+    shards = open_set(small_shards)
     reader = Reader(shards, num_threads=1)
     samples = batch.index.numpy()
     records = reader.records(samples)

@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards import ShardSet
 from shards.cli import main
 from shards.config import PackConfig
 from shards.ground.progress import Progress
 from shards.packing.pack import pack
+from shards.sets import ShardSet, open_set
 from shards.sets.beton import METADATA, METADATA_AT, PAGE_BYTES, BetonSet
 from shards.tools.beton import _place, verify_beton, write_beton
 from tests.shards.pictures import contents, encoded, fill, picture
@@ -48,7 +48,7 @@ def image_bytes(shards: ShardSet) -> list[bytes]:
 
 
 def test_it_is_the_same_set_under_the_same_numbers(packed, beton):
-    shards, ours = ShardSet.open(packed), ShardSet.open(beton)
+    shards, ours = open_set(packed), open_set(beton)
     assert isinstance(ours, BetonSet)
     assert ours.manifest == shards.manifest
     assert ours.shard_sizes.tolist() == [4, 4, 3]
@@ -123,17 +123,17 @@ def test_what_is_no_whole_beton_is_refused(packed, beton, tmp_path):
     whole = beton.read_bytes()
     path = tmp_path / "x.beton"
     with pytest.raises(ValueError, match="does not exist: `make-shards beton SHARDS --out"):
-        ShardSet.open(path)
+        open_set(path)
     path.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="it was cut; make or copy it again"):
-        ShardSet.open(path)
+        open_set(path)
     path.write_bytes(b"not a beton at all" * 1000)
     with pytest.raises(ValueError, match=r"is no \.beton"):
-        ShardSet.open(path)
+        open_set(path)
     # As FFCV's own writer leaves it: nothing in the arguments of the image's field.
     path.write_bytes(whole[:41] + bytes(1024) + whole[41 + 1024 :])
     with pytest.raises(ValueError, match="lacks the index that order and augmentation need"):
-        ShardSet.open(path)
+        open_set(path)
 
 
 def test_what_cannot_be_written_is_told_before_any_work(packed, beton, tmp_path, capsys):
@@ -169,7 +169,7 @@ def test_what_ffcv_cannot_decode_is_refused_with_the_way_out(tmp_path, capsys):
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_damaged_sample_is_named_and_nothing_is_kept(copied, workers, capsys):
     tar = copied / "shard-000001.tar"
-    record = ShardSet.open(copied).index(1)[2]
+    record = open_set(copied).index(1)[2]
     damaged = bytearray(tar.read_bytes())
     damaged[int(record["offset"]) + 50] ^= 1
     tar.write_bytes(damaged)

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import ShardSet
 from shards.cli import main
 from shards.ground.errors import PackError
-from shards.sets.index import Flag
+from shards.sets import open_set
+from shards.sets.record import Flag
 from shards.tools.index import advice, index_folder
 from shards.tools.verify import verify
 from tests.shards.pictures import encoded, jpeg, picture
@@ -55,7 +55,7 @@ def test_tars_are_described_and_left_as_they_are(tars):
     before = {p.name: p.read_bytes() for p in tars.glob("*.tar")}
     indexed = index_folder(str(tars), workers=2)
     assert {p.name: p.read_bytes() for p in tars.glob("*.tar")} == before
-    shards = ShardSet.open(tars)
+    shards = open_set(tars)
     assert [s.name for s in shards.manifest.shards] == ["a.tar", "b.tar"]
     assert shards.shard_sizes.tolist() == [4, 3]
     flags = [Flag(f) for i in range(2) for f in shards.index(i)["flags"].tolist()]
@@ -86,7 +86,7 @@ def test_verify_knows_foreign_shards(tars):
     assert verify(tars) == []
     assert {p.sample for p in verify(tars, decode=True)} == {"2"}
     path = tars / "b.tar"
-    record = ShardSet.open(tars).index(1)[1]
+    record = open_set(tars).index(1)[1]
     damaged = bytearray(path.read_bytes())
     damaged[int(record["offset"]) + 100] ^= 1
     path.write_bytes(damaged)

@@ -4,11 +4,11 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from shards import ShardSet
 from shards.cli import main
 from shards.config import PackConfig
 from shards.packing.estimate import estimate
 from shards.packing.pack import pack
+from shards.sets import open_set
 from shards.tools.inspect import contact_sheet, describe
 from tests.shards.pictures import encoded, fill, picture
 
@@ -18,7 +18,7 @@ def test_inspect_tells_counts_sizes_shapes_and_classes(tmp_path, capsys):
     (source / "class0" / "wide.png").write_bytes(encoded(picture(50, 600, 100), "PNG"))
     (source / "class0" / "broken").write_bytes(b"?")
     pack(PackConfig(sources=(str(source),), out=str(tmp_path / "out"), shard_samples=5, workers=1))
-    text = "\n".join(describe(ShardSet.open(tmp_path / "out")))
+    text = "\n".join(describe(open_set(tmp_path / "out")))
     assert "13 samples in 3 shards" in text
     assert "packed: converted 1, copied 12" in text
     assert "rejected: not an image 1" in text
@@ -48,7 +48,7 @@ def test_the_sheet_shows_the_samples(tmp_path):
     for i, color in enumerate(colors):
         Image.new("RGB", (300, 300), color).save(source / f"{i}.png")
     pack(PackConfig(sources=(str(source),), out=str(tmp_path / "out"), shuffle=False, shard_samples=2, workers=1))
-    sheet = contact_sheet(ShardSet.open(tmp_path / "out"), columns=2, rows=2)
+    sheet = contact_sheet(open_set(tmp_path / "out"), columns=2, rows=2)
     found = [sheet.getpixel(at) for at in ((64, 64), (192, 64), (64, 192), (192, 192))]
     expected = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
     assert np.abs(np.array(found) - np.array(expected)).max() < 6

@@ -6,11 +6,11 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from shards import ShardSet
 from shards.cli import main
 from shards.config import PackConfig
 from shards.images.jpeg import ENGINE_KINDS, parse_jpeg
 from shards.packing.pack import pack
+from shards.sets import ShardSet, open_set
 from shards.sets.beton import BetonSet
 from shards.sets.manifest import Manifest
 from shards.tools.index import index_folder
@@ -86,7 +86,7 @@ def kinds_of(shards: ShardSet) -> list[str]:
 
 def test_packing_counts_the_kinds_of_what_it_wrote(packed):
     manifest = Manifest.read(packed)
-    written = kinds_of(ShardSet.open(packed))
+    written = kinds_of(open_set(packed))
     assert manifest.jpegs == {kind: written.count(kind) for kind in sorted(set(written))}
     assert manifest.jpegs["4:1:1"] == 1
     assert manifest.engine_share == 1 - 1 / 9
@@ -136,11 +136,11 @@ def test_a_long_header_is_read_whole(packed, tmp_path):
 
 def test_several_sets_add_up_and_one_without_kinds_makes_the_share_unknown(packed, tmp_path):
     pack(PackConfig(sources=(str(fill(tmp_path / "more", 3)),), out=str(tmp_path / "other"), workers=1))
-    both = ShardSet.open(f"{packed},{tmp_path / 'other'}").manifest
+    both = open_set(f"{packed},{tmp_path / 'other'}").manifest
     assert sum(both.jpegs.values()) == both.num_samples == 12
     assert both.engine_share == 1 - 1 / 12
     without_kinds(tmp_path / "other")
-    assert ShardSet.open(f"{packed},{tmp_path / 'other'}").manifest.engine_share is None
+    assert open_set(f"{packed},{tmp_path / 'other'}").manifest.engine_share is None
 
 
 def test_tars_of_others_are_counted_too(packed):

@@ -3,7 +3,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shards import Manifest, ShardSet
+from shards import Manifest
+from shards.sets import open_set
 from shards.sets.merged import MergedShardSet
 from tests.pipelines.shard_files import write_shards
 
@@ -24,17 +25,17 @@ def two(tmp_path):
 
 
 def test_several_folders_are_one_set(two):
-    merged = ShardSet.open(",".join(two))
+    merged = open_set(",".join(two))
     assert isinstance(merged, MergedShardSet)
     assert (merged.num_samples, merged.num_shards) == (53, 8)
     assert merged.shard_sizes.tolist() == [6, 6, 6, 2, 10, 10, 10, 3]
     assert merged.class_names == ("cat", "dog")
     assert merged.max_bytes == 60
-    parts = [ShardSet.open(path) for path in two]
+    parts = [open_set(path) for path in two]
     for shard in range(8):
         part, inner = parts[shard >= 4], shard if shard < 4 else shard - 4
         assert np.array_equal(merged.index(shard), part.index(inner))
-        assert merged.shard_path(shard) == part.shard_path(inner)
+        assert merged.shard_name(shard) == part.shard_name(inner)
         record = merged.index(shard)[0]
         content = np.empty(int(record["size"]), dtype=np.uint8)
         assert merged.open_shard(shard).read_into(content, int(record["offset"])) == len(content)
@@ -43,7 +44,7 @@ def test_several_folders_are_one_set(two):
 
 def test_labels_that_mean_different_things_are_dropped(two, tmp_path):
     third = write(tmp_path / "three", ONE, 6, ("dog", "cat"))
-    merged = ShardSet.open(f"{two[0]},{third}")
+    merged = open_set(f"{two[0]},{third}")
     assert merged.class_names == ()
     assert merged.has_dropped_labels
     assert all((merged.index(shard)["label"] == -1).all() for shard in range(merged.num_shards))
@@ -51,9 +52,9 @@ def test_labels_that_mean_different_things_are_dropped(two, tmp_path):
 
 def test_a_folder_with_a_comma_in_its_name_is_one(tmp_path):
     path = write(tmp_path / "cats,dogs", ONE, 6, ())
-    assert ShardSet.open(path).num_samples == 20
+    assert open_set(path).num_samples == 20
 
 
 def test_an_absent_one_is_named(two):
     with pytest.raises(ValueError, match="nowhere is not a folder"):
-        ShardSet.open(f"{two[0]},nowhere")
+        open_set(f"{two[0]},nowhere")

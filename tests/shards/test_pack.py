@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import ShardSet
 from shards.cli import main
 from shards.config import PackConfig
 from shards.packing.pack import pack
-from shards.sets.index import Flag
+from shards.sets import open_set
+from shards.sets.record import Flag
 from shards.tools.verify import verify
 from tests.shards.pictures import contents, encoded, fill, jpeg, picture
 
@@ -26,7 +26,7 @@ def config(source, out, **options):
 def test_every_image_is_found_again_through_the_index(tmp_path):
     source = fill(tmp_path / "in", 20, classes=3)
     pack(config(source, tmp_path / "out"))
-    shards = ShardSet.open(tmp_path / "out")
+    shards = open_set(tmp_path / "out")
     assert (shards.num_samples, shards.num_shards) == (20, 3)
     assert shards.shard_sizes.tolist() == [7, 7, 6]
     assert shards.class_names == ("class0", "class1", "class2")
@@ -50,7 +50,7 @@ def test_the_tar_has_keys_and_labels_only(tmp_path):
     with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
         assert tar.getnames() == [f"{i:012d}.{kind}" for i in range(5) for kind in ("jpg", "cls")]
         labels = [int(tar.extractfile(m).read()) for m in tar if m.name.endswith(".cls")]
-    assert labels == ShardSet.open(tmp_path / "out").index(0)["label"].tolist()
+    assert labels == open_set(tmp_path / "out").index(0)["label"].tolist()
     assert sorted(labels) == [0, 0, 0, 1, 1]
 
 
@@ -61,11 +61,11 @@ def test_flat_folders_and_labels_none_give_no_labels(tmp_path):
         ("none", fill(tmp_path / "none", 3, classes=2), "none"),
     ):
         pack(config(source, tmp_path / f"out-{name}", labels=labels))
-        shards = ShardSet.open(tmp_path / f"out-{name}")
+        shards = open_set(tmp_path / f"out-{name}")
         assert shards.class_names == ()
         assert shards.index(0)["label"].tolist() == [-1, -1, -1]
     pack(config(tmp_path / "one", tmp_path / "out-folder", labels="folder"))
-    assert ShardSet.open(tmp_path / "out-folder").class_names == ("class0",)
+    assert open_set(tmp_path / "out-folder").class_names == ("class0",)
 
 
 def test_rejected_inputs_leave_gaps_and_are_written_down(tmp_path, capsys):
@@ -74,14 +74,14 @@ def test_rejected_inputs_leave_gaps_and_are_written_down(tmp_path, capsys):
     (source / "empty.jpg").write_bytes(b"")
     (source / "cut.jpg").write_bytes(jpeg(99)[:-40])
     status = main(["pack", str(source), "--out", str(tmp_path / "out"), "--workers", "1"])
-    manifest = ShardSet.open(tmp_path / "out").manifest
+    manifest = open_set(tmp_path / "out").manifest
     assert status == 3
     assert "20.0% of the inputs were rejected" in capsys.readouterr().err
     assert (manifest.num_inputs, manifest.num_samples, manifest.num_rejected) == (15, 12, 3)
     assert manifest.rejections == {"damaged": 1, "empty": 1, "not an image": 1}
     lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert {line["source"].split("/")[-1] for line in lines} == {"notes.txt", "empty.jpg", "cut.jpg"}
-    kept = ShardSet.open(tmp_path / "out").index(0)["position"].tolist()
+    kept = open_set(tmp_path / "out").index(0)["position"].tolist()
     assert sorted(kept + [int(line["key"]) for line in lines]) == list(range(15))
     assert main(["pack", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]) == 3
     assert main(["pack", str(source), "--out", str(tmp_path / "lax"), "--max-rejected", "0.2", "--workers", "1"]) == 0
@@ -96,7 +96,7 @@ def test_the_shuffle_mixes_and_can_be_turned_off(tmp_path):
     assert orders["plain"] == sorted(orders["plain"])
     assert sorted(orders["a"]) == sorted(orders["b"]) == orders["plain"]
     assert orders["a"] != orders["b"]
-    labels = ShardSet.open(tmp_path / "a").index(0)["label"]
+    labels = open_set(tmp_path / "a").index(0)["label"]
     assert 5 < (np.diff(labels) != 0).sum() < 25
 
 
@@ -152,13 +152,13 @@ def test_shards_of_unknown_origin_are_not_overwritten(tmp_path):
 def test_an_unfinished_set_does_not_open(tmp_path):
     for path, message in ((tmp_path / "none", "is not a folder"), (tmp_path, "no manifest.json")):
         with pytest.raises(ValueError, match=message):
-            ShardSet.open(path)
+            open_set(path)
     (tmp_path / ".pack").mkdir()
     with pytest.raises(ValueError, match="not finished"):
-        ShardSet.open(tmp_path)
+        open_set(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": "moco-fast-shards", "version": 99}')
     with pytest.raises(ValueError, match="version 99"):
-        ShardSet.open(tmp_path)
+        open_set(tmp_path)
 
 
 @settings(max_examples=25, deadline=None)

@@ -11,9 +11,9 @@ import warnings
 import numpy as np
 import pytest
 
-from shards import ShardSet
 from shards.config import PackConfig
 from shards.packing.pack import pack
+from shards.sets import open_set
 from tests.shards.pictures import fill, jpeg
 
 
@@ -23,7 +23,7 @@ def packed(tmp_path_factory):
     source = fill(folder / "in", 14, classes=3)
     (source / "class0" / "broken").write_bytes(b"?")
     pack(PackConfig(sources=(str(source),), out=str(folder / "out"), shard_samples=6, workers=1, labels="folder"))
-    return ShardSet.open(folder / "out")
+    return open_set(folder / "out")
 
 
 def expected(shards):

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import ShardSet
 from shards.cli import main
 from shards.config import PackConfig
 from shards.ground.errors import PackError
 from shards.packing.pack import pack
+from shards.sets import open_set
 from shards.tools.verify import verify
 from tests.shards.pictures import contents, encoded, fill, jpeg, picture
 
@@ -24,7 +24,7 @@ def config(*sources, out, **options):
 
 def packed(folder):
     """{image bytes: (class name or None, source)} of a packed set."""
-    shards = ShardSet.open(folder)
+    shards = open_set(folder)
     found = {}
     for i in range(shards.num_shards):
         whole = shards.shard_path(i).read_bytes()

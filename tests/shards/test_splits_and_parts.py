@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import ShardSet
 from shards.cli import main
 from shards.config import PackConfig
 from shards.ground.errors import PackError
 from shards.packing.content import DIGEST, first_of_each, split_of
 from shards.packing.pack import finish, pack
+from shards.sets import open_set
 from shards.tools.verify import verify
 from tests.shards.pictures import contents, fill, jpeg
 
@@ -52,7 +52,7 @@ def test_several_named_splits(tmp_path):
     assert set.union(*names) == {p.name for p in source.iterdir()}
     assert pack(config(source, tmp_path / "out", split=("val=0.2", "test=0.3"))) == manifests
     with pytest.raises(ValueError, match=r"give .*out/test or .*out/train or .*out/val"):
-        ShardSet.open(tmp_path / "out")
+        open_set(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_duplicates_are_left_out_and_written_down(tmp_path, capsys):
         "0.1",
     ]
     assert main(arguments) == 0
-    manifest = ShardSet.open(tmp_path / "out").manifest
+    manifest = open_set(tmp_path / "out").manifest
     assert manifest.rejections == {"duplicate": 6, "empty": 1}
     assert (manifest.num_inputs, manifest.num_samples) == (17, 10)
     assert sources(tmp_path / "out") == {f"{i:04d}.jpg" for i in range(10)}
@@ -128,7 +128,7 @@ def test_parts_in_any_order_give_the_bytes_of_one_process(tmp_path_factory, num_
     for part in parts:
         assert pack(config(source, folder / "out", shard_samples=shard_samples, part=f"{part}/{num_parts}")) is None
         with pytest.raises(ValueError, match="is not finished"):
-            ShardSet.open(folder / "out")
+            open_set(folder / "out")
     finish(str(folder / "out"), work_folder=str(folder))
     assert contents(folder / "out") == contents(folder / "whole")
 

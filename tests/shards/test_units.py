@@ -13,7 +13,7 @@ def test_durations_are_written_in_two_units_at_most(seconds, words):
 
 @pytest.mark.parametrize(
     ("num_bytes", "words"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (999_949, "999.9 kB"), (2.5e9, "2.5 GB"), (1.5e15, "1500 TB")],
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1 kB"), (999_499, "999 kB"), (999_500, "1 MB"), (1.5e15, "1,500 TB")],
 )
 def test_sizes_are_written_in_powers_of_a_thousand(num_bytes, words):
     assert format_bytes(num_bytes) == words

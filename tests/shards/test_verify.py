@@ -7,10 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards import ShardSet
 from shards.cli import main
 from shards.config import PackConfig
 from shards.packing.pack import pack
+from shards.sets import open_set
 from shards.tools.verify import verify
 from tests.shards.pictures import fill
 
@@ -40,7 +40,7 @@ def test_any_flipped_byte_is_found_and_its_shard_named(packed, data):
     assert problems
     assert {problem.shard for problem in problems} == {"shard-000001.tar"}
     if suffix == ".tar":
-        records = ShardSet.open(packed).index(1)
+        records = open_set(packed).index(1)
         inside = (records["offset"] <= at) & (at < records["offset"] + records["size"])
         if inside.any():
             key = f"{int(records['position'][np.argmax(inside)]):012d}"
@@ -66,7 +66,7 @@ def test_the_report_is_the_same_for_any_number_of_workers(packed, tmp_path):
     for shard in (0, 1):
         path = tmp_path / "out" / f"shard-00000{shard}.tar"
         damaged = bytearray(path.read_bytes())
-        for record in ShardSet.open(packed).index(shard)[1:3]:
+        for record in open_set(packed).index(shard)[1:3]:
             damaged[int(record["offset"]) + 300] ^= 1
         path.write_bytes(damaged)
     problems = verify(tmp_path / "out", decode=True)

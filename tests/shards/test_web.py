@@ -9,11 +9,11 @@ from datetime import timedelta
 
 import pytest
 
-from shards import ShardSet
 from shards.cli import main
 from shards.config import PackConfig
 from shards.ground.errors import PackError, RefusedError
 from shards.packing.pack import finish, pack
+from shards.sets import open_set
 from shards.storage import stores as storage
 from shards.tools.verify import verify
 from tests.shards.pictures import contents, fill, jpeg
@@ -45,7 +45,7 @@ def shard_bytes(folder):
 
 def images(folder):
     """The images of a set, sorted."""
-    shards = ShardSet.open(folder)
+    shards = open_set(folder)
     found = []
     for i in range(shards.num_shards):
         whole = shards.shard_path(i).read_bytes()

@@ -1,0 +1,146 @@
+"""Sets of shards as readers see them: the protocol, and what all kinds of sets have in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, Literal, Protocol
+
+import numpy as np
+
+from shards.ground.arrays import Indices, Records
+from shards.sets.manifest import Manifest
+from shards.sets.shard_file import ShardFile
+
+__all__ = ["BaseSet", "SetKind", "ShardSet"]
+
+SetKind = Literal["local", "remote", "merged", "beton"]
+"""A folder on this machine, one in a bucket or on a web server, several sets as one, a file of FFCV's."""
+
+
+class ShardSet(Protocol):
+    """A finished set of shards, wherever it is.
+
+    `shards.open` opens one, once; from there on it travels as this handle, to other processes too. The dense sample
+    number counts through the shards in the manifest's order.
+    """
+
+    kind: ClassVar[SetKind]
+    """What kind of set it is."""
+
+    @property
+    def where(self) -> str:
+        """Path or address, for messages and commands."""
+        ...
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the set holds."""
+        ...
+
+    @property
+    def shard_sizes(self) -> Indices:
+        """(num_shards,) samples of each shard."""
+        ...
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards."""
+        ...
+
+    @property
+    def num_shards(self) -> int:
+        """Shards in the set."""
+        ...
+
+    @property
+    def max_bytes(self) -> int:
+        """Size of the largest image in bytes."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each label; empty when nothing is labeled."""
+        ...
+
+    def index(self, shard: int) -> Records:
+        """Return the records of a shard, (shard_sizes[shard],) of shards.sets.record.RECORD.
+
+        Raises:
+            ValueError: the index is absent, damaged, or not that of this manifest, or the store does not answer.
+        """
+        ...
+
+    def open_shard(self, shard: int) -> ShardFile:
+        """Open a shard for reading by offsets. Raises FileNotFoundError."""
+        ...
+
+    def shard_name(self, shard: int) -> str:
+        """Return where a shard is, for messages."""
+        ...
+
+    def part(self, shard: int) -> "tuple[ShardSet, int]":
+        """Return the set that a shard comes from, and its number there: another set where several are merged."""
+        ...
+
+    def with_parts(self, replace: "Callable[[ShardSet], ShardSet]") -> "ShardSet":
+        """Return the same set with each of its parts replaced; a set that is not merged is its own only part."""
+        ...
+
+
+class BaseSet(ABC):
+    """What follows from where a set is and from its manifest: the base of the kinds here.
+
+    Args:
+        where: path or address.
+        manifest: its content.
+    """
+
+    kind: ClassVar[SetKind]
+
+    def __init__(self, where: str, manifest: Manifest) -> None:
+        self.where = where
+        self.manifest = manifest
+        self.shard_sizes: Indices = np.array([shard.num_samples for shard in manifest.shards], dtype=np.int64)
+        """(num_shards,) samples of each shard."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.where!r}, num_samples={self.num_samples}, num_shards={self.num_shards})"
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards."""
+        return self.manifest.num_samples
+
+    @property
+    def num_shards(self) -> int:
+        """Shards in the set."""
+        return len(self.manifest.shards)
+
+    @property
+    def max_bytes(self) -> int:
+        """Size of the largest image in bytes."""
+        return self.manifest.max_bytes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each label; empty when nothing is labeled."""
+        return self.manifest.class_names
+
+    @abstractmethod
+    def index(self, shard: int) -> Records:
+        """Return the records of a shard."""
+
+    @abstractmethod
+    def open_shard(self, shard: int) -> ShardFile:
+        """Open a shard for reading by offsets."""
+
+    @abstractmethod
+    def shard_name(self, shard: int) -> str:
+        """Return where a shard is, for messages."""
+
+    def part(self, shard: int) -> tuple[ShardSet, int]:
+        """Return this set and the number itself."""
+        return self, shard
+
+    def with_parts(self, replace: Callable[[ShardSet], ShardSet]) -> ShardSet:
+        """Return what takes the place of this set."""
+        return replace(self)

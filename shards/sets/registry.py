@@ -1,0 +1,84 @@
+"""The kinds of sets, and the one function that opens any of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from shards.sets.base import SetKind, ShardSet
+from shards.storage.file_kinds import BETON_SUFFIX
+from shards.storage.stores import is_url, split_sets
+
+__all__ = ["SETS", "KindOfSet", "open_set"]
+
+
+class KindOfSet(NamedTuple):
+    """How sets of a kind are told from others and opened."""
+
+    matches: Callable[[str], bool]
+    """Whether a path or address names such a set."""
+    open: Callable[[str], ShardSet]
+    """Opens it. Raises ValueError."""
+
+
+def _is_several(where: str) -> bool:
+    return len(split_sets(where)) > 1
+
+
+def _is_beton(where: str) -> bool:
+    return where.endswith(BETON_SUFFIX)
+
+
+def _is_path(where: str) -> bool:
+    del where
+    return True
+
+
+def _open_merged(where: str) -> ShardSet:
+    from shards.sets.merged import MergedShardSet
+
+    return MergedShardSet([open_set(part) for part in split_sets(where)])
+
+
+def _open_remote(where: str) -> ShardSet:
+    from shards.sets.remote import RemoteShardSet
+
+    return RemoteShardSet.open(where)
+
+
+def _open_beton(where: str) -> ShardSet:
+    from shards.sets.beton import BetonSet
+
+    return BetonSet.open(where)
+
+
+def _open_local(where: str) -> ShardSet:
+    from shards.sets.local import LocalShardSet
+
+    return LocalShardSet.open(where)
+
+
+SETS: dict[SetKind, KindOfSet] = {
+    "merged": KindOfSet(_is_several, _open_merged),
+    "remote": KindOfSet(is_url, _open_remote),
+    "beton": KindOfSet(_is_beton, _open_beton),
+    "local": KindOfSet(_is_path, _open_local),
+}
+"""The kinds of sets; the first one that matches opens a set."""
+
+
+def open_set(where: str | Path) -> ShardSet:
+    """Open a finished set of shards.
+
+        dataset = shards.open("shards/train")
+        print(dataset.num_samples, dataset.class_names)
+
+    Args:
+        where: a folder that `make-shards` wrote (the one that holds manifest.json), its address in a bucket or on a
+            web server (s3, gs, az, http), or a `.beton`; several with commas between them are one set.
+
+    Raises:
+        ValueError: there is no such folder or file, packing has not finished there, or its format is of another
+            version; or the store does not answer.
+    """
+    where = str(where)
+    return next(kind for kind in SETS.values() if kind.matches(where)).open(where)
