@@ -28,7 +28,7 @@ from pipelines.plan.augment import ViewTable
 from pipelines.reading.reader import Reader
 from pipelines.reading.samples import draw_training
 from shards.config import PackConfig
-from shards.ground.progress import Progress
+from shards.ground.progress import ProgressBars
 from shards.packing.pack import pack
 from shards.sets import ShardSet, open_set
 from shards.tools.beton import write_beton
@@ -118,7 +118,9 @@ def main() -> None:
         pack(PackConfig(sources=(asked.photos,), out=f"{folder}/shards", shuffle=False))
         shards, beton = open_set(f"{folder}/shards"), None
         if importlib.util.find_spec("ffcv"):
-            beton = write_beton(f"{folder}/shards", f"{folder}/all.beton", workers=1, progress=Progress(enabled=False))
+            beton = write_beton(
+                f"{folder}/shards", f"{folder}/all.beton", workers=1, progress=ProgressBars(enabled=False)
+            )
         num = min(asked.num, MOST, shards.num_samples)
         samples = np.linspace(0, shards.num_samples - 1, num).astype(np.int64)
         for recipe, views in (RECIPES | ALONE).items():

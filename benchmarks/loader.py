@@ -37,7 +37,7 @@ from torchvision.transforms import v2
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.loader import open_loader
 from shards.ground.cpus import available_cpus
-from shards.ground.progress import Progress
+from shards.ground.progress import ProgressBars
 from shards.sets import open_set
 from shards.tools.beton import write_beton
 
@@ -218,7 +218,7 @@ def open_ours(name: str, options: Options) -> Opened:
         # Beside the shards: it is written once.
         shards = f"{shards.rstrip('/')}.beton"
         if not Path(shards).exists():
-            write_beton(options.shards, shards, workers=1, progress=Progress(enabled=False))
+            write_beton(options.shards, shards, workers=1, progress=ProgressBars(enabled=False))
     data = DataConfig(
         shards=shards,
         batch_size=options.batch_size,

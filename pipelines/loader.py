@@ -22,7 +22,7 @@ from shards import ShardSet
 from shards.ground.arrays import Indices
 from shards.ground.cpus import available_cpus
 from shards.sets.beton import BetonSet
-from shards.sets.kinds import tell_kinds
+from shards.sets.manifest import describe_jpegs
 
 if TYPE_CHECKING:
     from pipelines.backends.streamed import StreamPlan
@@ -262,7 +262,7 @@ def open_loader(
     if engines is not None:
         description += f"; {describe_engines(engines, load)}"
         if engines.count:
-            description += f"; {tell_kinds(shards.manifest)}"
+            description += f"; {describe_jpegs(shards.manifest)}"
     return Loader(plan, start, device=device, description=description)
 
 

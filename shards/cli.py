@@ -87,16 +87,16 @@ class FinishCommand:
 
 
 def _pack(command: PackCommand) -> int:
-    from shards.ground.progress import Progress
+    from shards.ground.progress import ProgressBars
     from shards.packing.estimate import estimate
     from shards.packing.pack import pack
     from shards.packing.summary import summarize
 
     if command.dry_run:
-        for line in estimate(command, Progress()).lines(command):
+        for line in estimate(command, ProgressBars()).lines(command):
             print(line)
         return 0
-    manifests = pack(command, Progress())
+    manifests = pack(command, ProgressBars())
     if manifests is None:
         print(f"part {command.part} is done; when all are: make-shards finish {command.out}")
         return 0
@@ -105,10 +105,11 @@ def _pack(command: PackCommand) -> int:
 
 def _index(command: IndexCommand) -> int:
     from shards.ground.cpus import available_cpus
-    from shards.ground.progress import Progress
-    from shards.sets.kinds import note_kinds, tell_kinds
+    from shards.ground.progress import ProgressBars
+    from shards.sets.manifest import describe_jpegs
     from shards.sets.shard_folder import ShardFolder
     from shards.tools.index import advice, index_folder
+    from shards.tools.jpeg_kinds import note_kinds
 
     workers, work_folder = command.workers or available_cpus(), command.work_folder
     if command.folder.endswith(".beton"):
@@ -118,10 +119,10 @@ def _index(command: IndexCommand) -> int:
         )
     described = ShardFolder(where=command.folder, work_folder=work_folder)
     if described.has_manifest() and described.manifest().num_unknown_jpegs:
-        manifest = note_kinds(command.folder, workers=workers, progress=Progress())
-        print(f"{command.folder}: {tell_kinds(manifest)}")
+        manifest = note_kinds(command.folder, workers=workers, progress=ProgressBars())
+        print(f"{command.folder}: {describe_jpegs(manifest)}")
         return 0
-    indexed = index_folder(command.folder, workers=workers, work_folder=work_folder, progress=Progress())
+    indexed = index_folder(command.folder, workers=workers, work_folder=work_folder, progress=ProgressBars())
     manifest = indexed.manifest
     print(f"{command.folder}: {manifest.num_samples:,} samples in {len(manifest.shards):,} tars are indexed")
     for line in advice(indexed, command.folder):
@@ -143,7 +144,7 @@ def _inspect(command: InspectCommand) -> int:
 
 
 def _finish(command: FinishCommand) -> int:
-    from shards.packing.pack import finish
+    from shards.packing.finish import finish
     from shards.packing.summary import summarize
 
     return summarize(command.folder, finish(command.folder, work_folder=command.work_folder), command.max_rejected)
@@ -151,11 +152,13 @@ def _finish(command: FinishCommand) -> int:
 
 def _beton(command: BetonCommand) -> int:
     from shards.ground.cpus import available_cpus
-    from shards.ground.progress import Progress
+    from shards.ground.progress import ProgressBars
     from shards.ground.units import format_bytes
     from shards.tools.beton import write_beton
 
-    written = write_beton(command.folder, command.out, workers=command.workers or available_cpus(), progress=Progress())
+    written = write_beton(
+        command.folder, command.out, workers=command.workers or available_cpus(), progress=ProgressBars()
+    )
     size = format_bytes(written.layout.num_bytes)
     print(f"{command.out}: {written.num_samples:,} samples in {size}, read back and right")
     return 0
@@ -163,7 +166,7 @@ def _beton(command: BetonCommand) -> int:
 
 def _verify(command: VerifyCommand) -> int:
     from shards.ground.cpus import available_cpus
-    from shards.ground.progress import Progress
+    from shards.ground.progress import ProgressBars
     from shards.tools.verify import verify
 
     if command.folder.endswith(BETON_SUFFIX):
@@ -173,7 +176,7 @@ def _verify(command: VerifyCommand) -> int:
             command.folder,
             decode=command.decode,
             workers=command.workers or available_cpus(),
-            progress=Progress(),
+            progress=ProgressBars(),
         )
     else:
         problems = verify(
@@ -181,7 +184,7 @@ def _verify(command: VerifyCommand) -> int:
             decode=command.decode,
             workers=command.workers or available_cpus(),
             work_folder=command.work_folder,
-            progress=Progress(),
+            progress=ProgressBars(),
         )
     for problem in problems:
         print(problem)

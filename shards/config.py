@@ -1,7 +1,7 @@
 """What a user chooses about packing. Free of numpy and Pillow, so that `--help` costs nothing."""
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 __all__ = ["WORK_FOLDER", "Columns", "EncodeConfig", "PackConfig"]
@@ -149,6 +149,10 @@ class PackConfig(EncodeConfig):
     def columns(self) -> Columns:
         """Which columns of lists and tables are meant."""
         return Columns(image=self.image_column, label=self.label_column)
+
+    def encoding(self) -> EncodeConfig:
+        """What becomes of an image: the part that workers need."""
+        return EncodeConfig(**{f.name: getattr(self, f.name) for f in fields(EncodeConfig)})
 
     def settings(self) -> dict[str, Any]:
         """The options that decide what the shards hold: a resumed or finished set must have the same."""

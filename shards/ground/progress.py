@@ -3,10 +3,10 @@
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
-__all__ = ["Progress"]
+__all__ = ["ProgressBars"]
 
 
-class Progress:
+class ProgressBars:
     """Draws one bar for each stage of the work.
 
     Args:

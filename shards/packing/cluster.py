@@ -5,7 +5,7 @@ import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from shards.packing.plan import Task
 from shards.packing.write import WriteShard
 from shards.storage.target import BucketTarget, LocalTarget
 
-__all__ = ["NodeJob", "check", "remove_copy", "run_tasks"]
+__all__ = ["NodeJob", "check_cluster", "remove_copy", "run_on_cluster"]
 
 _RETRIES = 5
 _CONNECT_S = 5
@@ -41,14 +41,13 @@ class NodeJob:
 
     @classmethod
     def of(cls, job: WriteShard) -> "NodeJob":
-        """Make a job independent of this process's folder and command line."""
-        config = EncodeConfig(**{f.name: getattr(job.config, f.name) for f in fields(EncodeConfig)})
+        """Make a job independent of this process's folder."""
         target = job.target
         if isinstance(target, LocalTarget):
             target = replace(target, out=str(Path(target.out).absolute()))
-        job = WriteShard(job.plan.absolute(), target, config)
+        job = WriteShard(job.plan.absolute(), target, job.config)
         digest = short_digest((job.plan / "plan.json").read_bytes())
-        return cls(job=job, plan_digest=digest, versions=_versions(config))
+        return cls(job=job, plan_digest=digest, versions=_versions(job.config))
 
     def __call__(self, task: Task, tick: Tick) -> None:
         """Write a shard.
@@ -102,7 +101,7 @@ def _version(name: str) -> str:
         return "none"
 
 
-def run_tasks(
+def run_on_cluster(
     job: WriteShard, tasks: Sequence[Task], *, address: str, workers: int | None, tick: Tick
 ) -> Iterator[tuple[Task, None]]:
     """Write shards on a Ray cluster. A shard whose worker or node dies is written anew, on another.
@@ -175,7 +174,7 @@ def _result(ray: Any, reference: Any) -> int:
     return num_inputs
 
 
-def check(address: str) -> Any:
+def check_cluster(address: str) -> Any:
     """The ray module, if there may be a cluster.
 
     Raises:
@@ -197,7 +196,7 @@ def check(address: str) -> Any:
 
 def _connect(address: str) -> Any:
     """The ray module, connected."""
-    ray = check(address)
+    ray = check_cluster(address)
     try:
         # A plain worker reads its own environment; nothing of this process, which may hold secrets, is sent there.
         ray.init(address=address, logging_level="error", log_to_driver=False)

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from shards.ground.digests import digest_number
 from shards.ground.pool import Tick, run_tasks
-from shards.ground.progress import Progress
+from shards.ground.progress import ProgressBars
+from shards.packing.inputs import read_inputs
 from shards.packing.plan import cached_plan
-from shards.sources.reading import read_inputs
 
 __all__ = ["DIGEST", "digest_contents", "first_of_each", "split_of"]
 
@@ -41,7 +41,7 @@ class _DigestRows:
         return digests
 
 
-def digest_contents(folder: Path, num_rows: int, *, workers: int, progress: Progress) -> NDArray[np.void]:
+def digest_contents(folder: Path, num_rows: int, *, workers: int, progress: ProgressBars) -> NDArray[np.void]:
     """Digest of every listed input, (num_rows,) of DIGEST."""
     digests = np.zeros(num_rows, dtype=DIGEST)
     with progress.stage("comparing contents", unit=" inputs", total=num_rows) as tick:

@@ -13,13 +13,13 @@ import numpy as np
 from shards.config import PackConfig
 from shards.ground.cpus import available_cpus
 from shards.ground.errors import Rejected
-from shards.ground.progress import Progress
+from shards.ground.progress import ProgressBars
 from shards.ground.units import format_bytes, format_duration
 from shards.images.encode import encode
 from shards.images.libraries import decode_jpeg
+from shards.packing.inputs import read_inputs
 from shards.packing.listing import make_plan
 from shards.packing.plan import Plan
-from shards.sources.reading import read_inputs
 from shards.storage.tar import BLOCK, padding
 
 __all__ = ["Estimate", "estimate"]
@@ -78,14 +78,14 @@ class Estimate:
             )
 
 
-def estimate(config: PackConfig, progress: Progress | None = None) -> Estimate:
+def estimate(config: PackConfig, progress: ProgressBars | None = None) -> Estimate:
     """List the sources and pack a few inputs to nowhere. Nothing is written to the target.
 
     Raises:
         ValueError: as `pack`.
     """
     with tempfile.TemporaryDirectory(dir=config.work_folder) as folder:
-        plan = make_plan(replace(config, part=None), Path(folder) / "plan", progress or Progress(enabled=False))
+        plan = make_plan(replace(config, part=None), Path(folder) / "plan", progress or ProgressBars(enabled=False))
         return _probe(config, plan)
 
 

@@ -9,7 +9,7 @@ from shards.ground.pool import Tick
 from shards.packing.plan import Task
 from shards.packing.write import WriteShard
 
-__all__ = ["Executor", "executor"]
+__all__ = ["EXECUTORS", "Executor", "executor"]
 
 
 class Executor(Protocol):
@@ -28,13 +28,14 @@ def _local(config: PackConfig) -> Executor:
 
 
 def _ray(config: PackConfig) -> Executor:
-    from shards.packing.cluster import check, run_tasks
+    from shards.packing.cluster import check_cluster, run_on_cluster
 
-    check(config.ray_address)
-    return partial(run_tasks, address=config.ray_address, workers=config.workers)
+    check_cluster(config.ray_address)
+    return partial(run_on_cluster, address=config.ray_address, workers=config.workers)
 
 
-_EXECUTORS: dict[str, Callable[[PackConfig], Executor]] = {"local": _local, "ray": _ray}
+EXECUTORS: dict[str, Callable[[PackConfig], Executor]] = {"local": _local, "ray": _ray}
+"""Give an executor for a configuration. Raises ValueError where it is not there."""
 
 
 def executor(config: PackConfig) -> Executor:
@@ -43,4 +44,4 @@ def executor(config: PackConfig) -> Executor:
     Raises:
         ValueError: there is none such here.
     """
-    return _EXECUTORS[config.executor](config)
+    return EXECUTORS[config.executor](config)

@@ -12,12 +12,12 @@ from shards.config import PackConfig
 from shards.ground.cpus import available_cpus
 from shards.ground.errors import Rejected
 from shards.ground.files import appearing, remove
-from shards.ground.progress import Progress
+from shards.ground.progress import ProgressBars
 from shards.images.encode import encode
 from shards.packing.content import digest_contents, first_of_each, split_of
+from shards.packing.inputs import read_inputs
 from shards.packing.plan import ROW, ClassTable, Duplicates, Header, Plan, Split, TableWriter, Task, shuffled
 from shards.sources import Input, Source, open_source
-from shards.sources.reading import read_inputs
 
 __all__ = ["make_plan"]
 
@@ -25,7 +25,7 @@ _PROBED = 64
 _MOST_SAMPLES = 10_000
 
 
-def make_plan(config: PackConfig, folder: Path, progress: Progress) -> Plan:
+def make_plan(config: PackConfig, folder: Path, progress: ProgressBars) -> Plan:
     """List the sources and write the plan to `folder`, which appears whole or not at all.
 
     Raises:
@@ -41,7 +41,7 @@ def make_plan(config: PackConfig, folder: Path, progress: Progress) -> Plan:
     return Plan.open(folder)
 
 
-def _build_plan(config: PackConfig, sources: list[Source], folder: Path, progress: Progress) -> None:
+def _build_plan(config: PackConfig, sources: list[Source], folder: Path, progress: ProgressBars) -> None:
     class_names = _list_inputs(config, sources, folder, progress)
     num_rows = (folder / "rows.bin").stat().st_size // ROW.itemsize
     order = shuffled(num_rows, config.seed) if config.shuffle else np.arange(num_rows, dtype=np.uint64)
@@ -68,7 +68,7 @@ _LABEL_OF: dict[str, Callable[[Input], str | int | None]] = {
 }
 
 
-def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progress: Progress) -> tuple[str, ...]:
+def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progress: ProgressBars) -> tuple[str, ...]:
     """Write rows.bin and names.bin; returns the class names."""
     classes = ClassTable()
     labeled, pick = config.labels != "none", _LABEL_OF.get(config.labels, _own_or_folder)
@@ -108,7 +108,7 @@ def _samples_for(config: PackConfig, plan: Plan) -> int:
     return int(min(_MOST_SAMPLES, max(1, config.shard_bytes // mean), num_inputs))
 
 
-def _cut_by_content(config: PackConfig, folder: Path, order: NDArray[np.uint64], progress: Progress) -> list[Split]:
+def _cut_by_content(config: PackConfig, folder: Path, order: NDArray[np.uint64], progress: ProgressBars) -> list[Split]:
     """Rewrite order.bin split after split, without duplicates if these are to go."""
     digests = digest_contents(folder, len(order), workers=config.workers or available_cpus(), progress=progress)
     names = ["train", *(name for name, _ in config.splits)] if config.splits else [""]

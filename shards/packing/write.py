@@ -16,10 +16,10 @@ from shards.ground.errors import Rejected
 from shards.ground.files import write_synced
 from shards.ground.pool import Tick
 from shards.images.encode import PackedImage, encode
+from shards.packing.inputs import read_inputs
 from shards.packing.plan import Plan, Task, cached_plan
 from shards.sets.manifest import ShardEntry
 from shards.sets.record import RECORD, Flag, npy_header
-from shards.sources.reading import read_inputs
 from shards.storage.file_kinds import SHARD_SUFFIXES
 from shards.storage.tar import TarWriter
 from shards.storage.target import WORK_NAME, Target, path_in
@@ -39,7 +39,7 @@ def record_name(task: Task) -> str:
     return f"{task.split}-{task.shard:06d}.json"
 
 
-class _Columns:
+class _Beside:
     """What is written beside a shard, collected while its tar is written."""
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class WriteShard:
 def _write_files(
     plan: Plan, task: Task, config: EncodeConfig, paths: dict[str, Path], tick: Tick
 ) -> tuple[ShardEntry, list[dict[str, Any]]]:
-    columns = _Columns()
+    beside = _Beside()
     fd = os.open(paths[".tar"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     tar = TarWriter(fd)
     try:
@@ -116,43 +116,43 @@ def _write_files(
                         raise data
                     image = encode(data, config)
                 except Rejected as rejected:
-                    columns.reject(position, source.describe(name), rejected)
+                    beside.reject(position, source.describe(name), rejected)
                 else:
-                    _add_sample(tar, columns, position, image, label, source.describe(name))
+                    _add_sample(tar, beside, position, image, label, source.describe(name))
                 tick(1)
         digests = {".tar": tar.finish()}
     finally:
         tar.close()
         os.close(fd)
-    for suffix, data in columns.files().items():
+    for suffix, data in beside.files().items():
         write_synced(paths[suffix], data)
         digests[suffix] = digest(data)
-    return _entry(task, tar.num_bytes, digests, columns), columns.rejected
+    return _entry(task, tar.num_bytes, digests, beside), beside.rejected
 
 
-def _add_sample(tar: TarWriter, columns: _Columns, position: int, image: PackedImage, label: int, source: str) -> None:
+def _add_sample(tar: TarWriter, beside: _Beside, position: int, image: PackedImage, label: int, source: str) -> None:
     key = f"{position:0{KEY_DIGITS}d}"
     offset = tar.add(b"%b.jpg" % key.encode(), image.data)
     line = f"jpg {offset} {len(image.data)} {key}.jpg"
     if label >= 0:
         text = b"%d" % label
         line += f" cls {tar.add(b'%b.cls' % key.encode(), text)} {len(text)} {key}.cls"
-    columns.idx.append(line + "\n")
-    columns.add(position, image, label, offset, source)
+    beside.idx.append(line + "\n")
+    beside.add(position, image, label, offset, source)
 
 
-def _entry(task: Task, num_bytes: int, digests: dict[str, str], columns: _Columns) -> ShardEntry:
-    records = np.array(columns.records, dtype=RECORD)
+def _entry(task: Task, num_bytes: int, digests: dict[str, str], beside: _Beside) -> ShardEntry:
+    records = np.array(beside.records, dtype=RECORD)
     return ShardEntry(
         name=f"{shard_stem(task.shard)}.tar",
         num_samples=len(records),
-        num_rejected=len(columns.rejected),
+        num_rejected=len(beside.rejected),
         num_bytes=num_bytes,
         digests=digests,
         max_width=int(records["width"].max(initial=0)),
         max_height=int(records["height"].max(initial=0)),
         max_bytes=int(records["size"].max(initial=0)),
-        outcomes=dict(sorted(columns.outcomes.items())),
-        rejections=dict(sorted(columns.rejections.items())),
-        jpegs=dict(sorted(columns.jpegs.items())),
+        outcomes=dict(sorted(beside.outcomes.items())),
+        rejections=dict(sorted(beside.rejections.items())),
+        jpegs=dict(sorted(beside.jpegs.items())),
     )

@@ -147,6 +147,16 @@ class Manifest:
         return f'{head[:-2]},\n "shards": [\n{lines}\n ]\n}}\n'
 
 
+def describe_jpegs(manifest: Manifest) -> str:
+    """Return a line that says what share of a set a GPU's JPEG engines can decode, and what kinds there are."""
+    share = manifest.engine_share
+    if share is None:
+        unknown = f"{manifest.num_unknown_jpegs:,} samples"
+        return f"JPEG engines: not known whether they can decode {unknown}; `make-shards index SHARDS` finds out"
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in manifest.jpegs.items())
+    return f"JPEG engines can decode {share:.1%} of the samples ({kinds})"
+
+
 def _known(cls: type[ShardEntry | Manifest], values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a class; what earlier versions did not write is empty."""
     return {f.name: values[f.name] for f in fields(cls) if f.name != "jpegs"} | {"jpegs": values.get("jpegs", {})}

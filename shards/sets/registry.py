@@ -69,8 +69,11 @@ SETS: dict[SetKind, KindOfSet] = {
 def open_set(where: str | Path) -> ShardSet:
     """Open a finished set of shards.
 
-        dataset = shards.open("shards/train")
-        print(dataset.num_samples, dataset.class_names)
+        import shards
+
+        packed = shards.open("packed")
+        for shard in range(packed.num_shards):
+            print(packed.shard_name(shard), packed.index(shard)["label"])
 
     Args:
         where: a folder that `make-shards` wrote (the one that holds manifest.json), its address in a bucket or on a

@@ -1,5 +1,6 @@
-"""Where images come from: each kind of source lists its inputs once, and later reads any one of them."""
+"""Sources of images: each kind lists its inputs once, and later reads any one of them."""
 
-from shards.sources.base import Columns, Input, Source, open_source, reopen_source
+from shards.sources.base import Input, Source
+from shards.sources.registry import open_source, reopen_source
 
-__all__ = ["Columns", "Input", "Source", "open_source", "reopen_source"]
+__all__ = ["Input", "Source", "open_source", "reopen_source"]

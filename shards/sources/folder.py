@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from shards.config import Columns
 from shards.ground.errors import PackError, Rejected
-from shards.sources.base import Columns, Input, Source, nested_source, printable
+from shards.sources.base import Input, Source, printable
+from shards.sources.registry import nested_source
+from shards.storage.file_kinds import ARCHIVES
 from shards.storage.stores import absolute
 
 __all__ = ["FolderSource", "read_file"]
@@ -18,7 +21,7 @@ _SOURCE_IS_GONE = frozenset({errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIM
 _MAX_FILE_BYTES = 1 << 30
 # gzip, bzip2, xz, zip (and an empty one), Parquet, Arrow files, Arrow streams.
 _ARCHIVE_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\3\4", b"PK\5\6", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
-_NESTED = (b".tar", b".gz", b".tgz", b".bz2", b".xz", b".zip", b".parquet", b".arrow")
+_ARCHIVE_SUFFIXES = tuple(suffix.encode() for suffix in ARCHIVES)
 
 
 class FolderSource:
@@ -67,7 +70,7 @@ class FolderSource:
             label = os.fsdecode(folder.rpartition(b"/")[2]) or None
             prefix = folder + b"/" if folder else b""
             for name in files:
-                source = self._nested(prefix + name) if name.lower().endswith(_NESTED) else None
+                source = self._nested(prefix + name) if name.lower().endswith(_ARCHIVE_SUFFIXES) else None
                 if source is None:
                     yield Input(prefix + name, label)
                 else:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import IO, Any, cast
 from urllib.parse import unquote
 
+from shards.config import Columns
 from shards.ground.errors import PackError, RefusedError, Rejected
-from shards.sources.base import Columns, Input, Source, printable
+from shards.sources.base import Input, Source, printable
 from shards.sources.folder import read_file
 from shards.storage.stores import SeekableFile, absolute, is_url, open_bytes, open_folder, split_url
 

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shards.config import Columns
 from shards.ground.errors import Rejected
-from shards.sources.base import Columns, Input, Source, nested_source, printable
+from shards.sources.base import Input, Source, printable
+from shards.sources.registry import nested_source
 from shards.storage.stores import Folder, open_folder
 
 __all__ = ["ObjectsSource"]

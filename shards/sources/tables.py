@@ -7,8 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+from shards.config import Columns
 from shards.ground.errors import PackError, Rejected
-from shards.sources.base import Columns, Input, Source, printable
+from shards.sources.base import Input, Source, printable
 from shards.sources.folder import read_file
 from shards.storage.stores import SeekableFile, absolute, is_url, open_bytes
 

@@ -26,7 +26,7 @@ _MAX_LABEL_BYTES = 1 << 10
 _REGULAR = (b"0", b"\0", b"7")
 
 
-class _Member(NamedTuple):
+class _TarEntry(NamedTuple):
     name: bytes
     offset: int
     size: int
@@ -110,7 +110,7 @@ class TarSource:
         return f"{printable(os.fsencode(self.path))}/{printable(name)}"
 
 
-def members(file: ByteFile, is_remote: bool) -> Iterator[_Member]:
+def members(file: ByteFile, is_remote: bool) -> Iterator[_TarEntry]:
     """Every member but folders, with GNU's and PAX's long names.
 
     Raises:
@@ -138,7 +138,7 @@ def members(file: ByteFile, is_remote: bool) -> Iterator[_Member]:
         name = extended.get(b"path", header.name)
         extended.clear()
         if header.type != b"5" and not name.endswith(b"/"):
-            yield _Member(name, start, size, header.type in _REGULAR)
+            yield _TarEntry(name, start, size, header.type in _REGULAR)
 
 
 def _extension(kind: bytes, data: bytes) -> dict[bytes, bytes]:
@@ -162,8 +162,8 @@ def _key(name: bytes) -> bytes:
     return folder + slash + base.partition(b".")[0]
 
 
-def _samples(listing: Iterator[_Member]) -> Iterator[list[_Member]]:
-    group: list[_Member] = []
+def _samples(listing: Iterator[_TarEntry]) -> Iterator[list[_TarEntry]]:
+    group: list[_TarEntry] = []
     key = None
     for member in listing:
         # Hidden names have no key; each stands alone.
@@ -177,7 +177,7 @@ def _samples(listing: Iterator[_Member]) -> Iterator[list[_Member]]:
         yield group
 
 
-def _inputs_of(group: list[_Member], file: ByteFile, names: tuple[str, ...]) -> Iterator[Input]:
+def _inputs_of(group: list[_TarEntry], file: ByteFile, names: tuple[str, ...]) -> Iterator[Input]:
     suffixes = [member.name.rpartition(b".")[2].decode("ascii", "replace").lower() for member in group]
     images = [member for member, suffix in zip(group, suffixes, strict=True) if suffix in IMAGE_SUFFIXES]
     label = None

@@ -18,7 +18,7 @@ from shards.ground.errors import PackError
 from shards.ground.files import appearing
 from shards.ground.locks import locked
 from shards.ground.pool import Tick, run_tasks
-from shards.ground.progress import Progress
+from shards.ground.progress import ProgressBars
 from shards.ground.units import format_bytes
 from shards.sets.beton import ALLOCATION, METADATA, METADATA_AT, PAGE_BYTES, BetonSet, Layout, build_head
 from shards.sets.local import LocalShardSet
@@ -32,7 +32,7 @@ __all__ = ["verify_beton", "write_beton"]
 _TICK_EVERY = 64
 
 
-def write_beton(folder: str | Path, out: str | Path, *, workers: int, progress: Progress) -> BetonSet:
+def write_beton(folder: str | Path, out: str | Path, *, workers: int, progress: ProgressBars) -> BetonSet:
     """Write a set of shards as a `.beton`; it appears under its name when it is whole and was read back.
 
     Args:
@@ -68,7 +68,7 @@ def write_beton(folder: str | Path, out: str | Path, *, workers: int, progress: 
 
 
 def verify_beton(
-    path: str | Path, *, decode: bool = False, workers: int = 1, progress: Progress | None = None
+    path: str | Path, *, decode: bool = False, workers: int = 1, progress: ProgressBars | None = None
 ) -> list[Problem]:
     """Check the tables of a `.beton` and the bytes of every image.
 
@@ -85,7 +85,7 @@ def verify_beton(
         ValueError: it cannot be opened at all.
     """
     shards = BetonSet.open(path)
-    return _verify(shards, decode=decode, workers=workers, progress=progress or Progress(enabled=False))
+    return _verify(shards, decode=decode, workers=workers, progress=progress or ProgressBars(enabled=False))
 
 
 def _check(shards: LocalShardSet, out: Path) -> None:
@@ -110,7 +110,7 @@ def _check(shards: LocalShardSet, out: Path) -> None:
         )
 
 
-def _write(shards: LocalShardSet, path: Path, workers: int, progress: Progress) -> BetonSet:
+def _write(shards: LocalShardSet, path: Path, workers: int, progress: ProgressBars) -> BetonSet:
     # A copy: in the indexes, offsets are those inside the tars.
     records: NDArray[np.void] = np.concatenate([shards.index(number) for number in range(shards.num_shards)])
     page_bytes = _page_bytes(records)
@@ -219,7 +219,7 @@ def _write_at(descriptor: int, data: bytes, offset: int) -> None:
         written += os.pwrite(descriptor, data[written:], offset + written)
 
 
-def _verify(shards: BetonSet, *, decode: bool, workers: int, progress: Progress) -> list[Problem]:
+def _verify(shards: BetonSet, *, decode: bool, workers: int, progress: ProgressBars) -> list[Problem]:
     problems = [Problem(shard=shards.path.name, sample=None, what=what) for what in _check_tables(shards)]
     if problems:
         # Where the images are is not known.

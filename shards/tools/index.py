@@ -16,7 +16,7 @@ from shards.config import WORK_FOLDER
 from shards.ground.digests import crc32c, digest, digest_file
 from shards.ground.errors import PackError
 from shards.ground.pool import Tick, run_tasks
-from shards.ground.progress import Progress
+from shards.ground.progress import ProgressBars
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.packing.plan import ClassTable
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
@@ -144,7 +144,7 @@ def index_folder(
     *,
     workers: int,
     work_folder: str = WORK_FOLDER,
-    progress: Progress | None = None,
+    progress: ProgressBars | None = None,
 ) -> Indexed:
     """Write indexes and a manifest beside the tars of a folder. The tars are only read.
 
@@ -165,7 +165,7 @@ def index_folder(
     if not names:
         raise ValueError(f"{folder} holds no .tar: give the folder of the shards")
     found: dict[str, _Shard] = {}
-    with (progress or Progress(enabled=False)).stage("indexing", unit=" images") as tick:
+    with (progress or ProgressBars(enabled=False)).stage("indexing", unit=" images") as tick:
         try:
             found.update(run_tasks(_IndexTar(described), names, workers=workers, tick=tick))
         except TarError as error:

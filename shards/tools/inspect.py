@@ -11,7 +11,7 @@ from PIL import Image
 
 from shards.ground.units import format_bytes
 from shards.sets.base import ShardSet
-from shards.sets.kinds import tell_kinds
+from shards.sets.manifest import describe_jpegs
 from shards.sets.record import Flag
 from shards.sets.shard_file import ShardFile
 
@@ -38,7 +38,7 @@ def describe(shards: ShardSet, *, where: str | None = None) -> Iterator[str]:
             yield f"{title}: " + ", ".join(f"{what} {count:,}" for what, count in tally.items())
     if not shards.num_samples:
         return
-    yield tell_kinds(manifest)
+    yield describe_jpegs(manifest)
     columns = _columns(shards)
     width, height = columns["width"].astype(np.float64), columns["height"].astype(np.float64)
     shorter = np.minimum(width, height)

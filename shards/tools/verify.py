@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shards.config import WORK_FOLDER
 from shards.ground.digests import crc32c, digest_file
 from shards.ground.pool import Tick, run_tasks
-from shards.ground.progress import Progress
+from shards.ground.progress import ProgressBars
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.images.libraries import decode_jpeg
 from shards.sets.local import LocalShardSet
@@ -62,9 +62,14 @@ def verify(
     decode: bool = False,
     workers: int = 1,
     work_folder: str = WORK_FOLDER,
-    progress: Progress | None = None,
+    progress: ProgressBars | None = None,
 ) -> list[Problem]:
     """Check digests, tar structure, offsets, labels, checksums and image headers of a set.
+
+        import shards
+
+        for problem in shards.verify("packed", decode=True):
+            print(problem)
 
     Args:
         path: folder with manifest.json, local or in a bucket.
@@ -83,7 +88,9 @@ def verify(
     folder = ShardFolder(where=str(path), work_folder=work_folder)
     manifest = folder.manifest()
     check, numbers = _CheckShard(folder=folder, manifest=manifest, decode=decode), range(len(manifest.shards))
-    with (progress or Progress(enabled=False)).stage("verifying", unit=" images", total=manifest.num_samples) as tick:
+    with (progress or ProgressBars(enabled=False)).stage(
+        "verifying", unit=" images", total=manifest.num_samples
+    ) as tick:
         found = dict(run_tasks(check, numbers, workers=workers, tick=tick))
     return [problem for number in numbers for problem in found[number]]
 

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from shards.config import PackConfig
-from shards.packing.pack import finish, pack
+from shards.packing.finish import finish
+from shards.packing.pack import pack
 
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 

@@ -17,7 +17,7 @@ import pytest
 from shards.cli import main
 from shards.config import PackConfig
 from shards.ground.errors import PackError
-from shards.ground.progress import Progress
+from shards.ground.progress import ProgressBars
 from shards.packing.cluster import NodeJob
 from shards.packing.listing import make_plan
 from shards.packing.pack import pack
@@ -154,7 +154,7 @@ def job(tmp_path):
     config = PackConfig(sources=(str(tmp_path / "in"),), out=str(tmp_path / "out"), shard_samples=1, workers=1)
     target = LocalTarget(config.out)
     target.work.mkdir(parents=True)
-    make_plan(config, target.work / "plan", Progress(enabled=False))
+    make_plan(config, target.work / "plan", ProgressBars(enabled=False))
     target.begin([])
     return NodeJob.of(WriteShard(target.work / "plan", target, config))
 

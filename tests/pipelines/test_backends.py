@@ -12,7 +12,7 @@ from pipelines.backends.registry import BACKENDS, Job, choose
 from pipelines.config import VIEWS, DataConfig, refuse_unused
 from pipelines.loader import open_loader
 from pipelines.reading.samples import ListedSteps, draw_training
-from shards.ground.progress import Progress
+from shards.ground.progress import ProgressBars
 from shards.sets import open_set
 from shards.tools.beton import write_beton
 
@@ -65,7 +65,7 @@ class Watched(Job):
 def test_a_backend_asks_for_the_options_that_it_is_said_to_use(small_shards, tmp_path, backend):
     shards = open_set(small_shards)
     if backend == "ffcv":
-        shards = write_beton(small_shards, tmp_path / "set.beton", workers=1, progress=Progress(enabled=False))
+        shards = write_beton(small_shards, tmp_path / "set.beton", workers=1, progress=ProgressBars(enabled=False))
     views = VIEWS["cifar10"]
     job = Watched(
         shards=shards,

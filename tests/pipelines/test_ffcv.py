@@ -16,7 +16,7 @@ from pipelines.config import VIEWS, DataConfig, ViewConfig, ViewsConfig
 from pipelines.loader import make_views, open_eval_loader, open_loader
 from pipelines.plan.augment import color_chain
 from pipelines.reading.samples import ListedSteps, draw_central, draw_training
-from shards.ground.progress import Progress
+from shards.ground.progress import ProgressBars
 from shards.sets import open_set
 from shards.sets.beton import METADATA, BetonSet
 from shards.tools.beton import write_beton
@@ -33,7 +33,7 @@ KEPT = []
 
 
 def beton_of(folder, out) -> BetonSet:
-    return write_beton(folder, out, workers=1, progress=Progress(enabled=False))
+    return write_beton(folder, out, workers=1, progress=ProgressBars(enabled=False))
 
 
 @pytest.fixture(scope="module")

@@ -180,7 +180,7 @@ from tests.pipelines.test_readahead import reading
 from shards.sets import open_set
 batches = reading(open_set(sys.argv[1]), range(60), batch_size=1)
 next(batches)
-print(batches._process.pid, flush=True)
+print(batches._child.process.pid, flush=True)
 time.sleep(600)
 """
 

@@ -158,7 +158,7 @@ from pipelines.loader import open_loader
 loader = open_loader(DataConfig(shards=sys.argv[1], batch_size=16, backend="torch", num_threads=1),
                      ViewsConfig(size=16), seed=0, device=torch.device("cpu"))
 batch = next(iter(loader))
-print(loader._stream._workers[0]._process.pid, flush=True)
+print(loader._stream._workers[0].child.process.pid, flush=True)
 if sys.argv[2] == "kill":
     os.kill(os.getpid(), 9)
 """

@@ -1,6 +1,7 @@
 import pickle
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,14 +11,14 @@ from PIL import Image
 
 from shards.cli import main
 from shards.config import PackConfig
-from shards.ground.progress import Progress
+from shards.ground.progress import ProgressBars
 from shards.packing.pack import pack
 from shards.sets import ShardSet, open_set
 from shards.sets.beton import METADATA, METADATA_AT, PAGE_BYTES, BetonSet
 from shards.tools.beton import _place, verify_beton, write_beton
 from tests.shards.pictures import contents, encoded, fill, picture
 
-QUIET = Progress(enabled=False)
+QUIET = ProgressBars(enabled=False)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def copied(packed, tmp_path):
 def image_bytes(shards: ShardSet) -> list[bytes]:
     found = []
     for number in range(shards.num_shards):
-        whole = shards.shard_path(number).read_bytes()
+        whole = Path(shards.shard_name(number)).read_bytes()
         found += [whole[int(r["offset"]) : int(r["offset"]) + int(r["size"])] for r in shards.index(number)]
     return found
 

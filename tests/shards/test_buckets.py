@@ -22,10 +22,11 @@ import pytest
 from shards.cli import main
 from shards.config import PackConfig
 from shards.ground.errors import PackError
-from shards.ground.progress import Progress
+from shards.ground.progress import ProgressBars
 from shards.packing.cluster import NodeJob, remove_copy
+from shards.packing.finish import finish
 from shards.packing.listing import make_plan
-from shards.packing.pack import finish, pack
+from shards.packing.pack import pack
 from shards.packing.plan import Task
 from shards.packing.write import WriteShard
 from shards.storage import stores as storage
@@ -239,7 +240,7 @@ def test_a_node_of_a_cluster_that_shares_only_the_bucket_fetches_the_plan(bucket
     pack(config(source, out=tmp_path / "local"))
     driver = BucketTarget(out, str(tmp_path / "driver"))
     driver.work.mkdir(parents=True)
-    make_plan(config(source, out=out), driver.work / "plan", Progress(enabled=False))
+    make_plan(config(source, out=out), driver.work / "plan", ProgressBars(enabled=False))
     driver.share_plan(driver.work / "plan")
     job = NodeJob.of(WriteShard(driver.work / "plan", driver, config(source, out=out)))
     for node in ("one", "two"):

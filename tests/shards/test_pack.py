@@ -238,14 +238,14 @@ import resource, time
 from pathlib import Path
 from shards.config import PackConfig
 from shards.packing.listing import make_plan
-from shards.ground.progress import Progress
+from shards.ground.progress import ProgressBars
 from shards.sources import open_source
 config = PackConfig(sources=({str(path)!r},), out="unused", shard_samples=10_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 begin = time.process_time()
 num_inputs = sum(1 for _ in open_source({str(path)!r}, config.columns()).inputs(Path("unused")))
 middle = time.process_time()
-plan = make_plan(config, Path({str(tmp_path / "plan")!r}), Progress(enabled=False))
+plan = make_plan(config, Path({str(tmp_path / "plan")!r}), ProgressBars(enabled=False))
 end = time.process_time()
 assert plan.num_inputs == num_inputs == {count}
 assert len(plan.class_names) == 1000 and len(plan.tasks()) == 50

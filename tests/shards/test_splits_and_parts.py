@@ -10,7 +10,8 @@ from shards.cli import main
 from shards.config import PackConfig
 from shards.ground.errors import PackError
 from shards.packing.content import DIGEST, first_of_each, split_of
-from shards.packing.pack import finish, pack
+from shards.packing.finish import finish
+from shards.packing.pack import pack
 from shards.sets import open_set
 from shards.tools.verify import verify
 from tests.shards.pictures import contents, fill, jpeg

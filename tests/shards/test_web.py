@@ -12,7 +12,8 @@ import pytest
 from shards.cli import main
 from shards.config import PackConfig
 from shards.ground.errors import PackError, RefusedError
-from shards.packing.pack import finish, pack
+from shards.packing.finish import finish
+from shards.packing.pack import pack
 from shards.sets import open_set
 from shards.storage import stores as storage
 from shards.tools.verify import verify
@@ -162,7 +163,7 @@ def test_a_set_on_a_web_server_is_verified_and_inspected(tmp_path, capsys):
 
 def test_a_web_server_cannot_be_listed(tmp_path, capsys):
     with serving(Web, {}) as (address, _):
-        for source, message in ((f"{address}/folder", "is no source"), (f"{address}/gone.tar", "no such object")):
+        for source, message in ((f"{address}/folder", "is not a source"), (f"{address}/gone.tar", "no such object")):
             assert main(["pack", source, "--out", str(tmp_path / "out")]) in (1, 2)
             assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

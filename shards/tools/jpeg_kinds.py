@@ -7,14 +7,14 @@ import numpy as np
 
 from shards.config import WORK_FOLDER
 from shards.ground.pool import Tick, run_tasks
-from shards.ground.progress import Progress
+from shards.ground.progress import ProgressBars
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.sets.base import ShardSet
 from shards.sets.manifest import MANIFEST_NAME, Manifest
 from shards.sets.registry import open_set
 from shards.sets.shard_folder import ShardFolder
 
-__all__ = ["note_kinds", "tell_kinds"]
+__all__ = ["note_kinds"]
 
 # A header is seldom longer; where it is (color profiles, EXIF with a preview), the whole image is read.
 _HEAD_BYTES = 1 << 16
@@ -49,7 +49,7 @@ def _kind_of(data: bytes) -> str:
         return "damaged"
 
 
-def note_kinds(where: str, *, workers: int, progress: Progress | None = None) -> Manifest:
+def note_kinds(where: str, *, workers: int, progress: ProgressBars | None = None) -> Manifest:
     """Count the kinds of a set that lacks them, and write its manifest again with them. Shards are only read.
 
     Args:
@@ -62,7 +62,7 @@ def note_kinds(where: str, *, workers: int, progress: Progress | None = None) ->
         OSError: a shard cannot be read.
     """
     shards = open_set(where)
-    with (progress or Progress(enabled=False)).stage(
+    with (progress or ProgressBars(enabled=False)).stage(
         "looking at headers", unit=" images", total=shards.num_samples
     ) as tick:
         found = dict(run_tasks(_CountKinds(shards), range(shards.num_shards), workers=workers, tick=tick))
@@ -71,13 +71,3 @@ def note_kinds(where: str, *, workers: int, progress: Progress | None = None) ->
     manifest = replace(shards.manifest, shards=entries, jpegs=dict(sorted(total.items())))
     ShardFolder(where=where, work_folder=WORK_FOLDER).put(MANIFEST_NAME, manifest.to_json().encode())
     return manifest
-
-
-def tell_kinds(manifest: Manifest) -> str:
-    """Say in a line what share of a set a GPU's JPEG engines can decode, and what kinds there are."""
-    share = manifest.engine_share
-    if share is None:
-        unknown = f"{manifest.num_unknown_jpegs:,} samples"
-        return f"JPEG engines: not known whether they can decode {unknown}; `make-shards index SHARDS` finds out"
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in manifest.jpegs.items())
-    return f"JPEG engines can decode {share:.1%} of the samples ({kinds})"

@@ -1,0 +1,147 @@
+"""`finish`: the manifests of a plan whose shards are all written."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shards.config import WORK_FOLDER
+from shards.ground.errors import PackError
+from shards.ground.locks import locked
+from shards.packing.plan import Plan, Task
+from shards.packing.write import record_name, shard_stem
+from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from shards.storage.file_kinds import SHARD_SUFFIXES
+from shards.storage.target import WORK_NAME, Target, open_target, path_in
+
+__all__ = ["REJECTED_NAME", "entry_of", "finish", "plan_folder", "read_manifest", "write_manifests"]
+
+REJECTED_NAME = "rejected.jsonl"
+
+
+def finish(out: str, *, work_folder: str = WORK_FOLDER) -> dict[str, Manifest]:
+    """Check that every part of a plan is done, and write the manifests.
+
+        import shards
+
+        for part in range(2):
+            shards.pack(shards.PackConfig(sources=("photos",), out="in-parts", part=f"{part}/2"))
+        print(shards.finish("in-parts"))
+
+    Args:
+        out: what was given to `pack`.
+        work_folder: local folder for a bucket's plan.
+
+    Returns:
+        The manifest of each split by its name, as `pack`.
+
+    Raises:
+        ValueError: nothing is being packed there.
+        PackError: shards are missing.
+    """
+    target = open_target(out, work_folder=work_folder)
+    if not target.has_plan():
+        finished = [name for name in target.sizes() if name.rpartition("/")[2] == MANIFEST_NAME]
+        if finished:
+            if target.work.exists():
+                with locked(target.work / "lock", holder=out):
+                    target.remove_work()
+            return {name.rpartition("/")[0]: read_manifest(target, name.rpartition("/")[0]) for name in finished}
+        raise ValueError(f"{out} has no plan to finish: begin with `make-shards pack SOURCE --out {out} --part 0/N`")
+    target.work.mkdir(parents=True, exist_ok=True)
+    with locked(target.work / "lock", holder=out):
+        target.scratch.mkdir(exist_ok=True)
+        target.fetch_plan(plan_folder(target))
+        manifests = write_manifests(Plan.open(plan_folder(target)), target)
+        target.remove_work()
+    return manifests
+
+
+def plan_folder(target: Target) -> Path:
+    """Return where the plan of an unfinished packing is."""
+    return target.work / "plan"
+
+
+def read_manifest(target: Target, split: str) -> Manifest:
+    """Read the manifest of a split."""
+    name = path_in(split, MANIFEST_NAME)
+    return Manifest.from_json(target.get(name) or b"", where=f"{target.out}/{name}")
+
+
+def entry_of(plan: Plan, target: Target, task: Task, sizes: dict[str, int]) -> ShardEntry | None:
+    """What a finished shard holds; None where it is not finished, or one of its files has gone."""
+    record = f"{WORK_NAME}/done/{record_name(task)}"
+    data = target.get(record) if record in sizes else None
+    if data is None:
+        return None
+    entry = ShardEntry.from_dict(json.loads(data)["entry"])
+    names = [path_in(plan.splits[task.split].name, f"{entry.stem}{suffix}") for suffix in SHARD_SUFFIXES]
+    return entry if sizes.get(names[0]) == entry.num_bytes and all(name in sizes for name in names) else None
+
+
+def write_manifests(plan: Plan, target: Target) -> dict[str, Manifest]:
+    """Check that every shard of the plan is there, and write rejected.jsonl and the manifest of each split.
+
+    Raises:
+        PackError: shards are missing.
+    """
+    sizes = target.sizes()
+    entries = {task: entry_of(plan, target, task, sizes) for task in plan.tasks()}
+    missing = [shard_stem(task.shard) for task, entry in entries.items() if entry is None]
+    if missing:
+        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        raise PackError(
+            f"{len(missing)} of {len(entries)} shards are not there yet ({shown}): run the same command again, or the "
+            "missing --part"
+        )
+    manifests: dict[str, Manifest] = {}
+    for number, split in enumerate(plan.splits):
+        shards = tuple(entry for task, entry in entries.items() if entry is not None and task.split == number)
+        manifest = _manifest(plan, shards, num_duplicates=plan.num_duplicates(number))
+        assert manifest.num_inputs == split.num_positions + plan.num_duplicates(number)
+        rejected = "".join(_rejected_lines(plan, number, target))
+        target.put(path_in(split.name, REJECTED_NAME), rejected.encode())
+        target.put(path_in(split.name, MANIFEST_NAME), manifest.to_json().encode())
+        manifests[split.name] = manifest
+    return manifests
+
+
+def _rejected_lines(plan: Plan, split: int, target: Target) -> Iterator[str]:
+    for source, first in plan.duplicates(split):
+        yield _line({"key": None, "source": source, "reason": "duplicate", "detail": f"same bytes as {first}"})
+    for task in plan.tasks():
+        if task.split == split:
+            record = target.get(f"{WORK_NAME}/done/{record_name(task)}")
+            yield from map(_line, json.loads(record or b"")["rejected"])
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def _manifest(plan: Plan, shards: tuple[ShardEntry, ...], *, num_duplicates: int) -> Manifest:
+    outcomes: Counter[str] = Counter()
+    rejections: Counter[str] = Counter()
+    jpegs: Counter[str] = Counter()
+    for shard in shards:
+        outcomes.update(shard.outcomes)
+        rejections.update(shard.rejections)
+        jpegs.update(shard.jpegs)
+    if num_duplicates:
+        rejections["duplicate"] = num_duplicates
+    num_samples, num_rejected = sum(s.num_samples for s in shards), sum(s.num_rejected for s in shards) + num_duplicates
+    return Manifest(
+        shards=shards,
+        class_names=plan.class_names,
+        num_inputs=num_samples + num_rejected,
+        num_samples=num_samples,
+        num_rejected=num_rejected,
+        max_width=max((s.max_width for s in shards), default=0),
+        max_height=max((s.max_height for s in shards), default=0),
+        max_bytes=max((s.max_bytes for s in shards), default=0),
+        outcomes=dict(sorted(outcomes.items())),
+        rejections=dict(sorted(rejections.items())),
+        jpegs=dict(sorted(jpegs.items())),
+        settings=plan.settings,
+    )
