@@ -65,6 +65,12 @@ def test_no_path_of_somebodys_machine():
     assert lines_with(r"(?<![\w.$])/(home|root|Users|mnt|work)/\w", but=[own_name()]) == []
 
 
+def test_every_check_that_a_line_turns_off_has_a_reason_on_it():
+    explained = r"# (noqa: \w+(, \w+)*|pyright: ignore\[\w+(, \w+)*\])( - \w| \(\w)"
+    turned_off = lines_with(r"# (noqa|pyright: ignore|type: ignore)", but=[own_name()])
+    assert turned_off == lines_with(explained, but=[own_name()])
+
+
 def test_lock_holds_hashes_and_no_address():
     lock = texts()["requirements.lock"] + texts()["requirements-ffcv.lock"]
     assert "://" not in lock

@@ -184,7 +184,7 @@ class _AllViews(Operation):
                         faults[place] = 0
             return faults
 
-        make.is_parallel = True  # pyright: ignore[reportFunctionMemberAccess]
+        make.is_parallel = True  # pyright: ignore[reportFunctionMemberAccess] - FFCV looks for it there
         return make
 
 

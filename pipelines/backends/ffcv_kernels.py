@@ -10,7 +10,7 @@ import ctypes
 from typing import Any
 
 import numpy as np
-from google_crc32c import _crc32c  # pyright: ignore[reportAttributeAccessIssue, reportMissingImports]
+from google_crc32c import _crc32c  # pyright: ignore[reportAttributeAccessIssue, reportMissingImports] - a compiled module
 
 from pipelines.backends.ffcv_library import libffcv, numba
 from pipelines.plan.augment import NUM_PLACES, Stage

@@ -172,7 +172,7 @@ class _Batches(IterableDataset[_Batch]):
     def _samples(self, worker: int) -> Iterator[_Sample]:
         place = self._place
         # A string, for numbers would be added up: (seed 1, worker 0) must not be (seed 0, worker 1).
-        seed = random.Random(f"{place.seed} {place.epoch} {place.step} {place.rank} {worker}").getrandbits(63)  # noqa: S311
+        seed = random.Random(f"{place.seed} {place.epoch} {place.step} {place.rank} {worker}").getrandbits(63)  # noqa: S311 - a shuffle
         urls = ResampledShards(list(self._spec.plan.tars), seed=seed, worker_seed=lambda: 0, deterministic=True)
         rng = random.Random(seed)  # noqa: S311 - a shuffle
         return iter(shuffle(_BUFFER, initial=_BUFFER // 2, rng=rng)(self._read(iter(urls))))

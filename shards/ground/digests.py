@@ -62,4 +62,4 @@ def short_digest(data: "ReadableBuffer") -> str:
 
 def crc32c(data: bytes | Encoded) -> int:
     """Return CRC-32C (Castagnoli) of some bytes. Not of a memoryview: the library takes none."""
-    return google_crc32c.value(data)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return google_crc32c.value(data)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] - it has no types

@@ -4,7 +4,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
-import simplejpeg  # pyright: ignore[reportMissingTypeStubs]
+import simplejpeg  # pyright: ignore[reportMissingTypeStubs] - it has none
 
 from shards.ground.arrays import Pixels
 

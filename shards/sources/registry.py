@@ -48,7 +48,7 @@ def open_source(path: str, columns: Columns) -> Source:
         check_url(path)
     elif os.path.isdir(path):  # noqa: PTH112 - the text that the user gave is kept as it is
         return _class_of("folder")(path, columns=columns)
-    elif not os.path.exists(path):  # noqa: PTH110
+    elif not os.path.exists(path):  # noqa: PTH110 - the same
         raise ValueError(f"{path} does not exist: give a folder, an archive, a table, a list, or the URL of one")
     nested = nested_source(path, columns)
     if nested is not None:

@@ -57,7 +57,7 @@ def absolute(path: str) -> str:
 
 def split_sets(paths: str) -> tuple[str, ...]:
     """Split several paths or URLs with commas between them; a path that exists is one, whatever its name."""
-    if os.path.exists(paths):  # noqa: PTH110
+    if os.path.exists(paths):  # noqa: PTH110 - Path.exists raises where they are too long for a name
         return (paths,)
     return tuple(part for part in paths.split(",") if part) or (paths,)
 
@@ -203,7 +203,7 @@ class Folder:
         import obstore
 
         try:
-            for chunk in obstore.list(self._store, chunk_size=1000):  # pyright: ignore[reportUnknownMemberType]
+            for chunk in obstore.list(self._store, chunk_size=1000):  # pyright: ignore[reportUnknownMemberType] - half-typed
                 for meta in chunk:
                     yield meta["path"], meta["size"]
         except Exception as error:

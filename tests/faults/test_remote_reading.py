@@ -44,7 +44,7 @@ class Store(Web):
     refused = ""
     changed = 0
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
         self.reads.append(self.path)
         if self.refused and self.refused in self.path:
             self.answer(403, b"<Error><Code>AccessDenied</Code></Error>")

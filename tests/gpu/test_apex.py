@@ -19,7 +19,7 @@ from moco_fast.methods.shuffle import Together
 from moco_fast.training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from moco_fast.training.runtime import start
 from moco_fast.training.step import TrainStep
-from pipelines.batch import Batch
+from tests.batches import random_batch
 
 pytestmark = pytest.mark.gpu
 
@@ -77,15 +77,7 @@ def training(runtime, optim):
 
 
 def batch(number, device):
-    generator = torch.Generator().manual_seed(number)
-    shape = (BATCH, 3, 32, 32)
-    view_q, view_k = (
-        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(
-            device, memory_format=torch.channels_last
-        )
-        for _ in range(2)
-    )
-    return Batch(views=(view_q, view_k), index=torch.arange(BATCH), label=torch.full((BATCH,), -1))
+    return random_batch(number, BATCH, 32, device=device)
 
 
 def take(made, runtime, numbers):

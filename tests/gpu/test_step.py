@@ -21,7 +21,7 @@ from moco_fast.methods.shuffle import Together, VirtualGroups
 from moco_fast.training.optim import build_optimizer
 from moco_fast.training.runtime import allow_tf32, start
 from moco_fast.training.step import TrainStep
-from pipelines.batch import Batch
+from tests.batches import random_batch
 from tests.gpu.waiting import ABOUT_TF32, no_host_sync
 
 pytestmark = pytest.mark.gpu
@@ -68,12 +68,7 @@ class Training:
         )
 
     def batch(self, number):
-        generator = torch.Generator().manual_seed(number)
-        shape = (BATCH, 3, 32, 32)
-        views = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for _ in range(2)]
-        view_q, view_k = (view.to(self.device, memory_format=torch.channels_last) for view in views)
-        index = torch.arange(BATCH) + number * BATCH
-        return Batch(views=(view_q, view_k), index=index, label=torch.full((BATCH,), -1))
+        return random_batch(number, BATCH, 32, first=number * BATCH, device=self.device)
 
     def run(self, num_steps, start=0):
         batches = [self.batch(start + number) for number in range(num_steps)]

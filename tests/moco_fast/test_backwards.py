@@ -12,7 +12,7 @@ from moco_fast.config import MocoConfig, ModelConfig, OptimConfig
 from moco_fast.presets import PRESETS
 from moco_fast.training.build import build
 from moco_fast.training.runtime import start
-from pipelines.batch import Batch
+from tests.batches import random_batch
 
 MECHANISMS = {
     "queue": MocoConfig(queue_size=64),
@@ -51,14 +51,7 @@ def steps(shards, moco, accumulate):
 
 
 def batch(number, rank):
-    generator = torch.Generator().manual_seed(100 * rank + number)
-    view_q, view_k = (
-        torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8, generator=generator).to(
-            memory_format=torch.channels_last
-        )
-        for _ in range(2)
-    )
-    return Batch(views=(view_q, view_k), index=torch.arange(BATCH), label=torch.full((BATCH,), -1))
+    return random_batch(100 * rank + number, BATCH, 32)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -24,6 +24,7 @@ from moco_fast.training.optim import build_optimizer
 from moco_fast.training.runtime import start
 from moco_fast.training.step import TrainStep
 from pipelines.batch import Batch
+from tests.batches import random_batch
 
 BATCH = 8
 SIZE = 32
@@ -65,14 +66,7 @@ def tiny(preset: Config, shards: str) -> Config:
 
 
 def make_batch(number: int) -> Batch:
-    generator = torch.Generator().manual_seed(number)
-    view_q, view_k = (
-        torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator).contiguous(
-            memory_format=torch.channels_last
-        )
-        for _ in range(2)
-    )
-    return Batch(views=(view_q, view_k), index=torch.arange(BATCH), label=torch.full((BATCH,), -1))
+    return random_batch(number, BATCH, SIZE)
 
 
 @pytest.mark.slow

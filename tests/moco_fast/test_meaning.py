@@ -21,6 +21,7 @@ from moco_fast.training.runtime import Runtime, start
 from moco_fast.training.schedule import lr_at, momentum_at
 from pipelines.batch import Batch
 from pipelines.config import DataConfig
+from tests.batches import random_batch
 
 BATCH, NUM_STEPS = 8, 10
 
@@ -61,10 +62,7 @@ def configuration(shards: str, **sections: Any) -> Config:
 
 
 def make_batch(number: int) -> Batch:
-    generator = torch.Generator().manual_seed(number)
-    views = [torch.randint(0, 256, (BATCH, 3, 6, 6), dtype=torch.uint8, generator=generator) for _ in range(2)]
-    index = torch.arange(BATCH)
-    return Batch(views=tuple(views), index=index, label=torch.full((BATCH,), -1))
+    return random_batch(number, BATCH, 6)
 
 
 def outcome(config: Config, runtime: Runtime) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.methods.shuffle import Exchange, Together
 from moco_fast.training.optim import build_optimizer
 from moco_fast.training.step import TrainStep
-from pipelines.batch import Batch
+from tests.batches import random_batch
 
 BATCH = 8
 TEMPERATURE = 0.5
@@ -33,13 +33,7 @@ CLIP_NORM = 0.5
 
 
 def make_batch(step, rank):
-    def view(number):
-        generator = torch.Generator().manual_seed(1000 * step + 10 * rank + number)
-        images = torch.randint(0, 256, (BATCH, 3, 24, 24), dtype=torch.uint8, generator=generator)
-        return images.contiguous(memory_format=torch.channels_last)
-
-    index = torch.arange(BATCH) + BATCH * (2 * step + rank)
-    return Batch(views=(view(0), view(1)), index=index, label=torch.full((BATCH,), -1))
+    return random_batch(1000 * step + rank, BATCH, 24, first=BATCH * (2 * step + rank))
 
 
 def make_query(head):

@@ -16,7 +16,7 @@ from moco_fast.training.metrics import Average
 from moco_fast.training.optim import build_optimizer, optimizer_tensors
 from moco_fast.training.runtime import start
 from moco_fast.training.step import TrainStep
-from pipelines.batch import Batch
+from tests.batches import random_batch
 
 BATCH = 8
 
@@ -32,10 +32,7 @@ def half_runtime(fresh_accelerator, monkeypatch):
 
 
 def make_batch(number):
-    generator = torch.Generator().manual_seed(number)
-    views = (torch.randint(0, 256, (BATCH, 3, 24, 24), dtype=torch.uint8, generator=generator) for _ in range(2))
-    view_q, view_k = (view.contiguous(memory_format=torch.channels_last) for view in views)
-    return Batch(views=(view_q, view_k), index=torch.arange(BATCH), label=torch.full((BATCH,), -1))
+    return random_batch(number, BATCH, 24)
 
 
 def make_parts(runtime, *, optimizer="sgd", clip_norm=None):

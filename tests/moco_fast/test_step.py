@@ -22,6 +22,7 @@ from moco_fast.methods.shuffle import Exchange, Gather, Together, VirtualGroups
 from moco_fast.training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from moco_fast.training.step import TrainStep
 from pipelines.batch import Batch
+from tests.batches import random_batch
 
 MODEL = ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8)
 OPTIM = OptimConfig(lr=0.02, weight_decay=1e-3)
@@ -47,13 +48,7 @@ def make_parts(num_groups=1, *, exact=False):
 
 
 def make_batch(step, rank):
-    def view(number):
-        generator = torch.Generator().manual_seed(1000 * step + 10 * rank + number)
-        images = torch.randint(0, 256, (BATCH, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
-        return images.contiguous(memory_format=torch.channels_last)
-
-    none = torch.full((BATCH,), -1)
-    return Batch(views=(view(0), view(1)), index=torch.arange(BATCH), label=none)
+    return random_batch(1000 * step + rank, BATCH, SIZE)
 
 
 def make_step(policy, num_groups=1, wrap=lambda query: query, autocast=nullcontext, exact=False, **options):

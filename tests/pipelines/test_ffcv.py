@@ -182,7 +182,7 @@ def test_other_backends_read_a_beton_as_they_read_its_shards(small):
 
 
 def test_a_resume_and_a_left_loop_go_on_to_the_bit(small):
-    numpys_state, torchs_threads = np.random.get_state()[1].copy(), torch.get_num_threads()  # noqa: NPY002
+    numpys_state, torchs_threads = np.random.get_state()[1].copy(), torch.get_num_threads()  # noqa: NPY002 - the state that FFCV would seed
     with open_small(small) as loader:
         whole = [batch for _ in range(2) for batch in loader]
         kept = [(batch.views[0].clone(), batch.views[1].clone()) for batch in whole]
@@ -199,7 +199,7 @@ def test_a_resume_and_a_left_loop_go_on_to_the_bit(small):
         for batch, (q, k) in zip(whole, kept, strict=True)
     )
     assert not any(torch.equal(a.views[0], b.views[0]) for a in whole[:3] for b in whole[3:])
-    assert np.array_equal(np.random.get_state()[1], numpys_state)  # noqa: NPY002
+    assert np.array_equal(np.random.get_state()[1], numpys_state)  # noqa: NPY002 - the state that FFCV would seed
     assert torch.get_num_threads() == torchs_threads
 
 

@@ -114,7 +114,7 @@ class Faults(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data[: len(data) // 2] if is_short else data)
             self.close_connection = is_short
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _relay  # noqa: N815
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _relay  # noqa: N815 - the names that http.server calls
 
 
 @pytest.fixture(scope="module")
