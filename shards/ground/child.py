@@ -17,6 +17,7 @@ from contextlib import suppress
 from importlib import import_module
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from shards.ground.channel import ChannelClosed
@@ -134,11 +135,13 @@ def start_children(module: str, spec: object, *, count: int = 1, what: str) -> l
 
 def _start(module: str, memory: int, what: str) -> Child:
     ours, theirs = Pipe()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # An empty entry is the current folder. -P keeps Python from putting that first: it may hold another `shards`.
+    path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     call = f"serve({module!r}, {theirs.fileno()}, {memory})"
     with theirs:
         process = subprocess.Popen(  # noqa: S603 - this interpreter, a module of ours
-            [sys.executable, "-c", f"from shards.ground.child import serve; {call}"],
+            [sys.executable, "-P", "-c", f"from shards.ground.child import serve; {call}"],
             pass_fds=(theirs.fileno(), memory),
             stdin=subprocess.DEVNULL,
             env=environment,

@@ -43,6 +43,16 @@ def reading(shards, samples, *, batch_size=8, ahead=2, skip=False) -> ReadAhead:
     return ReadAhead(spec)
 
 
+def test_a_folder_of_the_same_name_where_we_are_started_is_not_taken_for_ours(shards, tmp_path, monkeypatch):
+    for name in ("pipelines", "shards"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit(1)\n")
+    monkeypatch.chdir(tmp_path)
+    batches = reading(shards, range(8))
+    assert next(batches).samples.tolist() == list(range(8))
+    batches.close()
+
+
 def test_batches_hold_the_bytes_and_tables_of_their_samples_in_order(shards):
     samples = np.random.default_rng(0).permutation(60)
     batches = reading(shards, samples)
