@@ -307,7 +307,8 @@ def report(options: argparse.Namespace) -> str:
     if (kept := options.out / "speed.json").is_file():
         for what, rates in json.loads(kept.read_text()).items():
             claims.append(compare(f"CIFAR-10: {what}, against lightly", rates[OURS], rates[LIGHTLY], unit="samples/s"))
-    command = shlex.join(["python", "benchmarks/cifar10.py", *sys.argv[1:]])
+    words = [options.data.name if word == str(options.data) else word for word in sys.argv[1:]]
+    command = shlex.join(["python", "benchmarks/cifar10.py", *words])
     lightly = f", lightly {metadata.version('lightly')}" if LIGHTLY in options.only else ""
     text = (
         f"# CIFAR-10: color modes, and ours against lightly\n\n{header()}{lightly}\n\n    {command}\n\n"
