@@ -16,7 +16,7 @@ HAS_GPU = $(shell $(VENV)/bin/python -c 'import torch; print("yes" if torch.cuda
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup setup-ffcv demo test test-matrix format lock gpu-check image image-rehearsal clean \
+.PHONY: help setup setup-ffcv demo test test-matrix format lock gpu-check docs image image-rehearsal clean \
 	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint bench demo-steps
 
 help: ## This list
@@ -93,6 +93,10 @@ bench: setup ## Every benchmark that a CPU can run, in 15 minutes: benchmarks/re
 gpu-check: ## On a GPU: its tests and figures into OUT in 9 minutes; DEVICE=cpu for a small version
 	$(if $(wildcard $(VENV)/bin/python),python,$(or $(PYTHON),python3)) benchmarks/gpu_check.py --device $(DEVICE) \
 		--out $(OUT) $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(PART),--part $(PART)) $(if $(CIFAR),--cifar $(CIFAR))
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: setup ## The documents and the Python API as a site in build/docs
+	mkdocs build --quiet
 
 image: ## Build the Docker image (docs/docker.md)
 	docker build --tag moco-fast --build-arg REVISION=$$(git rev-parse HEAD) \

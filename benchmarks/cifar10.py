@@ -34,11 +34,11 @@ import torch
 from alternating import Claim, claims_table, compare, header, write_claims
 from torch import Tensor, nn
 
+from moco_fast.commandline import parse
 from moco_fast.config import Config
 from moco_fast.encoders.encoder import Encoder, build_encoder
 from moco_fast.evaluation.knn import evaluate_knn
 from moco_fast.report.record import read_run
-from moco_fast.train import parse
 from moco_fast.training.build import build, open_run_loader
 from moco_fast.training.loop import train
 from moco_fast.training.runtime import Runtime, start
@@ -307,8 +307,7 @@ def report(options: argparse.Namespace) -> str:
     if (kept := options.out / "speed.json").is_file():
         for what, rates in json.loads(kept.read_text()).items():
             claims.append(compare(f"CIFAR-10: {what}, against lightly", rates[OURS], rates[LIGHTLY], unit="samples/s"))
-    words = [options.data.name if word == str(options.data) else word for word in sys.argv[1:]]
-    command = shlex.join(["python", "benchmarks/cifar10.py", *words])
+    command = shlex.join(["python", "benchmarks/cifar10.py", *sys.argv[1:]])
     lightly = f", lightly {metadata.version('lightly')}" if LIGHTLY in options.only else ""
     text = (
         f"# CIFAR-10: color modes, and ours against lightly\n\n{header()}{lightly}\n\n    {command}\n\n"

@@ -27,9 +27,9 @@ import torch
 from alternating import Claim, claims_table, compare, header, write_claims
 from torch import Tensor
 
+from moco_fast.commandline import parse
 from moco_fast.methods.shuffle import VirtualGroups
 from moco_fast.report.record import RunRecord, read_run
-from moco_fast.train import parse
 from moco_fast.training.loop import train
 
 MOMENTUM, SIZE, BATCH_NORM = "momentum m, K = 4,096", "dictionary size K", "BN in groups of 8, K = 512"

@@ -1,3 +1,52 @@
-"""Momentum Contrast: two views of every sample in, an image encoder out."""
+"""Momentum Contrast: augmented views of every sample in, an image encoder out.
+
+The public API; what it needs is imported when it is used:
+
+    encoder = moco_fast.load_encoder("runs/first")
+    found = moco_fast.embed(encoder, "photos")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moco_fast.api import configure, evaluate, train
+    from moco_fast.embedding import Embeddings, embed
+    from moco_fast.encoders.loading import load_encoder
+    from moco_fast.exporters.write import export
+    from pipelines.loader import open_loader
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Embeddings",
+    "__version__",
+    "configure",
+    "embed",
+    "evaluate",
+    "export",
+    "load_encoder",
+    "open_loader",
+    "train",
+]
+
+_MODULES = {
+    "Embeddings": "moco_fast.embedding",
+    "configure": "moco_fast.api",
+    "embed": "moco_fast.embedding",
+    "evaluate": "moco_fast.api",
+    "export": "moco_fast.exporters.write",
+    "load_encoder": "moco_fast.encoders.loading",
+    "open_loader": "pipelines.loader",
+    "train": "moco_fast.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

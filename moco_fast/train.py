@@ -1,108 +1,15 @@
 """`accelerate launch -m moco_fast.train RECIPE [options]`: pretrain an encoder.
 
-Only reads the command line; everything that needs torch is imported once the options make sense.
+A command, not a module: `moco_fast.train(config)` is the function of the Python API, and importing this file would take
+its name.
 """
 
-import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
-from moco_fast.config import Config, validate
-from moco_fast.meaning import refuse_meaningless
-from moco_fast.presets import PRESETS
-from moco_fast.training import process
-from pipelines.config import tars_to_stream
-from shards.storage.stores import split_sets
-
-__all__ = ["Chosen", "Recipe", "check", "is_first_rank", "main", "parse"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chosen:
-    """What a command line says: a preset, and the configuration that the options made of it."""
-
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    preset: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress]
-    """The preset's name. The parser fills it in: among the words it may also be an option's value."""
-
-
-if TYPE_CHECKING:
-    Recipe = Chosen
-else:
-    Recipe = tyro.extras.subcommand_type_from_defaults(
-        {name: Chosen(config=config, preset=name) for name, (_, config) in PRESETS.items()},
-        {name: line for name, (line, _) in PRESETS.items()},
-        prefix_names=False,
-    )
-
-
-def parse(argv: Sequence[str] | None = None) -> Config:
-    """Read the command line into a validated configuration.
-
-    Raises:
-        SystemExit: 2 when an option is wrong (the message is on stderr), 0 after `--help`.
-        ValueError: the options cannot work together, or a folder is not there.
-    """
-    chosen = tyro.cli(
-        Recipe,
-        prog="moco_fast.train",
-        description="Pretrain an image encoder without labels. Several processes: start it with `accelerate launch`.",
-        args=argv,
-        console_outputs=is_first_rank(),
-    )
-    check(chosen)
-    return chosen.config
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train, and return the process's exit code: 0 finished, 2 refused, 128 + signal when told to stop."""
-    process.prepare()
-    try:
-        config = parse(argv)
-        from moco_fast.training.loop import train
-
-        return train(config)
-    except ValueError as error:
-        if is_first_rank():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def check(chosen: Chosen) -> None:
-    """Refuse what can be seen to be wrong without importing torch.
-
-    Raises:
-        ValueError: the options cannot work together, one means nothing, or a folder is not there.
-    """
-    config = chosen.config
-    validate(config)
-    refuse_meaningless(config, PRESETS[chosen.preset][1])
-    tars_to_stream(config.data)
-    for option, shards in (("--data.shards", config.data.shards), ("--eval.shards", config.eval.shards)):
-        is_streamed = option == "--data.shards" and config.data.stream_samples is not None
-        for path in split_sets(shards) if shards is not None and not is_streamed else ():
-            if _may_be_shards(path):
-                continue
-            tars = f"; `make-shards index {path}` describes the tars in it" if any(Path(path).glob("*.tar")) else ""
-            raise ValueError(
-                f"{option} {path} has no manifest.json: give the folder that `make-shards pack` wrote{tars}"
-            )
-
-
-def _may_be_shards(path: str) -> bool:
-    is_beton = path.endswith(".beton") and Path(path).is_file()
-    return "://" in path or is_beton or (Path(path) / "manifest.json").is_file()
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that speaks for all."""
-    return int(os.environ.get("RANK", "0")) == 0
-
+if __name__ == "moco_fast.train":
+    raise ImportError("moco_fast.train is a command; its command line is read by moco_fast.commandline")
 
 if __name__ == "__main__":
+    from moco_fast.commandline import main
+
     sys.exit(main())

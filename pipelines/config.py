@@ -6,8 +6,6 @@ Free of torch, numpy and DALI, so that `--help` costs nothing.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from shards.sets.manifest import find_tars
-
 __all__ = ["VIEWS", "Backend", "DataConfig", "ViewConfig", "ViewsConfig", "refuse_unused", "tars_to_stream"]
 
 Backend = Literal["dali", "ffcv", "torch"]
@@ -102,6 +100,9 @@ def tars_to_stream(data: DataConfig) -> tuple[str, ...]:
     Raises:
         ValueError: `stream_samples` was given, but there are no such tars.
     """
+    # Not above: sets of shards need numpy.
+    from shards.sets.manifest import find_tars
+
     tars = find_tars(data.shards)
     if data.stream_samples is not None and not tars:
         raise ValueError(

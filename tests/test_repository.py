@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "make-shards": ["shards.cli"],
     "moco-fast": ["moco_fast.cli"],
-    "moco_fast.train": ["moco_fast.train"],
+    "moco_fast.train": ["moco_fast.commandline"],
     "moco_fast.demo": ["moco_fast.demo"],
 }
 

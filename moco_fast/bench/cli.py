@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from moco_fast.bench.result import table, verdict
-from moco_fast.train import Recipe, check, is_first_rank
+from moco_fast.bench.result import BenchResult, table, verdict
+from moco_fast.commandline import Recipe, check, is_first_rank
 
 __all__ = ["BenchConfig", "main"]
 
@@ -32,41 +32,47 @@ class BenchConfig:
     json: str | None = None
     """File that the figures are also written to."""
 
+    def execute(self) -> int:
+        """Measure as the options say, print the table on the first rank and return the exit code.
+
+        Raises:
+            ValueError: the options cannot work as given.
+        """
+        check(self.recipe.config, self.recipe.base)
+        if self.seconds <= 0:
+            raise ValueError(f"--seconds is {self.seconds}, but a round takes some time: give a number above 0")
+        if self.json and not Path(self.json).resolve().parent.is_dir():
+            raise ValueError(f"--json {self.json}: there is no such folder to write to")
+        from moco_fast.bench.measure import measure
+
+        result = measure(self.recipe.config, seconds=self.seconds, tell=_tell)
+        if is_first_rank():
+            print(table(result))
+            if self.json:
+                Path(self.json).write_text(json.dumps(_figures(result), indent=2) + "\n")
+        return 0
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure as the command line says; return the exit code."""
+    """Measure as the command line says, in one of several processes; return the exit code."""
     config = tyro.cli(
         BenchConfig,
-        prog="moco-fast bench",
+        prog="moco_fast.bench",
         args=argv,
         config=(tyro.conf.CascadeSubcommandArgs,),
         console_outputs=is_first_rank(),
     )
     try:
-        check(config.recipe)
-        if config.seconds <= 0:
-            raise ValueError(f"--seconds is {config.seconds}, but a round takes some time: give a number above 0")
-        if config.json and not Path(config.json).resolve().parent.is_dir():
-            raise ValueError(f"--json {config.json}: there is no such folder to write to")
-        from moco_fast.bench.measure import measure
-
-        result = measure(config.recipe.config, seconds=config.seconds, tell=_tell)
+        return config.execute()
     except ValueError as error:
         if is_first_rank():
             print(f"error: {error}", file=sys.stderr)
         return 2
-    if is_first_rank():
-        print(table(result))
-        if config.json:
-            figures = asdict(result) | {
-                "headroom": result.headroom,
-                "overlap": result.overlap,
-                "data_wait_share": result.data_wait_share,
-                "slowdown": result.slowdown,
-                "verdict": verdict(result),
-            }
-            Path(config.json).write_text(json.dumps(figures, indent=2) + "\n")
-    return 0
+
+
+def _figures(result: BenchResult) -> dict[str, Any]:
+    derived = ("headroom", "overlap", "data_wait_share", "slowdown")
+    return asdict(result) | {name: getattr(result, name) for name in derived} | {"verdict": verdict(result)}
 
 
 def _tell(what: str) -> None:

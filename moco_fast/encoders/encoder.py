@@ -36,6 +36,8 @@ class Encoder(nn.Module):
         dim: size of a query or key.
         mean: of each channel, subtracted from pixels in 0..1.
         std: of each channel, divides what is left.
+        image_size: height and width of the images that it is for, in pixels.
+        crop: side of the central square that is evaluated, as a share of the shorter side.
     """
 
     pixel_scale: Tensor
@@ -51,6 +53,8 @@ class Encoder(nn.Module):
         dim: int,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
+        image_size: int = 224,
+        crop: float = 0.875,
     ):
         super().__init__()
         self.backbone = backbone
@@ -58,6 +62,8 @@ class Encoder(nn.Module):
         self.predictor = predictor
         self.feature_dim = feature_dim
         self.dim = dim
+        self.image_size = image_size
+        self.crop = crop
         # Not in the state dict: the configuration holds them, and a checkpoint holds the configuration.
         self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
         self.register_buffer("pixel_shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
@@ -87,8 +93,13 @@ class Encoder(nn.Module):
         return normalized.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
-def build_encoder(model: ModelConfig) -> Encoder:
+def build_encoder(model: ModelConfig, *, image_size: int = 224, crop: float = 0.875) -> Encoder:
     """A freshly initialized encoder in float32 on the CPU; torch's global generator decides its weights.
+
+    Args:
+        model: what to build.
+        image_size: see Encoder.
+        crop: see Encoder.
 
     Raises:
         ValueError: an encoder that neither we nor timm know, or one without the stem that was asked for.
@@ -102,7 +113,17 @@ def build_encoder(model: ModelConfig) -> Encoder:
         _freeze_patch_projection(backbone, model.encoder)
     feature_dim = int(backbone.num_features)  # pyright: ignore[reportArgumentType] - timm does not declare it
     head, predictor = _build_head(model, feature_dim, is_transformer=isinstance(backbone, VisionTransformer))
-    return Encoder(backbone, head, predictor, feature_dim=feature_dim, dim=model.dim, mean=model.mean, std=model.std)
+    return Encoder(
+        backbone,
+        head,
+        predictor,
+        feature_dim=feature_dim,
+        dim=model.dim,
+        mean=model.mean,
+        std=model.std,
+        image_size=image_size,
+        crop=crop,
+    )
 
 
 def check_image_size(encoder: Encoder, name: str, size: int) -> None:

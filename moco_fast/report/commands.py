@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from shlex import join, quote, split
 
-from moco_fast.export.export import why_not
+from moco_fast.exporters.registry import EXPORTERS, find_exporter
 from moco_fast.report.record import RunRecord
 
 __all__ = ["Command", "next_commands"]
@@ -32,7 +32,7 @@ def next_commands(record: RunRecord) -> list[Command]:
         proposals["Train twice as long, into another folder"] = f"{same} --run.steps {steps} --run.out {into}"
     preview = f"moco-fast preview {quote(config.data.shards)} --views moco-v2 --out views.png"
     proposals["See what another recipe makes of these images"] = preview
-    formats = [name for name in ("timm", "torchvision") if why_not(config.model, name) is None]
+    formats = [name for name in EXPORTERS if find_exporter(name).why_not(config.model) is None]
     if formats:
         out = "encoder" if formats[0] == "timm" else "encoder.safetensors"
         line = f"moco-fast export {quote(run)} --format {formats[0]} --out {out}"

@@ -128,7 +128,7 @@ def load_encoder(path: str | Path) -> "tuple[Config, Encoder]":
         raise ValueError(f"{path} holds no checkpoint: give a run's folder or one of its checkpoints/step-*")
     checkpoint = load(found)
     config = from_dict(checkpoint.config)
-    encoder = build_encoder(config.model)
+    encoder = build_encoder(config.model, image_size=config.views.size, crop=config.eval.crop)
     encoder.load_state_dict(part(checkpoint.model, "query"))
     return config, encoder.eval()
 

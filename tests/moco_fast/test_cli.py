@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco_fast import cli
-from moco_fast.cli import VERBS, main
+from moco_fast.cli import main
+from moco_fast.commands.eval_knn import EvalKnn
+from moco_fast.commands.report import Report
+
+COMMANDS = ("eval", "eval knn", "preview", "report", "export", "bench")
 
 
-@pytest.mark.parametrize("words", ["", "eval", *VERBS])
+@pytest.mark.parametrize("words", ["", *COMMANDS])
 def test_help_answers_without_loading_torch(words: str) -> None:
     program = f"""
 import sys
@@ -29,27 +32,21 @@ sys.exit(f"loaded {{heavy}}" if heavy else code)
     assert "usage: moco-fast" in done.stdout
 
 
-def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
     printed = capsys.readouterr().out
-    for name, verb in VERBS.items():
-        assert f"  {name}" in printed
-        assert verb.summary in printed
+    assert {name.split()[0] for name in COMMANDS} <= set(printed.replace(",", " ").replace("{", " ").split())
+    assert "Draw the two views" in printed
 
 
-@pytest.mark.parametrize("words", [["fly"], ["eval", "fly"], ["eval fly", "--x"]])
-def test_an_unknown_verb_is_told_with_those_that_are_known(
+@pytest.mark.parametrize("words", [["fly"], ["eval", "fly"], ["eval fly", "--x"], []])
+def test_an_unknown_command_is_refused_with_those_that_are_known(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(words) == 2
-    error = capsys.readouterr().err
-    assert "there is no `" in error
-    assert "eval knn, preview" in error
-
-
-def test_no_verb_at_all_shows_the_help_as_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert "usage: moco-fast" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert ("knn" if words[:1] == ["eval"] else "eval, preview") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -126,12 +123,12 @@ def test_each_figure_is_that_of_its_encoder(
     torch.manual_seed(config.run.seed)
     top1_of = {"top1": (trained, 0.75), "untrained_top1": (build_encoder(config.model), 0.5)}
 
-    def knn(_command: Any, _config: Any, encoder: torch.nn.Module, _device: Any) -> KnnResult:
+    def knn(_self: EvalKnn, _config: Any, encoder: torch.nn.Module, _device: Any) -> KnnResult:
         weights = encoder.state_dict()
         top1 = [top1 for known, top1 in top1_of.values() if torch.equal(weights["head.0.weight"], known.head[0].weight)]
         return KnnResult(top1=top1[0], num_bank=1, num_queries=1, k=1)
 
-    monkeypatch.setattr(cli, "_knn", knn)
+    monkeypatch.setattr(EvalKnn, "_knn", knn)
     assert main(["eval", "knn", "--checkpoint", str(finished_run), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["top1"], facts["untrained_top1"]) == (0.75, 0.5)
@@ -179,9 +176,9 @@ def test_a_missing_gpu_is_told(
     assert "torch finds no GPU" in capsys.readouterr().err
 
 
-def test_an_interrupted_verb_says_so_by_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(argv: object) -> int:
+def test_an_interrupted_command_says_so_by_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_self: Report) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(VERBS, "report", cli.Verb(summary="", run=interrupted))
+    monkeypatch.setattr(Report, "execute", interrupted)
     assert main(["report", "x"]) == 130

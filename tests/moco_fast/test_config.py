@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
+from moco_fast.commandline import main, parse
 from moco_fast.config import Config, differences, from_dict, to_dict, validate
 from moco_fast.presets import PRESETS
-from moco_fast.train import main, parse
 from pipelines.config import DataConfig
 
 
@@ -143,7 +143,7 @@ def test_validate_accepts_the_defaults():
 
 def test_help_does_not_import_torch():
     code = (
-        "import sys\nfrom moco_fast.train import main\n"
+        "import sys\nfrom moco_fast.commandline import main\n"
         "try:\n    main(['moco-v2', '--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
         "sys.exit('torch' in sys.modules or 'nvidia.dali' in sys.modules)"
     )

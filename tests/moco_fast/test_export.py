@@ -1,6 +1,6 @@
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import timm
@@ -10,7 +10,10 @@ from safetensors import safe_open
 
 from moco_fast.config import Config, ModelConfig, to_dict
 from moco_fast.encoders.encoder import ENCODERS, Encoder, build_encoder
-from moco_fast.export.export import _TIMM, _TORCHVISION, Format, export, library_network, why_not
+from moco_fast.exporters.registry import EXPORTERS, find_exporter
+from moco_fast.exporters.timm import _NETWORKS as _TIMM
+from moco_fast.exporters.torchvision import _NETWORKS as _TORCHVISION
+from moco_fast.exporters.write import export, load_into
 from moco_fast.training import checkpoint
 from moco_fast.training.checkpoint import Checkpoint, load_encoder
 from pipelines.config import DataConfig, ViewsConfig
@@ -18,7 +21,7 @@ from pipelines.config import DataConfig, ViewsConfig
 
 @pytest.mark.parametrize("name", [*ENCODERS, "resnet34", "convnext_atto"])
 def test_timm_can_build_every_encoder_of_ours(name: str) -> None:
-    assert why_not(ModelConfig(encoder=name), "timm") is None
+    assert find_exporter("timm").why_not(ModelConfig(encoder=name)) is None
     timm_name, options = _TIMM.get(name, (name, {}))
     with torch.device("meta"):
         ours = build_encoder(ModelConfig(encoder=name)).backbone
@@ -79,15 +82,15 @@ OTHERS = (
 )
 
 
-@pytest.mark.parametrize("target", get_args(Format))
+@pytest.mark.parametrize("target", EXPORTERS)
 @pytest.mark.parametrize("name", sorted({*ENCODERS, *_TORCHVISION, *OTHERS} - {*LARGE}))
-def test_every_encoder_gives_the_same_features_in_every_library_or_is_refused(name: str, target: Format) -> None:
+def test_every_encoder_gives_the_same_features_in_every_library_or_is_refused(name: str, target: str) -> None:
     model = ModelConfig(encoder=name, dim=8)
-    if why_not(model, target):
+    if find_exporter(target).why_not(model):
         assert (target, name in _TORCHVISION) == ("torchvision", False)
         return
     encoder = as_if_trained(build(model))
-    network = library_network(model, encoder.backbone.state_dict(), target).eval()
+    network = load_into(find_exporter(target), model, encoder.backbone.state_dict()).eval()
     size = 224 if "vit" in name else 64
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
     with torch.no_grad():
@@ -102,7 +105,7 @@ NORMALIZED = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
 @pytest.mark.parametrize(
     ("encoder", "target"), [("resnet18_quarter", "timm"), ("vit_small", "timm"), ("resnet18", "torchvision")]
 )
-def test_the_lines_it_prints_load_the_same_network(encoder: str, target: Format, tmp_path: Path) -> None:
+def test_the_lines_it_prints_load_the_same_network(encoder: str, target: str, tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", ModelConfig(encoder=encoder, dim=8, **NORMALIZED))
     written = export(run, target, tmp_path / "encoder")
     images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -147,7 +150,8 @@ def test_what_is_written_says_what_it_is_and_nothing_of_timms_own_weights(tmp_pa
     with safe_open(written.path, framework="pt") as file:
         facts = json.loads(file.metadata()["architecture"])
         assert not any(name.startswith(("head", "backbone", "fc")) for name in file.keys())  # noqa: SIM118 - the file has no iterator
-    assert facts == {"library": "torchvision", "name": "resnet18", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    of_pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "size": 64, "crop": 0.875}
+    assert facts == {"library": "torchvision", "name": "resnet18", **of_pixels}
 
 
 def test_an_export_replaces_an_older_one_and_nothing_else(tmp_path: Path) -> None:
@@ -173,7 +177,7 @@ def test_an_export_replaces_an_older_one_and_nothing_else(tmp_path: Path) -> Non
     ],
 )
 def test_what_cannot_be_mapped_is_refused_and_nothing_is_written(
-    model: ModelConfig, target: Format, says: str, tmp_path: Path
+    model: ModelConfig, target: str, says: str, tmp_path: Path
 ) -> None:
     run = save_run(tmp_path / "run", model)
     with pytest.raises(ValueError, match=says):

@@ -10,11 +10,11 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from moco_fast.commandline import main, parse
 from moco_fast.config import BatchNormConfig, Config, MocoConfig, ModelConfig, OptimConfig, RunConfig, validate
 from moco_fast.encoders.encoder import ENCODERS
 from moco_fast.meaning import refuse_meaningless
 from moco_fast.presets import PRESETS
-from moco_fast.train import main, parse
 from moco_fast.training import build as build_module
 from moco_fast.training.build import build
 from moco_fast.training.runtime import Runtime, start

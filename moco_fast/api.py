@@ -1,0 +1,153 @@
+"""Runs from Python: what the command line does, with values instead of words."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from moco_fast.commandline import check
+from moco_fast.config import Config, KnnConfig, option_name
+from moco_fast.presets import PRESETS
+
+if TYPE_CHECKING:
+    from moco_fast.evaluation.knn import KnnResult
+
+__all__ = ["configure", "evaluate", "train"]
+
+Section = TypeVar("Section")
+
+
+def configure(recipe: str, options: Mapping[str, Any]) -> Config:
+    """Make a run's configuration: a published recipe, and what is different.
+
+        config = moco_fast.configure("moco-v2", {"data.shards": "shards/train", "run.epochs": 100})
+
+    Args:
+        recipe: one of moco_fast.presets.PRESETS.
+        options: by the names of the command line's options without dashes in front (`optim.lr`, `data.batch_size`), or
+            a whole section (`views`).
+
+    Raises:
+        ValueError: no such recipe or option, a value of another type, or options that cannot work together.
+    """
+    if recipe not in PRESETS:
+        raise ValueError(f"there is no recipe {recipe!r}: choose {', '.join(PRESETS)}")
+    _, base = PRESETS[recipe]
+    # A whole section is a choice of its own: no option of it is beside the recipe's.
+    for name, value in options.items():
+        base = _changed(base, [name], value, name) if "." not in name else base
+    config = base
+    for name, value in options.items():
+        config = _changed(config, name.replace("-", "_").split("."), value, name)
+    if config.data.shards is tyro.MISSING:
+        raise ValueError("`data.shards` is not given: name the shards to train on")
+    check(config, base)
+    return config
+
+
+def train(config: Config) -> int:
+    """Run, or continue, a run, in this process; start several with `accelerate launch SCRIPT`.
+
+        moco_fast.train(moco_fast.configure("demo", {"data.shards": "shards/train", "run.out": "runs/first"}))
+
+    Returns:
+        0 when the run is finished, 128 + signal when it was told to stop (and was saved).
+
+    Raises:
+        ValueError: what was asked for cannot work; nothing has been trained.
+        FloatingPointError: the loss is no longer a number.
+    """
+    from moco_fast.training.loop import train as run
+
+    return run(config)
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    bank: str | None = None,
+    queries: str | None = None,
+    settings: KnnConfig | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> "KnnResult":
+    """Classify held-out samples by their nearest training samples, with the encoder of a run.
+
+        result = moco_fast.evaluate("runs/first", queries="shards/val")
+        print(f"{result.top1:.1%}")
+
+    Args:
+        run: folder of a run (its newest checkpoint counts), or one of its checkpoints/step-*.
+        bank: labeled shards whose samples vote; unset: the run's training shards.
+        queries: labeled held-out shards; unset: the run's.
+        settings: of the vote; unset: the run's.
+        device: `auto`: a GPU where there is one.
+
+    Raises:
+        ValueError: no checkpoint, or shards without labels or with different classes.
+    """
+    from moco_fast.commands.common import choose_device
+    from moco_fast.evaluation.knn import evaluate_knn
+    from moco_fast.training.checkpoint import load_encoder
+
+    config, encoder = load_encoder(run)
+    query_shards = queries or config.eval.shards
+    if query_shards is None:
+        raise ValueError("the run has no held-out samples: name some with `queries`")
+    on = choose_device(device)
+    return evaluate_knn(
+        encoder.to(on),
+        settings or config.eval,
+        bank_shards=bank or config.data.shards,
+        query_shards=query_shards,
+        size=config.views.size,
+        device=on,
+        data=config.data,
+    )
+
+
+def _changed(section: Section, path: list[str], value: object, name: str) -> Section:
+    """Return a section with the option below it set, and all else as it was."""
+    assert dataclasses.is_dataclass(section)
+    assert not isinstance(section, type)
+    hints = get_type_hints(type(section))
+    first, *rest = path
+    if first not in hints:
+        near = ", ".join(option_name(field) for field in hints)
+        raise ValueError(f"there is no option {name!r}: {first!r} is not among {near}")
+    if rest:
+        if not dataclasses.is_dataclass(hints[first]):
+            raise ValueError(f"there is no option {name!r}: {first!r} is a single value")
+        value = _changed(getattr(section, first), rest, value, name)
+    elif not _fits(value, hints[first]):
+        raise ValueError(f"{name!r} is {value!r}, but must be {_describe(hints[first])}")
+    return replace(section, **{first: value})
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value has the type of a field; whole numbers fit where floats are wanted."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if arguments[1:] == (...,):
+            return all(_fits(each, arguments[0]) for each in value)
+        return len(value) == len(arguments) and all(map(_fits, value, arguments))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

@@ -1,0 +1,69 @@
+"""`moco-fast preview`."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from moco_fast.commands.common import positive
+from pipelines.config import VIEWS
+
+__all__ = ["Preview"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """Draw the two views of some samples exactly as training sees them."""
+
+    shards: tyro.conf.Positional[str]
+    """Folder that make-shards wrote."""
+    out: str
+    """Image to write (.png, .jpg or .webp)."""
+    views: str = "moco-v2"
+    """Recipe of the views: moco-v1, moco-v2, cifar10 and so on."""
+    size: int | None = None
+    """Height and width of a view in pixels; unset: the recipe's."""
+    num: int = 12
+    """Samples, evenly spread over the set."""
+    seed: int = 0
+    """Seed of the run."""
+    epoch: int = 0
+    """Epoch of the run, from 0."""
+    backend: Literal["auto", "dali", "ffcv", "torch"] = "dali"
+    """What makes the views."""
+    compare: Literal["dali", "torch"] | None = None
+    """Another backend: the sheet then shows, 16 times amplified, how far its views are from the first one's."""
+
+    def execute(self) -> int:
+        """Do what the options say; return the exit code."""
+        if self.views not in VIEWS:
+            raise ValueError(f"--views {self.views} is no recipe: take one of {', '.join(VIEWS)}")
+        out = Path(self.out)
+        if out.suffix not in (".png", ".jpg", ".jpeg", ".webp") or not out.parent.is_dir():
+            raise ValueError(f"--out {out}: name a .png, .jpg or .webp file in a folder that exists")
+        views = VIEWS[self.views]
+        if self.size is not None:
+            views = replace(views, size=positive("size", self.size))
+        import numpy as np
+
+        from pipelines.preview import differences, draw, sheet
+        from shards.sets import open_set
+
+        num_samples = open_set(self.shards).num_samples
+        chosen = np.linspace(0, num_samples - 1, min(positive("num", self.num), num_samples)).round().astype(int)
+        previews, others = (
+            draw(self.shards, views, seed=self.seed, epoch=self.epoch, indices=chosen.tolist(), backend=backend)
+            if backend
+            else []
+            for backend in (self.backend, self.compare)
+        )
+        sheet(previews, others, columns=2 if others else 3).save(out)
+        print(f"{out}: {len(chosen)} samples as a run with seed {self.seed} sees them in epoch {self.epoch}")
+        if others:
+            apart = np.concatenate([of_view.ravel() for of_view in differences(previews, others)])
+            print(
+                f"{self.backend} and {self.compare} are {apart.mean():.2f} levels of 255 apart on average, "
+                f"{apart.max()} at most (docs/data.md says where)"
+            )
+        return 0

@@ -1,0 +1,41 @@
+"""`moco-fast report`."""
+
+from dataclasses import dataclass
+
+import tyro
+
+from moco_fast.commands.common import Device, choose_device, positive
+
+__all__ = ["Report"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write report.html into a run's folder: curves, views and neighbors on one page. The run may still go on."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run."""
+    num_samples: int = 8
+    """Training samples, and held-out samples, in the pictures."""
+    max_bank: int = 2000
+    """Training samples among which neighbors are looked for."""
+    device: Device = "auto"
+    """`auto`: a GPU where there is one."""
+
+    def execute(self) -> int:
+        """Do what the options say; return the exit code."""
+        from moco_fast.report.commands import next_commands
+        from moco_fast.report.record import read_run
+        from moco_fast.report.report import write_report
+
+        page = write_report(
+            self.run,
+            device=choose_device(self.device),
+            num_samples=positive("num-samples", self.num_samples),
+            max_bank=positive("max-bank", self.max_bank),
+        )
+        print("Next:")
+        for proposal in next_commands(read_run(self.run)):
+            print(f"  # {proposal.purpose}\n  {proposal.line}")
+        print(f"\nReport: {page}")
+        return 0

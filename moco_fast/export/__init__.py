@@ -1,1 +1,0 @@
-"""Export: encoders for other libraries."""

@@ -1,0 +1,1 @@
+"""Exporters: encoders for other libraries."""

@@ -1,0 +1,21 @@
+"""Exporters by name. A new one is a file with a class and a line here."""
+
+from importlib import import_module
+
+from moco_fast.exporters.base import Exporter
+
+__all__ = ["EXPORTERS", "find_exporter"]
+
+EXPORTERS = {
+    "timm": "moco_fast.exporters.timm:Timm",
+    "torchvision": "moco_fast.exporters.torchvision:Torchvision",
+}
+"""Name -> module:class."""
+
+
+def find_exporter(name: str) -> Exporter:
+    """Return an exporter. Raises ValueError: there is none of that name."""
+    if name not in EXPORTERS:
+        raise ValueError(f"there is no exporter {name!r}: choose {' or '.join(EXPORTERS)}")
+    module, _, attribute = EXPORTERS[name].partition(":")
+    return getattr(import_module(module), attribute)()
