@@ -40,7 +40,8 @@ def _jitter(table: ViewTable, row: int, out: Pixels) -> None:
         if stage == Stage.BRIGHTNESS and brightness != 1:
             cv2.convertScaleAbs(out, dst=out, alpha=brightness, beta=_TRUNCATE)
         elif stage == Stage.CONTRAST and contrast != 1:
-            pivot = int(LUMA @ cv2.mean(out)[:3] + 0.5)
+            num_pixels = out.shape[0] * out.shape[1]
+            pivot = int(LUMA @ cv2.sumElems(out)[:3] / num_pixels + 0.5)
             cv2.addWeighted(out, contrast, out, 0, (1 - contrast) * pivot + _TRUNCATE, dst=out)
         # The other two leave gray as it is.
         elif stage == Stage.SATURATION and saturation != 1 and not is_gray:

@@ -26,7 +26,7 @@ STAGES = {
     "resize": (NONE, 0.28, 1.01),
     "enlarge": (replace(NONE, crop_scale=(0.01, 0.03)), 0.3, 1.01),
     "flip": (replace(NONE, flip_p=1.0), 0.28, 1.01),
-    "blur": (replace(NONE, blur_p=1.0), 0.32, 1.6),
+    "blur": (replace(NONE, blur_p=1.0), 0.28, 1.01),
     "color": (COLOR, 0.9, 80),
     "linear color": (COLOR, 0.36, 3.0),
     "solarize": (replace(NONE, solarize_p=1.0), 0.28, 1.01),
