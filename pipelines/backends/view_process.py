@@ -146,13 +146,16 @@ def _fill(begun: _Begun, spec: WorkerSpec, arrays: SlotArrays) -> tuple[str, ...
 
     if isinstance(begun.pending, Exception):
         raise begun.pending
-    task = begun.task
-    taken = begun.pending.take(decode, skip=spec.skip)
-    tables: tuple[ViewTable, ...] = spec.draw(task.epoch, taken.samples, taken.records)
-    places = slice(task.begin, task.begin + len(task.samples))
-    arrays.samples[places] = taken.samples
-    arrays.labels[places] = taken.records["label"]
-    for row, image in enumerate(taken.images):
-        for out, table in zip(arrays.views[:, task.begin + row], tables, strict=True):
-            render(image, table, row, out)
-    return taken.replaced
+    task, pending = begun.task, begun.pending
+    drawn: tuple[ViewTable, ...] = spec.draw(task.epoch, pending.samples, pending.records)
+    replaced: list[str] = []
+    # A sample is rendered before the next one is decoded: its pixels are still in the CPU's cache.
+    for row, good in enumerate(pending.each(decode, skip=spec.skip)):
+        place, tables, row_of_table = task.begin + row, drawn, row
+        arrays.samples[place], arrays.labels[place] = good.sample, good.record["label"][0]
+        if good.replaced is not None:
+            replaced.append(good.replaced)
+            tables, row_of_table = spec.draw(task.epoch, np.array([good.sample]), good.record), 0
+        for out, table in zip(arrays.views[:, place], tables, strict=True):
+            render(good.image, table, row_of_table, out)
+    return tuple(replaced)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from shards.sets.record import REFUSED, Flag, flag_name
 __all__ = [
     "Draw",
     "EpochSteps",
+    "Good",
     "ListedSteps",
     "Pending",
     "Steps",
@@ -124,6 +125,19 @@ def draw_central(
     return (table,)
 
 
+class Good(NamedTuple, Generic[Image]):
+    """A sample whose bytes are good."""
+
+    sample: int
+    """Dense sample number."""
+    record: npt.NDArray[np.void]
+    """(1,) of shards.sets.index.RECORD."""
+    image: Image
+    """What `convert` made."""
+    replaced: str | None
+    """What was wrong with the sample that this one took the place of; None if it is the one that was asked for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Taken(Generic[Image]):
     """Samples whose bytes are good."""
@@ -152,13 +166,26 @@ class Pending:
         self._reader = reader
         self.samples = samples
         """(n,) dense sample numbers that were asked for."""
-        self._records = reader.records(samples) if records is None else records
-        self.sizes: Indices = self._records["size"].astype(np.int64)
+        self.records = reader.records(samples) if records is None else records
+        """(n,) of shards.sets.index.RECORD."""
+        self.sizes: Indices = self.records["size"].astype(np.int64)
         """(n,) bytes of each of them."""
-        self._bytes = reader.submit(samples, self._records, into=into)
+        self._bytes = reader.submit(samples, self.records, into=into)
 
     def take(self, convert: Callable[[npt.NDArray[np.uint8]], Image], *, skip: bool) -> Taken[Image]:
-        """Wait for the bytes and convert each sample's.
+        """Wait for the bytes and convert each sample's, as `each` does, and give them all at once."""
+        samples, records = self.samples.copy(), self.records.copy()
+        images: list[Image] = []
+        replaced: list[str] = []
+        for place, good in enumerate(self.each(convert, skip=skip)):
+            images.append(good.image)
+            if good.replaced is not None:
+                samples[place], records[place] = good.sample, good.record[0]
+                replaced.append(good.replaced)
+        return Taken(samples=samples, records=records, images=images, replaced=tuple(replaced))
+
+    def each(self, convert: Callable[[npt.NDArray[np.uint8]], Image], *, skip: bool) -> Iterator[Good[Image]]:
+        """Wait for the bytes and convert one sample after the other.
 
         Where `skip`, a sample that is damaged, that `make-shards index` found unfit or that `convert` refuses with
         ValueError is replaced by the next one of the set that is not. That rule knows no rank, so order and batches
@@ -167,21 +194,18 @@ class Pending:
         Raises:
             DamagedSampleError: without `skip`, or when 1,000 samples in a row are damaged.
         """
-        samples, records = self.samples.copy(), self._records.copy()
-        images: list[Image] = []
-        replaced: list[str] = []
         for place, outcome in enumerate(self._bytes.outcomes()):
-            sample = int(samples[place])
-            fit = self._refuse(outcome, sample, records[place]) if skip else outcome
+            sample, record = int(self.samples[place]), self.records[place : place + 1]
+            fit = self._refuse(outcome, sample, record[0]) if skip else outcome
             converted = self._convert(fit, sample, convert)
+            replaced = None
             if isinstance(converted, DamagedSampleError) and skip:
-                replaced.append(str(converted))
-                samples[place], converted = self._next_good(sample, convert)
-                records[place] = self._reader.records(samples[place : place + 1])[0]
+                replaced = str(converted)
+                sample, converted = self._next_good(sample, convert)
+                record = self._reader.records(np.array([sample]))
             if isinstance(converted, DamagedSampleError):
                 raise converted
-            images.append(converted)
-        return Taken(samples=samples, records=records, images=images, replaced=tuple(replaced))
+            yield Good(sample=sample, record=record, image=converted, replaced=replaced)
 
     def _refuse(self, outcome: Outcome, sample: int, record: np.void) -> Outcome:
         """Turn what `make-shards index` found unfit into an error that says so."""

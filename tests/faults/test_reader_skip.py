@@ -66,8 +66,9 @@ def test_ranks_agree_on_the_replacements(flipped):
         assert sorted(joined(parts)) == sorted(whole[step])
 
 
-def test_a_replacement_is_seen_as_itself(flipped):
-    data = DataConfig(shards=str(flipped), batch_size=10, num_threads=1, on_bad_sample="skip", backend="dali")
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_a_replacement_is_seen_as_itself(flipped, backend):
+    data = DataConfig(shards=str(flipped), batch_size=10, num_threads=1, on_bad_sample="skip", backend=backend)
     views = {}
     with open_loader(data, ViewsConfig(size=16), seed=1, device=CPU) as loader:
         for batch in loader:
