@@ -50,15 +50,9 @@ def open_reader(shards: ShardSet, batch: int) -> ReadAhead:
     )
 
 
-def inputs(batch: EncodedBatch) -> dict[str, Any]:
-    """What a pipeline on a GPU is fed with."""
-    views = (VIEWS["moco-v2"].query, VIEWS["moco-v2"].key)
-    return inputs_of(batch, tuple(view.blur_p > 0 for view in views), on_gpu=True)
-
-
 def open_pipeline(first: EncodedBatch) -> Pipeline:
     """A pipeline that takes such inputs and gives them back."""
-    given = inputs(first)
+    given = inputs_of(first)
     arrays = {name: (str(a.dtype), a.ndim - 1) for name, a in given.items() if name != "encoded"}
     arrays["encoded"] = ("uint8", 1)
 
@@ -86,7 +80,7 @@ def measure(reading: ReadAhead, pipeline: Pipeline, seconds: float) -> dict[str,
         started = time.thread_time()
         batch = next(reading)
         taken = time.thread_time()
-        for name, data in inputs(batch).items():
+        for name, data in inputs_of(batch).items():
             pipeline.feed_input(name, data)
         pipeline.schedule_run()
         fed = time.thread_time()

@@ -1,12 +1,15 @@
 """The DALI backend: encoded bytes and parameter tables in, views out. One definition for the CPU and the GPU.
 
-DALI's stages, with uint8 between them: decode, crop-and-resize (linear, antialiased; a reversed region is the flip),
-Gaussian blur. Colors follow in place: on a GPU by two kernels of ours, on the CPU by OpenCV.
+DALI's stages, with uint8 between them: decode, crop-and-resize (linear, antialiased; a reversed region is the flip), on
+a GPU Gaussian blur. The rest follows in place: on a GPU colors by two kernels of ours, on the CPU blur and colors as
+the torch backend does them.
 """
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -18,7 +21,6 @@ from nvidia.dali import types as untyped_types
 from nvidia.dali.backend import TensorCPU
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
-from pipelines.backends.colors import recolor
 from pipelines.backends.registry import Job, Made
 from pipelines.plan.augment import ViewTable
 from pipelines.reading.ahead_process import ReadingSpec
@@ -28,15 +30,13 @@ from pipelines.reading.samples import Steps
 from shards.ground.channel import Channel, ChannelClosed
 from shards.sets.manifest import Manifest
 
-__all__ = ["DaliViews", "blur_kernels", "inputs_of", "size_hints", "to_torch"]
+__all__ = ["DaliViews", "inputs_of", "size_hints", "to_torch"]
 
 # DALI makes its operators and type names at run time: their stubs know half of what works.
 fn: Any = untyped_fn
 types: Any = untyped_types
 
-Floats = npt.NDArray[np.float32]
-
-_Recolor = Callable[[tuple[torch.Tensor, ...], tuple[ViewTable, ...]], None]
+_Finish = Callable[[tuple[torch.Tensor, ...], tuple[ViewTable, ...]], None]
 
 _MOST_HINTED_BYTES = 2 << 30
 
@@ -51,8 +51,12 @@ class DaliViews:
 
     def __init__(self, job: Job, steps: Steps) -> None:
         self._job = job
-        self._blurs = tuple(view is not None and view.blur_p > 0 for view in job.views)
-        self._recolor = _recoloring_on_gpu(job.device) if job.device.type == "cuda" else _recolor_on_cpu
+        on_gpu = job.device.type == "cuda"
+        self._blurs = tuple(on_gpu and view is not None and view.blur_p > 0 for view in job.views)
+        self._closing = ExitStack()
+        self._finish = (
+            _finishing_on_gpu(job.device) if on_gpu else self._closing.enter_context(_finishing_on_cpu(job.num_threads))
+        )
         self._batches = ReadAhead(
             ReadingSpec(
                 shards=job.shards,
@@ -78,6 +82,7 @@ class DaliViews:
         self._batches.interrupt()
         self._thread.join()
         self._batches.close()
+        self._closing.close()
 
     def _run(self) -> None:
         try:
@@ -106,7 +111,7 @@ class DaliViews:
                 pipe.schedule_run()
                 under_way.append(batch)
             views = tuple(to_torch(view.as_tensor()) for view in outputs)
-            self._recolor(views, done.tables)
+            self._finish(views, done.tables)
             channels_last = tuple(view.permute(0, 3, 1, 2) for view in views)
             self._out.put(Made(samples=done.samples, labels=done.labels, views=channels_last, replaced=done.replaced))
 
@@ -125,7 +130,7 @@ class DaliViews:
             raise
 
     def _feed(self, pipe: Pipeline, batch: EncodedBatch) -> None:
-        for name, data in inputs_of(batch, self._blurs, on_gpu=self._job.device.type == "cuda").items():
+        for name, data in inputs_of(batch).items():
             pipe.feed_input(name, data)
 
 
@@ -140,13 +145,27 @@ def to_torch(output: Any) -> torch.Tensor:
     return torch.from_dlpack(output.__dlpack__(stream=-1))
 
 
-def _recolor_on_cpu(views: tuple[torch.Tensor, ...], tables: tuple[ViewTable, ...]) -> None:
-    for view, table in zip(views, tables, strict=True):
-        for row, pixels in enumerate(view.numpy()):
-            recolor(table, row, pixels)
+@contextmanager
+def _finishing_on_cpu(num_threads: int) -> "Generator[_Finish]":
+    """Give what blurs and recolors by threads; nearly all of their work is OpenCV's, without the interpreter's lock."""
+    from pipelines.backends.pixels import finish
+
+    def finish_rows(views: tuple[torch.Tensor, ...], tables: tuple[ViewTable, ...], first: int) -> None:
+        for view, table in zip(views, tables, strict=True):
+            pixels = view.numpy()
+            for row in range(first, len(pixels), num_threads):
+                finish(table, row, pixels[row])
+
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="dali-finish") as pool:
+
+        def finish_on_cpu(views: tuple[torch.Tensor, ...], tables: tuple[ViewTable, ...]) -> None:
+            for done in [pool.submit(finish_rows, views, tables, first) for first in range(num_threads)]:
+                done.result()
+
+        yield finish_on_cpu
 
 
-def _recoloring_on_gpu(device: torch.device) -> "_Recolor":
+def _finishing_on_gpu(device: torch.device) -> "_Finish":
     from pipelines.backends.color_kernels import recolor_batch
 
     # Of high priority: the kernels of the training step would keep these waiting.
@@ -227,15 +246,11 @@ def _views(blurs: tuple[bool, ...], size: int, decoder: str, decoding: dict[str,
         jpeg_fancy_upsampling=True,
         **decoding,
     )
-    on_gpu = decoder == "mixed"
-    return tuple(_view(images, size, number, blurs=each, on_gpu=on_gpu) for number, each in enumerate(blurs))
+    return tuple(_view(images, size, number, blurs=each) for number, each in enumerate(blurs))
 
 
-def _view(images: Any, size: int, number: int, *, blurs: bool, on_gpu: bool) -> Any:
-    def given(name: str, dtype: Any, ndim: int) -> Any:
-        return fn.external_source(name=f"{name}_{number}", dtype=dtype, ndim=ndim)
-
-    crop = given("crop", types.FLOAT, 1)
+def _view(images: Any, size: int, number: int, *, blurs: bool) -> Any:
+    crop = fn.external_source(name=f"crop_{number}", dtype=types.FLOAT, ndim=1)
     view = fn.resize(
         images,
         size=(size, size),
@@ -247,50 +262,24 @@ def _view(images: Any, size: int, number: int, *, blurs: bool, on_gpu: bool) -> 
     if blurs:
         # DALI turns an `if` over a parameter into a split and a merge of the batch.
         sigma = crop[4]
-        if on_gpu:
-            if sigma > 0:
-                view = fn.gaussian_blur(view, sigma=sigma)
-        else:
-            # On the CPU two passes with a kernel each cost half as much as fn.gaussian_blur.
-            row, column = given("row", types.FLOAT, 2), given("column", types.FLOAT, 2)
-            if sigma > 0:
-                view = fn.filter(fn.filter(view, row), column)
+        if sigma > 0:
+            view = fn.gaussian_blur(view, sigma=sigma)
     return view
 
 
-def inputs_of(batch: EncodedBatch, blurs: tuple[bool, ...], *, on_gpu: bool) -> dict[str, Any]:
-    """What the graph is fed with, by name: the encoded images, and a few arrays for each view.
+def inputs_of(batch: EncodedBatch) -> dict[str, Any]:
+    """What the graph is fed with, by name: the encoded images, and an array for each view.
 
     As few as there can be: feeding one holds the interpreter for some 13 us, whatever is in it. The images are wrapped
     here, for DALI takes half as long again to find out what each array is.
     """
     inputs: dict[str, Any] = {"encoded": [TensorCPU(image) for image in batch.encoded]}
-    for number, (has_blur, table) in enumerate(zip(blurs, batch.tables, strict=True)):
-        of_view = _inputs(table, has_kernels=has_blur and not on_gpu)
-        inputs |= {f"{name}_{number}": data for name, data in of_view.items()}
-    return inputs
+    return inputs | {f"crop_{number}": _crops(table) for number, table in enumerate(batch.tables)}
 
 
-def _inputs(table: ViewTable, *, has_kernels: bool) -> dict[str, Any]:
+def _crops(table: ViewTable) -> npt.NDArray[np.float32]:
+    """(n, 5): the region's begin and end (y, x, y, x), and the blur's sigma."""
     box = table.box.astype(np.float32)
     x, y, right, bottom = box[:, 0], box[:, 1], box[:, 0] + box[:, 2], box[:, 1] + box[:, 3]
     left, right = np.where(table.flip, right, x), np.where(table.flip, x, right)
-    inputs: dict[str, Any] = {"crop": np.stack((y, left, bottom, right, table.sigma), axis=1)}
-    if has_kernels:
-        kernels = blur_kernels(table.sigma)
-        inputs["row"] = [kernel[None, :] for kernel in kernels]
-        inputs["column"] = [kernel[:, None] for kernel in kernels]
-    return inputs
-
-
-def blur_kernels(sigma: Floats) -> list[Floats]:
-    """Give one normalized kernel of 2 * ceil(3 * sigma) + 1 taps a sample; one tap of 1 where sigma is 0."""
-    radius = np.ceil(3 * sigma).astype(np.int64)
-    widest = int(radius.max(initial=0))
-    distance = np.arange(-widest, widest + 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        weights = np.exp(-0.5 * (distance / sigma[:, None].astype(np.float64)) ** 2)
-    weights[np.abs(distance) > radius[:, None]] = 0.0
-    weights[radius == 0] = distance == 0
-    weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
-    return [row[widest - r : widest + r + 1] for row, r in zip(weights, radius.tolist(), strict=True)]
+    return np.stack((y, left, bottom, right, table.sigma), axis=1)

@@ -80,4 +80,4 @@ def test_the_graph_of_a_gpu_blurs_where_it_is_told_to():
 @pipeline_def(enable_conditionals=True)
 def on_gpu_graph():
     images = fn.external_source(name="images", ndim=3, dtype=types.UINT8, layout="HWC")
-    return _view(images, 60, 0, blurs=True, on_gpu=True)
+    return _view(images, 60, 0, blurs=True)
