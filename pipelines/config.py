@@ -6,10 +6,13 @@ Free of torch, numpy and DALI, so that `--help` costs nothing.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-__all__ = ["VIEWS", "Backend", "DataConfig", "ViewConfig", "ViewsConfig", "refuse_unused", "tars_to_stream"]
+__all__ = ["VIEWS", "Backend", "Color", "DataConfig", "ViewConfig", "ViewsConfig", "refuse_unused", "tars_to_stream"]
 
 Backend = Literal["dali", "ffcv", "torch"]
 """What decodes and augments."""
+
+Color = Literal["torchvision", "linear"]
+"""How colors are changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +172,7 @@ class ViewsConfig:
     """The view that the query encoder sees."""
     key: ViewConfig = field(default_factory=ViewConfig)
     """The view that the key encoder sees."""
-    color: Literal["torchvision", "linear"] = "torchvision"
+    color: Color = "torchvision"
     """`torchvision`: jitter and grayscale as torchvision's own operations, one by one on 8-bit values. `linear`: as one
     matrix, made of the mean colors in the index; 2.6 to 3.5 levels away from torchvision's."""
 

@@ -38,8 +38,8 @@ class EncodeConfig:
     max_aspect: float | None = None
     """Images whose longer side is more than this many times the shorter are rejected."""
     mean_rgb: bool = True
-    """Store each image's mean color. This decodes every image at an eighth of its size, which also finds damage
-    behind a sound header."""
+    """Store each image's mean color, which only --views.color linear uses. This decodes every image at an eighth of its
+    size, which also finds damage behind a sound header."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Literal
 import tyro
 
 from moco_fast.commands.common import positive
-from pipelines.config import VIEWS
+from pipelines.config import VIEWS, Color
 
 __all__ = ["Preview"]
 
@@ -24,6 +24,8 @@ class Preview:
     """Recipe of the views: moco-v1, moco-v2, cifar10 and so on."""
     size: int | None = None
     """Height and width of a view in pixels; unset: the recipe's."""
+    color: Color = "torchvision"
+    """How colors are changed, as --views.color of training."""
     num: int = 12
     """Samples, evenly spread over the set."""
     seed: int = 0
@@ -42,7 +44,7 @@ class Preview:
         out = Path(self.out)
         if out.suffix not in (".png", ".jpg", ".jpeg", ".webp") or not out.parent.is_dir():
             raise ValueError(f"--out {out}: name a .png, .jpg or .webp file in a folder that exists")
-        views = VIEWS[self.views]
+        views = replace(VIEWS[self.views], color=self.color)
         if self.size is not None:
             views = replace(views, size=positive("size", self.size))
         import numpy as np

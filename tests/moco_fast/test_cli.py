@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from moco_fast.cli import main
 from moco_fast.commands.eval_knn import EvalKnn
 from moco_fast.commands.report import Report
+from pipelines.config import VIEWS, Color
 
 COMMANDS = ("eval", "eval knn", "preview", "report", "export", "bench")
 
@@ -134,14 +136,17 @@ def test_each_figure_is_that_of_its_encoder(
     assert (facts["top1"], facts["untrained_top1"]) == (0.75, 0.5)
 
 
-def test_preview_writes_a_sheet(packed_demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipelines.config import VIEWS
+@pytest.mark.parametrize("color", ["torchvision", "linear"])
+def test_preview_writes_a_sheet(
+    color: Color, packed_demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from pipelines.preview import draw, sheet
 
     out = tmp_path / "sheet.png"
     words = ["preview", str(packed_demo.train), "--views", "cifar10", "--num", "4", "--seed", "5", "--out", str(out)]
-    assert main(words) == 0
-    expected = sheet(draw(str(packed_demo.train), VIEWS["cifar10"], seed=5, epoch=0, indices=[0, 96, 191, 287]))
+    assert main(words if color == "torchvision" else [*words, "--color", color]) == 0
+    views = replace(VIEWS["cifar10"], color=color)
+    expected = sheet(draw(str(packed_demo.train), views, seed=5, epoch=0, indices=[0, 96, 191, 287]))
     with Image.open(out) as written:
         assert np.array_equal(np.asarray(written), np.asarray(expected))
     assert "seed 5" in capsys.readouterr().out
