@@ -42,7 +42,7 @@ BENCHMARKS = (
     Benchmark(name="reading", words="--shards {shards} --seconds 2 --rounds 3", limit_s=60),
     Benchmark(name="host", words="--shards {shards} --seconds 1 --rounds 3", limit_s=40),
     Benchmark(name="loader", words="--shards {shards} --seconds 3 --rounds 3", limit_s=210, plot=True),
-    Benchmark(name="color", words="--shards {shards} --num 10", limit_s=60),
+    Benchmark(name="color", words="--shards {shards} --num 10", limit_s=40),
     Benchmark(name="step", words="--encoder resnet18 --batch 64 --rounds 4", limit_s=160, plot=True),
     Benchmark(name="momentum", words="--encoder resnet50 --rounds 20", limit_s=30, plot=True),
     Benchmark(name="exchange", script="step", words="--shuffle --batch 32", limit_s=40, plot=True),
