@@ -46,6 +46,7 @@ from moco_fast.training.schedule import lr_at
 from pipelines.batch import Batch
 from pipelines.config import VIEWS
 from shards.cli import main as make_shards
+from shards.sets import open_set
 
 OURS, LINEAR, LIGHTLY = "ours", "ours, linear", "lightly"
 V1, V1_LINEAR = "v1's colors", "v1's colors, linear"
@@ -179,9 +180,10 @@ def top1(encoder: Encoder, config: Config) -> float:
     return evaluate_knn(
         encoder,
         knn,
-        bank_shards=config.data.shards,
-        query_shards=knn.shards,
+        bank=open_set(config.data.shards),
+        queries=open_set(knn.shards),
         size=config.views.size,
+        data=config.data,
         device=torch.device("cpu"),
     ).top1
 

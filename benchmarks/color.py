@@ -36,8 +36,8 @@ from pipelines.backends.pixels import decode, render
 from pipelines.config import VIEWS, ViewConfig, ViewsConfig
 from pipelines.loader import make_views
 from pipelines.plan.augment import ViewTable
+from pipelines.plan.draw import draw_views
 from pipelines.reading.reader import Reader
-from pipelines.reading.samples import draw_training
 from shards.ground.progress import ProgressBars
 from shards.sets import ShardSet, open_set
 from shards.tools.beton import write_beton
@@ -97,7 +97,7 @@ def drawn(
     records = reader.records(samples)
     encoded = reader.submit(samples, records).result()
     reader.close()
-    return encoded, draw_training(0, samples, records, views=views, seed=3)
+    return encoded, draw_views(0, samples, records, views=views.specs, seed=3)
 
 
 def views_of(shards: ShardSet, samples: np.ndarray, views: ViewsConfig, backend: str) -> np.ndarray:

@@ -26,6 +26,7 @@ from moco_fast.config import Config
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.knn import evaluate_knn
 from moco_fast.report.record import RunRecord, read_run
+from shards.sets import open_set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +87,10 @@ def top1_of_raw_pixels(config: Config) -> float:
     return evaluate_knn(
         Encoder(nn.Flatten(), nn.Identity(), feature_dim=num_values, dim=num_values),
         config.eval,
-        bank_shards=config.data.shards,
-        query_shards=config.eval.shards,
+        bank=open_set(config.data.shards),
+        queries=open_set(config.eval.shards),
         size=config.views.size,
+        data=config.data,
         device=torch.device("cpu"),
     ).top1
 

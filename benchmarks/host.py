@@ -21,10 +21,12 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 
 from pipelines.backends.dali import inputs_of
 from pipelines.config import VIEWS
+from pipelines.plan.draw import draw_views
 from pipelines.plan.order import OrderPlan
+from pipelines.plan.steps import EpochSteps
 from pipelines.reading.ahead_process import ReadingSpec
 from pipelines.reading.readahead import EncodedBatch, ReadAhead
-from pipelines.reading.samples import EpochSteps, draw_training
+from pipelines.world import World
 from shards.sets import ShardSet, open_set
 
 ALLOWED_S = 0.08
@@ -40,8 +42,8 @@ def open_reader(shards: ShardSet, batch: int) -> ReadAhead:
     return ReadAhead(
         ReadingSpec(
             shards=shards,
-            steps=EpochSteps(plan=plan, epoch=0, step=0, rank=0, world_size=1),
-            draw=partial(draw_training, views=VIEWS["moco-v2"], seed=0),
+            steps=EpochSteps(plan=plan, epoch=0, step=0, world=World()),
+            draw=partial(draw_views, views=VIEWS["moco-v2"].specs, seed=0),
             max_batch=batch,
             ahead=2,
             num_threads=4,

@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 from alternating import claims_table, compare, header, write_claims
 
+from pipelines.config import central_crop
+from pipelines.plan.draw import draw_views
+from pipelines.plan.steps import ListedSteps
 from pipelines.reading.ahead_process import ReadingSpec
 from pipelines.reading.readahead import ReadAhead
 from pipelines.reading.reader import Reader
-from pipelines.reading.samples import ListedSteps, draw_central
 from shards.sets import ShardSet, open_set
 
 GOAL = 15_000
@@ -36,7 +38,7 @@ def by_process(shards: ShardSet, batch_size: int, threads: int) -> tuple[Callabl
         ReadingSpec(
             shards=shards,
             steps=random_steps(shards, batch_size),
-            draw=partial(draw_central, crop=1.0),
+            draw=partial(draw_views, views=central_crop(8, side=1.0), seed=0),
             max_batch=batch_size,
             ahead=3,
             num_threads=threads,

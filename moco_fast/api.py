@@ -92,6 +92,7 @@ def evaluate(
     from moco_fast.commands.common import choose_device
     from moco_fast.evaluation.knn import evaluate_knn
     from moco_fast.training.checkpoint import load_encoder
+    from shards.sets import open_set
 
     config, encoder = load_encoder(run)
     query_shards = queries or config.eval.shards
@@ -101,11 +102,11 @@ def evaluate(
     return evaluate_knn(
         encoder.to(on),
         settings or config.eval,
-        bank_shards=bank or config.data.shards,
-        query_shards=query_shards,
+        bank=open_set(bank or config.data.shards),
+        queries=open_set(query_shards),
         size=config.views.size,
-        device=on,
         data=config.data,
+        device=on,
     )
 
 

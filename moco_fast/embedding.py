@@ -14,7 +14,8 @@ import torch
 from moco_fast.config import Layer
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.features import extract
-from pipelines.loader import open_eval_loader
+from pipelines.config import DataConfig, central_crop
+from pipelines.loader import open_loader
 from shards.config import PackConfig
 from shards.packing.pack import pack
 from shards.sets import ShardSet, open_set
@@ -90,16 +91,14 @@ def _are_shards(path: str) -> bool:
 
 
 def _embed_shards(encoder: Encoder, path: str, *, layer: Layer, batch_size: int, device: torch.device) -> Embeddings:
-    loader = open_eval_loader(
-        path, size=encoder.image_size, crop=encoder.crop, batch_size=batch_size, device=device, backend="auto"
-    )
-    try:
+    shards = open_set(path)
+    samples = np.arange(shards.num_samples)
+    views = central_crop(encoder.image_size, side=encoder.crop)
+    data = DataConfig(shards=path, batch_size=batch_size)
+    with open_loader(data, views, samples=samples, device=device, shards=shards) as loader:
         features = extract(encoder, loader, device=device, layer=layer, title="embedding")
-    finally:
-        loader.close()
     if not features.values.isfinite().all():
         raise ValueError("the encoder's output is not finite: it has diverged, take an earlier checkpoint")
-    shards = open_set(path)
     names = tuple(_names(shards))
     return Embeddings(
         values=features.values.cpu().numpy(),

@@ -1,4 +1,4 @@
-"""What a user chooses about data: which shards, how they are read, and how two views are drawn from a sample.
+"""Settings of data: which shards, how they are read, and which views are made of a sample.
 
 Free of torch, numpy and DALI, so that `--help` costs nothing.
 """
@@ -6,7 +6,20 @@ Free of torch, numpy and DALI, so that `--help` costs nothing.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-__all__ = ["VIEWS", "Backend", "Color", "DataConfig", "ViewConfig", "ViewsConfig", "refuse_unused", "tars_to_stream"]
+__all__ = [
+    "VIEWS",
+    "Backend",
+    "Color",
+    "DataConfig",
+    "FixedCrop",
+    "ViewConfig",
+    "ViewSpec",
+    "ViewsConfig",
+    "central_crop",
+    "refuse_unused",
+    "tars_to_stream",
+    "ten_crop",
+]
 
 Backend = Literal["dali", "ffcv", "torch"]
 """What decodes and augments."""
@@ -23,11 +36,11 @@ class DataConfig:
     """Folder that `make-shards` wrote (the one that holds manifest.json), its address in a bucket or on a web server
     (s3, gs, az, http), or a .beton. Several with commas between them are one set."""
     batch_size: int = 256
-    """Samples in a global step, over all ranks; each sample gives two views."""
+    """Samples in a global step, over all ranks, however many views each gives."""
     lanes: int = 64
-    """At most so many ranges of the set are read side by side; more lanes mix better. A small set has fewer."""
+    """Maximum number of ranges of the set that are read side by side; more lanes mix better. A small set has fewer."""
     window_shards: int = 4
-    """Samples are shuffled among about so many shards of a lane."""
+    """Number of shards of a lane, about, among which samples are shuffled."""
     backend: Literal["auto", Backend] = "auto"
     """What decodes and augments. `dali`: on the GPU where there is one. `torch`: worker processes on the CPU. `ffcv`:
     FFCV's compiled code on the CPU, from a .beton (make-shards beton)."""
@@ -35,7 +48,7 @@ class DataConfig:
     """Threads (dali, ffcv) or processes (torch) per rank that decode. Unset: the CPUs that this rank really has, but
     at most 16 threads of dali on a GPU, where each takes 16 MiB on the device and as much pinned memory."""
     on_bad_sample: Literal["error", "skip"] = "error"
-    """A damaged sample ends the run, or is replaced by the next good one of the set, counted and told."""
+    """A damaged sample ends the run, or is replaced by the next good one of the set, counted and logged."""
     read_threads: int | None = None
     """`dali`: threads per rank that read shards. Unset: 4."""
     prefetch: int = 2
@@ -103,7 +116,7 @@ def tars_to_stream(data: DataConfig) -> tuple[str, ...]:
     Raises:
         ValueError: `stream_samples` was given, but there are no such tars.
     """
-    # Not above: sets of shards need numpy.
+    # Here, for sets load numpy.
     from shards.sets.manifest import find_tars
 
     tars = find_tars(data.shards)
@@ -163,22 +176,102 @@ class ViewConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FixedCrop:
+    """Recipe of a view with nothing random in it: a square at a fixed place, for evaluation."""
+
+    side: float = 0.875
+    """Side of the square as a share of the image's shorter side."""
+    x: float = 0.5
+    """Where it lies between the left (0) and the right border (1)."""
+    y: float = 0.5
+    """Where it lies between the upper (0) and the lower border (1)."""
+    flip: bool = False
+    """Mirror left and right."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.side <= 1:
+            raise ValueError(f"crop is {self.side}: it must lie above 0 and at most at 1")
+        if not (0 <= self.x <= 1 and 0 <= self.y <= 1):
+            raise ValueError(f"the crop's place is ({self.x}, {self.y}): both must lie in 0 .. 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSpec:
+    """One view as a loader makes it."""
+
+    size: int
+    """Height and width in pixels."""
+    recipe: ViewConfig | FixedCrop
+    """What is done to the image."""
+    color: Color = "torchvision"
+    """How a ViewConfig's jitter and grayscale are computed (ViewsConfig.color)."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size is {self.size}: a view has at least one pixel a side")
+
+    @property
+    def may_blur(self) -> bool:
+        """Whether some samples are blurred."""
+        return isinstance(self.recipe, ViewConfig) and self.recipe.blur_p > 0
+
+
+def central_crop(size: int, *, side: float = 0.875) -> tuple[ViewSpec, ...]:
+    """Return the view that evaluation looks at: the central square, `side` times the image's shorter side."""
+    return (ViewSpec(size=size, recipe=FixedCrop(side=side)),)
+
+
+def ten_crop(size: int, *, side: float = 0.875) -> tuple[ViewSpec, ...]:
+    """Return the ten views whose outputs are averaged: the four corners, the center, and the same mirrored.
+
+    Krizhevsky et al. 2012, section 4.1; in the order of torchvision's TenCrop, but that there the corners of the
+    mirrored image are named after the mirroring.
+    """
+    places = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5))
+    crops = [FixedCrop(side=side, x=x, y=y, flip=flip) for flip in (False, True) for x, y in places]
+    return tuple(ViewSpec(size=size, recipe=crop) for crop in crops)
+
+
+_SMALL_SIZE, _SMALL = 96, ViewConfig(crop_scale=(0.05, 0.14))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ViewsConfig:
-    """The two views of a sample."""
+    """The views of a sample: two, and small ones beside them where `num_small` asks for some (multi-crop)."""
 
     size: int = 224
-    """Height and width of a view in pixels."""
+    """Height and width of the query and the key view in pixels."""
     query: ViewConfig = field(default_factory=ViewConfig)
     """The view that the query encoder sees."""
     key: ViewConfig = field(default_factory=ViewConfig)
     """The view that the key encoder sees."""
+    num_small: int = 0
+    """Small views beside these two (multi-crop, Caron et al. 2020)."""
+    small_size: int = _SMALL_SIZE
+    """Height and width of a small view in pixels."""
+    small: ViewConfig = _SMALL
+    """The small views."""
     color: Color = "torchvision"
     """`torchvision`: jitter and grayscale as torchvision's own operations, one by one on 8-bit values. `linear`: as one
     matrix, made of the mean colors in the index; 2.6 to 3.5 levels away from torchvision's."""
 
     def __post_init__(self) -> None:
-        if self.size < 8:
-            raise ValueError(f"views.size is {self.size}: a view has at least 8 pixels a side")
+        for name in ("size", "small_size"):
+            if getattr(self, name) < 8:
+                raise ValueError(f"views.{name} is {getattr(self, name)}: a view has at least 8 pixels a side")
+        if self.num_small < 0:
+            raise ValueError(f"views.num_small is {self.num_small}: it must be 0 or more")
+        if not self.num_small and (self.small_size, self.small) != (_SMALL_SIZE, _SMALL):
+            raise ValueError(
+                "views.small and views.small_size mean nothing without small views: give --views.num-small, or leave "
+                "them out"
+            )
+
+    @property
+    def specs(self) -> tuple[ViewSpec, ...]:
+        """The views in the order of their numbers: the query view, the key view, then the small ones."""
+        recipes = [(self.size, self.query), (self.size, self.key)] + [(self.small_size, self.small)] * self.num_small
+        return tuple(ViewSpec(size=size, recipe=recipe, color=self.color) for size, recipe in recipes)
 
 
 def _same(view: ViewConfig, size: int) -> ViewsConfig:
@@ -190,11 +283,19 @@ def _v3(crop_scale: tuple[float, float]) -> ViewsConfig:
     return ViewsConfig(size=224, query=view, key=replace(view, blur_p=0.1, solarize_p=0.2))
 
 
+def _multi_crop() -> ViewsConfig:
+    large = ViewConfig(crop_scale=(0.14, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
+    small = replace(large, crop_scale=(0.05, 0.14))
+    return ViewsConfig(size=224, query=large, key=large, num_small=6, small_size=96, small=small)
+
+
 VIEWS: dict[str, ViewsConfig] = {
     "moco-v1": _same(ViewConfig(jitter_p=1.0, hue=0.4, grayscale_first=True, blur_p=0.0), 224),
     "moco-v2": _same(ViewConfig(), 224),
     "moco-v3": _v3((0.2, 1.0)),
     "moco-v3-vit": _v3((0.08, 1.0)),
+    # SwAV's (Caron et al. 2020, appendix A; src/multicropdataset.py and its command lines in facebookresearch/swav).
+    "multi-crop": _multi_crop(),
     "cifar10": _same(ViewConfig(crop_scale=(0.08, 1.0), blur_p=0.0), 32),
 }
 """The published recipes by name."""

@@ -1,33 +1,36 @@
-"""Loaders: batches of views for training, batches of central crops for evaluation."""
+"""Loaders: views of a set's samples, epoch after epoch for training, or of given samples once for evaluation."""
 
 import atexit
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 import torch
 
+from pipelines.backends.base import Job, Made, Stream
 from pipelines.backends.engines import Engines, choose_load, describe_engines, find_engines
-from pipelines.backends.registry import BACKENDS, Job, Stream, choose, choose_num_threads
+from pipelines.backends.registry import BACKENDS, choose, choose_num_threads
 from pipelines.batch import Batch
-from pipelines.config import DataConfig, ViewsConfig, refuse_unused, tars_to_stream
+from pipelines.config import Backend, DataConfig, ViewsConfig, ViewSpec, refuse_unused, tars_to_stream
+from pipelines.plan.draw import draw_views
 from pipelines.plan.order import OrderPlan, check_ranks
+from pipelines.plan.steps import EpochSteps, ListedSteps, Steps
 from pipelines.reading.reader import READ_THREADS
-from pipelines.reading.samples import EpochSteps, ListedSteps, draw_central, draw_training
-from pipelines.reading.sets import cache_for_evaluation, cache_for_training, open_readable
-from shards import ShardSet
+from pipelines.reading.sets import cache_for_evaluation, cache_for_training, refuse_unreadable
+from pipelines.world import World
 from shards.ground.arrays import Indices
 from shards.ground.cpus import available_cpus
-from shards.sets.beton import BetonSet
+from shards.sets import ShardSet, open_set
 from shards.sets.manifest import describe_jpegs
 
 if TYPE_CHECKING:
     from pipelines.backends.streamed import StreamPlan
 
-__all__ = ["EvalLoader", "Loader", "choose_decoding", "make_views", "open_eval_loader", "open_loader"]
+__all__ = ["ListLoader", "Loader", "choose_decoding", "make_views", "open_loader", "specs_of", "suited_to"]
 
 
 _LOG = logging.getLogger(__name__)
@@ -35,7 +38,7 @@ _CPU = torch.device("cpu")
 
 
 class Loader:
-    """Two augmented views of every sample, in an order that is a pure function of the seed.
+    """Loader of epochs: views of every sample, in an order that is a pure function of the seed.
 
     Iterating gives what is left of the current epoch; the next iteration is the next epoch. Batches are made ahead of
     need, over the epoch's end too. Close it, or use it as a context manager; a loader that is dropped closes itself.
@@ -120,11 +123,7 @@ class Loader:
             self.num_replaced += 1
             _LOG.warning("replaced by the next good sample: %s", reason)
         self._kept.add(*made.views)
-        return Batch(
-            views=made.views,
-            index=torch.from_numpy(made.samples),
-            label=torch.from_numpy(made.labels),
-        )
+        return _batch_of(made)
 
     def _stop(self) -> None:
         if self._finalizer is not None:
@@ -132,8 +131,8 @@ class Loader:
         self._stream = self._finalizer = None
 
 
-class EvalLoader:
-    """Every sample once, in dense order, as a central crop. Each iteration starts anew."""
+class ListLoader:
+    """Loader of given samples: their views, in the order in which they were given, once per iteration."""
 
     def __init__(self, start: Callable[[], Stream], num_batches: int, device: torch.device) -> None:
         self._start = start
@@ -154,17 +153,27 @@ class EvalLoader:
             for _ in range(self._num_batches):
                 made = stream.get()
                 kept.add(*made.views)
-                yield Batch(views=made.views, index=torch.from_numpy(made.samples), label=torch.from_numpy(made.labels))
+                yield _batch_of(made)
                 kept.mark()
         finally:
             kept.clear()
             finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End all threads."""
         if self._finalizer is not None:
             self._finalizer()
             self._finalizer = None
+
+
+def _batch_of(made: Made) -> Batch:
+    return Batch(views=made.views, index=torch.from_numpy(made.samples), label=torch.from_numpy(made.labels))
 
 
 def _close_with(owner: object, stream: Stream) -> "weakref.finalize[Any, Any]":
@@ -207,214 +216,275 @@ class _HandedOver:
         self._marked = []
 
 
+@overload
 def open_loader(
     data: DataConfig,
-    views: ViewsConfig,
+    views: ViewsConfig | Sequence[ViewSpec],
     *,
-    seed: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    local_world_size: int = 1,
-) -> Loader:
-    """Open the training loader of one rank.
+    seed: int = 0,
+    samples: None = None,
+    device: torch.device = _CPU,
+    world: World = World(),
+    shards: ShardSet | None = None,
+) -> Loader: ...
+
+
+@overload
+def open_loader(
+    data: DataConfig,
+    views: ViewsConfig | Sequence[ViewSpec],
+    *,
+    seed: int = 0,
+    samples: Indices,
+    epoch: int = 0,
+    device: torch.device = _CPU,
+    world: World = World(),
+    shards: ShardSet | None = None,
+) -> ListLoader: ...
+
+
+def open_loader(
+    data: DataConfig,
+    views: ViewsConfig | Sequence[ViewSpec],
+    *,
+    seed: int = 0,
+    samples: Indices | None = None,
+    epoch: int = 0,
+    device: torch.device = _CPU,
+    world: World = World(),
+    shards: ShardSet | None = None,
+) -> Loader | ListLoader:
+    """Open one rank's loader of a set: of epochs without end, or of given samples once.
+
+    Batches are pipelines.batch.Batch: uint8 views (B, 3, S, S) on the device, each view of its own size, index and
+    label on the host. A sample is decoded once, however many views are made of it.
+
+    Args:
+        data: shards, global batch size, backend, and how the shards are read; all ranks give the same.
+        views: what is made of each sample: a ViewsConfig (such as `VIEWS["moco-v2"]`), or views one by one
+            (`central_crop`, `ten_crop`, or a ViewSpec each).
+        seed: of the order and of the views' random numbers, 0 to 2**64 - 1.
+        samples: (n,) dense sample numbers, taken in this order. None: all samples of the set in every epoch, shuffled.
+        epoch: whose random numbers the views of `samples` have; a loader of epochs starts with 0.
+        device: where the views are wanted.
+        world: this process and how many share each batch. Of `samples`, every rank takes one contiguous part.
+        shards: the set that `data.shards` names, if it is open already.
+
+    Returns:
+        a Loader: `for batch in loader` is an epoch, `state_dict` its place. With `samples`, a ListLoader.
 
     Raises:
-        ValueError: shards that are absent or unfinished, or numbers that do not fit each other.
+        ValueError: shards that are absent or unfinished, samples that are not in them, or numbers that do not fit.
+
+    Two augmented views in a plain loop, and a labeled one of the first ten samples:
+
+    >>> import numpy as np
+    >>> from pipelines.config import VIEWS, DataConfig, central_crop
+    >>> from pipelines.loader import open_loader
+    >>> data = DataConfig(shards="shards/train", batch_size=16)
+    >>> with open_loader(data, VIEWS["cifar10"], seed=1) as loader:
+    ...     for batch in loader:
+    ...         query, key = (view.float() / 255 for view in batch.views)
+    >>> query.shape, loader.state_dict()
+    (torch.Size([16, 3, 32, 32]), {'epoch': 1, 'step': 0})
+    >>> with open_loader(data, central_crop(224), samples=np.arange(10)) as loader:
+    ...     [batch] = loader
+    >>> batch.views[0].shape, batch.label.tolist()
+    (torch.Size([10, 3, 224, 224]), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """
-    tars = tars_to_stream(data)
+    asked = _Asked(data=data, views=specs_of(views), seed=seed, device=device, world=world)
+    tars = tars_to_stream(data) if shards is None else ()
     if tars:
-        ranks = (rank, world_size, local_world_size)
-        return _open_streamed(tars, data, views, seed=seed, device=device, ranks=ranks)
-    skip = data.on_bad_sample == "skip"
-    shards = open_readable(data.shards, skip=skip)
-    plan = OrderPlan(
-        shard_sizes=shards.shard_sizes,
-        seed=seed,
-        batch_size=data.batch_size,
-        lanes=data.lanes,
-        window_shards=data.window_shards,
-    )
-    check_ranks(data.batch_size, world_size)
-    shards = cache_for_training(shards, data, plan, world_size=world_size, local_world_size=local_world_size)
-    name, reason = choose(data.backend, device=device, size=views.size, is_beton=isinstance(shards, BetonSet))
-    refuse_unused(data, name, on_gpu=device.type == "cuda")
-    load, engines = choose_decoding(name, data, device)
-    job = Job(
-        shards=shards,
-        draw=partial(draw_training, views=views, seed=seed),
-        views=(views.query, views.key),
-        size=views.size,
-        max_batch=data.batch_size // world_size,
-        device=device,
-        num_threads=choose_num_threads(name, data.num_threads, device=device, local_world_size=local_world_size),
-        skip=skip,
-        read_threads=data.read_threads or READ_THREADS,
-        prefetch=data.prefetch,
-        hw_decoder_load=load,
-    )
+        if samples is not None:
+            raise ValueError(f"{data.shards} has no index, so its samples have no numbers: {_index_first(data)}")
+        return _open_streamed(tars, asked)
+    opened = open_set(data.shards) if shards is None else shards
+    if data.on_bad_sample != "skip":
+        refuse_unreadable(opened)
+    if samples is None:
+        return _open_epochs(opened, asked)
+    return _open_samples(opened, asked, np.asarray(samples, dtype=np.int64), epoch)
 
-    def start(epoch: int, step: int) -> Stream:
-        return BACKENDS[name](job, EpochSteps(plan=plan, epoch=epoch, step=step, rank=rank, world_size=world_size))
 
-    what = "processes" if name == "torch" else "threads"
-    description = f"{name} ({reason}), {job.num_threads} {what} per rank, {plan.num_lanes} lanes"
-    if engines is not None:
-        description += f"; {describe_engines(engines, load)}"
-        if engines.count:
-            description += f"; {describe_jpegs(shards.manifest)}"
-    return Loader(plan, start, device=device, description=description)
+def suited_to(data: DataConfig, shards: ShardSet) -> DataConfig:
+    """Return a run's settings for another set than its own: with its backend, unless that cannot read the set."""
+    if data.backend != "auto" and BACKENDS[data.backend].only_beton and shards.kind != "beton":
+        return replace(data, backend="auto")
+    return data
+
+
+def specs_of(views: ViewsConfig | Sequence[ViewSpec]) -> tuple[ViewSpec, ...]:
+    """Return the views one by one. Raises ValueError if there are none."""
+    specs = views.specs if isinstance(views, ViewsConfig) else tuple(views)
+    if not specs:
+        raise ValueError("no view is wanted: a loader makes one view per sample at least")
+    return specs
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What a loader was asked for."""
+
+    data: DataConfig
+    views: tuple[ViewSpec, ...]
+    seed: int
+    device: torch.device
+    world: World
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Decoding:
+    """A backend, its job and how it was chosen."""
+
+    name: Backend
+    reason: str
+    job: Job
+    engines: Engines | None
+
+    @classmethod
+    def choose(cls, shards: ShardSet, asked: _Asked, *, max_batch: int) -> "_Decoding":
+        """Choose a backend for batches of this rank of at most `max_batch` samples."""
+        data, views, device = asked.data, asked.views, asked.device
+        largest = max(view.size for view in views)
+        name, reason = choose(data.backend, device=device, size=largest, is_beton=shards.kind == "beton")
+        load, engines = choose_decoding(name, data, device)
+        job = Job(
+            shards=shards,
+            draw=partial(draw_views, views=views, seed=asked.seed),
+            views=views,
+            max_batch=max_batch,
+            device=device,
+            num_threads=choose_num_threads(name, data.num_threads, device=device, world=asked.world),
+            skip=data.on_bad_sample == "skip",
+            read_threads=data.read_threads or READ_THREADS,
+            prefetch=data.prefetch,
+            hw_decoder_load=load,
+        )
+        return cls(name=name, reason=reason, job=job, engines=engines)
+
+    def start(self, steps: Steps) -> Stream:
+        """Start the backend."""
+        return BACKENDS[self.name].start(self.job, steps)
+
+    def describe(self, num_lanes: int) -> str:
+        """Say in one line what runs, and why."""
+        text = f"{self.name} ({self.reason}), {self.job.num_threads} {BACKENDS[self.name].workers} per rank"
+        text += f", {num_lanes} lanes"
+        if self.engines is not None:
+            text += f"; {describe_engines(self.engines, self.job.hw_decoder_load)}"
+            if self.engines.count:
+                text += f"; {describe_jpegs(self.job.shards.manifest)}"
+        return text
 
 
 def choose_decoding(name: str, data: DataConfig, device: torch.device) -> tuple[float, Engines | None]:
-    """Settle the share of the images for the GPU's JPEG engines, and tell of them; (0, None) where none are used."""
+    """Settle the share of the images for the GPU's JPEG engines, and what those are; (0, None) where none are used."""
     if name != "dali" or device.type != "cuda":
         return 0.0, None
     engines = find_engines(device)
     return choose_load(engines) if data.hw_decoder_load is None else data.hw_decoder_load, engines
 
 
-def _open_streamed(
-    tars: tuple[str, ...],
-    data: DataConfig,
-    views: ViewsConfig,
-    *,
-    seed: int,
-    device: torch.device,
-    ranks: tuple[int, int, int],
-) -> Loader:
-    """A loader over tars without an index; `ranks` are (rank, world size, local world size)."""
-    index = f"`make-shards index {data.shards}` makes one"
+def _open_epochs(shards: ShardSet, asked: _Asked) -> Loader:
+    data, world = asked.data, asked.world
+    plan = OrderPlan(
+        shard_sizes=shards.shard_sizes,
+        seed=asked.seed,
+        batch_size=data.batch_size,
+        lanes=data.lanes,
+        window_shards=data.window_shards,
+    )
+    check_ranks(data.batch_size, world.world_size)
+    shards = cache_for_training(shards, data, plan, world=world)
+    backend = _Decoding.choose(shards, asked, max_batch=data.batch_size // world.world_size)
+    refuse_unused(data, backend.name, on_gpu=asked.device.type == "cuda")
+
+    def start(epoch: int, step: int) -> Stream:
+        return backend.start(EpochSteps(plan=plan, epoch=epoch, step=step, world=world))
+
+    return Loader(plan, start, device=asked.device, description=backend.describe(plan.num_lanes))
+
+
+def _open_samples(shards: ShardSet, asked: _Asked, samples: Indices, epoch: int) -> ListLoader:
+    mine = _part_of(samples, asked.world, shards)
+    shards = cache_for_evaluation(shards, asked.data, mine, world=asked.world)
+    batch_size = max(1, asked.data.batch_size // asked.world.world_size)
+    backend = _Decoding.choose(shards, asked, max_batch=batch_size)
+    return _open_list(backend, ListedSteps(samples=mine, batch_size=batch_size, epoch=epoch))
+
+
+def _open_list(backend: _Decoding, steps: ListedSteps) -> ListLoader:
+    num_batches = -(-len(steps.samples) // steps.batch_size)
+    return ListLoader(partial(backend.start, steps), num_batches, backend.job.device)
+
+
+def _part_of(samples: Indices, world: World, shards: ShardSet) -> Indices:
+    """Return this rank's part of a list of samples."""
+    if samples.size and not 0 <= samples.min() <= samples.max() < shards.num_samples:
+        raise ValueError(f"samples reach beyond the {shards.num_samples} samples of {shards.where}")
+    bounds = (len(samples) * rank // world.world_size for rank in (world.rank, world.rank + 1))
+    return samples[slice(*bounds)]
+
+
+def _index_first(data: DataConfig) -> str:
+    return f"`make-shards index {data.shards}` makes one"
+
+
+def _open_streamed(tars: tuple[str, ...], asked: _Asked) -> Loader:
+    """Open a loader over tars without an index."""
+    data, world = asked.data, asked.world
     if data.stream_samples is None:
         raise ValueError(
-            f"{data.shards} has tars, but no index of them: {index}; or stream them as they are, with "
+            f"{data.shards} has tars, but no index of them: {_index_first(data)}; or stream them as they are, with "
             "--data.stream-samples N (of an epoch)"
         )
     if data.backend not in ("auto", "torch"):
         raise ValueError(
-            f"--data.backend {data.backend} needs an index: {index}; tars without one are streamed by the torch backend"
+            f"--data.backend {data.backend} needs an index: {_index_first(data)}; tars without one are streamed by the "
+            "torch backend"
         )
-    refuse_unused(data, "torch", on_gpu=device.type == "cuda")
+    refuse_unused(data, "torch", on_gpu=asked.device.type == "cuda")
     # Not above: webdataset and torch's workers are only loaded by those who stream.
     from pipelines.backends.streamed import Place, StreamedViews, StreamPlan, StreamSpec
 
-    rank, world_size, local_world_size = ranks
     plan = StreamPlan(tars=tars, num_samples=data.stream_samples, batch_size=data.batch_size)
-    if data.batch_size % world_size:
-        raise ValueError(f"batch_size {data.batch_size} does not divide among {world_size} ranks")
+    check_ranks(data.batch_size, world.world_size)
     spec = StreamSpec(
         plan=plan,
-        draw=partial(draw_training, views=views, seed=seed),
-        views=(views.query, views.key),
-        size=views.size,
+        draw=partial(draw_views, views=asked.views, seed=asked.seed),
+        sizes=tuple(view.size for view in asked.views),
         skip=data.on_bad_sample == "skip",
-        num_samples=data.batch_size // world_size,
+        num_samples=data.batch_size // world.world_size,
     )
-    num_workers = data.num_threads or available_cpus(local_world_size)
+    num_workers = data.num_threads or available_cpus(world.local_world_size)
 
     def start(epoch: int, step: int) -> Stream:
-        place = Place(seed=seed, epoch=epoch, step=step, rank=rank)
-        return StreamedViews(spec, place, device=device, num_workers=num_workers, prefetch=data.prefetch)
+        place = Place(seed=asked.seed, epoch=epoch, step=step, rank=world.rank)
+        return StreamedViews(spec, place, device=asked.device, num_workers=num_workers, prefetch=data.prefetch)
 
     description = (
         f"torch ({len(tars)} tars without an index, streamed), {num_workers} processes per rank; shards are drawn with "
         "replacement, and a resumed run goes on with other samples"
     )
-    return Loader(plan, start, device=device, description=description)
-
-
-def open_eval_loader(
-    shards: str,
-    *,
-    size: int,
-    crop: float = 0.875,
-    batch_size: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    indices: Indices | None = None,
-    local_world_size: int = 1,
-    backend: str = "dali",
-    data: DataConfig | None = None,
-) -> EvalLoader:
-    """Open a loader for evaluation.
-
-    Args:
-        shards: folder that make-shards wrote.
-        size: height and width of an image in pixels.
-        crop: side of the central square as a share of the image's shorter side.
-        batch_size: of this rank.
-        device: where the images shall be.
-        rank: takes one contiguous part of the samples.
-        world_size: number of parts.
-        indices: dense sample numbers to take; all, if not given.
-        local_world_size: ranks on this machine, which share its CPUs.
-        backend: as in DataConfig.
-        data: of the run: its cache, and what is done about samples that cannot be read; not its shards.
-
-    Raises:
-        ValueError: shards that are absent or unfinished, or a number out of its range.
-    """
-    if not 0 < crop <= 1:
-        raise ValueError(f"crop is {crop}: it must lie above 0 and at most at 1")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: it must be 1 or more")
-    data = data or DataConfig(shards=shards)
-    skip = data.on_bad_sample == "skip"
-    opened = open_readable(shards, skip=skip)
-    wanted = np.arange(opened.num_samples) if indices is None else np.asarray(indices, dtype=np.int64)
-    if wanted.size and not 0 <= wanted.min() <= wanted.max() < opened.num_samples:
-        raise ValueError(f"indices reach beyond the {opened.num_samples} samples of {shards}")
-    mine = wanted[len(wanted) * rank // world_size : len(wanted) * (rank + 1) // world_size]
-    opened = cache_for_evaluation(opened, data, mine, local_world_size=local_world_size)
-    name, _ = choose(backend, device=device, size=size, is_beton=isinstance(opened, BetonSet))
-    job = Job(
-        shards=opened,
-        draw=partial(draw_central, crop=crop),
-        views=(None,),
-        size=size,
-        max_batch=batch_size,
-        device=device,
-        num_threads=choose_num_threads(name, data.num_threads, device=device, local_world_size=local_world_size),
-        skip=skip,
-        hw_decoder_load=choose_decoding(name, data, device)[0],
-    )
-
-    def start() -> Stream:
-        return BACKENDS[name](job, ListedSteps(samples=mine, batch_size=batch_size))
-
-    return EvalLoader(start, -(-len(mine) // batch_size), device)
+    return Loader(plan, start, device=asked.device, description=description)
 
 
 def make_views(
     shards: ShardSet,
     samples: Indices,
-    views: ViewsConfig,
+    views: ViewsConfig | Sequence[ViewSpec],
     *,
     seed: int,
     epoch: int,
-    backend: str = "dali",
+    backend: Literal["auto", Backend] = "dali",
     device: torch.device = _CPU,
 ) -> tuple[torch.Tensor, ...]:
-    """Make the query and the key views of chosen samples as a run would: (n, 3, S, S) uint8 each, on the device."""
-    name, _ = choose(backend, device=device, size=views.size, is_beton=isinstance(shards, BetonSet))
-    job = Job(
-        shards=shards,
-        draw=partial(draw_training, views=views, seed=seed),
-        views=(views.query, views.key),
-        size=views.size,
-        max_batch=len(samples),
-        device=device,
-        num_threads=1,
-    )
-    stream = BACKENDS[name](job, ListedSteps(samples=samples, batch_size=len(samples), epoch=epoch))
-    try:
+    """Make the views of chosen samples as a run would: (n, 3, S, S) uint8 each, on the device."""
+    # The set is open: its path is of no matter.
+    data = DataConfig(shards="", backend=backend, num_threads=1)
+    asked = _Asked(data=data, views=specs_of(views), seed=seed, device=device, world=World())
+    decoding = _Decoding.choose(shards, asked, max_batch=len(samples))
+    with _open_list(decoding, ListedSteps(samples=samples, batch_size=len(samples), epoch=epoch)) as loader:
         # A copy of one's own: a backend may take its memory back once it is closed.
-        made = stream.get().views
-        kept = _HandedOver(device)
-        kept.add(*made)
-        copies = tuple(view.clone() for view in made)
-        kept.clear()
-        return copies
-    finally:
-        stream.close()
+        [copies] = [tuple(view.clone() for view in batch.views) for batch in loader]
+    return copies

@@ -4,15 +4,16 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from pipelines.config import ViewsConfig
+from pipelines.config import Backend, ViewsConfig
 from pipelines.loader import make_views
+from pipelines.plan.draw import draw_views
 from pipelines.reading.reader import Reader
-from pipelines.reading.samples import draw_training
 from shards.ground.arrays import Pixels
 from shards.sets import open_set
 
@@ -40,7 +41,13 @@ class SampleViews:
 
 
 def draw(
-    shards: str, views: ViewsConfig, *, seed: int, epoch: int, indices: Sequence[int], backend: str = "dali"
+    shards: str,
+    views: ViewsConfig,
+    *,
+    seed: int,
+    epoch: int,
+    indices: Sequence[int],
+    backend: Literal["auto", Backend] = "dali",
 ) -> list[SampleViews]:
     """Make the views of some samples as a run with this seed sees them in this epoch.
 
@@ -65,7 +72,7 @@ def draw(
         encoded = reader.submit(samples, records).result()
     finally:
         reader.close()
-    tables = draw_training(epoch, samples, records, views=views, seed=seed)
+    tables = draw_views(epoch, samples, records, views=views.specs, seed=seed)
     made = make_views(opened, samples, views, seed=seed, epoch=epoch, backend=backend)
     pixels = [view.permute(0, 2, 3, 1).numpy() for view in made]
     return [

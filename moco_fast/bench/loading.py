@@ -17,7 +17,7 @@ from pipelines.config import Backend, ViewConfig, ViewsConfig
 from pipelines.loader import Loader
 from pipelines.plan.order import EpochOrder, OrderPlan
 from pipelines.reading.reader import READ_THREADS, Reader
-from pipelines.reading.samples import Pending
+from pipelines.reading.samples import PendingSamples
 from pipelines.reading.sets import cache_for_training, open_readable
 from shards.sets.manifest import find_tars
 
@@ -44,17 +44,15 @@ def reading(config: Config, runtime: Runtime) -> Generator[Iterator[int]]:
         window_shards=data.window_shards,
     )
     # Remote shards come through the machine's cache, as in a run.
-    shards = cache_for_training(
-        shards, data, plan, world_size=runtime.world_size, local_world_size=runtime.local_world_size
-    )
+    shards = cache_for_training(shards, data, plan, world=runtime.world)
     reader = Reader(shards, num_threads=data.read_threads or READ_THREADS)
 
     def batches() -> Iterator[int]:
-        under_way: deque[Pending] = deque()
+        under_way: deque[PendingSamples] = deque()
         for epoch in count(1):
             order = EpochOrder(plan, epoch)
             for step in range(plan.num_steps):
-                under_way.append(Pending(reader, order.rank_step(step, runtime.rank, runtime.world_size)))
+                under_way.append(PendingSamples(reader, order.rank_step(step, runtime.rank, runtime.world_size)))
                 if len(under_way) > data.prefetch:
                     yield sum(image.nbytes for image in under_way.popleft().take(lambda read: read, skip=True).images)
 

@@ -2,11 +2,12 @@
 
 import json
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from moco_fast.commands.common import Device, choose_device, given, positive
 from moco_fast.config import KnnConfig, Layer
+from pipelines.config import Backend
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,8 @@ class EvalKnn:
     """At most this many samples serve as neighbors; unset: the run's --eval.max-bank."""
     crop: float | None = None
     """Central square that is used, as a share of the shorter side; unset: the run's --eval.crop."""
+    backend: Literal["auto", Backend] | None = None
+    """What decodes; unset: the run's --data.backend."""
     batch_size: int = 256
     """Images computed at once."""
     device: Device = "auto"
@@ -72,6 +75,7 @@ class EvalKnn:
 
     def _knn(self, config: "Config", encoder: "Encoder", device: "torch.device") -> "KnnResult":
         from moco_fast.evaluation.knn import evaluate_knn
+        from shards.sets import open_set
 
         query_shards = self.query_shards or config.eval.shards
         if query_shards is None:
@@ -86,10 +90,9 @@ class EvalKnn:
         return evaluate_knn(
             encoder,
             knn,
-            bank_shards=self.bank_shards or config.data.shards,
-            query_shards=query_shards,
+            bank=open_set(self.bank_shards or config.data.shards),
+            queries=open_set(query_shards),
             size=config.views.size,
-            batch_size=self.batch_size,
+            data=replace(config.data, batch_size=self.batch_size, backend=self.backend or config.data.backend),
             device=device,
-            data=config.data,
         )

@@ -7,14 +7,14 @@ from typing import Literal
 import tyro
 
 from moco_fast.commands.common import positive
-from pipelines.config import VIEWS, Color
+from pipelines.config import VIEWS, Backend, Color
 
 __all__ = ["Preview"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """Draw the two views of some samples exactly as training sees them."""
+    """Draw the views of some samples exactly as training sees them."""
 
     shards: tyro.conf.Positional[str]
     """Folder that make-shards wrote."""
@@ -32,9 +32,9 @@ class Preview:
     """Seed of the run."""
     epoch: int = 0
     """Epoch of the run, from 0."""
-    backend: Literal["auto", "dali", "ffcv", "torch"] = "dali"
+    backend: Literal["auto", Backend] = "dali"
     """What makes the views."""
-    compare: Literal["dali", "torch"] | None = None
+    compare: Backend | None = None
     """Another backend: the sheet then shows, 16 times amplified, how far its views are from the first one's."""
 
     def execute(self) -> int:

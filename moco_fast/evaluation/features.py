@@ -15,9 +15,10 @@ from moco_fast import distributed
 from moco_fast.config import Layer
 from moco_fast.encoders.encoder import Encoder
 from pipelines.batch import Batch
-from pipelines.config import DataConfig
-from pipelines.loader import open_eval_loader
-from shards.sets import open_set
+from pipelines.config import DataConfig, central_crop
+from pipelines.loader import open_loader, suited_to
+from pipelines.world import World
+from shards.sets import ShardSet
 
 __all__ = ["Features", "extract", "gather", "labeled_features", "spread"]
 
@@ -83,53 +84,37 @@ def _with_progress(batches: Iterable[Batch], title: str | None) -> Iterable[Batc
 
 def labeled_features(
     encoder: Encoder,
-    shards: str,
+    shards: ShardSet,
     *,
     layer: Layer,
     size: int,
     crop: float,
-    batch_size: int,
+    data: DataConfig,
     device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
+    world: World = World(),
     indices: np.ndarray | None = None,
     title: str | None = None,
-    local_world_size: int = 1,
-    data: DataConfig | None = None,
 ) -> Features:
-    """Compute this rank's share of the features, of length 1, of the labeled samples in a folder of shards.
+    """Compute this rank's share of the features, of length 1, of the labeled samples in a set of shards.
 
     Args:
         encoder: on `device`.
-        shards: folder that make-shards wrote.
+        shards: the set.
         layer: whose output the features are.
         size: height and width of the images in pixels.
         crop: side of the central square that is used, as a share of the image's shorter side.
-        batch_size: images taken at once.
+        data: of the run: its batch size, backend and cache, and what is done about samples that cannot be read.
         device: where to compute and where the features stay.
-        rank: this process.
-        world_size: processes.
+        world: this process and how many share the samples.
         indices: dense sample numbers to take; all, if not given.
         title: of a progress bar, shown by the first rank only.
-        local_world_size: processes on this machine.
-        data: of the run: its cache for remote shards, and what is done about samples that cannot be read.
     """
-    loader = open_eval_loader(
-        shards,
-        size=size,
-        crop=crop,
-        batch_size=batch_size,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        indices=indices,
-        local_world_size=local_world_size,
-        data=data,
-    )
-    try:
-        features = extract(encoder, loader, device=device, layer=layer, title=title if rank == 0 else None)
-    finally:
-        loader.close()
+    samples = np.arange(shards.num_samples) if indices is None else indices
+    views = central_crop(size, side=crop)
+    with open_loader(
+        suited_to(data, shards), views, samples=samples, device=device, world=world, shards=shards
+    ) as loader:
+        features = extract(encoder, loader, device=device, layer=layer, title=title if world.rank == 0 else None)
     keep = features.labels >= 0
     return Features(values=features.values[keep.to(device)], labels=features.labels[keep], index=features.index[keep])
 
@@ -147,9 +132,9 @@ def gather(features: Features) -> Features:
     return Features(values=values[order.to(values.device)], labels=labels[order], index=index[order])
 
 
-def spread(shards: str, at_most: int) -> np.ndarray | None:
+def spread(shards: ShardSet, at_most: int) -> np.ndarray | None:
     """Choose at most so many samples, evenly spread over a set: dense sample numbers, or None for all."""
-    num_samples = open_set(shards).num_samples
+    num_samples = shards.num_samples
     if num_samples <= at_most:
         return None
     return np.arange(at_most, dtype=np.int64) * num_samples // at_most

@@ -14,7 +14,8 @@ from moco_fast.config import KnnConfig
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.features import Features, gather, labeled_features, spread
 from pipelines.config import DataConfig
-from shards.sets import open_set
+from pipelines.world import World
+from shards.sets import ShardSet
 
 __all__ = ["KnnResult", "Votes", "classify", "common_classes", "evaluate_knn"]
 
@@ -84,15 +85,12 @@ def evaluate_knn(
     encoder: Encoder,
     knn: KnnConfig,
     *,
-    bank_shards: str,
-    query_shards: str,
+    bank: ShardSet,
+    queries: ShardSet,
     size: int,
-    batch_size: int = 256,
+    data: DataConfig,
     device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    local_world_size: int = 1,
-    data: DataConfig | None = None,
+    world: World = World(),
 ) -> KnnResult:
     """Classify held-out samples by their nearest training samples; collective: every rank calls it and gets the result.
 
@@ -101,51 +99,45 @@ def evaluate_knn(
     Args:
         encoder: on `device`; its modes are left as they were.
         knn: the settings; k is capped to the bank, with a note.
-        bank_shards: labeled training shards.
-        query_shards: labeled held-out shards with the same classes.
+        bank: labeled training samples.
+        queries: labeled held-out samples with the same classes.
         size: height and width of the images in pixels.
-        batch_size: images a rank takes at once.
+        data: of the run: its batch size, backend and cache, and what is done about samples that cannot be read.
         device: where to compute.
-        rank: this process.
-        world_size: processes.
-        local_world_size: processes on this machine.
-        data: of the run: its cache for remote shards, and what is done about samples that cannot be read.
+        world: this process and how many take part.
 
     Raises:
         ValueError: shards without labels, with different classes, or features that are not finite.
     """
-    num_classes = len(common_classes(bank_shards, query_shards))
+    num_classes = len(common_classes(bank, queries))
     features_of = partial(
         labeled_features,
         encoder,
         layer=knn.layer,
         size=size,
         crop=knn.crop,
-        batch_size=batch_size,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        local_world_size=local_world_size,
         data=data,
+        device=device,
+        world=world,
     )
-    bank = gather(features_of(bank_shards, indices=spread(bank_shards, knn.max_bank), title="features of the bank"))
-    queries = features_of(query_shards, title="features of the queries")
-    counts = _count(bank, queries, num_classes=num_classes, k=knn.k, temperature=knn.temperature)
-    if world_size > 1:
+    banked = gather(features_of(bank, indices=spread(bank, knn.max_bank), title="features of the bank"))
+    asked = features_of(queries, title="features of the queries")
+    counts = _count(banked, asked, num_classes=num_classes, k=knn.k, temperature=knn.temperature)
+    if world.world_size > 1:
         dist.all_reduce(counts)
     right, num_queries, num_broken = counts.tolist()
     if num_broken:
         raise ValueError("the encoder's features are not finite: it has diverged, evaluate an earlier checkpoint")
-    if not len(bank) or not num_queries:
-        empty = bank_shards if not len(bank) else query_shards
-        raise ValueError(f"{empty} holds no labeled sample, so kNN has nothing to compare: pack it with labels")
-    note = f"k = {knn.k} neighbors were asked for, but the bank holds {len(bank)}: all of them vote"
+    if not len(banked) or not num_queries:
+        empty = bank if not len(banked) else queries
+        raise ValueError(f"{empty.where} holds no labeled sample, so kNN has nothing to compare: pack it with labels")
+    note = f"k = {knn.k} neighbors were asked for, but the bank holds {len(banked)}: all of them vote"
     return KnnResult(
         top1=right / num_queries,
-        num_bank=len(bank),
+        num_bank=len(banked),
         num_queries=num_queries,
-        k=min(knn.k, len(bank)),
-        note=note if knn.k > len(bank) else None,
+        k=min(knn.k, len(banked)),
+        note=note if knn.k > len(banked) else None,
     )
 
 
@@ -168,18 +160,17 @@ def _count(bank: Features, queries: Features, *, num_classes: int, k: int, tempe
     return counts
 
 
-def common_classes(bank_shards: str, query_shards: str) -> tuple[str, ...]:
+def common_classes(bank: ShardSet, queries: ShardSet) -> tuple[str, ...]:
     """Return the class names that two sets of shards share, in the order of their labels.
 
     Raises:
         ValueError: the sets number their classes differently.
     """
-    bank, queries = (open_set(path).class_names for path in (bank_shards, query_shards))
-    if bank == queries:
-        return bank
-    odd = sorted(set(bank) ^ set(queries))
+    if bank.class_names == queries.class_names:
+        return bank.class_names
+    odd = sorted(set(bank.class_names) ^ set(queries.class_names))
     what = f"{odd[0]!r} is in one only" if odd else "the same names in another order"
     raise ValueError(
-        f"{bank_shards} and {query_shards} number their classes differently ({what}): pack both from folders with the "
+        f"{bank.where} and {queries.where} number their classes differently ({what}): pack both from folders with the "
         "same class names"
     )

@@ -1,6 +1,6 @@
 """What an encoder finds alike: the training samples nearest to some held-out ones, before and after training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -8,18 +8,19 @@ import torch
 
 from moco_fast.config import Config
 from moco_fast.encoders.encoder import Encoder
-from moco_fast.evaluation.features import labeled_features, spread
+from moco_fast.evaluation.features import Features, labeled_features, spread
 from moco_fast.evaluation.knn import classify, common_classes
 from moco_fast.report.pictures import Picture, to_picture
-from pipelines.config import DataConfig
-from pipelines.loader import open_eval_loader
+from pipelines.config import DataConfig, central_crop
+from pipelines.loader import open_loader, suited_to
 from shards.ground.arrays import Indices
-from shards.sets import open_set
+from shards.sets import ShardSet, open_set
 
 __all__ = ["Neighbor", "Query", "find_neighbors"]
 
 
 _PICTURE_SIDE = 96  # pixels
+_BATCH = 128
 _MAX_LOOKED_AT = 200_000  # held-out samples among which one of each class is looked for
 
 
@@ -69,18 +70,24 @@ def find_neighbors(
     Raises:
         ValueError: shards that are absent, without labels, or with different classes.
     """
-    query_shards, bank_shards = config.eval.shards, config.data.shards
-    assert query_shards is not None
-    names = common_classes(bank_shards, query_shards)
-    asked, labels = _first_of_each_class(query_shards, num_queries)
+    assert config.eval.shards is not None
+    bank, held_out = open_set(config.data.shards), open_set(config.eval.shards)
+    names = common_classes(bank, held_out)
+    asked, labels = _first_of_each_class(held_out, num_queries)
+    features_of = partial(_features_of, config=config, device=device)
     near = [
-        _nearest(encoder, config, asked, device=device, num_neighbors=num_neighbors, max_bank=max_bank)
+        _nearest(
+            features_of(encoder, bank, indices=spread(bank, max_bank)),
+            features_of(encoder, held_out, indices=asked),
+            num_neighbors=num_neighbors,
+            temperature=config.eval.temperature,
+        )
         for encoder in (trained, untrained)
     ]
     side = min(_PICTURE_SIDE, config.views.size)
     pictures_of = partial(_pictures, side=side, crop=config.eval.crop, data=config.data)
-    query_pictures = pictures_of(query_shards, asked)
-    bank_pictures = pictures_of(bank_shards, np.unique([n.sample for rows in near for row in rows for n in row]))
+    query_pictures = pictures_of(held_out, asked)
+    bank_pictures = pictures_of(bank, np.unique([n.sample for rows in near for row in rows for n in row]))
 
     def show(row: list[_Near], label: int) -> list[Neighbor]:
         return [
@@ -111,32 +118,33 @@ class _Near:
     similarity: float
 
 
-def _nearest(
-    encoder: Encoder, config: Config, asked: Indices, *, device: torch.device, num_neighbors: int, max_bank: int
-) -> list[list[_Near]]:
-    """Look up the training samples nearest to each of the samples asked for, nearest first."""
-    assert config.eval.shards is not None
-    features_of = partial(
-        labeled_features,
+def _features_of(
+    encoder: Encoder, shards: ShardSet, *, indices: Indices | None, config: Config, device: torch.device
+) -> Features:
+    return labeled_features(
         encoder,
+        shards,
         layer=config.eval.layer,
         size=config.views.size,
         crop=config.eval.crop,
-        batch_size=128,
+        data=replace(config.data, batch_size=_BATCH),
         device=device,
-        data=config.data,
+        indices=indices,
+        title="report: features",
     )
-    bank_shards = config.data.shards
-    bank = features_of(bank_shards, indices=spread(bank_shards, max_bank), title="report: features")
+
+
+def _nearest(bank: Features, asked: Features, *, num_neighbors: int, temperature: float) -> list[list[_Near]]:
+    """Look up the training samples nearest to each of the samples asked for, nearest first."""
     if not len(bank):
-        raise ValueError(f"{bank_shards} holds no labeled sample")
+        raise ValueError("the training shards hold no labeled sample")
     votes = classify(
         bank.values,
-        bank.labels.to(device),
-        features_of(config.eval.shards, indices=asked).values,
+        bank.labels.to(bank.values.device),
+        asked.values,
         num_classes=int(bank.labels.max()) + 1,
         k=num_neighbors,
-        temperature=config.eval.temperature,
+        temperature=temperature,
     )
     return [
         [
@@ -147,31 +155,27 @@ def _nearest(
     ]
 
 
-def _first_of_each_class(shards: str, wanted: int) -> tuple[Indices, Indices]:
+def _first_of_each_class(shards: ShardSet, wanted: int) -> tuple[Indices, Indices]:
     """Return dense numbers and labels of the first samples of evenly spread classes, in order of labels."""
-    opened = open_set(shards)
-    num_shards = 1 + int(np.searchsorted(opened.shard_sizes.cumsum(), _MAX_LOOKED_AT))
-    labels = np.concatenate([opened.index(shard)["label"] for shard in range(opened.num_shards)[:num_shards]])
+    num_shards = 1 + int(np.searchsorted(shards.shard_sizes.cumsum(), _MAX_LOOKED_AT))
+    labels = np.concatenate([shards.index(shard)["label"] for shard in range(shards.num_shards)[:num_shards]])
     classes, first = np.unique(labels, return_index=True)
     classes, first = classes[classes >= 0], first[classes >= 0]
     if not len(classes):
-        raise ValueError(f"{shards} holds no labeled sample")
+        raise ValueError(f"{shards.where} holds no labeled sample")
     chosen = np.unique(np.linspace(0, len(classes) - 1, min(wanted, len(classes))).round().astype(int))
     return first[chosen].astype(np.int64), classes[chosen].astype(np.int64)
 
 
-def _pictures(shards: str, samples: Indices, *, side: int, crop: float, data: DataConfig) -> dict[int, Picture]:
+def _pictures(shards: ShardSet, samples: Indices, *, side: int, crop: float, data: DataConfig) -> dict[int, Picture]:
     """Central squares of some samples, by dense sample number."""
-    loader = open_eval_loader(
-        shards, size=side, crop=crop, batch_size=64, device=torch.device("cpu"), indices=samples, data=data
-    )
     pictures: dict[int, Picture] = {}
-    try:
+    with open_loader(
+        replace(suited_to(data, shards), batch_size=64), central_crop(side, side=crop), samples=samples, shards=shards
+    ) as loader:
         for batch in loader:
             pixels = batch.views[0].permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
             pictures |= {int(sample): to_picture(image) for sample, image in zip(batch.index, pixels, strict=True)}
-    finally:
-        loader.close()
     return pictures
 
 

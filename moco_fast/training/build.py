@@ -58,6 +58,11 @@ def build(config: Config, runtime: Runtime) -> Parts:
             f"--data.batch-size {config.data.batch_size} does not divide among {runtime.world_size} ranks: "
             f"take a multiple of {runtime.world_size}"
         )
+    if config.views.num_small:
+        raise ValueError(
+            f"--views.num-small {config.views.num_small}: momentum contrast compares two views and has no use for "
+            "small ones; leave it out"
+        )
     if config.optim.kernels == "apex" and runtime.device.type != "cuda":
         raise ValueError("--optim.kernels apex has kernels for GPUs alone: on the CPU use --optim.kernels torch")
     torch.manual_seed(config.run.seed)
@@ -94,15 +99,7 @@ def build(config: Config, runtime: Runtime) -> Parts:
 
 def open_run_loader(config: Config, runtime: Runtime) -> Loader:
     """This rank's loader of the run. Raises ValueError: the configuration does not fit the data or the world."""
-    return open_loader(
-        config.data,
-        config.views,
-        seed=config.run.seed,
-        device=runtime.device,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        local_world_size=runtime.local_world_size,
-    )
+    return open_loader(config.data, config.views, seed=config.run.seed, device=runtime.device, world=runtime.world)
 
 
 def _build_step(

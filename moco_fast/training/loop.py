@@ -27,6 +27,7 @@ from moco_fast.training.runtime import Runtime, start
 from moco_fast.training.schedule import describe_lr, lr_at, momentum_at
 from moco_fast.training.stop import StopSignal
 from pipelines.batch import Batch
+from shards.sets import open_set
 
 __all__ = ["train"]
 
@@ -226,15 +227,12 @@ class Run:
         result = evaluate_knn(
             self.parts.query,
             config.eval,
-            bank_shards=config.data.shards,
-            query_shards=config.eval.shards,
+            bank=open_set(config.data.shards),
+            queries=open_set(config.eval.shards),
             size=config.views.size,
-            batch_size=config.data.batch_size // runtime.world_size,
-            device=runtime.device,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            local_world_size=runtime.local_world_size,
             data=config.data,
+            device=runtime.device,
+            world=runtime.world,
         )
         self._write({"knn/top1": result.top1, "knn/num_bank": result.num_bank, "knn/num_queries": result.num_queries})
         if self._metrics is not None:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from moco_fast.config import RunConfig
 from moco_fast.training.affinity import stay_near_gpu
+from pipelines.world import World
 
 __all__ = ["Runtime", "allow_tf32", "alone_by_mistake", "choose_compile", "choose_precision", "start"]
 
@@ -59,6 +60,11 @@ class Runtime:
     """Of torch.compile; None: encoders are not compiled."""
     notes: tuple[str, ...]
     """What was decided on the user's behalf, one line each."""
+
+    @property
+    def world(self) -> World:
+        """This process among those of the run, as loaders want it."""
+        return World(rank=self.rank, world_size=self.world_size, local_world_size=self.local_world_size)
 
     @property
     def compile(self) -> bool:

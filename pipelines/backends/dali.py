@@ -1,4 +1,4 @@
-"""The DALI backend: encoded bytes and parameter tables in, views out. One definition for the CPU and the GPU.
+"""DALI backend: encoded bytes and parameter tables in, views out. One definition for the CPU and the GPU.
 
 DALI's stages, with uint8 between them: decode, crop-and-resize (linear, antialiased; a reversed region is the flip), on
 a GPU Gaussian blur. The rest follows in place: on a GPU colors by two kernels of ours, on the CPU blur and colors as
@@ -21,12 +21,12 @@ from nvidia.dali import types as untyped_types
 from nvidia.dali.backend import TensorCPU
 from nvidia.dali.pipeline import Pipeline, pipeline_def
 
-from pipelines.backends.registry import Job, Made
+from pipelines.backends.base import Job, Made
 from pipelines.plan.augment import ViewTable
+from pipelines.plan.steps import Steps
 from pipelines.reading.ahead_process import ReadingSpec
 from pipelines.reading.readahead import EncodedBatch, ReadAhead
 from pipelines.reading.reader import DamagedSampleError, name_sample
-from pipelines.reading.samples import Steps
 from shards.ground.channel import Channel, ChannelClosed
 from shards.sets.manifest import Manifest
 
@@ -52,7 +52,6 @@ class DaliViews:
     def __init__(self, job: Job, steps: Steps) -> None:
         self._job = job
         on_gpu = job.device.type == "cuda"
-        self._blurs = tuple(on_gpu and view is not None and view.blur_p > 0 for view in job.views)
         self._closing = ExitStack()
         self._finish = (
             _finishing_on_gpu(job.device) if on_gpu else self._closing.enter_context(_finishing_on_cpu(job.num_threads))
@@ -88,7 +87,7 @@ class DaliViews:
         try:
             # The first `schedule_run` starts as many runs as DALI's queue is long: there must be input for all of them.
             under_way = deque(islice(self._batches, self._job.prefetch))
-            pipe = _build(self._blurs, self._job, depth=len(under_way)) if under_way else None
+            pipe = _build(self._job, depth=len(under_way)) if under_way else None
             if pipe is not None:
                 for batch in under_way:
                     self._feed(pipe, batch)
@@ -182,11 +181,10 @@ def _finishing_on_gpu(device: torch.device) -> "_Finish":
     return recolor_on_gpu
 
 
-def _build(blurs: tuple[bool, ...], job: Job, *, depth: int) -> Pipeline:
+def _build(job: Job, *, depth: int) -> Pipeline:
     on_gpu = job.device.type == "cuda"
     pipe = _views(
-        blurs,
-        job.size,
+        [(view.size, on_gpu and view.may_blur) for view in job.views],
         "mixed" if on_gpu else "cpu",
         {"hw_decoder_load": job.hw_decoder_load, **size_hints(job.shards.manifest, job.max_batch)},
         batch_size=job.max_batch,
@@ -235,7 +233,7 @@ def _decoded(decoder: str) -> Any:
 
 
 @pipeline_def(enable_conditionals=True)
-def _views(blurs: tuple[bool, ...], size: int, decoder: str, decoding: dict[str, Any]) -> tuple[Any, ...]:
+def _views(views: list[tuple[int, bool]], decoder: str, decoding: dict[str, Any]) -> tuple[Any, ...]:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
     # The packer has turned the pixels already, and the boxes are in stored coordinates.
     images = fn.decoders.image(
@@ -246,7 +244,7 @@ def _views(blurs: tuple[bool, ...], size: int, decoder: str, decoding: dict[str,
         jpeg_fancy_upsampling=True,
         **decoding,
     )
-    return tuple(_view(images, size, number, blurs=each) for number, each in enumerate(blurs))
+    return tuple(_view(images, size, number, blurs=blurs) for number, (size, blurs) in enumerate(views))
 
 
 def _view(images: Any, size: int, number: int, *, blurs: bool) -> Any:

@@ -1,4 +1,4 @@
-"""The ffcv backend: FFCV's file format, memory manager, operations and compiler, with our order and parameters.
+"""FFCV backend: FFCV's file format, memory manager, operations and compiler, with our order and parameters.
 
 FFCV compiles one operation, which makes all views of a sample from one decode; our thread feeds it batch after batch.
 FFCV's own iterator is not used: it wants an epoch's order at once, writes into buffers that a consumer may still hold,
@@ -8,7 +8,7 @@ and an exception in it leaves the consumer waiting for ever. Nor is its decoder,
 # numba compiles the operation for the types that it meets.
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,14 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipelines.backends.base import Job, Made
 from pipelines.backends.ffcv_kernels import crc32c, decode, render
 from pipelines.backends.ffcv_library import Compiler, Loader, Operation, PipelineSpec, numba
+from pipelines.backends.layout import num_view_bytes, split_views, view_begins
 from pipelines.backends.pixels import decode as decode_carefully
 from pipelines.backends.pixels import render as render_carefully
-from pipelines.backends.registry import Job, Made
 from pipelines.plan.augment import NUM_PLACES, ViewTable, color_chain
+from pipelines.plan.steps import Steps
 from pipelines.reading.reader import Reader
-from pipelines.reading.samples import Pending, Steps
+from pipelines.reading.samples import PendingSamples
 from shards.ground.arrays import Indices, Pixels
 from shards.ground.channel import Channel, ChannelClosed
 from shards.ground.memory import lend
@@ -47,6 +49,8 @@ class FfcvViews:
             raise ValueError(f"{job.shards.where} is no .beton: the ffcv backend reads nothing else")
         self._job = job
         self._path = job.shards.path
+        self._sizes = tuple(view.size for view in job.views)
+        self._begins = view_begins(self._sizes, job.max_batch)
         self._steps = steps
         self._reader = Reader(job.shards, num_threads=1)
         self._free: list[Pixels] = []
@@ -78,8 +82,9 @@ class FfcvViews:
 
     def _make(self, make_views: "_MakeViews", epoch: int, samples: Indices) -> Made:
         records = self._reader.records(samples)
-        views = self._borrow()
-        faults = make_views(_rows(records, self._job.draw(epoch, samples, records)), views)
+        memory = self._borrow()
+        views = split_views(memory, self._sizes, self._job.max_batch)
+        faults = make_views(_rows(records, self._job.draw(epoch, samples, records), self._sizes, self._begins), memory)
         replaced: tuple[str, ...] = ()
         for place in np.flatnonzero(faults):
             samples, records, reasons = self._remake(epoch, samples, records, int(place), views)
@@ -92,10 +97,10 @@ class FfcvViews:
         return Made(samples=samples, labels=labels, views=tensors, replaced=replaced)
 
     def _remake(
-        self, epoch: int, samples: Indices, records: npt.NDArray[np.void], place: int, views: Pixels
+        self, epoch: int, samples: Indices, records: npt.NDArray[np.void], place: int, views: list[Pixels]
     ) -> tuple[Indices, npt.NDArray[np.void], tuple[str, ...]]:
         """Do a failed sample as the torch backend does, which decodes odd JPEGs and tells or replaces damaged ones."""
-        taken = Pending(self._reader, samples[place : place + 1]).take(decode_carefully, skip=self._job.skip)
+        taken = PendingSamples(self._reader, samples[place : place + 1]).take(decode_carefully, skip=self._job.skip)
         samples, records = samples.copy(), records.copy()
         samples[place], records[place] = taken.samples[0], taken.records[0]
         for table, view in zip(self._job.draw(epoch, taken.samples, taken.records), views, strict=True):
@@ -107,8 +112,7 @@ class FfcvViews:
         try:
             memory = self._free.pop()
         except IndexError:
-            job = self._job
-            memory = np.empty((len(job.views), job.max_batch, job.size, job.size, 3), dtype=np.uint8)
+            memory = np.empty(num_view_bytes(self._sizes, self._job.max_batch), dtype=np.uint8)
         return lend(memory, lambda: self._free.append(memory))
 
 
@@ -126,7 +130,7 @@ def _compiled(path: Path, num_threads: int) -> _MakeViews:
 # Never dropped: numba trips over itself when what it compiled is collected.
 @cache
 def _compile(path: str, _state: tuple[int, ...], num_threads: int) -> _MakeViews:
-    """Let FFCV compile our operation; gives a function of (rows, views) that fills the views and tells who failed."""
+    """Let FFCV compile our operation: a function of (rows, memory) that fills in the views and says which failed."""
     num_threads = min(num_threads, numba.config.NUMBA_NUM_THREADS)
     threads_of_torch = torch.get_num_threads()
     loader = Loader(
@@ -148,19 +152,19 @@ def _compile(path: str, _state: tuple[int, ...], num_threads: int) -> _MakeViews
     [node] = loader.graph.nodes
     [(stage, _)], _ = loader.code
 
-    def make_views(rows: npt.NDArray[np.void], views: Pixels) -> Pixels:
+    def make_views(rows: npt.NDArray[np.void], memory: Pixels) -> Pixels:
         faults = np.ones(len(rows), dtype=np.uint8)
-        memory = {f"memory_{node.id}": (views, faults), f"shared_memory_{node.id}": None}
+        memories = {f"memory_{node.id}": (memory, faults), f"shared_memory_{node.id}": None}
         # A setting of the calling thread.
         numba.set_num_threads(num_threads)
-        stage(batch_indices=np.arange(len(rows)), metadata=rows, storage_state=storage.state, **memory)
+        stage(batch_indices=np.arange(len(rows)), metadata=rows, storage_state=storage.state, **memories)
         return faults
 
     return make_views
 
 
 class _AllViews(Operation):
-    """FFCV operation: from rows of parameters to views, (views, samples, S, S, 3) uint8, and to faults, (samples,)."""
+    """FFCV operation: from rows of parameters to the views in a block of bytes (layout.py) and faults, (samples,)."""
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, None]:
         """Ask for no memory: FFCV's is used again while a consumer holds it."""
@@ -172,15 +176,17 @@ class _AllViews(Operation):
         numbers = Compiler.get_iterator()
 
         def make(batch_indices, memory, metadata, storage_state):
-            views, faults = memory
+            pixels, faults = memory
             for place in numbers(len(batch_indices)):
                 row = metadata[batch_indices[place]]
                 encoded = read(row["data_ptr"], storage_state)
                 if encoded.size == row["size"] and crc32c(encoded) == row["crc32c"]:
                     image = np.empty((row["height"], 3 * row["width"]), np.uint8)
                     if decode(encoded, image):
-                        for view in range(views.shape[0]):
-                            render(image, row, view, views[view, place])
+                        for view in range(row["side"].shape[0]):
+                            side = row["side"][view]
+                            begin = row["begin"][view] + np.int64(place) * side * side * 3
+                            render(image, row, view, pixels[begin : begin + side * side * 3].reshape(side, side, 3))
                         faults[place] = 0
             return faults
 
@@ -188,18 +194,22 @@ class _AllViews(Operation):
         return make
 
 
-def _rows(records: npt.NDArray[np.void], tables: tuple[ViewTable, ...]) -> npt.NDArray[np.void]:
+def _rows(
+    records: npt.NDArray[np.void], tables: tuple[ViewTable, ...], sizes: Sequence[int], begins: Sequence[int]
+) -> npt.NDArray[np.void]:
     """What FFCV hands to the operation as its field's metadata: where each image is, and what is done to its views."""
     num = len(tables)
     fields: list[Any] = [("data_ptr", "<u8"), ("size", "<i8"), ("crc32c", "<u4"), ("width", "<i4"), ("height", "<i4")]
     fields += [("box", "<i4", (num, 4)), ("flip", "u1", (num,)), ("sigma", "<f4", (num,))]
     fields += [("matrix", "<f4", (num, 3, 4))]
     fields += [("stages", "<i4", (num, NUM_PLACES)), ("factors", "<f4", (num, NUM_PLACES))]
+    fields += [("side", "<i8", (num,)), ("begin", "<i8", (num,))]
     rows = np.zeros(len(records), dtype=[("f0", fields)])
     row = rows["f0"]
     row["data_ptr"] = records["offset"]
     for name in ("size", "crc32c", "width", "height"):
         row[name] = records[name]
+    row["side"], row["begin"] = sizes, begins[:num]
     for view, table in enumerate(tables):
         for name in ("box", "flip", "sigma"):
             row[name][:, view] = getattr(table, name)

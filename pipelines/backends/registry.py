@@ -1,72 +1,34 @@
-"""What turns encoded samples into views: the backends, one contract, and the choice between them."""
+"""Registry of the backends: how each is started, what it needs, and the choice between them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Protocol
 
 import torch
 
-from pipelines.config import Backend, ViewConfig
-from pipelines.reading.samples import Draw, Steps
-from shards import ShardSet
-from shards.ground.arrays import Indices
+from pipelines.backends.base import Job, Stream
+from pipelines.config import Backend
+from pipelines.plan.steps import Steps
+from pipelines.world import World
 from shards.ground.cpus import available_cpus
 
-__all__ = ["BACKENDS", "Job", "Made", "Stream", "choose", "choose_num_threads"]
+__all__ = ["BACKENDS", "BackendEntry", "choose", "choose_num_threads"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """A batch as a backend gives it."""
+class BackendEntry:
+    """What is known of a backend before it is imported."""
 
-    samples: Indices
-    """(B,) dense sample numbers."""
-    labels: Indices
-    """(B,), -1 where there is none."""
-    views: tuple[torch.Tensor, ...]
-    """(B, 3, H, W) uint8 each, channels_last."""
-    replaced: tuple[str, ...] = ()
-    """What was wrong with each sample that another took the place of."""
-
-
-class Stream(Protocol):
-    """A running backend."""
-
-    def get(self) -> Made:
-        """Wait for the next batch. Raises StopIteration at the end, or what went wrong."""
-        ...
-
-    def close(self) -> None:
-        """End all threads and processes; what is ready is dropped."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a backend shall do."""
-
-    shards: ShardSet
-    draw: Draw
-    """Gives the views' tables from (epoch, samples, records). Can be pickled."""
-    views: tuple[ViewConfig | None, ...]
-    """The recipe of each view: which stages there can be. None: crop and resize only."""
-    size: int
-    """Height and width of a view."""
-    max_batch: int
-    """Samples in the largest batch."""
-    device: torch.device
-    """Where the views shall be."""
-    num_threads: int
-    """Threads or processes that decode."""
-    skip: bool = False
-    """Replace samples that are damaged, instead of ending."""
-    read_threads: int = 4
-    """Threads that read shards."""
-    prefetch: int = 2
-    """Batches kept ready."""
-    hw_decoder_load: float = 0.65
-    """Share of the JPEGs for the GPU's own engines."""
+    start: Callable[[Job, Steps], Stream]
+    """Imports it, and starts it on (epoch, dense sample numbers) of batch after batch."""
+    needs: tuple[str, ...]
+    """Modules without which it cannot be imported."""
+    how: str = ""
+    """Where to read how to install them."""
+    workers: str = "threads"
+    """What it decodes in."""
+    only_beton: bool = False
+    """Reads nothing but a `.beton`."""
 
 
 def _start_dali(job: Job, steps: Steps) -> Stream:
@@ -87,19 +49,16 @@ def _start_ffcv(job: Job, steps: Steps) -> Stream:
     return FfcvViews(job, steps)
 
 
-BACKENDS: dict[Backend, Callable[[Job, Steps], Stream]] = {
-    "dali": _start_dali,
-    "ffcv": _start_ffcv,
-    "torch": _start_torch,
+BACKENDS: dict[Backend, BackendEntry] = {
+    "dali": BackendEntry(start=_start_dali, needs=("nvidia.dali",)),
+    "ffcv": BackendEntry(start=_start_ffcv, needs=("ffcv", "numba"), how=" (docs/data.md says how)", only_beton=True),
+    "torch": BackendEntry(start=_start_torch, needs=("cv2", "simplejpeg"), workers="processes"),
 }
-"""Start a backend on (epoch, dense sample numbers) of batch after batch."""
+"""By the names of `pipelines.config.Backend`; tests compare the two."""
 
 # Without a GPU and below this size, the work on a sample is less than what Python adds to it in a worker process, and
 # the workers take longer to start (benchmarks/loader.py).
 _SMALL = 96
-
-_NEEDS = {"dali": ("nvidia.dali",), "ffcv": ("ffcv", "numba"), "torch": ("cv2", "simplejpeg")}
-_HOW = {"ffcv": " (docs/data.md says how)"}
 
 
 def choose(backend: str, *, device: torch.device, size: int, is_beton: bool = False) -> tuple[Backend, str]:
@@ -107,8 +66,8 @@ def choose(backend: str, *, device: torch.device, size: int, is_beton: bool = Fa
 
     Args:
         backend: as in DataConfig.
-        device: where the views shall be.
-        size: height and width of a view.
+        device: where the views are wanted.
+        size: height and width of the largest view.
         is_beton: whether the data is a `.beton`.
 
     Raises:
@@ -118,15 +77,15 @@ def choose(backend: str, *, device: torch.device, size: int, is_beton: bool = Fa
         return _choose_for(device, size, is_beton=is_beton)
     if backend not in BACKENDS:
         raise ValueError(f"there is no backend {backend!r}: choose auto, {' or '.join(BACKENDS)}")
-    if backend == "ffcv" and not is_beton:
+    if BACKENDS[backend].only_beton and not is_beton:
         raise ValueError(
-            "the ffcv backend reads a .beton: `make-shards beton SHARDS --out FILE.beton` writes one of your shards; "
-            "then --data.shards FILE.beton"
+            f"the {backend} backend reads a .beton: `make-shards beton SHARDS --out FILE.beton` writes one of your "
+            "shards; then --data.shards FILE.beton"
         )
     missing = _missing(backend)
     if missing:
         raise ValueError(
-            f"the {backend} backend needs {' and '.join(missing)}: install it{_HOW.get(backend, '')}, "
+            f"the {backend} backend needs {' and '.join(missing)}: install it{BACKENDS[backend].how}, "
             "or use --data.backend auto"
         )
     return backend, "as asked for"
@@ -137,11 +96,11 @@ _MOST_GPU_THREADS = 16
 host_memory_padding of fn.decoders.image): 3 GiB each for the 192 CPUs of a large machine with one GPU."""
 
 
-def choose_num_threads(name: Backend, asked: int | None, *, device: torch.device, local_world_size: int) -> int:
+def choose_num_threads(name: Backend, asked: int | None, *, device: torch.device, world: World) -> int:
     """Threads or processes per rank that decode, where the user may have asked for a number."""
     if asked is not None:
         return asked
-    num_cpus = available_cpus(local_world_size)
+    num_cpus = available_cpus(world.local_world_size)
     return min(num_cpus, _MOST_GPU_THREADS) if name == "dali" and device.type == "cuda" else num_cpus
 
 
@@ -164,4 +123,4 @@ def _choose_for(device: torch.device, size: int, *, is_beton: bool) -> tuple[Bac
 
 
 def _missing(backend: Backend) -> list[str]:
-    return [module for module in _NEEDS[backend] if find_spec(module) is None]
+    return [module for module in BACKENDS[backend].needs if find_spec(module) is None]

@@ -27,11 +27,10 @@ from webdataset.filters import shuffle
 from webdataset.shardlists import ResampledShards
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from pipelines.backends.base import Made
 from pipelines.backends.pixels import decode, render
-from pipelines.backends.registry import Made
-from pipelines.config import ViewConfig
+from pipelines.plan.draw import Draw
 from pipelines.reading.reader import DamagedSampleError
-from pipelines.reading.samples import Draw
 from shards.ground.arrays import Pixels
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.sets.record import RECORD, Flag
@@ -43,7 +42,7 @@ _BUFFER = 1000
 # name of the sample, encoded image, label
 _Sample = tuple[str, bytes, int]
 # labels, views, what was wrong with each sample that was left out
-_Batch = tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[str, ...]]
+_MadeBatch = tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[str, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +84,8 @@ class StreamSpec:
     plan: StreamPlan
     draw: Draw
     """Gives the views' tables from (epoch, numbers, records)."""
-    views: tuple[ViewConfig | None, ...]
-    size: int
-    """Height and width of a view."""
+    sizes: tuple[int, ...]
+    """Height and width of each view."""
     skip: bool
     """Leave out images that cannot be decoded, instead of ending."""
     num_samples: int
@@ -109,7 +107,7 @@ class StreamedViews:
         self, spec: StreamSpec, place: Place, *, device: torch.device, num_workers: int, prefetch: int
     ) -> None:
         self._device = device
-        self._batches: Iterator[_Batch] | None = iter(
+        self._batches: Iterator[_MadeBatch] | None = iter(
             DataLoader(
                 _Batches(spec, place),
                 batch_size=None,
@@ -150,14 +148,14 @@ def _start_worker(_number: int) -> None:
     cv2.setNumThreads(0)
 
 
-class _Batches(IterableDataset[_Batch]):
+class _Batches(IterableDataset[_MadeBatch]):
     """A rank's batches: worker w of n makes every n-th of them."""
 
     def __init__(self, spec: StreamSpec, place: Place) -> None:
         self._spec = spec
         self._place = place
 
-    def __iter__(self) -> Iterator[_Batch]:
+    def __iter__(self) -> Iterator[_MadeBatch]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         samples = self._samples(worker)
@@ -195,10 +193,10 @@ class _Batches(IterableDataset[_Batch]):
             if num_barren > 10 * len(self._spec.plan.tars):
                 raise ValueError(f"{Path(url['url']).parent} has tars, but none of their members is an image")
 
-    def _batch(self, samples: Iterator[_Sample], numbers: npt.NDArray[np.int64]) -> _Batch:
+    def _batch(self, samples: Iterator[_Sample], numbers: npt.NDArray[np.int64]) -> _MadeBatch:
         spec = self._spec
         labels = np.empty(len(numbers), dtype=np.int64)
-        views = [np.empty((len(numbers), spec.size, spec.size, 3), dtype=np.uint8) for _ in spec.views]
+        views = [np.empty((len(numbers), size, size, 3), dtype=np.uint8) for size in spec.sizes]
         left_out: list[str] = []
         for row in range(len(numbers)):
             image, labels[row] = self._next_good(samples, left_out)

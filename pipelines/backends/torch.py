@@ -1,4 +1,4 @@
-"""The torch backend: worker processes that write views into a ring of shared memory.
+"""Torch backend: worker processes that write views into a ring of shared memory.
 
 Processes, because threads starve beside an interpreter that is busy; shared memory, because a batch of views is tens of
 megabytes. A slot of the ring is handed to the consumer as it is, and comes back when its tensors are dropped.
@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipelines.backends.registry import Job, Made
-from pipelines.backends.view_process import Report, Slot, SlotArrays, Task, WorkerSpec, map_slot, slot_bytes
+from pipelines.backends.base import Job, Made
+from pipelines.backends.layout import split_views
+from pipelines.backends.view_process import Slot, SlotArrays, TaskReport, ViewTask, WorkerSpec, map_slot, slot_bytes
+from pipelines.plan.steps import Steps
 from pipelines.reading.fetch import FetchedSteps
-from pipelines.reading.samples import Steps
 from shards.ground.arrays import Indices
 from shards.ground.channel import Channel, ChannelClosed
 from shards.ground.child import Child, WorkerDiedError, start_children
@@ -33,7 +34,7 @@ _LARGEST_TASK = 64
 
 
 @dataclass(kw_only=True, eq=False)
-class _Batch:
+class _Unfinished:
     """A batch in the making."""
 
     samples: Indices
@@ -56,13 +57,13 @@ class WorkerViews:
     def __init__(self, job: Job, steps: Steps) -> None:
         self._steps = FetchedSteps(job.shards, steps)
         self._device = job.device
-        spec = WorkerSpec(shards=job.shards, draw=job.draw, size=job.size, views=job.views, skip=job.skip)
+        spec = WorkerSpec(shards=job.shards, draw=job.draw, sizes=tuple(view.size for view in job.views), skip=job.skip)
         max_batch, num_workers = job.max_batch, job.num_threads
         self._ahead = job.prefetch + 1
         self._task_size = max(1, min(_LARGEST_TASK, -(-max_batch // (2 * num_workers))))
         self._ring = _Ring(spec, max_batch)
-        self._tasks: deque[Task] = deque()
-        self._batches: deque[_Batch] = deque()
+        self._tasks: deque[ViewTask] = deque()
+        self._batches: deque[_Unfinished] = deque()
         self._num_started = 0
         self._num_taken = 0
         self._out: Channel[Made] = Channel(self._ahead + 1)
@@ -113,12 +114,12 @@ class WorkerViews:
         if following is None:
             return False
         epoch, samples = following
-        batch = _Batch(samples=samples, slot=self._ring.take())
+        batch = _Unfinished(samples=samples, slot=self._ring.take())
         self._batches.append(batch)
         self._num_started += 1
         for begin in range(0, len(samples), self._task_size):
             part = samples[begin : begin + self._task_size]
-            self._tasks.append(Task(slot=batch.slot.slot, begin=begin, epoch=epoch, samples=part))
+            self._tasks.append(ViewTask(slot=batch.slot.slot, begin=begin, epoch=epoch, samples=part))
         return True
 
     def _hand_out(self) -> None:
@@ -139,7 +140,7 @@ class WorkerViews:
             batch.missing -= report.num_samples
             batch.replaced += report.replaced
 
-    def _hand_over(self, batch: _Batch) -> None:
+    def _hand_over(self, batch: _Unfinished) -> None:
         num = len(batch.samples)
         arrays = batch.slot.arrays
         samples, labels = arrays.samples[:num].copy(), arrays.labels[:num].copy()
@@ -156,12 +157,12 @@ class _Worker:
         self.child = child
         self.held = 0
 
-    def give(self, task: Task) -> None:
+    def give(self, task: ViewTask) -> None:
         self.child.send(task)
         self.held += 1
 
-    def report(self) -> Report:
-        report: Report = self.child.receive()
+    def report(self) -> TaskReport:
+        report: TaskReport = self.child.receive()
         self.held -= 1
         return report
 
@@ -216,16 +217,19 @@ class _Ring:
         descriptor = create_shared("moco-fast-views", slot_bytes(self._spec, self._capacity))
         self._descriptors.append(descriptor)
         slot = Slot(path=shared_path(descriptor), number=len(self._descriptors), capacity=self._capacity)
-        return _RingSlot(slot, map_slot(slot, self._spec), self._free)
+        return _RingSlot(slot, map_slot(slot, self._spec), self._spec.sizes, self._free)
 
 
 class _RingSlot:
     """One slot; `lease` gives its views, and when the last of them is dropped the slot is free again."""
 
-    def __init__(self, slot: Slot, arrays: SlotArrays, free: "deque[_RingSlot]") -> None:
+    def __init__(self, slot: Slot, arrays: SlotArrays, sizes: tuple[int, ...], free: "deque[_RingSlot]") -> None:
+        self._sizes = sizes
         self.slot = slot
         self.arrays = arrays
         self._free = free
 
-    def lease(self) -> npt.NDArray[np.uint8]:
-        return lend(self.arrays.views, partial(self._free.append, self))
+    def lease(self) -> list[npt.NDArray[np.uint8]]:
+        """Views in memory that comes back when the last of them is dropped."""
+        lent = lend(self.arrays.pixels, partial(self._free.append, self))
+        return split_views(lent, self._sizes, self.slot.capacity)

@@ -1,6 +1,6 @@
-"""One worker process of the torch backend: reads, decodes and augments runs of samples into shared memory.
+"""Worker process of the torch backend: reads, decodes and augments runs of samples into shared memory.
 
-A child (shards.ground.child) whose spec is a WorkerSpec; it sends a Report for every Task.
+A child (shards.ground.child) whose spec is a WorkerSpec; it sends a TaskReport for every ViewTask.
 """
 
 import mmap
@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.config import ViewConfig
+from pipelines.backends.layout import num_view_bytes, split_views
 from pipelines.plan.augment import ViewTable
+from pipelines.plan.draw import Draw
 from pipelines.reading.reader import Reader
-from pipelines.reading.samples import Draw, Pending
+from pipelines.reading.samples import PendingSamples
 from shards import ShardSet
 from shards.ground.arrays import Indices, Pixels
 from shards.ground.errors import portable
 from shards.ground.memory import map_shared
 
-__all__ = ["Report", "Slot", "SlotArrays", "Task", "WorkerSpec", "main", "map_slot", "slot_bytes"]
+__all__ = ["Slot", "SlotArrays", "TaskReport", "ViewTask", "WorkerSpec", "main", "map_slot", "slot_bytes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,8 @@ class WorkerSpec:
     shards: ShardSet
     draw: Draw
     """Gives the views' tables from (epoch, samples, records)."""
-    size: int
-    """Height and width of a view."""
-    views: tuple[ViewConfig | None, ...]
-    """The recipe of each view."""
+    sizes: tuple[int, ...]
+    """Height and width of each view."""
     skip: bool
     """Replace samples that are damaged, instead of failing."""
 
@@ -51,7 +50,7 @@ class Slot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class ViewTask:
     """A run of samples of a batch."""
 
     slot: Slot
@@ -63,7 +62,7 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class TaskReport:
     """What became of a task."""
 
     slot: int
@@ -78,16 +77,15 @@ class SlotArrays:
     """A slot's memory as arrays."""
 
     def __init__(self, memory: mmap.mmap, spec: WorkerSpec, capacity: int) -> None:
-        shape = (len(spec.views), capacity, spec.size, spec.size, 3)
         self.samples: Indices = np.frombuffer(memory, dtype=np.int64, count=capacity)
         self.labels: Indices = np.frombuffer(memory, dtype=np.int64, offset=8 * capacity, count=capacity)
-        self.views: Pixels = np.frombuffer(memory, dtype=np.uint8, offset=16 * capacity, count=int(np.prod(shape)))
-        self.views = self.views.reshape(shape)
+        self.pixels: Pixels = np.frombuffer(memory, dtype=np.uint8, offset=16 * capacity)
+        self.views = split_views(self.pixels, spec.sizes, capacity)
 
 
 def slot_bytes(spec: WorkerSpec, capacity: int) -> int:
     """Bytes of a slot for so many samples."""
-    return capacity * (16 + len(spec.views) * spec.size * spec.size * 3)
+    return 16 * capacity + num_view_bytes(spec.sizes, capacity)
 
 
 def map_slot(slot: Slot, spec: WorkerSpec) -> SlotArrays:
@@ -123,7 +121,7 @@ def main(connection: "Connection[Any, Any]", spec: WorkerSpec) -> None:
             except Exception as error:
                 connection.send(portable(error, "in a worker process"))
             else:
-                connection.send(Report(slot=slot.number, num_samples=len(begun.task.samples), replaced=replaced))
+                connection.send(TaskReport(slot=slot.number, num_samples=len(begun.task.samples), replaced=replaced))
     finally:
         reader.close()
 
@@ -131,11 +129,11 @@ def main(connection: "Connection[Any, Any]", spec: WorkerSpec) -> None:
 class _Begun:
     """A task whose bytes are on their way, or the error that kept them from being asked for."""
 
-    def __init__(self, task: Task, reader: Reader) -> None:
+    def __init__(self, task: ViewTask, reader: Reader) -> None:
         self.task = task
-        self.pending: Pending | Exception
+        self.pending: PendingSamples | Exception
         try:
-            self.pending = Pending(reader, task.samples)
+            self.pending = PendingSamples(reader, task.samples)
         except Exception as error:
             self.pending = error
 
@@ -156,6 +154,6 @@ def _fill(begun: _Begun, spec: WorkerSpec, arrays: SlotArrays) -> tuple[str, ...
         if good.replaced is not None:
             replaced.append(good.replaced)
             tables, row_of_table = spec.draw(task.epoch, np.array([good.sample]), good.record), 0
-        for out, table in zip(arrays.views[:, place], tables, strict=True):
-            render(good.image, table, row_of_table, out)
+        for view, table in zip(arrays.views, tables, strict=True):
+            render(good.image, table, row_of_table, view[place])
     return tuple(replaced)

@@ -22,9 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.plan.augment import ViewTable
+from pipelines.plan.draw import Draw
+from pipelines.plan.steps import Steps
 from pipelines.reading.fetch import FetchedSteps
 from pipelines.reading.reader import Reader
-from pipelines.reading.samples import Draw, Pending, Steps, as_read
+from pipelines.reading.samples import PendingSamples, as_read
 from shards import ShardSet
 from shards.ground.arrays import Indices
 from shards.ground.errors import portable
@@ -105,7 +107,7 @@ class _Drawn:
 @dataclass(frozen=True, kw_only=True)
 class _Begun:
     drawn: _Drawn
-    pending: Pending
+    pending: PendingSamples
     slot: _Slot
 
 
@@ -165,7 +167,7 @@ class _Reading:
             if drawn is None:
                 return None
             slot = self._free.popleft() if self._free else self._new_slot()
-            pending = Pending(self._reader, drawn.samples, records=drawn.records, into=slot.array)
+            pending = PendingSamples(self._reader, drawn.samples, records=drawn.records, into=slot.array)
             return _Begun(drawn=drawn, pending=pending, slot=slot)
         except Exception as error:
             return error

@@ -14,8 +14,8 @@ from typing import Self
 
 import numpy as np
 
+from pipelines.plan.steps import Steps
 from pipelines.reading.cache import CachedShardSet, CacheFolder, Holder
-from pipelines.reading.samples import Steps
 from shards import ShardSet
 from shards.ground.arrays import Indices
 from shards.sets.remote import RemoteShardSet

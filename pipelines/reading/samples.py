@@ -1,128 +1,21 @@
-"""The samples of a rank, step after step and epoch after epoch: order, parameters, and bytes that are good."""
+"""Samples whose bytes are good: read, checked, and replaced where they are damaged."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.config import ViewConfig, ViewsConfig
-from pipelines.plan.augment import KEY_VIEW, QUERY_VIEW, ViewTable, draw_view
-from pipelines.plan.order import EpochOrder, OrderPlan
 from pipelines.reading.reader import DamagedSampleError, Outcome, Reader
 from shards.ground.arrays import Indices
 from shards.sets.record import REFUSED, Flag, flag_name
 
-__all__ = [
-    "Draw",
-    "EpochSteps",
-    "Good",
-    "ListedSteps",
-    "Pending",
-    "Steps",
-    "Taken",
-    "as_read",
-    "draw_central",
-    "draw_training",
-]
+__all__ = ["Good", "PendingSamples", "Taken", "as_read"]
 
 Image = TypeVar("Image")
-Draw = Callable[[int | Indices, Indices, npt.NDArray[np.void]], tuple[ViewTable, ...]]
 
 _LONGEST_SEARCH = 1000
-
-
-class Steps(Protocol):
-    """What a rank reads, batch after batch. Can be pickled, and iterated more than once."""
-
-    def __iter__(self) -> Iterator[tuple[int, Indices]]:
-        """Give (epoch, dense sample numbers) of each batch."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochSteps:
-    """A rank's shares of a plan's steps from a place on, over the epochs' ends, for ever."""
-
-    plan: OrderPlan
-    epoch: int
-    step: int
-    rank: int
-    world_size: int
-
-    def __iter__(self) -> Iterator[tuple[int, Indices]]:
-        """Give (epoch, dense sample numbers) of each batch."""
-        for epoch in count(self.epoch):
-            order = EpochOrder(self.plan, epoch)
-            for step in range(self.step if epoch == self.epoch else 0, self.plan.num_steps):
-                yield epoch, order.rank_step(step, self.rank, self.world_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ListedSteps:
-    """Given samples in their order, in batches; the last one may be short."""
-
-    samples: Indices
-    batch_size: int
-    epoch: int = 0
-
-    def __iter__(self) -> Iterator[tuple[int, Indices]]:
-        """Give (epoch, dense sample numbers) of each batch."""
-        for begin in range(0, len(self.samples), self.batch_size):
-            yield self.epoch, self.samples[begin : begin + self.batch_size]
-
-
-def draw_training(
-    epoch: int | Indices, samples: Indices, records: npt.NDArray[np.void], *, views: ViewsConfig, seed: int
-) -> tuple[ViewTable, ViewTable]:
-    """Draw both views of samples whose index records are given; `epoch` is that of all, or (n,)."""
-    width, height = records["width"].astype(np.int64), records["height"].astype(np.int64)
-    mean_rgb = None
-    if views.color == "linear":
-        known = (records["flags"] & Flag.HAS_MEAN_RGB) != 0
-        mean_rgb = np.where(known[:, None], records["mean_rgb"], 128).astype(np.float64)
-
-    def draw(config: ViewConfig, *which: int) -> ViewTable:
-        num = len(which)
-        return draw_view(
-            config,
-            seed=seed,
-            epoch=np.tile(np.broadcast_to(epoch, len(samples)), num),
-            view=np.repeat(which, len(samples)),
-            index=np.tile(samples, num),
-            width=np.tile(width, num),
-            height=np.tile(height, num),
-            mean_rgb=None if mean_rgb is None else np.tile(mean_rgb, (num, 1)),
-        )
-
-    if views.query != views.key:
-        return draw(views.query, QUERY_VIEW), draw(views.key, KEY_VIEW)
-    # In one call, for on a few samples numpy takes its time by the call.
-    both = draw(views.query, QUERY_VIEW, KEY_VIEW)
-    return both.rows(slice(len(samples))), both.rows(slice(len(samples), None))
-
-
-def draw_central(
-    _epoch: int | Indices, _samples: Indices, records: npt.NDArray[np.void], *, crop: float
-) -> tuple[ViewTable]:
-    """Cut the central square of side `crop` times the shorter side, and do nothing else."""
-    width, height = records["width"].astype(np.int64), records["height"].astype(np.int64)
-    side = np.maximum(1, np.rint(crop * np.minimum(width, height)).astype(np.int64))
-    num = len(side)
-    table = ViewTable(
-        box=np.stack(((width - side) // 2, (height - side) // 2, side, side), axis=1).astype(np.int32),
-        flip=np.zeros(num, dtype=np.bool_),
-        sigma=np.zeros(num, dtype=np.float32),
-        factors=np.broadcast_to(np.array([1.0, 1.0, 1.0, 0.0]), (num, 4)),
-        jitter_order=np.broadcast_to(np.arange(4), (num, 4)),
-        grayscale=np.zeros(num, dtype=np.bool_),
-        grayscale_first=False,
-        matrix=None,
-        solarize=np.zeros(num, dtype=np.bool_),
-    )
-    return (table,)
 
 
 class Good(NamedTuple, Generic[Image]):
@@ -152,7 +45,7 @@ class Taken(Generic[Image]):
     """What was wrong with each sample that another took the place of."""
 
 
-class Pending:
+class PendingSamples:
     """Samples whose bytes are on their way: into a buffer one behind the other, or into a new one."""
 
     def __init__(
@@ -240,5 +133,5 @@ class Pending:
 
 
 def as_read(encoded: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Convert nothing: for `Pending.take`."""
+    """Convert nothing: for `PendingSamples.take`."""
     return encoded

@@ -1,4 +1,4 @@
-"""Sets of shards as the loaders open them: remote ones with a cache, none with samples unfit for training."""
+"""Shard sets as the loaders open them: remote ones with a cache, none with samples unfit for training."""
 
 import os
 import shutil
@@ -10,12 +10,13 @@ from pipelines.config import DataConfig
 from pipelines.plan.order import OrderPlan
 from pipelines.reading.cache import CacheFolder
 from pipelines.reading.fetch import STEPS_KEPT, cached, num_cached_bytes
+from pipelines.world import World
 from shards.ground.arrays import Indices
 from shards.ground.units import gib
 from shards.sets import ShardSet, open_set
 from shards.sets.record import REFUSED, flag_name
 
-__all__ = ["cache_for_evaluation", "cache_for_training", "open_readable"]
+__all__ = ["cache_for_evaluation", "cache_for_training", "open_readable", "refuse_unreadable"]
 
 
 # The rest is for evaluation, which comes between a run's steps.
@@ -38,19 +39,24 @@ def open_readable(shards: str, *, skip: bool) -> ShardSet:
         ValueError: shards that are absent or unfinished, or that hold such samples.
     """
     opened = open_set(shards)
-    found = {flag_name(flag): opened.manifest.outcomes.get(flag_name(flag), 0) for flag in REFUSED}
-    if any(found.values()) and not skip:
-        counts = ", ".join(f"{count:,} {name}" for name, count in found.items() if count)
-        raise ValueError(
-            f"{shards} has samples that cannot be trained on as they are ({counts}): `make-shards pack {shards} --out "
-            "DIR` mends what can be mended; or put others in their place with --data.on-bad-sample skip"
-        )
+    if not skip:
+        refuse_unreadable(opened)
     return opened
 
 
-def cache_for_training(
-    shards: ShardSet, data: DataConfig, plan: OrderPlan, *, world_size: int, local_world_size: int
-) -> ShardSet:
+def refuse_unreadable(shards: ShardSet) -> None:
+    """Raise ValueError if some samples of a set cannot be read as they are."""
+    found = {flag_name(flag): shards.manifest.outcomes.get(flag_name(flag), 0) for flag in REFUSED}
+    if any(found.values()):
+        counts = ", ".join(f"{count:,} {name}" for name, count in found.items() if count)
+        raise ValueError(
+            f"{shards.where} has samples that cannot be trained on as they are ({counts}): `make-shards pack "
+            f"{shards.where} --out DIR` repairs what can be repaired; or put others in their "
+            "place with --data.on-bad-sample skip"
+        )
+
+
+def cache_for_training(shards: ShardSet, data: DataConfig, plan: OrderPlan, *, world: World) -> ShardSet:
     """Give remote shards a cache, which the ranks of this machine share. A local set stays as it is.
 
     Raises:
@@ -62,12 +68,13 @@ def cache_for_training(
         return shards
     budget = _budget(data)
     usable = int(_FOR_TRAINING * budget)
+    local_world_size = world.local_world_size
     share = usable // local_world_size
     if sizes.sum() <= usable:
         share = int(sizes.sum())
     else:
         # Neighboring ranks take neighboring lanes; where the numbers do not divide, one at each end is shared.
-        lanes = -(-plan.num_lanes // world_size) + (plan.num_lanes % world_size > 0)
+        lanes = -(-plan.num_lanes // world.world_size) + (plan.num_lanes % world.world_size > 0)
         a_step = plan.batch_size / plan.num_lanes / (plan.num_samples / len(plan.shard_sizes))
         num_shards, largest = plan.window_shards + 2 + int((STEPS_KEPT + 1) * a_step), int(sizes.max())
         needed = lanes * num_shards * largest
@@ -82,7 +89,7 @@ def cache_for_training(
     return cached(shards, CacheFolder(path=_folder(data), budget_bytes=budget, share_bytes=share))
 
 
-def cache_for_evaluation(shards: ShardSet, data: DataConfig, samples: Indices, *, local_world_size: int) -> ShardSet:
+def cache_for_evaluation(shards: ShardSet, data: DataConfig, samples: Indices, *, world: World) -> ShardSet:
     """Give remote shards a cache, if whole shards are fetched faster than the samples alone.
 
     Raises:
@@ -94,11 +101,12 @@ def cache_for_evaluation(shards: ShardSet, data: DataConfig, samples: Indices, *
     if not sizes.any() or sizes[touched].sum() > len(samples) * _BYTES_A_REQUEST:
         return shards
     budget = _budget(data)
-    share = int((1 - _FOR_TRAINING) * budget) // local_world_size
+    share = int((1 - _FOR_TRAINING) * budget) // world.local_world_size
     if share < 2 * sizes.max():
         raise ValueError(
-            f"the cache in {_folder(data)} may hold {gib(budget)}, too little for evaluation: {local_world_size} ranks "
-            f"here x 2 shards x {gib(int(sizes.max()))} in {1 - _FOR_TRAINING:.0%} of it; raise --data.cache-gib"
+            f"the cache in {_folder(data)} may hold {gib(budget)}, too little for evaluation: "
+            f"{world.local_world_size} ranks here x 2 shards x {gib(int(sizes.max()))} in {1 - _FOR_TRAINING:.0%} of "
+            "it; raise --data.cache-gib"
         )
     return cached(shards, CacheFolder(path=_folder(data), budget_bytes=budget, share_bytes=share))
 

@@ -8,6 +8,7 @@ import torch
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.loader import open_loader
 from pipelines.reading.reader import DamagedSampleError
+from pipelines.world import World
 from shards.sets import open_set
 from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
 
@@ -39,9 +40,9 @@ def flipped(images, tmp_path):
     return folder
 
 
-def samples_of_an_epoch(shards, *, rank=0, world_size=1, **options):
+def samples_of_an_epoch(shards, *, world=World(), **options):
     data = DataConfig(shards=str(shards), batch_size=10, num_threads=1, on_bad_sample="skip", **options)
-    with open_loader(data, ViewsConfig(size=16), seed=1, device=CPU, rank=rank, world_size=world_size) as loader:
+    with open_loader(data, ViewsConfig(size=16), seed=1, device=CPU, world=world) as loader:
         steps = [batch.index.tolist() for batch in loader]
         return steps, loader.num_replaced
 
@@ -60,7 +61,9 @@ def test_damaged_samples_are_replaced_by_the_next_good_one_and_counted(flipped, 
 
 def test_ranks_agree_on_the_replacements(flipped):
     [whole, _] = samples_of_an_epoch(flipped, backend="dali")
-    shares = [samples_of_an_epoch(flipped, backend="dali", rank=rank, world_size=2)[0] for rank in range(2)]
+    shares = [
+        samples_of_an_epoch(flipped, backend="dali", world=World(rank=rank, world_size=2))[0] for rank in range(2)
+    ]
     for step, parts in enumerate(zip(*shares, strict=True)):
         assert [len(part) for part in parts] == [5, 5]
         assert sorted(joined(parts)) == sorted(whole[step])

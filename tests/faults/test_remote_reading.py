@@ -16,15 +16,16 @@ import pytest
 import torch
 
 from pipelines.config import DataConfig, ViewsConfig
-from pipelines.loader import open_eval_loader, open_loader
+from pipelines.loader import open_loader
+from pipelines.plan.steps import ListedSteps
 from pipelines.reading import cache as cache_module
 from pipelines.reading.cache import CachedShardSet, CacheFolder, CacheFullError, FetchError, Holder
 from pipelines.reading.fetch import FetchedSteps, cached
 from pipelines.reading.reader import Reader
-from pipelines.reading.samples import ListedSteps
 from shards.sets import ShardSet, open_set
 from shards.sets.remote import RemoteShardSet
 from shards.storage import stores as storage
+from tests.pipelines.central import open_central
 from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
 from tests.shards.web import Web, serving
 
@@ -408,18 +409,18 @@ def test_a_cache_that_is_too_small_is_refused_with_the_arithmetic(store, local, 
     with pytest.raises(ValueError, match=r"cannot make the folder \S+ for shards .*--data\.cache"):
         batches("s3://bucket/set", tmp_path / "file")
     with pytest.raises(ValueError, match="too little for evaluation"):
-        open_eval_loader("s3://bucket/set", size=16, batch_size=8, device=CPU, data=data)
+        open_central("s3://bucket/set", size=16, batch_size=8, data=data)
 
 
 def test_evaluation_and_a_shard_that_never_comes(store, local, tmp_path):
     data = DataConfig(shards="s3://bucket/set", cache=str(tmp_path / "cache"))
-    loader = open_eval_loader("s3://bucket/set", size=16, batch_size=40, device=CPU, data=data, backend="dali")
+    loader = open_central("s3://bucket/set", size=16, batch_size=40, data=data, backend="dali")
     assert torch.cat([batch.index for batch in loader]).tolist() == list(range(NUM_SHARDS * PER_SHARD))
     assert len(tars_in(tmp_path / "cache")) == NUM_SHARDS
     loader.close()
     store.refused = "shard-000023.tar"
     data = DataConfig(shards="s3://bucket/set", cache=str(tmp_path / "other"))
-    loader = open_eval_loader("s3://bucket/set", size=16, batch_size=40, device=CPU, data=data, backend="dali")
+    loader = open_central("s3://bucket/set", size=16, batch_size=40, data=data, backend="dali")
     with pytest.raises(ValueError, match=r"cannot read s3://bucket/set/shard-000023\.tar"):
         list(loader)
     loader.close()

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pipelines.config import VIEWS, DataConfig, ViewConfig, ViewsConfig
-from pipelines.loader import make_views, open_eval_loader, open_loader
+from pipelines.loader import make_views, open_loader
 from shards.sets import open_set
+from tests.pipelines.central import open_central
 from tests.pipelines.photos import NAMES, photo
 from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
 
@@ -98,7 +99,7 @@ def test_a_resume_is_exact_on_the_device(device, many_sizes):
 
 
 def test_evaluation_images_are_those_of_the_cpu(device, many_sizes):
-    loaders = [open_eval_loader(str(many_sizes), size=48, batch_size=20, device=d) for d in (device, CPU)]
+    loaders = [open_central(str(many_sizes), size=48, batch_size=20, device=d) for d in (device, CPU)]
     for one, two in zip(*loaders, strict=True):
         assert torch.equal(one.index, two.index)
         assert (one.views[0].cpu().int() - two.views[0].int()).abs().float().mean() < 1.0

@@ -13,7 +13,8 @@ from moco_fast.config import Config, ModelConfig
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.features import labeled_features
 from moco_fast.presets import PRESETS
-from pipelines.config import ViewsConfig
+from pipelines.config import DataConfig, ViewsConfig
+from shards.sets import open_set
 
 
 def test_everything_that_is_offered_is_there() -> None:
@@ -74,7 +75,13 @@ def test_every_default_has_the_type_of_its_field() -> None:
 
 def features(encoder: Encoder, shards: Path) -> np.ndarray:
     found = labeled_features(
-        encoder, str(shards), layer="backbone", size=32, crop=1.0, batch_size=64, device=torch.device("cpu")
+        encoder,
+        open_set(shards),
+        layer="backbone",
+        size=32,
+        crop=1.0,
+        data=DataConfig(shards=str(shards), batch_size=64),
+        device=torch.device("cpu"),
     )
     return found.values.numpy()
 
@@ -145,9 +152,10 @@ def test_a_run_is_evaluated_as_by_the_command(finished_run: Path, packed_demo: A
     expected = evaluate_knn(
         encoder,
         config.eval,
-        bank_shards=str(packed_demo.train),
-        query_shards=str(packed_demo.val),
+        bank=open_set(packed_demo.train),
+        queries=open_set(packed_demo.val),
         size=32,
+        data=config.data,
         device=torch.device("cpu"),
     )
     assert moco_fast.evaluate(finished_run, device="cpu") == expected

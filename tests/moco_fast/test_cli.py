@@ -39,7 +39,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     printed = capsys.readouterr().out
     assert {name.split()[0] for name in COMMANDS} <= set(printed.replace(",", " ").replace("{", " ").split())
-    assert "Draw the two views" in printed
+    assert "Draw the views" in printed
 
 
 @pytest.mark.parametrize("words", [["fly"], ["eval", "fly"], ["eval fly", "--x"], []])
@@ -85,6 +85,7 @@ def test_eval_knn_compares_trained_and_untrained(
     from moco_fast.encoders.encoder import build_encoder
     from moco_fast.evaluation.knn import evaluate_knn
     from moco_fast.training.checkpoint import load_encoder
+    from shards.sets import open_set
 
     assert main(["eval", "knn", "--checkpoint", str(finished_run), "--json", "--device", "cpu"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -94,9 +95,10 @@ def test_eval_knn_compares_trained_and_untrained(
         expected = evaluate_knn(
             encoder,
             KnnConfig(k=5, temperature=config.eval.temperature, layer="head", crop=1.0),
-            bank_shards=str(packed_demo.train),
-            query_shards=str(packed_demo.val),
+            bank=open_set(packed_demo.train),
+            queries=open_set(packed_demo.val),
             size=32,
+            data=config.data,
             device=torch.device("cpu"),
         )
         assert facts[name] == expected.top1

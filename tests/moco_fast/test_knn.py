@@ -22,6 +22,12 @@ from moco_fast.evaluation import knn
 from moco_fast.evaluation.features import Features, extract, gather, labeled_features, spread
 from moco_fast.evaluation.knn import KnnResult, classify, evaluate_knn
 from pipelines.batch import Batch
+from pipelines.config import Backend, DataConfig
+from pipelines.world import World
+from shards.ground.progress import ProgressBars
+from shards.sets import open_set
+from shards.sets.manifest import Manifest
+from shards.tools.beton import write_beton
 
 
 def unit_rows(rows: int, dim: int, seed: int) -> Tensor:
@@ -152,73 +158,131 @@ def test_gather_brings_uneven_shares_together_on_every_rank(run_ranks, sizes: li
         assert values == [[number, -number] for number in expected]
 
 
+CPU = torch.device("cpu")
 KNN = KnnConfig(k=5, temperature=0.1, crop=1.0)
 
 
-def knn_of(encoder: Encoder, packed: Any, knn: KnnConfig = KNN, *, query_shards: str | None = None) -> KnnResult:
+def knn_of(
+    encoder: Encoder,
+    bank: Path | str,
+    queries: Path | str,
+    knn: KnnConfig = KNN,
+    *,
+    backend: Backend = "dali",
+    world: World = World(),
+) -> KnnResult:
     return evaluate_knn(
         encoder,
         knn,
-        bank_shards=str(packed.train),
-        query_shards=query_shards or str(packed.val),
+        bank=open_set(bank),
+        queries=open_set(queries),
         size=32,
-        batch_size=50,
-        device=torch.device("cpu"),
+        data=DataConfig(shards=str(bank), batch_size=50 * world.world_size, backend=backend, num_threads=1),
+        device=CPU,
+        world=world,
     )
 
 
 @pytest.mark.parametrize(("layer", "dim"), [("backbone", 128), ("head", 8)])
 def test_evaluate_knn_agrees_with_a_plain_loop(encoder: Encoder, packed_demo: Any, layer: Layer, dim: int) -> None:
-    cpu = torch.device("cpu")
     bank, queries = (
-        labeled_features(encoder, str(shards), layer=layer, size=32, crop=1.0, batch_size=64, device=cpu)
+        labeled_features(
+            encoder,
+            open_set(shards),
+            layer=layer,
+            size=32,
+            crop=1.0,
+            data=DataConfig(shards=str(shards), batch_size=64),
+            device=CPU,
+        )
         for shards in (packed_demo.train, packed_demo.val)
     )
     predictions = naive_predictions(bank.values.numpy(), bank.labels.numpy(), queries.values.numpy(), 5, 0.1)
-    result = knn_of(encoder, packed_demo, replace(KNN, layer=layer))
+    result = knn_of(encoder, packed_demo.train, packed_demo.val, replace(KNN, layer=layer))
     assert bank.values.shape == (288, dim)
     assert result.top1 == np.mean(np.array(predictions) == queries.labels.numpy())
     assert (result.num_bank, result.num_queries, result.k, result.note) == (288, 72, 5, None)
     assert 1 / 18 < result.top1 < 1
 
 
+@pytest.fixture(scope="module")
+def beton(packed_demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("beton") / "val.beton"
+    write_beton(packed_demo.val, out, workers=1, progress=ProgressBars(enabled=False))
+    return out
+
+
+@pytest.mark.parametrize("backend", ["torch", "ffcv", "auto"])
+def test_features_are_the_same_whatever_decodes(
+    encoder: Encoder, packed_demo: Any, beton: Path, backend: Backend
+) -> None:
+    of_dali, of_other = (
+        labeled_features(
+            encoder,
+            open_set(shards),
+            layer="backbone",
+            size=32,
+            crop=0.875,
+            data=DataConfig(shards="", batch_size=40, backend=name, num_threads=1),
+            device=CPU,
+        )
+        for shards, name in ((packed_demo.val, "dali"), (beton if backend == "ffcv" else packed_demo.val, backend))
+    )
+    assert torch.equal(of_dali.index, of_other.index)
+    assert torch.equal(of_dali.labels, of_other.labels)
+    # Backends read the crop's border differently: some levels in the outermost pixels.
+    assert (of_dali.values * of_other.values).sum(dim=1).min() > 0.995
+    if backend != "auto":
+        assert not torch.equal(of_dali.values, of_other.values)
+
+
+def test_a_run_from_a_beton_is_evaluated_on_a_folder_of_shards(encoder: Encoder, packed_demo: Any, beton: Path) -> None:
+    result = knn_of(encoder, beton, packed_demo.val, replace(KNN, k=1), backend="ffcv")
+    assert (result.num_bank, result.num_queries) == (72, 72)
+
+
+def test_an_evaluation_parses_the_manifest_of_each_set_once(
+    encoder: Encoder, packed_demo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[str] = []
+
+    def counting(path: Any, read: Any = Manifest.read) -> Manifest:
+        parsed.append(str(path))
+        return read(path)
+
+    monkeypatch.setattr(Manifest, "read", counting)
+    knn_of(encoder, packed_demo.train, packed_demo.val, replace(KNN, max_bank=40))
+    assert sorted(parsed) == sorted([str(packed_demo.train), str(packed_demo.val)])
+
+
 def test_a_sample_s_nearest_neighbor_is_itself(encoder: Encoder, packed_demo: Any) -> None:
-    assert knn_of(encoder, packed_demo, replace(KNN, k=1), query_shards=str(packed_demo.train)).top1 > 0.99
+    assert knn_of(encoder, packed_demo.train, packed_demo.train, replace(KNN, k=1)).top1 > 0.99
 
 
 def test_a_bank_smaller_than_k_is_noted(encoder: Encoder, packed_demo: Any) -> None:
-    result = knn_of(encoder, packed_demo, replace(KNN, k=200, max_bank=30))
+    result = knn_of(encoder, packed_demo.train, packed_demo.val, replace(KNN, k=200, max_bank=30))
     assert (result.k, result.num_bank) == (30, 30)
     assert result.note is not None
     assert "the bank holds 30" in result.note
 
 
 def test_the_bank_is_spread_over_the_whole_set(packed_demo: Any) -> None:
-    chosen = spread(str(packed_demo.train), 9)
+    train = open_set(packed_demo.train)
+    chosen = spread(train, 9)
     assert chosen is not None
     assert chosen.tolist() == [0, 32, 64, 96, 128, 160, 192, 224, 256]
-    assert spread(str(packed_demo.train), 288) is None
+    assert spread(train, 288) is None
 
 
 def knn_on_this_rank(train: str, val: str) -> KnnResult:
     torch.manual_seed(0)
     encoder = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8))
-    return evaluate_knn(
-        encoder,
-        KNN,
-        bank_shards=train,
-        query_shards=val,
-        size=32,
-        batch_size=50,
-        device=torch.device("cpu"),
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
+    return knn_of(encoder, train, val, world=World(rank=distributed.rank(), world_size=distributed.world_size()))
 
 
 @pytest.mark.slow
 def test_ranks_together_find_what_one_finds(run_ranks, encoder: Encoder, packed_demo: Any) -> None:
-    alone = knn_of(encoder, packed_demo)
+    alone = knn_of(encoder, packed_demo.train, packed_demo.val)
     assert run_ranks(knn_on_this_rank, str(packed_demo.train), str(packed_demo.val)) == [alone, alone]
 
 
@@ -226,7 +290,7 @@ def test_a_diverged_encoder_is_told(encoder: Encoder, packed_demo: Any) -> None:
     with torch.no_grad():
         next(encoder.parameters()).fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite"):
-        knn_of(encoder, packed_demo)
+        knn_of(encoder, packed_demo.train, packed_demo.val)
 
 
 @pytest.fixture(scope="module")
@@ -245,17 +309,10 @@ def other_shards(packed_demo: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_sets_with_different_classes_are_refused(encoder: Encoder, packed_demo: Any, other_shards: Path) -> None:
     with pytest.raises(ValueError, match=r"number their classes differently \('astronaut' is in one only\)"):
-        knn_of(encoder, packed_demo, query_shards=str(other_shards / "labeled"))
+        knn_of(encoder, packed_demo.train, other_shards / "labeled")
 
 
 def test_shards_without_labels_are_refused(encoder: Encoder, other_shards: Path) -> None:
     unlabeled = str(other_shards / "unlabeled")
     with pytest.raises(ValueError, match="holds no labeled sample"):
-        evaluate_knn(
-            encoder,
-            KNN,
-            bank_shards=unlabeled,
-            query_shards=unlabeled,
-            size=32,
-            device=torch.device("cpu"),
-        )
+        knn_of(encoder, unlabeled, unlabeled)

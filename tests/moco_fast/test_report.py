@@ -172,7 +172,7 @@ def test_neighbors_agree_with_a_plain_search(finished_run: Path) -> None:
     assert len({query.label for query in found}) == 5
     for encoder, which in ((trained, "trained"), (untrained, "untrained")):
         bank, held_out = (
-            labeled_features(encoder, shards, layer="head", size=32, crop=1.0, batch_size=64, device=cpu)
+            labeled_features(encoder, open_set(shards), layer="head", size=32, crop=1.0, data=config.data, device=cpu)
             for shards in (config.data.shards, config.eval.shards)
         )
         for query in found:

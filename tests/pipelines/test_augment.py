@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipelines.config import VIEWS, ViewConfig
 from pipelines.plan.augment import KEY_VIEW, QUERY_VIEW, color_matrix, draw_view, hue_map
-from pipelines.reading.samples import draw_training
+from pipelines.plan.draw import draw_views
 from shards.sets.record import RECORD
 
 V2 = VIEWS["moco-v2"].query
@@ -48,20 +48,19 @@ def test_views_and_epochs_drawn_in_one_call_are_those_drawn_one_by_one():
 
 
 @pytest.mark.parametrize("recipe", VIEWS)
-def test_both_views_of_several_steps_are_those_of_each_step(recipe):
+def test_all_views_of_several_steps_are_those_of_each_step(recipe):
     rng = np.random.default_rng(0)
     records = np.zeros(24, dtype=RECORD)
     records["width"], records["height"] = rng.integers(20, 600, (2, 24))
     records["mean_rgb"], records["flags"] = rng.integers(0, 256, (24, 3)), rng.integers(0, 2, 24)
     samples, epochs = rng.integers(0, 2**40, 24), np.repeat([3, 4, 4], 8)
     views = replace(VIEWS[recipe], color="linear")
-    together = draw_training(epochs, samples, records, views=views, seed=5)
+    together = draw_views(epochs, samples, records, views=views.specs, seed=5)
     for begin in (0, 8, 16):
         step = slice(begin, begin + 8)
-        pairs = zip((views.query, views.key), (QUERY_VIEW, KEY_VIEW), together, strict=True)
-        for config, view, table in pairs:
+        for view, (spec, table) in enumerate(zip(views.specs, together, strict=True)):
             alone = draw_view(
-                config,
+                spec.recipe,
                 seed=5,
                 epoch=int(epochs[begin]),
                 view=view,

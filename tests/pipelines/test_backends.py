@@ -1,17 +1,19 @@
 import dataclasses
 import importlib.util
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import numpy as np
 import pytest
 import torch
 
 from pipelines.backends import registry as backends
-from pipelines.backends.registry import BACKENDS, Job, choose
-from pipelines.config import VIEWS, DataConfig, refuse_unused
+from pipelines.backends.base import Job
+from pipelines.backends.registry import BACKENDS, choose
+from pipelines.config import VIEWS, Backend, DataConfig, refuse_unused
 from pipelines.loader import open_loader
-from pipelines.reading.samples import ListedSteps, draw_training
+from pipelines.plan.draw import draw_views
+from pipelines.plan.steps import ListedSteps
 from shards.ground.progress import ProgressBars
 from shards.sets import open_set
 from shards.tools.beton import write_beton
@@ -53,6 +55,10 @@ def test_an_option_that_the_backend_does_not_use_is_refused(backend, on_gpu, opt
     refuse_unused(DataConfig(shards="x"), backend, on_gpu=on_gpu)
 
 
+def test_every_backend_is_registered_under_its_name():
+    assert set(get_args(Backend)) == set(BACKENDS)
+
+
 class Watched(Job):
     asked: ClassVar[set[str]] = set()
 
@@ -69,15 +75,14 @@ def test_a_backend_asks_for_the_options_that_it_is_said_to_use(small_shards, tmp
     views = VIEWS["cifar10"]
     job = Watched(
         shards=shards,
-        draw=partial(draw_training, views=views, seed=0),
-        views=(views.query, views.key),
-        size=views.size,
+        draw=partial(draw_views, views=views.specs, seed=0),
+        views=views.specs,
         max_batch=8,
         device=CPU,
         num_threads=1,
     )
     Watched.asked.clear()
-    stream = BACKENDS[backend](job, ListedSteps(samples=np.arange(8), batch_size=8))
+    stream = BACKENDS[backend].start(job, ListedSteps(samples=np.arange(8), batch_size=8))
     try:
         assert stream.get().views[0].shape[0] == 8
     finally:

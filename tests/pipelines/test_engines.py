@@ -9,6 +9,7 @@ from pipelines.backends.engines import Engines, choose_load, describe_engines, f
 from pipelines.backends.registry import choose_num_threads
 from pipelines.config import DataConfig
 from pipelines.loader import choose_decoding
+from pipelines.world import World
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 HANDLE = 0x1234
@@ -117,8 +118,8 @@ def test_what_the_user_says_counts_and_dali_on_a_gpu_alone_has_engines(gpu):
 
 def test_dalis_threads_on_a_gpu_are_at_most_sixteen_unless_asked_for(monkeypatch):
     monkeypatch.setattr("pipelines.backends.registry.available_cpus", lambda ranks: 192 // ranks)
-    assert choose_num_threads("dali", None, device=GPU, local_world_size=1) == 16
-    assert choose_num_threads("dali", None, device=GPU, local_world_size=16) == 12
-    assert choose_num_threads("dali", 40, device=GPU, local_world_size=1) == 40
-    assert choose_num_threads("dali", None, device=CPU, local_world_size=1) == 192
-    assert choose_num_threads("torch", None, device=GPU, local_world_size=1) == 192
+    assert choose_num_threads("dali", None, device=GPU, world=World()) == 16
+    assert choose_num_threads("dali", None, device=GPU, world=World(world_size=16, local_world_size=16)) == 12
+    assert choose_num_threads("dali", 40, device=GPU, world=World()) == 40
+    assert choose_num_threads("dali", None, device=CPU, world=World()) == 192
+    assert choose_num_threads("torch", None, device=GPU, world=World()) == 192

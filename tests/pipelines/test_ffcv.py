@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.backends.base import Job
 from pipelines.backends.pixels import decode, render
-from pipelines.backends.registry import Job
-from pipelines.config import VIEWS, DataConfig, ViewConfig, ViewsConfig
-from pipelines.loader import make_views, open_eval_loader, open_loader
+from pipelines.config import VIEWS, DataConfig, ViewConfig, ViewsConfig, central_crop
+from pipelines.loader import make_views, open_loader
 from pipelines.plan.augment import color_chain
-from pipelines.reading.samples import ListedSteps, draw_central, draw_training
+from pipelines.plan.draw import draw_views
+from pipelines.plan.steps import ListedSteps
 from shards.ground.progress import ProgressBars
 from shards.sets import open_set
 from shards.sets.beton import METADATA, BetonSet
 from shards.tools.beton import write_beton
 from tests.pipelines import reference
+from tests.pipelines.central import open_central
 from tests.pipelines.color_cases import differences
 from tests.pipelines.photos import NAMES, photo
 from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
@@ -119,7 +121,7 @@ def test_a_stage_is_what_the_reference_says(stage, photos):
     samples, differences = np.arange(len(NAMES)), []
     for epoch in range(3):
         made = make_views(photos, samples, views, seed=1, epoch=epoch, backend="ffcv")[0].permute(0, 2, 3, 1).numpy()
-        table = draw_training(epoch, samples, photos.records, views=views, seed=1)[0]
+        table = draw_views(epoch, samples, photos.records, views=views.specs, seed=1)[0]
         for row, name in enumerate(NAMES):
             differences.append(np.abs(made[row] - reference.view(jpeg(photo(name)), table, row, 64, inside=True)))
     # Rounding once costs 0.25 in the mean and 0.5 at most.
@@ -149,7 +151,7 @@ def test_whole_views_are_near_the_reference(recipe, photos):
     views, samples = replace(VIEWS[recipe], size=64), np.arange(len(NAMES))
     made = make_views(photos, samples, views, seed=1, epoch=0, backend="ffcv")
     apart = []
-    for view, table in zip(made, draw_training(0, samples, photos.records, views=views, seed=1), strict=True):
+    for view, table in zip(made, draw_views(0, samples, photos.records, views=views.specs, seed=1), strict=True):
         for row, name in enumerate(NAMES):
             expected = reference.view(jpeg(photo(name)), table, row, 64, inside=True)
             apart.append(np.abs(view[row].permute(1, 2, 0).numpy() - expected))
@@ -224,7 +226,7 @@ def test_what_libjpeg_turbo_complains_of_is_decoded_as_elsewhere(small):
     record = shards.records[ODD]
     encoded = np.frombuffer(small.read_bytes(), np.uint8)[int(record["offset"]) :][: int(record["size"])]
     expected = np.empty((24, 24, 3), dtype=np.uint8)
-    tables = draw_training(0, samples, shards.records[samples], views=VIEWS_24, seed=1)
+    tables = draw_views(0, samples, shards.records[samples], views=VIEWS_24.specs, seed=1)
     for table, view in zip(tables, make_views(shards, samples, VIEWS_24, seed=1, epoch=0, backend="ffcv"), strict=True):
         render(decode(encoded), table, 0, expected)
         assert np.array_equal(view[0].permute(1, 2, 0).numpy(), expected)
@@ -273,9 +275,8 @@ def test_an_exception_reaches_the_consumer(small, fault, monkeypatch):
 
     job = Job(
         shards=open_set(small),
-        draw=raise_in_draw if fault == "draw" else partial(draw_training, views=VIEWS_24, seed=1),
-        views=(VIEWS_24.query, VIEWS_24.key),
-        size=24,
+        draw=raise_in_draw if fault == "draw" else partial(draw_views, views=VIEWS_24.specs, seed=1),
+        views=VIEWS_24.specs,
         max_batch=4,
         device=CPU,
         num_threads=1,
@@ -292,7 +293,7 @@ def test_an_exception_reaches_the_consumer(small, fault, monkeypatch):
 
 
 def test_evaluation_sees_each_sample_once_as_a_central_crop(small):
-    loader = open_eval_loader(str(small), size=20, batch_size=25, device=CPU, backend="ffcv")
+    loader = open_central(str(small), size=20, batch_size=25, backend="ffcv")
     shards = BetonSet.open(small)
     for _ in range(2):
         batches = list(loader)
@@ -300,7 +301,7 @@ def test_evaluation_sees_each_sample_once_as_a_central_crop(small):
         assert torch.cat([batch.index for batch in batches]).tolist() == list(range(60))
         assert all(torch.equal(batch.label, batch.index) for batch in batches)
     assert our_threads() == []
-    [table] = draw_central(0, np.arange(60), shards.records, crop=0.875)
+    [table] = draw_views(0, np.arange(60), shards.records, views=central_crop(8, side=0.875), seed=0)
     data = small.read_bytes()
     for number, image in enumerate(torch.cat([batch.views[0] for batch in batches]).permute(0, 2, 3, 1).numpy()):
         record = shards.records[number]

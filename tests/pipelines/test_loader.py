@@ -9,16 +9,18 @@ import pytest
 import torch
 
 from pipelines.config import DataConfig, ViewConfig, ViewsConfig
-from pipelines.loader import open_eval_loader, open_loader
+from pipelines.loader import open_loader
+from pipelines.world import World
+from tests.pipelines.central import open_central
 from tests.pipelines.shard_files import damaged_copy
 
 VIEWS = ViewsConfig(size=24, query=ViewConfig(), key=ViewConfig(solarize_p=0.5, jitter_p=0.0, grayscale_p=0.0))
 CPU = torch.device("cpu")
 
 
-def open_small(shards, *, batch_size=16, views=VIEWS, seed=3, rank=0, world_size=1, **options):
+def open_small(shards, *, batch_size=16, views=VIEWS, seed=3, world=World(), **options):
     data = DataConfig(shards=str(shards), batch_size=batch_size, num_threads=2, **options)
-    return open_loader(data, views, seed=seed, device=CPU, rank=rank, world_size=world_size)
+    return open_loader(data, views, seed=seed, device=CPU, world=world)
 
 
 @pytest.fixture
@@ -105,7 +107,9 @@ def test_leaving_a_loop_goes_on_where_it_left(small_shards, loader):
 def test_pixels_and_samples_of_a_step_do_not_depend_on_the_ranks(small_shards):
     def steps(world_size) -> list[dict[int, torch.Tensor]]:
         found = []
-        loaders = [open_small(small_shards, rank=rank, world_size=world_size) for rank in range(world_size)]
+        loaders = [
+            open_small(small_shards, world=World(rank=rank, world_size=world_size)) for rank in range(world_size)
+        ]
         for batches in zip(*loaders, strict=True):
             step = {}
             for batch in batches:
@@ -179,6 +183,7 @@ import sys, torch, warnings
 warnings.filterwarnings("ignore", ".*___pyct_anno", DeprecationWarning)
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.loader import open_loader
+from pipelines.world import World
 loader = open_loader(DataConfig(shards=sys.argv[1], batch_size=16), ViewsConfig(size=16), seed=0,
                      device=torch.device("cpu"))
 for step, batch in enumerate(loader):
@@ -207,7 +212,7 @@ def test_a_state_that_fits_no_place_is_refused(loader):
 
 def test_numbers_that_cannot_work_are_told_before_any_work(small_shards):
     with pytest.raises(ValueError, match="cannot be split evenly over 3 ranks"):
-        open_small(small_shards, world_size=3)
+        open_small(small_shards, world=World(world_size=3))
     with pytest.raises(ValueError, match="less than one batch of 101"):
         open_small(small_shards, batch_size=101)
     with pytest.raises(ValueError, match="is not a folder"):
@@ -217,7 +222,7 @@ def test_numbers_that_cannot_work_are_told_before_any_work(small_shards):
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_evaluation_sees_each_sample_once_in_dense_order(small_shards, rank):
-    loader = open_eval_loader(str(small_shards), size=20, batch_size=15, device=CPU, rank=rank, world_size=3)
+    loader = open_central(str(small_shards), size=20, batch_size=45, world=World(rank=rank, world_size=3))
     for _ in range(2):
         batches = list(loader)
         assert len(loader) == len(batches) == 3
@@ -230,18 +235,18 @@ def test_evaluation_sees_each_sample_once_in_dense_order(small_shards, rank):
 
 def test_evaluation_of_chosen_samples_and_of_none(small_shards):
     chosen = np.array([99, 3, 50])
-    loader = open_eval_loader(str(small_shards), size=20, batch_size=2, device=CPU, indices=chosen)
+    loader = open_central(str(small_shards), size=20, batch_size=2, samples=chosen)
     assert [batch.index.tolist() for batch in loader] == [[99, 3], [50]]
-    empty = open_eval_loader(str(small_shards), size=20, batch_size=2, device=CPU, indices=chosen[:0])
+    empty = open_central(str(small_shards), size=20, batch_size=2, samples=chosen[:0])
     assert list(empty) == []
     with pytest.raises(ValueError, match="beyond the 100 samples"):
-        open_eval_loader(str(small_shards), size=20, batch_size=2, device=CPU, indices=np.array([100]))
+        open_central(str(small_shards), size=20, batch_size=2, samples=np.array([100]))
     with pytest.raises(ValueError, match="crop is 0"):
-        open_eval_loader(str(small_shards), size=20, crop=0, batch_size=2, device=CPU)
+        open_central(str(small_shards), size=20, crop=0, batch_size=2)
 
 
 def test_leaving_an_evaluation_early_ends_its_threads(small_shards):
-    loader = open_eval_loader(str(small_shards), size=20, batch_size=2, device=CPU)
+    loader = open_central(str(small_shards), size=20, batch_size=2)
     for _ in loader:
         break
     gc.collect()

@@ -12,7 +12,7 @@ from pipelines.backends.pixels import decode, render
 from pipelines.config import VIEWS, ViewConfig, ViewsConfig
 from pipelines.loader import make_views
 from pipelines.plan.augment import QUERY_VIEW, draw_view
-from pipelines.reading.samples import draw_training
+from pipelines.plan.draw import draw_views
 from shards.sets import open_set
 from tests.pipelines import reference
 from tests.pipelines.photos import NAMES, photo
@@ -52,7 +52,7 @@ def made_by(backend, shards, encoded, views, epoch):
     if backend == "dali":
         made = make_views(shards, samples, views, seed=1, epoch=epoch, backend="dali")[0]
         return made.permute(0, 2, 3, 1).numpy()
-    table = draw_training(epoch, samples, shards.index(0), views=views, seed=1)[0]
+    table = draw_views(epoch, samples, shards.index(0), views=views.specs, seed=1)[0]
     out = np.empty((len(samples), views.size, views.size, 3), dtype=np.uint8)
     for row, image in enumerate(encoded):
         render(decode(image), table, row, out[row])
@@ -67,7 +67,7 @@ def test_a_stage_is_what_the_reference_says(backend, stage, photo_shards, encode
     differences = []
     for epoch in range(3):
         made = made_by(backend, photo_shards, encoded, views, epoch)
-        table = draw_training(epoch, np.arange(len(NAMES)), photo_shards.index(0), views=views, seed=1)[0]
+        table = draw_views(epoch, np.arange(len(NAMES)), photo_shards.index(0), views=views.specs, seed=1)[0]
         for row, image in enumerate(encoded):
             # The two differ in what they read beyond the crop's border: nothing (torch), or the image (DALI).
             expected = reference.view(image, table, row, SIZE, inside=backend == "torch")

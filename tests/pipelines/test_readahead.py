@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.config import VIEWS
+from pipelines.config import VIEWS, central_crop
+from pipelines.plan.draw import draw_views
 from pipelines.plan.order import OrderPlan
+from pipelines.plan.steps import EpochSteps, ListedSteps
 from pipelines.reading.ahead_process import ReadingSpec
 from pipelines.reading.readahead import ReadAhead
 from pipelines.reading.reader import DamagedSampleError, Reader
-from pipelines.reading.samples import EpochSteps, ListedSteps, draw_central, draw_training
+from pipelines.world import World
 from shards.ground.channel import ChannelClosed
 from shards.ground.child import WorkerDiedError
 from shards.sets import open_set
@@ -36,7 +38,7 @@ def shards(tmp_path_factory):
 
 def reading(shards, samples, *, batch_size=8, ahead=2, skip=False) -> ReadAhead:
     steps = ListedSteps(samples=np.asarray(samples), batch_size=batch_size, epoch=3)
-    draw = partial(draw_central, crop=1.0)
+    draw = partial(draw_views, views=central_crop(8, side=1.0), seed=0)
     spec = ReadingSpec(
         shards=shards, steps=steps, draw=draw, max_batch=batch_size, ahead=ahead, num_threads=2, skip=skip
     )
@@ -61,7 +63,7 @@ def test_batches_hold_the_bytes_and_tables_of_their_samples_in_order(shards):
     for begin, batch in zip(range(0, 60, 8), batches, strict=True):
         mine = samples[begin : begin + 8]
         assert batch.samples.tolist() == batch.labels.tolist() == batch.keys.tolist() == mine.tolist()
-        [expected] = draw_central(3, mine, reader.records(mine), crop=1.0)
+        [expected] = draw_views(3, mine, reader.records(mine), views=central_crop(8, side=1.0), seed=0)
         assert np.array_equal(batch.tables[0].box, expected.box)
         kept.append(batch)
     # All are held: each is in memory of its own.
@@ -75,8 +77,8 @@ def test_batches_hold_the_bytes_and_tables_of_their_samples_in_order(shards):
 
 def test_steps_drawn_together_have_the_tables_of_their_own_epoch(shards):
     plan = OrderPlan(shard_sizes=shards.shard_sizes, seed=1, batch_size=9, lanes=2, window_shards=1)
-    steps = EpochSteps(plan=plan, epoch=5, step=4, rank=0, world_size=1)
-    draw = partial(draw_training, views=VIEWS["moco-v3"], seed=2)
+    steps = EpochSteps(plan=plan, epoch=5, step=4, world=World())
+    draw = partial(draw_views, views=VIEWS["moco-v3"].specs, seed=2)
     batches = ReadAhead(
         ReadingSpec(shards=shards, steps=steps, draw=draw, max_batch=9, ahead=2, num_threads=1, skip=False)
     )

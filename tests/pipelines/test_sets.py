@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 
 from pipelines.config import DataConfig, ViewsConfig
-from pipelines.loader import open_eval_loader, open_loader
+from pipelines.loader import open_loader
 from shards.sets import open_set
 from shards.sets.record import Flag
 from shards.tools.index import index_folder
+from tests.pipelines.central import open_central
 from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
 from tests.shards.pictures import encoded
 
@@ -63,7 +64,7 @@ def test_the_manifest_counts_what_was_found(foreign):
 def test_unfit_samples_are_refused_before_anything_starts(foreign):
     for opening in (
         lambda: open_foreign(foreign),
-        lambda: open_eval_loader(str(foreign), size=16, batch_size=4, device=CPU),
+        lambda: open_central(str(foreign), size=16, batch_size=4),
     ):
         with pytest.raises(
             ValueError, match=r"\(1 needs orientation, 1 not rgb, 2 not jpeg, 1 damaged\): `make-shards"

@@ -13,6 +13,7 @@ from PIL import Image
 from pipelines.config import DataConfig, ViewConfig, ViewsConfig
 from pipelines.loader import open_loader
 from pipelines.reading.reader import DamagedSampleError
+from pipelines.world import World
 from shards.sets.manifest import find_tars
 from tests.pipelines.shard_files import jpeg, smooth_image
 
@@ -52,9 +53,9 @@ def tars(tmp_path_factory):
     return folder
 
 
-def open_tars(tars, *, views=VIEWS, seed=0, rank=0, world_size=1, num_threads=2, **options):
+def open_tars(tars, *, views=VIEWS, seed=0, world=World(), num_threads=2, **options):
     data = DataConfig(shards=str(tars), batch_size=8, num_threads=num_threads, stream_samples=60, **options)
-    return open_loader(data, views, seed=seed, device=CPU, rank=rank, world_size=world_size)
+    return open_loader(data, views, seed=seed, device=CPU, world=world)
 
 
 def labels(batches):
@@ -101,7 +102,10 @@ def test_the_same_place_gives_the_same_batches_and_other_places_others(tars):
 
 
 def test_ranks_draw_other_samples(tars):
-    with open_tars(tars, rank=0, world_size=2) as one, open_tars(tars, rank=1, world_size=2) as two:
+    with (
+        open_tars(tars, world=World(rank=0, world_size=2)) as one,
+        open_tars(tars, world=World(rank=1, world_size=2)) as two,
+    ):
         assert len(one) == len(two) == 7
         a, b = next(iter(one)), next(iter(two))
     assert len(a.label) == len(b.label) == 4

@@ -13,10 +13,11 @@ import torch
 from pipelines.backends.pixels import decode, render
 from pipelines.backends.torch import WorkerDiedError
 from pipelines.config import DataConfig, ViewConfig, ViewsConfig
-from pipelines.loader import open_eval_loader, open_loader
+from pipelines.loader import open_loader
+from pipelines.plan.draw import draw_views
 from pipelines.reading.reader import Reader
-from pipelines.reading.samples import draw_training
 from shards.sets import open_set
+from tests.pipelines.central import open_central
 from tests.pipelines.shard_files import damaged_copy
 
 VIEWS = ViewsConfig(size=24, query=ViewConfig(), key=ViewConfig(solarize_p=0.5))
@@ -108,7 +109,7 @@ def test_the_workers_apply_the_linear_map_where_it_is_asked_for(small_shards):
     records = reader.records(samples)
     images = [decode(encoded) for encoded in reader.submit(samples, records).result()]
     reader.close()
-    tables = draw_training(0, samples, records, views=views, seed=3)
+    tables = draw_views(0, samples, records, views=views.specs, seed=3)
     assert all(table.matrix is not None for table in tables)
     for table, made in zip(tables, batch.views, strict=True):
         for row, image in enumerate(images):
@@ -118,7 +119,7 @@ def test_the_workers_apply_the_linear_map_where_it_is_asked_for(small_shards):
 
 
 def test_evaluation_with_a_short_last_batch(small_shards):
-    loader = open_eval_loader(str(small_shards), size=20, batch_size=30, device=CPU, backend="torch")
+    loader = open_central(str(small_shards), size=20, batch_size=30, backend="torch")
     batches = list(loader)
     assert torch.cat([batch.index for batch in batches]).tolist() == list(range(100))
     assert [len(batch.views[0]) for batch in batches] == [30, 30, 30, 10]

@@ -1,0 +1,51 @@
+"""Steps of a rank: which samples its batches hold, one after the other."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Protocol
+
+from pipelines.plan.order import EpochOrder, OrderPlan
+from pipelines.world import World
+from shards.ground.arrays import Indices
+
+__all__ = ["EpochSteps", "ListedSteps", "Steps"]
+
+
+class Steps(Protocol):
+    """What a rank reads, batch after batch. Can be pickled, and iterated more than once."""
+
+    def __iter__(self) -> Iterator[tuple[int, Indices]]:
+        """Give (epoch, dense sample numbers) of each batch."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochSteps:
+    """A rank's shares of a plan's steps from a place on, over the epochs' ends, without end."""
+
+    plan: OrderPlan
+    epoch: int
+    step: int
+    world: World
+
+    def __iter__(self) -> Iterator[tuple[int, Indices]]:
+        """Give (epoch, dense sample numbers) of each batch."""
+        for epoch in count(self.epoch):
+            order = EpochOrder(self.plan, epoch)
+            for step in range(self.step if epoch == self.epoch else 0, self.plan.num_steps):
+                yield epoch, order.rank_step(step, self.world.rank, self.world.world_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedSteps:
+    """Given samples in their order, in batches; the last one may be short."""
+
+    samples: Indices
+    batch_size: int
+    epoch: int = 0
+
+    def __iter__(self) -> Iterator[tuple[int, Indices]]:
+        """Give (epoch, dense sample numbers) of each batch."""
+        for begin in range(0, len(self.samples), self.batch_size):
+            yield self.epoch, self.samples[begin : begin + self.batch_size]
