@@ -43,8 +43,8 @@ SETS = {
     "ten-crop": ten_crop(32),
     "mixed": (linear(16, ALL), *central_crop(56), linear(24, LABELED)),
 }
-# Of one view; rounding once costs 0.25 in the mean.
-MEAN, LARGEST = 0.45, 3.0
+# Of one view. Rounding once costs 0.25 in the mean and 0.5 at most; strong jitter multiplies what came before it.
+MEAN, LARGEST = 0.45, 4.0
 
 
 @pytest.fixture(scope="module")
