@@ -1,4 +1,4 @@
-"""The `make-shards` command."""
+"""Command line of `make-shards`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ __all__ = ["main"]
 
 @dataclass(frozen=True, kw_only=True)
 class PackCommand(PackConfig):
-    """Pack images into shards. Interrupted, the same command goes on where it stopped."""
+    """Pack images into shards. After an interrupt, the same command continues where it stopped."""
 
     sources: tyro.conf.Positional[tuple[str, ...]]
     """Folders, tar and zip archives, WebDataset shards, Parquet or Arrow files, lists (.txt, .csv, .tsv, .jsonl);
@@ -25,36 +25,36 @@ class PackCommand(PackConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyCommand:
-    """Check that a set of shards is what it was when it was packed."""
+    """Check that a set of shards is unchanged since it was packed."""
 
     folder: tyro.conf.Positional[str]
     """Folder that holds manifest.json, local or s3:// gs:// az:// http(s)://, or a .beton."""
     decode: bool = False
     """Also decode every pixel."""
     workers: int | None = None
-    """Worker processes; unset: one for each CPU that this process may use."""
+    """Worker processes; unset: one per CPU that this process may use."""
     work_folder: str = WORK_FOLDER
-    """Where the set is in a bucket: local folder for what is being looked at."""
+    """For a set in a bucket: local folder for the files that are being read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexCommand:
     """Write index and manifest for WebDataset tars that someone else wrote, without rewriting them.
 
-    For a set that was packed by an earlier version: note in its manifest what kinds of JPEG it holds.
+    For a set that an earlier version packed: note in its manifest what kinds of JPEG it holds.
     """
 
     folder: tyro.conf.Positional[str]
     """Folder of the tars, local or s3:// gs:// az://."""
     workers: int | None = None
-    """Worker processes; unset: one for each CPU that this process may use."""
+    """Worker processes; unset: one per CPU that this process may use."""
     work_folder: str = WORK_FOLDER
-    """Where the set is in a bucket: local folder for what is being looked at."""
+    """For a set in a bucket: local folder for the files that are being read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectCommand:
-    """Tell what a set of shards holds."""
+    """Print what a set of shards holds."""
 
     folder: tyro.conf.Positional[str]
     """Folder that holds manifest.json, local or s3:// gs:// az:// http(s)://, or a .beton; several with commas."""
@@ -64,14 +64,14 @@ class InspectCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class BetonCommand:
-    """Write a set of shards as one file of FFCV's, for the ffcv backend."""
+    """Write a set of shards as one file in FFCV's format, for the ffcv backend."""
 
     folder: tyro.conf.Positional[str]
     """Folder that holds manifest.json."""
     out: str
     """The file to write; its name ends in .beton."""
     workers: int | None = None
-    """Worker processes; unset: one for each CPU that this process may use."""
+    """Worker processes; unset: one per CPU that this process may use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +81,9 @@ class FinishCommand:
     folder: tyro.conf.Positional[str]
     """The folder that was given as --out."""
     work_folder: str = WORK_FOLDER
-    """Where the target is a bucket: local folder for the plan."""
+    """For a target in a bucket: local folder for the plan."""
     max_rejected: float = 0.05
-    """Exit with an error when more than this share of the inputs was rejected."""
+    """Exit with an error if more than this share of the inputs was rejected."""
 
 
 def _pack(command: PackCommand) -> int:
@@ -212,7 +212,7 @@ _Commands = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `make-shards`; returns the exit status.
+    """Run `make-shards` and return the exit status.
 
     0: done. 1: packing or verification failed. 2: the command cannot work as given. 3: more than --max-rejected of the
     inputs were rejected. 130: interrupted.
@@ -233,10 +233,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(
-            f"{where}{error.strerror or error}: finished shards are kept; mend this and run the same command", 1
+            f"{where}{error.strerror or error}: finished shards are kept; fix this and run the same command again", 1
         )
     except KeyboardInterrupt:
-        return _fail("interrupted: finished shards are kept; run the same command to go on", 130)
+        return _fail("interrupted: finished shards are kept; run the same command to continue", 130)
 
 
 def _fail(message: str, status: int) -> int:

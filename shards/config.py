@@ -1,4 +1,4 @@
-"""What a user chooses about packing. Free of numpy and Pillow, so that `--help` costs nothing."""
+"""Options of packing. Free of numpy and Pillow, so that `--help` costs nothing."""
 
 import re
 from dataclasses import asdict, dataclass, fields
@@ -20,16 +20,16 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """What becomes of an image."""
+    """How an image is encoded."""
 
     resize: int | None = None
     """Pixels of the side that `resize_mode` names, after shrinking; unset: no image is resized."""
     resize_mode: Literal["shorter", "longer", "exact"] = "shorter"
     """`shorter`, `longer`: that side is shrunk to `resize`, never enlarged. `exact`: both sides become `resize`."""
     quality: int = 90
-    """JPEG quality of images that are written anew."""
+    """JPEG quality of images that are encoded again."""
     progressive: Literal["encode", "transcode"] = "encode"
-    """Progressive JPEGs that need nothing else: `encode` writes them anew; `transcode` keeps every pixel
+    """Progressive JPEGs that need no other change: `encode` encodes them again; `transcode` keeps every pixel
     (needs `pip install 'moco-fast[transcode]'`)."""
     min_size: int = 1
     """Images whose shorter side is below this are rejected."""
@@ -64,26 +64,26 @@ class PackConfig(EncodeConfig):
     seed: int = 0
     """Seed of the shuffle."""
     shard_samples: int | None = None
-    """Inputs a shard; unset: what gives `shard_bytes`, at most 10,000."""
+    """Inputs per shard; unset: as many as give `shard_bytes`, at most 10,000."""
     shard_bytes: int = 512 << 20
-    """Size to aim at; turned into a number of inputs by packing a few."""
+    """Approximate size of a shard in bytes; turned into a number of inputs by packing a few of them."""
     max_rejected: float = 0.05
-    """Exit with an error when more than this share of the inputs was rejected (after finishing)."""
+    """Exit with an error, after finishing, if more than this share of the inputs was rejected."""
     val_fraction: float = 0.0
     """Share of the inputs that becomes a held-out set: OUT/train and OUT/val are written. An image's content decides
-    where it goes, so it is always the same side."""
+    where it goes, so it is always in the same set."""
     split: tuple[str, ...] = ()
-    """The same for any held-out sets, as NAME=SHARE, such as `val=0.01 test=0.01`; OUT/train takes the rest."""
+    """Several held-out sets, as NAME=SHARE, such as `val=0.01 test=0.01`; OUT/train takes the rest."""
     dedup: bool = False
-    """Leave out inputs whose bytes are those of an earlier one (reads everything once before packing)."""
+    """Leave out inputs that have the same bytes as an earlier one (reads everything once before packing)."""
     dry_run: bool = False
-    """Write nothing: list the inputs, try a few, and tell counts, sizes, time and how fast the result will decode."""
+    """Write nothing: list the inputs, try a few, and print counts, sizes, time and how fast the result will decode."""
     part: str | None = None
     """I/N: write only part I (from 0) of N, for array jobs that share OUT; then `make-shards finish OUT`."""
     work_folder: str = WORK_FOLDER
-    """Where the target is a bucket: local folder for the plan and for shards that are being written."""
+    """For a target in a bucket: local folder for the plan and for shards that are being written."""
     workers: int | None = None
-    """Worker processes; unset: one for each CPU that this process may use, or that the Ray cluster has."""
+    """Worker processes; unset: one per CPU that this process may use, or that the Ray cluster has."""
     executor: Literal["local", "ray"] = "local"
     """Who writes the shards: worker processes of this machine, or an existing Ray cluster (listing stays here)."""
     ray_address: str = "auto"
@@ -104,11 +104,9 @@ class PackConfig(EncodeConfig):
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} {value} is too small: use at least {least}")
         if not 1 <= self.quality <= 100:
-            raise ValueError(
-                f"--quality {self.quality} is no JPEG quality: use 1 to 100 (90 keeps what training can see)"
-            )
+            raise ValueError(f"--quality {self.quality} must be between 1 and 100 (90 keeps what training can see)")
         if not 0 <= self.max_rejected <= 1:
-            raise ValueError(f"--max-rejected {self.max_rejected} is no share: use 0 to 1")
+            raise ValueError(f"--max-rejected {self.max_rejected} must be a share between 0 and 1")
         if self.max_aspect is not None and self.max_aspect < 1:
             raise ValueError(f"--max-aspect {self.max_aspect} rejects every image: use 1 or more")
 
@@ -116,7 +114,7 @@ class PackConfig(EncodeConfig):
         if self.part is not None:
             number, slash, count = self.part.partition("/")
             if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-                raise ValueError(f"--part {self.part} is no part: use 0/N to N-1/N, such as 0/8")
+                raise ValueError(f"--part {self.part} must be one of 0/N to N-1/N, such as 0/8")
             if self.executor != "local":
                 raise ValueError("--part and --executor ray exclude each other: Ray hands out the shards itself")
 
@@ -124,7 +122,7 @@ class PackConfig(EncodeConfig):
         if self.split and self.val_fraction:
             raise ValueError("--val-fraction and --split exclude each other: give val=SHARE to --split")
         if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val-fraction {self.val_fraction} is no share: use 0 to 1, such as 0.01")
+            raise ValueError(f"--val-fraction {self.val_fraction} must be a share between 0 and 1, such as 0.01")
         for text in self.split:
             name, _, share = text.partition("=")
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not re.fullmatch(r"0?\.[0-9]+", share):
@@ -132,7 +130,7 @@ class PackConfig(EncodeConfig):
         names = self.split_names()
         if len(set(names)) < len(names) or sum(share for _, share in self.splits) >= 1:
             raise ValueError(
-                f"--split {' '.join(self.split)}: names must differ (train takes the rest), shares add to < 1"
+                f"--split {' '.join(self.split)}: names must differ (train takes the rest), shares must sum to below 1"
             )
 
     @property

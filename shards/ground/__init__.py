@@ -1,1 +1,1 @@
-"""Ground floor: what the three packages stand on, processes, memory, files and errors."""
+"""Ground floor of the three packages: processes, memory, files, locks, digests, units and errors."""

@@ -1,4 +1,4 @@
-"""A bounded hand-over between two threads that can be closed, and that carries an error to the consumer."""
+"""Channel between two threads: a bounded queue that can be closed and that carries an error to the consumer."""
 
 import threading
 from collections import deque

@@ -1,4 +1,4 @@
-"""How many CPUs this process really has: affinity, cgroup limits, and the ranks it shares the machine with."""
+"""CPUs that this process really has: affinity, cgroup limits, and the ranks that share the machine."""
 
 import os
 from pathlib import Path

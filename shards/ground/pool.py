@@ -19,19 +19,19 @@ TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
 
 Tick = Callable[[int], object]
-"""Called with the number of inputs that were dealt with."""
+"""Called with the number of inputs that were processed."""
 
 
 @dataclass(frozen=True)
 class _Ticked:
-    """Inputs that a worker dealt with since it last said so."""
+    """Inputs that a worker has processed since it last reported."""
 
     count: int
 
 
 @dataclass(frozen=True)
 class _Done:
-    """What a job returned, and the inputs dealt with since the last _Ticked."""
+    """What a job returned, and the inputs processed since the last _Ticked."""
 
     result: Any
     count: int
@@ -44,9 +44,9 @@ def run_tasks(
 
     Args:
         job: does one task; it is pickled for the workers, and opens there what it needs.
-        tasks: handed out in this order, one at a time to a worker.
+        tasks: handed out in this order, one at a time per worker.
         workers: at most this many processes.
-        tick: called now and then with the number of inputs that the workers dealt with.
+        tick: called now and then with the number of inputs that the workers have processed.
 
     Yields:
         Each task with its result, as they finish.

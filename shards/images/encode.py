@@ -1,4 +1,4 @@
-"""One image in, one baseline JPEG out: copied byte for byte where that is possible, else decoded and written anew."""
+"""Encoding of one image as a baseline JPEG: copied byte for byte where possible, else decoded and encoded again."""
 
 import io
 import warnings
@@ -19,7 +19,7 @@ from shards.images.transcode import transcode_jpeg, transcoder
 __all__ = ["PackedImage", "encode"]
 
 _MAX_JPEG_SIDE = 65500
-# These hand their bytes to another program, or hold no still image.
+# These hand their bytes to another program, or do not hold a still image.
 _REFUSED_FORMATS = frozenset({"EPS", "WMF", "MPEG", "PDF", "HDF5", "GRIB", "BUFR", "FITS", "FPX", "MIC"})
 _EOI = b"\xff\xd9"
 _SMALL_PIXELS = 1 << 16
@@ -108,7 +108,7 @@ def _encode_jpeg(data: bytes, header: JpegHeader, config: EncodeConfig) -> Packe
         outcomes += ["repaired"] if repaired else []
         pixels = _orient(pixels, header.orientation)
     else:
-        # CMYK and its like; Pillow also turns them upright.
+        # CMYK and similar; Pillow also turns them upright.
         pixels, _ = _decode_with_pillow(data, config)
     if not header.is_ycbcr_or_gray:
         outcomes.append("recolored")
@@ -122,7 +122,7 @@ def _encode_jpeg(data: bytes, header: JpegHeader, config: EncodeConfig) -> Packe
 
 
 def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage | None:
-    """The image as it is; None where it must be decoded after all."""
+    """Return the image as it is; None where it must be decoded after all."""
     outcome = "copied"
     if not config.mean_rgb:
         # Trailing bytes after the end are common and harmless; no end at all means that bytes are missing.
@@ -155,7 +155,7 @@ def _transcode(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedI
         transcoded = transcode_jpeg(data)
         found = parse_jpeg(transcoded)
     except ValueError:
-        # What is mendable, and what is wrong with the rest, comes out when it is decoded whole.
+        # Whether it can be repaired, and what is wrong otherwise, shows when it is decoded whole.
         return None
     # Coarse quantization tables, for one, may need more than baseline allows.
     if not found.is_baseline or found[:3] != header[:3]:
@@ -244,7 +244,7 @@ def _orient(pixels: Pixels, orientation: int) -> Pixels:
 
 @contextmanager
 def _pillow_limits(max_pixels: int) -> Generator[None]:
-    """Have Pillow refuse images above the limit wherever they hide (an icon may hold a PNG); silent otherwise."""
+    """Let Pillow refuse images above the limit wherever they are (an icon may hold a PNG), and warn of nothing else."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:

@@ -1,4 +1,4 @@
-"""What a JPEG says about itself, read from its markers without decoding anything."""
+"""JPEG headers: what a file says about itself, read from its markers without decoding anything."""
 
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ NVJPEG_BACKEND_HARDWARE)."""
 
 
 class JpegError(ValueError):
-    """The markers make no JPEG."""
+    """The markers are not those of a JPEG."""
 
 
 class JpegHeader(NamedTuple):
@@ -69,7 +69,7 @@ class JpegHeader(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """One of ENGINE_KINDS, or what a JPEG engine does not take, in a word or two."""
+        """One of ENGINE_KINDS, or a word or two for what a JPEG engine does not take."""
         if not self.is_baseline:
             return "progressive" if self.is_progressive else "not baseline"
         if not self.is_ycbcr_or_gray:
@@ -145,7 +145,7 @@ def _next_marker(data: bytes, position: int) -> tuple[int, int]:
                 raise JpegError("cut short inside its header")
         while data[position] == 0xFF:
             position += 1
-        # A stuffed zero is no marker: it belongs to junk.
+        # A stuffed zero is not a marker: it belongs to junk.
         if data[position]:
             return data[position], position + 1
 

@@ -1,4 +1,4 @@
-"""The compiled libraries that packing leans on, with the types they lack."""
+"""Compiled libraries that packing uses, with the types that they lack."""
 
 import math
 from functools import lru_cache
@@ -21,7 +21,7 @@ def decode_jpeg(data: bytes, *, gray: bool = False, reduce: int = 1, strict: boo
         data: the file.
         gray: give (H, W, 1), not (H, W, 3).
         reduce: 1, 2, 4 or 8: decode each side at a half, a quarter or an eighth.
-        strict: also refuse what the decoder could go on from, such as missing data.
+        strict: also refuse what the decoder could work around, such as missing data.
 
     Raises:
         ValueError: damaged.
@@ -68,7 +68,7 @@ def sum_channels(pixels: Pixels) -> list[int]:
 
 @lru_cache(maxsize=1)
 def _opencv() -> Any:
-    # Loaded by those who look at pixels; workers are processes, so its threads would only compete.
+    # Loaded only where pixels are needed; workers are processes, so its threads would only compete.
     import cv2
 
     cv2.setNumThreads(0)

@@ -1,4 +1,4 @@
-"""Progressive JPEGs as baseline ones, coefficient by coefficient."""
+"""Transcoding of progressive JPEGs to baseline ones, coefficient by coefficient."""
 
 import os
 from importlib import import_module

@@ -1,1 +1,1 @@
-"""Packing: the plan, who carries it out, and what one task writes."""
+"""Packing: the plan, the executors that carry it out, and what one task writes."""

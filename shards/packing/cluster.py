@@ -1,4 +1,4 @@
-"""The shards of a plan as tasks of an existing Ray cluster. Same plan, same bytes, whichever node writes a shard."""
+"""Executor on an existing Ray cluster. Same plan, same bytes, whichever node writes a shard."""
 
 import shutil
 import socket
@@ -53,7 +53,7 @@ class NodeJob:
         """Write a shard.
 
         Raises:
-            PackError: this node lacks something; it is named.
+            PackError: this node lacks something; the error names the node.
         """
         try:
             here = _versions(self.job.config)
@@ -67,7 +67,7 @@ class NodeJob:
             raise PackError(f"node {socket.gethostname()}: {error}") from None
         except OSError as error:
             what = f"{error.filename or self.job.target.work}: {error.strerror or error}"
-            raise PackError(f"node {socket.gethostname()}: {what}: mend this and run the same command again") from None
+            raise PackError(f"node {socket.gethostname()}: {what}: fix this and run the same command again") from None
 
     def _fetch_plan(self) -> None:
         target, plan = self.job.target, self.job.plan
@@ -104,7 +104,7 @@ def _version(name: str) -> str:
 def run_on_cluster(
     job: WriteShard, tasks: Sequence[Task], *, address: str, workers: int | None, tick: Tick
 ) -> Iterator[tuple[Task, None]]:
-    """Write shards on a Ray cluster. A shard whose worker or node dies is written anew, on another.
+    """Write shards on a Ray cluster. A shard whose worker or node dies is written again by another.
 
     Args:
         job: writes one shard.
@@ -115,7 +115,7 @@ def run_on_cluster(
 
     Raises:
         ValueError: Ray is not installed, or there is no cluster.
-        PackError: a node lacks something, or workers died again and again.
+        PackError: a node lacks something, or workers died repeatedly.
         Exception: what a job raised.
     """
     if not tasks:
@@ -125,7 +125,7 @@ def run_on_cluster(
     shared, left, given = ray.put(NodeJob.of(job)), deque(tasks), dict[Any, Task]()
     try:
         while left or given:
-            # Read anew each time: a cluster may grow. What waits in line tells it to.
+            # Read again each time: a cluster may grow, and does so for tasks that wait.
             limit = workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
             while left and len(given) < limit:
                 task = left.popleft()
@@ -137,7 +137,7 @@ def run_on_cluster(
     finally:
         if given:
             # Ends what still runs or waits. ray.cancel() may end this process instead, when a task is just done (Ray's
-            # pull request 54738 tells how).
+            # pull request 54738 says how).
             ray.shutdown()
         if isinstance(job.target, BucketTarget):
             _clean_nodes(ray, address, job.target)
@@ -145,7 +145,7 @@ def run_on_cluster(
 
 
 def _write_shard(job: NodeJob, task: Task) -> tuple[int, Exception | None]:
-    """Write a shard on a node: inputs dealt with, and the error where there was one."""
+    """Write a shard on a node; return the number of inputs processed, and the error if there was one."""
     num_inputs = 0
 
     def tick(count: int) -> None:
@@ -175,10 +175,10 @@ def _result(ray: Any, reference: Any) -> int:
 
 
 def check_cluster(address: str) -> Any:
-    """The ray module, if there may be a cluster.
+    """Return the ray module, if there may be a cluster.
 
     Raises:
-        ValueError: Ray is not installed, or nobody listens at the address.
+        ValueError: Ray is not installed, or nothing listens at the address.
     """
     try:
         ray: Any = import_module("ray")
@@ -195,7 +195,7 @@ def check_cluster(address: str) -> Any:
 
 
 def _connect(address: str) -> Any:
-    """The ray module, connected."""
+    """Return the ray module, connected."""
     ray = check_cluster(address)
     try:
         # A plain worker reads its own environment; nothing of this process, which may hold secrets, is sent there.

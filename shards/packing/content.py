@@ -1,4 +1,4 @@
-"""The pass over the content of all inputs: what decides splits, and which inputs are the same image twice."""
+"""Contents of all inputs: which split each belongs to, and which inputs are duplicates."""
 
 from collections.abc import Sequence
 from contextlib import closing
@@ -19,7 +19,7 @@ __all__ = ["DIGEST", "digest_contents", "first_of_each", "split_of"]
 DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
 """xxh3_128 of an input's bytes; zeros where it cannot be read."""
 
-_ROWS_A_TASK = 256
+_ROWS_PER_TASK = 256
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class _DigestRows:
 
     def __call__(self, start: int, tick: Tick) -> NDArray[np.void]:
         plan = cached_plan(self.folder)
-        digests = np.zeros(min(_ROWS_A_TASK, plan.num_inputs - start), dtype=DIGEST)
+        digests = np.zeros(min(_ROWS_PER_TASK, plan.num_inputs - start), dtype=DIGEST)
         with closing(read_inputs(plan, plan.listed(start, start + len(digests)))) as inputs:
             for i, item in enumerate(inputs):
-                # What cannot be read is met again when packing, and written down then.
+                # What cannot be read comes up again when packing, and is recorded then.
                 if isinstance(item.data, bytes):
                     value = digest_number(item.data)
                     digests[i] = (value >> 64, value & 0xFFFFFFFFFFFFFFFF)
@@ -42,17 +42,17 @@ class _DigestRows:
 
 
 def digest_contents(folder: Path, num_rows: int, *, workers: int, progress: ProgressBars) -> NDArray[np.void]:
-    """Digest of every listed input, (num_rows,) of DIGEST."""
+    """Return the digest of every listed input, (num_rows,) of DIGEST."""
     digests = np.zeros(num_rows, dtype=DIGEST)
     with progress.stage("comparing contents", unit=" inputs", total=num_rows) as tick:
-        tasks = range(0, num_rows, _ROWS_A_TASK)
+        tasks = range(0, num_rows, _ROWS_PER_TASK)
         for start, part in run_tasks(_DigestRows(folder), tasks, workers=workers, tick=tick):
             digests[start : start + len(part)] = part
     return digests
 
 
 def first_of_each(digests: NDArray[np.void]) -> NDArray[np.int64]:
-    """For each row the first row of the same content; unreadable rows have only themselves. (N,) int64."""
+    """Return the first row with the same content for each row, (N,) int64; for an unreadable row, the row itself."""
     unreadable = (digests["high"] == 0) & (digests["low"] == 0)
     order = np.lexsort((np.arange(len(digests)), digests["low"], digests["high"]))
     ordered = digests[order]
@@ -65,7 +65,7 @@ def first_of_each(digests: NDArray[np.void]) -> NDArray[np.int64]:
 
 
 def split_of(digests: NDArray[np.void], shares: Sequence[float]) -> NDArray[np.int64]:
-    """Number of the split of each row, (N,) int64: decided by its content alone, so that it never changes.
+    """Return the number of the split of each row, (N,) int64: decided by its content alone, so that it never changes.
 
     Args:
         digests: (N,) of DIGEST.

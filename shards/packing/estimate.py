@@ -1,4 +1,4 @@
-"""`pack --dry-run`: what packing would give and take, found out from a listing and a few inputs."""
+"""Estimate of `pack --dry-run`: what packing would give and take, from a listing and a few inputs."""
 
 import tempfile
 import time
@@ -27,7 +27,7 @@ __all__ = ["Estimate", "estimate"]
 _PROBED = 256
 # Views of 224 pixels are cut from at least a fifth of the area: a side of 512 leaves such a crop 229 pixels.
 _ENOUGH_PIXELS = 512
-_MANY_ANEW = 0.02
+_MANY_ENCODED = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,29 +43,29 @@ class Estimate:
     """Of the probed inputs, by what is done to them."""
     rejections: dict[str, int]
     """Of the probed inputs, by reason."""
-    bytes_a_sample: float
-    seconds_a_sample: float
+    bytes_per_sample: float
+    seconds_per_sample: float
     """To read and encode one, on one core."""
-    decoded_a_second: float
+    decoded_per_second: float
     """Packed images that one core decodes at full size."""
     median_shorter_side: float
 
     def lines(self, config: PackConfig) -> Iterator[str]:
-        """The predictions for people."""
+        """Return the predictions as lines of text."""
         workers = config.workers or available_cpus()
         packed = self.num_inputs * (1 - sum(self.rejections.values()) / self.num_probed)
-        yield f"{self.num_inputs:,} inputs, {self.num_classes:,} classes; {self.num_probed} of them tried:"
+        yield f"{self.num_inputs:,} inputs, {self.num_classes:,} classes; {self.num_probed} of them were tried:"
         shards = ", ".join(f"{count:,} shards{f' of {name}' if name else ''}" for name, count in self.shards.items())
-        yield f"  {packed:,.0f} samples, {format_bytes(packed * self.bytes_a_sample)}, in {shards}"
+        yield f"  {packed:,.0f} samples, {format_bytes(packed * self.bytes_per_sample)}, in {shards}"
         for title, tally in (("packed", self.outcomes), ("rejected", self.rejections)):
             yield f"  {title}: {', '.join(f'{what} {count}' for what, count in sorted(tally.items())) or 'none'}"
-        seconds = self.num_inputs * self.seconds_a_sample / workers
+        seconds = self.num_inputs * self.seconds_per_sample / workers
         yield f"  about {format_duration(seconds)} with {workers} workers, if the disk keeps up"
-        yield f"  one core will decode about {self.decoded_a_second:,.0f} of the packed images a second"
-        made_anew = self.outcomes.get("made baseline", 0)
-        if config.progressive == "encode" and config.resize is None and made_anew > _MANY_ANEW * self.num_probed:
+        yield f"  one core will decode about {self.decoded_per_second:,.0f} of the packed images per second"
+        num_encoded = self.outcomes.get("made baseline", 0)
+        if config.progressive == "encode" and config.resize is None and num_encoded > _MANY_ENCODED * self.num_probed:
             yield (
-                f"  {made_anew / self.num_probed:.0%} are progressive JPEGs or the like and would be written anew: "
+                f"  {num_encoded / self.num_probed:.0%} are progressive or unusual JPEGs and would be encoded again: "
                 "--progressive transcode would keep their pixels"
             )
         if config.resize is None and self.median_shorter_side > 1.25 * _ENOUGH_PIXELS:
@@ -123,9 +123,9 @@ def _probe(config: PackConfig, plan: Plan) -> Estimate:
         num_probed=len(probed),
         outcomes=dict(outcomes),
         rejections=dict(rejections),
-        bytes_a_sample=sum(_tar_bytes(len(data)) for data in packed) / max(1, len(packed))
+        bytes_per_sample=sum(_tar_bytes(len(data)) for data in packed) / max(1, len(packed))
         + (_tar_bytes(1) if plan.class_names else 0),
-        seconds_a_sample=(middle - begin) / len(probed),
-        decoded_a_second=len(packed) / max(end - middle, 1e-9),
+        seconds_per_sample=(middle - begin) / len(probed),
+        decoded_per_second=len(packed) / max(end - middle, 1e-9),
         median_shorter_side=float(np.median(sides)) if sides else 0.0,
     )

@@ -1,4 +1,4 @@
-"""Who writes the shards of a plan: processes of this machine, or an existing Ray cluster."""
+"""Executors, which write the shards of a plan: processes of this machine, or an existing Ray cluster."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""`finish`: the manifests of a plan whose shards are all written."""
+"""Command `finish`: the manifests of a plan whose shards are all written."""
 
 import json
 from collections import Counter

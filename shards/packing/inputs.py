@@ -1,4 +1,4 @@
-"""Reads inputs: one after the other from local files, many at a time where a network answers."""
+"""Inputs of a plan, read one after the other from local files, and many at a time over a network."""
 
 from collections import deque
 from collections.abc import Generator

@@ -1,4 +1,4 @@
-"""Lists the sources and fixes the plan."""
+"""Listing of the sources, from which the plan is made."""
 
 from collections.abc import Callable
 from contextlib import closing, suppress

@@ -1,4 +1,4 @@
-"""`pack`: plan, write every shard, then the manifest. Finished shards stay, and the same call goes on from there."""
+"""Command `pack`: plan, write every shard, then the manifest. The same call continues an unfinished packing."""
 
 import shutil
 from pathlib import Path
@@ -40,7 +40,7 @@ def pack(config: PackConfig, progress: ProgressBars | None = None) -> dict[str, 
 
     Raises:
         ValueError: the options or the sources cannot work, or disagree with what the target holds.
-        PackError: packing could not go on.
+        PackError: packing could not continue.
         OSError: the target cannot be written.
     """
     progress = progress or ProgressBars(enabled=False)
@@ -50,7 +50,7 @@ def pack(config: PackConfig, progress: ProgressBars | None = None) -> dict[str, 
     if finished is not None and not target.work.exists():
         return finished
     if not target.work.exists():
-        # What cannot work should not list for an hour first, nor leave a folder behind.
+        # What cannot work should neither list inputs for an hour first nor leave a folder behind.
         for path in config.sources:
             open_source(path, config.columns())
             _refuse_target_inside(path, config.out)
@@ -107,7 +107,7 @@ def _refuse_changes(old: dict[str, Any], config: PackConfig) -> None:
     if changes:
         raise ValueError(
             f"{config.out} was begun with other settings: {changes}. Use the settings of before, another folder, "
-            f"or remove {config.out} to begin anew"
+            f"or remove {config.out} to start over"
         )
 
 

@@ -1,4 +1,4 @@
-"""The plan: one table on disk that says which input goes to which position of which shard.
+"""Plan of a packing: one table on disk that says which input goes to which position of which shard.
 
     .pack/plan/plan.json    settings, sources, splits, class names; written last
     .pack/plan/rows.bin     one ROW for each listed input, in the order of the listing
@@ -6,7 +6,7 @@
     .pack/plan/order.bin    the row at each planned position, split after split (<u8)
     .pack/plan/dropped.bin  inputs that have no position since an earlier one has the same content (DROPPED)
 
-Whoever has the plan can write any of its shards, in any order, alone, and gets the same bytes.
+Any process that has the plan can write any of its shards, in any order, with the same bytes.
 """
 
 import json
@@ -340,7 +340,7 @@ class Header:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], *, render: Callable[[Any], str] = str) -> str:
-    """The settings in which two packings differ, for people; empty when they agree."""
+    """Return the settings in which two packings differ, as text; empty when they agree."""
     old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return ", ".join(f"--{n.replace('_', '-')} was {render(old.get(n))}, is {render(new.get(n))}" for n in names)

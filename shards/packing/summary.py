@@ -1,4 +1,4 @@
-"""What `pack` prints when it is done."""
+"""Summary that `pack` prints when it is done."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Writes one shard of a plan: the tar, its index, and the files beside them."""
+"""Writer of one shard of a plan: the tar, its index, and the files beside them."""
 
 import json
 import os
@@ -69,7 +69,7 @@ class _Beside:
     def files(self) -> dict[str, bytes]:
         """Content of each file beside the tar, by suffix."""
         records = np.array(self.records, dtype=RECORD)
-        # DALI's format: a head line, then extension, offset, size and name of each member of a sample.
+        # DALI's format: a header line, then extension, offset, size and name of each member of a sample.
         idx = f"v1.2 {len(self.idx)}\n" + "".join(self.idx)
         sources = "".join(f"{line}\n" for line in self.sources)
         return {

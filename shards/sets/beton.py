@@ -1,12 +1,12 @@
-"""`.beton`: FFCV's file format, written so that the file is a whole set by itself.
+"""Beton files: FFCV's file format, written so that the file is a whole set by itself.
 
     header                       24 bytes
     3 field descriptors          image (JPEG), label, index; the first one's arguments hold our own JSON
-    metadata                     32 bytes a sample: size and place of its image, its label, its dense number
+    metadata                     32 bytes per sample: size and place of its image, its label, its dense number
     images                       byte for byte as in the shards, none across the border of a page
     index records                those of the shards, with offsets into this file
     manifest                     that of the shards
-    allocation table             24 bytes a sample, up to the end of the file
+    allocation table             24 bytes per sample, up to the end of the file
 
 FFCV reads the first four and the last; everything else here reads the index and the manifest, so a `.beton` stands
 where a folder of shards does, and order and parameters of augmentation are the same. Layout: ffcv 1.0.2, ffcv/types.py.
@@ -60,7 +60,7 @@ _HEADER = np.dtype(
 _FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)])
 _IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 METADATA = np.dtype([("f0", _IMAGE), ("f1", "<i8"), ("f2", "<i8")], align=True)
-"""What FFCV reads of a sample: image (mode 0: JPEG), label, index."""
+"""What FFCV reads per sample: image (mode 0: JPEG), label, index."""
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 """One run of bytes in the file, and whose it is."""
 
@@ -70,7 +70,7 @@ METADATA_AT = _HEADER.itemsize + len(FIELDS) * _FIELD.itemsize
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where what FFCV knows nothing of lies in the file."""
+    """Offsets of those parts of the file that FFCV does not know."""
 
     num_samples: int
     records_at: int
@@ -177,7 +177,7 @@ def _read_layout(path: Path) -> Layout:
         head = file.read(METADATA_AT)
         num_bytes = file.seek(0, 2)
     if len(head) < METADATA_AT or np.frombuffer(head, dtype=_HEADER, count=1)[0]["version"] != _FFCV_VERSION:
-        raise ValueError(f"{path} is no .beton: `make-shards beton SHARDS --out FILE.beton` writes one")
+        raise ValueError(f"{path} is not a .beton: `make-shards beton SHARDS --out FILE.beton` writes one")
     field = np.frombuffer(head, dtype=_FIELD, count=1, offset=_HEADER.itemsize)[0]
     try:
         found: Any = json.loads(field["arguments"].tobytes().rstrip(b"\0") or b"{}")
@@ -190,12 +190,12 @@ def _read_layout(path: Path) -> Layout:
             "make it with `make-shards beton`"
         )
     if values.pop("version", None) != _FORMAT_VERSION:
-        raise ValueError(f"{path} has another version than this code reads: make it again with `make-shards beton`")
+        raise ValueError(f"{path} has another version than this code reads: write it again with `make-shards beton`")
     layout = _parse_layout(values, head)
     if layout is None:
-        raise ValueError(f"{path} is damaged: its first {METADATA_AT} bytes contradict each other; make it again")
+        raise ValueError(f"{path} is damaged: its first {METADATA_AT} bytes contradict each other; write it again")
     if layout.num_bytes != num_bytes:
-        raise ValueError(f"{path} has {num_bytes} bytes, not {layout.num_bytes}: it was cut; make or copy it again")
+        raise ValueError(f"{path} has {num_bytes} bytes, not {layout.num_bytes}: it was cut; write or copy it again")
     return layout
 
 

@@ -1,4 +1,4 @@
-"""A set of shards in a folder on this machine."""
+"""Set of shards in a folder on this machine."""
 
 from functools import lru_cache
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a set of shards holds. It is written last, so its presence means that the set is whole."""
+"""Manifest of a set of shards, `manifest.json`. It is written last, so its presence means that the set is whole."""
 
 import json
 from collections.abc import Mapping
@@ -78,7 +78,7 @@ class Manifest:
     rejections: dict[str, int] = field(default_factory=dict[str, int])
     """Rejected inputs by reason."""
     jpegs: dict[str, int] = field(default_factory=dict[str, int])
-    """Packed samples by kind, as far as it is known."""
+    """Packed samples by kind, as far as known."""
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     """Every option that decides what the shards hold."""
 
@@ -152,7 +152,7 @@ def describe_jpegs(manifest: Manifest) -> str:
     share = manifest.engine_share
     if share is None:
         unknown = f"{manifest.num_unknown_jpegs:,} samples"
-        return f"JPEG engines: not known whether they can decode {unknown}; `make-shards index SHARDS` finds out"
+        return f"JPEG engines: not known whether they can decode {unknown}; run `make-shards index SHARDS` to find out"
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in manifest.jpegs.items())
     return f"JPEG engines can decode {share:.1%} of the samples ({kinds})"
 

@@ -18,8 +18,8 @@ __all__ = ["MergedShardSet"]
 class MergedShardSet(BaseSet):
     """The shards of several sets, set after set.
 
-    Labels are kept where all sets number their classes alike; else there are none, for numbers of one set mean nothing
-    in another.
+    Labels are kept if all sets have the same class names; otherwise there are none, since the numbers of one set have
+    another meaning in the next.
 
     Args:
         parts: the sets, in the order of the dense sample numbers.
@@ -39,7 +39,7 @@ class MergedShardSet(BaseSet):
 
     @property
     def has_dropped_labels(self) -> bool:
-        """Whether the sets have labels that do not go together."""
+        """Whether labels were dropped because the sets number their classes differently."""
         return not self.class_names and any(part.class_names for part in self.parts)
 
     def part(self, shard: int) -> tuple[ShardSet, int]:

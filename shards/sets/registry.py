@@ -1,4 +1,4 @@
-"""The kinds of sets, and the one function that opens any of them."""
+"""Kinds of sets, and the one function that opens any of them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ __all__ = ["SETS", "KindOfSet", "open_set"]
 
 
 class KindOfSet(NamedTuple):
-    """How sets of a kind are told from others and opened."""
+    """How sets of one kind are recognized and opened."""
 
     matches: Callable[[str], bool]
     """Whether a path or address names such a set."""

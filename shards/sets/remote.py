@@ -1,4 +1,4 @@
-"""A set of shards in a bucket or on a web server, read where it is."""
+"""Set of shards in a bucket or on a web server, read in place."""
 
 from functools import lru_cache
 from typing import ClassVar, Self

@@ -1,4 +1,4 @@
-"""An open shard, read by positions."""
+"""Open shards, read by offsets."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A folder of shards, local or in a bucket, whose files are looked at as local ones."""
+"""Folder of shards, local or in a bucket, whose files are looked at as local ones."""
 
 import os
 import tempfile

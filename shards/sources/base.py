@@ -23,7 +23,7 @@ class Input(NamedTuple):
 
 
 class Source(Protocol):
-    """Lists its inputs in an order that depends on nothing but its content, and reads any one of them."""
+    """Lists its inputs in an order that depends only on its content, and reads any one of them."""
 
     is_remote: bool
     """Reading waits for a network: many inputs should be read at a time."""
@@ -53,7 +53,7 @@ class Source(Protocol):
         ...
 
     def describe(self, name: bytes) -> str:
-        """Where the input came from, for people: one line of valid UTF-8."""
+        """Return where the input came from, for messages: one line of valid UTF-8."""
         ...
 
 

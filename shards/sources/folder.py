@@ -1,4 +1,4 @@
-"""A folder tree of image files."""
+"""Folder tree of image files."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from shards.storage.stores import absolute
 
 __all__ = ["FolderSource", "read_file"]
 
-# These say something about the disk or the network, not about one file.
+# Errors of the disk or the network, not of one file.
 _SOURCE_IS_GONE = frozenset({errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV})
 _MAX_FILE_BYTES = 1 << 30
 # gzip, bzip2, xz, zip (and an empty one), Parquet, Arrow files, Arrow streams.
@@ -139,7 +139,7 @@ def read_file(path: bytes, *, follow: Callable[[bytes], bytes] = os.path.realpat
     except OSError as error:
         if error.errno in _SOURCE_IS_GONE:
             raise PackError(
-                f"cannot read {printable(path)} ({error.strerror}): mend this and run the same command again"
+                f"cannot read {printable(path)} ({error.strerror}): fix this and run the same command again"
             ) from error
         raise Rejected("unreadable", error.strerror or str(error)) from None
 

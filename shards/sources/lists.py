@@ -1,4 +1,4 @@
-"""A list of images: text, CSV, TSV or JSON lines, or a bucket's CSV inventory."""
+"""Lists of images: text, CSV, TSV or JSON lines, or a bucket's CSV inventory."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""The objects below a prefix of a bucket."""
+"""Objects below a prefix of a bucket."""
 
 import os
 from collections.abc import Iterator

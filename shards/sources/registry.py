@@ -1,4 +1,4 @@
-"""The kinds of sources, and how one is found for what the user named."""
+"""Kinds of sources, and how the one that the user named is found."""
 
 import os
 from collections.abc import Callable

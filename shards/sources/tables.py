@@ -17,7 +17,7 @@ __all__ = ["TableSource"]
 
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 _LABELS = ("label", "labels", "cls", "class", "target", "fine_label")
-_ROWS_A_BATCH = 64
+_ROWS_PER_BATCH = 64
 
 
 class TableSource:
@@ -111,7 +111,7 @@ def _open_table(file: SeekableFile, path: str) -> tuple[Callable[[list[str]], It
     wrapped = pa.PythonFile(file, mode="r")
     if path.lower().endswith(".parquet"):
         parquet: Any = import_module("pyarrow.parquet").ParquetFile(wrapped)
-        return lambda columns: parquet.iter_batches(_ROWS_A_BATCH, columns=columns), parquet.schema_arrow
+        return lambda columns: parquet.iter_batches(_ROWS_PER_BATCH, columns=columns), parquet.schema_arrow
     if file.read_at(0, 6) == b"ARROW1":
         arrow: Any = pa.ipc.open_file(wrapped)
         return lambda _: (arrow.get_batch(i) for i in range(arrow.num_record_batches)), arrow.schema

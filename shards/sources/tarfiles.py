@@ -1,4 +1,4 @@
-"""A tar archive, plain or compressed: of folders of images, or a WebDataset shard."""
+"""Tar archives, plain or compressed: of folders of images, or WebDataset shards."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""A zip archive of images."""
+"""Zip archives of images."""
 
 import io
 import os
@@ -41,7 +41,9 @@ class ZipSource:
             with zipfile.ZipFile(io.BufferedReader(SeekableFile(open_bytes(self._root)))) as archive:
                 entries = archive.infolist()
         except (OSError, zipfile.BadZipFile) as error:
-            raise PackError(f"{self.path} is no whole zip ({error}): get the whole archive, or leave it out") from error
+            raise PackError(
+                f"{self.path} is not a whole zip ({error}): get the whole archive, or leave it out"
+            ) from error
         for entry in entries:
             if not entry.is_dir():
                 name = entry.filename.encode("utf-8", "surrogateescape")

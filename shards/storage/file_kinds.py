@@ -1,4 +1,4 @@
-"""Kinds of files by the ending of their names: what `make-shards` reads, and what it writes beside a shard."""
+"""File kinds by the ending of their names: what `make-shards` reads, and what it writes beside a shard."""
 
 __all__ = ["ARCHIVES", "BETON_SUFFIX", "IMAGE_SUFFIXES", "LISTS", "SHARD_SUFFIXES", "kind_of_archive"]
 

@@ -1,4 +1,4 @@
-"""Bytes of local files and of objects in buckets or on web servers, behind one small interface."""
+"""Stores: bytes of local files and of objects in buckets or on web servers, behind one small interface."""
 
 import io
 import os
@@ -38,7 +38,7 @@ _ENDPOINTS = {
     "gs": ("GOOGLE_BASE_URL",),
     "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
 }
-"""Variables that send a scheme's requests elsewhere; an address there is a decision for what it says."""
+"""Variables that send a scheme's requests elsewhere; plain http there is the user's decision."""
 _REFUSAL = re.compile(r"status code: (4(?!08|29)\d\d [\w ']+)")
 """What a web server says for good: not "too slow" (408) or "too many" (429)."""
 _WINDOW_BYTES = 4 << 20
@@ -51,12 +51,12 @@ def is_url(path: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """A path from the root on, links as they are; a URL as it is."""
+    """Return an absolute path, with links unresolved; a URL is returned unchanged."""
     return path if is_url(path) else str(Path(path).absolute())
 
 
 def split_sets(paths: str) -> tuple[str, ...]:
-    """Split several paths or URLs with commas between them; a path that exists is one, whatever its name."""
+    """Split several paths or URLs with commas between them; a path that exists is one path, whatever its name."""
     if os.path.exists(paths):  # noqa: PTH110 - Path.exists raises where they are too long for a name
         return (paths,)
     return tuple(part for part in paths.split(",") if part) or (paths,)
@@ -74,7 +74,7 @@ def check_url(url: str) -> None:
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """(address of the folder, name of the object in it)."""
+    """Return (address of the folder, name of the object in it)."""
     folder, _, name = url.rstrip("/").rpartition("/")
     return folder, name
 
@@ -137,7 +137,7 @@ def _open_remote(url: str) -> ByteFile:
 
 
 class SeekableFile(io.RawIOBase):
-    """A ByteFile as Python's libraries want it, read in windows: for headers and directories.
+    """A ByteFile with the interface of Python's own files, read in windows: for headers and directories.
 
     Args:
         file: what to read.
@@ -292,7 +292,7 @@ class Folder:
         # The libraries' messages are many lines; the first says what happened.
         reason = str(error).strip().partition("\n")[0][:300]
         where = f"{self.url}/{name}" if name else self.url
-        message = f"cannot {verb} {where}: {reason}. Mend this and run the same command again"
+        message = f"cannot {verb} {where}: {reason}. Fix this and run the same command again"
         refusal = _REFUSAL.search(reason) if self.url.startswith("http") else None
         return RefusedError(message, refusal[1]) if refusal else PackError(message)
 

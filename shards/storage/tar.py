@@ -1,4 +1,4 @@
-"""ustar archives, by hand: the speed of a packer that copies is the speed of these lines."""
+"""Tar archives (ustar), written by hand: a packer that copies is as fast as these lines."""
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,9 +18,9 @@ _TYPE_TO_PREFIX = b"0" + bytes(100) + b"ustar\x0000" + bytes(64 + 16 + 155 + 12)
 # The checksum counts its own eight bytes as spaces.
 _CHECKSUM_BASE = sum(_MODE_UID_GID) + sum(_MTIME) + 8 * 0x20 + sum(_TYPE_TO_PREFIX)
 _MAX_SIZE = 8**11
-# writev takes at most 1,024 buffers a call (IOV_MAX on Linux).
+# writev takes at most 1,024 buffers per call (IOV_MAX on Linux).
 _MAX_BUFFERS = 1000
-# Little enough to be in the processor's cache still when it is written: 8 MiB took twice as long.
+# Small enough to be still in the processor's cache when it is written: 8 MiB took twice as long.
 _FLUSH_BYTES = 2 << 20
 _SYNC_BYTES = 32 << 20
 
@@ -43,7 +43,7 @@ class Member(NamedTuple):
 
 
 def make_header(name: bytes, size: int) -> bytes:
-    """Ustar header of a regular file: mode 0644, owner 0, time 0, so that nothing depends on the machine.
+    """Return the ustar header of a regular file: mode 0644, owner 0, time 0, so that nothing depends on the machine.
 
     Args:
         name: at most 100 bytes.
@@ -57,7 +57,7 @@ def make_header(name: bytes, size: int) -> bytes:
 
 
 def padding(size: int) -> bytes:
-    """Zeros that follow `size` bytes of a member."""
+    """Return the zeros that follow `size` bytes of a member."""
     return _ZEROS[: -size % BLOCK]
 
 
@@ -91,7 +91,7 @@ def parse_header(block: bytes) -> Member:
 
 
 def _sync_and_forget(fd: int, num_bytes: int) -> None:
-    """Bring a file's bytes to the disk, and give their memory back: to other programs' files, and to the next bytes."""
+    """Write a file's bytes to disk, and free the page cache that they take."""
     os.fdatasync(fd)
     with suppress(OSError):  # only a hint
         os.posix_fadvise(fd, 0, num_bytes, os.POSIX_FADV_DONTNEED)
@@ -116,7 +116,7 @@ class TarWriter:
         """Size of the tar so far."""
 
     def add(self, name: bytes, data: bytes) -> int:
-        """Append a member; returns the offset of its data."""
+        """Append a member and return the offset of its data."""
         offset = self.num_bytes + BLOCK
         self._append((make_header(name, len(data)), data, padding(len(data))))
         return offset
@@ -135,7 +135,7 @@ class TarWriter:
         self._syncer.shutdown(wait=True)
 
     def _sync_meanwhile(self) -> None:
-        # The disk works while the next images are read; a sync at the end alone would leave it idle till then.
+        # The disk works while the next images are read; a sync at the end alone would leave it idle until then.
         if self._unsynced_bytes >= _SYNC_BYTES and (self._syncing is None or self._syncing.done()):
             if self._syncing is not None:
                 self._syncing.result()

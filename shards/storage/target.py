@@ -1,4 +1,4 @@
-"""Where shards go: a folder, or a bucket. Either way a file is there whole or not at all."""
+"""Targets of packing: a folder or a bucket. In either, a file is there whole or not at all."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ _PLAN_HEADER = "plan.json"
 
 
 def path_in(split: str, name: str) -> str:
-    """Name of a split's file, below the target."""
+    """Return the name of a split's file, below the target."""
     return f"{split}/{name}" if split else name
 
 
@@ -143,7 +143,7 @@ class LocalTarget:
         """It is there."""
 
     def remove_work(self) -> None:
-        """Remove `.pack`; without its plan, what a kill leaves of it is not mistaken for a packing to go on with."""
+        """Remove `.pack`; without its plan, what a kill leaves of it is not mistaken for an unfinished packing."""
         (self.work / "plan" / _PLAN_HEADER).unlink(missing_ok=True)
         shutil.rmtree(self.work)
 
@@ -236,7 +236,7 @@ class BucketTarget:
 
 
 def open_target(out: str, *, work_folder: str, part: str = "") -> LocalTarget | BucketTarget:
-    """The target that an --out names.
+    """Return the target that an --out names.
 
     Args:
         out: folder or URL.

@@ -1,4 +1,4 @@
-"""`beton`: a set of shards as one file of FFCV's, and the check of such a file.
+"""Command `beton`: a set of shards as one file of FFCV's, and the check of such a file.
 
 The place of every byte follows from the index, so workers copy whole shards into one file, in any order, and the result
 is the same for any number of them. FFCV's own writer decodes and encodes again, and hangs when a worker dies.
@@ -61,7 +61,7 @@ def write_beton(folder: str | Path, out: str | Path, *, workers: int, progress: 
                 written = _write(shards, aside, workers, progress)
                 problems = _verify(written, decode=False, workers=workers, progress=progress)
                 if problems:
-                    raise PackError(f"{out} did not read back as it was written ({problems[0]}): nothing was kept")
+                    raise PackError(f"{out} did not read back as it was written ({problems[0]}): it was removed")
         finally:
             lock.unlink(missing_ok=True)
     return BetonSet.open(out)
@@ -104,7 +104,7 @@ def _check(shards: LocalShardSet, out: Path) -> None:
         num_refused += refused.size
     if num_refused:
         raise ValueError(
-            f"{num_refused:,} of {shards.num_samples:,} samples are no sound, upright RGB or gray JPEGs (first: "
+            f"{num_refused:,} of {shards.num_samples:,} samples are not sound, upright RGB or gray JPEGs (first: "
             f"{first}): FFCV would show them wrong or not at all; `make-shards pack {shards.path} --out NEW` makes "
             "them so"
         )
@@ -241,10 +241,10 @@ def _check_tables(shards: BetonSet) -> list[str]:
         file.seek(layout.records_at)
         tail = file.read()
     if digest(metadata_found, tail) != layout.digest:
-        return ["its tables have changed since it was written: make it again"]
+        return ["its tables have changed since it was written: write it again"]
     found = (head, metadata_found, tail[layout.allocations_at - layout.records_at :])
     if found != (build_head(layout, page_bytes=_page_bytes(records)), metadata, allocations):
-        return ["what FFCV reads of it is not what its index says: make it again"]
+        return ["what FFCV reads is not what its index says: write it again"]
     return []
 
 

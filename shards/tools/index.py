@@ -1,4 +1,4 @@
-"""`index`: index and manifest for WebDataset tars that someone else wrote, which stay as they are."""
+"""Command `index`: index and manifest for WebDataset tars that someone else wrote, which stay as they are."""
 
 import io
 import os
@@ -36,11 +36,11 @@ _EXAMPLES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Indexed:
-    """What was found."""
+    """What was found in the tars."""
 
     manifest: Manifest
     flagged: dict[str, int]
-    """Samples by what a decoder may stumble over; a sample can count more than once."""
+    """Samples by what a decoder may fail on or slow down for; a sample can count more than once."""
     examples: dict[str, list[str]]
     """A few samples of each kind."""
     longest_run: int
@@ -239,7 +239,7 @@ def _longest_run(labels: NDArray[np.int64]) -> int:
 
 
 def advice(indexed: Indexed, folder: str) -> Iterator[str]:
-    """What to tell about tars that training can read less well than it could."""
+    """Return lines of advice about tars that training cannot read as well as it could."""
     for kind, count in indexed.flagged.items():
         yield f"  {kind}: {count:,} samples, such as {', '.join(indexed.examples[kind])}"
     samples = indexed.manifest.num_samples
@@ -247,4 +247,4 @@ def advice(indexed: Indexed, folder: str) -> Iterator[str]:
     if is_sorted:
         yield f"  {indexed.longest_run:,} samples in a row share one label: batches would be far from random"
     if indexed.flagged or is_sorted:
-        yield f"  this mends it: make-shards pack {folder} --out {folder.rstrip('/')}-packed"
+        yield f"  to fix this: make-shards pack {folder} --out {folder.rstrip('/')}-packed"

@@ -1,4 +1,4 @@
-"""`inspect`: what a set of shards holds, as text and as a sheet of pictures."""
+"""Command `inspect`: what a set of shards holds, as text and as a sheet of pictures."""
 
 import io
 from bisect import bisect_right

@@ -16,7 +16,7 @@ from shards.sets.shard_folder import ShardFolder
 
 __all__ = ["note_kinds"]
 
-# A header is seldom longer; where it is (color profiles, EXIF with a preview), the whole image is read.
+# A header is rarely longer; if it is (color profiles, EXIF with a preview), the whole image is read.
 _HEAD_BYTES = 1 << 16
 
 

@@ -1,4 +1,4 @@
-"""`verify`: compare every byte of a set with what its manifest and indexes promise."""
+"""Command `verify`: every byte of a set, compared with what its manifest and indexes promise."""
 
 import io
 import os
@@ -27,7 +27,7 @@ __all__ = ["Problem", "check_image", "verify"]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing that is not as promised."""
+    """One difference from what the manifest and the indexes promise."""
 
     shard: str
     sample: str | None
@@ -103,7 +103,7 @@ def verify_shard(shards: LocalShardSet, number: int, *, decode: bool) -> list[Pr
         records = shards.index(number)
     except ValueError as error:
         return [*problems, Problem(shard=entry.name, sample=None, what=str(error))]
-    # Tars that others wrote have names and members of their own.
+    # Tars that others wrote have other names and members.
     check = _check_images_only if shards.manifest.settings.get(INDEXED) else _check_samples
     try:
         with shards.shard_path(number).open("rb") as file:
@@ -192,7 +192,7 @@ def check_image(data: bytes, record: Any, *, decode: bool) -> Iterator[str]:
         return
     if not is_jpeg(data):
         if not record["flags"] & Flag.NOT_JPEG:
-            yield "is no JPEG"
+            yield "is not a JPEG"
         return
     try:
         header = parse_jpeg(data)
@@ -203,7 +203,7 @@ def check_image(data: bytes, record: Any, *, decode: bool) -> Iterator[str]:
     if (header.width, header.height) != (record["width"], record["height"]):
         yield f"is {header.width} x {header.height} pixels, the index says {record['width']} x {record['height']}"
     if not header.is_baseline and not record["flags"] & Flag.NOT_BASELINE:
-        yield "is no baseline JPEG"
+        yield "is not a baseline JPEG"
     if decode:
         try:
             decode_jpeg(data, gray=header.num_components == 1)

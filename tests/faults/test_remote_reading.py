@@ -200,7 +200,7 @@ def test_an_outage_is_waited_for(store, local, tmp_path, caplog):
 def test_an_outage_that_lasts_is_told_and_leaves_nothing(store, local, tmp_path):
     shards = open_cached(tmp_path / "cache", local=local)
     store.fault, store.remaining = "503", 10**6
-    with pytest.raises(ValueError, match=r"cannot read s3://bucket/set/shard-000003\.tar: .*Mend this"):
+    with pytest.raises(ValueError, match=r"cannot read s3://bucket/set/shard-000003\.tar: .*Fix this"):
         shards.fetch(3)
     assert not list(tmp_path.glob("cache/*/*"))
     store.remaining = 0

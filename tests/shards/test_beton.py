@@ -163,7 +163,7 @@ def test_what_ffcv_cannot_decode_is_refused_with_the_way_out(tmp_path, capsys):
     assert main(["index", str(tmp_path)]) == 0
     assert main(["beton", str(tmp_path), "--out", str(tmp_path / "x.beton")]) == 2
     message = capsys.readouterr().err
-    assert "2 of 3 samples are no sound, upright RGB or gray JPEGs (first: a.tar, sample 1)" in message
+    assert "2 of 3 samples are not sound, upright RGB or gray JPEGs (first: a.tar, sample 1)" in message
     assert f"make-shards pack {tmp_path} --out NEW" in message
 
 

@@ -122,7 +122,7 @@ def test_zips(tmp_path):
     assert manifest.rejections == {"not an image": 1, "unsupported": 1}
     assert packed(tmp_path / "out") == {jpeg(i): (f"class{i % 2}", f"{path}/class{i % 2}/{i}.jpg") for i in range(6)}
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(PackError, match="no whole zip"):
+    with pytest.raises(PackError, match="not a whole zip"):
         pack(config(path, out=tmp_path / "again"))
 
 
