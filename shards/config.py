@@ -141,19 +141,19 @@ class PackConfig(EncodeConfig):
         return tuple((name, float(share)) for name, _, share in (text.partition("=") for text in self.split))
 
     def split_names(self) -> list[str]:
-        """Folders below OUT; empty for OUT itself."""
+        """Return the folders below OUT; empty for OUT itself."""
         return ["train", *(name for name, _ in self.splits)] if self.splits else [""]
 
     def columns(self) -> Columns:
-        """Which columns of lists and tables are meant."""
+        """Return which columns of lists and tables are meant."""
         return Columns(image=self.image_column, label=self.label_column)
 
     def encoding(self) -> EncodeConfig:
-        """What becomes of an image: the part that workers need."""
+        """Return how an image is encoded: the part that workers need."""
         return EncodeConfig(**{f.name: getattr(self, f.name) for f in fields(EncodeConfig)})
 
     def settings(self) -> dict[str, Any]:
-        """The options that decide what the shards hold: a resumed or finished set must have the same."""
+        """Return the options that decide what the shards hold: a resumed or finished set must have the same."""
         values = asdict(self)
         placing = ("out", "work_folder", "part", "workers", "executor", "ray_address")
         for name in (*placing, "max_rejected", "dry_run"):

@@ -9,7 +9,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_cpus(local_world_size: int = 1, *, cgroup: Path = _CGROUP) -> int:
-    """CPUs for one of `local_world_size` ranks on this machine: at least 1.
+    """Return CPUs for one of `local_world_size` ranks on this machine: at least 1.
 
     The machine's share of a rank is bounded by its affinity, which a launcher may have narrowed for this rank alone.
     """
@@ -24,12 +24,12 @@ def parse_cpus(text: str) -> set[int]:
 
 
 def _cpuset(cgroup: Path) -> int:
-    """CPUs that a container may run on."""
+    """Return CPUs that a container may run on."""
     return len(parse_cpus(_read(cgroup / "cpuset.cpus.effective"))) or 1 << 30
 
 
 def _quota(cgroup: Path) -> int:
-    """CPUs' worth of time that a container may use: cpu.max of cgroup v2, else the two files of v1."""
+    """Return CPUs' worth of time that a container may use: cpu.max of cgroup v2, else the two files of v1."""
     fields = _read(cgroup / "cpu.max").split()
     if len(fields) != 2:
         fields = [_read(cgroup / "cpu" / f"cpu.cfs_{part}_us") for part in ("quota", "period")]

@@ -28,7 +28,7 @@ def create_shared(name: str, content: int | bytes) -> int:
 
 
 def shared_path(descriptor: int) -> str:
-    """Path by which other processes of this user open a block of this one."""
+    """Return the path by which other processes of this user open a block of this one."""
     return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 

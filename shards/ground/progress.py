@@ -20,7 +20,7 @@ class ProgressBars:
     def stage(
         self, title: str, *, unit: str, total: int | None = None, done: int = 0
     ) -> Generator[Callable[[int], object]]:
-        """A bar over one stage; calling what it gives moves the bar by a number of units."""
+        """Draw a bar over one stage; calling what it gives moves the bar by a number of units."""
         if not self._enabled:
             yield _nothing
             return

@@ -67,7 +67,7 @@ def _check_limits(width: int, height: int, config: EncodeConfig) -> None:
 
 
 def _target_size(width: int, height: int, config: EncodeConfig) -> tuple[int, int]:
-    """Size after resizing, (width, height), at least one pixel each."""
+    """Return the size after resizing, (width, height), at least one pixel each."""
     goal = config.resize
     if goal is None:
         return width, height
@@ -80,7 +80,7 @@ def _target_size(width: int, height: int, config: EncodeConfig) -> tuple[int, in
 
 
 def _reduction(size: tuple[int, int], target: tuple[int, int]) -> int:
-    """How far a decoder may shrink an image that is to become `target`, with twice the target's sides to spare."""
+    """Return how far a decoder may shrink an image that becomes `target`, with twice the target's sides to spare."""
     fits = (
         factor
         for factor in (8, 4, 2)
@@ -145,7 +145,7 @@ def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage 
 
 
 def _transcode(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage | None:
-    """A progressive JPEG as a baseline one, without loss; None where it must be decoded after all."""
+    """Return a progressive JPEG as a baseline one, without loss; None where it must be decoded after all."""
     # Without the library there are no shards: bytes must not depend on what a machine lacks.
     transcoder()
     if not header.is_ycbcr_or_gray:
@@ -165,14 +165,14 @@ def _transcode(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedI
 
 
 def _decode_small(data: bytes, header: JpegHeader) -> Pixels:
-    """An eighth of each side: only the first coefficient of each block is transformed, but all are read."""
+    """Decode at an eighth of each side: only the first coefficient of each block is transformed, but all are read."""
     # Blocks that reach over the border weigh too much in the mean of a small image; decoding it whole costs little.
     is_small = header.width * header.height < _SMALL_PIXELS
     return decode_jpeg(data, gray=header.num_components == 1, reduce=1 if is_small else 8)
 
 
 def _decode_jpeg(data: bytes, reduce: int, *, gray: bool) -> tuple[Pixels, bool]:
-    """Pixels of a JPEG, and whether the decoder had to skip stray bytes.
+    """Return the pixels of a JPEG, and whether the decoder had to skip stray bytes.
 
     Args:
         data: the file.
@@ -214,7 +214,7 @@ def _finish(pixels: Pixels, target: tuple[int, int], outcomes: list[str], config
 
 
 def _resize(pixels: Pixels, target: tuple[int, int]) -> Pixels:
-    """(H, W, C) to (target[1], target[0], C): `shrink` where both sides do, else Lanczos."""
+    """Resize (H, W, C) to (target[1], target[0], C): `shrink` where both sides shrink, else Lanczos."""
     height, width, channels = pixels.shape
     if target[0] <= width and target[1] <= height:
         return shrink(np.ascontiguousarray(pixels), target)
@@ -262,7 +262,7 @@ def _allowed_formats() -> list[str]:
 
 
 def _decode_with_pillow(data: bytes, config: EncodeConfig) -> tuple[Pixels, list[str]]:
-    """(H, W, 1) or (H, W, 3) upright pixels of the first frame, and what had to be done."""
+    """Return (H, W, 1) or (H, W, 3) upright pixels of the first frame, and what had to be done."""
     try:
         with _pillow_limits(config.max_pixels), Image.open(io.BytesIO(data), formats=_allowed_formats()) as image:
             _check_limits(*image.size, config)

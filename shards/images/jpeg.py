@@ -84,7 +84,7 @@ class JpegHeader(NamedTuple):
 
 
 def is_jpeg(data: bytes) -> bool:
-    """Whether the first bytes are a JPEG's."""
+    """Return whether the first bytes are a JPEG's."""
     return data[:3] == _SOI
 
 
@@ -160,7 +160,7 @@ def _parse_frame(data: bytes, start: int, marker: int) -> tuple[int, int, int, i
 
 
 def _exif_orientation(tiff: bytes) -> int:
-    """Orientation from an EXIF block; 1 where it says nothing sensible."""
+    """Return the orientation from an EXIF block; 1 where it says nothing sensible."""
     if tiff[:2] not in (b"II", b"MM"):
         return 1
     order = "little" if tiff[:2] == b"II" else "big"

@@ -36,7 +36,7 @@ def decode_jpeg(data: bytes, *, gray: bool = False, reduce: int = 1, strict: boo
 
 
 def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
-    """Baseline JPEG of C-contiguous pixels; color is subsampled 4:2:0."""
+    """Encode C-contiguous pixels as a baseline JPEG; color is subsampled 4:2:0."""
     if pixels.shape[2] == 1:
         return simplejpeg.encode_jpeg(pixels, quality, "GRAY", "Gray")
     return simplejpeg.encode_jpeg(pixels, quality, "RGB", "420")
@@ -62,7 +62,7 @@ def shrink(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def sum_channels(pixels: Pixels) -> list[int]:
-    """Sum of each channel, exact."""
+    """Return the sum of each channel, exact."""
     return [int(value) for value in _opencv().sumElems(pixels)[: pixels.shape[2]]]
 
 

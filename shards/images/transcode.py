@@ -8,7 +8,7 @@ __all__ = ["transcode_jpeg", "transcoder"]
 
 
 def transcode_jpeg(data: bytes) -> bytes:
-    """The same coefficients, markers and pixels as a sequential JPEG with optimal Huffman tables.
+    """Turn a JPEG into a sequential one with the same coefficients, markers and pixels, and optimal Huffman tables.
 
     Args:
         data: a JPEG that decodes without a warning: for others the library prints, and does not close the file.
@@ -34,7 +34,7 @@ def transcode_jpeg(data: bytes) -> bytes:
 
 
 def transcoder() -> Any:
-    """The library that transcodes. Raises ValueError where it is not installed."""
+    """Return the library that transcodes. Raises ValueError where it is not installed."""
     try:
         return import_module("jpegio")
     except ImportError:

@@ -16,7 +16,7 @@ class Executor(Protocol):
     """Does tasks in any order and at any place, and yields each as it finishes, with what the job returned."""
 
     def __call__(self, job: WriteShard, tasks: Sequence[Task], *, tick: Tick) -> Iterator[tuple[Task, None]]:
-        """Raises PackError where a task cannot be done."""
+        """Do the tasks. Raises PackError where one cannot be done."""
         ...
 
 
@@ -39,7 +39,7 @@ EXECUTORS: dict[str, Callable[[PackConfig], Executor]] = {"local": _local, "ray"
 
 
 def executor(config: PackConfig) -> Executor:
-    """The executor that was chosen.
+    """Return the executor that was chosen.
 
     Raises:
         ValueError: there is none such here.

@@ -70,7 +70,7 @@ def read_manifest(target: Target, split: str) -> Manifest:
 
 
 def entry_of(plan: Plan, target: Target, task: Task, sizes: dict[str, int]) -> ShardEntry | None:
-    """What a finished shard holds; None where it is not finished, or one of its files has gone."""
+    """Return what a finished shard holds; None where it is not finished, or one of its files has gone."""
     record = f"{WORK_NAME}/done/{record_name(task)}"
     data = target.get(record) if record in sizes else None
     if data is None:

@@ -35,7 +35,7 @@ def _read(source: Source, name: bytes, offset: int, size: int) -> bytes | Reject
 
 
 def read_inputs(plan: Plan, rows: NDArray[np.void]) -> Generator[ReadInput]:
-    """Some rows of a plan, read in their order."""
+    """Read some rows of a plan, in their order."""
     listing = plan.inputs(rows)
     if not plan.is_remote:
         for source, name, offset, size, label in listing:

@@ -94,7 +94,7 @@ def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progre
 
 
 def _samples_for(config: PackConfig, plan: Plan) -> int:
-    """Inputs a shard so that it comes to about `shard_bytes`: a few inputs, evenly spread, are packed to find out."""
+    """Return the inputs per shard that give about `shard_bytes`: a few inputs, evenly spread, are packed for it."""
     num_inputs = plan.num_inputs
     probed = np.unique(np.linspace(0, num_inputs - 1, min(_PROBED, num_inputs)).astype(np.int64))
     total = 0

@@ -71,7 +71,7 @@ def pack(config: PackConfig, progress: ProgressBars | None = None) -> dict[str, 
 
 
 def _refuse_target_inside(source: str, out: str) -> None:
-    """Shards must not become inputs of the next listing."""
+    """Refuse a target inside a source: shards must not become inputs of the next listing."""
     if not is_url(source) and not is_url(out) and Path(out).resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"--out {out} lies inside the source {source}: choose a folder outside of it")
 
@@ -93,7 +93,7 @@ def _pack_part(config: PackConfig, target: Target, progress: ProgressBars) -> No
 
 
 def _finished(config: PackConfig, target: Target) -> dict[str, Manifest] | None:
-    """The manifests of an earlier packing with the same settings."""
+    """Return the manifests of an earlier packing with the same settings."""
     names = config.split_names()
     if target.has_plan() or any(target.get(path_in(name, MANIFEST_NAME)) is None for name in names):
         return None
@@ -112,7 +112,7 @@ def _refuse_changes(old: dict[str, Any], config: PackConfig) -> None:
 
 
 def _open_plan(config: PackConfig, target: LocalTarget | BucketTarget | Target, progress: ProgressBars) -> Plan:
-    """The plan to follow: the one that is there, or a new one."""
+    """Return the plan to follow: the one that is there, or a new one."""
     if target.scratch.exists():
         shutil.rmtree(target.scratch)
     target.scratch.mkdir()

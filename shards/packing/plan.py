@@ -127,21 +127,21 @@ class Plan:
         return any(self.source(number).is_remote for number in range(len(self.source_specs)))
 
     def tasks(self) -> list[Task]:
-        """Every shard of the plan, in order."""
+        """Return every shard of the plan, in order."""
         return [Task(split=s, shard=i) for s, split in enumerate(self.splits) for i in range(split.num_shards)]
 
     def positions(self, task: Task) -> range:
-        """Planned positions of a shard within its split."""
+        """Return the planned positions of a shard within its split."""
         split = self.splits[task.split]
         first = task.shard * split.shard_samples
         return range(first, min(first + split.shard_samples, split.num_positions))
 
     def listed(self, start: int, stop: int) -> NDArray[np.void]:
-        """Rows in the order of the listing."""
+        """Return the rows in the order of the listing."""
         return self._rows[start:stop]
 
     def duplicates(self, split: int) -> Iterator[tuple[str, str]]:
-        """(source, source of the earlier input with the same content) of each input that was left out of a split."""
+        """Return (source, source of the earlier input with the same content) of each input left out of a split."""
         dropped = np.fromfile(self.folder / "dropped.bin", dtype=DROPPED)
         dropped = dropped[dropped["split"] == split]
         for start in range(0, len(dropped), 4096):
@@ -151,22 +151,22 @@ class Plan:
                 yield source.describe(name), first_source.describe(first_name)
 
     def num_duplicates(self, split: int) -> int:
-        """Inputs that were left out of a split."""
+        """Return how many inputs were left out of a split."""
         return int((np.fromfile(self.folder / "dropped.bin", dtype=DROPPED)["split"] == split).sum())
 
     def rows(self, task: Task) -> NDArray[np.void]:
-        """Rows of a shard, (len(positions(task)),) of ROW."""
+        """Return the rows of a shard, (len(positions(task)),) of ROW."""
         positions, first = self.positions(task), self.splits[task.split].first
         return self._rows[self._order[first + positions.start : first + positions.stop]]
 
     def inputs(self, rows: NDArray[np.void]) -> Iterator[tuple[Source, bytes, int, int, int]]:
-        """(source, name, offset, size, label) of each row."""
+        """Return (source, name, offset, size, label) of each row."""
         columns = (rows[name].tolist() for name in ("source", "name_at", "name_size", "offset", "size", "label"))
         for source, name_at, name_size, offset, size, label in zip(*columns, strict=True):
             yield self.source(source), self._names[name_at : name_at + name_size].tobytes(), offset, size, label
 
     def source(self, number: int) -> Source:
-        """One of the plan's sources, opened once a process."""
+        """Return one of the plan's sources, opened once per process."""
         if number not in self._sources:
             self._sources[number] = reopen_source(self.source_specs[number], self.folder)
         return self._sources[number]
@@ -235,12 +235,12 @@ class Duplicates:
 
     @classmethod
     def none(cls) -> Self:
-        """Everything is kept."""
+        """Keep everything."""
         return cls(np.empty(0, dtype=DROPPED))
 
     @classmethod
     def of(cls, firsts: NDArray[np.int64], split: NDArray[np.int64]) -> Self:
-        """Every row but the first of its content.
+        """Return every row but the first of its content.
 
         Args:
             firsts: (num_rows,) first row of the same content.
@@ -263,11 +263,11 @@ class ClassTable:
         self._numbers: dict[str | int, int] = {}
 
     def number(self, label: str | int | None) -> int:
-        """Provisional number of a label; -1 for none."""
+        """Return the provisional number of a label; -1 for none."""
         return -1 if label is None else self._numbers.setdefault(label, len(self._numbers))
 
     def resolve(self, *, need_two: bool) -> tuple[tuple[str, ...], NDArray[np.int32]]:
-        """Class names, sorted, and the final label of each provisional number.
+        """Return the class names, sorted, and the final label of each provisional number.
 
         Args:
             need_two: a single class means no labels.
@@ -294,7 +294,7 @@ class ClassTable:
 
 
 def shuffled(num_rows: int, seed: int) -> NDArray[np.uint64]:
-    """A permutation of range(num_rows) that no library's release can change.
+    """Return a permutation of range(num_rows) that no library's release can change.
 
     Rows are sorted by splitmix64 of their number (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
     generators"), with the seed hashed into where the counter starts.

@@ -30,12 +30,12 @@ KEY_DIGITS = 12
 
 
 def shard_stem(shard: int) -> str:
-    """Name of a shard's files without their suffix."""
+    """Return the name of a shard's files without their suffix."""
     return f"shard-{shard:06d}"
 
 
 def record_name(task: Task) -> str:
-    """Name of the record that a shard is finished."""
+    """Return the name of the record which says that a shard is finished."""
     return f"{task.split}-{task.shard:06d}.json"
 
 
@@ -67,7 +67,7 @@ class _Beside:
         self.rejections[rejected.reason] += 1
 
     def files(self) -> dict[str, bytes]:
-        """Content of each file beside the tar, by suffix."""
+        """Return the content of each file beside the tar, by suffix."""
         records = np.array(self.records, dtype=RECORD)
         # DALI's format: a header line, then extension, offset, size and name of each member of a sample.
         idx = f"v1.2 {len(self.idx)}\n" + "".join(self.idx)

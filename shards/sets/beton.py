@@ -98,7 +98,7 @@ class Layout:
 
 
 def build_head(layout: Layout, *, page_bytes: int) -> bytes:
-    """Header and field descriptors."""
+    """Return the header and field descriptors."""
     header = np.zeros(1, dtype=_HEADER)
     header["version"], header["num_fields"] = _FFCV_VERSION, len(FIELDS)
     header["page_size"], header["num_samples"] = page_bytes, layout.num_samples

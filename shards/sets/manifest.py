@@ -138,7 +138,7 @@ class Manifest:
         return cls.from_json(text, where=str(path))
 
     def to_json(self) -> str:
-        """Text of manifest.json: the same set gives the same bytes."""
+        """Return the text of manifest.json: the same set gives the same bytes."""
         values: dict[str, Any] = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
         entries = [asdict(shard) for shard in self.shards]
         del values["shards"]
@@ -158,7 +158,7 @@ def describe_jpegs(manifest: Manifest) -> str:
 
 
 def _known(cls: type[ShardEntry | Manifest], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a class; what earlier versions did not write is empty."""
+    """Return the fields of a class; what earlier versions did not write is empty."""
     return {f.name: values[f.name] for f in fields(cls) if f.name != "jpegs"} | {"jpegs": values.get("jpegs", {})}
 
 

@@ -27,7 +27,7 @@ RECORD = np.dtype(
 
 @lru_cache(maxsize=128)
 def npy_header(num_records: int) -> bytes:
-    """The bytes before the records in a .npy file of that many."""
+    """Return the bytes before the records in a .npy file of that many."""
     buffer = io.BytesIO()
     write_array_header_1_0(buffer, {"descr": dtype_to_descr(RECORD), "fortran_order": False, "shape": (num_records,)})
     return buffer.getvalue()
@@ -57,5 +57,5 @@ REFUSED = Flag.NEEDS_ORIENTATION | Flag.NOT_RGB | Flag.NOT_JPEG | Flag.DAMAGED
 
 
 def flag_name(flag: Flag) -> str:
-    """Name of one flag in tallies, such as `not jpeg`."""
+    """Return the name of one flag in tallies, such as `not jpeg`."""
     return (flag.name or "").lower().replace("_", " ")

@@ -25,7 +25,7 @@ class ShardFolder:
     """Local folder for files of a bucket while they are looked at."""
 
     def tars(self) -> list[str]:
-        """Names of the tars, sorted.
+        """Return the names of the tars, sorted.
 
         Raises:
             PackError: the bucket does not answer.
@@ -37,7 +37,7 @@ class ShardFolder:
         return sorted(name for name in names if name.endswith(".tar"))
 
     def manifest(self) -> Manifest:
-        """What the set holds.
+        """Return what the set holds.
 
         Raises:
             ValueError: there is no finished set.
@@ -54,7 +54,7 @@ class ShardFolder:
         return Manifest.from_json(text, where=f"{self._url}/{MANIFEST_NAME}")
 
     def has_manifest(self) -> bool:
-        """Whether the folder is described already."""
+        """Return whether the folder is described already."""
         if not is_url(self.where):
             return (Path(self.where) / MANIFEST_NAME).exists()
         return MANIFEST_NAME in (name for name, _ in open_folder(self._url).objects())
@@ -69,12 +69,12 @@ class ShardFolder:
         write_whole(final, data, durable=True, aside=final.with_name(f".{name}.{os.getpid()}.partial"))
 
     def open(self, name: str) -> ByteFile:
-        """A file to read by ranges."""
+        """Open a file to read by ranges."""
         return open_bytes(f"{self._url}/{name}" if is_url(self.where) else str(Path(self.where) / name))
 
     @contextmanager
     def local(self, names: Iterable[str]) -> Generator[Path]:
-        """A local folder that has some of the files: this one, or one that they are downloaded to for a while.
+        """Give a local folder that has some of the files: this one, or a temporary one that they are downloaded to.
 
         Files that are missing here are missing there.
         """
@@ -89,7 +89,7 @@ class ShardFolder:
 
     @contextmanager
     def opened(self, names: Iterable[str], manifest: Manifest) -> Generator[LocalShardSet]:
-        """The set, with no more than some of its files."""
+        """Give the set, with no more than some of its files."""
         with self.local(names) as folder:
             yield LocalShardSet(folder, manifest)
 

@@ -29,7 +29,7 @@ class Source(Protocol):
     """Reading waits for a network: many inputs should be read at a time."""
 
     def spec(self) -> dict[str, Any]:
-        """What `reopen_source` needs to open it again in another process, after `inputs` was exhausted."""
+        """Return what `reopen_source` needs to open it again in another process, after `inputs` was exhausted."""
         ...
 
     def inputs(self, spool: Path) -> Iterator["Input | Source"]:
@@ -44,7 +44,7 @@ class Source(Protocol):
         ...
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:
-        """Bytes of one input.
+        """Return the bytes of one input.
 
         Raises:
             Rejected: this input cannot be read.
@@ -58,7 +58,7 @@ class Source(Protocol):
 
 
 def printable(name: bytes) -> str:
-    """A name on one line of valid UTF-8; what cannot be printed, and backslashes, become hexadecimal escapes."""
+    """Return a name on one line of valid UTF-8; what cannot be printed, and backslashes, become hexadecimal escapes."""
     text = name.replace(b"\\", rb"\x5c").decode("utf-8", "backslashreplace")
     if text.isprintable():
         return text

@@ -42,7 +42,7 @@ class FolderSource:
         self._real_root: bytes | None = None
 
     def spec(self) -> dict[str, Any]:
-        """What `reopen_source` needs."""
+        """Return what `reopen_source` needs."""
         return {"kind": "folder", "path": self.path, "root": os.fsdecode(self._root)}
 
     def inputs(self, spool: Path) -> Iterator[Input | Source]:
@@ -91,7 +91,7 @@ class FolderSource:
         return nested_source(f"{self.path.rstrip('/')}/{os.fsdecode(name)}", self._columns)
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:
-        """Bytes of a file; `offset` and `size` are not used."""
+        """Return the bytes of a file; `offset` and `size` are not used."""
         del offset, size
         path = self._path(name)
         try:
@@ -102,7 +102,7 @@ class FolderSource:
             raise
 
     def _resolve(self, path: bytes) -> bytes:
-        """Where a link leads, if that is inside the source."""
+        """Return where a link leads, if that is inside the source."""
         if self._real_root is None:
             self._real_root = os.path.realpath(self._root)
         target = os.path.realpath(path)
@@ -113,7 +113,7 @@ class FolderSource:
         return target
 
     def describe(self, name: bytes) -> str:
-        """Path of the file."""
+        """Return the path of the file."""
         return printable(os.fsencode(self.path).rstrip(b"/") + b"/" + name)
 
 
@@ -124,7 +124,7 @@ def _is_archive(path: bytes) -> bool:
 
 
 def read_file(path: bytes, *, follow: Callable[[bytes], bytes] = os.path.realpath) -> bytes:
-    """Bytes of a regular file.
+    """Return the bytes of a regular file.
 
     Args:
         path: absolute.

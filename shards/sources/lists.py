@@ -44,7 +44,7 @@ class ListSource:
         self.is_remote = is_url(self._base) if is_remote is None else is_remote
 
     def spec(self) -> dict[str, Any]:
-        """What `reopen_source` needs."""
+        """Return what `reopen_source` needs."""
         return {"kind": "list", "path": self.path, "root": self._root, "is_remote": self.is_remote}
 
     def inputs(self, spool: Path) -> Iterator[Input | Source]:
@@ -106,19 +106,19 @@ class ListSource:
                 yield row[at], None if label_at is None or label_at >= len(row) else _number_or_name(row[label_at])
 
     def _is_inventory(self, first: list[str]) -> bool:
-        """Whether a list without a head line is S3's: bucket, key (quoted as in URLs), and what else was asked for."""
+        """Return whether a list without a header line is S3's: bucket, key (quoted as in URLs), and more."""
         # A bucket's name may hold dots, but so do the names of files in a local list.
         bucket = r"[a-z0-9][a-z0-9.-]+" if self.path.startswith("s3://") else r"[a-z0-9][a-z0-9-]{2,}"
         return len(first) >= 2 and re.fullmatch(bucket, first[0]) is not None and "." in first[1]
 
     def _find(self, names: list[str]) -> tuple[str | None, str | None]:
-        """Columns of path and label among some names."""
+        """Return the columns of path and label among some names."""
         path = next((n for n in ([self._columns.image] if self._columns.image else _PATHS) if n in names), None)
         label = next((n for n in ([self._columns.label] if self._columns.label else _LABELS) if n in names), None)
         return path, label
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:
-        """Bytes of an image."""
+        """Return the bytes of an image."""
         del offset, size
         path = os.fsdecode(name)
         if not is_url(path) and not is_url(self._base):
@@ -137,7 +137,7 @@ class ListSource:
             raise Rejected("unreadable", str(error)) from None
 
     def describe(self, name: bytes) -> str:
-        """The list's entry."""
+        """Return the list's entry."""
         return printable(name)
 
 

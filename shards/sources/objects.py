@@ -29,7 +29,7 @@ class ObjectsSource:
         self._columns = columns or Columns()
 
     def spec(self) -> dict[str, Any]:
-        """What `reopen_source` needs."""
+        """Return what `reopen_source` needs."""
         return {"kind": "objects", "path": self.path}
 
     def _folder(self) -> Folder:
@@ -48,7 +48,7 @@ class ObjectsSource:
         yield from nested
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:
-        """Bytes of an object."""
+        """Return the bytes of an object."""
         del offset, size
         try:
             return self._folder().read(os.fsdecode(name))
@@ -56,5 +56,5 @@ class ObjectsSource:
             raise Rejected("unreadable", "no such object") from None
 
     def describe(self, name: bytes) -> str:
-        """URL of the object."""
+        """Return the URL of the object."""
         return f"{printable(os.fsencode(self.path.rstrip('/')))}/{printable(name)}"

@@ -41,7 +41,7 @@ class TableSource:
         self._root = root or absolute(path)
 
     def spec(self) -> dict[str, Any]:
-        """What `reopen_source` needs."""
+        """Return what `reopen_source` needs."""
         assert self._spool is not None
         return {"kind": "table", "path": self.path, "root": self._root, "spool": self._spool.name}
 
@@ -65,7 +65,7 @@ class TableSource:
                 row += 1
 
     def _rows(self) -> Iterator[tuple[bytes | None, str | None, str | int | None]]:
-        """(bytes, path, label) of each row."""
+        """Return (bytes, path, label) of each row."""
         try:
             batches, schema = _open_table(SeekableFile(open_bytes(self._root)), self._root)
             image = self._column(schema.names, self._columns.image, _IMAGES)
@@ -92,7 +92,7 @@ class TableSource:
         return found
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:
-        """Bytes of a row's image."""
+        """Return the bytes of a row's image."""
         assert self._spool is not None
         if offset >= 0:
             return open_bytes(str(self._spool)).read(offset, size)
@@ -101,12 +101,12 @@ class TableSource:
         raise Rejected("empty", "the row has no image")
 
     def describe(self, name: bytes) -> str:
-        """Path of the file and number of the row."""
+        """Return the path of the file and number of the row."""
         return f"{printable(os.fsencode(self.path))}/{printable(name)}"
 
 
 def _open_table(file: SeekableFile, path: str) -> tuple[Callable[[list[str]], Iterator[Any]], Any]:
-    """What gives the batches of some columns, and the schema."""
+    """Return what gives the batches of some columns, and the schema."""
     pa: Any = import_module("pyarrow")
     wrapped = pa.PythonFile(file, mode="r")
     if path.lower().endswith(".parquet"):
@@ -120,7 +120,7 @@ def _open_table(file: SeekableFile, path: str) -> tuple[Callable[[list[str]], It
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, label: str | None) -> list[str]:
-    """Names of a ClassLabel, which the `datasets` library writes into the schema."""
+    """Return the names of a ClassLabel, which the `datasets` library writes into the schema."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return [str(name) for name in features[label]["names"]]

@@ -54,7 +54,7 @@ class TarSource:
         self.is_remote = is_url(path) and self._opener is None
 
     def spec(self) -> dict[str, Any]:
-        """What `reopen_source` needs."""
+        """Return what `reopen_source` needs."""
         spool = {} if self._spool is None else {"spool": self._spool.name}
         return {"kind": "tar", "path": self.path, "root": self._root, **spool}
 
@@ -81,7 +81,7 @@ class TarSource:
             shutil.copyfileobj(cast("IO[bytes]", unpacked), target, 1 << 20)
 
     def _class_names(self) -> tuple[str, ...]:
-        """What labels mean, if this is a shard that make-shards wrote."""
+        """Return what labels mean, if this is a shard that make-shards wrote."""
         folder = Path(self._root).parent
         if is_url(self._root) or not (folder / MANIFEST_NAME).exists():
             return ()
@@ -94,7 +94,7 @@ class TarSource:
         return open_bytes(str(self._spool) if self._spool is not None else self._root)
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:
-        """Bytes of a member."""
+        """Return the bytes of a member."""
         if size < 0:
             raise Rejected("not a file", "a link or a device inside the archive")
         try:
@@ -106,12 +106,12 @@ class TarSource:
         return data
 
     def describe(self, name: bytes) -> str:
-        """Path of the archive and of the member in it."""
+        """Return the path of the archive and of the member in it."""
         return f"{printable(os.fsencode(self.path))}/{printable(name)}"
 
 
 def members(file: ByteFile, is_remote: bool) -> Iterator[_TarEntry]:
-    """Every member but folders, with GNU's and PAX's long names.
+    """Return every member but folders, with GNU's and PAX's long names.
 
     Raises:
         TarError: damaged, or cut short.
@@ -142,7 +142,7 @@ def members(file: ByteFile, is_remote: bool) -> Iterator[_TarEntry]:
 
 
 def _extension(kind: bytes, data: bytes) -> dict[bytes, bytes]:
-    """The fields of the next member that an extended header overrides."""
+    """Return the fields of the next member that an extended header overrides."""
     if kind == b"L":
         return {b"path": data.rstrip(b"\0")}
     fields: dict[bytes, bytes] = {}

@@ -31,7 +31,7 @@ class ZipSource:
         self.is_remote = is_url(path)
 
     def spec(self) -> dict[str, Any]:
-        """What `reopen_source` needs."""
+        """Return what `reopen_source` needs."""
         return {"kind": "zip", "path": self.path, "root": self._root}
 
     def inputs(self, spool: Path) -> Iterator[Input | Source]:
@@ -51,7 +51,7 @@ class ZipSource:
                 yield Input(name, folder, None, entry.header_offset, entry.compress_size)
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:
-        """Bytes of a member, unpacked."""
+        """Return the bytes of a member, unpacked."""
         file = open_bytes(self._root)
         try:
             # The header's own name and extra field may be longer than the directory's.
@@ -67,7 +67,7 @@ class ZipSource:
         return _unpacked(data, flags=head[6], method=int.from_bytes(head[8:10], "little"))
 
     def describe(self, name: bytes) -> str:
-        """Path of the archive and of the member in it."""
+        """Return the path of the archive and of the member in it."""
         return f"{printable(os.fsencode(self.path))}/{printable(name)}"
 
 

@@ -46,7 +46,7 @@ _UPLOAD_BYTES = 16 << 20
 
 
 def is_url(path: str) -> bool:
-    """Whether a source or target is not on this machine."""
+    """Return whether a source or target is not on this machine."""
     return path.partition("://")[0] in SCHEMES and "://" in path
 
 
@@ -85,7 +85,7 @@ class ByteFile(Protocol):
     size: int
 
     def read(self, start: int, count: int) -> bytes:
-        """`count` bytes, or fewer at the end. Raises OSError or PackError."""
+        """Return the `count` bytes, or fewer at the end. Raises OSError or PackError."""
         ...
 
 
@@ -152,15 +152,15 @@ class SeekableFile(io.RawIOBase):
         self._start, self._buffer = 0, b""
 
     def readable(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
-        """Current offset."""
+        """Return the current offset."""
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -178,7 +178,7 @@ class SeekableFile(io.RawIOBase):
         return len(data)
 
     def read_at(self, start: int, count: int) -> bytes:
-        """Bytes at an offset, without moving."""
+        """Return the bytes at an offset, without moving."""
         inside = start - self._start
         if inside < 0 or inside + count > len(self._buffer):
             self._start, inside = start, 0
@@ -199,7 +199,7 @@ class Folder:
         self._store = _connect(url)
 
     def objects(self) -> Iterator[tuple[str, int]]:
-        """(name, size) of every object below, in the store's order."""
+        """Return (name, size) of every object below, in the store's order."""
         import obstore
 
         try:
@@ -210,7 +210,7 @@ class Folder:
             raise self._explain("list", "", error) from None
 
     def size(self, name: str) -> int:
-        """Bytes of an object. Raises FileNotFoundError or PackError."""
+        """Return the bytes of an object. Raises FileNotFoundError or PackError."""
         import obstore
 
         try:
@@ -221,7 +221,7 @@ class Folder:
             raise self._explain("read", name, error) from None
 
     def read(self, name: str) -> bytes:
-        """A whole object. Raises FileNotFoundError or PackError."""
+        """Return a whole object. Raises FileNotFoundError or PackError."""
         import obstore
 
         try:
@@ -232,7 +232,7 @@ class Folder:
             raise self._explain("read", name, error) from None
 
     def read_range(self, name: str, start: int, count: int) -> bytes:
-        """Some bytes of an object. Raises FileNotFoundError or PackError."""
+        """Return some bytes of an object. Raises FileNotFoundError or PackError."""
         import obstore
 
         try:

@@ -55,11 +55,11 @@ class Target(Protocol):
         ...
 
     def get(self, name: str) -> bytes | None:
-        """Content of a file; None where there is none."""
+        """Return the content of a file; None where there is none."""
         ...
 
     def sizes(self) -> dict[str, int]:
-        """Size of every file."""
+        """Return the size of every file."""
         ...
 
     def share_plan(self, plan: Path) -> None:
@@ -67,7 +67,7 @@ class Target(Protocol):
         ...
 
     def has_plan(self) -> bool:
-        """Whether a packing was begun and not finished."""
+        """Return whether a packing was begun and not finished."""
         ...
 
     def fetch_plan(self, plan: Path) -> None:
@@ -132,7 +132,7 @@ class LocalTarget:
         return found
 
     def share_plan(self, plan: Path) -> None:
-        """Whoever sees the folder has it."""
+        """Do nothing but check: whoever sees the folder has the plan."""
         assert plan.is_relative_to(self.work)
 
     def has_plan(self) -> bool:
@@ -140,7 +140,7 @@ class LocalTarget:
         return (self.work / "plan" / _PLAN_HEADER).exists()
 
     def fetch_plan(self, plan: Path) -> None:
-        """It is there."""
+        """Do nothing: the plan is there."""
 
     def remove_work(self) -> None:
         """Remove `.pack`; without its plan, what a kill leaves of it is not mistaken for an unfinished packing."""
@@ -171,7 +171,7 @@ class BucketTarget:
         return self.work / f"scratch{self.part}"
 
     def begin(self, folders: list[str]) -> None:
-        """Nothing: objects need no folders."""
+        """Do nothing: objects need no folders."""
 
     def publish(self, files: Mapping[str, Path]) -> None:
         """Upload, then remove the local files."""

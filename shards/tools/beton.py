@@ -149,12 +149,12 @@ def _write(shards: LocalShardSet, path: Path, workers: int, progress: ProgressBa
 
 
 def _page_bytes(records: NDArray[np.void]) -> int:
-    """Size of a page: a power of 2 that holds the largest image."""
+    """Return the size of a page: a power of 2 that holds the largest image."""
     return max(PAGE_BYTES, 1 << (int(records["size"].max()) - 1).bit_length())
 
 
 def _place(sizes: NDArray[np.int64], page_bytes: int, after: int) -> NDArray[np.int64]:
-    """(n,) offsets of images of these sizes in the file: in order, none across the border of a page."""
+    """Return (n,) offsets of images of these sizes in the file: in order, none across the border of a page."""
     ends = np.cumsum(sizes)
     begins = ends - sizes
     offsets = np.empty_like(sizes)
@@ -169,7 +169,7 @@ def _place(sizes: NDArray[np.int64], page_bytes: int, after: int) -> NDArray[np.
 
 
 def _tables(records: NDArray[np.void]) -> tuple[bytes, bytes]:
-    """FFCV's metadata and allocation table."""
+    """Return FFCV's metadata and allocation table."""
     metadata = np.zeros(records.size, dtype=METADATA)
     for name in ("width", "height"):
         metadata["f0"][name] = records[name]
@@ -231,7 +231,7 @@ def _verify(shards: BetonSet, *, decode: bool, workers: int, progress: ProgressB
 
 
 def _check_tables(shards: BetonSet) -> list[str]:
-    """What is wrong with all but the images."""
+    """Return what is wrong with all but the images."""
     layout = shards.layout
     records = np.array(shards.records)
     metadata, allocations = _tables(records)

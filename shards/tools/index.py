@@ -93,7 +93,7 @@ class _IndexTar:
 
 
 def _look_at(data: bytes) -> tuple[int, int, Flag, str]:
-    """(width, height, flags, kind) from an image's header; NOT_JPEG and DAMAGED for what is not an image at all."""
+    """Return (width, height, flags, kind) from an image's header; NOT_JPEG and DAMAGED for what is not an image."""
     flags = Flag(0)
     if is_jpeg(data):
         try:
@@ -134,7 +134,7 @@ def _entry(path: Path, records: NDArray[np.void], kinds: Counter[str]) -> ShardE
 
 
 def _outcomes(records: NDArray[np.void]) -> dict[str, int]:
-    """All samples, and how many of them have each flag that a loader must know of before it starts."""
+    """Count all samples, and those with each flag that a loader must know of before it starts."""
     tally = {flag_name(flag): int(((records["flags"] & flag) != 0).sum()) for flag in _BAD}
     return {what: count for what, count in {"indexed": len(records), **tally}.items() if count}
 

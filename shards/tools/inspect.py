@@ -23,7 +23,7 @@ _MOST_CLASSES = 10
 
 
 def describe(shards: ShardSet, *, where: str | None = None) -> Iterator[str]:
-    """Counts, histograms of size and shape, class balance, what was changed and rejected; line by line.
+    """Return counts, histograms of size and shape, class balance, what was changed and rejected; line by line.
 
     Args:
         shards: the set; only its indexes are read.
@@ -85,7 +85,7 @@ def _classes(shards: ShardSet, labels: NDArray[np.int64]) -> Iterator[str]:
 
 
 def contact_sheet(shards: ShardSet, *, columns: int = 8, rows: int = 5) -> Image.Image:
-    """Samples evenly spread over the set, one cell each.
+    """Draw samples that are evenly spread over the set, one cell each.
 
     Args:
         shards: the set.

@@ -176,7 +176,7 @@ def _check_images_only(
 
 
 def _member(file: io.BufferedReader, at: int) -> tuple[str, bytes, int]:
-    """(name, data, offset of the data) of the member at a byte."""
+    """Return (name, data, offset of the data) of the member at a byte."""
     file.seek(at)
     member = parse_header(file.read(BLOCK))
     data = file.read(member.size)

@@ -126,10 +126,10 @@ def test_what_is_no_whole_beton_is_refused(packed, beton, tmp_path):
     with pytest.raises(ValueError, match="does not exist: `make-shards beton SHARDS --out"):
         open_set(path)
     path.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match="it was cut; make or copy it again"):
+    with pytest.raises(ValueError, match="it was cut; write or copy it again"):
         open_set(path)
     path.write_bytes(b"not a beton at all" * 1000)
-    with pytest.raises(ValueError, match=r"is no \.beton"):
+    with pytest.raises(ValueError, match=r"is not a \.beton"):
         open_set(path)
     # As FFCV's own writer leaves it: nothing in the arguments of the image's field.
     path.write_bytes(whole[:41] + bytes(1024) + whole[41 + 1024 :])

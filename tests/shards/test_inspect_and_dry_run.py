@@ -77,7 +77,7 @@ def test_a_dry_run_writes_nothing_and_predicts_what_packing_gives(tmp_path, caps
     assert list(work.iterdir()) == []
     packed = pack(PackConfig(sources=(str(source),), out=str(tmp_path / "out"), shard_samples=8, workers=1))[""]
     total = sum(shard.num_bytes for shard in packed.shards)
-    assert 0.7 < found.bytes_a_sample * packed.num_samples / total < 1.3
+    assert 0.7 < found.bytes_per_sample * packed.num_samples / total < 1.3
     assert main(["pack", str(source), "--out", str(tmp_path / "new"), "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "80 inputs, 2 classes" in told
