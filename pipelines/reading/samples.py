@@ -24,7 +24,7 @@ class Good(NamedTuple, Generic[Image]):
     sample: int
     """Dense sample number."""
     record: npt.NDArray[np.void]
-    """(1,) of shards.sets.index.RECORD."""
+    """(1,) of shards.sets.record.RECORD."""
     image: Image
     """What `convert` made."""
     replaced: str | None
@@ -60,7 +60,7 @@ class PendingSamples:
         self.samples = samples
         """(n,) dense sample numbers that were asked for."""
         self.records = reader.records(samples) if records is None else records
-        """(n,) of shards.sets.index.RECORD."""
+        """(n,) of shards.sets.record.RECORD."""
         self.sizes: Indices = self.records["size"].astype(np.int64)
         """(n,) bytes of each of them."""
         self._bytes = reader.submit(samples, self.records, into=into)
