@@ -25,7 +25,7 @@ def draw_views(
     Args:
         epoch: that of all, or (n,).
         samples: (n,) dense sample numbers.
-        records: (n,) of shards.sets.index.RECORD.
+        records: (n,) of shards.sets.record.RECORD.
         views: what to make of each sample.
         seed: 0 to 2**64 - 1.
     """
