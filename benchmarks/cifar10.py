@@ -53,9 +53,9 @@ V1, V1_LINEAR = "v1's colors", "v1's colors, linear"
 CONTENDERS = (OURS, LINEAR, V1, V1_LINEAR, LIGHTLY)
 PER_CLASS = {"train": 1000, "test": 200}
 RECIPE = (
-    "--model.encoder resnet18_quarter --data.batch-size 128 --bn.num-groups 4 --moco.queue-size 1024 --run.device cpu "
-    "--run.precision fp32 --eval.layer backbone --eval.k 20 --eval.every-steps 1000000 --checkpoint.every-steps 50 "
-    "--checkpoint.keep 1 --log.every-steps 10 --log.no-tensorboard"
+    "--model.encoder resnet18_quarter --data.batch-size 128 --bn.num-groups 4 --method.queue-size 1024 "
+    "--run.device cpu --run.precision fp32 --eval.layer backbone --eval.k 20 --eval.every-steps 1000000 "
+    "--checkpoint.every-steps 50 --checkpoint.keep 1 --log.every-steps 10 --log.no-tensorboard"
 )
 
 
@@ -106,13 +106,13 @@ class Lightly:
 
         self._config = config
         torch.manual_seed(config.run.seed)
-        self.query: Encoder = build_encoder(config.model)
+        self.query: Encoder = build_encoder(config.model, config.method)
         # Its loader normalizes the images.
         self._network = nn.Sequential(self.query.backbone, self.query.head)
         self._key = copy.deepcopy(self._network)
         deactivate_requires_grad(self._key)
-        bank_size = (config.moco.queue_size, config.model.dim)
-        self._criterion = NTXentLoss(temperature=config.moco.temperature, memory_bank_size=bank_size)
+        bank_size = (config.method.queue_size, config.method.dim)
+        self._criterion = NTXentLoss(temperature=config.method.temperature, memory_bank_size=bank_size)
         optim = config.optim
         self._optimizer = torch.optim.SGD(
             self.query.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
@@ -145,7 +145,7 @@ class Lightly:
 
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        update_momentum(self._network, self._key, m=self._config.moco.momentum)
+        update_momentum(self._network, self._key, m=self._config.method.momentum)
         queries = self._network(views[0])
         with torch.no_grad():
             keys = self._key(views[1])
@@ -235,7 +235,7 @@ def measure_speed(options: argparse.Namespace) -> dict[str, dict[str, list[float
     parts.loader.close()
 
     def our_step(batch: Batch) -> None:
-        parts.train_step([batch], lr=config.optim.lr, momentum=config.moco.momentum)
+        parts.train_step([batch], lr=config.optim.lr, scheduled=config.method.scheduled(0, 1))
 
     def their_step(batch: tuple[list[Tensor], Tensor, list[str]]) -> None:
         theirs.step(batch[0], config.optim.lr)

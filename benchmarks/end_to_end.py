@@ -37,7 +37,7 @@ def recipe(options: argparse.Namespace, shards: Path) -> Config:
         data=replace(base.data, shards=str(shards), batch_size=options.batch),
         views=replace(base.views, size=options.size),
         model=replace(base.model, encoder=options.encoder),
-        moco=replace(base.moco, queue_size=options.queue),
+        method=replace(base.method, queue_size=options.queue),
         bn=BatchNormConfig(policy="none"),
         run=replace(base.run, device="cpu", precision="fp32"),
     )
@@ -52,7 +52,7 @@ def open_ours(config: Config, steps: int) -> Iterator[Callable[[], None]]:
 
     def train() -> None:
         for _ in range(steps):
-            parts.train_step([next(batches)], lr=config.optim.lr, momentum=config.moco.momentum)
+            parts.train_step([next(batches)], lr=config.optim.lr, scheduled=config.method.scheduled(0, 1))
 
     try:
         yield train
@@ -70,7 +70,7 @@ def open_authors(config: Config, steps: int) -> Iterator[Callable[[], None]]:
         encoder=config.model.encoder,
         batch=batch,
         size=size,
-        queue=config.moco.queue_size,
+        queue=config.method.queue_size,
         device=torch.device("cpu"),
         precision="fp32",
         compile=False,

@@ -34,18 +34,18 @@ from moco_fast.training.loop import train
 
 MOMENTUM, SIZE, BATCH_NORM = "momentum m, K = 4,096", "dictionary size K", "BN in groups of 8, K = 512"
 SHUFFLED, NOT_SHUFFLED = "shuffled", "not shuffled"
-_GROUPS_OF_8 = ["--bn.num-groups 8", "--moco.queue-size 512"]
+_GROUPS_OF_8 = ["--bn.num-groups 8", "--method.queue-size 512"]
 FACTS: dict[str, dict[str, list[str]]] = {
-    MOMENTUM: {m: [f"--moco.momentum {m}", "--moco.queue-size 4096"] for m in ("0.0", "0.9", "0.99", "0.999")},
-    SIZE: {k: [f"--moco.queue-size {k}"] for k in ("1", "16", "256", "4096")},
+    MOMENTUM: {m: [f"--method.momentum {m}", "--method.queue-size 4096"] for m in ("0.0", "0.9", "0.99", "0.999")},
+    SIZE: {k: [f"--method.queue-size {k}"] for k in ("1", "16", "256", "4096")},
     BATCH_NORM: {SHUFFLED: _GROUPS_OF_8, NOT_SHUFFLED: _GROUPS_OF_8},
 }
 TIMES_LONGER = {MOMENTUM: 1, SIZE: 4, BATCH_NORM: 4}
 """Times --steps. A larger dictionary is a harder task, and an encoder has to learn to cheat, too."""
 BATCH_SIZE = 64
 RECIPE = (
-    f"--model.encoder resnet18_quarter --model.stem imagenet --model.head mlp --data.batch-size {BATCH_SIZE} "
-    "--bn.num-groups 2 --moco.queue-size 256 --moco.momentum 0.99 --optim.lr 0.03 --run.device cpu "
+    f"--model.encoder resnet18_quarter --model.stem imagenet --method.head mlp --data.batch-size {BATCH_SIZE} "
+    "--bn.num-groups 2 --method.queue-size 256 --method.momentum 0.99 --optim.lr 0.03 --run.device cpu "
     "--run.precision fp32 --eval.layer backbone --eval.k 20 --checkpoint.every-steps 500 --checkpoint.keep 1 "
     "--log.every-steps 10 --log.no-tensorboard"
 )

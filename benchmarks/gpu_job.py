@@ -65,7 +65,7 @@ def recipe(
         data=replace(base.data, shards=str(job.shards()), batch_size=batch, **options),
         views=replace(base.views, size=size),
         model=replace(base.model, encoder=encoder),
-        moco=replace(base.moco, queue_size=queue),
+        method=replace(base.method, queue_size=queue),
         bn=BatchNormConfig(policy=policy),
         run=replace(base.run, device=job.device, precision=precision, compile=compile, cuda_graphs=cuda_graphs),
     )

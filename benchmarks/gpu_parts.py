@@ -272,9 +272,10 @@ def momentum(job: Job, *, encoder: str) -> Outcome:
     from moco_fast.config import ModelConfig
     from moco_fast.encoders.encoder import build_encoder
     from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+    from moco_fast.methods.momentum_contrast import MomentumContrast
 
     device = torch.device(job.device)
-    query = build_encoder(ModelConfig(encoder=encoder))
+    query = build_encoder(ModelConfig(encoder=encoder), MomentumContrast())
     query.to(device, memory_format=torch.channels_last)
     key = copy_as_key_encoder(query)
     update = MomentumUpdate(query, key)
@@ -345,7 +346,7 @@ def profile(job: Job, *, steps: int, beside: bool = False, **options: Any) -> Ou
 
     def train() -> None:
         for _ in range(steps):
-            parts.train_step([next(batches)], lr=0.0, momentum=0.999)
+            parts.train_step([next(batches)], lr=0.0, scheduled={"momentum": 0.999})
         if runtime.device.type == "cuda":
             torch.cuda.synchronize()
 

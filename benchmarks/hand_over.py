@@ -62,7 +62,7 @@ def main() -> None:
         data=replace(base.data, shards=options.shards, batch_size=options.batch, backend="dali"),
         views=replace(base.views, size=options.size),
         model=replace(base.model, encoder=options.encoder),
-        moco=replace(base.moco, queue_size=options.queue),
+        method=replace(base.method, queue_size=options.queue),
         bn=BatchNormConfig(policy="none"),
         run=replace(base.run, device=options.device),
     )

@@ -14,6 +14,7 @@ from alternating import alternate, bars, claims_table, compare, header, table, w
 from moco_fast.config import ModelConfig
 from moco_fast.encoders.encoder import build_encoder
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.momentum_contrast import MomentumContrast
 
 
 def main() -> None:
@@ -27,7 +28,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    query = build_encoder(ModelConfig(encoder=options.encoder)).to(device, memory_format=torch.channels_last)
+    query = build_encoder(ModelConfig(encoder=options.encoder), MomentumContrast()).to(
+        device, memory_format=torch.channels_last
+    )
     key = copy_as_key_encoder(query)
     update = MomentumUpdate(query, key)
     pairs = list(zip(query.parameters(), key.parameters(), strict=True))

@@ -25,10 +25,12 @@ from torch import Tensor, nn
 
 from moco_fast.config import ModelConfig, OptimConfig
 from moco_fast.encoders.encoder import Encoder, build_encoder, unit_vectors
+from moco_fast.methods.discrimination import Discrimination
 from moco_fast.methods.key_queue import Queue
 from moco_fast.methods.keys import MomentumKeys
 from moco_fast.methods.loss import feature_std, info_nce
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.momentum_contrast import MomentumContrast
 from moco_fast.methods.shuffle import Exchange, Gather, Together
 from moco_fast.training.optim import build_optimizer
 from moco_fast.training.runtime import allow_tf32
@@ -61,7 +63,9 @@ class Setting:
         # float32 as a run computes it: torch alone lets convolutions round.
         allow_tf32(False)
         torch.manual_seed(0)
-        query = build_encoder(ModelConfig(encoder=self.encoder)).to(self.device, memory_format=torch.channels_last)
+        query = build_encoder(ModelConfig(encoder=self.encoder), MomentumContrast()).to(
+            self.device, memory_format=torch.channels_last
+        )
         key = copy_as_key_encoder(query)
         if self.compile:
             query.compile()
@@ -94,10 +98,8 @@ class Ours:
         keys = MomentumKeys(self.key, self.update, Together(), setting.autocast)
         self.train_step = TrainStep(
             query=self.query,
-            keys=keys,
-            dictionary=self.queue,
+            objective=Discrimination(keys=keys, dictionary=self.queue, temperature=TEMPERATURE),
             optimizer=self.optimizer,
-            temperature=TEMPERATURE,
             autocast=setting.autocast,
         )
         none = torch.full((setting.batch,), -1)
@@ -105,7 +107,7 @@ class Ours:
 
     def step(self) -> None:
         """One step."""
-        self.train_step([self.batch], lr=LR, momentum=MOMENTUM)
+        self.train_step([self.batch], lr=LR, scheduled={"momentum": MOMENTUM})
 
     def parts(self) -> dict[str, Callable[[], object]]:
         """What a step is made of. Encoder work is named so."""

@@ -12,6 +12,7 @@ from moco_fast.commands.eval_knn import EvalKnn
 from moco_fast.commands.export import Export
 from moco_fast.commands.preview import Preview
 from moco_fast.commands.report import Report
+from moco_fast.meaning import refuse_renamed
 from moco_fast.training import process
 
 __all__ = ["main"]
@@ -63,14 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit code: 0 done, 2 when the command cannot work as given (said in one line on stderr), 130 interrupted.
     """
     process.prepare()
-    command: Any = tyro.cli(
-        _Commands,  # pyright: ignore[reportArgumentType] - tyro takes unions, its signature does not
-        prog="moco-fast",
-        args=argv,
-        description="What to do with shards and with runs. Training: accelerate launch -m moco_fast.train.",
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
-    )
     try:
+        refuse_renamed(sys.argv[1:] if argv is None else argv)
+        command: Any = tyro.cli(
+            _Commands,  # pyright: ignore[reportArgumentType] - tyro takes unions, its signature does not
+            prog="moco-fast",
+            args=argv,
+            description="What to do with shards and with runs. Training: accelerate launch -m moco_fast.train.",
+            config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
+        )
         return command.execute()
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

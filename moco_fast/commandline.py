@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from moco_fast.config import Config, validate
-from moco_fast.meaning import refuse_meaningless
+from moco_fast.meaning import refuse_meaningless, refuse_renamed
 from moco_fast.presets import PRESETS
 from moco_fast.training import process
 from pipelines.config import tars_to_stream
@@ -50,6 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         SystemExit: 2 when an option is wrong (the message is on stderr), 0 after `--help`.
         ValueError: the options cannot work together, or a folder is not there.
     """
+    refuse_renamed(sys.argv[1:] if argv is None else argv)
     chosen = tyro.cli(
         Recipe,
         prog="moco_fast.train",

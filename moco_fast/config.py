@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 import tyro
 
+from moco_fast.methods.base import BatchStatistics, Method
+from moco_fast.methods.registry import method_class
 from pipelines.config import DataConfig, ViewsConfig
 
 __all__ = [
@@ -21,12 +23,12 @@ __all__ = [
     "KnnConfig",
     "Layer",
     "LogConfig",
-    "MocoConfig",
     "ModelConfig",
     "OptimConfig",
     "RunConfig",
     "changes",
     "differences",
+    "flatten",
     "from_dict",
     "option_name",
     "to_dict",
@@ -43,19 +45,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The encoder and the head on top of it."""
+    """The encoder below the method's head."""
 
     encoder: str = "resnet50"
     """Name of an encoder: one of moco_fast.encoders.encoder.ENCODERS, or any name that timm knows."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """`cifar`: a 3x3 first convolution with stride 1 and no pooling, for images of about 32 pixels."""
-    head: Literal["linear", "mlp", "v3"] = "mlp"
-    """Projection on top of the encoder: one linear layer (v1); linear, ReLU, linear (v2); or MoCo v3's projector with
-    batch norm, and its predictor on top for queries."""
-    dim: int = 128
-    """Size of a query or key."""
-    mlp_dim: int = 4096
-    """`v3`: width of the hidden layers."""
     zero_init_residual: bool = False
     """ResNets: start each residual block as the identity, the scale of its last batch norm at zero (MoCo v3)."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -67,33 +62,10 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MocoConfig:
-    """The dictionary and the loss."""
-
-    queue_size: int = 65536
-    """Keys in the dictionary (the paper's K); under `bank`, how many are drawn from it for each batch."""
-    momentum: float = 0.999
-    """Momentum of the key encoder (the paper's m)."""
-    temperature: float = 0.2
-    """Temperature of the softmax (the paper's tau)."""
-    momentum_schedule: Literal["constant", "cosine"] = "constant"
-    """`cosine`: m rises to 1 over the run (MoCo v3)."""
-    key_encoder: Literal["momentum", "query"] = "momentum"
-    """What makes keys: a slow copy of the query encoder, or the query encoder itself, with gradients (end-to-end)."""
-    dictionary: Literal["queue", "batch", "bank"] = "queue"
-    """What a query is told apart from: the keys of past batches, the other keys of the batch on all ranks, or a memory
-    bank with one key for every sample, which needs no key encoder."""
-    bank_momentum: float = 0.5
-    """`bank`: momentum with which a sample's key follows its queries."""
-    loss: Literal["one-sided", "symmetric", "v3"] = "one-sided"
-    """`symmetric`: each view is query and key once, and the two losses are added. `v3`: that, times 2 * temperature."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class BatchNormConfig:
     """How batch statistics are kept from leaking which key belongs to which query."""
 
-    policy: Literal["auto", "exchange", "virtual", "gather", "sync", "none"] = "auto"
+    policy: BatchStatistics = "auto"
     """`exchange`: keys are computed on other ranks' images (the paper's shuffling BN). `virtual`: one rank's batch is
     split into groups with statistics of their own. `auto`: exchange on several ranks, virtual on one. `gather`: the
     authors' way to shuffle, slower, for comparisons. `sync`: statistics of the whole global batch (MoCo v3)."""
@@ -221,7 +193,8 @@ class Config:
     data: DataConfig
     views: ViewsConfig = field(default_factory=ViewsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    moco: MocoConfig = field(default_factory=MocoConfig)
+    method: Method
+    """What it trains by; the presets choose among `moco_fast.methods.registry.METHODS`."""
     bn: BatchNormConfig = field(default_factory=BatchNormConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -237,10 +210,6 @@ def validate(config: Config) -> None:
         ValueError: with the option, its value and what would work.
     """
     positive = {
-        "moco.queue_size": config.moco.queue_size,
-        "moco.temperature": config.moco.temperature,
-        "model.dim": config.model.dim,
-        "model.mlp_dim": config.model.mlp_dim,
         "bn.num_groups": config.bn.num_groups,
         "optim.lr": config.optim.lr,
         "optim.accumulate": config.optim.accumulate,
@@ -266,15 +235,11 @@ def validate(config: Config) -> None:
             "must be between 0 and 1, a standard deviation above 0"
         )
     _validate_length(config.run)
-    averages = {"moco.momentum": config.moco.momentum, "moco.bank_momentum": config.moco.bank_momentum}
-    for name, value in averages.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"--{option_name(name)} is {value}, but a moving average needs a value from 0 to 1")
     if config.optim.clip_norm is not None and not config.optim.clip_norm > 0:
         raise ValueError(
             f"--optim.clip-norm is {config.optim.clip_norm}, but must be above 0, or unset for no clipping"
         )
-    _validate_mechanism(config)
+    _validate_method(config)
     if config.run.cuda_graphs:
         _validate_graphs(config)
     if config.data.stream_samples is not None:
@@ -288,14 +253,14 @@ def validate(config: Config) -> None:
 def _validate_graphs(config: Config) -> None:
     """A graph's gradients lie in memory that its next replay overwrites."""
     several = {
-        f"--moco.loss {config.moco.loss}": config.moco.loss != "one-sided",
-        f"--optim.accumulate {config.optim.accumulate}": config.optim.accumulate > 1,
+        f"{config.method.name}, as it is set, adds those of several": config.method.backward_passes,
+        f"--optim.accumulate {config.optim.accumulate} adds those of several": config.optim.accumulate,
     }
-    for option, has_several in several.items():
-        if has_several:
+    for reason, num_passes in several.items():
+        if num_passes > 1:
             raise ValueError(
-                f"--run.cuda-graphs keeps the gradient of one backward pass, but {option} adds those of several: leave "
-                "one of them out (--run.compile alone works with both)"
+                f"--run.cuda-graphs keeps the gradient of one backward pass, but {reason}: leave one of them out "
+                "(--run.compile alone works with both)"
             )
 
 
@@ -311,36 +276,20 @@ def _validate_length(run: RunConfig) -> None:
         )
 
 
-def _validate_mechanism(config: Config) -> None:
-    """Refuse parts of the method that do not go together."""
-    moco = config.moco
-    if moco.key_encoder == "query" and moco.dictionary != "batch":
+def _validate_method(config: Config) -> None:
+    """Refuse options of the method, and what else does not go with it."""
+    method = config.method
+    method.validate()
+    if config.bn.policy not in method.bn_policies:
         raise ValueError(
-            f"--moco.key-encoder query trains through its keys, but --moco.dictionary {moco.dictionary} holds keys of "
-            "the past: use --moco.dictionary batch"
-        )
-    if moco.key_encoder == "query" and config.model.head == "v3":
-        raise ValueError(
-            "--model.head v3 has a predictor for queries alone, but with --moco.key-encoder query the "
-            "keys would pass it too: use --model.head mlp"
-        )
-    if moco.key_encoder == "query" and config.bn.policy == "gather":
-        raise ValueError("--bn.policy gather carries no gradients, which --moco.key-encoder query needs: use exchange")
-    if moco.dictionary == "bank" and config.model.head == "v3":
-        raise ValueError(
-            "--model.head v3 has a predictor for queries alone, but --moco.dictionary bank holds past queries as keys: "
-            "use --model.head mlp"
-        )
-    if moco.dictionary == "bank" and moco.loss != "one-sided":
-        raise ValueError(
-            f"--moco.dictionary bank has one key for both views of a sample, so --moco.loss {moco.loss} would take it "
-            "in twice a step: use --moco.loss one-sided"
+            f"--bn.policy {config.bn.policy} cannot be used by {method.name}: use {' or '.join(method.bn_policies)}"
         )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Return the configuration as nested dictionaries that JSON can hold."""
-    return dataclasses.asdict(config)
+    """Return the configuration as nested dictionaries that JSON can hold; the method's has its `name`, too."""
+    sections = dataclasses.asdict(config)
+    return sections | {"method": {"name": config.method.name, **sections["method"]}}
 
 
 T = TypeVar("T")
@@ -350,8 +299,11 @@ def from_dict(data: dict[str, Any], cls: type[T] = Config) -> T:
     """Rebuild a configuration from `to_dict`'s dictionaries (tuples may have become lists).
 
     Raises:
-        ValueError: a field is unknown to this version, or one is missing that has no default.
+        ValueError: a field or a method is unknown to this version, or a field is missing that has no default.
     """
+    if issubclass(cls, Method):
+        data = dict(data)
+        cls = cast("type[T]", method_class(data.pop("name")))
     types: dict[str, type[object]] = get_type_hints(cls)
     if unknown := sorted(set(data) - set(types)):
         raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}: the file comes from another version")
@@ -373,20 +325,22 @@ def _with_tuples(value: object) -> object:
     return tuple(_with_tuples(item) for item in items)
 
 
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the fields of `to_dict`'s dictionaries by their names with dots."""
+    items: dict[str, Any] = {}
+    for name, value in data.items():
+        if isinstance(value, dict):
+            items |= flatten(cast("dict[str, Any]", value), f"{prefix}{name}.")
+        else:
+            items[f"{prefix}{name}"] = value
+    return items
+
+
 def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Return every field in which two configurations differ, by its name with dots: the old and the new value."""
-
-    def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        items: dict[str, Any] = {}
-        for name, value in data.items():
-            if isinstance(value, dict):
-                items |= flat(cast("dict[str, Any]", value), f"{prefix}{name}.")
-            else:
-                items[f"{prefix}{name}"] = value
-        return items
-
-    before, after = flat(to_dict(old)), flat(to_dict(new))
-    return {name: (before[name], after[name]) for name in after if before[name] != after[name]}
+    before, after = flatten(to_dict(old)), flatten(to_dict(new))
+    names = [*after, *(name for name in before if name not in after)]
+    return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -402,7 +356,7 @@ def option_name(field_name: str) -> str:
 def _validate_streaming(config: Config) -> None:
     """Refuse what needs to know which sample is which, where tars are streamed without an index."""
     index = f"`make-shards index {config.data.shards}` numbers the samples"
-    if config.moco.dictionary == "bank":
-        raise ValueError(f"--moco.dictionary bank keeps a key for each sample, streamed ones have no number: {index}")
+    if config.method.needs_sample_numbers:
+        raise ValueError(f"{config.method.name} must know which sample is which, streamed ones have no number: {index}")
     if config.eval.shards is not None:
         raise ValueError(f"--eval.shards searches neighbors among the training samples, by their number: {index}")

@@ -1,12 +1,27 @@
 """Options that mean nothing beside others: refused where they are given. Free of torch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moco_fast.config import Config, changes, option_name
 from pipelines.config import refuse_unused
 
-__all__ = ["refuse_meaningless"]
+__all__ = ["RENAMED", "refuse_meaningless", "refuse_renamed"]
+
+RENAMED = {
+    "--moco.queue-size": "--method.queue-size (--method.num-negatives of memory-bank)",
+    "--moco.momentum": "--method.momentum",
+    "--moco.temperature": "--method.temperature",
+    "--moco.momentum-schedule": "--method.momentum-schedule",
+    "--moco.bank-momentum": "--method.momentum",
+    "--moco.loss": "--method.symmetric (v3's is the loss of the presets moco-v3-*)",
+    "--moco.key-encoder": "the choice between the presets moco-* and end-to-end",
+    "--moco.dictionary": "the choice of a method: the presets memory-bank, end-to-end, moco-*",
+    "--model.head": "--method.head (v3's is the head of the presets moco-v3-*)",
+    "--model.dim": "--method.dim",
+    "--model.mlp-dim": "--method.mlp-dim",
+}
+"""Options that had another name -> what is in their place."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +46,8 @@ def _unless(field: str, *values: str) -> Callable[[Config], str | None]:
     return beside
 
 
-def _without_key_encoder(config: Config) -> str | None:
-    if config.moco.dictionary == "bank":
-        return "--moco.dictionary bank, which remembers keys"
-    return None if config.moco.key_encoder == "momentum" else f"--moco.key-encoder {config.moco.key_encoder}"
-
-
-def _without_key_images(config: Config) -> str | None:
-    return "--moco.dictionary bank, which encodes no key images" if config.moco.dictionary == "bank" else None
-
-
-def _shuffling_bank(config: Config) -> str | None:
-    return _without_key_images(config) if config.bn.policy in ("exchange", "gather") else None
+def _without_second_view(config: Config) -> str | None:
+    return f"{config.method.name}, which looks at one view" if config.method.num_views == 1 else None
 
 
 def _other_length(config: Config) -> str | None:
@@ -65,12 +70,7 @@ def _streamed(config: Config) -> str | None:
 
 
 _RULES = (
-    _Rule(("moco.queue_size",), _unless("moco.dictionary", "queue", "bank"), "use --moco.dictionary queue or bank"),
-    _Rule(("moco.momentum", "moco.momentum_schedule"), _without_key_encoder, "use --moco.dictionary queue or batch"),
-    _Rule(("moco.bank_momentum",), _unless("moco.dictionary", "bank"), "use --moco.dictionary bank"),
-    _Rule(("model.mlp_dim",), _unless("model.head", "v3"), "use --model.head v3"),
     _Rule(("bn.num_groups",), _unless("bn.policy", "virtual", "auto"), "use --bn.policy virtual"),
-    _Rule(("bn.policy",), _shuffling_bank, "use --bn.policy auto, virtual, sync or none"),
     _Rule(("optim.momentum",), _unless("optim.name", "sgd", "lars"), "use --optim.name sgd or lars"),
     _Rule(("optim.betas",), _unless("optim.name", "adamw", "lamb"), "use --optim.name adamw or lamb"),
     _Rule(("optim.trust",), _unless("optim.name", "lars"), "use --optim.name lars"),
@@ -93,7 +93,7 @@ def _rules(config: Config) -> Iterator[_Rule]:
         prefix = f"views.{name}"
         fields = tuple(f"{prefix}.{field}" for field in vars(view))
         if name == "key":
-            yield _Rule(fields, _without_key_images, "use --moco.dictionary queue or batch")
+            yield _Rule(fields, _without_second_view, "train by another method")
         jitter = tuple(f"{prefix}.{field}" for field in ("brightness", "contrast", "saturation", "hue"))
         yield _view_rule(jitter, f"{prefix}.jitter_p", view.jitter_p)
         yield _view_rule((f"{prefix}.blur_sigma",), f"{prefix}.blur_p", view.blur_p)
@@ -104,6 +104,14 @@ def _rules(config: Config) -> Iterator[_Rule]:
 def _view_rule(options: tuple[str, ...], field: str, probability: float) -> _Rule:
     option = option_name(field)
     return _Rule(options, lambda _: None if probability else f"--{option} 0", f"give --{option} a chance")
+
+
+def refuse_renamed(words: Sequence[str]) -> None:
+    """Refuse an option's old name. Raises ValueError: with what is in its place."""
+    for word in words:
+        option = word.partition("=")[0].replace("_", "-")
+        if option in RENAMED:
+            raise ValueError(f"{option} is now {RENAMED[option]}")
 
 
 def refuse_meaningless(config: Config, recipe: Config) -> None:

@@ -10,11 +10,14 @@ from moco_fast.config import (
     Config,
     EvalConfig,
     LogConfig,
-    MocoConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
 )
+from moco_fast.methods.end_to_end import EndToEnd
+from moco_fast.methods.memory_bank import MemoryBank
+from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
+from moco_fast.methods.prediction import Byol, SimSiam
 from pipelines.config import VIEWS, DataConfig, ViewsConfig
 
 __all__ = ["PRESETS"]
@@ -25,8 +28,7 @@ _DATA = DataConfig(shards=tyro.MISSING)
 _MOCO_V1 = Config(
     data=_DATA,
     views=VIEWS["moco-v1"],
-    model=ModelConfig(head="linear"),
-    moco=MocoConfig(temperature=0.07),
+    method=MomentumContrast(head="linear", temperature=0.07),
     optim=OptimConfig(schedule="step"),
 )
 
@@ -44,23 +46,21 @@ _MOCO_V1_1B = replace(
 _END_TO_END = replace(
     _MOCO_V1,
     data=replace(_DATA, batch_size=1024),
-    moco=replace(_MOCO_V1.moco, key_encoder="query", dictionary="batch"),
+    method=EndToEnd(head="linear", temperature=0.07),
     optim=replace(_MOCO_V1.optim, lr=0.12, published=((256, 0.03), (512, 0.06), (1024, 0.12))),
 )
-_MEMORY_BANK = replace(_MOCO_V1, moco=replace(_MOCO_V1.moco, dictionary="bank", bank_momentum=0.5))
+_MEMORY_BANK = replace(_MOCO_V1, method=MemoryBank(head="linear", temperature=0.07, momentum=0.5))
 
-_MOCO_V2 = Config(data=_DATA, views=VIEWS["moco-v2"])
+_MOCO_V2 = Config(data=_DATA, views=VIEWS["moco-v2"], method=MomentumContrast())
 
-_MOCO_V2_SYMMETRIC = replace(_MOCO_V2, moco=replace(_MOCO_V2.moco, loss="symmetric"))
-
-_V3_MOCO = MocoConfig(momentum=0.99, momentum_schedule="cosine", dictionary="batch", loss="v3")
+_MOCO_V2_SYMMETRIC = replace(_MOCO_V2, method=MomentumContrast(symmetric=True))
 
 # Learning rates are the published ones for each 256 samples, times 4096 / 256.
 _MOCO_V3_RESNET50 = Config(
     data=replace(_DATA, batch_size=4096),
     views=VIEWS["moco-v3"],
-    model=ModelConfig(head="v3", dim=256, zero_init_residual=True),
-    moco=replace(_V3_MOCO, temperature=1.0),
+    model=ModelConfig(zero_init_residual=True),
+    method=MomentumContrastV3(temperature=1.0),
     bn=BatchNormConfig(policy="sync"),
     optim=OptimConfig(name="lars", lr=0.6 * 16, published=((4096, 0.6 * 16),), weight_decay=1e-6, warmup=0.1),
     run=RunConfig(epochs=100),
@@ -68,8 +68,8 @@ _MOCO_V3_RESNET50 = Config(
 _MOCO_V3_VIT_SMALL = Config(
     data=replace(_DATA, batch_size=4096),
     views=VIEWS["moco-v3-vit"],
-    model=ModelConfig(encoder="vit_small", head="v3", dim=256, freeze_patch_projection=True),
-    moco=replace(_V3_MOCO, temperature=0.2),
+    model=ModelConfig(encoder="vit_small", freeze_patch_projection=True),
+    method=MomentumContrastV3(temperature=0.2),
     bn=BatchNormConfig(policy="sync"),
     optim=OptimConfig(
         name="adamw", lr=1.5e-4 * 16, published=((4096, 1.5e-4 * 16),), weight_decay=0.1, warmup=40 / 300
@@ -78,17 +78,39 @@ _MOCO_V3_VIT_SMALL = Config(
 )
 _MOCO_V3_VIT_BASE = replace(_MOCO_V3_VIT_SMALL, model=replace(_MOCO_V3_VIT_SMALL.model, encoder="vit_base"))
 
+# The paper's appendix and byol/configs/byol.py of google-deepmind/deepmind-research, 300 epochs: base learning rate 0.3
+# for each 256 samples, 10 epochs of warm-up, statistics over all devices. Its augmentations (table 6) are those that
+# MoCo v3 took over for transformers.
+_BYOL = Config(
+    data=replace(_DATA, batch_size=4096),
+    views=VIEWS["moco-v3-vit"],
+    method=Byol(momentum=0.99),
+    bn=BatchNormConfig(policy="sync"),
+    optim=OptimConfig(name="lars", lr=0.3 * 16, published=((4096, 0.3 * 16),), weight_decay=1e-6, warmup=10 / 300),
+    run=RunConfig(epochs=300),
+)
+
+# main_simsiam.py of facebookresearch/simsiam: base learning rate 0.05 for each 256 samples, MoCo v2's views.
+_SIMSIAM = Config(
+    data=replace(_DATA, batch_size=512),
+    views=VIEWS["moco-v2"],
+    model=ModelConfig(zero_init_residual=True),
+    method=SimSiam(),
+    bn=BatchNormConfig(policy="sync"),
+    optim=OptimConfig(lr=0.05 * 2, published=((512, 0.05 * 2),)),
+    run=RunConfig(epochs=100),
+)
+
 _CIFAR10 = Config(
     data=replace(_DATA, batch_size=512),
     views=VIEWS["cifar10"],
     model=ModelConfig(
         encoder="resnet18",
         stem="cifar",
-        head="linear",
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2023, 0.1994, 0.2010),
     ),
-    moco=MocoConfig(queue_size=4096, momentum=0.99, temperature=0.1),
+    method=MomentumContrast(head="linear", queue_size=4096, momentum=0.99, temperature=0.1),
     bn=BatchNormConfig(num_groups=8),
     optim=OptimConfig(lr=0.06, published=((512, 0.06),), weight_decay=5e-4),
     eval=EvalConfig(temperature=0.1, layer="head", crop=1.0),
@@ -101,7 +123,7 @@ _DEMO = Config(
     data=replace(_DATA, batch_size=128, backend="dali"),
     views=ViewsConfig(size=64, query=_DEMO_VIEW, key=_DEMO_VIEW),
     model=ModelConfig(encoder="resnet18_half"),
-    moco=MocoConfig(queue_size=1024, momentum=0.99, temperature=0.1),
+    method=MomentumContrast(queue_size=1024, momentum=0.99, temperature=0.1),
     bn=BatchNormConfig(num_groups=4),
     optim=OptimConfig(lr=0.06, published=(), weight_decay=5e-4),
     run=RunConfig(steps=200),
@@ -120,6 +142,11 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "moco-v3-vit-base": ("MoCo v3 with ViT-B/16: AdamW, batch 4,096; 300 epochs", _MOCO_V3_VIT_BASE),
     "end-to-end": ("The paper's first alternative: keys with gradients, the batch as dictionary", _END_TO_END),
     "memory-bank": ("The paper's second alternative: one remembered key for every sample", _MEMORY_BANK),
+    "byol": (
+        "BYOL: predict a slow copy's projection, no negatives; 300 epochs at batch 4,096 (Grill et al. 2020)",
+        _BYOL,
+    ),
+    "simsiam": ("SimSiam: predict one's own projection, no negatives; 100 epochs (Chen & He 2021)", _SIMSIAM),
     "cifar10": ("The authors' CIFAR-10 demo: ResNet-18 for 32-pixel images, 8 virtual BN groups", _CIFAR10),
     "demo": ("What `make demo` runs: MoCo v2 with a small encoder, minutes on two CPU cores", _DEMO),
 }

@@ -15,6 +15,7 @@ import tyro
 
 from moco_fast.bench.result import BenchResult, table, verdict
 from moco_fast.commandline import Recipe, check, is_first_rank
+from moco_fast.meaning import refuse_renamed
 
 __all__ = ["BenchConfig", "main"]
 
@@ -55,14 +56,15 @@ class BenchConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure as the command line says, in one of several processes; return the exit code."""
-    config = tyro.cli(
-        BenchConfig,
-        prog="moco_fast.bench",
-        args=argv,
-        config=(tyro.conf.CascadeSubcommandArgs,),
-        console_outputs=is_first_rank(),
-    )
     try:
+        refuse_renamed(sys.argv[1:] if argv is None else argv)
+        config = tyro.cli(
+            BenchConfig,
+            prog="moco_fast.bench",
+            args=argv,
+            config=(tyro.conf.CascadeSubcommandArgs,),
+            console_outputs=is_first_rank(),
+        )
         return config.execute()
     except ValueError as error:
         if is_first_rank():

@@ -164,7 +164,7 @@ def _fit_batch(config: Config, parts: Parts, stopwatch: Stopwatch, step_s: float
     probe = [resident_batch(config, runtime, sizes[-1] // runtime.world_size, runtime.device)] * config.optim.accumulate
 
     def step() -> None:
-        parts.train_step(probe, lr=0.0, momentum=config.moco.momentum)
+        parts.train_step(probe, lr=0.0, scheduled=config.method.scheduled(0, parts.num_steps))
 
     took_s = stopwatch.time(step, 1)
     if took_s < step_s:

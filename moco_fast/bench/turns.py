@@ -97,7 +97,7 @@ class Turns:
     def _train(self, batches: list[Batch]) -> None:
         with self._clock.part(REST):
             # The weights stay as they are, and with them the time that they take, on noise too.
-            self._step(batches, lr=0.0, momentum=self._config.moco.momentum)
+            self._step(batches, lr=0.0, scheduled=self._config.method.scheduled(0, 1))
 
     def _take(self) -> list[Batch]:
         return list(islice(self._batches, self._config.optim.accumulate))

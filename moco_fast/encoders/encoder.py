@@ -7,7 +7,6 @@ demo without.
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import timm
@@ -18,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from moco_fast.config import IMAGENET_MEAN, IMAGENET_STD, Layer, ModelConfig
+from moco_fast.methods.base import Method
 
 __all__ = ["ENCODERS", "Encoder", "build_encoder", "check_image_size", "sine_cosine_positions", "unit_vectors"]
 
@@ -26,7 +26,7 @@ class Encoder(nn.Module):
     """A backbone with pooled features and the head that turns them into queries or keys.
 
     It takes pixels and normalizes them itself, so that whoever uses a trained encoder feeds it as training did.
-    State dict: `backbone.*`, `head.*` and, for queries under MoCo v3's head, `predictor.*`.
+    State dict: `backbone.*`, `head.*` and, for queries of methods that predict, `predictor.*`.
 
     Args:
         backbone: normalized images (B, 3, H, W) -> features (B, feature_dim).
@@ -68,10 +68,11 @@ class Encoder(nn.Module):
         self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
         self.register_buffer("pixel_shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W) uint8 to (B, dim), not of length 1."""
+    def forward(self, images: Tensor, *, with_projection: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Pixels (B, 3, H, W) uint8 to (B, dim), not of length 1; `with_projection` also gives what the head makes."""
         projected = self.features(images, "head")
-        return projected if self.predictor is None else self.predictor(projected)
+        predicted = projected if self.predictor is None else self.predictor(projected)
+        return (predicted, projected) if with_projection else predicted
 
     def features(self, images: Tensor, layer: Layer) -> Tensor:
         """Pixels (B, 3, H, W) uint8 to what comes out of a layer: (B, feature_dim) or (B, dim), not of length 1."""
@@ -93,11 +94,12 @@ class Encoder(nn.Module):
         return normalized.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
 
-def build_encoder(model: ModelConfig, *, image_size: int = 224, crop: float = 0.875) -> Encoder:
-    """A freshly initialized encoder in float32 on the CPU; torch's global generator decides its weights.
+def build_encoder(model: ModelConfig, method: Method, *, image_size: int = 224, crop: float = 0.875) -> Encoder:
+    """Build an encoder in float32 on the CPU, with the method's head; torch's global generator decides its weights.
 
     Args:
         model: what to build.
+        method: whose head it has.
         image_size: see Encoder.
         crop: see Encoder.
 
@@ -112,13 +114,13 @@ def build_encoder(model: ModelConfig, *, image_size: int = 224, crop: float = 0.
     if model.freeze_patch_projection:
         _freeze_patch_projection(backbone, model.encoder)
     feature_dim = int(backbone.num_features)  # pyright: ignore[reportArgumentType] - timm does not declare it
-    head, predictor = _build_head(model, feature_dim, is_transformer=isinstance(backbone, VisionTransformer))
+    head, predictor = method.build_head(feature_dim, is_transformer=isinstance(backbone, VisionTransformer))
     return Encoder(
         backbone,
         head,
         predictor,
         feature_dim=feature_dim,
-        dim=model.dim,
+        dim=method.dim,
         mean=model.mean,
         std=model.std,
         image_size=image_size,
@@ -249,33 +251,6 @@ def _freeze_patch_projection(backbone: nn.Module, name: str) -> None:
     if not isinstance(backbone, VisionTransformer):
         raise ValueError(f"encoder {name!r} has no patch projection to freeze: it is not a vision transformer")
     backbone.patch_embed.proj.requires_grad_(False)
-
-
-def _build_head(model: ModelConfig, feature_dim: int, *, is_transformer: bool) -> tuple[nn.Module, nn.Module | None]:
-    """The projection, and what comes after it for queries alone."""
-    match model.head:
-        case "linear":
-            return nn.Linear(feature_dim, model.dim), None
-        case "mlp":
-            hidden = nn.Linear(feature_dim, feature_dim)
-            return nn.Sequential(hidden, nn.ReLU(), nn.Linear(feature_dim, model.dim)), None
-        case "v3":
-            # v3's ResNet has a two-layer projector and no batch norm after the predictor, its transformers one more of
-            # each (moco/builder.py).
-            hidden = [model.mlp_dim] * (2 if is_transformer else 1)
-            projector = _mlp_with_batch_norm([feature_dim, *hidden, model.dim], last_norm=True)
-            predictor = _mlp_with_batch_norm([model.dim, model.mlp_dim, model.dim], last_norm=is_transformer)
-            return projector, predictor
-
-
-def _mlp_with_batch_norm(widths: list[int], *, last_norm: bool) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for width_in, width_out in pairwise(widths[:-1]):
-        layers += [nn.Linear(width_in, width_out, bias=False), nn.BatchNorm1d(width_out), nn.ReLU()]
-    layers.append(nn.Linear(widths[-2], widths[-1], bias=False))
-    if last_norm:
-        layers.append(nn.BatchNorm1d(widths[-1], affine=False))
-    return nn.Sequential(*layers)
 
 
 def unit_vectors(features: Tensor) -> Tensor:

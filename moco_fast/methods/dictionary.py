@@ -1,4 +1,4 @@
-"""What a query is told apart from: three mechanisms of MoCo v1, figure 2. The queue has its own file."""
+"""Dictionaries: what a query is told apart from (MoCo v1, figure 2). The queue has its own file."""
 
 from typing import Protocol
 
@@ -7,11 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco_fast import distributed
-from moco_fast.config import MocoConfig
-from moco_fast.methods.key_queue import Queue
 from moco_fast.methods.loss import info_nce, info_nce_in_batch
 
-__all__ = ["Batch", "Dictionary", "MemoryBank", "build_dictionary"]
+__all__ = ["Bank", "Dictionary", "InBatch"]
 
 
 class Dictionary(Protocol):
@@ -26,7 +24,7 @@ class Dictionary(Protocol):
         ...
 
 
-class Batch(nn.Module):
+class InBatch(nn.Module):
     """The keys of the same batch on all ranks, with gradients if they have any; nothing is kept."""
 
     def contrast(self, queries: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -38,7 +36,7 @@ class Batch(nn.Module):
         """Nothing to learn."""
 
 
-class MemoryBank(nn.Module):
+class Bank(nn.Module):
     """A key for every sample of the set, which follows the sample's queries by a momentum of its own (Wu et al. 2018).
 
     State dict: `keys` (num_samples, dim) float32, by dense sample number; random unit vectors at the start. Each batch
@@ -70,35 +68,3 @@ class MemoryBank(nn.Module):
         index = distributed.all_gather_rows(index.to(self.keys.device, non_blocking=True))
         queries = distributed.all_gather_rows(queries)
         self.keys[index] = F.normalize(torch.lerp(queries.to(self.keys.dtype), self.keys[index], self._momentum))
-
-
-def build_dictionary(
-    moco: MocoConfig, dim: int, *, num_samples: int, seed: int, available_bytes: int
-) -> Queue | Batch | MemoryBank:
-    """The dictionary that the configuration names, on the CPU; equal for equal seeds.
-
-    Args:
-        moco: the configuration.
-        dim: size of a key.
-        num_samples: samples of the training set.
-        seed: of the random keys at the start.
-        available_bytes: memory that is free on the device.
-
-    Raises:
-        ValueError: a memory bank that does not fit.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    match moco.dictionary:
-        case "queue":
-            return Queue(dim, moco.queue_size, generator)
-        case "batch":
-            return Batch()
-        case "bank":
-            size_bytes = num_samples * dim * 4
-            if size_bytes > available_bytes:
-                raise ValueError(
-                    f"--moco.dictionary bank takes {num_samples:,} samples x {dim} features x 4 bytes = "
-                    f"{size_bytes / 2**30:.1f} GiB on every rank, but {available_bytes / 2**30:.1f} GiB are free: use "
-                    "--moco.dictionary queue, which does not grow with the set"
-                )
-            return MemoryBank(dim, num_samples, generator, num_negatives=moco.queue_size, momentum=moco.bank_momentum)

@@ -1,39 +1,38 @@
 """Where keys come from: three mechanisms of MoCo v1, figure 2. All give unit vectors (B, D) in float32."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moco_fast.encoders.encoder import unit_vectors
-from moco_fast.methods.dictionary import MemoryBank
+from moco_fast.methods.base import Autocast, Clock, Encode, Setting
+from moco_fast.methods.clocked import ClockedPolicy
+from moco_fast.methods.dictionary import Bank
+from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.methods.recast import RecastWeights
 from moco_fast.methods.shuffle import KeyPolicy
 
-__all__ = ["Autocast", "BankKeys", "KeySource", "MomentumKeys", "QueryKeys"]
-
-Autocast = Callable[[], AbstractContextManager[object]]
+__all__ = ["BankKeys", "KeySource", "MomentumKeys", "QueryKeys"]
 
 
 class KeySource(Protocol):
     """Makes the keys of a batch."""
 
-    def advance(self, momentum: float) -> None:
+    def advance(self, scheduled: Mapping[str, float], /) -> None:
         """Once per optimizer step, before its first keys."""
         ...
 
-    def __call__(self, images: Tensor, index: Tensor, /) -> Tensor:
+    def __call__(self, encode: Encode, images: Tensor, index: Tensor, /) -> Tensor:
         """Key images (B, 3, H, W) uint8 of samples `index` (B,) -> their keys (B, D)."""
         ...
 
-
-def _encode(encoder: nn.Module, images: Tensor, policy: KeyPolicy, autocast: Autocast) -> Tensor:
-    with autocast():
-        shuffled = encoder(policy.shuffle(images))
-    return policy.unshuffle(unit_vectors(shuffled))
+    def on_a_clock(self, clock: Clock, /) -> "KeySource":
+        """Return the same with what is within a forward pass on `clock`."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,47 +50,67 @@ class MomentumKeys:
     recast: RecastWeights | None = None
     """Of `key`, where that precision is lower than the weights'."""
 
-    def advance(self, momentum: float) -> None:
+    @classmethod
+    def of(cls, setting: Setting) -> "MomentumKeys":
+        """Copy the run's query encoder, and compile the copy if the run compiles."""
+        key = copy_as_key_encoder(setting.query)
+        setting.compile(key)
+        dtype = setting.lower_precision
+        recast = None if dtype is None else RecastWeights(key, dtype)
+        return cls(key, MomentumUpdate(setting.query, key), setting.policy, setting.autocast, recast)
+
+    def advance(self, scheduled: Mapping[str, float], /) -> None:
         """Move the key encoder toward the query encoder."""
-        self.update(momentum)
+        self.update(scheduled["momentum"])
         if self.recast is not None:
             self.recast.refresh()
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, _index: Tensor, /) -> Tensor:
+    def __call__(self, _encode: Encode, images: Tensor, _index: Tensor, /) -> Tensor:
         """Encode."""
         with nullcontext() if self.recast is None else self.recast.in_use():
-            return _encode(self.key, images, self.policy, self.autocast)
+            with self.autocast():
+                shuffled = self.key(self.policy.shuffle(images))
+            return self.policy.unshuffle(unit_vectors(shuffled))
+
+    def on_a_clock(self, clock: Clock, /) -> "MomentumKeys":
+        """Return the same with the policy on `clock`."""
+        return replace(self, policy=ClockedPolicy(self.policy, clock))
 
 
 @dataclass(frozen=True, eq=False)
 class QueryKeys:
     """Keys of the query encoder itself, with gradients (end-to-end)."""
 
-    query: nn.Module
-    """The query encoder as it is called for queries."""
     policy: KeyPolicy
     """Among which samples keys are computed."""
-    autocast: Autocast
-    """Makes the context that chooses the precision."""
 
-    def advance(self, momentum: float) -> None:
+    def advance(self, _scheduled: Mapping[str, float], /) -> None:
         """Nothing follows."""
 
-    def __call__(self, images: Tensor, _index: Tensor, /) -> Tensor:
+    def __call__(self, encode: Encode, images: Tensor, _index: Tensor, /) -> Tensor:
         """Encode."""
-        return _encode(self.query, images, self.policy, self.autocast)
+        shuffled = encode(self.policy.shuffle(images))
+        return self.policy.unshuffle(unit_vectors(shuffled))
+
+    def on_a_clock(self, clock: Clock, /) -> "QueryKeys":
+        """Return the same with the policy on `clock`."""
+        return replace(self, policy=ClockedPolicy(self.policy, clock))
 
 
 @dataclass(frozen=True, eq=False)
 class BankKeys:
     """Keys that the memory bank remembers; no image is encoded for them."""
 
-    bank: MemoryBank
+    bank: Bank
 
-    def advance(self, momentum: float) -> None:
+    def advance(self, _scheduled: Mapping[str, float], /) -> None:
         """The bank follows by itself."""
 
-    def __call__(self, _images: Tensor, index: Tensor, /) -> Tensor:
+    def __call__(self, _encode: Encode, _images: Tensor, index: Tensor, /) -> Tensor:
         """Look up."""
         return self.bank.look_up(index)
+
+    def on_a_clock(self, _clock: Clock, /) -> "BankKeys":
+        """Return itself: there is nothing within."""
+        return self

@@ -12,7 +12,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-__all__ = ["Curve", "Level", "draw_curves", "thin_out"]
+from moco_fast.methods.base import Level
+
+__all__ = ["Curve", "draw_curves", "thin_out"]
 
 _INK, _FAINT = "#010101", "#020202"
 _SERIES = ("#030303", "#040404")
@@ -30,14 +32,6 @@ class Curve:
     label: str = ""
     points: bool = False
     """Mark each value: for quantities that were measured a few times only."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Level:
-    """A value to compare with, drawn over the whole width."""
-
-    value: float
-    label: str
 
 
 def draw_curves(

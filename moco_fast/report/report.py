@@ -1,6 +1,5 @@
 """`report.html`: what was run, how it went, and what came of it, on one page that needs nothing else."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,10 +11,10 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from moco_fast import __version__
-from moco_fast.config import Config
 from moco_fast.evaluation.untrained import untrained_twin
+from moco_fast.methods.base import Level
 from moco_fast.report.commands import next_commands
-from moco_fast.report.figures import Curve, Level, draw_curves
+from moco_fast.report.figures import Curve, draw_curves
 from moco_fast.report.neighbors import Query, find_neighbors
 from moco_fast.report.pictures import show_views
 from moco_fast.report.record import RunRecord, read_run
@@ -23,7 +22,7 @@ from moco_fast.report.words import configuration_table, environment_table, headl
 from moco_fast.training.checkpoint import load_encoder
 from shards.ground.files import write_whole
 
-__all__ = ["guessing", "write_report"]
+__all__ = ["write_report"]
 
 _NUM_NEIGHBORS = 6
 T = TypeVar("T")
@@ -66,7 +65,7 @@ def write_report(
         headline=headline(record),
         tiles=tiles(record),
         learning=_learning(record),
-        health=_health(record),
+        health=_charts(record, "health"),
         speed=_speed(record),
         epoch=epoch,
         samples=samples,
@@ -139,58 +138,27 @@ def _learning(record: RunRecord) -> list[Figure]:
                 percent=True,
             )
         )
+    figures += _charts(record, "learning")
     if record.training:
-        num_choices, level = guessing(record.config)
-        filling = "It rises at first, while the queue fills with keys that are harder to tell apart."
-        figures += [
-            _figure(
-                "Loss",
-                f"Finding the key of the same sample among {num_choices:,}. "
-                + (filling if record.config.moco.dictionary == "queue" else ""),
-                [_curve(record.training, "loss")],
-                level=Level(value=level, label="guessing"),
-            ),
-            _figure(
-                "Contrastive accuracy",
-                "Share of queries that are more like their own key than like any other.",
-                [_curve(record.training, "accuracy")],
-                percent=True,
-                from_zero=True,
-            ),
-            _figure("Learning rate", "As it was used.", [_curve(record.training, "lr")], from_zero=True),
-        ]
+        figures.append(_figure("Learning rate", "As it was used.", [_curve(record.training, "lr")], from_zero=True))
     return figures
 
 
-def guessing(config: Config) -> tuple[int, float]:
-    """Return how many keys a query is told apart from, its own included, and the loss of one who guesses."""
-    moco = config.moco
-    num_choices = config.data.batch_size if moco.dictionary == "batch" else moco.queue_size + 1
-    directions = 1 if moco.loss == "one-sided" else 2
-    scale = 2 * moco.temperature if moco.loss == "v3" else 1
-    return num_choices, directions * scale * math.log(num_choices)
-
-
-def _health(record: RunRecord) -> list[Figure]:
+def _charts(record: RunRecord, about: str) -> list[Figure]:
+    """Draw what the method watches."""
     if not record.training:
         return []
-    spread = 1 / math.sqrt(record.config.model.dim)
     return [
         _figure(
-            "Similarities",
-            "Mean cosine similarity of a query with its own key and with the others. Both at 1 would be collapse.",
-            [
-                _curve(record.training, "similarity_positive", "own key"),
-                _curve(record.training, "similarity_negative", "other keys"),
-            ],
-        ),
-        _figure(
-            "Spread of the queries",
-            "Standard deviation of the normalized queries, averaged over their dimensions. Near 0 is collapse.",
-            [_curve(record.training, "feature_std")],
-            level=Level(value=spread, label="evenly spread"),
-            from_zero=True,
-        ),
+            chart.title,
+            chart.caption,
+            [_curve(record.training, name, label) for name, label in chart.curves.items()],
+            level=chart.level,
+            percent=chart.percent,
+            from_zero=chart.from_zero,
+        )
+        for chart in record.config.method.charts(record.config.data.batch_size)
+        if chart.about == about
     ]
 
 

@@ -1,10 +1,10 @@
 """What the report says in words and tables."""
 
-import dataclasses
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from moco_fast.config import Config, flatten, option_name, to_dict
 from moco_fast.presets import PRESETS
 from moco_fast.report.record import RunRecord
 from shards.ground.units import format_duration
@@ -62,7 +62,7 @@ def tiles(record: RunRecord) -> list[Tile]:
             Tile(
                 name="Loss",
                 value=f"{last['loss']:.2f}",
-                note=f"own key first in {100 * last['accuracy']:.1f}% of the queries",
+                note=record.config.method.note(last),
             )
         )
         # The first line includes warming up.
@@ -89,10 +89,12 @@ def tiles(record: RunRecord) -> list[Tile]:
 
 def configuration_table(record: RunRecord) -> list[Option]:
     """List every option with its value, and the recipe's where the run has another."""
-    recipe = _flat(PRESETS[record.recipe][1])
+    recipe = _options(PRESETS[record.recipe][1])
     return [
-        Option(name=name, value=_written(value), recipe=None if recipe[name] == value else _written(recipe[name]))
-        for name, value in _flat(record.config).items()
+        Option(
+            name=name, value=_written(value), recipe=None if recipe.get(name) == value else _written(recipe.get(name))
+        )
+        for name, value in _options(record.config).items()
     ]
 
 
@@ -116,13 +118,8 @@ def environment_table(record: RunRecord) -> list[tuple[str, str]]:
     return [(title, _written(value)) for title, value in found if value is not None]
 
 
-def _flat(values: Any, prefix: str = "--") -> dict[str, Any]:
-    """Turn nested dataclasses into option names and values."""
-    options: dict[str, Any] = {}
-    for field in dataclasses.fields(values):
-        value, name = getattr(values, field.name), prefix + field.name.replace("_", "-")
-        options |= _flat(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
-    return options
+def _options(config: Config) -> dict[str, Any]:
+    return {f"--{option_name(name)}": value for name, value in flatten(to_dict(config)).items()}
 
 
 def _written(value: Any) -> str:

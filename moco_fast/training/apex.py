@@ -4,7 +4,6 @@ import importlib
 from importlib.util import find_spec
 from typing import Any
 
-from torch import nn
 from torch.optim import Optimizer
 
 from moco_fast.config import OptimConfig
@@ -12,7 +11,7 @@ from moco_fast.config import OptimConfig
 __all__ = ["apex_optimizer"]
 
 
-def apex_optimizer(parameters: list[nn.Parameter], optim: OptimConfig) -> Optimizer:
+def apex_optimizer(parameters: list[dict[str, Any]], optim: OptimConfig) -> Optimizer:
     """One of apex's fused optimizers, with the settings that `build_optimizer` gives torch's and timm's.
 
     Raises:
@@ -26,7 +25,7 @@ def apex_optimizer(parameters: list[nn.Parameter], optim: OptimConfig) -> Optimi
         raise ValueError(f"--optim.kernels apex cannot be used here ({error}): use --optim.kernels torch") from error
 
 
-def _build(optimizers: Any, parameters: list[nn.Parameter], optim: OptimConfig) -> Optimizer:
+def _build(optimizers: Any, parameters: list[dict[str, Any]], optim: OptimConfig) -> Optimizer:
     common = {"lr": optim.lr, "weight_decay": optim.weight_decay}
     match optim.name:
         case "sgd":

@@ -12,12 +12,8 @@ from torch import nn
 from moco_fast.config import Config
 from moco_fast.distributed import broadcast_
 from moco_fast.encoders.encoder import Encoder, build_encoder, check_image_size
+from moco_fast.methods.base import Objective, Setting
 from moco_fast.methods.batchnorm import convert_batch_norm
-from moco_fast.methods.dictionary import Batch, MemoryBank, build_dictionary
-from moco_fast.methods.key_queue import Queue
-from moco_fast.methods.keys import BankKeys, MomentumKeys, QueryKeys
-from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
-from moco_fast.methods.recast import RecastWeights
 from moco_fast.methods.shuffle import build_policy
 from moco_fast.training.optim import build_optimizer
 from moco_fast.training.runtime import Runtime
@@ -37,14 +33,16 @@ class Parts:
     """What a run trains and feeds; `train_step` is built of the rest."""
 
     query: Encoder
-    key: nn.Module
-    """The key encoder; empty where keys are made without one."""
-    queue: Queue | Batch | MemoryBank
-    """The dictionary; most often a queue."""
+    objective: Objective
     optimizer: torch.optim.Optimizer
     train_step: TrainStep
     loader: Loader
     num_steps: int
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What a checkpoint keeps, by the first part of its tensors' names."""
+        return {"query": self.query, **self.objective.modules}
 
 
 def build(config: Config, runtime: Runtime) -> Parts:
@@ -66,30 +64,27 @@ def build(config: Config, runtime: Runtime) -> Parts:
     if config.optim.kernels == "apex" and runtime.device.type != "cuda":
         raise ValueError("--optim.kernels apex has kernels for GPUs alone: on the CPU use --optim.kernels torch")
     torch.manual_seed(config.run.seed)
-    query = build_encoder(config.model)
+    query = build_encoder(config.model, config.method)
     check_image_size(query, config.model.encoder, config.views.size)
     convert_batch_norm(query, config.bn)
     query.to(runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - undeclared
     broadcast_([*query.parameters(), *query.buffers()])
-    dictionary = build_dictionary(
-        config.moco,
-        config.model.dim,
-        num_samples=config.data.stream_samples or open_set(config.data.shards).num_samples,
-        seed=config.run.seed,
-        available_bytes=_available_bytes(runtime.device),
-    ).to(runtime.device)
-    optimizer = build_optimizer(query, config.optim)
-    has_key_encoder = config.moco.key_encoder == "momentum" and config.moco.dictionary != "bank"
-    key = copy_as_key_encoder(query) if has_key_encoder else nn.Module()
-    if runtime.compile_options is not None:
-        query.compile(**runtime.compile_options)
-        key.compile(**runtime.compile_options)
-    train_step = _build_step(config, runtime, query, key, dictionary, optimizer)
+    optimizer = build_optimizer(query, config.optim, constant_lr=config.method.constant_lr)
+    objective = config.method.build(_setting(config, runtime, query))
+    _compile(query, runtime)
+    train_step = TrainStep(
+        query=runtime.wrap_model(query, backwards_per_step=config.optim.accumulate * objective.num_passes),
+        objective=objective,
+        optimizer=runtime.wrap_optimizer(optimizer),
+        clip_norm=config.optim.clip_norm,
+        autocast=runtime.autocast,
+        backward=runtime.backward,
+        unscale=runtime.unscale,
+    )
     loader = open_run_loader(config, runtime)
     return Parts(
         query=query,
-        key=key,
-        queue=dictionary,
+        objective=objective,
         optimizer=optimizer,
         train_step=train_step,
         loader=loader,
@@ -102,42 +97,27 @@ def open_run_loader(config: Config, runtime: Runtime) -> Loader:
     return open_loader(config.data, config.views, seed=config.run.seed, device=runtime.device, world=runtime.world)
 
 
-def _build_step(
-    config: Config,
-    runtime: Runtime,
-    query: Encoder,
-    key: nn.Module,
-    dictionary: Queue | Batch | MemoryBank,
-    optimizer: torch.optim.Optimizer,
-) -> TrainStep:
-    policy = build_policy(
-        config.bn,
-        batch_size=config.data.batch_size // runtime.world_size,
-        local_world_size=runtime.local_world_size,
-    )
-    symmetric = config.moco.loss != "one-sided"
-    wrapped = runtime.wrap_model(query, backwards_per_step=config.optim.accumulate * (1 + symmetric))
-    if isinstance(dictionary, MemoryBank):
-        keys = BankKeys(dictionary)
-    elif isinstance(key, Encoder):
-        dtype = _LOWER_PRECISIONS.get(runtime.precision)
-        recast = None if dtype is None else RecastWeights(key, dtype)
-        keys = MomentumKeys(key, MomentumUpdate(query, key), policy, runtime.autocast, recast)
-    else:
-        keys = QueryKeys(wrapped, policy, runtime.autocast)
-    return TrainStep(
-        query=wrapped,
-        keys=keys,
-        dictionary=dictionary,
-        optimizer=runtime.wrap_optimizer(optimizer),
-        temperature=config.moco.temperature,
-        symmetric=symmetric,
-        loss_scale=2 * config.moco.temperature if config.moco.loss == "v3" else 1.0,
-        clip_norm=config.optim.clip_norm,
+def _setting(config: Config, runtime: Runtime, query: Encoder) -> Setting:
+    return Setting(
+        query=query,
+        policy=build_policy(
+            config.bn,
+            batch_size=config.data.batch_size // runtime.world_size,
+            local_world_size=runtime.local_world_size,
+        ),
         autocast=runtime.autocast,
-        backward=runtime.backward,
-        unscale=runtime.unscale,
+        lower_precision=_LOWER_PRECISIONS.get(runtime.precision),
+        compile=lambda encoder: _compile(encoder, runtime),
+        num_samples=config.data.stream_samples or open_set(config.data.shards).num_samples,
+        seed=config.run.seed,
+        device=runtime.device,
+        available_bytes=_available_bytes(runtime.device),
     )
+
+
+def _compile(encoder: nn.Module, runtime: Runtime) -> None:
+    if runtime.compile_options is not None:
+        encoder.compile(**runtime.compile_options)
 
 
 def _available_bytes(device: torch.device) -> int:

@@ -1,7 +1,7 @@
 """Checkpoints: written aside, synced, renamed; tensors in safetensors, numbers in JSON, never a pickle.
 
     RUN/checkpoints/step-00000100/
-        model.safetensors       query.*, key.*, queue.*: weights, batch statistics, the dictionary
+        model.safetensors       query.*, and what the method keeps (key.*, queue.*): weights, batch statistics, keys
         optimizer.safetensors   the optimizer's state, <state>/<parameter>
         rng.safetensors         <rank>.cpu, <rank>.cuda: states of torch's generators
         state.json              step, loader, scaler, configuration; digests of the files above and of itself
@@ -128,7 +128,7 @@ def load_encoder(path: str | Path) -> "tuple[Config, Encoder]":
         raise ValueError(f"{path} holds no checkpoint: give a run's folder or one of its checkpoints/step-*")
     checkpoint = load(found)
     config = from_dict(checkpoint.config)
-    encoder = build_encoder(config.model, image_size=config.views.size, crop=config.eval.crop)
+    encoder = build_encoder(config.model, config.method, image_size=config.views.size, crop=config.eval.crop)
     encoder.load_state_dict(part(checkpoint.model, "query"))
     return config, encoder.eval()
 

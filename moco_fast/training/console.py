@@ -62,7 +62,7 @@ def print_opening(config: Config, runtime: Runtime, parts: Parts, step: int) -> 
     _say(f"batch norm: {policy}" + (f", {config.bn.num_groups} groups" if policy == "virtual" else ""))
     if config.optim.accumulate > 1:
         batches = f"{config.optim.accumulate} batches"
-        _say(f"accumulation: {batches} a step; the dictionary takes in each by itself, so this is not one large batch")
+        _say(f"accumulation: {batches} per step, each with a loss of its own, so this is not one large batch")
     if step:
         _say(f"continuing {config.run.out} from step {step}")
 
@@ -72,7 +72,7 @@ def advice_on_launches(config: Config, *, on_gpu: bool, world_size: int) -> str 
     per_gpu = config.data.batch_size // world_size
     if not on_gpu or per_gpu > _SMALL_BATCH or config.run.compile or config.run.cuda_graphs:
         return None
-    one_backward = config.moco.loss == "one-sided" and config.optim.accumulate == 1
+    one_backward = config.method.backward_passes * config.optim.accumulate == 1
     option = "--run.cuda-graphs" if one_backward else "--run.compile"
     return f"note: with {per_gpu} images per GPU, starting kernels takes longer than running them: try {option}"
 

@@ -20,7 +20,7 @@ class Lars(Optimizer):
     |g| + d |w| instead, which is smaller steps where g is small: 9% at |g| = 1e-5 |w| and d = 1e-6.
 
     Args:
-        parameters: to train; all in one group.
+        parameters: to train, or groups of them (`params`).
         lr: learning rate.
         momentum: of the scaled update.
         weight_decay: d.
@@ -28,7 +28,13 @@ class Lars(Optimizer):
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, trust: float
+        self,
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        trust: float,
     ):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
 

@@ -24,7 +24,7 @@ from moco_fast.training.folder import RunFolder, open_folder
 from moco_fast.training.metrics import Average, MetricsFile, Pending
 from moco_fast.training.optim import load_optimizer_tensors, optimizer_tensors
 from moco_fast.training.runtime import Runtime, start
-from moco_fast.training.schedule import describe_lr, lr_at, momentum_at
+from moco_fast.training.schedule import describe_lr, lr_at
 from moco_fast.training.stop import StopSignal
 from pipelines.batch import Batch
 from shards.sets import open_set
@@ -35,7 +35,6 @@ _NOT_A_NUMBER = (
     "the loss is no longer a number around step {step}, so the run stops; its checkpoints are from before. "
     "Lower --optim.lr, or try --run.precision fp32"
 )
-WATCHED = ("loss", "accuracy", "similarity_positive", "similarity_negative", "feature_std", "grad_norm")
 
 
 @dataclass(kw_only=True)
@@ -102,7 +101,8 @@ def _run(config: Config, runtime: Runtime, folder: RunFolder | None) -> int:
     try:
         # In float16 a gradient may overflow: its step is skipped, and only the run's scale is lowered.
         may_overflow = ("grad_norm",) if runtime.precision == "fp16" else ()
-        progress = Progress(averages=Average(WATCHED, runtime.device, may_overflow=may_overflow))
+        watched = ("loss", *config.method.watched, "grad_norm")
+        progress = Progress(averages=Average(watched, runtime.device, may_overflow=may_overflow))
         restore(config, runtime, parts, progress)
         metrics = None
         if folder is not None:
@@ -143,9 +143,8 @@ def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) 
     if newest is None:
         return
     saved = checkpoint.load(newest)
-    parts.query.load_state_dict(checkpoint.part(saved.model, "query"))
-    parts.key.load_state_dict(checkpoint.part(saved.model, "key"))
-    parts.queue.load_state_dict(checkpoint.part(saved.model, "queue"))
+    for name, module in parts.modules.items():
+        module.load_state_dict(checkpoint.part(saved.model, name))
     load_optimizer_tensors(parts.optimizer, parts.query, saved.optimizer)
     parts.loader.load_state_dict(saved.numbers["loader"])
     runtime.load_scaler_state(saved.numbers["scaler"])
@@ -195,8 +194,8 @@ class Run:
             step_batches = list(islice(batches, config.optim.accumulate))
             progress.data_wait_s += time.perf_counter() - clock
             lr = lr_at(progress.step, num_steps, config.optim)
-            momentum = momentum_at(progress.step, num_steps, config.moco)
-            watched = self.parts.train_step(step_batches, lr=lr, momentum=momentum)
+            scheduled = config.method.scheduled(progress.step, num_steps)
+            watched = self.parts.train_step(step_batches, lr=lr, scheduled=scheduled)
             progress.averages.add(watched)
             progress.step += 1
             progress.interval_steps += 1
@@ -205,7 +204,7 @@ class Run:
             clock = now
             self._bar.update()
             if progress.step % config.log.every_steps == 0:
-                self._log(lr, momentum)
+                self._log({"lr": lr, **scheduled})
             last = progress.step == num_steps
             stopped_by = 0 if last else self._stop.poll()
             # Before saving: a run that is killed in between evaluates again, and no result is missing.
@@ -255,8 +254,7 @@ class Run:
             raise FloatingPointError(_NOT_A_NUMBER.format(step=progress.step))
         rng = _rng_of_all_ranks(runtime)
         if self._metrics is not None:
-            modules = {"query": parts.query, "key": parts.key, "queue": parts.queue}
-            model = {f"{name}.{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
+            model = {f"{name}.{k}": v for name, module in parts.modules.items() for k, v in module.state_dict().items()}
             numbers = {
                 "loader": parts.loader.state_dict(),
                 "scaler": runtime.scaler_state(),
@@ -285,16 +283,15 @@ class Run:
         while True:
             yield from self.parts.loader
 
-    def _log(self, lr: float, momentum: float) -> None:
-        """Write the line of the last interval, and set this one's on its way."""
+    def _log(self, scheduled: dict[str, float]) -> None:
+        """Write the line of the last interval, and set this one's on its way with what the schedules gave."""
         self._settle()
         progress = self.progress
         progress.time_s += progress.interval_s
         samples = progress.interval_steps * self.config.data.batch_size * self.config.optim.accumulate
         line = {
             **self._where(),
-            "lr": lr,
-            "momentum": momentum,
+            **scheduled,
             "samples_per_s": samples / progress.interval_s,
             "data_wait_share": progress.data_wait_s / progress.interval_s,
             "num_replaced": self.parts.loader.num_replaced,

@@ -15,8 +15,10 @@ from moco_fast.training.lars import Lars
 __all__ = ["build_optimizer", "load_optimizer_tensors", "optimizer_tensors"]
 
 
-def build_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
+def build_optimizer(module: nn.Module, optim: OptimConfig, *, constant_lr: tuple[str, ...] = ()) -> Optimizer:
     """The optimizer of all parameters of `module` that take gradients.
+
+    Those below the parts named in `constant_lr` are a group of their own, whose learning rate no schedule changes.
 
     SGD and AdamW are torch's with its fused kernels, LAMB is timm's and LARS MoCo v3's; both handle all parameters at
     once, too.
@@ -24,14 +26,14 @@ def build_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
     Raises:
         ValueError: apex is asked for, but it is not there or has no such optimizer.
     """
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    parameters = _in_groups(module, constant_lr)
     if optim.kernels == "apex":
         return apex_optimizer(parameters, optim)
     match optim.name:
         case "sgd":
             sgd = SGD(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True)
             # torch 2.13 allocates these at the first step and leaves them unset if its gradient overflows (float16).
-            for parameter in parameters if optim.momentum else ():
+            for parameter in _flat(sgd) if optim.momentum else ():
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             return sgd
         case "adamw":
@@ -45,10 +47,24 @@ def build_optimizer(module: nn.Module, optim: OptimConfig) -> Optimizer:
             return Lars(parameters, lr=optim.lr, momentum=momentum, weight_decay=optim.weight_decay, trust=trust)
 
 
+def _in_groups(module: nn.Module, constant_lr: tuple[str, ...]) -> list[dict[str, Any]]:
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    constant = [name for name in trained if name.startswith(tuple(f"{part}." for part in constant_lr))]
+    scheduled = [parameter for name, parameter in trained.items() if name not in constant]
+    groups: list[dict[str, Any]] = [{"params": scheduled}]
+    if constant:
+        groups.append({"params": [trained[name] for name in constant], "constant_lr": True})
+    return groups
+
+
+def _flat(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
     """Name in the module of each parameter, in the order of the optimizer's state dict."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    return [names[id(parameter)] for parameter in _flat(optimizer)]
 
 
 def _group_steps(optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -2,9 +2,9 @@
 
 import math
 
-from moco_fast.config import Config, MocoConfig, OptimConfig
+from moco_fast.config import Config, OptimConfig
 
-__all__ = ["describe_lr", "lr_at", "momentum_at", "run_length"]
+__all__ = ["describe_lr", "lr_at", "run_length"]
 
 
 def run_length(config: Config, *, batches_per_epoch: int) -> int:
@@ -53,10 +53,3 @@ def lr_at(step: int, num_steps: int, optim: OptimConfig) -> float:
             return optim.lr * optim.decay ** (step // max(1, round(optim.decay_every * num_steps)))
         case "constant":
             return optim.lr
-
-
-def momentum_at(step: int, num_steps: int, moco: MocoConfig) -> float:
-    """The paper's m at optimizer step `step` (from 0): constant, or from `moco.momentum` to 1 by a cosine (MoCo v3)."""
-    if moco.momentum_schedule == "constant":
-        return moco.momentum
-    return 1 - (1 - moco.momentum) * (1 + math.cos(math.pi * step / num_steps)) / 2

@@ -1,6 +1,6 @@
-"""One optimizer step of momentum contrast (MoCo v1, algorithm 1; MoCo v3, algorithm 1)."""
+"""One optimizer step, whatever the method."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -9,10 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from moco_fast.encoders.encoder import unit_vectors
-from moco_fast.methods.dictionary import Dictionary
-from moco_fast.methods.keys import KeySource
-from moco_fast.methods.loss import feature_std
+from moco_fast.methods.base import Autocast, Objective
 from pipelines.batch import Batch
 
 __all__ = ["TrainStep"]
@@ -24,38 +21,39 @@ class TrainStep:
 
     query: nn.Module
     """The query encoder as it is called: itself, or wrapped in DistributedDataParallel or by accelerate."""
-    keys: KeySource
-    """Where keys come from."""
-    dictionary: Dictionary
-    """What queries are told apart from; on the same device, and the same on all ranks."""
+    objective: Objective
+    """What the method computes, and what it remembers."""
     optimizer: Optimizer
     """Of the query encoder's parameters."""
-    temperature: float
-    """Of the loss."""
-    symmetric: bool = False
-    """Add the loss with the views' roles exchanged."""
-    loss_scale: float = 1.0
-    """Multiplies the loss (2 * temperature in MoCo v3)."""
     clip_norm: float | None = None
     """Largest norm of the gradient; None: any."""
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
-    """Makes the context that chooses the encoders' precision."""
+    autocast: Autocast = nullcontext
+    """Makes the context that chooses the query encoder's precision."""
     backward: Callable[[Tensor], object] = Tensor.backward
     """Backpropagates a loss (and scales it, if float16 needs that)."""
     unscale: Callable[[Optimizer], object] = lambda _: None
     """Divides gradients by what `backward` scaled them with."""
 
-    def __call__(self, batches: Sequence[Batch], *, lr: float, momentum: float) -> dict[str, Tensor]:
-        """Step once on the mean gradient of `batches`; the dictionary takes in the keys of each.
+    def __call__(self, batches: Sequence[Batch], *, lr: float, scheduled: Mapping[str, float]) -> dict[str, Tensor]:
+        """Step once on the mean gradient of `batches`; the objective takes in each by itself.
+
+        Args:
+            batches: of this rank.
+            lr: the learning rate.
+            scheduled: the method's numbers for this step (`Method.scheduled`).
 
         Returns:
-            What to watch, each () on the device, this rank's own and the mean over batches: `loss`, `accuracy`,
-            `similarity_positive`, `similarity_negative`, `feature_std`, and `grad_norm` of all ranks' mean gradient.
+            What to watch, each () on the device, this rank's own and the mean over batches: `loss`, what the method
+            watches, and `grad_norm` of all ranks' mean gradient.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.keys.advance(momentum)
-        watched = [self._accumulate(batch, 1 / len(batches), last=batch is batches[-1]) for batch in batches]
+            if not group.get("constant_lr", False):
+                group["lr"] = lr
+        self.objective.advance(scheduled)
+        last = len(batches) - 1
+        watched = [
+            self._accumulate(batch, 1 / len(batches), last=number == last) for number, batch in enumerate(batches)
+        ]
         self.unscale(self.optimizer)
         grad_norm = self._clip_gradient()
         self.optimizer.step()
@@ -65,24 +63,20 @@ class TrainStep:
 
     def _accumulate(self, batch: Batch, weight: float, *, last: bool) -> dict[str, Tensor]:
         """Add `weight` times the gradient of one batch; gradients are averaged over ranks in the last one only."""
-        first, second = batch.views
-        directions = [(first, second), (second, first)][: 1 + self.symmetric]
-        outcomes = []
-        for number, (view_q, view_k) in enumerate(directions, start=1):
-            with self._averaging(last and number == len(directions)):
-                keys = self.keys(view_k, batch.index)
-                with self.autocast():
-                    queries = self.query(view_q)
-                queries = unit_vectors(queries)
-                loss, watched = self.dictionary.contrast(queries, keys, self.temperature)
-                loss = loss * self.loss_scale
-                self.backward(loss * weight)
-            outcomes.append((queries.detach(), keys.detach(), watched, loss.detach()))
-        # Both directions are told apart from the same dictionary.
-        for queries, keys, _, _ in outcomes:
-            self.dictionary.take_in(queries, keys, batch.index)
-        watched = _mean([watched | {"feature_std": feature_std(queries)} for queries, _, watched, _ in outcomes])
-        return watched | {"loss": torch.stack([loss for *_, loss in outcomes]).sum()}
+        encode = _Encode(self.query, self.autocast)
+        losses: list[Tensor] = []
+        watched: list[Mapping[str, Tensor]] = []
+        afterwards: list[Callable[[], object]] = []
+        for number in range(self.objective.num_passes):
+            with self._averaging(last and number + 1 == self.objective.num_passes):
+                made = self.objective.loss(encode, batch.views, batch.index, number)
+                self.backward(made.loss * weight)
+            losses.append(made.loss.detach())
+            watched.append(made.watched)
+            afterwards.append(made.afterwards)
+        for take_in in afterwards:
+            take_in()
+        return _mean(watched) | {"loss": torch.stack(losses).sum()}
 
     def _averaging(self, wanted: bool) -> AbstractContextManager[object]:
         """Let the backward pass average gradients over ranks, or let them pile up on each."""
@@ -99,7 +93,21 @@ class TrainStep:
         return norm
 
 
-def _mean(watched: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class _Encode:
+    query: nn.Module
+    autocast: Autocast
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        with self.autocast():
+            return self.query(images)
+
+    def with_projection(self, images: Tensor, /) -> tuple[Tensor, Tensor]:
+        with self.autocast():
+            return self.query(images, with_projection=True)
+
+
+def _mean(watched: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     if len(watched) == 1:
-        return watched[0]
+        return dict(watched[0])
     return {name: torch.stack([each[name] for each in watched]).mean() for name in watched[0]}

@@ -12,9 +12,11 @@ import torch
 
 from moco_fast.config import ModelConfig, OptimConfig, RunConfig
 from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods.discrimination import Discrimination
 from moco_fast.methods.key_queue import Queue
 from moco_fast.methods.keys import MomentumKeys
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.momentum_contrast import MomentumContrast
 from moco_fast.methods.shuffle import Together
 from moco_fast.training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from moco_fast.training.runtime import start
@@ -58,16 +60,18 @@ def runtime(device, fresh_accelerator):
 def training(runtime, optim):
     """A small training with an optimizer, as a run builds it; from the same weights each time."""
     torch.manual_seed(0)
-    query = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=16))
+    query = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar"), MomentumContrast(dim=16))
     query.to(runtime.device, memory_format=torch.channels_last)
     key = copy_as_key_encoder(query)
     optimizer = build_optimizer(query, optim)
     step = TrainStep(
         query=runtime.wrap_model(query, backwards_per_step=1),
-        keys=MomentumKeys(key, MomentumUpdate(query, key), Together(), runtime.autocast),
-        dictionary=Queue(16, 64, torch.Generator().manual_seed(1)).to(runtime.device),
+        objective=Discrimination(
+            keys=MomentumKeys(key, MomentumUpdate(query, key), Together(), runtime.autocast),
+            dictionary=Queue(16, 64, torch.Generator().manual_seed(1)).to(runtime.device),
+            temperature=0.2,
+        ),
         optimizer=runtime.wrap_optimizer(optimizer),
-        temperature=0.2,
         clip_norm=1.0,
         autocast=runtime.autocast,
         backward=runtime.backward,
@@ -82,7 +86,7 @@ def batch(number, device):
 
 def take(made, runtime, numbers):
     batches = [batch(number, runtime.device) for number in numbers]
-    return [made.step([each], lr=made.lr, momentum=0.99)["loss"].item() for each in batches]
+    return [made.step([each], lr=made.lr, scheduled={"momentum": 0.99})["loss"].item() for each in batches]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -28,7 +28,7 @@ def shards(tmp_path_factory):
 
 def train(shards, out, device) -> str:
     words = ["moco-v2", "--data.shards", shards, "--data.batch-size", 16, "--data.lanes", 2, "--views.size", 32]
-    words += ["--model.encoder", "resnet18_quarter", "--moco.queue-size", 64, "--data.backend", "dali"]
+    words += ["--model.encoder", "resnet18_quarter", "--method.queue-size", 64, "--data.backend", "dali"]
     words += ["--run.out", out, "--run.steps", 5, "--run.device", device.type, "--run.precision", "fp32"]
     words += ["--checkpoint.every-steps", 2, "--checkpoint.keep", 3, "--log.every-steps", 1, "--log.no-tensorboard"]
     words += ["--run.deterministic"]

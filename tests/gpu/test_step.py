@@ -11,12 +11,14 @@ import torch
 
 from moco_fast.bench.clock import PartClock
 from moco_fast.bench.parts import on_a_clock
-from moco_fast.config import MocoConfig, ModelConfig, OptimConfig, RunConfig
+from moco_fast.config import ModelConfig, OptimConfig, RunConfig
 from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods.base import Setting
 from moco_fast.methods.batchnorm import use_group_statistics
-from moco_fast.methods.dictionary import build_dictionary
-from moco_fast.methods.keys import BankKeys, MomentumKeys, QueryKeys
-from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.end_to_end import EndToEnd
+from moco_fast.methods.memory_bank import MemoryBank
+from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
+from moco_fast.methods.prediction import Byol, SimSiam
 from moco_fast.methods.shuffle import Together, VirtualGroups
 from moco_fast.training.optim import build_optimizer
 from moco_fast.training.runtime import allow_tf32, start
@@ -27,12 +29,14 @@ from tests.gpu.waiting import ABOUT_TF32, no_host_sync
 pytestmark = pytest.mark.gpu
 
 BATCH = 16
-MECHANISMS = {
-    "queue": MocoConfig(queue_size=256),
-    "symmetric": MocoConfig(queue_size=256, loss="symmetric"),
-    "v3": MocoConfig(dictionary="batch", loss="v3"),
-    "end-to-end": MocoConfig(dictionary="batch", key_encoder="query"),
-    "bank": MocoConfig(dictionary="bank", queue_size=64),
+METHODS = {
+    "queue": MomentumContrast(dim=16, queue_size=256),
+    "symmetric": MomentumContrast(dim=16, queue_size=256, symmetric=True),
+    "v3": MomentumContrastV3(dim=16, mlp_dim=32),
+    "end-to-end": EndToEnd(dim=16),
+    "bank": MemoryBank(dim=16, num_negatives=64),
+    "byol": Byol(dim=16, mlp_dim=32),
+    "simsiam": SimSiam(dim=16, predictor_dim=8),
 }
 OPTIMIZERS = ("sgd", "lars", "adamw", "lamb")
 
@@ -40,29 +44,28 @@ OPTIMIZERS = ("sgd", "lars", "adamw", "lamb")
 class Training:
     """A small training on a device, from weights that are the same on all devices."""
 
-    def __init__(self, device, *, moco=MECHANISMS["queue"], optimizer="sgd", num_groups=1, autocast=nullcontext):
+    def __init__(self, device, *, method=METHODS["queue"], optimizer="sgd", num_groups=1, autocast=nullcontext):
         self.device = device
         torch.manual_seed(0)
-        query = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=16))
+        query = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar"), method)
         if num_groups > 1:
             use_group_statistics(query, num_groups)
         self.query = query.to(device, memory_format=torch.channels_last)
-        self.dictionary = build_dictionary(moco, 16, num_samples=500, seed=1, available_bytes=1 << 30).to(device)
-        policy = VirtualGroups(num_groups) if num_groups > 1 else Together()
-        if moco.dictionary == "bank":
-            keys = BankKeys(self.dictionary)
-        elif moco.key_encoder == "query":
-            keys = QueryKeys(self.query, policy, autocast)
-        else:
-            key = copy_as_key_encoder(self.query)
-            keys = MomentumKeys(key, MomentumUpdate(self.query, key), policy, autocast)
+        self.objective = method.build(
+            Setting(
+                query=self.query,
+                policy=VirtualGroups(num_groups) if num_groups > 1 else Together(),
+                autocast=autocast,
+                num_samples=500,
+                seed=1,
+                device=device,
+                available_bytes=1 << 30,
+            )
+        )
         self.step = TrainStep(
             query=self.query,
-            keys=keys,
-            dictionary=self.dictionary,
-            optimizer=build_optimizer(self.query, OptimConfig(name=optimizer)),
-            temperature=0.2,
-            symmetric=moco.loss != "one-sided",
+            objective=self.objective,
+            optimizer=build_optimizer(self.query, OptimConfig(name=optimizer), constant_lr=method.constant_lr),
             clip_norm=1.0,
             autocast=autocast,
         )
@@ -72,7 +75,7 @@ class Training:
 
     def run(self, num_steps, start=0):
         batches = [self.batch(start + number) for number in range(num_steps)]
-        return [self.step([batch], lr=0.01, momentum=0.99) for batch in batches]
+        return [self.step([batch], lr=0.01, scheduled={"momentum": 0.99}) for batch in batches]
 
 
 @pytest.fixture(autouse=True)
@@ -95,19 +98,21 @@ def test_a_step_is_the_cpus(device, num_groups):
             assert watched[name].item() == pytest.approx(expected[name].item(), rel=2e-3), (step, name)
     for name, value in reference.query.named_parameters():
         torch.testing.assert_close(ours.query.get_parameter(name).cpu(), value, rtol=1e-3, atol=1e-4, msg=name)
-    torch.testing.assert_close(ours.dictionary.keys.cpu(), reference.dictionary.keys, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        ours.objective.modules["queue"].keys.cpu(), reference.objective.modules["queue"].keys, rtol=1e-2, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize(
-    ("mechanism", "optimizer"), [*((name, "sgd") for name in MECHANISMS), *(("queue", name) for name in OPTIMIZERS[1:])]
+    ("name", "optimizer"), [*((name, "sgd") for name in METHODS), *(("queue", each) for each in OPTIMIZERS[1:])]
 )
-def test_the_host_never_waits_in_a_step(device, mechanism, optimizer):
-    training = Training(device, moco=MECHANISMS[mechanism], optimizer=optimizer, num_groups=2)
+def test_the_host_never_waits_in_a_step(device, name, optimizer):
+    training = Training(device, method=METHODS[name], optimizer=optimizer, num_groups=2)
     training.run(2)
     batch = training.batch(2)
     with no_host_sync(device):
-        watched = training.step([batch, batch], lr=0.01, momentum=0.99)
-    assert watched["loss"].device == training.query.get_parameter("head.0.bias").device
+        watched = training.step([batch, batch], lr=0.01, scheduled={"momentum": 0.99})
+    assert watched["loss"].device == next(training.query.parameters()).device
     assert all(value.isfinite() for value in watched.values())
 
 
@@ -135,7 +140,7 @@ def test_the_host_never_waits_for_the_scaler_of_float16(device, float16, optimiz
     training.run(2)
     batch = training.batch(2)
     with no_host_sync(device):
-        watched = training.step([batch], lr=0.01, momentum=0.99)
+        watched = training.step([batch], lr=0.01, scheduled={"momentum": 0.99})
     assert watched["loss"].isfinite()
     assert float16.scaler_state()["scale"] > 0
     assert not torch.equal(training.query.get_parameter("head.0.weight"), before)
@@ -148,7 +153,7 @@ def test_measuring_the_parts_does_not_make_the_host_wait(device):
     started = time.perf_counter()
     with on_a_clock(training.step, training.step.optimizer, clock) as step:
         with no_host_sync(device), clock.part("rest"):
-            step([batch], lr=0.01, momentum=0.99)
+            step([batch], lr=0.01, scheduled={"momentum": 0.99})
         seconds = clock.read()
     assert seconds.keys() == {
         "momentum update", "key forward", "exchange", "query forward", "loss", "backward", "optimizer",
@@ -191,10 +196,12 @@ def test_compiled_encoders_give_the_same_losses(device, mode):
     before = copy.deepcopy(compiled.query.state_dict())
     # The CPU's compiler takes minutes; its turn is only to show that the graph can be captured.
     options = {"backend": "inductor", "mode": mode} if device.type == "cuda" else {"backend": "aot_eager"}
-    for encoder in (compiled.query, compiled.step.keys.key):
+    for encoder in (compiled.query, compiled.objective.modules["key"]):
         encoder.compile(**options)
     num_steps = 6 if device.type == "cuda" else 2
     losses = [[watched["loss"].item() for watched in training.run(num_steps)] for training in (compiled, eager)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     assert compiled.query.state_dict().keys() == before.keys()
-    torch.testing.assert_close(compiled.dictionary.keys, eager.dictionary.keys, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(
+        compiled.objective.modules["queue"].keys, eager.objective.modules["queue"].keys, rtol=0.05, atol=0.02
+    )

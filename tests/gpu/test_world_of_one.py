@@ -37,8 +37,8 @@ config = replace(
     base,
     data=replace(base.data, shards={shards!r}, batch_size=16, backend="dali"),
     views=replace(base.views, size=32),
-    model=ModelConfig(encoder="resnet18_quarter", dim=16),
-    moco=replace(base.moco, queue_size=64, loss={loss!r}),
+    model=ModelConfig(encoder="resnet18_quarter"),
+    method=replace(base.method, dim=16, queue_size=64, symmetric={symmetric}),
     run=replace(base.run, device={device!r}, precision="fp32"),
 )
 runtime = start(config.run)
@@ -51,7 +51,7 @@ stop = StopSignal(timeout_s=60)
 batch = resident_batch(config, runtime, 16, runtime.device)
 losses = []
 for _ in range(3):
-    losses.append(parts.train_step([batch], lr=0.01, momentum=0.9)["loss"])
+    losses.append(parts.train_step([batch], lr=0.01, scheduled={"momentum": 0.9})["loss"])
     assert stop.poll() == 0
 stop.close()
 
@@ -86,10 +86,10 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards"), images)
 
 
-@pytest.mark.parametrize("loss", ["one-sided", "symmetric"])
-def test_a_step_and_its_collectives(device, shards, loss):
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_step_and_its_collectives(device, shards, symmetric):
     is_fake = "tests.fake_cuda" in sys.modules
-    code = IN_THE_WORLD.format(fake=is_fake, shards=str(shards), loss=loss, device=device.type)
+    code = IN_THE_WORLD.format(fake=is_fake, shards=str(shards), symmetric=symmetric, device=device.type)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": str(port)}

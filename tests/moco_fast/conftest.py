@@ -48,6 +48,7 @@ def finished_run(packed_demo, tmp_path_factory) -> Path:
 
     from moco_fast.config import Config, EvalConfig, ModelConfig, RunConfig, to_dict
     from moco_fast.encoders.encoder import build_encoder
+    from moco_fast.methods.momentum_contrast import MomentumContrast
     from moco_fast.training import checkpoint
     from pipelines.config import VIEWS, DataConfig
 
@@ -55,7 +56,8 @@ def finished_run(packed_demo, tmp_path_factory) -> Path:
     config = Config(
         data=DataConfig(shards=str(packed_demo.train), batch_size=32, lanes=8),
         views=VIEWS["cifar10"],
-        model=ModelConfig(encoder="resnet18_quarter", dim=16, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)),
+        model=ModelConfig(encoder="resnet18_quarter", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)),
+        method=MomentumContrast(dim=16),
         run=RunConfig(out=str(run), steps=40, seed=3),
         eval=EvalConfig(shards=str(packed_demo.val), k=5, layer="head", crop=1.0),
     )
@@ -78,7 +80,7 @@ def finished_run(packed_demo, tmp_path_factory) -> Path:
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with torch.random.fork_rng():
         torch.manual_seed(4)
-        query = build_encoder(config.model).state_dict()
+        query = build_encoder(config.model, config.method).state_dict()
     model = {f"query.{name}": tensor for name, tensor in query.items()}
     saved = checkpoint.Checkpoint(step=40, config=to_dict(config), model=model, optimizer={}, rng={})
     checkpoint.save(run / "checkpoints", saved, keep=1)

@@ -125,7 +125,7 @@ def test_an_exported_encoder_is_loaded_as_the_runs(
 ) -> None:
     from tests.moco_fast.test_export import save_run
 
-    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18", dim=8, mean=(0.1, 0.2, 0.3)), size=64)
+    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18", mean=(0.1, 0.2, 0.3)), size=64)
     written = moco_fast.export(run, target, tmp_path / place)
     ours, theirs = moco_fast.load_encoder(run), moco_fast.load_encoder(written.path)
     assert (theirs.image_size, theirs.crop) == (ours.image_size, ours.crop) == (64, 0.875)

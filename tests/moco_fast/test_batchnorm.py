@@ -10,6 +10,7 @@ from moco_fast.config import ModelConfig
 from moco_fast.encoders.encoder import build_encoder
 from moco_fast.methods.batchnorm import average_batch_statistics, use_group_statistics
 from moco_fast.methods.momentum import copy_as_key_encoder
+from moco_fast.methods.momentum_contrast import MomentumContrast
 
 LAYERS = {
     "torch 2d": lambda: nn.BatchNorm2d(6),
@@ -57,7 +58,7 @@ def test_evaluation_and_state_are_those_of_the_layer_itself(layer):
 
 @pytest.mark.parametrize("name", ["resnet18_quarter", "efficientnet_b0"])
 def test_converted_encoders_can_be_copied_and_keep_groups_apart(name):
-    encoder = build_encoder(ModelConfig(encoder=name, dim=4))
+    encoder = build_encoder(ModelConfig(encoder=name), MomentumContrast(dim=4))
     use_group_statistics(encoder, 2)
     key = copy_as_key_encoder(encoder)
     for layer in key.modules():

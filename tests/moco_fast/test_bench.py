@@ -3,7 +3,6 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +20,14 @@ from moco_fast.bench.measure import _Bench, _smaller_batches
 from moco_fast.bench.parts import on_a_clock
 from moco_fast.bench.result import BenchResult, Rate, table, verdict
 from moco_fast.bench.stopwatch import Stopwatch
-from moco_fast.config import BatchNormConfig, MocoConfig, ModelConfig, OptimConfig
+from moco_fast.config import BatchNormConfig, ModelConfig, OptimConfig
 from moco_fast.encoders.encoder import build_encoder
-from moco_fast.methods.dictionary import build_dictionary
-from moco_fast.methods.keys import BankKeys, MomentumKeys, QueryKeys
-from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
-from moco_fast.methods.shuffle import Together, VirtualGroups, build_policy
+from moco_fast.methods.base import Setting
+from moco_fast.methods.end_to_end import EndToEnd
+from moco_fast.methods.memory_bank import MemoryBank
+from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
+from moco_fast.methods.prediction import Byol, SimSiam
+from moco_fast.methods.shuffle import VirtualGroups, build_policy
 from moco_fast.presets import PRESETS
 from moco_fast.training.optim import build_optimizer
 from moco_fast.training.step import TrainStep
@@ -180,58 +181,67 @@ def test_rounds_are_as_long_as_asked_for(host_clock):
     assert stopwatch.time(lambda: host_clock(0.5), 4) == pytest.approx(2.0)
 
 
-MECHANISMS = {
-    "queue": MocoConfig(queue_size=32),
-    "symmetric": MocoConfig(queue_size=32, loss="symmetric"),
-    "end-to-end": MocoConfig(dictionary="batch", key_encoder="query"),
-    "bank": MocoConfig(dictionary="bank", queue_size=8),
+METHODS = {
+    "queue": MomentumContrast(dim=8, queue_size=32),
+    "symmetric": MomentumContrast(dim=8, queue_size=32, symmetric=True),
+    "v3": MomentumContrastV3(dim=8, mlp_dim=16),
+    "end-to-end": EndToEnd(dim=8),
+    "bank": MemoryBank(dim=8, num_negatives=8),
+    "byol": Byol(dim=8, mlp_dim=16),
+    "simsiam": SimSiam(dim=8, predictor_dim=4),
 }
 PARTS = {
     "momentum update", "key forward", "exchange", "query forward", "loss", "backward", "optimizer", "gather and enqueue"
 }  # fmt: skip
 
 
-def train_step(moco):
-    torch.manual_seed(0)
-    query = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8))
-    dictionary = build_dictionary(moco, 8, num_samples=20, seed=1, available_bytes=1 << 30)
-    if moco.dictionary == "bank":
-        keys = BankKeys(dictionary)
-    elif moco.key_encoder == "query":
-        keys = QueryKeys(query, Together(), nullcontext)
-    else:
-        key = copy_as_key_encoder(query)
-        keys = MomentumKeys(key, MomentumUpdate(query, key), VirtualGroups(2), nullcontext)
-    return TrainStep(
+ABSENT = {
+    "bank": {"exchange"},
+    "byol": {"exchange", "gather and enqueue"},
+    "simsiam": {"exchange", "gather and enqueue", "momentum update", "key forward"},
+}
+"""Parts that a method lacks; the others have them all, if only to do nothing in them."""
+
+
+def setting(query, policy):
+    return Setting(
         query=query,
-        keys=keys,
-        dictionary=dictionary,
-        optimizer=build_optimizer(query, OptimConfig()),
-        temperature=0.2,
-        symmetric=moco.loss == "symmetric",
+        policy=policy,
+        num_samples=20,
+        seed=1,
+        device=CPU,
+        available_bytes=1 << 30,
     )
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_a_step_on_a_clock_is_the_same_step(mechanism):
+def train_step(method):
+    torch.manual_seed(0)
+    query = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar"), method)
+    objective = method.build(setting(query, VirtualGroups(2)))
+    optimizer = build_optimizer(query, OptimConfig(), constant_lr=method.constant_lr)
+    return TrainStep(query=query, objective=objective, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_on_a_clock_is_the_same_step(name):
     generator = torch.Generator().manual_seed(1)
     view_q, view_k = (torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=generator) for _ in range(2))
     batch = Batch(views=(view_q, view_k), index=torch.arange(8), label=torch.full((8,), -1))
-    plain, watched = train_step(MECHANISMS[mechanism]), train_step(MECHANISMS[mechanism])
+    plain, watched = train_step(METHODS[name]), train_step(METHODS[name])
     clock = PartClock(CPU)
     for seed in range(2):
         torch.manual_seed(seed)
-        expected = plain([batch, batch], lr=0.1, momentum=0.9)
+        expected = plain([batch, batch], lr=0.1, scheduled={"momentum": 0.9})
         torch.manual_seed(seed)
         with on_a_clock(watched, watched.optimizer, clock) as timed:
-            found = timed([batch, batch], lr=0.1, momentum=0.9)
+            found = timed([batch, batch], lr=0.1, scheduled={"momentum": 0.9})
         assert {name: value.item() for name, value in found.items()} == {n: v.item() for n, v in expected.items()}
     for one, two in zip(plain.query.parameters(), watched.query.parameters(), strict=True):
         assert torch.equal(one, two)
     seconds = clock.read()
-    assert seconds.keys() == (PARTS - {"exchange"} if mechanism == "bank" else PARTS)
+    assert seconds.keys() == PARTS - ABSENT.get(name, set())
     assert all(each > 0 for each in seconds.values())
-    watched([batch], lr=0.1, momentum=0.9)
+    watched([batch], lr=0.1, scheduled={"momentum": 0.9})
     assert clock.read() == {}, "the step that was given is left as it was"
 
 
@@ -279,7 +289,7 @@ def test_two_ranks_measure_a_recipe_and_leave_no_run_behind(packed_demo, tmp_pat
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "deploy/accelerate/cpu-2.yaml"]
     command += ["-m", "moco_fast.bench", "demo", "--seconds", "2", "--json", str(tmp_path / "bench.json")]
     command += ["--data.shards", str(packed_demo.train), "--data.batch-size", "32", "--views.size", "32"]
-    command += ["--model.encoder", "resnet18_quarter", "--moco.queue-size", "128", "--run.device", "cpu"]
+    command += ["--model.encoder", "resnet18_quarter", "--method.queue-size", "128", "--run.device", "cpu"]
     command += ["--run.out", str(tmp_path / "run")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=240, cwd=ROOT)

@@ -6,60 +6,67 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moco_fast.config import BatchNormConfig, Config, MocoConfig, ModelConfig, OptimConfig, RunConfig, validate
+from moco_fast.config import BatchNormConfig, Config, ModelConfig, OptimConfig, RunConfig, validate
 from moco_fast.methods.batchnorm import average_batch_statistics
+from moco_fast.methods.end_to_end import EndToEnd
+from moco_fast.methods.memory_bank import MemoryBank
+from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
+from moco_fast.methods.prediction import Byol, SimSiam
 from moco_fast.training.build import build
 from moco_fast.training.optim import load_optimizer_tensors, optimizer_tensors
 from moco_fast.training.runtime import start
 from pipelines.config import VIEWS, DataConfig
 
-MECHANISMS = {
-    "queue": MocoConfig(queue_size=100),
-    "symmetric": MocoConfig(queue_size=100, loss="symmetric"),
-    "v3": MocoConfig(dictionary="batch", loss="v3", momentum_schedule="cosine"),
-    "end-to-end": MocoConfig(dictionary="batch", key_encoder="query"),
-    "bank": MocoConfig(dictionary="bank", queue_size=50),
+METHODS = {
+    "queue": MomentumContrast(dim=8, queue_size=100),
+    "symmetric": MomentumContrast(dim=8, queue_size=100, symmetric=True),
+    "v3": MomentumContrastV3(dim=8, mlp_dim=16),
+    "end-to-end": EndToEnd(dim=8),
+    "bank": MemoryBank(dim=8, num_negatives=50),
+    "byol": Byol(dim=8, mlp_dim=16),
+    "simsiam": SimSiam(dim=8, predictor_dim=4),
 }
-OPTIMIZERS = {"queue": "sgd", "symmetric": "lamb", "v3": "lars", "end-to-end": "adamw", "bank": "sgd"}
+OPTIMIZERS = {"symmetric": "lamb", "v3": "lars", "end-to-end": "adamw", "byol": "lars"}
 
 
-def configuration(packed_demo, mechanism) -> Config:
-    head = "v3" if mechanism == "v3" else "mlp"
+def configuration(packed_demo, name) -> Config:
+    synchronized = name in ("v3", "byol", "simsiam")
     return Config(
         data=DataConfig(shards=str(packed_demo.train), batch_size=16, lanes=8, num_threads=1),
         views=VIEWS["cifar10"],
-        model=ModelConfig(encoder="resnet18_quarter", stem="cifar", head=head, dim=8, mlp_dim=16),
-        moco=MECHANISMS[mechanism],
-        bn=BatchNormConfig(policy="sync") if mechanism == "v3" else BatchNormConfig(num_groups=2),
-        optim=OptimConfig(name=OPTIMIZERS[mechanism], lr=0.01, clip_norm=1.0),
+        model=ModelConfig(encoder="resnet18_quarter", stem="cifar"),
+        method=METHODS[name],
+        bn=BatchNormConfig(policy="sync") if synchronized else BatchNormConfig(num_groups=2),
+        optim=OptimConfig(name=OPTIMIZERS.get(name, "sgd"), lr=0.01, clip_norm=1.0),
         run=RunConfig(device="cpu", precision="fp32", steps=4),
     )
 
 
 def tensors_of(parts):
-    modules = {"query": parts.query, "key": parts.key, "queue": parts.queue}
-    model = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    model = {f"{name}.{key}": value for name, part in parts.modules.items() for key, value in part.state_dict().items()}
     return {name: value.clone() for name, value in (model | optimizer_tensors(parts.optimizer, parts.query)).items()}
 
 
 def load(parts, tensors):
-    for name in ("query", "key", "queue"):
+    for name, part in parts.modules.items():
         own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        getattr(parts, name).load_state_dict(own)
+        part.load_state_dict(own)
     optimizer = {key: value for key, value in tensors.items() if "/" in key}
     load_optimizer_tensors(parts.optimizer, parts.query, optimizer)
 
 
 def step(parts, batch):
-    return {name: value.item() for name, value in parts.train_step([batch], lr=0.01, momentum=0.9).items()}
+    return {
+        name: value.item() for name, value in parts.train_step([batch], lr=0.01, scheduled={"momentum": 0.9}).items()
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_a_mechanism_trains_and_continues_bit_for_bit(packed_demo, mechanism, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-        monkeypatch.delenv(name)
-    config = configuration(packed_demo, mechanism)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_trains_and_continues_bit_for_bit(packed_demo, name, monkeypatch):
+    for variable in [variable for variable in os.environ if variable.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(variable)
+    config = configuration(packed_demo, name)
     validate(config)
     runtime = start(config.run)
     parts, other = build(config, runtime), build(replace(config, run=replace(config.run, seed=5)), runtime)
@@ -69,10 +76,10 @@ def test_a_mechanism_trains_and_continues_bit_for_bit(packed_demo, mechanism, mo
         watched = [step(parts, batch) for batch in batches[:2]]
         assert all(torch.tensor(list(each.values())).isfinite().all() for each in watched)
         saved = tensors_of(parts)
-        changed = {name for name in before if not torch.equal(before[name], saved[name])}
+        changed = {key for key in before if not torch.equal(before[key], saved[key])}
         assert "query.backbone.conv1.weight" in changed
-        assert ("key.backbone.conv1.weight" in changed) == (mechanism in ("queue", "symmetric", "v3"))
-        assert ("queue.keys" in changed) == (mechanism in ("queue", "symmetric", "bank"))
+        assert ("key.backbone.conv1.weight" in changed) == (name in ("queue", "symmetric", "v3", "byol"))
+        assert ("queue.keys" in changed) == (name in ("queue", "symmetric", "bank"))
         load(other, saved)
         random = torch.get_rng_state()
         ours = [step(parts, batch) for batch in batches[2:]]
@@ -87,17 +94,19 @@ def test_a_mechanism_trains_and_continues_bit_for_bit(packed_demo, mechanism, mo
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"moco": MocoConfig(key_encoder="query")}, "use --moco.dictionary batch"),
         (
-            {"moco": MocoConfig(key_encoder="query", dictionary="batch"), "model": ModelConfig(head="v3")},
-            "use --model.head mlp",
+            {"method": EndToEnd(), "bn": BatchNormConfig(policy="gather")},
+            "--bn.policy gather cannot be used by end-to-",
         ),
-        (
-            {"moco": MocoConfig(key_encoder="query", dictionary="batch"), "bn": BatchNormConfig(policy="gather")},
-            "use exchange",
-        ),
-        ({"moco": MocoConfig(dictionary="bank", loss="symmetric")}, "use --moco.loss one-sided"),
-        ({"moco": MocoConfig(bank_momentum=1.5)}, "--moco.bank-momentum is 1.5"),
+        ({"method": MemoryBank(), "bn": BatchNormConfig(policy="exchange")}, "use auto or virtual or sync or none"),
+        ({"method": Byol()}, "--bn.policy auto cannot be used by byol: use sync or none"),
+        ({"method": MemoryBank(momentum=1.5)}, "--method.momentum is 1.5"),
+        ({"method": MemoryBank(num_negatives=0)}, "--method.num-negatives is 0"),
+        ({"method": MomentumContrast(queue_size=0)}, "--method.queue-size is 0"),
+        ({"method": MomentumContrast(temperature=0.0)}, "--method.temperature is 0.0"),
+        ({"method": MomentumContrastV3(mlp_dim=0)}, "--method.mlp-dim is 0"),
+        ({"method": SimSiam(predictor_dim=0)}, "--method.predictor-dim is 0"),
+        ({"method": EndToEnd(dim=0)}, "--method.dim is 0"),
         ({"optim": OptimConfig(clip_norm=0.0)}, "--optim.clip-norm is 0.0"),
     ],
 )

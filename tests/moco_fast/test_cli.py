@@ -91,7 +91,7 @@ def test_eval_knn_compares_trained_and_untrained(
     facts = json.loads(capsys.readouterr().out)
     config, trained = load_encoder(finished_run)
     torch.manual_seed(config.run.seed)
-    for name, encoder in (("top1", trained), ("untrained_top1", build_encoder(config.model))):
+    for name, encoder in (("top1", trained), ("untrained_top1", build_encoder(config.model, config.method))):
         expected = evaluate_knn(
             encoder,
             KnnConfig(k=5, temperature=config.eval.temperature, layer="head", crop=1.0),
@@ -125,7 +125,7 @@ def test_each_figure_is_that_of_its_encoder(
 
     config, trained = load_encoder(finished_run)
     torch.manual_seed(config.run.seed)
-    top1_of = {"top1": (trained, 0.75), "untrained_top1": (build_encoder(config.model), 0.5)}
+    top1_of = {"top1": (trained, 0.75), "untrained_top1": (build_encoder(config.model, config.method), 0.5)}
 
     def knn(_self: EvalKnn, _config: Any, encoder: torch.nn.Module, _device: Any) -> KnnResult:
         weights = encoder.state_dict()

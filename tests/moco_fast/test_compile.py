@@ -13,7 +13,9 @@ from torch import nn
 from moco_fast import distributed
 from moco_fast.config import Config, RunConfig
 from moco_fast.encoders.encoder import ENCODERS, Encoder
+from moco_fast.methods.base import Method
 from moco_fast.methods.batchnorm import use_statistics_of_all_ranks
+from moco_fast.methods.discrimination import Discrimination
 from moco_fast.methods.key_queue import Queue
 from moco_fast.methods.keys import MomentumKeys
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
@@ -51,6 +53,11 @@ TINY = {
 TINY["vit_base"] = TINY["vit_small"]
 
 
+def small(method: Method) -> Method:
+    sizes = {"dim": 8, "mlp_dim": 16, "predictor_dim": 4, "queue_size": 24, "num_negatives": 24}
+    return replace(method, **{name: size for name, size in sizes.items() if hasattr(method, name)})
+
+
 def tiny(preset: Config, shards: str) -> Config:
     # The tiny ResNet alone has scales that can start at zero.
     encoder = "resnet18" if preset.model.zero_init_residual else preset.model.encoder
@@ -58,8 +65,8 @@ def tiny(preset: Config, shards: str) -> Config:
         preset,
         data=replace(preset.data, shards=shards, batch_size=BATCH, backend="torch", num_threads=1),
         views=replace(preset.views, size=SIZE),
-        model=replace(preset.model, encoder=encoder, dim=8, mlp_dim=16),
-        moco=replace(preset.moco, queue_size=24),
+        model=replace(preset.model, encoder=encoder),
+        method=small(preset.method),
         bn=replace(preset.bn, num_groups=2),
         run=RunConfig(steps=2, device="cpu", precision="fp32"),
     )
@@ -86,7 +93,10 @@ def test_every_preset_trains_the_same_compiled(packed_demo, monkeypatch, name, p
         parts = build(config, runtime)
         try:
             torch.manual_seed(1)  # the memory bank draws its negatives
-            watched[backend] = [parts.train_step([make_batch(step)], lr=1e-3, momentum=0.9) for step in range(2)]
+            watched[backend] = [
+                parts.train_step([make_batch(step)], lr=1e-3, scheduled=config.method.scheduled(step, 20))
+                for step in range(2)
+            ]
             ends[backend] = parts.query.state_dict()
         finally:
             parts.loader.close()
@@ -99,13 +109,12 @@ def make_small_step() -> tuple[TrainStep, Encoder, Encoder]:
     torch.manual_seed(0)
     query = Encoder(TinyCnn(), nn.Linear(4, 8), feature_dim=4, dim=8).to(memory_format=torch.channels_last)
     key = copy_as_key_encoder(query)
-    step = TrainStep(
-        query=query,
+    objective = Discrimination(
         keys=MomentumKeys(key, MomentumUpdate(query, key), Together(), nullcontext),
         dictionary=Queue(8, 24, torch.Generator().manual_seed(0)),
-        optimizer=build_optimizer(query, PRESETS["moco-v2"][1].optim),
         temperature=0.2,
     )
+    step = TrainStep(query=query, objective=objective, optimizer=build_optimizer(query, PRESETS["moco-v2"][1].optim))
     return step, query, key
 
 
@@ -119,7 +128,7 @@ def test_inductors_code_trains_the_same():
         # What --run.cuda-graphs asks for; on a CPU there are no graphs, and the rest is the same.
         encoder.compile(backend="inductor", mode="reduce-overhead")
     for number in range(3):
-        ours, expected = (step([make_batch(number)], lr=0.1, momentum=0.9) for step in (compiled, eager))
+        ours, expected = (step([make_batch(number)], lr=0.1, scheduled={"momentum": 0.9}) for step in (compiled, eager))
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(compiled_query.state_dict(), query.state_dict(), rtol=1e-3, atol=1e-5)
 

@@ -6,12 +6,13 @@ import pytest
 
 from moco_fast.commandline import main, parse
 from moco_fast.config import Config, differences, from_dict, to_dict, validate
+from moco_fast.methods.momentum_contrast import MomentumContrast
 from moco_fast.presets import PRESETS
 from pipelines.config import DataConfig
 
 
 def config(**sections) -> Config:
-    return Config(data=DataConfig(shards="somewhere"), **sections)
+    return Config(data=DataConfig(shards="somewhere"), method=MomentumContrast(), **sections)
 
 
 @pytest.fixture
@@ -48,17 +49,31 @@ def test_every_preset_parses_validates_and_survives_json(name, shards):
         ),
         (
             "moco-v3-resnet50",
-            {"head": "v3", "dim": 256, "temperature": 1.0, "lr": 9.6, "weight_decay": 1e-6, "schedule": "cosine"}
+            {"dim": 256, "temperature": 1.0, "lr": 9.6, "weight_decay": 1e-6, "schedule": "cosine"}
             | {"name": "lars", "trust": 0.001, "warmup": 10 / 100, "momentum": 0.99, "batch_size": 4096}
-            | {"dictionary": "batch", "loss": "v3", "blur_p": 1.0, "saturation": 0.2, "mlp_dim": 4096},
+            | {"momentum_schedule": "cosine", "blur_p": 1.0, "saturation": 0.2, "mlp_dim": 4096},
         ),
         (
             "moco-v3-vit-small",
-            {"head": "v3", "temperature": 0.2, "lr": 2.4e-3, "weight_decay": 0.1, "warmup": 40 / 300, "name": "adamw"}
+            {"dim": 256, "temperature": 0.2, "lr": 2.4e-3, "weight_decay": 0.1, "warmup": 40 / 300, "name": "adamw"}
             | {"freeze_patch_projection": True, "crop_scale": (0.08, 1.0), "momentum": 0.99, "batch_size": 4096},
         ),
-        ("memory-bank", {"dictionary": "bank", "bank_momentum": 0.5, "lr": 0.03, "batch_size": 256}),
-        ("end-to-end", {"dictionary": "batch", "key_encoder": "query", "lr": 0.12, "batch_size": 1024}),
+        ("memory-bank", {"num_negatives": 65536, "momentum": 0.5, "lr": 0.03, "batch_size": 256}),
+        ("end-to-end", {"temperature": 0.07, "head": "linear", "lr": 0.12, "batch_size": 1024}),
+        (
+            # Grill et al. 2020, appendix; byol/configs/byol.py at 4822a45 of google-deepmind/deepmind-research.
+            "byol",
+            {"dim": 256, "mlp_dim": 4096, "momentum": 0.99, "momentum_schedule": "cosine", "name": "lars"}
+            | {"lr": 0.3 * 4096 / 256, "weight_decay": 1e-6, "trust": 1e-3, "warmup": 10 / 300, "epochs": 300}
+            | {"batch_size": 4096, "crop_scale": (0.08, 1.0), "saturation": 0.2, "blur_p": 1.0, "policy": "sync"},
+        ),
+        (
+            # Chen & He 2021; main_simsiam.py at 39ac33e of facebookresearch/simsiam.
+            "simsiam",
+            {"dim": 2048, "predictor_dim": 512, "name": "sgd", "lr": 0.05 * 512 / 256, "weight_decay": 1e-4}
+            | {"schedule": "cosine", "warmup": 0.0, "epochs": 100, "batch_size": 512, "zero_init_residual": True}
+            | {"crop_scale": (0.2, 1.0), "hue": 0.1, "blur_p": 0.5, "policy": "sync"},
+        ),
         (
             "cifar10",
             {"head": "linear", "temperature": 0.1, "lr": 0.06, "weight_decay": 5e-4, "schedule": "cosine", "hue": 0.1}
@@ -68,11 +83,12 @@ def test_every_preset_parses_validates_and_survives_json(name, shards):
 )
 def test_presets_hold_the_published_numbers(name, expected):
     preset = PRESETS[name][1]
-    sections = (preset.model, preset.moco, preset.optim, preset.data, preset.views.query)
+    sections = (preset.model, preset.method, preset.optim, preset.data, preset.views.query, preset.bn, preset.run)
     found = {}
     for section in reversed(sections):
         found |= {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
-    found |= {"momentum": preset.moco.momentum}
+    # The optimizer's has the same name.
+    found |= {"momentum": getattr(preset.method, "momentum", None)}
     assert {name: found[name] for name in expected} == expected
     assert preset.optim.momentum == 0.9
 
@@ -85,14 +101,14 @@ def test_every_option_reaches_the_configuration(shards):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--moco.momentum", "1.5"], "--moco.momentum is 1.5"),
+        (["--method.momentum", "1.5"], "--method.momentum is 1.5"),
         (["--optim.accumulate", "0"], "--optim.accumulate is 0"),
         (["--run.steps", "0"], "--run.steps is 0"),
         (["--run.samples", "0"], "--run.samples is 0"),
         (["--run.samples", "9", "--run.steps", "9"], "--run.steps 9 and --run.samples 9 both say how long"),
         (["--eval.crop", "2"], "--eval.crop is 2"),
         (["--run.cuda-graphs", "--optim.accumulate", "2"], "--run.cuda-graphs keeps the gradient of one"),
-        (["--run.cuda-graphs", "--moco.loss", "symmetric"], "--run.cuda-graphs keeps the gradient of one"),
+        (["--run.cuda-graphs", "--method.symmetric"], "--run.cuda-graphs keeps the gradient of one"),
         (["--optim.warmup", "1"], "--optim.warmup is 1"),
         (["--optim.lr", "nan"], "--optim.lr is nan"),
     ],
@@ -151,16 +167,12 @@ def test_help_does_not_import_torch():
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
-    [("--moco.dictionary=bank", "have no number"), ("--eval.shards=val", "by their number")],
+    ("words", "message"),
+    [("memory-bank", "have no number"), ("moco-v2 --eval.shards val", "by their number")],
 )
-def test_streamed_samples_have_no_number(option, message):
+def test_streamed_samples_have_no_number(words, message):
     with pytest.raises(ValueError, match=message):
-        validate(
-            parse(
-                ["moco-v2", "--data.shards", "d", "--run.out", "o", "--data.stream-samples", "1000", *option.split("=")]
-            )
-        )
+        parse([*words.split(), "--data.shards", "d", "--run.out", "o", "--data.stream-samples", "1000"])
 
 
 def test_several_sets_are_looked_for_one_by_one(shards, tmp_path):

@@ -7,17 +7,17 @@ from moco_fast.presets import PRESETS
 from moco_fast.training.console import advice_on_launches
 
 
-def recipe(*, batch=256, loss="one-sided", **run):
+def recipe(*, batch=256, symmetric=False, **run):
     base = PRESETS["moco-v2"][1]
     data = replace(base.data, shards="x", batch_size=batch)
-    return replace(base, data=data, moco=replace(base.moco, loss=loss), run=replace(base.run, **run))
+    return replace(base, data=data, method=replace(base.method, symmetric=symmetric), run=replace(base.run, **run))
 
 
 @pytest.mark.parametrize(
     ("config", "where", "option"),
     [
         (recipe(), {"on_gpu": True, "world_size": 8}, "cuda_graphs"),
-        (recipe(loss="symmetric"), {"on_gpu": True, "world_size": 8}, "compile"),
+        (recipe(symmetric=True), {"on_gpu": True, "world_size": 8}, "compile"),
         (recipe(), {"on_gpu": True, "world_size": 1}, None),
         (recipe(), {"on_gpu": False, "world_size": 8}, None),
         (recipe(compile=True), {"on_gpu": True, "world_size": 8}, None),

@@ -4,10 +4,16 @@ import torch
 import torch.nn.functional as F
 
 from moco_fast import distributed
-from moco_fast.config import MocoConfig
-from moco_fast.methods.dictionary import Batch, MemoryBank, build_dictionary
+from moco_fast.config import ModelConfig
+from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods.base import Setting
+from moco_fast.methods.dictionary import Bank, InBatch
+from moco_fast.methods.end_to_end import EndToEnd
 from moco_fast.methods.key_queue import Queue
 from moco_fast.methods.loss import info_nce, info_nce_in_batch
+from moco_fast.methods.memory_bank import MemoryBank
+from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
+from moco_fast.methods.shuffle import Together
 
 
 def unit(seed, *shape):
@@ -16,32 +22,45 @@ def unit(seed, *shape):
 
 def make_bank(num_samples=20, num_negatives=6, momentum=0.5):
     generator = torch.Generator().manual_seed(0)
-    return MemoryBank(4, num_samples, generator, num_negatives=num_negatives, momentum=momentum)
+    return Bank(4, num_samples, generator, num_negatives=num_negatives, momentum=momentum)
 
 
-def build(moco, available_bytes=1 << 40):
-    return build_dictionary(moco, 4, num_samples=10, seed=3, available_bytes=available_bytes)
+def build(method, num_samples=10, available_bytes=1 << 40):
+    """The dictionary of a method."""
+    query = build_encoder(ModelConfig(encoder="resnet18_quarter"), method)
+    setting = Setting(
+        query=query,
+        policy=Together(),
+        num_samples=num_samples,
+        seed=3,
+        device=torch.device("cpu"),
+        available_bytes=available_bytes,
+    )
+    return method.build(setting).dictionary
 
 
-def test_each_mechanism_has_its_dictionary():
-    queue, batch, bank = (build(MocoConfig(dictionary=name, queue_size=7)) for name in ("queue", "batch", "bank"))
+def test_each_method_has_its_dictionary():
+    queue, end_to_end, v3 = map(
+        build, (MomentumContrast(dim=4, queue_size=7), EndToEnd(dim=4), MomentumContrastV3(dim=4))
+    )
     assert isinstance(queue, Queue)
     assert queue.keys.shape == (7, 4)
-    assert isinstance(batch, Batch)
-    assert not batch.state_dict()
-    assert isinstance(bank, MemoryBank)
+    for batch in (end_to_end, v3):
+        assert isinstance(batch, InBatch)
+        assert not batch.state_dict()
+    bank = build(MemoryBank(dim=4))
+    assert isinstance(bank, Bank)
     assert {name: tuple(tensor.shape) for name, tensor in bank.state_dict().items()} == {"keys": (10, 4)}
-    assert torch.equal(bank.keys, build(MocoConfig(dictionary="bank")).keys)
+    assert torch.equal(bank.keys, build(MemoryBank(dim=4)).keys)
 
 
 def test_a_bank_that_does_not_fit_is_refused_with_the_arithmetic():
-    moco = MocoConfig(dictionary="bank")
     with pytest.raises(ValueError, match=r"1,000,000,000 samples x 128 features x 4 bytes = 476.8 GiB .* 80.0 GiB are"):
-        build_dictionary(moco, 128, num_samples=10**9, seed=0, available_bytes=80 * 2**30)
+        build(MemoryBank(), num_samples=10**9, available_bytes=80 * 2**30)
 
 
 def test_a_queue_contrasts_with_the_keys_that_it_holds():
-    queue = build(MocoConfig(queue_size=7))
+    queue = build(MomentumContrast(dim=4, queue_size=7))
     queries, keys = unit(1, 3, 4), unit(2, 3, 4)
     assert torch.equal(queue.contrast(queries, keys, 0.1)[0], info_nce(queries, keys, queue.keys, 0.1)[0])
     queue.take_in(queries, keys, torch.arange(3))
@@ -113,7 +132,7 @@ def test_every_rank_learns_the_keys_of_all(run_ranks):
 def contrast_in_batch():
     rank = distributed.rank()
     queries, keys = unit(rank, 3, 4), unit(10 + rank, 3, 4).requires_grad_()
-    loss, _ = Batch().contrast(queries, keys, 0.2)
+    loss, _ = InBatch().contrast(queries, keys, 0.2)
     loss.backward()
     return loss.detach(), keys.grad
 

@@ -14,6 +14,7 @@ from moco_fast.exporters.registry import EXPORTERS, find_exporter
 from moco_fast.exporters.timm import _NETWORKS as _TIMM
 from moco_fast.exporters.torchvision import _NETWORKS as _TORCHVISION
 from moco_fast.exporters.write import export, load_into
+from moco_fast.methods.momentum_contrast import MomentumContrast
 from moco_fast.training import checkpoint
 from moco_fast.training.checkpoint import Checkpoint, load_encoder
 from pipelines.config import DataConfig, ViewsConfig
@@ -24,7 +25,7 @@ def test_timm_can_build_every_encoder_of_ours(name: str) -> None:
     assert find_exporter("timm").why_not(ModelConfig(encoder=name)) is None
     timm_name, options = _TIMM.get(name, (name, {}))
     with torch.device("meta"):
-        ours = build_encoder(ModelConfig(encoder=name)).backbone
+        ours = build_encoder(ModelConfig(encoder=name), MomentumContrast()).backbone
         theirs = timm.create_model(timm_name, num_classes=0, **options)
     assert shapes(ours) == shapes(theirs)
 
@@ -32,10 +33,13 @@ def test_timm_can_build_every_encoder_of_ours(name: str) -> None:
 @pytest.mark.parametrize("name", _TORCHVISION)
 def test_torchvision_has_what_we_say(name: str) -> None:
     with torch.device("meta"):
-        ours = build_encoder(ModelConfig(encoder=name)).backbone
+        ours = build_encoder(ModelConfig(encoder=name), MomentumContrast()).backbone
         theirs = torchvision.models.get_model(name)
     classifier = {"fc.weight", "fc.bias"}
     assert shapes(ours) == {key: shape for key, shape in shapes(theirs).items() if key not in classifier}
+
+
+METHOD = MomentumContrast(dim=8)
 
 
 def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
@@ -44,7 +48,7 @@ def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
 
 def save_run(folder: Path, model: ModelConfig, *, size: int = 224) -> Path:
     views = ViewsConfig(size=size)
-    config = to_dict(Config(data=DataConfig(shards="nowhere"), model=model, views=views))
+    config = to_dict(Config(data=DataConfig(shards="nowhere"), model=model, method=METHOD, views=views))
     query = {f"query.{name}": tensor for name, tensor in as_if_trained(build(model)).state_dict().items()}
     saved = Checkpoint(step=7, config=config, model=query, optimizer={}, rng={})
     checkpoint.save(folder / "checkpoints", saved, keep=1)
@@ -53,7 +57,7 @@ def save_run(folder: Path, model: ModelConfig, *, size: int = 224) -> Path:
 
 def build(model: ModelConfig) -> Encoder:
     torch.manual_seed(5)
-    return build_encoder(model)
+    return build_encoder(model, METHOD)
 
 
 def as_if_trained(encoder: Encoder) -> Encoder:
@@ -85,7 +89,7 @@ OTHERS = (
 @pytest.mark.parametrize("target", EXPORTERS)
 @pytest.mark.parametrize("name", sorted({*ENCODERS, *_TORCHVISION, *OTHERS} - {*LARGE}))
 def test_every_encoder_gives_the_same_features_in_every_library_or_is_refused(name: str, target: str) -> None:
-    model = ModelConfig(encoder=name, dim=8)
+    model = ModelConfig(encoder=name)
     if find_exporter(target).why_not(model):
         assert (target, name in _TORCHVISION) == ("torchvision", False)
         return
@@ -106,7 +110,7 @@ NORMALIZED = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     ("encoder", "target"), [("resnet18_quarter", "timm"), ("vit_small", "timm"), ("resnet18", "torchvision")]
 )
 def test_the_lines_it_prints_load_the_same_network(encoder: str, target: str, tmp_path: Path) -> None:
-    run = save_run(tmp_path / "run", ModelConfig(encoder=encoder, dim=8, **NORMALIZED))
+    run = save_run(tmp_path / "run", ModelConfig(encoder=encoder, **NORMALIZED))
     written = export(run, target, tmp_path / "encoder")
     images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     scope: dict[str, Any] = {}
@@ -127,7 +131,7 @@ def test_the_lines_it_prints_load_the_same_network(encoder: str, target: str, tm
 
 
 def test_a_transformer_of_other_heads_is_not_what_timm_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = save_run(tmp_path / "run", ModelConfig(encoder="vit_small", dim=8))
+    run = save_run(tmp_path / "run", ModelConfig(encoder="vit_small"))
     export(run, "timm", tmp_path / "encoder")
     config = json.loads((tmp_path / "encoder" / "config.json").read_text())
     assert (config["architecture"], config["model_args"]["num_heads"]) == ("vit_small_patch16_224", 12)
@@ -138,14 +142,14 @@ def test_a_transformer_of_other_heads_is_not_what_timm_builds(tmp_path: Path, mo
 
 
 def test_what_is_written_says_what_it_is_and_nothing_of_timms_own_weights(tmp_path: Path) -> None:
-    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18_quarter", dim=8), size=64)
+    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18_quarter"), size=64)
     export(run, "timm", tmp_path / "encoder")
     config = json.loads((tmp_path / "encoder" / "config.json").read_text())
     assert config["architecture"] == "resnet18"
     assert config["model_args"]["stem_width"] == 8
     assert not {"tag", "license", "origin_url", "paper_ids"} & config["pretrained_cfg"].keys()
     assert sorted(path.name for path in (tmp_path / "encoder").iterdir()) == ["config.json", "model.safetensors"]
-    run = save_run(tmp_path / "other", ModelConfig(encoder="resnet18", dim=8, **NORMALIZED), size=64)
+    run = save_run(tmp_path / "other", ModelConfig(encoder="resnet18", **NORMALIZED), size=64)
     written = export(run, "torchvision", tmp_path / "encoder.safetensors")
     with safe_open(written.path, framework="pt") as file:
         facts = json.loads(file.metadata()["architecture"])
@@ -155,7 +159,7 @@ def test_what_is_written_says_what_it_is_and_nothing_of_timms_own_weights(tmp_pa
 
 
 def test_an_export_replaces_an_older_one_and_nothing_else(tmp_path: Path) -> None:
-    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18_quarter", dim=8), size=64)
+    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18_quarter"), size=64)
     for _ in range(2):
         export(run, "timm", tmp_path / "encoder")
     (tmp_path / "encoder" / "notes.txt").write_text("mine")
@@ -163,7 +167,7 @@ def test_an_export_replaces_an_older_one_and_nothing_else(tmp_path: Path) -> Non
         export(run, "timm", tmp_path / "encoder")
     with pytest.raises(ValueError, match="name a folder"):
         export(run, "timm", tmp_path / "encoder.safetensors")
-    other = save_run(tmp_path / "other", ModelConfig(encoder="resnet18", dim=8), size=64)
+    other = save_run(tmp_path / "other", ModelConfig(encoder="resnet18"), size=64)
     with pytest.raises(ValueError, match="holds something else"):
         export(other, "torchvision", tmp_path / "encoder")
     assert (tmp_path / "encoder" / "notes.txt").read_text() == "mine"
@@ -172,8 +176,8 @@ def test_an_export_replaces_an_older_one_and_nothing_else(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("model", "target", "says"),
     [
-        (ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8), "timm", "timm has no .* with a cifar stem"),
-        (ModelConfig(encoder="resnet18_quarter", dim=8), "torchvision", "torchvision has no resnet18_quarter"),
+        (ModelConfig(encoder="resnet18_quarter", stem="cifar"), "timm", "timm has no .* with a cifar stem"),
+        (ModelConfig(encoder="resnet18_quarter"), "torchvision", "torchvision has no resnet18_quarter"),
     ],
 )
 def test_what_cannot_be_mapped_is_refused_and_nothing_is_written(
@@ -186,7 +190,7 @@ def test_what_cannot_be_mapped_is_refused_and_nothing_is_written(
 
 
 def test_an_encoder_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18_quarter", dim=8))
+    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18_quarter"))
     monkeypatch.setitem(_TIMM, "resnet18_quarter", ("resnet18", {}))
     with pytest.raises(ValueError, match="timm's resnet18 does not take these weights"):
         export(run, "timm", tmp_path / "encoder")
@@ -195,18 +199,18 @@ def test_an_encoder_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: py
 
 def test_an_encoder_that_has_diverged_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(model: ModelConfig) -> Encoder:
-        encoder = build_encoder(model)
+        encoder = build_encoder(model, METHOD)
         next(encoder.backbone.parameters()).data.fill_(float("nan"))
         return encoder
 
     with monkeypatch.context() as patch:
         patch.setitem(globals(), "build", poisoned)
-        run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18_quarter", dim=8), size=64)
+        run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18_quarter"), size=64)
     with pytest.raises(ValueError, match="it has diverged"):
         export(run, "timm", tmp_path / "encoder")
 
 
 def test_a_missing_folder_is_told(tmp_path: Path) -> None:
-    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18_quarter", dim=8))
+    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18_quarter"))
     with pytest.raises(ValueError, match="there is no folder"):
         export(run, "timm", tmp_path / "nowhere" / "encoder")

@@ -21,6 +21,7 @@ from moco_fast.encoders.encoder import Encoder, build_encoder
 from moco_fast.evaluation import knn
 from moco_fast.evaluation.features import Features, extract, gather, labeled_features, spread
 from moco_fast.evaluation.knn import KnnResult, classify, evaluate_knn
+from moco_fast.methods.momentum_contrast import MomentumContrast
 from pipelines.batch import Batch
 from pipelines.config import Backend, DataConfig
 from pipelines.world import World
@@ -87,7 +88,7 @@ def test_a_tiny_temperature_is_the_nearest_neighbor_and_does_not_overflow() -> N
 @pytest.fixture
 def encoder() -> Encoder:
     torch.manual_seed(0)
-    return build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8))
+    return build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar"), MomentumContrast(dim=8))
 
 
 def image_batches(sizes: list[int], *, first: int = 0) -> Iterator[Batch]:
@@ -276,7 +277,7 @@ def test_the_bank_is_spread_over_the_whole_set(packed_demo: Any) -> None:
 
 def knn_on_this_rank(train: str, val: str) -> KnnResult:
     torch.manual_seed(0)
-    encoder = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8))
+    encoder = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar"), MomentumContrast(dim=8))
     return knn_of(encoder, train, val, world=World(rank=distributed.rank(), world_size=distributed.world_size()))
 
 

@@ -31,7 +31,7 @@ class Training:
         self.out = out
         command = [*launcher, "demo", "--data.shards", str(demo.train), "--run.out", str(out)]
         command += ["--model.encoder", "resnet18_quarter", "--data.batch-size", "32", "--data.lanes", "8"]
-        command += ["--bn.num-groups", "4", "--moco.queue-size", "128", "--run.steps", "20", "--log.every-steps", "1"]
+        command += ["--bn.num-groups", "4", "--method.queue-size", "128", "--run.steps", "20", "--log.every-steps", "1"]
         command += ["--checkpoint.every-steps", "5", "--run.device", "cpu", *options]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)

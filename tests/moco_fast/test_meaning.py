@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import pytest
@@ -11,14 +10,16 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from moco_fast.commandline import main, parse
-from moco_fast.config import BatchNormConfig, Config, MocoConfig, ModelConfig, OptimConfig, RunConfig, validate
+from moco_fast.config import BatchNormConfig, Config, ModelConfig, OptimConfig, RunConfig, validate
 from moco_fast.encoders.encoder import ENCODERS
 from moco_fast.meaning import refuse_meaningless
+from moco_fast.methods.base import Method
+from moco_fast.methods.registry import METHODS, method_class
 from moco_fast.presets import PRESETS
 from moco_fast.training import build as build_module
 from moco_fast.training.build import build
 from moco_fast.training.runtime import Runtime, start
-from moco_fast.training.schedule import lr_at, momentum_at
+from moco_fast.training.schedule import lr_at
 from pipelines.batch import Batch
 from pipelines.config import DataConfig
 from tests.batches import random_batch
@@ -55,8 +56,8 @@ def configuration(shards: str, **sections: Any) -> Config:
     return Config(
         data=DataConfig(shards=shards, batch_size=BATCH),
         run=RunConfig(device="cpu", precision="fp32"),
-        model=sections.pop("model", ModelConfig(encoder="tiny", dim=4, mlp_dim=6)),
-        bn=BatchNormConfig(num_groups=2),
+        model=ModelConfig(encoder="tiny"),
+        bn=sections.pop("bn", BatchNormConfig(num_groups=2)),
         **sections,
     )
 
@@ -71,8 +72,8 @@ def outcome(config: Config, runtime: Runtime) -> list[torch.Tensor]:
     torch.manual_seed(1)
     losses = []
     for step in (0, 4, 9):
-        lr, momentum = lr_at(step, NUM_STEPS, config.optim), momentum_at(step, NUM_STEPS, config.moco)
-        losses.append(parts.train_step([make_batch(step)], lr=lr, momentum=momentum)["loss"])
+        lr, scheduled = lr_at(step, NUM_STEPS, config.optim), config.method.scheduled(step, NUM_STEPS)
+        losses.append(parts.train_step([make_batch(step)], lr=lr, scheduled=scheduled)["loss"])
     return [torch.stack(losses), *(parameter.detach() for parameter in parts.query.parameters())]
 
 
@@ -85,14 +86,20 @@ def with_option(config: Config, option: str, value: Any) -> Config:
     return replace(config, **{section: replace(getattr(config, section), **{name: value})})
 
 
-MOCO_OPTIONS = {
-    "moco.queue_size": 13,
-    "moco.momentum": 0.3,
-    "moco.momentum_schedule": "cosine",
-    "moco.temperature": 0.5,
-    "moco.bank_momentum": 0.9,
-    "model.dim": 5,
-    "model.mlp_dim": 7,
+METHOD_OPTIONS: dict[str, Any] = {
+    "dim": 5,
+    "head": "linear",
+    "mlp_dim": 7,
+    "predictor_dim": 5,
+    "queue_size": 13,
+    "num_negatives": 13,
+    "momentum": 0.3,
+    "momentum_schedule": "constant",
+    "temperature": 0.5,
+    "symmetric": True,
+}
+"""Another value for every option of every method."""
+OTHER_OPTIONS = {
     "model.mean": (0.1, 0.2, 0.3),
     "model.std": (0.1, 0.2, 0.3),
     "bn.num_groups": 4,
@@ -130,37 +137,32 @@ def check_options(base: Config, options: dict[str, Any], runtime: Runtime) -> se
         validate(changed)
         if is_refused(changed, base):
             refused.add(option)
-        assert is_same(outcome(changed, runtime), expected) == (option in refused), (base.moco, base.optim, option)
+        assert is_same(outcome(changed, runtime), expected) == (option in refused), (base.method, base.optim, option)
     return refused
 
 
-MECHANISMS = list(
-    product(
-        ("queue", "batch", "bank"), ("momentum", "query"), ("one-sided", "symmetric", "v3"), ("linear", "mlp", "v3")
-    )
-)
+SMALL = {"dim": 4, "mlp_dim": 6, "predictor_dim": 3, "queue_size": 12, "num_negatives": 12}
+
+
+def small(name: str) -> Method:
+    """A method with few numbers, a momentum that shows, and a schedule that is not the one in METHOD_OPTIONS."""
+    cls = method_class(name)
+    names = {field.name for field in dataclasses.fields(cls)}
+    chosen = {"momentum": 0.9, "momentum_schedule": "cosine"} | SMALL
+    return cls(**{name: value for name, value in chosen.items() if name in names})
 
 
 @pytest.mark.usefixtures("tiny")
-def test_every_option_of_every_mechanism_does_something_or_is_refused(packed_demo: Any, runtime: Runtime) -> None:
-    refused: set[str] = set()
-    num_accepted = 0
-    for dictionary, key_encoder, loss, head in MECHANISMS:
-        moco = MocoConfig(dictionary=dictionary, key_encoder=key_encoder, loss=loss, queue_size=12, momentum=0.9)
-        model = ModelConfig(encoder="tiny", head=head, dim=4, mlp_dim=6)
-        base = configuration(str(packed_demo.train), moco=moco, model=model)
-        try:
-            validate(base)
-        except ValueError:
-            assert dictionary == "bank" or key_encoder == "query"
-            continue
-        num_accepted += 1
-        refused |= check_options(base, MOCO_OPTIONS, runtime)
-    # Queue and batch with a key encoder, three losses and heads each; end-to-end without v3's head; the bank one-sided.
-    assert num_accepted == 9 + 9 + 6 + 2
-    assert refused == {
-        *("moco.queue_size", "moco.momentum", "moco.momentum_schedule", "moco.bank_momentum", "model.mlp_dim")
-    }
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_of_every_method_does_something(packed_demo: Any, runtime: Runtime, name: str) -> None:
+    method = small(name)
+    options = {f"method.{field.name}": METHOD_OPTIONS[field.name] for field in dataclasses.fields(method)}
+    synchronized = "auto" not in method.bn_policies
+    bn = BatchNormConfig(policy="sync") if synchronized else BatchNormConfig(num_groups=2)
+    base = configuration(str(packed_demo.train), method=method, bn=bn, optim=OptimConfig(lr=0.1, momentum=0.5))
+    # On one rank, `none` is the same as `sync`.
+    others = {name: value for name, value in OTHER_OPTIONS.items() if not (synchronized and name.startswith("bn."))}
+    assert not check_options(base, options | others, runtime)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -170,7 +172,7 @@ def test_every_option_of_every_optimizer_does_something_or_is_refused(
     packed_demo: Any, runtime: Runtime, name: Any, schedule: Any
 ) -> None:
     optim = OptimConfig(name=name, schedule=schedule, lr=0.1, weight_decay=0.1)
-    base = configuration(str(packed_demo.train), optim=optim, moco=MocoConfig(queue_size=12, momentum=0.9))
+    base = configuration(str(packed_demo.train), optim=optim, method=small("momentum-contrast"))
     refused = check_options(base, OPTIM_OPTIONS, runtime)
     expected = {"optim.betas"} if name in ("sgd", "lars") else {"optim.momentum"}
     expected |= {"optim.trust"} - ({"optim.trust"} if name == "lars" else set())
@@ -184,7 +186,7 @@ def test_no_preset_sets_what_means_nothing_in_it(name: str) -> None:
     preset = PRESETS[name][1]
     validate(preset)
     # Held-out shards are the user's to name, and views without blur keep its default.
-    refuse_meaningless(preset, Config(data=preset.data, views=preset.views, eval=preset.eval))
+    refuse_meaningless(preset, Config(data=preset.data, views=preset.views, method=preset.method, eval=preset.eval))
 
 
 @pytest.fixture
@@ -196,12 +198,8 @@ def shards(tmp_path: Any) -> str:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("end-to-end --moco.queue-size 100", "--moco.queue-size 100 means nothing beside --moco.dictionary batch"),
-        ("end-to-end --moco.momentum 0.9", "beside --moco.key-encoder query: leave it out, or use"),
-        ("memory-bank --moco.momentum 0.9", "beside --moco.dictionary bank, which remembers keys"),
-        ("memory-bank --bn.policy exchange", "beside --moco.dictionary bank, which encodes no key images"),
-        ("memory-bank --views.key.blur-p 0.5", "--views.key.blur-p 0.5 means nothing beside --moco.dictionary bank"),
-        ("moco-v2 --model.mlp-dim 64", "beside --model.head mlp: leave it out, or use --model.head v3"),
+        ("memory-bank --bn.policy exchange", "--bn.policy exchange cannot be used by memory-bank: use auto or virtual"),
+        ("memory-bank --views.key.blur-p 0.5", "--views.key.blur-p 0.5 means nothing beside memory-bank, which looks"),
         ("moco-v3-resnet50 --bn.num-groups 4", "beside --bn.policy sync"),
         ("moco-v3-vit-small --optim.trust 0.1", "beside --optim.name adamw"),
         ("moco-v2 --optim.milestones 0.5", "beside --optim.schedule cosine"),
@@ -215,8 +213,6 @@ def shards(tmp_path: Any) -> str:
         ("moco-v2 --views.query.jitter-p 0 --views.query.hue 0.2", "beside --views.query.jitter-p 0"),
         ("moco-v2 --views.key.grayscale-p 0 --views.key.grayscale-first", "beside --views.key.grayscale-p 0"),
         ("moco-v2 --data.stream-samples 500", "is for tars without an index"),
-        ("memory-bank --model.head v3", "--model.head v3 has a predictor for queries alone"),
-        ("memory-bank --moco.loss v3", "so --moco.loss v3 would take it in twice"),
     ],
 )
 def test_what_means_nothing_is_refused_where_it_is_given(
@@ -238,9 +234,7 @@ def test_streamed_tars_have_neither_lanes_nor_readers(tmp_path: Any, option: str
         parse([*words, f"--data.{option}", "8"])
 
 
-@pytest.mark.parametrize(
-    "words", ["cifar10 --moco.dictionary batch", "moco-v3-resnet50 --optim.name sgd", "demo --run.steps 20"]
-)
+@pytest.mark.parametrize("words", ["moco-v3-resnet50 --optim.name sgd", "demo --run.steps 20"])
 def test_what_the_preset_says_of_an_option_is_not_the_users_to_leave_out(shards: str, words: str) -> None:
     config = parse([*words.split(), "--data.shards", shards])
     assert dataclasses.is_dataclass(config)

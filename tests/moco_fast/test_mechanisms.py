@@ -14,11 +14,12 @@ from moco_fast import distributed
 from moco_fast.config import ModelConfig, OptimConfig
 from moco_fast.encoders.encoder import build_encoder
 from moco_fast.methods.batchnorm import batch_norm_over_ranks, use_statistics_of_all_ranks
-from moco_fast.methods.dictionary import Batch as BatchDictionary
-from moco_fast.methods.dictionary import MemoryBank
+from moco_fast.methods.dictionary import Bank, InBatch
+from moco_fast.methods.discrimination import Discrimination
 from moco_fast.methods.key_queue import Queue
 from moco_fast.methods.keys import BankKeys, MomentumKeys, QueryKeys
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
 from moco_fast.methods.shuffle import Exchange, Together
 from moco_fast.training.optim import build_optimizer
 from moco_fast.training.step import TrainStep
@@ -38,7 +39,8 @@ def make_batch(step, rank):
 
 def make_query(head):
     torch.manual_seed(0)
-    query = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar", head=head, dim=8, mlp_dim=16))
+    method = MomentumContrastV3(dim=8, mlp_dim=16) if head == "v3" else MomentumContrast(head=head, dim=8)
+    query = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar"), method)
     query.double().register_forward_pre_hook(lambda _, images: images[0].double())  # so that rounding hides no error
     return query.to(memory_format=torch.channels_last)
 
@@ -48,7 +50,7 @@ def make_queue():
 
 
 def make_bank():
-    return MemoryBank(8, 64, torch.Generator().manual_seed(1), num_negatives=16, momentum=0.5).double()
+    return Bank(8, 64, torch.Generator().manual_seed(1), num_negatives=16, momentum=0.5).double()
 
 
 def train(mechanism):
@@ -61,26 +63,31 @@ def train(mechanism):
     if distributed.is_distributed():
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.13 renames broadcast_buffers
             wrapped = DistributedDataParallel(query, broadcast_buffers=False)
-    dictionary = {"symmetric": make_queue, "bank": make_bank}.get(mechanism, BatchDictionary)()
+    dictionary = {"symmetric": make_queue, "bank": make_bank}.get(mechanism, InBatch)()
     if mechanism == "bank":
         keys = BankKeys(dictionary)
     elif mechanism == "end-to-end":
-        keys = QueryKeys(wrapped, policy, torch.enable_grad)
+        keys = QueryKeys(policy)
     else:
         key = copy_as_key_encoder(query)
         keys = MomentumKeys(key, MomentumUpdate(query, key), policy, torch.enable_grad)
-    step = TrainStep(
-        query=wrapped,
+    objective = Discrimination(
         keys=keys,
         dictionary=dictionary,
-        optimizer=build_optimizer(query, OptimConfig(momentum=0.0, weight_decay=0.0)),
         temperature=TEMPERATURE,
-        symmetric=mechanism in ("symmetric", "v3"),
+        num_passes=2 if mechanism in ("symmetric", "v3") else 1,
         loss_scale=2 * TEMPERATURE if mechanism == "v3" else 1.0,
+    )
+    step = TrainStep(
+        query=wrapped,
+        objective=objective,
+        optimizer=build_optimizer(query, OptimConfig(momentum=0.0, weight_decay=0.0)),
         clip_norm=CLIP_NORM,
     )
     torch.manual_seed(7)
-    watched = [step([make_batch(n, distributed.rank())], lr=LR, momentum=MOMENTUM) for n in range(NUM_STEPS)]
+    watched = [
+        step([make_batch(n, distributed.rank())], lr=LR, scheduled={"momentum": MOMENTUM}) for n in range(NUM_STEPS)
+    ]
     return SimpleNamespace(
         query={name: value.detach().clone() for name, value in query.named_parameters()},
         dictionary=dictionary.state_dict().get("keys"),

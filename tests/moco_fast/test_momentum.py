@@ -6,12 +6,13 @@ from torch import nn
 from moco_fast.config import ModelConfig
 from moco_fast.encoders.encoder import build_encoder
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
 
-SMALL = ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8)
+SMALL = ModelConfig(encoder="resnet18_quarter", stem="cifar"), MomentumContrast(dim=8)
 
 
 def pair(memory_format=torch.channels_last):
-    query = build_encoder(SMALL).to(memory_format=memory_format)
+    query = build_encoder(*SMALL).to(memory_format=memory_format)
     key = copy_as_key_encoder(query)
     with torch.no_grad():
         for parameter in query.parameters():
@@ -43,7 +44,7 @@ def test_many_small_steps_are_not_lost_to_rounding():
 
 
 def test_the_copy_starts_equal_takes_no_gradient_and_shares_nothing():
-    query = build_encoder(SMALL).to(memory_format=torch.channels_last)
+    query = build_encoder(*SMALL).to(memory_format=torch.channels_last)
     key = copy_as_key_encoder(query)
     for name, parameter in query.named_parameters():
         copied = key.get_parameter(name)
@@ -56,7 +57,7 @@ def test_the_copy_starts_equal_takes_no_gradient_and_shares_nothing():
 
 
 def test_the_predictor_is_the_querys_alone():
-    query = build_encoder(ModelConfig(encoder="resnet18_quarter", head="v3", dim=4, mlp_dim=8))
+    query = build_encoder(ModelConfig(encoder="resnet18_quarter"), MomentumContrastV3(dim=4, mlp_dim=8))
     key = copy_as_key_encoder(query)
     assert key.predictor is None
     assert query.predictor is not None

@@ -8,9 +8,11 @@ import torch
 
 from moco_fast.config import ModelConfig, OptimConfig, RunConfig
 from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods.discrimination import Discrimination
 from moco_fast.methods.key_queue import Queue
 from moco_fast.methods.keys import MomentumKeys
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.momentum_contrast import MomentumContrast
 from moco_fast.methods.shuffle import Together
 from moco_fast.training.metrics import Average
 from moco_fast.training.optim import build_optimizer, optimizer_tensors
@@ -37,17 +39,19 @@ def make_batch(number):
 
 def make_parts(runtime, *, optimizer="sgd", clip_norm=None):
     torch.manual_seed(0)
-    query = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8))
+    query = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar"), MomentumContrast(dim=8))
     query.to(memory_format=torch.channels_last)
     key = copy_as_key_encoder(query)
     bare = build_optimizer(query, OptimConfig(name=optimizer))
     queue = Queue(8, 64, torch.Generator().manual_seed(1))
     step = TrainStep(
         query=runtime.wrap_model(query, backwards_per_step=1),
-        keys=MomentumKeys(key, MomentumUpdate(query, key), Together(), runtime.autocast),
-        dictionary=queue,
+        objective=Discrimination(
+            keys=MomentumKeys(key, MomentumUpdate(query, key), Together(), runtime.autocast),
+            dictionary=queue,
+            temperature=0.2,
+        ),
         optimizer=runtime.wrap_optimizer(bare),
-        temperature=0.2,
         clip_norm=clip_norm,
         autocast=runtime.autocast,
         backward=runtime.backward,
@@ -63,11 +67,11 @@ def weights(module):
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 def test_float16_with_loss_scaling_follows_float32(half_runtime, clip_norm):
     half = make_parts(half_runtime, clip_norm=clip_norm)
-    ours = half.step([make_batch(0)], lr=0.1, momentum=0.9)
+    ours = half.step([make_batch(0)], lr=0.1, scheduled={"momentum": 0.9})
     half_runtime.accelerator.scaler = None
     half_runtime.accelerator.native_amp = False
     full = make_parts(half_runtime, clip_norm=clip_norm)
-    expected = full.step([make_batch(0)], lr=0.1, momentum=0.9)
+    expected = full.step([make_batch(0)], lr=0.1, scheduled={"momentum": 0.9})
     assert ours["loss"].item() == pytest.approx(expected["loss"].item(), rel=0.02)
     assert ours["loss"].item() != expected["loss"].item()
     assert ours["grad_norm"].item() == pytest.approx(expected["grad_norm"].item(), rel=0.1)  # that is, unscaled
@@ -85,7 +89,7 @@ def test_a_gradient_that_overflows_skips_its_step_and_nothing_is_poisoned(half_r
     parts = make_parts(half_runtime, optimizer=optimizer)
     parts.key.get_parameter("head.0.bias").data.fill_(1.0)
     before = weights(parts.query)
-    watched = parts.step([make_batch(0)], lr=0.1, momentum=0.9)
+    watched = parts.step([make_batch(0)], lr=0.1, scheduled={"momentum": 0.9})
     assert not watched["grad_norm"].isfinite()
     assert watched["loss"].isfinite()
     assert scaler.get_scale() == 2.0**20
@@ -96,7 +100,7 @@ def test_a_gradient_that_overflows_skips_its_step_and_nothing_is_poisoned(half_r
     assert parts.queue.keys.isfinite().all()
     assert parts.key.get_parameter("head.0.bias").max() < 1.0
     for number in range(1, 4):
-        watched = parts.step([make_batch(number)], lr=0.1, momentum=0.9)
+        watched = parts.step([make_batch(number)], lr=0.1, scheduled={"momentum": 0.9})
     assert watched["grad_norm"].isfinite()
     assert not torch.equal(weights(parts.query)["head.0.weight"], before["head.0.weight"])
     assert all(value.isfinite().all() for value in parts.query.state_dict().values())

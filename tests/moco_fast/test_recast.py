@@ -13,6 +13,7 @@ from moco_fast.config import ModelConfig
 from moco_fast.encoders.encoder import build_encoder
 from moco_fast.methods.keys import MomentumKeys
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
 from moco_fast.methods.recast import RecastWeights
 from moco_fast.methods.shuffle import Together
 
@@ -21,7 +22,8 @@ bf16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 
 def make_keys(*, recast, encoder="resnet18_quarter", head="mlp", backend=None):
     torch.manual_seed(0)
-    query = build_encoder(ModelConfig(encoder=encoder, stem="cifar", head=head, dim=8, mlp_dim=16))
+    method = MomentumContrastV3(dim=8, mlp_dim=16) if head == "v3" else MomentumContrast(head=head, dim=8)
+    query = build_encoder(ModelConfig(encoder=encoder, stem="cifar"), method)
     query.to(memory_format=torch.channels_last)
     key = copy_as_key_encoder(query)
     if backend:
@@ -36,9 +38,9 @@ def step(query, keys, number):
     with torch.no_grad():
         for parameter in query.parameters():
             parameter.add_(torch.rand(parameter.shape, generator=generator), alpha=0.1)
-    keys.advance(0.9)
+    keys.advance({"momentum": 0.9})
     images = torch.randint(0, 256, (4, 3, 24, 24), dtype=torch.uint8, generator=generator)
-    return keys(images.contiguous(memory_format=torch.channels_last), torch.arange(4))
+    return keys(None, images.contiguous(memory_format=torch.channels_last), torch.arange(4))
 
 
 class CastsOfWeights(TorchDispatchMode):
@@ -75,9 +77,9 @@ def test_weights_are_cast_once_per_step_and_not_per_forward():
     found = {}
     for name, each in (("recast", keys), ("plain", plain)):
         with CastsOfWeights() as casts:
-            each.advance(0.9)
-            each(images, torch.arange(4))
-            each(images, torch.arange(4))
+            each.advance({"momentum": 0.9})
+            each(None, images, torch.arange(4))
+            each(None, images, torch.arange(4))
         found[name] = casts.num
     num_layers = sum(isinstance(layer, torch.nn.Conv2d | torch.nn.Linear) for layer in key.modules())
     assert found["plain"]["single"] - found["recast"]["single"] == 2 * num_layers
@@ -89,7 +91,7 @@ def test_the_weights_are_back_after_an_error():
     _, key, keys = make_keys(recast=True)
     before = dict(key.named_parameters())
     with pytest.raises(RuntimeError):
-        keys(torch.zeros(4, 5, 24, 24, dtype=torch.uint8), torch.arange(4))
+        keys(None, torch.zeros(4, 5, 24, 24, dtype=torch.uint8), torch.arange(4))
     assert all(parameter is before[name] for name, parameter in key.named_parameters())
 
 

@@ -24,14 +24,15 @@ from torchvision.models.resnet import BasicBlock
 
 from moco_fast.encoders.encoder import ENCODERS, build_encoder, sine_cosine_positions
 from moco_fast.methods.batchnorm import convert_batch_norm
-from moco_fast.methods.dictionary import Batch as BatchDictionary
+from moco_fast.methods.dictionary import InBatch
+from moco_fast.methods.discrimination import Discrimination
 from moco_fast.methods.key_queue import Queue
 from moco_fast.methods.keys import MomentumKeys
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.methods.shuffle import Together, build_policy
 from moco_fast.presets import PRESETS
 from moco_fast.training.optim import build_optimizer
-from moco_fast.training.schedule import lr_at, momentum_at
+from moco_fast.training.schedule import lr_at
 from moco_fast.training.step import TrainStep
 from pipelines.batch import Batch
 
@@ -47,7 +48,7 @@ class Call:
     zero_init_residual: bool = False
     stop_grad_conv1: bool = False
     stem: str = "imagenet"
-    head: str
+    head: str | None
     dim: int = 128
     mlp_dim: int | None = None
     normalize: tuple[tuple[float, float, float], tuple[float, float, float]] = IMAGENET
@@ -56,7 +57,7 @@ class Call:
 # moco: models.__dict__[arch](num_classes=dim); --mlp puts a hidden layer of the same width before the last one.
 MOCO_V1, MOCO_V2 = Call(head="linear"), Call(head="mlp")
 # moco-v3: partial(torchvision_models[arch], zero_init_residual=True), partial(vits[arch], stop_grad_conv1=...).
-V3 = partial(Call, head="v3", dim=256, mlp_dim=4096)
+V3 = partial(Call, head=None, dim=256, mlp_dim=4096)
 CALLS = {
     "moco-v1": MOCO_V1,
     "moco-v1-1b": MOCO_V1,
@@ -67,6 +68,9 @@ CALLS = {
     "moco-v3-resnet50": V3(zero_init_residual=True),
     "moco-v3-vit-small": V3(arch="vit_small", stop_grad_conv1=True),
     "moco-v3-vit-base": V3(arch="vit_base", stop_grad_conv1=True),
+    # byol/byol_experiment.py and simsiam/builder.py; test_encoders.py holds the layers of their heads.
+    "byol": Call(head=None, dim=256, mlp_dim=4096),
+    "simsiam": Call(head=None, dim=2048, zero_init_residual=True),
     "cifar10": Call(arch="resnet18", stem="cifar", head="linear", normalize=CIFAR),
 }
 
@@ -77,9 +81,10 @@ def test_every_preset_but_the_demo_has_its_call():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_every_preset_builds_its_encoder_with_the_authors_arguments(name):
-    model, call = PRESETS[name][1].model, CALLS[name]
-    assert (model.encoder, model.stem, model.head, model.dim) == (call.arch, call.stem, call.head, call.dim)
-    assert model.mlp_dim == call.mlp_dim or call.mlp_dim is None
+    model, method, call = PRESETS[name][1].model, PRESETS[name][1].method, CALLS[name]
+    assert (model.encoder, model.stem, method.dim) == (call.arch, call.stem, call.dim)
+    assert getattr(method, "head", None) == call.head
+    assert getattr(method, "mlp_dim", None) == call.mlp_dim
     assert model.zero_init_residual == call.zero_init_residual
     assert model.freeze_patch_projection == call.stop_grad_conv1
     assert (model.mean, model.std) == call.normalize
@@ -96,7 +101,7 @@ def authors_resnet(call):
 @pytest.mark.parametrize("name", ["moco-v2", "moco-v3-resnet50", "cifar10"])
 def test_every_weight_of_a_resnet_starts_as_the_authors_network_does(name):
     preset = PRESETS[name][1]
-    ours = build_encoder(preset.model).backbone.state_dict()
+    ours = build_encoder(preset.model, preset.method).backbone.state_dict()
     theirs = authors_resnet(CALLS[name]).state_dict()
     assert ours.keys() == theirs.keys()
     num_constant = 0
@@ -117,7 +122,8 @@ def test_every_weight_of_a_resnet_starts_as_the_authors_network_does(name):
 
 @pytest.mark.parametrize(("name", "dim", "heads"), [("moco-v3-vit-small", 384, 12), ("moco-v3-vit-base", 768, 12)])
 def test_every_weight_of_a_transformer_starts_as_vits_py_says(name, dim, heads):
-    vit = build_encoder(PRESETS[name][1].model).backbone
+    preset = PRESETS[name][1]
+    vit = build_encoder(preset.model, preset.method).backbone
     assert (len(vit.blocks), vit.embed_dim, vit.patch_embed.patch_size) == (12, dim, (16, 16))
     assert all(block.attn.num_heads == heads for block in vit.blocks)
     assert all(block.mlp.fc1.out_features == 4 * dim for block in vit.blocks)
@@ -163,7 +169,11 @@ def test_positions_of_a_grid_that_is_not_square_still_run_row_by_row():
 # The tiny recipe: all of moco-v3-resnet50, with ten layers in place of 50 and narrow heads.
 NUM_STEPS, BATCH, DIM, MLP_DIM = 20, 8, 8, 16
 V3_PRESET = PRESETS["moco-v3-resnet50"][1]
-V3_TINY = replace(V3_PRESET, model=replace(V3_PRESET.model, encoder="resnet10", dim=DIM, mlp_dim=MLP_DIM))
+V3_TINY = replace(
+    V3_PRESET,
+    model=replace(V3_PRESET.model, encoder="resnet10"),
+    method=replace(V3_PRESET.method, dim=DIM, mlp_dim=MLP_DIM),
+)
 
 
 def make_batch(step, batch=BATCH, side=32):
@@ -172,10 +182,10 @@ def make_batch(step, batch=BATCH, side=32):
     return Batch(views=tuple(views), index=torch.arange(batch), label=torch.full((batch,), -1))
 
 
-def in_float64(model, normalize):
+def in_float64(preset, normalize):
     """The encoder of a recipe, from seed 0, with all of its numbers in float64."""
     torch.manual_seed(0)
-    encoder = build_encoder(model).double()
+    encoder = build_encoder(preset.model, preset.method).double()
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in normalize)
     encoder.pixel_scale, encoder.pixel_shift = 1 / (255 * std), -mean / std
     return encoder
@@ -198,21 +208,20 @@ def resnet10(monkeypatch):
 
 def our_training():
     """The parameters at the start, the losses, and the encoders after the last step; in float64."""
-    query = in_float64(V3_TINY.model, IMAGENET)
+    query = in_float64(V3_TINY, IMAGENET)
     start = copy.deepcopy(query.state_dict())
     key = copy_as_key_encoder(query)
-    moco, optim = V3_TINY.moco, V3_TINY.optim
-    step = TrainStep(
-        query=query,
+    method, optim = V3_TINY.method, V3_TINY.optim
+    objective = Discrimination(
         keys=MomentumKeys(key, MomentumUpdate(query, key), Together(), nullcontext),
-        dictionary=BatchDictionary(),
-        optimizer=build_optimizer(query, optim),
-        temperature=moco.temperature,
-        symmetric=True,
-        loss_scale=2 * moco.temperature,
+        dictionary=InBatch(),
+        temperature=method.temperature,
+        num_passes=method.backward_passes,
+        loss_scale=method.loss_scale,
     )
+    step = TrainStep(query=query, objective=objective, optimizer=build_optimizer(query, optim))
     losses = [
-        step([make_batch(n)], lr=lr_at(n, NUM_STEPS, optim), momentum=momentum_at(n, NUM_STEPS, moco))["loss"].item()
+        step([make_batch(n)], lr=lr_at(n, NUM_STEPS, optim), scheduled=method.scheduled(n, NUM_STEPS))["loss"].item()
         for n in range(NUM_STEPS)
     ]
     return start, losses, query, key
@@ -309,7 +318,9 @@ def test_twenty_steps_of_v3_are_the_authors_with_their_start_and_their_lars():
 # The tiny demo: all of cifar10, with ten layers in place of 18, two samples in each of the eight groups, a short queue.
 DEMO_BATCH, DEMO_QUEUE, NUM_SPLITS = 16, 64, 8
 CIFAR_PRESET = PRESETS["cifar10"][1]
-CIFAR_TINY = replace(CIFAR_PRESET, model=replace(CIFAR_PRESET.model, encoder="resnet10", dim=DIM))
+CIFAR_TINY = replace(
+    CIFAR_PRESET, model=replace(CIFAR_PRESET.model, encoder="resnet10"), method=replace(CIFAR_PRESET.method, dim=DIM)
+)
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
@@ -365,26 +376,25 @@ class AuthorsDemo:
 
 @pytest.mark.usefixtures("resnet10")
 def test_steps_of_cifar10_are_the_demos_for_the_same_groups_and_permutation():
-    query = in_float64(CIFAR_TINY.model, CIFAR)
+    query = in_float64(CIFAR_TINY, CIFAR)
     start = copy.deepcopy(query.state_dict())
     convert_batch_norm(query, CIFAR_TINY.bn)
     key = copy_as_key_encoder(query)
     queue = Queue(DIM, DEMO_QUEUE, torch.Generator().manual_seed(0)).double()
     authors = AuthorsDemo(start, queue.keys)
     policy = build_policy(CIFAR_TINY.bn, batch_size=DEMO_BATCH, local_world_size=1)
-    moco, optim = CIFAR_TINY.moco, CIFAR_TINY.optim
-    step = TrainStep(
-        query=query,
+    method, optim = CIFAR_TINY.method, CIFAR_TINY.optim
+    objective = Discrimination(
         keys=MomentumKeys(key, MomentumUpdate(query, key), policy, nullcontext),
         dictionary=queue,
-        optimizer=build_optimizer(query, optim),
-        temperature=moco.temperature,
+        temperature=method.temperature,
     )
+    step = TrainStep(query=query, objective=objective, optimizer=build_optimizer(query, optim))
     # Our groups are neighbors; in this order they are the demo's, and our way to deal keys out is this permutation.
     order = torch.arange(DEMO_BATCH).view(NUM_SPLITS, -1).T.flatten()
     for number in range(6):
         batch = make_batch(number, DEMO_BATCH, 16)
-        loss = step([batch], lr=optim.lr, momentum=moco.momentum)["loss"].item()
+        loss = step([batch], lr=optim.lr, scheduled=method.scheduled(number, 6))["loss"].item()
         assert loss == pytest.approx(authors.step(batch, order, order), rel=1e-9)
     for ours, theirs in ((query, authors.base), (key, authors.slow)):
         expected = {named(name): value for name, value in theirs.named_parameters()}

@@ -19,11 +19,15 @@ from PIL import Image
 from moco_fast.config import to_dict
 from moco_fast.evaluation.features import labeled_features
 from moco_fast.evaluation.untrained import untrained_twin
+from moco_fast.methods.base import Level, Method
+from moco_fast.methods.end_to_end import EndToEnd
+from moco_fast.methods.memory_bank import MemoryBank
+from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
 from moco_fast.presets import PRESETS
-from moco_fast.report.figures import Curve, Level, draw_curves, thin_out
+from moco_fast.report.figures import Curve, draw_curves, thin_out
 from moco_fast.report.neighbors import find_neighbors
 from moco_fast.report.record import read_run
-from moco_fast.report.report import guessing, write_report
+from moco_fast.report.report import write_report
 from moco_fast.report.words import configuration_table, headline
 from moco_fast.training.checkpoint import load_encoder
 from pipelines.loader import open_loader
@@ -248,9 +252,9 @@ def test_configuration_lists_every_option_and_marks_what_differs(finished_run: P
     record = read_run(finished_run)
     assert record.recipe == "cifar10"
     options = {option.name: option for option in configuration_table(record)}
-    assert options["--model.dim"].value == "16"
-    assert options["--model.dim"].recipe == "128"
-    assert options["--moco.momentum"].recipe is not None
+    assert options["--method.dim"].value == "16"
+    assert options["--method.dim"].recipe == "128"
+    assert options["--method.momentum"].recipe is not None
     assert options["--views.query.flip-p"].recipe is None
     assert len(options) == len(list(leaves(to_dict(record.config))))
 
@@ -287,19 +291,46 @@ def test_the_recipe_of_a_run_without_environment_is_the_nearest(run: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("moco", "choices", "loss"),
+    ("method", "choices", "loss"),
     [
-        ({}, 4097, math.log(4097)),
-        ({"loss": "symmetric"}, 4097, 2 * math.log(4097)),
-        ({"dictionary": "batch", "loss": "v3", "temperature": 0.5}, 32, 2 * math.log(32)),
+        (MomentumContrast(queue_size=4096), 4097, math.log(4097)),
+        (MomentumContrast(queue_size=4096, symmetric=True), 4097, 2 * math.log(4097)),
+        (MomentumContrastV3(temperature=0.5), 32, 2 * math.log(32)),
+        (EndToEnd(), 32, math.log(32)),
+        (MemoryBank(num_negatives=10), 11, math.log(11)),
     ],
 )
-def test_guessing_is_the_loss_of_one_who_cannot_tell(
-    moco: dict[str, Any], choices: int, loss: float, finished_run: Path
-) -> None:
-    config = read_run(finished_run).config
-    changed = dataclasses.replace(config, moco=dataclasses.replace(config.moco, queue_size=4096, **moco))
-    assert guessing(changed) == (choices, pytest.approx(loss))
+def test_guessing_is_the_loss_of_one_who_cannot_tell(method: Method, choices: int, loss: float) -> None:
+    chart = method.charts(32)[0]
+    assert chart.level is not None
+    assert (chart.level.label, chart.level.value) == ("guessing", pytest.approx(loss))
+    assert f"among {choices:,}." in chart.caption
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_number_that_a_method_watches_has_its_chart(name: str) -> None:
+    method = PRESETS[name][1].method
+    shown = [number for chart in method.charts(32) for number in chart.curves]
+    assert sorted(shown) == sorted(("loss", *method.watched))
+    assert all(chart.about in ("learning", "health") and chart.caption.endswith(".") for chart in method.charts(32))
+
+
+@pytest.mark.parametrize("name", ["moco-v3-resnet50", "simsiam"])
+def test_a_report_shows_what_the_method_watches_and_nothing_else(name: str, run: Path) -> None:
+    config = dataclasses.replace(read_run(run).config, method=PRESETS[name][1].method)
+    watched = config.method.watched
+    line = dict.fromkeys(("loss", *watched, "lr", "samples_per_s", "data_wait_share"), 0.25)
+    lines = [{"step": step, "epoch": 1.0, "samples": 32, "time_s": 1.0} | line for step in (10, 20)]
+    (run / "config.json").write_text(json.dumps(to_dict(config)))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    record = read_run(run)
+    assert record.config == config
+    page = write_report(run, num_samples=1).read_text()
+    for chart in config.method.charts(32):
+        assert f"{chart.title} over training steps" in page
+    for title in ("Contrastive accuracy", "Similarities"):
+        assert (f"{title} over training steps" in page) == ("accuracy" in watched)
+    assert config.method.note(lines[-1]) in page
 
 
 def test_the_headline_of_a_stopped_run(run: Path) -> None:

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moco_fast.config import Config, MocoConfig, OptimConfig, RunConfig
+from moco_fast.config import OptimConfig, RunConfig
+from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
 from moco_fast.presets import PRESETS
-from moco_fast.training.schedule import describe_lr, lr_at, momentum_at, run_length
+from moco_fast.training.schedule import describe_lr, lr_at, run_length
 from pipelines.config import DataConfig
 
 
@@ -38,11 +39,11 @@ def test_a_billion_images_decay_by_a_tenth_every_62500_of_1250000_steps():
 
 
 def test_v3_momentum_rises_to_one_by_a_cosine():
-    moco = MocoConfig(momentum=0.99, momentum_schedule="cosine")
-    values = [momentum_at(step, 100, moco) for step in range(101)]
+    method = MomentumContrastV3(momentum=0.99)
+    values = [method.scheduled(step, 100)["momentum"] for step in range(101)]
     assert values == pytest.approx([1 - 0.5 * (1 + math.cos(math.pi * i / 100)) * (1 - 0.99) for i in range(101)])
     assert (values[0], values[100]) == (pytest.approx(0.99), 1)
-    assert momentum_at(50, 100, MocoConfig(momentum=0.999)) == 0.999
+    assert MomentumContrast(momentum=0.999).scheduled(50, 100) == {"momentum": 0.999}
 
 
 @given(
@@ -74,7 +75,12 @@ def test_any_schedule_stays_between_zero_and_the_peak(schedule, warmup, num_step
     ],
 )
 def test_a_run_is_as_long_as_asked_in_epochs_steps_or_samples(run, accumulate, expected):
-    config = Config(data=DataConfig(shards="s", batch_size=32), run=run, optim=OptimConfig(accumulate=accumulate))
+    config = replace(
+        PRESETS["moco-v2"][1],
+        data=DataConfig(shards="s", batch_size=32),
+        run=run,
+        optim=OptimConfig(accumulate=accumulate),
+    )
     assert run_length(config, batches_per_epoch=10) == expected
 
 

@@ -11,6 +11,7 @@ from moco_fast import distributed
 from moco_fast.config import BatchNormConfig, ModelConfig
 from moco_fast.encoders.encoder import build_encoder
 from moco_fast.methods import shuffle
+from moco_fast.methods.momentum_contrast import MomentumContrast
 from moco_fast.methods.shuffle import Exchange, Gather, Together, VirtualGroups, build_policy, exchange_group
 
 
@@ -88,7 +89,7 @@ def test_nodes_exchange_among_their_own_ranks(run_ranks):
 def keys_of_world(policy_name, images):
     """Keys of this rank's images under a policy, by an encoder that is the same on all ranks."""
     torch.manual_seed(3)
-    encoder = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=4))
+    encoder = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar"), MomentumContrast(dim=4))
     policy = Exchange(None) if policy_name == "exchange" else Together()
     own = images[distributed.rank()]
     with torch.no_grad():

@@ -15,16 +15,19 @@ from moco_fast import distributed
 from moco_fast.config import ModelConfig, OptimConfig
 from moco_fast.encoders.encoder import build_encoder
 from moco_fast.methods.batchnorm import use_group_statistics
+from moco_fast.methods.discrimination import Discrimination
 from moco_fast.methods.key_queue import Queue
 from moco_fast.methods.keys import MomentumKeys
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
+from moco_fast.methods.momentum_contrast import MomentumContrast
 from moco_fast.methods.shuffle import Exchange, Gather, Together, VirtualGroups
 from moco_fast.training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from moco_fast.training.step import TrainStep
 from pipelines.batch import Batch
 from tests.batches import random_batch
 
-MODEL = ModelConfig(encoder="resnet18_quarter", stem="cifar", dim=8)
+MODEL = ModelConfig(encoder="resnet18_quarter", stem="cifar")
+DIM = 8
 OPTIM = OptimConfig(lr=0.02, weight_decay=1e-3)
 TEMPERATURE = 0.2
 MOMENTUM = 0.9
@@ -35,7 +38,7 @@ PERMUTATION = [3, 14, 7, 0, 9, 12, 5, 10, 1, 15, 6, 2, 13, 8, 4, 11]
 
 def make_parts(num_groups=1, *, exact=False):
     torch.manual_seed(0)
-    query = build_encoder(MODEL)
+    query = build_encoder(MODEL, MomentumContrast(dim=DIM))
     if num_groups > 1:
         use_group_statistics(query, num_groups)
     query.to(memory_format=torch.channels_last)
@@ -43,7 +46,7 @@ def make_parts(num_groups=1, *, exact=False):
         # The same weights in float64, so that rounding cannot hide an error.
         query.double().register_forward_pre_hook(lambda _, images: images[0].double())
     # No multiple of the batch, so that the queue wraps in the middle of one.
-    queue = Queue(MODEL.dim, 37, torch.Generator().manual_seed(1))
+    queue = Queue(DIM, 37, torch.Generator().manual_seed(1))
     return query, copy_as_key_encoder(query), queue.double() if exact else queue
 
 
@@ -51,19 +54,12 @@ def make_batch(step, rank):
     return random_batch(1000 * step + rank, BATCH, SIZE)
 
 
-def make_step(policy, num_groups=1, wrap=lambda query: query, autocast=nullcontext, exact=False, **options):
+def make_step(policy, num_groups=1, wrap=lambda query: query, autocast=nullcontext, exact=False, num_passes=1):
     query, key, queue = make_parts(num_groups, exact=exact)
     optimizer = build_optimizer(query, OPTIM)
     keys = MomentumKeys(key, MomentumUpdate(query, key), policy, autocast)
-    step = TrainStep(
-        query=wrap(query),
-        keys=keys,
-        dictionary=queue,
-        optimizer=optimizer,
-        temperature=TEMPERATURE,
-        autocast=autocast,
-        **options,
-    )
+    objective = Discrimination(keys=keys, dictionary=queue, temperature=TEMPERATURE, num_passes=num_passes)
+    step = TrainStep(query=wrap(query), objective=objective, optimizer=optimizer, autocast=autocast)
     return SimpleNamespace(query=query, key=key, queue=queue, optimizer=optimizer, step=step)
 
 
@@ -95,7 +91,7 @@ def train_ranks(policy_name, num_steps, accumulate):
     watched = []
     for step in range(num_steps):
         batches = [make_batch(step * accumulate + i, distributed.rank()) for i in range(accumulate)]
-        watched.append(parts.step(batches, lr=OPTIM.lr / (step + 1), momentum=MOMENTUM))
+        watched.append(parts.step(batches, lr=OPTIM.lr / (step + 1), scheduled={"momentum": MOMENTUM}))
     return result_of(parts, watched)
 
 
@@ -125,7 +121,7 @@ def simulate(policy_name, num_steps, accumulate, world_size):
         query.zero_grad()
         for micro in range(accumulate):
             batches = [make_batch(step * accumulate + micro, rank) for rank in range(world_size)]
-            keys = torch.zeros(world_size, BATCH, MODEL.dim, dtype=torch.float64)
+            keys = torch.zeros(world_size, BATCH, DIM, dtype=torch.float64)
             for images, owners in naive_shuffle(policy_name, [batch.views[1] for batch in batches], world_size):
                 with torch.no_grad():
                     for (owner, row), k in zip(owners, F.normalize(key(images)), strict=True):
@@ -184,9 +180,9 @@ def test_virtual_groups_on_one_rank_do_what_separate_ranks_would():
         index=torch.arange(16),
         label=torch.full((16,), -1),
     )
-    watched = parts.step([merged], lr=OPTIM.lr, momentum=MOMENTUM)
+    watched = parts.step([merged], lr=OPTIM.lr, scheduled={"momentum": MOMENTUM})
     query, key, _ = make_parts()
-    keys = torch.zeros(16, MODEL.dim)
+    keys = torch.zeros(16, DIM)
     for group in range(2):
         dealt = [row for place in range(8 * group, 8 * group + 8) for row in [place // 2 + 8 * (place % 2)]]
         with torch.no_grad():
@@ -202,7 +198,7 @@ def test_what_is_watched():
     before = copy.deepcopy(parts.query)
     batch = make_batch(0, 0)
     queue = parts.queue.keys.clone()
-    watched = parts.step([batch], lr=0.1, momentum=MOMENTUM)
+    watched = parts.step([batch], lr=0.1, scheduled={"momentum": MOMENTUM})
     queries = F.normalize(before(batch.views[0]))
     keys = parts.queue.keys[:BATCH]
     positives, negatives = (queries * keys).sum(1), queries @ queue.T
@@ -223,31 +219,35 @@ def test_what_is_watched():
 def test_a_saved_state_continues_bit_for_bit():
     parts, fresh = make_step(Together()), make_step(Together())
     for step in range(2):
-        parts.step([make_batch(step, 0)], lr=0.1, momentum=MOMENTUM)
+        parts.step([make_batch(step, 0)], lr=0.1, scheduled={"momentum": MOMENTUM})
     for name in ("query", "key", "queue"):
         getattr(fresh, name).load_state_dict(copy.deepcopy(getattr(parts, name).state_dict()))
     load_optimizer_tensors(fresh.optimizer, fresh.query, optimizer_tensors(parts.optimizer, parts.query))
     for step in range(2, 4):
-        ours, theirs = (each.step([make_batch(step, 0)], lr=0.1, momentum=MOMENTUM) for each in (parts, fresh))
+        ours, theirs = (
+            each.step([make_batch(step, 0)], lr=0.1, scheduled={"momentum": MOMENTUM}) for each in (parts, fresh)
+        )
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_half_precision_keeps_the_key_encoder_and_the_loss_in_float32():
     parts = make_step(Together(), autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
     full = make_step(Together())
-    watched, reference = (each.step([make_batch(0, 0)], lr=0.1, momentum=MOMENTUM) for each in (parts, full))
+    watched, reference = (
+        each.step([make_batch(0, 0)], lr=0.1, scheduled={"momentum": MOMENTUM}) for each in (parts, full)
+    )
     assert {p.dtype for p in parts.key.parameters()} == {torch.float32}
     assert watched["loss"].dtype == torch.float32
     assert watched["loss"].item() == pytest.approx(reference["loss"].item(), rel=0.02)
     assert watched["loss"].item() != reference["loss"].item()
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_steps_leave_nothing_behind(symmetric):
-    parts = make_step(Together(), symmetric=symmetric)
+@pytest.mark.parametrize("num_passes", [1, 2])
+def test_steps_leave_nothing_behind(num_passes):
+    parts = make_step(Together(), num_passes=num_passes)
     alive = []
     for step in range(5):
-        parts.step([make_batch(step, 0)], lr=0.1, momentum=MOMENTUM)
+        parts.step([make_batch(step, 0)], lr=0.1, scheduled={"momentum": MOMENTUM})
         gc.collect()
         tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
         alive.append((len(tensors), sum(each.nbytes for each in tensors)))

@@ -1,0 +1,144 @@
+"""Momentum contrast: MoCo v1 and v2 with a queue (arXiv:1911.05722, 2003.04297), v3 without (2104.02057)."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from moco_fast.methods.base import (
+    Objective,
+    Setting,
+    momentum_at,
+    refuse_unless_above_zero,
+    refuse_unless_average,
+)
+from moco_fast.methods.contrastive import Contrastive, PlainHead
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["MomentumContrast", "MomentumContrastV3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentumContrast(PlainHead):
+    """Keys of a slow copy of the query encoder, told from those of past batches."""
+
+    name: ClassVar[str] = "momentum-contrast"
+    queue_size: int = 65536
+    """Keys of past batches that a query is told apart from (the paper's K)."""
+    momentum: float = 0.999
+    """Momentum of the key encoder (the paper's m)."""
+    momentum_schedule: Literal["constant", "cosine"] = "constant"
+    """`cosine`: m rises to 1 over the run (MoCo v3)."""
+    symmetric: bool = False
+    """Let each view be query and key once, and add the two losses."""
+
+    @property
+    def backward_passes(self) -> int:
+        """One per direction."""
+        return 1 + self.symmetric
+
+    def validate(self) -> None:
+        """Refuse options that cannot work. Raises ValueError: with the option, its value and what would work."""
+        super().validate()
+        refuse_unless_above_zero({"queue_size": self.queue_size})
+        refuse_unless_average("momentum", self.momentum)
+
+    def num_choices(self, batch_size: int, /) -> int:
+        """Count the queue's keys and the own one."""
+        del batch_size
+        return self.queue_size + 1
+
+    def scheduled(self, step: int, num_steps: int, /) -> dict[str, float]:
+        """Return m."""
+        return {"momentum": momentum_at(step, num_steps, self.momentum, self.momentum_schedule)}
+
+    def build(self, setting: Setting, /) -> Objective:
+        """Build the key encoder and the queue."""
+        import torch
+
+        from moco_fast.methods.discrimination import Discrimination
+        from moco_fast.methods.key_queue import Queue
+        from moco_fast.methods.keys import MomentumKeys
+
+        keys = MomentumKeys.of(setting)
+        queue = Queue(self.dim, self.queue_size, torch.Generator().manual_seed(setting.seed)).to(setting.device)
+        return Discrimination(
+            keys=keys,
+            dictionary=queue,
+            temperature=self.temperature,
+            num_passes=self.backward_passes,
+            modules={"key": keys.key, "queue": queue},
+        )
+
+    def _about_loss(self) -> str:
+        return "It rises at first, while the queue fills with keys that are harder to tell apart."
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentumContrastV3(Contrastive):
+    """Keys of a slow copy of the query encoder, told from those of the same batch; a predictor for queries."""
+
+    name: ClassVar[str] = "momentum-contrast-v3"
+    dim: int = 256
+    """Size of a query or key."""
+    mlp_dim: int = 4096
+    """Width of the projector's and the predictor's hidden layers."""
+    temperature: float = 1.0
+    """Temperature of the softmax (the paper's tau)."""
+    momentum: float = 0.99
+    """Momentum of the key encoder (the paper's m)."""
+    momentum_schedule: Literal["constant", "cosine"] = "cosine"
+    """`cosine`: m rises to 1 over the run."""
+
+    @property
+    def backward_passes(self) -> int:
+        """One per direction: each view is query and key once."""
+        return 2
+
+    @property
+    def loss_scale(self) -> float:
+        """Return 2 * temperature (algorithm 1)."""
+        return 2 * self.temperature
+
+    def validate(self) -> None:
+        """Refuse options that cannot work. Raises ValueError: with the option, its value and what would work."""
+        super().validate()
+        refuse_unless_above_zero({"mlp_dim": self.mlp_dim})
+        refuse_unless_average("momentum", self.momentum)
+
+    def num_choices(self, batch_size: int, /) -> int:
+        """Count the keys of the batch."""
+        return batch_size
+
+    def scheduled(self, step: int, num_steps: int, /) -> dict[str, float]:
+        """Return m."""
+        return {"momentum": momentum_at(step, num_steps, self.momentum, self.momentum_schedule)}
+
+    def build_head(self, feature_dim: int, *, is_transformer: bool) -> "tuple[nn.Module, nn.Module | None]":
+        """Build the projector and the predictor.
+
+        A ResNet has a two-layer projector and no batch norm after the predictor, a transformer one more of each
+        (moco/builder.py of facebookresearch/moco-v3).
+        """
+        from moco_fast.methods.heads import mlp_with_batch_norm
+
+        hidden = [self.mlp_dim] * (2 if is_transformer else 1)
+        projector = mlp_with_batch_norm([feature_dim, *hidden, self.dim], last_norm=True)
+        predictor = mlp_with_batch_norm([self.dim, self.mlp_dim, self.dim], last_norm=is_transformer)
+        return projector, predictor
+
+    def build(self, setting: Setting, /) -> Objective:
+        """Build the key encoder."""
+        from moco_fast.methods.dictionary import InBatch
+        from moco_fast.methods.discrimination import Discrimination
+        from moco_fast.methods.keys import MomentumKeys
+
+        keys = MomentumKeys.of(setting)
+        return Discrimination(
+            keys=keys,
+            dictionary=InBatch(),
+            temperature=self.temperature,
+            loss_scale=self.loss_scale,
+            num_passes=self.backward_passes,
+            modules={"key": keys.key},
+        )

@@ -1,0 +1,136 @@
+"""The promises that every method keeps, and that a new one is asked for."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+import moco_fast
+from moco_fast.commandline import main
+from moco_fast.config import Config, ModelConfig, changes, differences, from_dict, to_dict, validate
+from moco_fast.encoders.encoder import build_encoder
+from moco_fast.meaning import RENAMED
+from moco_fast.methods.base import Method, Setting
+from moco_fast.methods.registry import METHODS, method_class
+from moco_fast.methods.shuffle import Together
+from moco_fast.presets import PRESETS
+from pipelines.config import DataConfig
+
+
+def small(name: str) -> Method:
+    cls = method_class(name)
+    names = {field.name for field in dataclasses.fields(cls)}
+    return cls(**{option: 4 for option in ("dim", "mlp_dim", "predictor_dim") if option in names})
+
+
+def test_the_registry_holds_each_method_under_its_name():
+    assert {name: method_class(name).name for name in METHODS} == {name: name for name in METHODS}
+    assert {preset.method.name for _, preset in PRESETS.values()} == METHODS.keys(), "every method has a preset"
+    with pytest.raises(ValueError, match=r"there is no method 'frobnicate': this version has momentum-contrast"):
+        method_class("frobnicate")
+
+
+def test_only_presets_know_a_method_by_name():
+    modules = {where.partition(":")[0] for where in METHODS.values()}
+    names = {f'"{name}"' for name in METHODS.keys() - PRESETS.keys()}
+    for path in Path(moco_fast.__file__).parent.rglob("*.py"):
+        if path.parent.name != "methods" and path.name != "presets.py":
+            text = path.read_text()
+            assert not [known for known in modules | names if known in text], path
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_configuration_keeps_its_method_through_json(name):
+    config = Config(data=DataConfig(shards="s"), method=small(name))
+    data = to_dict(config)
+    assert data["method"]["name"] == name
+    assert from_dict(data) == config
+    data["method"]["frobnicate"] = 1
+    with pytest.raises(ValueError, match="has no field frobnicate"):
+        from_dict(data)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_head_gives_what_the_method_says(name):
+    method = small(name)
+    encoder = build_encoder(ModelConfig(encoder="resnet18_quarter"), method)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    predicted, projected = encoder(images, with_projection=True)
+    assert predicted.shape == projected.shape == (2, method.dim)
+    assert (predicted is projected) == (encoder.predictor is None)
+    assert set(method.constant_lr) <= {part for part, _ in encoder.named_children()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_objective_is_what_the_method_says_of_it(name):
+    method = small(name)
+    query = build_encoder(ModelConfig(encoder="resnet18_quarter"), method)
+    cpu = torch.device("cpu")
+    setting = Setting(query=query, policy=Together(), num_samples=9, seed=0, device=cpu, available_bytes=1 << 30)
+    objective = method.build(setting)
+    assert objective.num_passes == method.backward_passes
+    assert "query" not in objective.modules, "a checkpoint keeps the query encoder under this name"
+    objective.advance(method.scheduled(0, 10))
+    views = tuple(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8) for _ in range(method.num_views))
+
+    class Encode:
+        def __call__(self, images):
+            return query(images)
+
+        def with_projection(self, images):
+            return query(images, with_projection=True)
+
+    for number in range(objective.num_passes):
+        made = objective.loss(Encode(), views, torch.arange(4), number)
+        assert tuple(made.watched) == method.watched
+        assert all(value.ndim == 0 and not value.requires_grad for value in made.watched.values())
+        assert made.loss.ndim == 0
+        assert made.loss.requires_grad
+        made.afterwards()
+
+
+def test_changes_of_another_method_are_named():
+    one, other = (Config(data=DataConfig(shards="s"), method=small(name)) for name in ("memory-bank", "simsiam"))
+    assert changes(one, other)["method.name"] == ("memory-bank", "simsiam")
+    assert "--method.num-negatives: 65536 -> None" in differences(one, other)
+    assert "--method.predictor-dim: None -> 4" in differences(one, other)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_graphs_are_for_methods_of_one_backward_pass(name):
+    preset = PRESETS[name][1]
+    config = dataclasses.replace(preset, run=dataclasses.replace(preset.run, cuda_graphs=True))
+    if preset.method.backward_passes == 1:
+        validate(config)
+    else:
+        with pytest.raises(ValueError, match=f"gradient of one backward pass, but {preset.method.name}, as it is set"):
+            validate(config)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("moco-v2 --moco.queue-size 64", "--moco.queue-size is now --method.queue-size"),
+        ("moco-v2 --moco.queue_size=64", "--moco.queue-size is now --method.queue-size"),
+        ("moco-v2 --model.head linear", "--model.head is now --method.head"),
+        ("memory-bank --moco.bank-momentum 0.9", "--moco.bank-momentum is now --method.momentum"),
+        ("moco-v2 --moco.loss symmetric", "--moco.loss is now --method.symmetric"),
+        ("moco-v2 --moco.dictionary bank", "the presets memory-bank"),
+    ],
+)
+def test_an_options_old_name_is_refused_with_the_new_one(words, says, capsys):
+    assert main([*words.split(), "--data.shards", "s"]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_no_option_of_today_has_an_old_name():
+    options = {
+        f"--{section.name}.{field.name.replace('_', '-')}"
+        for _, preset in PRESETS.values()
+        for section in dataclasses.fields(preset)
+        for field in dataclasses.fields(getattr(preset, section.name))
+    }
+    assert not options & RENAMED.keys()
