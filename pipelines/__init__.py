@@ -1,1 +1,1 @@
-"""Shards in, two augmented views of every sample out."""
+"""Data pipeline: shards in, views of every sample out."""

@@ -15,7 +15,7 @@ from pipelines.loader import make_views
 from pipelines.plan.draw import draw_views
 from pipelines.reading.reader import Reader
 from shards.ground.arrays import Pixels
-from shards.sets import open_set
+from shards.sets import ShardSet
 
 __all__ = ["SampleViews", "differences", "draw", "sheet"]
 
@@ -41,7 +41,7 @@ class SampleViews:
 
 
 def draw(
-    shards: str,
+    shards: ShardSet,
     views: ViewsConfig,
     *,
     seed: int,
@@ -52,7 +52,7 @@ def draw(
     """Make the views of some samples as a run with this seed sees them in this epoch.
 
     Args:
-        shards: folder that make-shards wrote.
+        shards: the set.
         views: the recipe.
         seed: of the run.
         epoch: of the run.
@@ -60,20 +60,19 @@ def draw(
         backend: what makes the views.
 
     Raises:
-        ValueError: shards that are absent or unfinished, or a sample that is not in them.
+        ValueError: a sample that is not in the set.
     """
-    opened = open_set(shards)
     samples = np.asarray(indices, dtype=np.int64)
-    if samples.size and not 0 <= samples.min() <= samples.max() < opened.num_samples:
-        raise ValueError(f"indices reach beyond the {opened.num_samples} samples of {shards}")
-    reader = Reader(opened, num_threads=1)
+    if samples.size and not 0 <= samples.min() <= samples.max() < shards.num_samples:
+        raise ValueError(f"indices reach beyond the {shards.num_samples} samples of {shards.where}")
+    reader = Reader(shards, num_threads=1)
     try:
         records = reader.records(samples)
         encoded = reader.submit(samples, records).result()
     finally:
         reader.close()
     tables = draw_views(epoch, samples, records, views=views.specs, seed=seed)
-    made = make_views(opened, samples, views, seed=seed, epoch=epoch, backend=backend)
+    made = make_views(shards, samples, views, seed=seed, epoch=epoch, backend=backend)
     pixels = [view.permute(0, 2, 3, 1).numpy() for view in made]
     return [
         SampleViews(

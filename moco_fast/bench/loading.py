@@ -18,7 +18,8 @@ from pipelines.loader import Loader
 from pipelines.plan.order import EpochOrder, OrderPlan
 from pipelines.reading.reader import READ_THREADS, Reader
 from pipelines.reading.samples import PendingSamples
-from pipelines.reading.sets import cache_for_training, open_readable
+from pipelines.reading.sets import cache_for_training
+from shards.sets import open_set
 from shards.sets.manifest import find_tars
 
 __all__ = ["can_read", "decoding", "made_on_device", "reading", "resident_batch"]
@@ -35,7 +36,7 @@ def reading(config: Config, runtime: Runtime) -> Generator[Iterator[int]]:
     In epoch 1 of a run, while the loader is measured in epoch 0: those are other samples, if the set is a large one.
     """
     data = config.data
-    shards = open_readable(data.shards, skip=True)
+    shards = open_set(data.shards)
     plan = OrderPlan(
         shard_sizes=shards.shard_sizes,
         seed=config.run.seed,

@@ -52,10 +52,11 @@ class Preview:
         from pipelines.preview import differences, draw, sheet
         from shards.sets import open_set
 
-        num_samples = open_set(self.shards).num_samples
+        shards = open_set(self.shards)
+        num_samples = shards.num_samples
         chosen = np.linspace(0, num_samples - 1, min(positive("num", self.num), num_samples)).round().astype(int)
         previews, others = (
-            draw(self.shards, views, seed=self.seed, epoch=self.epoch, indices=chosen.tolist(), backend=backend)
+            draw(shards, views, seed=self.seed, epoch=self.epoch, indices=chosen.tolist(), backend=backend)
             if backend
             else []
             for backend in (self.backend, self.compare)

@@ -1,4 +1,4 @@
-"""The GPU's JPEG engines: how many there are, why there are none, and what share of the decoding they get.
+"""JPEG engines of the GPU: how many there are, why there are none, and what share of the decoding they get.
 
 nvJPEG counts them, by the same call with which DALI's decoder does (nvImageCodec, extensions/nvjpeg/hw_decoder.cpp).
 """

@@ -2,7 +2,7 @@
 
 FFCV compiles one operation, which makes all views of a sample from one decode; our thread feeds it batch after batch.
 FFCV's own iterator is not used: it wants an epoch's order at once, writes into buffers that a consumer may still hold,
-and an exception in it leaves the consumer waiting for ever. Nor is its decoder, which is inexact and hides damage.
+and an exception in it leaves the consumer waiting without end. Nor is its decoder, which is inexact and hides damage.
 """
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false
 # numba compiles the operation for the types that it meets.
@@ -99,7 +99,7 @@ class FfcvViews:
     def _remake(
         self, epoch: int, samples: Indices, records: npt.NDArray[np.void], place: int, views: list[Pixels]
     ) -> tuple[Indices, npt.NDArray[np.void], tuple[str, ...]]:
-        """Do a failed sample as the torch backend does, which decodes odd JPEGs and tells or replaces damaged ones."""
+        """Do a failed sample as the torch backend does: it decodes odd JPEGs, and reports or replaces damaged ones."""
         taken = PendingSamples(self._reader, samples[place : place + 1]).take(decode_carefully, skip=self._job.skip)
         samples, records = samples.copy(), records.copy()
         samples[place], records[place] = taken.samples[0], taken.records[0]

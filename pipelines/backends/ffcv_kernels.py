@@ -1,4 +1,4 @@
-"""What FFCV's compiled code does to one image: check its bytes, decode it, cut and color a view of it.
+"""Kernels that FFCV's compiled code applies to one image: check its bytes, decode it, cut and color a view of it.
 
 Compiled by numba. A view is resized and blurred in float32 and then rounded once; torchvision's color operations give
 whole numbers from whole numbers.

@@ -1,4 +1,4 @@
-"""WebDataset tars that nobody has indexed, streamed member after member by the webdataset library: to start at once.
+"""WebDataset tars without an index, streamed member after member by the webdataset library: to start at once.
 
 What an index gives is missing here: shards are drawn with replacement and samples shuffled in a buffer, so an epoch is
 a number of samples, not each of them once; a resumed run goes on with other samples; sample numbers are unknown; bytes
@@ -98,7 +98,7 @@ class StreamedViews:
     Args:
         spec: what to do.
         place: where to begin.
-        device: where the views shall be.
+        device: where the views are wanted.
         num_workers: processes.
         prefetch: batches that each of them keeps ready.
     """

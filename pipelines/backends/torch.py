@@ -168,7 +168,7 @@ class _Worker:
 
 
 class _Bell:
-    """Wakes the thread that waits for it; safe to ring from any thread, also when nobody is there any more."""
+    """Wakes the thread that waits for it; safe to ring from any thread, also when no one waits any more."""
 
     def __init__(self) -> None:
         self.descriptor = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -1,4 +1,4 @@
-"""The order of the samples: a pure function of (shard sizes, seed, epoch, batch size, lanes). No I/O.
+"""Order of the samples: a pure function of (shard sizes, seed, epoch, batch size, lanes). No I/O.
 
 An epoch's order is made in four moves, each of which can be computed at any place without what comes before it:
 
@@ -118,7 +118,7 @@ class EpochOrder:
         """Dense sample numbers of one rank's share of a step: (batch_size / world_size,) int64.
 
         Neighboring ranks take neighboring lanes, so a node holds whole lanes where the numbers divide. The share is
-        permuted anew in every step: shuffling BN relies on that.
+        permuted again in every step: shuffling BN relies on that.
         """
         check_ranks(self.plan.batch_size, world_size)
         share = self.plan.batch_size // world_size

@@ -1,4 +1,4 @@
-"""The process that reads ahead: order, parameters and encoded bytes of batch after batch, into shared memory.
+"""Process that reads ahead: order, parameters and encoded bytes of batch after batch, into shared memory.
 
 A child (shards.ground.child) whose spec is a ReadingSpec. It makes batches, at most `ahead` that the other side has not
 taken; each message from there says that one was taken, and which slots are free again. Its own messages are a Filled
@@ -179,7 +179,7 @@ class _Reading:
             try:
                 yield from self._draw(group)
             except Exception:
-                # An index that cannot be read is told when its own step is due, after the batches before it.
+                # An index that cannot be read is an error when its own step is due, after the batches before it.
                 for step in group:
                     yield from self._draw([step])
 

@@ -1,4 +1,4 @@
-"""A folder on local disk with copies of remote shards, shared by all processes of a machine.
+"""Disk cache for remote shards, shared by all processes of a machine.
 
     FOLDER/room.lock                     held to make room, and to change what is held
     FOLDER/<digest of a manifest>/       shard-000000.tar and .index.npy, whole or not there; used last: mtime
@@ -6,7 +6,7 @@
     FOLDER/<process>.<random>.held       what a process needs now or soon, locked by it
 
 All locks are flocks: the kernel releases them when their owner ends, however it ends. So nothing is stale after a kill:
-a `.part` or `.held` that nobody locks belongs to nobody.
+a `.part` or `.held` that no process locks belongs to none.
 """
 
 import logging
@@ -118,7 +118,7 @@ class CacheFolder:
 
 
 class Holder:
-    """What this process needs now or soon: nobody evicts that. Safe for several threads."""
+    """What this process needs now or soon, which no process evicts. Safe for several threads."""
 
     def __init__(self, folder: CacheFolder) -> None:
         self._folder = folder
@@ -162,7 +162,7 @@ class CachedShardSet(RemoteShardSet):
         """Open the local copy of a shard's tar, fetched first if need be. Raises as `fetch`."""
         while True:
             self.fetch(shard)
-            # Another process may have evicted it since, where nobody holds it.
+            # Another process may have evicted it since, where no one holds it.
             with suppress(FileNotFoundError):
                 return LocalShardFile(self._copy(shard))
 
@@ -216,7 +216,7 @@ class CachedShardSet(RemoteShardSet):
                     return not cancel.is_set()
                 num_wrong += 1
                 if num_wrong == _ATTEMPTS:
-                    raise FetchError(f"{problem}, {_ATTEMPTS} times; `make-shards verify {self.url}` tells more")
+                    raise FetchError(f"{problem}, {_ATTEMPTS} times; `make-shards verify {self.url}` says more")
             _LOG.warning("%s (trying again in %.3g s)", problem, delay_s)
             if cancel.wait(delay_s):
                 return False

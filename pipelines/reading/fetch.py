@@ -1,4 +1,4 @@
-"""The steps of a rank, while the shards of the coming ones are fetched: the order is known, so what is needed next is.
+"""Steps of a rank, while the shards of the coming ones are fetched: the order is known, and so is what comes next.
 
 A second walk through the steps runs ahead of the first as far as the rank's share of the cache reaches. What it has
 passed and the first has not is held; fetching is in that order, by a few threads. Nobody waits here: who needs a shard

@@ -1,4 +1,4 @@
-"""Encoded batches, read ahead by a process of their own.
+"""Encoded batches, read ahead in a separate process.
 
 A process, because threads that read need the interpreter's lock at every sample, and beside a busy interpreter they
 wait for it; here the lock is needed a few times a batch. Shared memory, because a batch is megabytes.

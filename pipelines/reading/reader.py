@@ -1,4 +1,4 @@
-"""Reading samples' bytes out of shards: positioned reads by a few threads, each sample checked against its crc32c."""
+"""Reader of samples' bytes in shards: positioned reads by a few threads, each sample checked against its crc32c."""
 
 import threading
 import time
@@ -97,7 +97,7 @@ class Reader:
         if num_bytes > len(buffer):
             raise ValueError(
                 f"{self._shards.shard_name(int(shard[records['size'].argmax()]))}: its index has larger samples than "
-                "manifest.json: it is damaged or of another set; `make-shards verify` tells more"
+                "manifest.json: it is damaged or of another set; `make-shards verify` says more"
             )
         begins = (ends - records["size"]).tolist()
         images = [buffer[begin:end] for begin, end in zip(begins, ends.tolist(), strict=True)]

@@ -13,10 +13,10 @@ from pipelines.reading.fetch import STEPS_KEPT, cached, num_cached_bytes
 from pipelines.world import World
 from shards.ground.arrays import Indices
 from shards.ground.units import gib
-from shards.sets import ShardSet, open_set
+from shards.sets import ShardSet
 from shards.sets.record import REFUSED, flag_name
 
-__all__ = ["cache_for_evaluation", "cache_for_training", "open_readable", "refuse_unreadable"]
+__all__ = ["cache_for_evaluation", "cache_for_training", "refuse_unreadable"]
 
 
 # The rest is for evaluation, which comes between a run's steps.
@@ -26,26 +26,11 @@ _OF_FREE_DISK = 0.8
 _BYTES_A_REQUEST = 4 << 20
 
 
-def open_readable(shards: str, *, skip: bool) -> ShardSet:
-    """Open a set, several with commas between them as one, unless some samples cannot be read as they are.
+def refuse_unreadable(shards: ShardSet) -> None:
+    """Raise ValueError if some samples of a set cannot be read as they are.
 
     What `make-shards index` found out is in the manifest, so this costs no look at the samples.
-
-    Args:
-        shards: folders or addresses.
-        skip: accept such samples, since others will take their place.
-
-    Raises:
-        ValueError: shards that are absent or unfinished, or that hold such samples.
     """
-    opened = open_set(shards)
-    if not skip:
-        refuse_unreadable(opened)
-    return opened
-
-
-def refuse_unreadable(shards: ShardSet) -> None:
-    """Raise ValueError if some samples of a set cannot be read as they are."""
     found = {flag_name(flag): shards.manifest.outcomes.get(flag_name(flag), 0) for flag in REFUSED}
     if any(found.values()):
         counts = ", ".join(f"{count:,} {name}" for name, count in found.items() if count)

@@ -160,7 +160,9 @@ def test_boxes_lie_where_the_views_were_cut(page: Page, finished_run: Path) -> N
     from pipelines.preview import draw
 
     config = read_run(finished_run).config
-    previews = draw(config.data.shards, config.views, seed=config.run.seed, epoch=3, indices=[0, 96, 191, 287])
+    previews = draw(
+        open_set(config.data.shards), config.views, seed=config.run.seed, epoch=3, indices=[0, 96, 191, 287]
+    )
     assert page.boxes["of-query"] == [preview.boxes[0] for preview in previews]
     assert page.boxes["of-key"] == [preview.boxes[1] for preview in previews]
 

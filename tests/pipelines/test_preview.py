@@ -5,6 +5,7 @@ import torch
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.loader import open_loader
 from pipelines.preview import differences, draw, sheet
+from shards.sets import open_set
 
 VIEWS = ViewsConfig(size=24)
 
@@ -14,7 +15,7 @@ def test_a_preview_shows_what_training_sees(small_shards):
     with open_loader(data, VIEWS, seed=5, device=torch.device("cpu")) as loader:
         loader.load_state_dict({"epoch": 2, "step": 3})
         batch = next(iter(loader))
-    previews = draw(str(small_shards), VIEWS, seed=5, epoch=2, indices=batch.index.tolist())
+    previews = draw(open_set(small_shards), VIEWS, seed=5, epoch=2, indices=batch.index.tolist())
     for row, preview in enumerate(previews):
         assert preview.index == int(batch.index[row])
         for shown, view in zip(preview.views, batch.views, strict=True):
@@ -26,7 +27,7 @@ def test_a_preview_shows_what_training_sees(small_shards):
 
 
 def test_a_sheet_holds_every_sample(small_shards):
-    previews = draw(str(small_shards), VIEWS, seed=0, epoch=0, indices=[0, 1, 2, 3, 4])
+    previews = draw(open_set(small_shards), VIEWS, seed=0, epoch=0, indices=[0, 1, 2, 3, 4])
     image = sheet(previews, side=50, columns=2)
     assert image.size == (2 * (150 + 32), 3 * 58 + 8)
     pixels = np.asarray(image)
@@ -36,7 +37,7 @@ def test_a_sheet_holds_every_sample(small_shards):
 
 def test_a_sheet_shows_how_far_two_backends_are_apart(small_shards):
     ours, others = (
-        draw(str(small_shards), VIEWS, seed=0, epoch=0, indices=[3, 5], backend=backend)
+        draw(open_set(small_shards), VIEWS, seed=0, epoch=0, indices=[3, 5], backend=backend)
         for backend in ("dali", "torch")
     )
     apart = differences(ours, others)
@@ -53,4 +54,4 @@ def test_a_sheet_shows_how_far_two_backends_are_apart(small_shards):
 
 def test_a_sample_that_is_not_there_is_refused(small_shards):
     with pytest.raises(ValueError, match="beyond the 100 samples"):
-        draw(str(small_shards), VIEWS, seed=0, epoch=0, indices=[100])
+        draw(open_set(small_shards), VIEWS, seed=0, epoch=0, indices=[100])
