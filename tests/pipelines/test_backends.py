@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from pipelines.backends import registry as backends
-from pipelines.backends.base import Job
-from pipelines.backends.registry import BACKENDS, choose
-from pipelines.config import VIEWS, Backend, DataConfig, refuse_unused
+from pipelines.backends.base import Job, Made
+from pipelines.backends.registry import BACKENDS, BackendEntry, choose
+from pipelines.config import VIEWS, Backend, DataConfig, central_crop, refuse_unused
 from pipelines.loader import open_loader
 from pipelines.plan.draw import draw_views
-from pipelines.plan.steps import ListedSteps
+from pipelines.plan.steps import ListedSteps, Steps
 from shards.ground.progress import ProgressBars
 from shards.sets import open_set
 from shards.tools.beton import write_beton
@@ -57,6 +57,33 @@ def test_an_option_that_the_backend_does_not_use_is_refused(backend, on_gpu, opt
 
 def test_every_backend_is_registered_under_its_name():
     assert set(get_args(Backend)) == set(BACKENDS)
+
+
+class Gray:
+    """Views of one gray, in the order of the steps: all that a new backend has to have."""
+
+    def __init__(self, job: Job, steps: Steps) -> None:
+        self._job, self._steps = job, iter(steps)
+
+    def get(self) -> Made:
+        _, samples = next(self._steps)
+        views = tuple(torch.full((len(samples), view.size, view.size, 3), 128) for view in self._job.views)
+        return Made(samples=samples, labels=samples, views=tuple(view.permute(0, 3, 1, 2) for view in views))
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_backend_is_one_class_and_one_entry(small_shards, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "gray", BackendEntry(start=Gray, needs=()))
+    data = DataConfig(shards=str(small_shards), batch_size=10, backend="gray")
+    with open_loader(data, VIEWS["multi-crop"], seed=2, device=CPU) as loader:
+        assert loader.description.startswith("gray (as asked for)")
+        batches = list(loader)
+    assert sorted(torch.cat([batch.index for batch in batches]).tolist()) == list(range(100))
+    assert [view.shape for view in batches[0].views] == [(10, 3, 224, 224)] * 2 + [(10, 3, 96, 96)] * 6
+    with open_loader(data, central_crop(32), samples=np.arange(7), device=CPU) as loader:
+        assert [batch.index.tolist() for batch in loader] == [list(range(7))]
 
 
 class Watched(Job):
