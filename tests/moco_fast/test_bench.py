@@ -274,8 +274,8 @@ def test_a_file_that_cannot_be_written_is_told_before_measuring(tmp_path, capsys
 
 
 def test_an_options_value_is_not_taken_for_the_recipe(capsys, monkeypatch):
-    def name_preset(chosen):
-        raise ValueError(chosen.preset)
+    def name_preset(_config, base):
+        raise ValueError(next(name for name, (_, preset) in PRESETS.items() if preset is base))
 
     monkeypatch.setattr(cli_module, "check", name_preset)
     for value, name in zip(PRESETS, reversed(PRESETS), strict=True):

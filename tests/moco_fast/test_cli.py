@@ -143,12 +143,13 @@ def test_preview_writes_a_sheet(
     color: Color, packed_demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from pipelines.preview import draw, sheet
+    from shards.sets import open_set
 
     out = tmp_path / "sheet.png"
     words = ["preview", str(packed_demo.train), "--views", "cifar10", "--num", "4", "--seed", "5", "--out", str(out)]
     assert main(words if color == "torchvision" else [*words, "--color", color]) == 0
     views = replace(VIEWS["cifar10"], color=color)
-    expected = sheet(draw(str(packed_demo.train), views, seed=5, epoch=0, indices=[0, 96, 191, 287]))
+    expected = sheet(draw(open_set(packed_demo.train), views, seed=5, epoch=0, indices=[0, 96, 191, 287]))
     with Image.open(out) as written:
         assert np.array_equal(np.asarray(written), np.asarray(expected))
     assert "seed 5" in capsys.readouterr().out
