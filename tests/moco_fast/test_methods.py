@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from moco_fast.commandline import main
 from moco_fast.config import Config, ModelConfig, changes, differences, from_dict, to_dict, validate
 from moco_fast.encoders.encoder import build_encoder
 from moco_fast.meaning import RENAMED
-from moco_fast.methods.base import Method, Setting
+from moco_fast.methods.base import Chart, Method, Pass, Setting
 from moco_fast.methods.registry import METHODS, method_class
 from moco_fast.methods.shuffle import Together
 from moco_fast.presets import PRESETS
+from moco_fast.report.record import read_run
+from moco_fast.report.report import write_report
+from moco_fast.training.loop import train
 from pipelines.config import DataConfig
 
 
@@ -134,3 +138,72 @@ def test_no_option_of_today_has_an_old_name():
         for field in dataclasses.fields(getattr(preset, section.name))
     }
     assert not options & RENAMED.keys()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Toy(Method):
+    """Pull the two views of a sample together; it collapses, but it is whole."""
+
+    name: ClassVar[str] = "toy"
+    dim: int = 4
+    strength: float = 1.0
+
+    @property
+    def watched(self):
+        return ("distance",)
+
+    def charts(self, batch_size, /):
+        return (Chart(title="Distance", caption="Between both views.", curves={"loss": "", "distance": ""}),)
+
+    def note(self, line, /):
+        return f"distance {line['distance']:.2f}"
+
+    def build_head(self, feature_dim, *, is_transformer):
+        return torch.nn.Linear(feature_dim, self.dim), None
+
+    def build(self, setting, /):
+        return ToyObjective(self.strength)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyObjective:
+    strength: float
+    num_passes = 1
+    modules: ClassVar[dict] = {}
+
+    def advance(self, scheduled, /):
+        pass
+
+    def loss(self, encode, views, index, number, /):
+        distance = (encode(views[0]) - encode(views[1])).square().mean()
+        return Pass(loss=self.strength * distance, watched={"distance": distance.detach()})
+
+    def on_a_clock(self, clock, /):
+        return self
+
+
+def test_a_new_method_is_one_class_and_one_line(packed_demo, tmp_path, monkeypatch, fresh_accelerator):
+    monkeypatch.setitem(METHODS, "toy", f"{__name__}:Toy")
+    base = PRESETS["demo"][1]
+    config = dataclasses.replace(
+        base,
+        data=dataclasses.replace(
+            base.data, shards=str(packed_demo.train), batch_size=16, backend="torch", num_threads=1
+        ),
+        views=dataclasses.replace(base.views, size=32),
+        model=ModelConfig(encoder="resnet18_quarter"),
+        method=Toy(strength=2.0),
+        run=dataclasses.replace(base.run, device="cpu", precision="fp32", steps=2, out=str(tmp_path / "run")),
+        log=dataclasses.replace(base.log, every_steps=1, tensorboard=False),
+    )
+    validate(config)
+    assert from_dict(to_dict(config)) == config
+    assert train(config) == 0
+    record = read_run(tmp_path / "run")
+    assert record.config.method == config.method
+    assert all(line["loss"] == pytest.approx(2 * line["distance"], rel=1e-5) for line in record.training)
+    assert len(record.training) == 2
+    assert not {"accuracy", "momentum", "feature_std"} & record.training[-1].keys()
+    page = write_report(tmp_path / "run", num_samples=1).read_text()
+    assert "Distance over training steps" in page
+    assert config.method.note(record.training[-1]) in page
