@@ -128,8 +128,8 @@ def test_its_state_continues_from_a_checkpoint(optimizers, runtime, setting):
         name: tensor.contiguous().clone() for name, tensor in optimizer_tensors(whole.optimizer, whole.query).items()
     }
     resumed.query.load_state_dict(whole.query.state_dict())
-    resumed.step.keys.key.load_state_dict(whole.step.keys.key.state_dict())
-    resumed.step.dictionary.load_state_dict(whole.step.dictionary.state_dict())
+    resumed.step.objective.keys.key.load_state_dict(whole.step.objective.keys.key.state_dict())
+    resumed.step.objective.dictionary.load_state_dict(whole.step.objective.dictionary.state_dict())
     load_optimizer_tensors(resumed.optimizer, resumed.query, tensors)
     assert take(resumed, runtime, range(3, 6)) == pytest.approx(take(whole, runtime, range(3, 6)), rel=1e-5)
 
