@@ -137,10 +137,15 @@ def _on_a_cpu() -> list[Part]:
     first: dict[str, Part] = {}
     for part in map(smaller, _on_a_gpu()):
         first.setdefault(part.kind, part)
-    single = {"precision": "fp32"}
-    return [
-        replace(part, options=part.options | single) if "precision" in part.options else part for part in first.values()
-    ]
+    return [replace(part, options=_for_a_cpu(part.options)) for part in first.values()]
+
+
+def _for_a_cpu(options: Options) -> Options:
+    """The same options without what only a GPU has."""
+    changed = {"precision": "fp32"} if "precision" in options else {}
+    if "data" in options:
+        changed["data"] = {name: value for name, value in options["data"].items() if name != "hw_decoder_load"}
+    return options | changed
 
 
 def cifar10(device: str, archive: Path | None, seconds: float) -> Part:

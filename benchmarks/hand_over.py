@@ -33,7 +33,7 @@ def hand_over(how: HandOver) -> Generator[None]:
         yield
         return
     from moco_fast.training import runtime
-    from pipelines.backends.registry import dali
+    from pipelines.backends import dali
 
     with patch.object(dali, "to_torch", torch.from_dlpack):
         if how == "waits":

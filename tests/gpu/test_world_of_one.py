@@ -51,7 +51,7 @@ stop = StopSignal(timeout_s=60)
 batch = resident_batch(config, runtime, 16, runtime.device)
 losses = []
 for _ in range(3):
-    losses.append(parts.train_step([batch], lr=0.01, scheduled={"momentum": 0.9})["loss"])
+    losses.append(parts.train_step([batch], lr=0.01, scheduled={{"momentum": 0.9}})["loss"])
     assert stop.poll() == 0
 stop.close()
 
