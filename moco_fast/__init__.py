@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moco_fast.api import configure, evaluate, train
     from moco_fast.embedding import Embeddings, embed
-    from moco_fast.encoders.loading import load_encoder
     from moco_fast.exporters.write import export
+    from moco_fast.loading import load_encoder
     from pipelines.loader import open_loader
 
 __version__ = "0.1.0"
@@ -36,7 +36,7 @@ _MODULES = {
     "embed": "moco_fast.embedding",
     "evaluate": "moco_fast.api",
     "export": "moco_fast.exporters.write",
-    "load_encoder": "moco_fast.encoders.loading",
+    "load_encoder": "moco_fast.loading",
     "open_loader": "pipelines.loader",
     "train": "moco_fast.api",
 }
