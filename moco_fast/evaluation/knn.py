@@ -3,6 +3,7 @@
 No parameter is trained, so it tells in seconds whether an encoder is learning.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moco_fast.config import KnnConfig
+from moco_fast.config import Config, KnnConfig
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.features import Features, gather, labeled_features, spread
 from pipelines.config import DataConfig
 from pipelines.world import World
-from shards.sets import ShardSet
+from shards.sets import ShardSet, open_set
 
-__all__ = ["KnnResult", "Votes", "classify", "common_classes", "evaluate_knn"]
+__all__ = ["KnnEvaluation", "KnnResult", "Votes", "classify", "common_classes", "evaluate_knn", "open_knn"]
 
 _CHUNK_ELEMENTS = 1 << 25  # similarities held at once: 128 MiB of float32
 
@@ -173,4 +174,48 @@ def common_classes(bank: ShardSet, queries: ShardSet) -> tuple[str, ...]:
     raise ValueError(
         f"{bank.where} and {queries.where} number their classes differently ({what}): pack both from folders with the "
         "same class names"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnEvaluation:
+    """The kNN classification that a run does at intervals."""
+
+    knn: KnnConfig
+    bank: ShardSet
+    queries: ShardSet
+    size: int
+    """Height and width of the images in pixels."""
+    data: DataConfig
+    """Of the run."""
+
+    def figures(self, encoder: Encoder, *, device: torch.device, world: World) -> dict[str, float]:
+        """Classify the queries; see Evaluation."""
+        result = evaluate_knn(
+            encoder,
+            self.knn,
+            bank=self.bank,
+            queries=self.queries,
+            size=self.size,
+            data=self.data,
+            device=device,
+            world=world,
+        )
+        return {"knn/top1": result.top1, "knn/num_bank": result.num_bank, "knn/num_queries": result.num_queries}
+
+    def line(self, figures: Mapping[str, float]) -> str:
+        """Give the accuracy."""
+        return f"kNN top-1 {100 * figures['knn/top1']:.1f}%"
+
+
+def open_knn(config: Config) -> KnnEvaluation | None:
+    """Open the sets of a run's kNN evaluation; None without --eval.shards. Raises ValueError: a set is absent."""
+    if config.eval.shards is None:
+        return None
+    return KnnEvaluation(
+        knn=config.eval,
+        bank=open_set(config.data.shards),
+        queries=open_set(config.eval.shards),
+        size=config.views.size,
+        data=config.data,
     )

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from moco_fast import distributed
 from moco_fast.config import Config, to_dict
-from moco_fast.evaluation.knn import evaluate_knn
+from moco_fast.evaluation.registry import open_evaluations
 from moco_fast.methods.batchnorm import average_batch_statistics
 from moco_fast.training import checkpoint, console
 from moco_fast.training.build import Parts, build
@@ -27,7 +27,6 @@ from moco_fast.training.runtime import Runtime, start
 from moco_fast.training.schedule import describe_lr, lr_at
 from moco_fast.training.stop import StopSignal
 from pipelines.batch import Batch
-from shards.sets import open_set
 
 __all__ = ["train"]
 
@@ -164,6 +163,7 @@ class Run:
     def __init__(self, config: Config, runtime: Runtime, parts: Parts, progress: Progress, metrics: MetricsFile | None):
         self.config, self.runtime, self.parts, self.progress = config, runtime, parts, progress
         self._metrics = metrics
+        self._evaluations = open_evaluations(config)
         self._stop = StopSignal(timeout_s=config.run.timeout_s)
         self._bar = tqdm(
             total=parts.num_steps,
@@ -218,24 +218,15 @@ class Run:
         return 0
 
     def evaluate(self) -> None:
-        """Classify held-out samples by their neighbors among training samples, and write the result down."""
-        config, runtime = self.config, self.runtime
-        if config.eval.shards is None:
+        """Do the evaluations that were asked for, and write their figures down."""
+        if not self._evaluations:
             return
         average_batch_statistics(self.parts.query)
-        result = evaluate_knn(
-            self.parts.query,
-            config.eval,
-            bank=open_set(config.data.shards),
-            queries=open_set(config.eval.shards),
-            size=config.views.size,
-            data=config.data,
-            device=runtime.device,
-            world=runtime.world,
-        )
-        self._write({"knn/top1": result.top1, "knn/num_bank": result.num_bank, "knn/num_queries": result.num_queries})
-        if self._metrics is not None:
-            self._bar.write(f"step {self.progress.step}: kNN top-1 {100 * result.top1:.1f}%", file=sys.stderr)
+        for evaluation in self._evaluations:
+            figures = evaluation.figures(self.parts.query, device=self.runtime.device, world=self.runtime.world)
+            self._write(figures)
+            if self._metrics is not None:
+                self._bar.write(f"step {self.progress.step}: {evaluation.line(figures)}", file=sys.stderr)
         self._bar.unpause()
 
     def save(self) -> None:

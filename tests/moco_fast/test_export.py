@@ -214,3 +214,37 @@ def test_a_missing_folder_is_told(tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18_quarter"))
     with pytest.raises(ValueError, match="there is no folder"):
         export(run, "timm", tmp_path / "nowhere" / "encoder")
+
+
+class ToyExporter:
+    """A library that takes anything and keeps it as torch does."""
+
+    def why_not(self, model: ModelConfig) -> str | None:
+        return None if model.stem == "imagenet" else "toys have one stem"
+
+    def check_place(self, out: Path) -> None:
+        assert out.suffix == ".toy"
+
+    def build(self, model: ModelConfig) -> tuple[torch.nn.Module, str]:
+        return build_encoder(model, METHOD).backbone, "toy"
+
+    def write(self, network: torch.nn.Module, config: Config, path: Path) -> None:
+        torch.save(network.state_dict(), path)
+
+    def read_back(self, model: ModelConfig, path: Path) -> torch.nn.Module:
+        network, _ = self.build(model)
+        network.load_state_dict(torch.load(path, weights_only=True))
+        return network
+
+    def usage(self, model: ModelConfig, out: Path) -> str:
+        return f"toy.load({str(out)!r})"
+
+
+def test_an_exporter_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18_quarter"), size=64)
+    monkeypatch.setitem(EXPORTERS, "toy", f"{__name__}:ToyExporter")
+    written = export(run, "toy", tmp_path / "encoder.toy")
+    assert written.usage == f"toy.load({str(tmp_path / 'encoder.toy')!r})"
+    assert written.path.stat().st_size > 0
+    with pytest.raises(ValueError, match="there is no exporter 'toys': choose timm or torchvision or toy"):
+        export(run, "toys", tmp_path / "other.toy")
