@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         refuse_renamed(sys.argv[1:] if argv is None else argv)
         command: Any = tyro.cli(
-            _Commands,  # pyright: ignore[reportArgumentType] - tyro takes unions, its signature does not
+            _Commands,
             prog="moco-fast",
             args=argv,
             description="What to do with shards and with runs. Training: accelerate launch -m moco_fast.train.",

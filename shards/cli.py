@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         command: Any = tyro.cli(
-            _Commands,  # pyright: ignore[reportArgumentType] - tyro takes a union for a type
+            _Commands,
             prog="make-shards",
             args=arguments,
             description="Images in, shards out: what MoCo training reads.",

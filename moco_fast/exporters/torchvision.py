@@ -51,7 +51,7 @@ class Torchvision:
         from torch import nn
 
         network = torchvision.models.get_model(model.encoder)
-        network.fc = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue] - all of _NETWORKS have one
+        network.fc = nn.Identity()
         return network, model.encoder
 
     def write(self, network: "nn.Module", config: Config, path: Path) -> None:
