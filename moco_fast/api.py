@@ -89,9 +89,9 @@ def evaluate(
     Raises:
         ValueError: no checkpoint, or shards without labels or with different classes.
     """
+    from moco_fast.checkpoint import load_encoder
     from moco_fast.commands.common import choose_device
     from moco_fast.evaluation.knn import evaluate_knn
-    from moco_fast.training.checkpoint import load_encoder
     from shards.sets import open_set
 
     config, encoder = load_encoder(run)

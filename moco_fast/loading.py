@@ -28,7 +28,7 @@ def load_encoder(path: str | Path) -> Encoder:
     Raises:
         ValueError: there is nothing that can be loaded, or it is damaged.
     """
-    from moco_fast.training import checkpoint
+    from moco_fast import checkpoint
 
     path = Path(path)
     if path.suffix == ".safetensors":

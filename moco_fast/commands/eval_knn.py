@@ -50,8 +50,8 @@ class EvalKnn:
 
     def execute(self) -> int:
         """Do what the options say; return the exit code."""
+        from moco_fast.checkpoint import load_encoder
         from moco_fast.evaluation.untrained import untrained_twin
-        from moco_fast.training.checkpoint import load_encoder
 
         config, encoder = load_encoder(self.checkpoint)
         device = choose_device(self.device)

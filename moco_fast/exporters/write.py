@@ -45,7 +45,7 @@ def export(run: str | Path, target: str, out: str | Path) -> Written:
     Raises:
         ValueError: no checkpoint, no place to write to, or the library has no such network; nothing is written.
     """
-    from moco_fast.training.checkpoint import load_encoder
+    from moco_fast.checkpoint import load_encoder
 
     exporter = find_exporter(target)
     config, encoder = load_encoder(run)
@@ -101,5 +101,5 @@ def _compare(encoder: "Encoder", network: "nn.Module", size: int, target: str) -
     if not apart <= 1e-3 * expected.abs().max().item():
         raise ValueError(
             f"{target} builds another network for these weights: features are up to {apart:.3g} apart from the "
-            "encoder's. Load the checkpoint's model.safetensors with moco_fast.training.checkpoint.load_encoder"
+            "encoder's. Load the checkpoint's model.safetensors with moco_fast.checkpoint.load_encoder"
         )

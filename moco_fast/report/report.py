@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from moco_fast import __version__
+from moco_fast.checkpoint import load_encoder
 from moco_fast.evaluation.untrained import untrained_twin
 from moco_fast.methods.base import Level
 from moco_fast.report.commands import next_commands
@@ -19,7 +20,6 @@ from moco_fast.report.neighbors import Query, find_neighbors
 from moco_fast.report.pictures import show_views
 from moco_fast.report.record import RunRecord, read_run
 from moco_fast.report.words import configuration_table, environment_table, headline, tiles
-from moco_fast.training.checkpoint import load_encoder
 from shards.ground.files import write_whole
 
 __all__ = ["write_report"]

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from moco_fast.checkpoint import find_newest
 from moco_fast.config import Config, differences, from_dict, to_dict
-from moco_fast.training.checkpoint import find_newest
 from shards.ground.errors import InUseError
 from shards.ground.files import write_whole
 from shards.ground.locks import take_lock

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moco_fast import distributed
+from moco_fast import checkpoint, distributed
+from moco_fast.checkpoint import Checkpoint
 from moco_fast.config import Config, to_dict
 from moco_fast.evaluation.registry import open_evaluations
 from moco_fast.methods.batchnorm import average_batch_statistics
-from moco_fast.training import checkpoint, console
+from moco_fast.training import console
 from moco_fast.training.build import Parts, build
-from moco_fast.training.checkpoint import Checkpoint
 from moco_fast.training.folder import RunFolder, open_folder
 from moco_fast.training.metrics import Average, MetricsFile, Pending
 from moco_fast.training.optim import load_optimizer_tensors, optimizer_tensors

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from moco_fast.training import checkpoint
+from moco_fast import checkpoint
 from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
 
 ROOT = Path(__file__).parent.parent.parent

@@ -46,10 +46,10 @@ def finished_run(packed_demo, tmp_path_factory) -> Path:
     """A run's folder as training leaves it: 40 steps that nobody took, and an encoder that is not the first one."""
     import torch
 
+    from moco_fast import checkpoint
     from moco_fast.config import Config, EvalConfig, ModelConfig, RunConfig, to_dict
     from moco_fast.encoders.encoder import build_encoder
     from moco_fast.methods.momentum_contrast import MomentumContrast
-    from moco_fast.training import checkpoint
     from pipelines.config import VIEWS, DataConfig
 
     run = tmp_path_factory.mktemp("runs") / "finished"

@@ -144,8 +144,8 @@ def test_a_file_that_does_not_say_what_it_is_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_is_evaluated_as_by_the_command(finished_run: Path, packed_demo: Any) -> None:
+    from moco_fast.checkpoint import load_encoder
     from moco_fast.evaluation.knn import evaluate_knn
-    from moco_fast.training.checkpoint import load_encoder
 
     config, encoder = load_encoder(finished_run)
     assert isinstance(config, Config)

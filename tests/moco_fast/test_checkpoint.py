@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from moco_fast.training import checkpoint
-from moco_fast.training.checkpoint import Checkpoint
+from moco_fast import checkpoint
+from moco_fast.checkpoint import Checkpoint
 
 
 def make(step: int, value: float = 0.0) -> Checkpoint:
@@ -105,7 +105,7 @@ def test_load_encoder_says_when_there_is_nothing(tmp_path):
 SAVES_FOR_EVER = """
 import sys, torch
 from pathlib import Path
-from moco_fast.training.checkpoint import Checkpoint, save
+from moco_fast.checkpoint import Checkpoint, save
 for step in range(1, 10_000):
     save(Path(sys.argv[1]), Checkpoint(step=step, config={}, model={"w": torch.full((200_000,), float(step))},
                                        optimizer={}, rng={}), keep=1)

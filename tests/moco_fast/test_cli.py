@@ -81,10 +81,10 @@ def test_eval_knn_compares_trained_and_untrained(
 ) -> None:
     import torch
 
+    from moco_fast.checkpoint import load_encoder
     from moco_fast.config import KnnConfig
     from moco_fast.encoders.encoder import build_encoder
     from moco_fast.evaluation.knn import evaluate_knn
-    from moco_fast.training.checkpoint import load_encoder
     from shards.sets import open_set
 
     assert main(["eval", "knn", "--checkpoint", str(finished_run), "--json", "--device", "cpu"]) == 0
@@ -119,9 +119,9 @@ def test_each_figure_is_that_of_its_encoder(
 ) -> None:
     import torch
 
+    from moco_fast.checkpoint import load_encoder
     from moco_fast.encoders.encoder import build_encoder
     from moco_fast.evaluation.knn import KnnResult
-    from moco_fast.training.checkpoint import load_encoder
 
     config, trained = load_encoder(finished_run)
     torch.manual_seed(config.run.seed)

@@ -8,6 +8,8 @@ import torch
 import torchvision
 from safetensors import safe_open
 
+from moco_fast import checkpoint
+from moco_fast.checkpoint import Checkpoint, load_encoder
 from moco_fast.config import Config, ModelConfig, to_dict
 from moco_fast.encoders.encoder import ENCODERS, Encoder, build_encoder
 from moco_fast.exporters.registry import EXPORTERS, find_exporter
@@ -15,8 +17,6 @@ from moco_fast.exporters.timm import _NETWORKS as _TIMM
 from moco_fast.exporters.torchvision import _NETWORKS as _TORCHVISION
 from moco_fast.exporters.write import export, load_into
 from moco_fast.methods.momentum_contrast import MomentumContrast
-from moco_fast.training import checkpoint
-from moco_fast.training.checkpoint import Checkpoint, load_encoder
 from pipelines.config import DataConfig, ViewsConfig
 
 

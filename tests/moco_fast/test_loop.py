@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moco_fast.training import checkpoint
+from moco_fast import checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from moco_fast.checkpoint import load_encoder
 from moco_fast.config import to_dict
 from moco_fast.evaluation.features import labeled_features
 from moco_fast.evaluation.untrained import untrained_twin
@@ -29,7 +30,6 @@ from moco_fast.report.neighbors import find_neighbors
 from moco_fast.report.record import read_run
 from moco_fast.report.report import write_report
 from moco_fast.report.words import configuration_table, headline
-from moco_fast.training.checkpoint import load_encoder
 from pipelines.loader import open_loader
 from shards.sets import open_set
 

@@ -13,7 +13,7 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -111,14 +111,18 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def load_encoder(path: str | Path) -> "tuple[Config, Encoder]":
-    """Load the trained query encoder of a run (its newest checkpoint) or of one checkpoint folder.
+def load_encoder(path: str | Path, *, which: Literal["query", "key"] = "query") -> "tuple[Config, Encoder]":
+    """Load an encoder of a run (its newest checkpoint) or of one checkpoint folder.
+
+    Args:
+        path: a run's folder, or one of its checkpoints/step-*.
+        which: the trained query encoder, or its slow average, which has no predictor.
 
     Returns:
         the run's configuration and the encoder, on the CPU in fp32 and in eval mode.
 
     Raises:
-        ValueError: there is no checkpoint, or it is damaged.
+        ValueError: there is no checkpoint, it is damaged, or its method has no key encoder.
     """
     from moco_fast.encoders.encoder import build_encoder
 
@@ -128,8 +132,13 @@ def load_encoder(path: str | Path) -> "tuple[Config, Encoder]":
         raise ValueError(f"{path} holds no checkpoint: give a run's folder or one of its checkpoints/step-*")
     checkpoint = load(found)
     config = from_dict(checkpoint.config)
+    weights = part(checkpoint.model, which)
+    if not weights:
+        raise ValueError(f"{found} holds no {which} encoder: {config.method.name} has none; take the query encoder")
     encoder = build_encoder(config.model, config.method, image_size=config.views.size, crop=config.eval.crop)
-    encoder.load_state_dict(part(checkpoint.model, "query"))
+    if which == "key":
+        encoder.predictor = None
+    encoder.load_state_dict(weights)
     return config, encoder.eval()
 
 
