@@ -6,6 +6,7 @@ No parameter is trained, so it tells in seconds whether an encoder is learning.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from moco_fast.config import Config, KnnConfig
 from moco_fast.encoders.encoder import Encoder
+from moco_fast.evaluation.base import RunSets, Score
 from moco_fast.evaluation.features import Features, gather, labeled_features, spread
 from pipelines.config import DataConfig
 from pipelines.world import World
-from shards.sets import ShardSet, open_set
+from shards.sets import ShardSet
 
-__all__ = ["KnnEvaluation", "KnnResult", "Votes", "classify", "common_classes", "evaluate_knn", "open_knn"]
+__all__ = ["KnnEvaluation", "KnnResult", "Votes", "classify", "common_classes", "evaluate_knn"]
 
 _CHUNK_ELEMENTS = 1 << 25  # similarities held at once: 128 MiB of float32
 
@@ -189,6 +191,33 @@ class KnnEvaluation:
     data: DataConfig
     """Of the run."""
 
+    @classmethod
+    def open(cls, config: Config, sets: RunSets) -> Self | None:
+        """Take the run's sets; None without --eval.shards. Raises ValueError: nothing tells the training labels."""
+        if sets.held_out is None:
+            return None
+        if sets.training is None:
+            raise ValueError(
+                f"--eval.shards {config.eval.shards} is compared with the training samples, whose labels nothing "
+                f"tells: `make-shards index {config.data.shards}` does, or leave out --eval.shards"
+            )
+        return cls(knn=config.eval, bank=sets.training, queries=sets.held_out, size=config.views.size, data=config.data)
+
+    @classmethod
+    def scores(cls, config: Config) -> tuple[Score, ...]:
+        """Show the accuracy; see Evaluation."""
+        return (
+            Score(
+                name="kNN top-1",
+                title="kNN accuracy",
+                caption=f"Share of held-out samples whose {config.eval.k} nearest training samples vote for the right "
+                "class.",
+                curves={"knn/top1": ""},
+                best="highest",
+                percent=True,
+            ),
+        )
+
     def figures(self, encoder: Encoder, *, device: torch.device, world: World) -> dict[str, float]:
         """Classify the queries; see Evaluation."""
         result = evaluate_knn(
@@ -206,16 +235,3 @@ class KnnEvaluation:
     def line(self, figures: Mapping[str, float]) -> str:
         """Give the accuracy."""
         return f"kNN top-1 {100 * figures['knn/top1']:.1f}%"
-
-
-def open_knn(config: Config) -> KnnEvaluation | None:
-    """Open the sets of a run's kNN evaluation; None without --eval.shards. Raises ValueError: a set is absent."""
-    if config.eval.shards is None:
-        return None
-    return KnnEvaluation(
-        knn=config.eval,
-        bank=open_set(config.data.shards),
-        queries=open_set(config.eval.shards),
-        size=config.views.size,
-        data=config.data,
-    )

@@ -23,7 +23,7 @@ class RunRecord:
     training: list[dict[str, float]]
     """Lines of metrics that hold a loss, by step."""
     evaluations: list[dict[str, float]]
-    """Lines of metrics that hold a kNN accuracy, by step."""
+    """Lines of metrics that hold figures of an evaluation, by step."""
 
     @property
     def recipe(self) -> str:
@@ -43,6 +43,10 @@ class RunRecord:
     def status(self) -> str:
         """`finished`, `stopped`, `failed` or `running`."""
         return self.outcome.get("outcome", "running")
+
+    def curve(self, name: str) -> list[tuple[float, float]]:
+        """Return (step, value) of a number in metrics.jsonl, by step."""
+        return [(line["step"], line[name]) for line in (*self.training, *self.evaluations) if name in line]
 
     @property
     def last(self) -> dict[str, float]:
@@ -76,7 +80,7 @@ def read_run(path: str | Path) -> RunRecord:
         environment=_read_json(path / "environment.json"),
         outcome=_read_json(path / "outcome.json"),
         training=[line for line in lines if "loss" in line],
-        evaluations=[line for line in lines if "knn/top1" in line],
+        evaluations=[line for line in lines if "loss" not in line],
     )
 
 

@@ -1,6 +1,6 @@
 """`report.html`: what was run, how it went, and what came of it, on one page that needs nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,8 +12,9 @@ from markupsafe import Markup
 
 from moco_fast import __version__
 from moco_fast.checkpoint import load_encoder
+from moco_fast.evaluation.registry import find_scores
 from moco_fast.evaluation.untrained import untrained_twin
-from moco_fast.methods.base import Level
+from moco_fast.methods.base import Chart, Level
 from moco_fast.report.commands import next_commands
 from moco_fast.report.figures import Curve, draw_curves
 from moco_fast.report.neighbors import Query, find_neighbors
@@ -64,9 +65,9 @@ def write_report(
         record=record,
         headline=headline(record),
         tiles=tiles(record),
-        learning=_learning(record),
+        learning=_charts(record, "learning"),
         health=_charts(record, "health"),
-        speed=_speed(record),
+        speed=_drawn(record, _SPEED),
         epoch=epoch,
         samples=samples,
         no_samples=no_samples,
@@ -117,79 +118,59 @@ def _count_right(queries: list[Query], which: str) -> tuple[int, int]:
     return sum(shown), len(shown)
 
 
-def _curve(lines: list[dict[str, float]], name: str, label: str = "", *, points: bool = False) -> Curve:
-    there = [line for line in lines if name in line]
-    return Curve(
-        steps=[line["step"] for line in there], values=[line[name] for line in there], label=label, points=points
-    )
-
-
-def _learning(record: RunRecord) -> list[Figure]:
-    figures: list[Figure] = []
-    untrained = [line for line in record.evaluations if line["step"] == 0]
-    if record.evaluations:
-        figures.append(
-            _figure(
-                "kNN accuracy",
-                f"Share of held-out samples whose {record.config.eval.k} nearest training samples vote for the right "
-                "class.",
-                [_curve(record.evaluations, "knn/top1", points=True)],
-                level=Level(value=untrained[0]["knn/top1"], label="untrained") if untrained else None,
-                percent=True,
-            )
-        )
-    figures += _charts(record, "learning")
-    if record.training:
-        figures.append(_figure("Learning rate", "As it was used.", [_curve(record.training, "lr")], from_zero=True))
-    return figures
+_LEARNING_RATE = Chart(title="Learning rate", caption="As it was used.", curves={"lr": ""}, from_zero=True)
+_SPEED = (
+    Chart(
+        title="Samples per second",
+        caption="Over all ranks, each sample with all its views. Evaluation and saving are not counted.",
+        curves={"samples_per_s": ""},
+        from_zero=True,
+    ),
+    Chart(
+        title="Waiting for data",
+        caption="Share of the time in which the training step had nothing to do but wait for its next batch.",
+        curves={"data_wait_share": ""},
+        percent=True,
+        from_zero=True,
+    ),
+)
 
 
 def _charts(record: RunRecord, about: str) -> list[Figure]:
-    """Draw what the method watches."""
-    if not record.training:
-        return []
-    return [
-        _figure(
-            chart.title,
-            chart.caption,
-            [_curve(record.training, name, label) for name, label in chart.curves.items()],
-            level=chart.level,
-            percent=chart.percent,
-            from_zero=chart.from_zero,
-        )
-        for chart in record.config.method.charts(record.config.data.batch_size)
-        if chart.about == about
-    ]
+    """Draw what evaluations found and what the method watches."""
+    figures: list[Figure] = []
+    for score in find_scores(record.config):
+        untrained = [value for step, value in record.curve(score.figure) if step == 0]
+        level = Level(value=untrained[0], label="untrained") if untrained else None
+        figures += _drawn(record, [score], about, level=level, points=True)
+    of_method = record.config.method.charts(record.config.data.batch_size)
+    return figures + _drawn(record, [*of_method, _LEARNING_RATE], about)
 
 
-def _speed(record: RunRecord) -> list[Figure]:
-    if not record.training:
-        return []
-    return [
-        _figure(
-            "Samples a second",
-            "Over all ranks; each sample is two views. Evaluation and saving are not counted.",
-            [_curve(record.training, "samples_per_s")],
-            from_zero=True,
-        ),
-        _figure(
-            "Waiting for data",
-            "Share of the time in which the training step had nothing to do but wait for its next batch.",
-            [_curve(record.training, "data_wait_share")],
-            percent=True,
-            from_zero=True,
-        ),
-    ]
-
-
-def _figure(
-    title: str,
-    caption: str,
-    curves: list[Curve],
+def _drawn(
+    record: RunRecord,
+    charts: Sequence[Chart],
+    about: str = "learning",
     *,
     level: Level | None = None,
-    percent: bool = False,
-    from_zero: bool = False,
-) -> Figure:
-    svg = draw_curves(curves, alt=f"{title} over training steps", level=level, percent=percent, from_zero=from_zero)
-    return Figure(title=title, caption=caption, svg=Markup(svg))  # noqa: S704 - matplotlib escapes its text
+    points: bool = False,
+) -> list[Figure]:
+    """Draw the charts about something, of what was measured; `level` is for those that have none of their own."""
+    figures: list[Figure] = []
+    for chart in charts:
+        curves = [
+            Curve(steps=[step for step, _ in values], values=[value for _, value in values], label=label, points=points)
+            for name, label in chart.curves.items()
+            if (values := record.curve(name))
+        ]
+        if chart.about == about and curves:
+            svg = draw_curves(
+                curves,
+                alt=f"{chart.title} over training steps",
+                level=chart.level or level,
+                percent=chart.percent,
+                from_zero=chart.from_zero,
+            )
+            # matplotlib escapes its text.
+            figures.append(Figure(title=chart.title, caption=chart.caption, svg=Markup(svg)))  # noqa: S704
+    return figures

@@ -5,6 +5,9 @@ from statistics import median
 from typing import Any
 
 from moco_fast.config import Config, flatten, option_name, to_dict
+from moco_fast.evaluation.base import Score
+from moco_fast.evaluation.registry import find_scores
+from moco_fast.methods.base import Level
 from moco_fast.presets import PRESETS
 from moco_fast.report.record import RunRecord
 from shards.ground.units import format_duration
@@ -50,12 +53,9 @@ def headline(record: RunRecord) -> str:
 def tiles(record: RunRecord) -> list[Tile]:
     """Summarize the run in a few figures; what is not known yet is left out."""
     found: list[Tile] = []
-    if record.evaluations:
-        first, last = record.evaluations[0], record.evaluations[-1]
-        gain = 100 * (last["knn/top1"] - first["knn/top1"])
-        compared = f"untrained {100 * first['knn/top1']:.1f}%, {gain:+.1f} points"
-        note = compared if first["step"] == 0 and len(record.evaluations) > 1 else f"at step {last['step']:,.0f}"
-        found.append(Tile(name="kNN top-1", value=f"{100 * last['knn/top1']:.1f}%", note=note))
+    found += [
+        _score_tile(score, curve) for score in find_scores(record.config) if (curve := record.curve(score.figure))
+    ]
     if record.training:
         last = record.training[-1]
         found.append(
@@ -70,7 +70,7 @@ def tiles(record: RunRecord) -> list[Tile]:
         waiting = sum(line["data_wait_share"] for line in steady) / len(steady)
         found.append(
             Tile(
-                name="Samples a second",
+                name="Samples per second",
                 value=f"{median(line['samples_per_s'] for line in steady):,.0f}",
                 note=f"{100 * waiting:.1f}% of the time waiting for data",
             )
@@ -85,6 +85,27 @@ def tiles(record: RunRecord) -> list[Tile]:
             )
         )
     return found
+
+
+def _score_tile(score: Score, curve: list[tuple[float, float]]) -> Tile:
+    """Compare the newest value with the untrained encoder's, or with the score's own level, and with the best one."""
+
+    def written(value: float) -> str:
+        return f"{100 * value:.1f}%" if score.percent else f"{value:.4g}"
+
+    (first_step, first), (last_step, last) = curve[0], curve[-1]
+    level = score.level
+    if level is None and first_step == 0 and len(curve) > 1:
+        level = Level(value=first, label="untrained")
+    note = f"at step {last_step:,.0f}"
+    if level is not None:
+        gain = f"{100 * (last - level.value):+.1f} points" if score.percent else f"{last - level.value:+.4g}"
+        note = f"{level.label} {written(level.value)}, {gain}"
+    choose = max if score.best == "highest" else min
+    best_step, best = choose(reversed(curve), key=lambda point: point[1])
+    if best != last:
+        note += f"; best {written(best)} at step {best_step:,.0f}"
+    return Tile(name=score.name, value=written(last), note=note)
 
 
 def configuration_table(record: RunRecord) -> list[Option]:
@@ -108,7 +129,7 @@ def environment_table(record: RunRecord) -> list[tuple[str, str]]:
         "precision": "Precision",
         "compile": "Compiled",
         "loader": "Loader",
-        "steps_per_epoch": "Steps an epoch",
+        "steps_per_epoch": "Steps per epoch",
         "moco_fast": "moco-fast",
         "torch": "torch",
         "cuda": "CUDA",

@@ -5,6 +5,7 @@ Encoders know no rank, device or precision: all of that is applied here, from ou
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from moco_fast.config import Config
 from moco_fast.distributed import broadcast_
 from moco_fast.encoders.encoder import Encoder, build_encoder, check_image_size
+from moco_fast.evaluation.base import RunSets
 from moco_fast.methods.base import Objective, Setting
 from moco_fast.methods.batchnorm import convert_batch_norm
 from moco_fast.methods.shuffle import build_policy
@@ -19,10 +21,11 @@ from moco_fast.training.optim import build_optimizer
 from moco_fast.training.runtime import Runtime
 from moco_fast.training.schedule import run_length
 from moco_fast.training.step import TrainStep
+from pipelines.config import tars_to_stream
 from pipelines.loader import Loader, open_loader
-from shards.sets import open_set
+from shards.sets import ShardSet, open_set
 
-__all__ = ["Parts", "build", "open_run_loader"]
+__all__ = ["Parts", "build", "open_run_loader", "open_sets"]
 
 
 _LOWER_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,8 +48,22 @@ class Parts:
         return {"query": self.query, **self.objective.modules}
 
 
-def build(config: Config, runtime: Runtime) -> Parts:
+def open_sets(config: Config) -> RunSets:
+    """Open a run's sets, each once. Raises ValueError: one is absent or unfinished."""
+    opened = cache(open_set)
+    return RunSets(
+        training=None if tars_to_stream(config.data) else opened(config.data.shards),
+        held_out=None if config.eval.shards is None else opened(config.eval.shards),
+    )
+
+
+def build(config: Config, runtime: Runtime, shards: ShardSet | None = None) -> Parts:
     """Build the parts of a run as they are before the first step; equal on all ranks.
+
+    Args:
+        config: of the run.
+        runtime: of the process.
+        shards: the training set, if it is open already.
 
     Raises:
         ValueError: the configuration does not fit the data or the world.
@@ -70,7 +87,8 @@ def build(config: Config, runtime: Runtime) -> Parts:
     query.to(runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - undeclared
     broadcast_([*query.parameters(), *query.buffers()])
     optimizer = build_optimizer(query, config.optim, constant_lr=config.method.constant_lr)
-    objective = config.method.build(_setting(config, runtime, query))
+    loader = open_run_loader(config, runtime, shards)
+    objective = config.method.build(_setting(config, runtime, query, num_samples=loader.num_samples))
     _compile(query, runtime)
     train_step = TrainStep(
         query=runtime.wrap_model(query, backwards_per_step=config.optim.accumulate * objective.num_passes),
@@ -81,7 +99,6 @@ def build(config: Config, runtime: Runtime) -> Parts:
         backward=runtime.backward,
         unscale=runtime.unscale,
     )
-    loader = open_run_loader(config, runtime)
     return Parts(
         query=query,
         objective=objective,
@@ -92,12 +109,18 @@ def build(config: Config, runtime: Runtime) -> Parts:
     )
 
 
-def open_run_loader(config: Config, runtime: Runtime) -> Loader:
-    """This rank's loader of the run. Raises ValueError: the configuration does not fit the data or the world."""
-    return open_loader(config.data, config.views, seed=config.run.seed, device=runtime.device, world=runtime.world)
+def open_run_loader(config: Config, runtime: Runtime, shards: ShardSet | None = None) -> Loader:
+    """Open this rank's loader of the run, of its training set, which may be open already.
+
+    Raises:
+        ValueError: the configuration does not fit the data or the world.
+    """
+    return open_loader(
+        config.data, config.views, seed=config.run.seed, device=runtime.device, world=runtime.world, shards=shards
+    )
 
 
-def _setting(config: Config, runtime: Runtime, query: Encoder) -> Setting:
+def _setting(config: Config, runtime: Runtime, query: Encoder, *, num_samples: int) -> Setting:
     return Setting(
         query=query,
         policy=build_policy(
@@ -108,7 +131,7 @@ def _setting(config: Config, runtime: Runtime, query: Encoder) -> Setting:
         autocast=runtime.autocast,
         lower_precision=_LOWER_PRECISIONS.get(runtime.precision),
         compile=lambda encoder: _compile(encoder, runtime),
-        num_samples=config.data.stream_samples or open_set(config.data.shards).num_samples,
+        num_samples=num_samples,
         seed=config.run.seed,
         device=runtime.device,
         available_bytes=_available_bytes(runtime.device),

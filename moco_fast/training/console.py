@@ -49,7 +49,7 @@ def print_opening(config: Config, runtime: Runtime, parts: Parts, step: int) -> 
     _say(
         f"{config.model.encoder}, {ranks} on {runtime.device.type}, {parts.num_steps} steps of {config.data.batch_size}"
     )
-    _say(f"data: {parts.loader.num_samples} samples in {config.data.shards}, {len(parts.loader)} steps an epoch")
+    _say(f"data: {parts.loader.num_samples} samples in {config.data.shards}, {len(parts.loader)} steps per epoch")
     _say(describe_lr(config))
     _say(f"loader: {parts.loader.description}")
     for note in runtime.notes:

@@ -16,10 +16,11 @@ from tqdm import tqdm
 from moco_fast import checkpoint, distributed
 from moco_fast.checkpoint import Checkpoint
 from moco_fast.config import Config, to_dict
+from moco_fast.evaluation.base import Evaluation
 from moco_fast.evaluation.registry import open_evaluations
 from moco_fast.methods.batchnorm import average_batch_statistics
 from moco_fast.training import console
-from moco_fast.training.build import Parts, build
+from moco_fast.training.build import Parts, build, open_sets
 from moco_fast.training.folder import RunFolder, open_folder
 from moco_fast.training.metrics import Average, MetricsFile, Pending
 from moco_fast.training.optim import load_optimizer_tensors, optimizer_tensors
@@ -96,7 +97,9 @@ def _open_folder(config: Config, runtime: Runtime) -> RunFolder | None:
 
 
 def _run(config: Config, runtime: Runtime, folder: RunFolder | None) -> int:
-    parts = build(config, runtime)
+    sets = open_sets(config)
+    evaluations = open_evaluations(config, sets)
+    parts = build(config, runtime, sets.training)
     try:
         # In float16 a gradient may overflow: its step is skipped, and only the run's scale is lowered.
         may_overflow = ("grad_norm",) if runtime.precision == "fp16" else ()
@@ -110,7 +113,7 @@ def _run(config: Config, runtime: Runtime, folder: RunFolder | None) -> int:
             folder.write_outcome("running")
             console.print_opening(config, runtime, parts, progress.step)
             metrics = MetricsFile(folder.path, step=progress.step, tensorboard=config.log.tensorboard)
-        run = Run(config, runtime, parts, progress, metrics)
+        run = Run(config, runtime, parts, progress, metrics, evaluations)
         try:
             if progress.step == 0:
                 run.evaluate()
@@ -160,10 +163,18 @@ def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) 
 class Run:
     """The loop and what it does at intervals. Only the first rank has `metrics`."""
 
-    def __init__(self, config: Config, runtime: Runtime, parts: Parts, progress: Progress, metrics: MetricsFile | None):
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        parts: Parts,
+        progress: Progress,
+        metrics: MetricsFile | None,
+        evaluations: list[Evaluation],
+    ):
         self.config, self.runtime, self.parts, self.progress = config, runtime, parts, progress
         self._metrics = metrics
-        self._evaluations = open_evaluations(config)
+        self._evaluations = evaluations
         self._stop = StopSignal(timeout_s=config.run.timeout_s)
         self._bar = tqdm(
             total=parts.num_steps,

@@ -1,4 +1,5 @@
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,25 +9,42 @@ import torch
 
 from moco_fast.config import Config, EvalConfig, ModelConfig
 from moco_fast.encoders.encoder import Encoder
+from moco_fast.evaluation.base import RunSets, Score
 from moco_fast.evaluation.registry import EVALUATIONS, open_evaluations
 from moco_fast.presets import PRESETS
 from moco_fast.report.record import read_run
+from moco_fast.report.report import write_report
+from moco_fast.report.words import tiles
+from moco_fast.training.build import open_sets
 from moco_fast.training.loop import train
 from pipelines.world import World
+from shards.sets.manifest import MANIFEST_NAME, Manifest
 
 
 class ToyEvaluation:
     """How large the encoder's weights are."""
+
+    @classmethod
+    def open(cls, config: Config, sets: RunSets) -> "ToyEvaluation | None":
+        return cls() if config.run.seed == 7 else None
+
+    @classmethod
+    def scores(cls, config: Config) -> tuple[Score, ...]:
+        return (
+            Score(
+                name="Sum of weights",
+                title="Size of the weights",
+                caption=f"Of {config.model.encoder}.",
+                curves={"toy/weight": ""},
+                best="lowest",
+            ),
+        )
 
     def figures(self, encoder: Encoder, *, device: torch.device, world: World) -> dict[str, float]:
         return {"toy/weight": sum(weight.abs().sum().item() for weight in encoder.parameters())}
 
     def line(self, figures: Mapping[str, float]) -> str:
         return f"weights {figures['toy/weight']:.1f}"
-
-
-def open_toy(config: Config) -> ToyEvaluation | None:
-    return ToyEvaluation() if config.run.seed == 7 else None
 
 
 def configuration(packed_demo: Any, out: Path, **run: Any) -> Config:
@@ -47,19 +65,59 @@ def configuration(packed_demo: Any, out: Path, **run: Any) -> Config:
 def test_a_new_evaluation_is_one_class_and_one_line(
     packed_demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_accelerator: Any
 ) -> None:
-    monkeypatch.setitem(EVALUATIONS, "toy", f"{__name__}:open_toy")
+    monkeypatch.setitem(EVALUATIONS, "toy", f"{__name__}:ToyEvaluation")
     assert train(configuration(packed_demo, tmp_path / "run", seed=7)) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert sum("toy/weight" in line for line in lines) == 2  # before the first step and after the last
-    assert read_run(tmp_path / "run").evaluations == []
+    record = read_run(tmp_path / "run")
+    (_, before), (step, after) = record.curve("toy/weight")
+    assert step == 2
+    [tile] = [tile for tile in tiles(record) if tile.name == "Sum of weights"]
+    assert tile.note.startswith(f"untrained {before:.4g}, {after - before:+.4g}")
+    assert ("best" in tile.note) == (before < after)
+    page = write_report(tmp_path / "run", device=torch.device("cpu"), num_samples=1).read_text()
+    assert "Size of the weights over training steps" in page
+    assert "Of resnet18_quarter." in page
+    assert "kNN" not in page
 
 
 def test_only_what_was_asked_for_is_opened(packed_demo: Any, tmp_path: Path) -> None:
     config = configuration(packed_demo, tmp_path)
-    assert open_evaluations(config) == []
+    assert open_evaluations(config, open_sets(config)) == []
     with_knn = dataclasses.replace(config, eval=EvalConfig(shards=str(packed_demo.val)))
-    [knn] = open_evaluations(with_knn)
+    [knn] = open_evaluations(with_knn, open_sets(with_knn))
     assert knn.line({"knn/top1": 0.256}) == "kNN top-1 25.6%"
     absent = dataclasses.replace(config, eval=EvalConfig(shards=str(tmp_path / "nowhere")))
     with pytest.raises(ValueError, match="nowhere"):
-        open_evaluations(absent)
+        open_sets(absent)
+
+
+def test_labels_that_nothing_tells_are_refused(packed_demo: Any, tmp_path: Path) -> None:
+    [shard] = packed_demo.train.glob("*.tar")
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / shard.name).symlink_to(shard)
+    config = configuration(packed_demo, tmp_path)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, shards=str(tmp_path / "tars"), stream_samples=32),
+        eval=EvalConfig(shards=str(packed_demo.val)),
+    )
+    with pytest.raises(ValueError, match=r"--eval.shards .*make-shards index .*/tars"):
+        open_evaluations(config, open_sets(config))
+
+
+def test_a_run_reads_the_manifest_of_each_of_its_sets_once(
+    packed_demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_accelerator: Any
+) -> None:
+    read: Counter[str] = Counter()
+    from_json = Manifest.from_json
+
+    def counted(text: str | bytes, *, where: str) -> Manifest:
+        read[where] += 1
+        return from_json(text, where=where)
+
+    monkeypatch.setattr(Manifest, "from_json", counted)
+    config = configuration(packed_demo, tmp_path / "run")
+    assert train(dataclasses.replace(config, eval=EvalConfig(shards=str(packed_demo.val), every_steps=1))) == 0
+    assert "knn/top1" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert read == {str(folder / MANIFEST_NAME): 1 for folder in (packed_demo.train, packed_demo.val)}

@@ -216,7 +216,7 @@ def test_a_run_that_has_logged_nothing_yet(run: Path) -> None:
     page = write(run, num_samples=2)
     assert "Nothing has been measured yet" in page.text
     assert "holds no checkpoint" in page.text
-    assert "no evaluation has been done yet" in page.text
+    assert "No evaluation: none has been done yet" in page.text
     assert page.open == []
 
 
