@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from moco_fast.config import IMAGENET_MEAN, IMAGENET_STD, Layer, ModelConfig
 from moco_fast.methods.base import Method
 
-__all__ = ["ENCODERS", "Encoder", "build_encoder", "check_image_size", "sine_cosine_positions", "unit_vectors"]
+__all__ = [
+    "ENCODERS",
+    "TIMM_NETWORKS",
+    "Encoder",
+    "build_backbone",
+    "build_encoder",
+    "check_image_size",
+    "sine_cosine_positions",
+    "unit_vectors",
+]
 
 
 class Encoder(nn.Module):
@@ -106,7 +115,7 @@ def build_encoder(model: ModelConfig, method: Method, *, image_size: int = 224, 
     Raises:
         ValueError: an encoder that neither we nor timm know, or one without the stem that was asked for.
     """
-    backbone = _build_backbone(model.encoder)
+    backbone = build_backbone(model.encoder)
     if model.stem == "cifar":
         _use_cifar_stem(backbone, model.encoder)
     if model.zero_init_residual:
@@ -141,20 +150,6 @@ def check_image_size(encoder: Encoder, name: str, size: int) -> None:
 
 def _timm_resnet(name: str, **options: Any) -> nn.Module:
     return timm.create_model(name, num_classes=0, zero_init_last=False, **options)
-
-
-def _narrow_resnet18(width: int) -> nn.Module:
-    # The deep stem is the only one of timm's whose width follows `stem_width` (its output has twice as many channels).
-    channels = (width, 2 * width, 4 * width, 8 * width)
-    return ResNet(
-        BasicBlock,  # pyright: ignore[reportArgumentType] - timm declares another block
-        (2, 2, 2, 2),
-        num_classes=0,
-        channels=channels,
-        stem_type="deep",
-        stem_width=width // 2,
-        zero_init_last=False,
-    )
 
 
 def _moco_vit(name: str, **options: Any) -> nn.Module:
@@ -196,22 +191,34 @@ def sine_cosine_positions(rows: int, columns: int, dim: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
+TIMM_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnext50_32x8d": ("resnext50_32x4d", {"base_width": 8}),
+    "resnet50_w2x": ("resnet50", {"channels": [128, 256, 512, 1024]}),
+    "resnet50_w4x": ("resnet50", {"channels": [256, 512, 1024, 2048]}),
+    "vit_small": ("vit_small_patch16_224", {"num_heads": 12}),
+    "vit_base": ("vit_base_patch16_224", {}),
+    # The deep stem is the only one of timm's whose width follows `stem_width` (its output has twice as many channels).
+    "resnet18_half": ("resnet18", {"channels": [32, 64, 128, 256], "stem_type": "deep", "stem_width": 16}),
+    "resnet18_quarter": ("resnet18", {"channels": [16, 32, 64, 128], "stem_type": "deep", "stem_width": 8}),
+}
+"""Our own names for what timm can build: its name, and the options that make the difference."""
+
+
+def _of_timm(build: Callable[..., nn.Module], name: str) -> Callable[[], nn.Module]:
+    network, options = TIMM_NETWORKS.get(name, (name, {}))
+    return lambda: build(network, **options)
+
+
 ENCODERS: dict[str, Callable[[], nn.Module]] = {
-    "resnet18": lambda: _timm_resnet("resnet18"),
-    "resnet50": lambda: _timm_resnet("resnet50"),
-    "resnext50_32x8d": lambda: _timm_resnet("resnext50_32x4d", base_width=8),
-    "resnet50_w2x": lambda: _timm_resnet("resnet50", channels=(128, 256, 512, 1024)),
-    "resnet50_w4x": lambda: _timm_resnet("resnet50", channels=(256, 512, 1024, 2048)),
-    "vit_small": lambda: _moco_vit("vit_small_patch16_224", num_heads=12),
-    "vit_base": lambda: _moco_vit("vit_base_patch16_224"),
-    "resnet18_half": lambda: _narrow_resnet18(32),
-    "resnet18_quarter": lambda: _narrow_resnet18(16),
+    name: _of_timm(_moco_vit if name.startswith("vit") else _timm_resnet, name)
+    for name in ("resnet18", "resnet50", *TIMM_NETWORKS)
 }
 """MoCo v1's encoders (24M, 46M, 94M and 375M parameters), its CIFAR demo's ResNet-18, v3's vision transformers, and a
 ResNet-18 at half and a quarter of the channels for CPUs. Builders of backbones without a classifier."""
 
 
-def _build_backbone(name: str) -> nn.Module:
+def build_backbone(name: str) -> nn.Module:
+    """Build a backbone without classifier, by a name of ours or of timm's. Raises ValueError: neither knows it."""
     if name in ENCODERS:
         return ENCODERS[name]()
     if not timm.is_model(name):

@@ -4,22 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from moco_fast.config import Config, ModelConfig
+from moco_fast.encoders.encoder import TIMM_NETWORKS
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["Timm"]
 
-# Our own names for what timm can build: its name, and the options that make the difference.
-_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "resnext50_32x8d": ("resnext50_32x4d", {"base_width": 8}),
-    "resnet50_w2x": ("resnet50", {"channels": [128, 256, 512, 1024]}),
-    "resnet50_w4x": ("resnet50", {"channels": [256, 512, 1024, 2048]}),
-    "vit_small": ("vit_small_patch16_224", {"num_heads": 12}),
-    "vit_base": ("vit_base_patch16_224", {}),
-    "resnet18_half": ("resnet18", {"channels": [32, 64, 128, 256], "stem_type": "deep", "stem_width": 16}),
-    "resnet18_quarter": ("resnet18", {"channels": [16, 32, 64, 128], "stem_type": "deep", "stem_width": 8}),
-}
 _FILES = ("config.json", "model.safetensors")
 
 
@@ -46,7 +37,7 @@ class Timm:
         """Build timm's network by its own name, or by the one of ours."""
         import timm
 
-        name, options = _NETWORKS.get(model.encoder, (model.encoder, {}))
+        name, options = TIMM_NETWORKS.get(model.encoder, (model.encoder, {}))
         return timm.create_model(name, num_classes=0, **options), name
 
     def write(self, network: "nn.Module", config: Config, path: Path) -> None:
@@ -59,7 +50,7 @@ class Timm:
         cast("Any", network).pretrained_cfg = {key: told[key] for key in told.keys() - about_its_own}
         size, crop = config.views.size, config.eval.crop
         images = {"mean": config.model.mean, "std": config.model.std, "input_size": (3, size, size), "crop_pct": crop}
-        _, options = _NETWORKS.get(config.model.encoder, (config.model.encoder, {}))
+        _, options = TIMM_NETWORKS.get(config.model.encoder, (config.model.encoder, {}))
         save_for_hf(
             network,
             str(path),

@@ -5,25 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moco_fast.config import Config, ModelConfig
+from moco_fast.encoders.formats.torchvision import RESNETS
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["Torchvision"]
-
-# Where both libraries give a network the same name and its parameters the same names.
-_NETWORKS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
 
 
 class Torchvision:
@@ -36,7 +23,7 @@ class Torchvision:
                 f"torchvision has no {model.encoder} with a {model.stem} stem: load the checkpoint's model.safetensors "
                 "itself"
             )
-        if model.encoder not in _NETWORKS:
+        if model.encoder not in RESNETS:
             return f"torchvision has no {model.encoder} with these parameter names: export it with --format timm"
         return None
 

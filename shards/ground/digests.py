@@ -19,7 +19,7 @@ _READ_BYTES = 8 << 20
 class RunningDigest(Protocol):
     """A digest that grows with what it is given."""
 
-    def update(self, data: bytes, /) -> None:
+    def update(self, data: "ReadableBuffer", /) -> None:
         """Add bytes."""
         ...
 

@@ -137,7 +137,7 @@ def test_a_file_that_does_not_say_what_it_is_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match="does not say what network"):
+    with pytest.raises(ValueError, match="weights of no network that is known by its names alone"):
         moco_fast.load_encoder(tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=r"nowhere\.safetensors does not exist"):
         moco_fast.load_encoder(tmp_path / "nowhere.safetensors")

@@ -11,10 +11,9 @@ from safetensors import safe_open
 from moco_fast import checkpoint
 from moco_fast.checkpoint import Checkpoint, load_encoder
 from moco_fast.config import Config, ModelConfig, to_dict
-from moco_fast.encoders.encoder import ENCODERS, Encoder, build_encoder
+from moco_fast.encoders.encoder import ENCODERS, TIMM_NETWORKS, Encoder, build_encoder
+from moco_fast.encoders.formats.torchvision import RESNETS
 from moco_fast.exporters.registry import EXPORTERS, find_exporter
-from moco_fast.exporters.timm import _NETWORKS as _TIMM
-from moco_fast.exporters.torchvision import _NETWORKS as _TORCHVISION
 from moco_fast.exporters.write import export, load_into
 from moco_fast.methods.momentum_contrast import MomentumContrast
 from pipelines.config import DataConfig, ViewsConfig
@@ -23,14 +22,14 @@ from pipelines.config import DataConfig, ViewsConfig
 @pytest.mark.parametrize("name", [*ENCODERS, "resnet34", "convnext_atto"])
 def test_timm_can_build_every_encoder_of_ours(name: str) -> None:
     assert find_exporter("timm").why_not(ModelConfig(encoder=name)) is None
-    timm_name, options = _TIMM.get(name, (name, {}))
+    timm_name, options = TIMM_NETWORKS.get(name, (name, {}))
     with torch.device("meta"):
         ours = build_encoder(ModelConfig(encoder=name), MomentumContrast()).backbone
         theirs = timm.create_model(timm_name, num_classes=0, **options)
     assert shapes(ours) == shapes(theirs)
 
 
-@pytest.mark.parametrize("name", _TORCHVISION)
+@pytest.mark.parametrize("name", RESNETS)
 def test_torchvision_has_what_we_say(name: str) -> None:
     with torch.device("meta"):
         ours = build_encoder(ModelConfig(encoder=name), MomentumContrast()).backbone
@@ -87,11 +86,11 @@ OTHERS = (
 
 
 @pytest.mark.parametrize("target", EXPORTERS)
-@pytest.mark.parametrize("name", sorted({*ENCODERS, *_TORCHVISION, *OTHERS} - {*LARGE}))
+@pytest.mark.parametrize("name", sorted({*ENCODERS, *RESNETS, *OTHERS} - {*LARGE}))
 def test_every_encoder_gives_the_same_features_in_every_library_or_is_refused(name: str, target: str) -> None:
     model = ModelConfig(encoder=name)
     if find_exporter(target).why_not(model):
-        assert (target, name in _TORCHVISION) == ("torchvision", False)
+        assert (target, name in RESNETS) == ("torchvision", False)
         return
     encoder = as_if_trained(build(model))
     network = load_into(find_exporter(target), model, encoder.backbone.state_dict()).eval()
@@ -135,7 +134,7 @@ def test_a_transformer_of_other_heads_is_not_what_timm_builds(tmp_path: Path, mo
     export(run, "timm", tmp_path / "encoder")
     config = json.loads((tmp_path / "encoder" / "config.json").read_text())
     assert (config["architecture"], config["model_args"]["num_heads"]) == ("vit_small_patch16_224", 12)
-    monkeypatch.setitem(_TIMM, "vit_small", ("vit_small_patch16_224", {}))
+    monkeypatch.setitem(TIMM_NETWORKS, "vit_small", ("vit_small_patch16_224", {}))
     with pytest.raises(ValueError, match="timm builds another network for these weights"):
         export(run, "timm", tmp_path / "wrong")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "run"]
@@ -191,7 +190,7 @@ def test_what_cannot_be_mapped_is_refused_and_nothing_is_written(
 
 def test_an_encoder_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18_quarter"))
-    monkeypatch.setitem(_TIMM, "resnet18_quarter", ("resnet18", {}))
+    monkeypatch.setitem(TIMM_NETWORKS, "resnet18_quarter", ("resnet18", {}))
     with pytest.raises(ValueError, match="timm's resnet18 does not take these weights"):
         export(run, "timm", tmp_path / "encoder")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -1,0 +1,1 @@
+"""Formats: where an encoder can come from, one file each."""

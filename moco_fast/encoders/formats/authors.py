@@ -1,0 +1,117 @@
+"""Format of the MoCo authors' checkpoints: v1, v2 (facebookresearch/moco) and v3 (facebookresearch/moco-v3).
+
+Their moco/builder.py names the encoders: `encoder_q`, `encoder_k`, `queue` in v1 and v2, `base_encoder`,
+`momentum_encoder`, `predictor` in v3, all below DDP's `module.`. Heads are in the place of the classifier: `fc` is one
+linear layer in v1, linear, ReLU, linear in v2; v3's have batch norm, in `fc` of a ResNet or `head` of a transformer.
+v3's transformers are those of its vits.py: 12 heads in every width.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from moco_fast.config import ModelConfig
+from moco_fast.encoders.encoder import Encoder, build_backbone, build_encoder
+from moco_fast.encoders.formats.base import OpenedEncoder, Place, Which, opened, without_head
+from moco_fast.encoders.formats.torchvision import RESNETS, resnet_of
+from moco_fast.encoders.weights import listed, load_exactly
+from moco_fast.methods.base import Method
+from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
+
+__all__ = ["Authors"]
+
+_NAMES: dict[str, dict[Which, str]] = {
+    "v3": {"query": "base_encoder", "key": "momentum_encoder"},
+    "v1 or v2": {"query": "encoder_q", "key": "encoder_k"},
+}
+_VITS = {384: "vit_small", 768: "vit_base"}
+
+
+class Authors:
+    """Both encoders of a pretraining run, of which one is taken."""
+
+    def takes(self, place: Place) -> bool:
+        """A file with the names of an encoder of theirs."""
+        return place.is_file and _version(place.weights.tensors) is not None
+
+    def open(self, place: Place, which: Which) -> OpenedEncoder:
+        """Load one of the encoders with its head, and the predictor for queries of v3."""
+        weights = place.weights
+        version = _version(weights.tensors)
+        assert version is not None
+        name = _NAMES[version][which]
+        of = _below(weights.tensors, name)
+        if not of:
+            raise ValueError(f"{place.where} holds no {which} encoder: nothing in it is called {name}.*")
+        network = _network(of, str(weights.facts.get("arch", "")), place.where)
+        classifier = "head" if network in _VITS.values() else "fc"
+        head = _below(of, classifier)
+        predictor = _below(weights.tensors, "predictor") if which == "query" else {}
+        model = ModelConfig(encoder=network)
+        encoder = _build(model, _method(head, version, place.where), has_predictor=bool(predictor))
+        wanted = {f"backbone.{key}": each for key, each in of.items() if not key.startswith(f"{classifier}.")}
+        wanted |= {f"head.{key}": each for key, each in head.items()}
+        wanted |= {f"predictor.{key}": each for key, each in predictor.items()}
+        load_exactly(encoder, wanted, f"{place.where} ({network} of MoCo {version})")
+        used = (f"{name}.", "predictor.") if predictor else (f"{name}.",)
+        left_out = tuple(key for key in weights.tensors if not key.startswith(used))
+        return opened(
+            encoder, f"{place.where} (MoCo {version}, {network}, {which} encoder)", model=model, left_out=left_out
+        )
+
+
+def _version(tensors: Mapping[str, Tensor]) -> str | None:
+    for version, names in _NAMES.items():
+        if any(key.startswith(tuple(f"{name}." for name in names.values())) for key in tensors):
+            return version
+    return None
+
+
+def _below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}."): each for key, each in tensors.items() if key.startswith(f"{name}.")}
+
+
+def _network(of: Mapping[str, Tensor], arch: str, where: str) -> str:
+    """Return our name of the network, by what the file says (`arch`) or else by its tensors."""
+    if any(key.startswith("patch_embed.proj.0.") for key in of):
+        raise ValueError(
+            f"{where} is of a vit_conv_* of moco-v3, a transformer with a convolutional stem: the authors released "
+            "none, and it cannot be built here"
+        )
+    if arch in (*RESNETS, *_VITS.values()):
+        return arch
+    if arch:
+        raise ValueError(
+            f"{where} says that it is of a {arch}, but known are {listed((*RESNETS, *_VITS.values()), most=20)}"
+        )
+    if "cls_token" not in of:
+        return resnet_of(of, where)
+    width = of["cls_token"].shape[-1]
+    if width not in _VITS:
+        raise ValueError(f"{where} is of a transformer of width {width}: moco-v3's are of {listed(map(str, _VITS))}")
+    return _VITS[width]
+
+
+def _method(head: Mapping[str, Tensor], version: str, where: str) -> Method | None:
+    """Return the method whose head the tensors are; None: there are none."""
+    layers = [key.removesuffix(".weight").removesuffix("weight") for key, each in head.items() if each.ndim == 2]
+    if not head:
+        return None
+    if version == "v3":
+        mlp = [head[f"{layer}.weight"] for layer in layers]
+        return MomentumContrastV3(dim=len(mlp[-1]), mlp_dim=len(mlp[0]))
+    if layers == [""]:
+        return MomentumContrast(dim=len(head["weight"]), head="linear")
+    if layers == ["0", "2"]:
+        return MomentumContrast(dim=len(head["2.weight"]), head="mlp")
+    raise ValueError(f"{where}: a head of MoCo v1 is `fc`, of v2 `fc.0` and `fc.2`, but this one has {listed(head)}")
+
+
+def _build(model: ModelConfig, method: Method | None, *, has_predictor: bool) -> Encoder:
+    if method is None:
+        backbone: nn.Module = build_backbone(model.encoder)
+        return without_head(backbone, int(backbone.num_features))  # pyright: ignore[reportArgumentType] - timm does not declare it
+    encoder = build_encoder(model, method)
+    if not has_predictor:
+        encoder.predictor = None
+    return encoder
