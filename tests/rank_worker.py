@@ -23,15 +23,26 @@ def load(path):
     return module
 
 
-def run(job):
+class UnconnectedError(Exception):
+    """A process group that did not come about."""
+
+
+def connect(job):
     os.environ.update(RANK=str(job["rank"]), WORLD_SIZE=str(job["world_size"]), LOCAL_RANK=str(job["rank"]))
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{job['store']}",
-        rank=job["rank"],
-        world_size=job["world_size"],
-        timeout=timedelta(seconds=job["timeout_s"]),
-    )
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{job['store']}",
+            rank=job["rank"],
+            world_size=job["world_size"],
+            timeout=timedelta(seconds=job["timeout_s"]),
+        )
+    except RuntimeError as error:
+        raise UnconnectedError from error
+
+
+def run(job):
+    connect(job)
     try:
         torch.manual_seed(0)
         return getattr(load(job["path"]), job["function"])(*job["arguments"])
@@ -46,6 +57,8 @@ def main():
         job = pickle.loads(connection.recv_bytes())
         try:
             outcome = ("result", run(job))
+        except UnconnectedError:
+            outcome = ("unconnected", traceback.format_exc())
         except BaseException:
             outcome = ("error", traceback.format_exc())
         # Not `send`, which torch makes share memory between the processes.
