@@ -11,7 +11,7 @@ operations on uint8 tensors in place of Pillow images. FFCV is left out where it
 
 The second table is of the torch backend, on one thread: what the colors of a sample's two views take, beside
 torchvision's operations on Pillow images and on tensors, and what decoding and making both views takes with colors
-and without.
+and without; the third, where that time goes.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -144,12 +145,13 @@ def colorless(table: ViewTable) -> ViewTable:
     return replace(table, factors=factors, matrix=None, grayscale=off, solarize=off)
 
 
-def cost(shards: ShardSet, samples: np.ndarray, recipe: str) -> tuple[str, list[Claim]]:
-    """Time a recipe's colors, and its whole views with and without them: a line of the table, and claims."""
+def cost(shards: ShardSet, samples: np.ndarray, recipe: str) -> tuple[str, str, list[Claim]]:
+    """Time a recipe's colors, and its whole views with and without them: a line of both tables, and claims."""
     views = RECIPES[recipe]
     encoded, tables = drawn(shards, samples, views)
     _, linear = drawn(shards, samples, replace(views, color="linear"))
     without = tuple(colorless(table) for table in tables)
+    sharp = tuple(replace(table, sigma=np.zeros_like(table.sigma)) for table in without)
     plain = rendered(encoded, without, views.size)
     pictures = [[Image.fromarray(pixels) for pixels in of_view] for of_view in plain]
     tensors = [[F.pil_to_tensor(picture) for picture in of_view] for of_view in pictures]
@@ -177,6 +179,8 @@ def cost(shards: ShardSet, samples: np.ndarray, recipe: str) -> tuple[str, list[
             "tensors": lambda: by_torchvision(tensors),
             "with": lambda: rendered(encoded, tables, views.size),
             "without": lambda: rendered(encoded, without, views.size),
+            "sharp": lambda: rendered(encoded, sharp, views.size),
+            "decoding": lambda: [decode(each) for each in encoded],
         },
         rounds=ROUNDS,
         device=torch.device("cpu"),
@@ -196,9 +200,14 @@ def cost(shards: ShardSet, samples: np.ndarray, recipe: str) -> tuple[str, list[
             goal=SPEED_LEFT,
         )
     )
-    figures = " | ".join(f"{median(values):.2f}" for values in ms.values())
+    medians = {name: median(values) for name, values in ms.items()}
+    shown = ("ours", "linear", "Pillow", "tensors", "with", "without")
     share = 100 * (1 - claims[-1].ratio)
-    return f"| {recipe} | {figures} | {share:.0f}% |", claims
+    line = f"| {recipe} | {' | '.join(f'{medians[name]:.2f}' for name in shown)} | {share:.0f}% |"
+    so_far = [0.0, *(medians[name] for name in ("decoding", "sharp", "without", "with"))]
+    stages = [later - earlier for earlier, later in pairwise(so_far)]
+    by_stage = " | ".join(f"{each:.2f} ({100 * each / so_far[-1]:.0f}%)" for each in stages)
+    return line, f"| {recipe} | {by_stage} |", claims
 
 
 def distances(
@@ -236,6 +245,7 @@ def main() -> None:
     lines = ["| | backend, `--views.color` | mean | 99th percentile | worst tenth of views |\n|---|---|---|---|---|"]
     times = ["| ms per sample | ours | linear | Pillow | tensors | decoding, both views | without colors | share |"]
     times.append("|---|---|---|---|---|---|---|---|")
+    stages = ["| ms per sample | decoding | crop, resize, flip | blur | colors |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         packed = asked.shards or str(photograph_shards(Path(folder), num=asked.num, photos=asked.photos))
         shards, beton = open_set(packed), None
@@ -244,15 +254,16 @@ def main() -> None:
         num = min(asked.num, MOST, shards.num_samples)
         samples = np.linspace(0, shards.num_samples - 1, num).astype(np.int64)
         for recipe in RECIPES:
-            line, more = cost(shards, samples, recipe)
-            print(line, flush=True)
+            line, by_stage, more = cost(shards, samples, recipe)
+            print(line, by_stage, sep="\n", flush=True)
             times.append(line)
+            stages.append(by_stage)
             claims += more
         for recipe in (*RECIPES, *ALONE):
             more_lines, more = distances(shards, beton, samples, recipe)
             lines += more_lines
             claims += more
-    tables = "\n\n".join("\n".join(each) for each in (lines, times))
+    tables = "\n\n".join("\n".join(each) for each in (lines, times, stages))
     print(f"\n{header()}; {num} photographs\n\n{tables}\n\n{claims_table(claims)}")
     write_claims(asked.json, claims)
 
