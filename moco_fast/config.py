@@ -30,6 +30,7 @@ __all__ = [
     "differences",
     "flatten",
     "from_dict",
+    "method_to_dict",
     "option_name",
     "to_dict",
     "validate",
@@ -288,8 +289,12 @@ def _validate_method(config: Config) -> None:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as nested dictionaries that JSON can hold; the method's has its `name`, too."""
-    sections = dataclasses.asdict(config)
-    return sections | {"method": {"name": config.method.name, **sections["method"]}}
+    return dataclasses.asdict(config) | {"method": method_to_dict(config.method)}
+
+
+def method_to_dict(method: Method) -> dict[str, Any]:
+    """Return a method as a dictionary that JSON can hold, with its `name`; `from_dict` rebuilds it."""
+    return {"name": method.name, **dataclasses.asdict(method)}
 
 
 T = TypeVar("T")

@@ -1,7 +1,7 @@
 """`moco-fast export`."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -12,19 +12,29 @@ __all__ = ["Export"]
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write the encoder without its head as timm or torchvision can load it."""
+    """Write an encoder as another library can load it, load it again, and compare what it computes."""
 
-    run: tyro.conf.Positional[str]
-    """Folder of a run (its newest checkpoint counts) or one of its checkpoints/step-*."""
+    encoder: tyro.conf.Positional[str]
+    """Folder of a run (its newest checkpoint counts), one of its checkpoints/step-*, a file of the MoCo authors', or
+    anything else that docs/encoders.md lists."""
     out: str
-    """timm: folder to write; torchvision: file to write (.safetensors)."""
+    """timm, huggingface: folder to write; otherwise: file to write (torchvision: .safetensors, onnx: .onnx,
+    torch-export: .pt2, detectron2, mmdet: .pth)."""
     format: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(EXPORTERS)}}}")] = "timm"
-    """Library that shall load it."""
+    """What shall load it."""
+    head: bool = False
+    """Write the projection head, too (huggingface, onnx, torch-export)."""
+    which: Literal["query", "key"] = "query"
+    """The trained encoder, or its slow average."""
+    image_size: int | None = None
+    """Side of the images that it is for, in pixels; unset: as it was trained."""
 
     def execute(self) -> int:
         """Do what the options say; return the exit code."""
         from moco_fast.exporters.write import export
 
-        written = export(self.run, self.format, self.out)
+        written = export(
+            self.encoder, self.format, self.out, head=self.head, which=self.which, image_size=self.image_size
+        )
         print(f"{written.path}: {written.num_parameters:,} parameters. To load them:\n\n{written.usage}")
         return 0

@@ -13,8 +13,8 @@ __all__ = ["Weights", "listed", "load_exactly", "read_weights"]
 
 # Where training scripts put the weights among other things.
 _ENTRIES = ("state_dict", "model")
-# What wrappers put in front of every name: DDP, torch.compile.
-_WRAPPERS = ("module.", "_orig_mod.")
+# What is put in front of every name: by DDP, torch.compile, and OpenMMLab's classifiers.
+_WRAPPERS = ("module.", "_orig_mod.", "backbone.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,7 +22,7 @@ class Weights:
     """What a file holds."""
 
     tensors: dict[str, Tensor]
-    """On the CPU, by name, without what DDP or torch.compile put in front of all names."""
+    """On the CPU, by name, without what DDP, torch.compile or OpenMMLab put in front of all names."""
     facts: dict[str, Any]
     """What else the file says: a safetensors file's metadata, or the texts and numbers beside a state dict."""
 

@@ -1,39 +1,56 @@
-"""The contract of an exporter: another library, and the form in which it takes a backbone."""
+"""The contract of an exporter: another library, and the form in which it takes an encoder."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from moco_fast.config import Config, ModelConfig
+from moco_fast.config import ModelConfig
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor
 
-__all__ = ["Exporter"]
+    from moco_fast.encoders.open import OpenedEncoder
+
+    Outputs = Callable[[Tensor], Sequence[Tensor]]
+    """Pixels (B, 3, H, W) uint8 to features (B, feature_dim) and, if asked, the head's output (B, dim)."""
+
+__all__ = ["Exporter", "check_file"]
 
 
 class Exporter(Protocol):
-    """A library that can load backbones. What is written has the library's own names."""
+    """A library, or a runtime, that can load encoders. What is written has its own names."""
 
-    def why_not(self, model: ModelConfig) -> str | None:
-        """Tell why the library has no such network, or None if it has."""
+    place: str
+    """What the file or folder may be called."""
+    has_head: bool
+    """There is a place for the projection head."""
+
+    def why_not(self, model: ModelConfig | None) -> str | None:
+        """Tell why the library has no such network, or None if it has. `model` None: only its own library builds it."""
         ...
 
-    def check_place(self, out: Path) -> None:
-        """Refuse a place of the wrong kind, such as a file for a folder. Raises ValueError."""
+    def check(self, out: Path) -> None:
+        """Refuse what cannot work, before it is begun: a place of the wrong kind, packages that are not installed.
+
+        Raises:
+            ValueError: with the way out.
+        """
         ...
 
-    def build(self, model: ModelConfig) -> tuple["nn.Module", str]:
-        """Build the library's network without classifier, with weights of no meaning; also return its name there."""
+    def write(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> None:
+        """Write the encoder. Raises ValueError: its weights do not fit the library's network."""
         ...
 
-    def write(self, network: "nn.Module", config: Config, path: Path) -> None:
-        """Write a network that `build` made, and how its pixels are normalized."""
-        ...
-
-    def read_back(self, model: ModelConfig, path: Path) -> "nn.Module":
+    def read_back(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> "Outputs":
         """Load what was written, as `usage` says."""
         ...
 
-    def usage(self, model: ModelConfig, out: Path) -> str:
+    def usage(self, opened: "OpenedEncoder", out: Path) -> str:
         """Python lines that load what was written."""
         ...
+
+
+def check_file(out: Path) -> None:
+    """Take a new file, or an earlier one. Raises ValueError: it is a folder."""
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder that holds something else: name another place")

@@ -9,6 +9,11 @@ __all__ = ["EXPORTERS", "find_exporter"]
 EXPORTERS = {
     "timm": "moco_fast.exporters.timm:Timm",
     "torchvision": "moco_fast.exporters.torchvision:Torchvision",
+    "huggingface": "moco_fast.exporters.huggingface:HuggingFace",
+    "onnx": "moco_fast.exporters.graph:Onnx",
+    "torch-export": "moco_fast.exporters.graph:TorchExport",
+    "detectron2": "moco_fast.exporters.detectron2:Detectron2",
+    "mmdet": "moco_fast.exporters.mmdet:MMDet",
 }
 """Name -> module:class."""
 

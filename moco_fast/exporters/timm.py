@@ -1,15 +1,17 @@
 """Exporter to timm: a folder whose config.json says what `timm.create_model` has to build."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from moco_fast.config import Config, ModelConfig
-from moco_fast.encoders.encoder import TIMM_NETWORKS
+from moco_fast.config import ModelConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Timm"]
+    from moco_fast.encoders.open import OpenedEncoder
+    from moco_fast.exporters.base import Outputs
+
+__all__ = ["Timm", "check_folder"]
 
 _FILES = ("config.json", "model.safetensors")
 
@@ -17,40 +19,38 @@ _FILES = ("config.json", "model.safetensors")
 class Timm:
     """timm's folder: the weights of a transformer fit networks with other numbers of heads, so its name goes along."""
 
-    def why_not(self, model: ModelConfig) -> str | None:
+    place: ClassVar[str] = "encoder"
+    has_head: ClassVar[bool] = False
+
+    def why_not(self, model: ModelConfig | None) -> str | None:
         """It has every encoder of ours but those with another stem."""
+        if model is None:
+            return "timm cannot take a network that only its own library builds: export it with --format onnx"
         if model.stem == "imagenet":
             return None
         return f"timm has no {model.encoder} with a {model.stem} stem: load the checkpoint's model.safetensors itself"
 
-    def check_place(self, out: Path) -> None:
+    def check(self, out: Path) -> None:
         """Take a new folder, or one that holds nothing but an earlier export."""
-        if out.suffix == ".safetensors" or out.is_file():
-            raise ValueError(
-                f"--out {out}: timm loads a folder, which says beside the weights what network they are of: name a "
-                "folder"
-            )
-        if out.is_dir() and {path.name for path in out.iterdir()} - set(_FILES):
-            raise ValueError(f"--out {out} is a folder that holds something else: name another place")
+        check_folder(out, "timm", _FILES)
 
-    def build(self, model: ModelConfig) -> tuple["nn.Module", str]:
-        """Build timm's network by its own name, or by the one of ours."""
-        import timm
-
-        name, options = TIMM_NETWORKS.get(model.encoder, (model.encoder, {}))
-        return timm.create_model(name, num_classes=0, **options), name
-
-    def write(self, network: "nn.Module", config: Config, path: Path) -> None:
+    def write(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> None:
         """Write config.json and model.safetensors."""
         from timm.models import save_for_hf
 
+        from moco_fast.encoders.weights import load_exactly
+
+        assert not head
+        model = opened.model
+        assert model is not None
+        network, name, options = _build(model, opened.encoder.image_size)
+        load_exactly(network, opened.encoder.backbone.state_dict(), f"timm's {name} does not take these weights")
         # What timm says of weights of its own is not true of these.
         about_its_own = ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes")
         told = cast("dict[str, Any]", network.pretrained_cfg)
         cast("Any", network).pretrained_cfg = {key: told[key] for key in told.keys() - about_its_own}
-        size, crop = config.views.size, config.eval.crop
-        images = {"mean": config.model.mean, "std": config.model.std, "input_size": (3, size, size), "crop_pct": crop}
-        _, options = TIMM_NETWORKS.get(config.model.encoder, (config.model.encoder, {}))
+        size, crop = opened.encoder.image_size, opened.encoder.crop
+        images = {"mean": model.mean, "std": model.std, "input_size": (3, size, size), "crop_pct": crop}
         save_for_hf(
             network,
             str(path),
@@ -59,19 +59,45 @@ class Timm:
             data_config=images | {"interpolation": "bilinear"},
         )
 
-    def read_back(self, model: ModelConfig, path: Path) -> "nn.Module":
+    def read_back(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> "Outputs":
         """Let timm read its folder."""
         import timm
 
-        del model
-        return timm.create_model(f"local-dir:{path}", pretrained=True)
+        assert not head
+        network = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+        return lambda pixels: (network(opened.encoder.normalize(pixels)),)
 
-    def usage(self, model: ModelConfig, out: Path) -> str:
+    def usage(self, opened: "OpenedEncoder", out: Path) -> str:
         """Lines for timm."""
-        del model
+        del opened
         lines = [
             "import timm",
             f"model = timm.create_model({f'local-dir:{out}'!r}, pretrained=True)",
             "# mean and std of its pixels: timm.data.resolve_model_data_config(model)",
         ]
         return "\n".join(lines)
+
+
+def check_folder(out: Path, library: str, files: tuple[str, ...]) -> None:
+    """Take a new folder, or one of no other files. Raises ValueError: it is a file, or holds something else."""
+    if out.suffix == ".safetensors" or out.is_file():
+        raise ValueError(
+            f"--out {out}: {library} loads a folder, which says beside the weights what network they are of: name a "
+            "folder"
+        )
+    if out.is_dir() and {path.name for path in out.iterdir()} - set(files):
+        raise ValueError(f"--out {out} is a folder that holds something else: name another place")
+
+
+def _build(model: ModelConfig, size: int) -> tuple["nn.Module", str, dict[str, Any]]:
+    """Build timm's network by its own name, or by the one of ours; return the name and the options, too."""
+    import timm
+
+    from moco_fast.encoders.encoder import TIMM_NETWORKS
+
+    name, options = TIMM_NETWORKS.get(model.encoder, (model.encoder, {}))
+    network: Any = timm.create_model(name, num_classes=0, **options)
+    if getattr(getattr(network, "patch_embed", None), "img_size", None) not in (None, (size, size)):
+        network = timm.create_model(name, num_classes=0, **options, img_size=size)
+        options = options | {"img_size": size}
+    return network, name, options

@@ -1,14 +1,17 @@
 """Exporter to torchvision: one .safetensors file whose names are those of torchvision's ResNets."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from moco_fast.config import Config, ModelConfig
-from moco_fast.encoders.formats.torchvision import RESNETS
+from moco_fast.config import ModelConfig
+from moco_fast.exporters.base import check_file
+from moco_fast.exporters.resnets import facts_of, weights_of, why_no_resnet
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from moco_fast.encoders.open import OpenedEncoder
+    from moco_fast.exporters.base import Outputs
 
 __all__ = ["Torchvision"]
 
@@ -16,51 +19,42 @@ __all__ = ["Torchvision"]
 class Torchvision:
     """torchvision's state dict, with the network's name and the pixels' normalization in its metadata."""
 
-    def why_not(self, model: ModelConfig) -> str | None:
+    place: ClassVar[str] = "encoder.safetensors"
+    has_head: ClassVar[bool] = False
+
+    def why_not(self, model: ModelConfig | None) -> str | None:
         """It has the ResNets that timm calls by the same name."""
-        if model.stem != "imagenet":
-            return (
-                f"torchvision has no {model.encoder} with a {model.stem} stem: load the checkpoint's model.safetensors "
-                "itself"
-            )
-        if model.encoder not in RESNETS:
-            return f"torchvision has no {model.encoder} with these parameter names: export it with --format timm"
-        return None
+        from moco_fast.encoders.formats.torchvision import RESNETS
 
-    def check_place(self, out: Path) -> None:
-        """Take a new file, or an earlier one."""
-        if out.is_dir():
-            raise ValueError(f"--out {out} is a folder that holds something else: name another place")
+        return why_no_resnet("torchvision", model, RESNETS)
 
-    def build(self, model: ModelConfig) -> tuple["nn.Module", str]:
-        """Build torchvision's network without its classifier."""
-        import torchvision
-        from torch import nn
+    def check(self, out: Path) -> None:
+        """Take a file."""
+        check_file(out)
 
-        network = torchvision.models.get_model(model.encoder)
-        network.fc = nn.Identity()
-        return network, model.encoder
-
-    def write(self, network: "nn.Module", config: Config, path: Path) -> None:
+    def write(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> None:
         """Write the file."""
         from safetensors.torch import save_file
 
-        model = config.model
-        facts = {"library": "torchvision", "name": model.encoder, "mean": model.mean, "std": model.std}
-        pixels = {"size": config.views.size, "crop": config.eval.crop}
-        weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-        save_file(weights, path, metadata={"format": "pt", "architecture": json.dumps(facts | pixels)})
+        assert not head
+        save_file(weights_of(opened), path, metadata={"format": "pt", "architecture": facts_of(opened)})
 
-    def read_back(self, model: ModelConfig, path: Path) -> "nn.Module":
+    def read_back(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> "Outputs":
         """Load the file into the network."""
         from safetensors.torch import load_file
 
-        network, _ = self.build(model)
-        network.load_state_dict(load_file(path))
-        return network
+        from moco_fast.encoders.weights import load_exactly
 
-    def usage(self, model: ModelConfig, out: Path) -> str:
+        assert not head
+        network = _build(opened)
+        load_exactly(network, load_file(path), "torchvision's network does not take these weights")
+        network.eval()
+        return lambda pixels: (network(opened.encoder.normalize(pixels)),)
+
+    def usage(self, opened: "OpenedEncoder", out: Path) -> str:
         """Lines for torchvision."""
+        model = opened.model
+        assert model is not None
         lines = [
             "import torchvision",
             "from safetensors.torch import load_file",
@@ -70,3 +64,13 @@ class Torchvision:
             f"normalize = torchvision.transforms.Normalize(mean={model.mean}, std={model.std})",
         ]
         return "\n".join(lines)
+
+
+def _build(opened: "OpenedEncoder") -> "nn.Module":
+    import torchvision
+    from torch import nn
+
+    assert opened.model is not None
+    network = torchvision.models.get_model(opened.model.encoder)
+    network.fc = nn.Identity()
+    return network

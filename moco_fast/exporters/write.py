@@ -1,21 +1,17 @@
-"""Writing a backbone for another library, checked by its features. The head is left out: pretraining alone needs it."""
+"""Writing an encoder for another library, checked by what it computes when it is loaded again."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from moco_fast.config import ModelConfig
-from moco_fast.exporters.base import Exporter
 from moco_fast.exporters.registry import find_exporter
 from shards.ground.files import appearing, remove
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from moco_fast.encoders.open import OpenedEncoder
+    from moco_fast.exporters.base import Outputs
 
-    from moco_fast.encoders.encoder import Encoder
-
-__all__ = ["Written", "export", "load_into"]
+__all__ = ["Written", "export"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,61 +24,61 @@ class Written:
     """Python lines that load it."""
 
 
-def export(run: str | Path, target: str, out: str | Path) -> Written:
-    """Write the backbone of a run's newest checkpoint (or of one checkpoint) so that a library can load it.
+def export(
+    encoder: str | Path,
+    target: str,
+    out: str | Path,
+    *,
+    head: bool = False,
+    which: Literal["query", "key"] = "query",
+    image_size: int | None = None,
+) -> Written:
+    """Write an encoder so that a library can load it.
 
-    For `timm` a folder, for `torchvision` a file. What is written has been loaded as a user loads it and gives the
-    encoder's features.
+    For `timm` and `huggingface` a folder, for the others a file. What is written has been loaded as a user loads it
+    and gives the encoder's features.
 
         written = moco_fast.export("runs/first", "timm", "encoder")
         print(written.usage)
 
     Args:
-        run: folder of a run, or one of its checkpoints/step-*.
+        encoder: folder of a run, one of its checkpoints/step-*, or anything else that `load_encoder` takes.
         target: one of moco_fast.exporters.registry.EXPORTERS.
         out: file or folder to write; an earlier export is replaced.
+        head: write the projection head, too, where the target has a place for it.
+        which: of an encoder that was trained with its slow average, the one or the other.
+        image_size: side of the images that it is for, in pixels; unset: as it was trained.
 
     Raises:
-        ValueError: no checkpoint, no place to write to, or the library has no such network; nothing is written.
+        ValueError: no encoder, no place to write to, or the library has no such network; nothing is written.
     """
-    from moco_fast.checkpoint import load_encoder
+    from moco_fast.encoders.open import open_encoder
 
-    exporter = find_exporter(target)
-    config, encoder = load_encoder(run)
-    if reason := exporter.why_not(config.model):
-        raise ValueError(reason)
-    out = Path(out)
+    exporter, out = find_exporter(target), Path(out)
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}; make it first")
-    exporter.check_place(out)
-    network = load_into(exporter, config.model, encoder.backbone.state_dict())
-    with appearing(out, durable=False) as aside:
-        exporter.write(network, config, aside)
-        _compare(encoder, exporter.read_back(config.model, aside), config.views.size, target)
-        remove(out)
-    num_parameters = sum(parameter.numel() for parameter in encoder.backbone.parameters())
-    return Written(path=out, num_parameters=num_parameters, usage=exporter.usage(config.model, out))
-
-
-def load_into(exporter: Exporter, model: ModelConfig, weights: Mapping[str, "Tensor"]) -> "nn.Module":
-    """Build the library's network for a backbone and load the backbone's weights into it.
-
-    Raises:
-        ValueError: a parameter is missing, left over or of another shape.
-    """
-    network, name = exporter.build(model)
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
+    exporter.check(out)
+    if head and not exporter.has_head:
         raise ValueError(
-            f"{type(exporter).__name__.lower()}'s {name} does not take these weights: "
-            f"{str(error).splitlines()[-1].strip()}"
-        ) from None
-    return network
+            f"--head: {target} has no place for a projection head; leave it out, or use --format huggingface, onnx or "
+            "torch-export"
+        )
+    opened = open_encoder(str(encoder), which=which, image_size=image_size)
+    if reason := exporter.why_not(opened.model):
+        raise ValueError(reason)
+    if head and opened.method is None:
+        raise ValueError(f"--head: {opened.name} comes without a projection head; leave it out")
+    with appearing(out, durable=False) as aside:
+        exporter.write(opened, aside, head=head)
+        _compare(opened, exporter.read_back(opened, aside, head=head), target, head=head)
+        remove(out)
+    parts = (opened.encoder.backbone, opened.encoder.head) if head else (opened.encoder.backbone,)
+    num_parameters = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    return Written(path=out, num_parameters=num_parameters, usage=exporter.usage(opened, out))
 
 
-def _compare(encoder: "Encoder", network: "nn.Module", size: int, target: str) -> None:
-    """Hold the features of what was read back against the encoder's, for pixels without meaning.
+def _compare(opened: "OpenedEncoder", outputs: "Outputs", target: str, *, head: bool) -> None:
+    """Hold the outputs of what was read back against the encoder's, for pixels without meaning.
 
     Raises:
         ValueError: they differ, so the library's network is another one with weights of the same shapes; or they are
@@ -90,16 +86,19 @@ def _compare(encoder: "Encoder", network: "nn.Module", size: int, target: str) -
     """
     import torch
 
+    encoder, size = opened.encoder, opened.encoder.image_size
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator)
+    # Another number of images than programs were traced with.
+    images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8, generator=generator)
     with torch.no_grad():
-        expected = encoder.features(images, "backbone")
-        found = network.eval()(encoder.normalize(images))
-    if not expected.isfinite().all():
-        raise ValueError("the encoder's features are not finite: it has diverged, export an earlier checkpoint")
-    apart = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
-    if not apart <= 1e-3 * expected.abs().max().item():
-        raise ValueError(
-            f"{target} builds another network for these weights: features are up to {apart:.3g} apart from the "
-            "encoder's. Load the checkpoint's model.safetensors with moco_fast.checkpoint.load_encoder"
-        )
+        expected = [encoder.features(images, "backbone"), *([encoder.features(images, "head")] if head else [])]
+        if not all(each.isfinite().all() for each in expected):
+            raise ValueError("the encoder's features are not finite: it has diverged, export an earlier checkpoint")
+        found = list(outputs(images))
+    for wanted, each in zip(expected, found, strict=True):
+        apart = (each - wanted).abs().max().item() if each.shape == wanted.shape else float("inf")
+        if not apart <= 1e-3 * wanted.abs().max().item():
+            raise ValueError(
+                f"{target} builds another network for these weights: features are up to {apart:.3g} apart from the "
+                "encoder's. Load the encoder itself with moco_fast.load_encoder"
+            )

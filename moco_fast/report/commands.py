@@ -34,7 +34,7 @@ def next_commands(record: RunRecord) -> list[Command]:
     proposals["See what another recipe makes of these images"] = preview
     formats = [name for name in EXPORTERS if find_exporter(name).why_not(config.model) is None]
     if formats:
-        out = "encoder" if formats[0] == "timm" else "encoder.safetensors"
+        out = find_exporter(formats[0]).place
         line = f"moco-fast export {quote(run)} --format {formats[0]} --out {out}"
         proposals[f"Use the encoder with {formats[0]}"] = line
     if config.log.tensorboard:

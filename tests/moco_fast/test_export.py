@@ -12,11 +12,16 @@ from moco_fast import checkpoint
 from moco_fast.checkpoint import Checkpoint, load_encoder
 from moco_fast.config import Config, ModelConfig, to_dict
 from moco_fast.encoders.encoder import ENCODERS, TIMM_NETWORKS, Encoder, build_encoder
+from moco_fast.encoders.formats.base import OpenedEncoder, opened
+from moco_fast.encoders.formats.detectron2 import from_detectron2, to_detectron2
 from moco_fast.encoders.formats.torchvision import RESNETS
+from moco_fast.encoders.open import open_encoder
 from moco_fast.exporters.registry import EXPORTERS, find_exporter
-from moco_fast.exporters.write import export, load_into
-from moco_fast.methods.momentum_contrast import MomentumContrast
+from moco_fast.exporters.write import export
+from moco_fast.methods.base import Method
+from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
 from pipelines.config import DataConfig, ViewsConfig
+from tests.moco_fast.encoders.layouts import as_if_trained, resnet_of_authors, save_as_authors
 
 
 @pytest.mark.parametrize("name", [*ENCODERS, "resnet34", "convnext_atto"])
@@ -45,31 +50,18 @@ def shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
-def save_run(folder: Path, model: ModelConfig, *, size: int = 224) -> Path:
+def save_run(folder: Path, model: ModelConfig, *, size: int = 224, method: Method = METHOD) -> Path:
     views = ViewsConfig(size=size)
-    config = to_dict(Config(data=DataConfig(shards="nowhere"), model=model, method=METHOD, views=views))
-    query = {f"query.{name}": tensor for name, tensor in as_if_trained(build(model)).state_dict().items()}
+    config = to_dict(Config(data=DataConfig(shards="nowhere"), model=model, method=method, views=views))
+    query = {f"query.{name}": tensor for name, tensor in as_if_trained(build(model, method)).state_dict().items()}
     saved = Checkpoint(step=7, config=config, model=query, optimizer={}, rng={})
     checkpoint.save(folder / "checkpoints", saved, keep=1)
     return folder
 
 
-def build(model: ModelConfig) -> Encoder:
+def build(model: ModelConfig, method: Method = METHOD) -> Encoder:
     torch.manual_seed(5)
-    return build_encoder(model, METHOD)
-
-
-def as_if_trained(encoder: Encoder) -> Encoder:
-    """Other scales and statistics than the first ones, so that no layer is the identity."""
-    with torch.no_grad():
-        for layer in encoder.modules():
-            if isinstance(layer, torch.nn.BatchNorm2d | torch.nn.LayerNorm):
-                layer.weight.uniform_(0.5, 1.5)
-                layer.bias.normal_(std=0.1)
-        for name, buffer in encoder.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                buffer.add_(torch.rand_like(buffer))
-    return encoder.eval()
+    return build_encoder(model, method)
 
 
 # Of those with 94 million parameters and more, the shapes of weights are all that their options change.
@@ -85,20 +77,29 @@ OTHERS = (
 )
 
 
-@pytest.mark.parametrize("target", EXPORTERS)
+# What a graph is made of is not by name: a few networks of each kind show it, below.
+WITH_WEIGHTS = [name for name in EXPORTERS if name not in ("onnx", "torch-export", "huggingface")]
+
+
+@pytest.mark.parametrize("target", WITH_WEIGHTS)
 @pytest.mark.parametrize("name", sorted({*ENCODERS, *RESNETS, *OTHERS} - {*LARGE}))
-def test_every_encoder_gives_the_same_features_in_every_library_or_is_refused(name: str, target: str) -> None:
-    model = ModelConfig(encoder=name)
-    if find_exporter(target).why_not(model):
-        assert (target, name in RESNETS) == ("torchvision", False)
+def test_every_encoder_gives_the_same_features_in_every_library_or_is_refused(
+    name: str, target: str, tmp_path: Path
+) -> None:
+    model, exporter = ModelConfig(encoder=name), find_exporter(target)
+    if exporter.why_not(model):
+        assert target in ("torchvision", "mmdet", "detectron2")
+        assert name not in RESNETS or (target == "mmdet" and name.startswith("wide"))
         return
     encoder = as_if_trained(build(model))
-    network = load_into(find_exporter(target), model, encoder.backbone.state_dict()).eval()
-    size = 224 if "vit" in name else 64
-    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    encoder.image_size = size = 224 if "vit" in name else 64
+    subject = opened(encoder, "here", "an encoder", model=model)
+    exporter.write(subject, tmp_path / "out", head=False)
+    images = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
     with torch.no_grad():
         expected = encoder.features(images, "backbone")
-        torch.testing.assert_close(network(encoder.normalize(images)), expected, rtol=1e-4, atol=1e-4)
+        (found,) = exporter.read_back(subject, tmp_path / "out", head=False)(images)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert expected.std() > 1e-3
 
 
@@ -197,8 +198,8 @@ def test_an_encoder_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_an_encoder_that_has_diverged_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(model: ModelConfig) -> Encoder:
-        encoder = build_encoder(model, METHOD)
+    def poisoned(model: ModelConfig, method: Method) -> Encoder:
+        encoder = build_encoder(model, method)
         next(encoder.backbone.parameters()).data.fill_(float("nan"))
         return encoder
 
@@ -218,24 +219,24 @@ def test_a_missing_folder_is_told(tmp_path: Path) -> None:
 class ToyExporter:
     """A library that takes anything and keeps it as torch does."""
 
-    def why_not(self, model: ModelConfig) -> str | None:
-        return None if model.stem == "imagenet" else "toys have one stem"
+    place = "encoder.toy"
+    has_head = False
 
-    def check_place(self, out: Path) -> None:
+    def why_not(self, model: ModelConfig | None) -> str | None:
+        return None if model and model.stem == "imagenet" else "toys have one stem"
+
+    def check(self, out: Path) -> None:
         assert out.suffix == ".toy"
 
-    def build(self, model: ModelConfig) -> tuple[torch.nn.Module, str]:
-        return build_encoder(model, METHOD).backbone, "toy"
+    def write(self, opened: OpenedEncoder, path: Path, *, head: bool) -> None:
+        torch.save(opened.encoder.backbone.state_dict(), path)
 
-    def write(self, network: torch.nn.Module, config: Config, path: Path) -> None:
-        torch.save(network.state_dict(), path)
+    def read_back(self, opened: OpenedEncoder, path: Path, *, head: bool) -> Any:
+        encoder = build(ModelConfig(encoder="resnet18_quarter")).eval()
+        encoder.backbone.load_state_dict(torch.load(path, weights_only=True))
+        return lambda pixels: (encoder.features(pixels, "backbone"),)
 
-    def read_back(self, model: ModelConfig, path: Path) -> torch.nn.Module:
-        network, _ = self.build(model)
-        network.load_state_dict(torch.load(path, weights_only=True))
-        return network
-
-    def usage(self, model: ModelConfig, out: Path) -> str:
+    def usage(self, opened: OpenedEncoder, out: Path) -> str:
         return f"toy.load({str(out)!r})"
 
 
@@ -245,5 +246,215 @@ def test_an_exporter_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pyte
     written = export(run, "toy", tmp_path / "encoder.toy")
     assert written.usage == f"toy.load({str(tmp_path / 'encoder.toy')!r})"
     assert written.path.stat().st_size > 0
-    with pytest.raises(ValueError, match="there is no exporter 'toys': choose timm or torchvision or toy"):
+    with pytest.raises(ValueError, match=r"there is no exporter 'toys': choose timm or torchvision or .* or toy"):
         export(run, "toys", tmp_path / "other.toy")
+
+
+V3 = MomentumContrastV3(dim=8, mlp_dim=16)
+
+
+@pytest.mark.parametrize(
+    ("target", "encoder", "method"),
+    [
+        ("onnx", "resnet18_quarter", METHOD),
+        ("torch-export", "resnet18_half", V3),
+        ("huggingface", "resnet18_quarter", METHOD),
+        ("huggingface", "resnet18_half", V3),
+        ("huggingface", "vit_tiny_patch16_224", V3),
+        pytest.param("torch-export", "vit_tiny_patch16_224", V3, marks=pytest.mark.slow),
+        pytest.param("onnx", "vit_tiny_patch16_224", V3, marks=pytest.mark.slow),
+    ],
+)
+def test_the_head_goes_along_where_there_is_a_place(target: str, encoder: str, method: Method, tmp_path: Path) -> None:
+    model = ModelConfig(encoder=encoder, mean=(0.1, 0.2, 0.3))
+    run = save_run(tmp_path / "run", model, method=method, size=224 if "vit" in encoder else 64)
+    place = find_exporter(target).place
+    bare = export(run, target, tmp_path / place)
+    written = export(run, target, tmp_path / place, head=True)
+    _, trained = load_encoder(run)
+    of_head = sum(parameter.numel() for parameter in trained.head.parameters())
+    assert written.num_parameters == bare.num_parameters + of_head
+    if target == "huggingface":
+        back = open_encoder(str(written.path))
+        images = torch.randint(0, 256, (2, 3, trained.image_size, trained.image_size), dtype=torch.uint8)
+        with torch.no_grad():
+            torch.testing.assert_close(back.encoder(images), trained(images), rtol=1e-5, atol=1e-5)
+        assert back.method == method
+
+
+@pytest.mark.parametrize("target", ["onnx", "torch-export"])
+def test_a_program_takes_pixels_of_any_number_of_images(target: str, tmp_path: Path) -> None:
+    model = ModelConfig(encoder="resnet18_quarter", stem="cifar", mean=(0.1, 0.2, 0.3))
+    run = save_run(tmp_path / "run", model, size=32)
+    written = export(run, target, tmp_path / find_exporter(target).place, head=True)
+    _, trained = load_encoder(run)
+    for num_images in (1, 2, 7):
+        images = torch.randint(0, 256, (num_images, 3, 32, 32), dtype=torch.uint8)
+        scope: dict[str, Any] = {"pixels": images if target == "torch-export" else images.numpy()}
+        exec(written.usage, scope)
+        with torch.no_grad():
+            expected = [trained.features(images, layer) for layer in ("backbone", "head")]
+        for found, wanted in zip((scope["features"], *scope["projection"]), expected, strict=True):
+            torch.testing.assert_close(torch.as_tensor(found).detach(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_without_a_place_is_refused(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18"), size=64)
+    for target in ("timm", "torchvision", "detectron2", "mmdet"):
+        with pytest.raises(ValueError, match=f"--head: {target} has no place for a projection head"):
+            export(run, target, tmp_path / find_exporter(target).place, head=True)
+    bare = export(run, "timm", tmp_path / "bare").path
+    with pytest.raises(ValueError, match=r"--head: .*bare .* comes without a projection head"):
+        export(bare, "onnx", tmp_path / "encoder.onnx", head=True)
+
+
+def test_packages_that_are_missing_are_told_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moco_fast.exporters.graph.find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(ValueError, match=r"needs onnxscript, not installed here: pip install 'moco-fast\[onnx\]'"):
+        export(tmp_path / "nowhere", "onnx", tmp_path / "encoder.onnx")
+
+
+# detectron2's ResNet-18 (detectron2/modeling/backbone/resnet.py, d5e5b0f): its modules' names, restated.
+def detectron2_shapes() -> dict[str, tuple[int, ...]]:
+    def conv(name: str, width_in: int, width: int, side: int) -> dict[str, tuple[int, ...]]:
+        norm = ("weight", "bias", "running_mean", "running_var")
+        return {f"{name}.weight": (width, width_in, side, side)} | {f"{name}.norm.{each}": (width,) for each in norm}
+
+    shapes = conv("stem.conv1", 3, 64, 7)
+    for stage, width in enumerate((64, 128, 256, 512), 2):
+        for block in range(2):
+            width_in = width // 2 if block == 0 and stage > 2 else width
+            shapes |= conv(f"res{stage}.{block}.conv1", width_in, width, 3)
+            shapes |= conv(f"res{stage}.{block}.conv2", width, width, 3)
+            if width_in != width:
+                shapes |= conv(f"res{stage}.{block}.shortcut", width_in, width, 1)
+    return shapes
+
+
+def test_detectron2_finds_its_names_and_shapes(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18", **NORMALIZED), size=64)
+    written = export(run, "detectron2", tmp_path / "encoder.pth")
+    content = torch.load(written.path, weights_only=True)
+    found = {name: tuple(tensor.shape) for name, tensor in content["model"].items() if "num_batches" not in name}
+    assert found == detectron2_shapes()
+    # What its checkpointer looks for (detectron2/checkpoint/detection_checkpoint.py).
+    assert content["matching_heuristics"] is True
+    assert "PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = [25.5, 51.0, 76.5], [102.0" in written.usage
+    with pytest.raises(ValueError, match=r"tells by the ending how to read a file: name it encoder\.pth"):
+        export(run, "detectron2", tmp_path / "encoder.pkl")
+
+
+# The authors' detection/convert-pretrain-to-detectron2.py (facebookresearch/moco, 0d6137a), case by case.
+@pytest.mark.parametrize(
+    ("theirs", "detectron2s"),
+    [
+        ("conv1.weight", "stem.conv1.weight"),
+        ("bn1.running_mean", "stem.conv1.norm.running_mean"),
+        ("layer1.0.conv1.weight", "res2.0.conv1.weight"),
+        ("layer3.5.bn3.bias", "res4.5.conv3.norm.bias"),
+        ("layer4.0.downsample.0.weight", "res5.0.shortcut.weight"),
+        ("layer4.0.downsample.1.running_var", "res5.0.shortcut.norm.running_var"),
+    ],
+)
+def test_names_for_detectron2_are_the_authors(theirs: str, detectron2s: str) -> None:
+    assert to_detectron2(theirs) == detectron2s
+    assert from_detectron2(detectron2s) == theirs
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_every_name_for_detectron2_leads_back(name: str) -> None:
+    with torch.device("meta"):
+        names = list(torchvision.models.get_model(name).state_dict())
+    renamed = [to_detectron2(each) for each in names if not each.startswith("fc.")]
+    assert len(set(renamed)) == len(renamed)
+    assert [from_detectron2(each) for each in renamed] == [each for each in names if not each.startswith("fc.")]
+
+
+def test_mmdet_finds_torchvisions_names_below_backbone(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18", **NORMALIZED), size=64)
+    written = export(run, "mmdet", tmp_path / "encoder.pth")
+    # mmpretrain's tools/model_converters/torchvision_to_mmpretrain.py: `backbone.` before all but `fc`.
+    tensors = torch.load(written.path, weights_only=True)["state_dict"]
+    with torch.device("meta"):
+        theirs = shapes(torchvision.models.resnet18())
+    expected = {f"backbone.{name}": shape for name, shape in theirs.items() if not name.startswith("fc.")}
+    assert {name: tensor.shape for name, tensor in tensors.items()} == expected
+    scope: dict[str, Any] = {}
+    exec(written.usage, scope)
+    assert scope["backbone"]["init_cfg"] == {
+        "type": "Pretrained",
+        "checkpoint": str(written.path),
+        "prefix": "backbone.",
+    }
+    assert scope["data_preprocessor"]["mean"] == [25.5, 51.0, 76.5]
+
+
+@pytest.mark.parametrize("target", ["timm", "torchvision", "huggingface", "detectron2", "mmdet"])
+def test_what_was_written_is_opened_again(target: str, tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18", **NORMALIZED), size=64)
+    written = export(run, target, tmp_path / find_exporter(target).place)
+    back, trained = open_encoder(str(written.path)), open_encoder(str(run))
+    assert (back.encoder.image_size, back.encoder.crop, back.model) == (64, 0.875, trained.model)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = trained.encoder.features(images, "backbone")
+        torch.testing.assert_close(back.encoder.features(images, "backbone"), expected, rtol=1e-5, atol=1e-5)
+    # And once more: an export is as good as a run.
+    again = export(written.path, "torchvision", tmp_path / "again.safetensors")
+    assert torch.equal(
+        open_encoder(str(again.path)).encoder.features(images, "backbone"), back.encoder.features(images, "backbone")
+    )
+
+
+def test_a_transformer_for_another_size_is_exported_as_it_is(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", ModelConfig(encoder="vit_small"))
+    written = export(run, "timm", tmp_path / "encoder", image_size=96)
+    back = open_encoder(str(written.path)).encoder
+    expected = open_encoder(str(run), image_size=96).encoder
+    images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(back(images), expected.features(images, "backbone"), rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_that_only_its_library_builds_is_a_program_alone(tmp_path: Path) -> None:
+    torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "weights.pth")
+    where = f"torchvision:mobilenet_v3_small@{tmp_path / 'weights.pth'}"
+    for target in ("timm", "torchvision", "huggingface", "detectron2", "mmdet"):
+        with pytest.raises(ValueError, match="network that only its own library builds: export it with --format onnx"):
+            export(where, target, tmp_path / find_exporter(target).place)
+    assert export(where, "torch-export", tmp_path / "encoder.pt2").path.is_file()
+
+
+def test_the_model_card_says_data_recipe_and_figures(finished_run: Path, tmp_path: Path) -> None:
+    card = (export(finished_run, "huggingface", tmp_path / "encoder").path / "README.md").read_text()
+    for fact in (
+        "library_name: timm",
+        "# resnet18_quarter, pretrained without labels",
+        "- data: train, 288 images",
+        "- recipe: `cifar10` (momentum-contrast), with",
+        "--run.steps: None -> 40",
+        "- length: 40 steps of 32 images, 4.444 epochs",
+        "- knn/top1: 0.65",
+    ):
+        assert fact in card, fact
+    assert str(finished_run.parent) not in card
+    earlier = finished_run / "checkpoints" / "step-00000040"
+    assert "- knn/top1: 0.65" in (export(earlier, "huggingface", tmp_path / "other").path / "README.md").read_text()
+
+
+def test_the_model_card_of_a_file_says_that_nothing_is_known(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
+    card = (export(tmp_path / "weights.pth", "huggingface", tmp_path / "encoder").path / "README.md").read_text()
+    assert "From `weights.pth`, which does not say what it was trained on, nor what it is worth." in card
+
+
+def test_the_authors_encoder_is_exported_as_a_runs(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    query = resnet_of_authors("resnet18", "v2")
+    path = save_as_authors(tmp_path / "moco.pth.tar", {"encoder_q": query, "encoder_k": query}, "resnet18")
+    export(path, "torchvision", tmp_path / "encoder.safetensors", which="key")
+    export(path, "huggingface", tmp_path / "encoder", head=True)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    back = open_encoder(str(tmp_path / "encoder")).encoder
+    with torch.no_grad():
+        torch.testing.assert_close(back(images), query(back.normalize(images)), rtol=1e-5, atol=1e-5)

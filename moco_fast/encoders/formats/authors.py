@@ -39,25 +39,25 @@ class Authors:
         weights = place.weights
         version = _version(weights.tensors)
         assert version is not None
-        name = _NAMES[version][which]
-        of = _below(weights.tensors, name)
+        theirs = _NAMES[version][which]
+        of = _below(weights.tensors, theirs)
         if not of:
-            raise ValueError(f"{place.where} holds no {which} encoder: nothing in it is called {name}.*")
+            raise ValueError(f"{place.where} holds no {which} encoder: nothing in it is called {theirs}.*")
         network = _network(of, str(weights.facts.get("arch", "")), place.where)
         classifier = "head" if network in _VITS.values() else "fc"
         head = _below(of, classifier)
         predictor = _below(weights.tensors, "predictor") if which == "query" else {}
         model = ModelConfig(encoder=network)
-        encoder = _build(model, _method(head, version, place.where), has_predictor=bool(predictor))
+        method = _method(head, version, place.where)
+        encoder = _build(model, method, has_predictor=bool(predictor))
         wanted = {f"backbone.{key}": each for key, each in of.items() if not key.startswith(f"{classifier}.")}
         wanted |= {f"head.{key}": each for key, each in head.items()}
         wanted |= {f"predictor.{key}": each for key, each in predictor.items()}
         load_exactly(encoder, wanted, f"{place.where} ({network} of MoCo {version})")
-        used = (f"{name}.", "predictor.") if predictor else (f"{name}.",)
+        used = (f"{theirs}.", "predictor.") if predictor else (f"{theirs}.",)
         left_out = tuple(key for key in weights.tensors if not key.startswith(used))
-        return opened(
-            encoder, f"{place.where} (MoCo {version}, {network}, {which} encoder)", model=model, left_out=left_out
-        )
+        name = f"{place.where} (MoCo {version}, {network}, {which} encoder)"
+        return opened(encoder, place.where, name, model=model, method=method, left_out=left_out)
 
 
 def _version(tensors: Mapping[str, Tensor]) -> str | None:

@@ -13,6 +13,7 @@ from torch import nn
 from moco_fast.config import IMAGENET_MEAN, IMAGENET_STD, Config, ModelConfig
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.encoders.weights import Weights, listed, read_weights
+from moco_fast.methods.base import Method
 from shards.ground.digests import running_digest
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class OpenedEncoder:
 
     encoder: Encoder
     """On the CPU, in float32 and in eval mode."""
+    where: str
+    """As it was asked for."""
     name: str
     """What it is, for people."""
     digest: str
@@ -48,6 +51,8 @@ class OpenedEncoder:
     """The run's, if it comes from a run of ours."""
     model: ModelConfig | None
     """What `build_encoder` makes its backbone from; None: a network that only another library builds."""
+    method: Method | None
+    """Whose head it has; None: it has none."""
     left_out: tuple[str, ...]
     """Names of the tensors that were there and are no part of it, such as a classifier or the other encoder."""
 
@@ -139,16 +144,25 @@ class Format(Protocol):
 
 def opened(
     encoder: Encoder,
+    where: str,
     name: str,
     *,
     config: Config | None = None,
     model: ModelConfig | None = None,
+    method: Method | None = None,
     left_out: tuple[str, ...] = (),
 ) -> OpenedEncoder:
     """Return an encoder with its digest."""
     encoder = encoder.float().eval()
     return OpenedEncoder(
-        encoder=encoder, name=name, digest=digest_of(encoder), config=config, model=model, left_out=left_out
+        encoder=encoder,
+        where=where,
+        name=name,
+        digest=digest_of(encoder),
+        config=config,
+        model=model,
+        method=method,
+        left_out=left_out,
     )
 
 

@@ -10,6 +10,7 @@ FORMATS = {
     "run": "moco_fast.encoders.formats.run:Run",
     "authors": "moco_fast.encoders.formats.authors:Authors",
     "torchvision": "moco_fast.encoders.formats.torchvision:Torchvision",
+    "detectron2": "moco_fast.encoders.formats.detectron2:Detectron2",
     "timm": "moco_fast.encoders.formats.timm:Timm",
 }
 """Name -> module:class."""

@@ -20,4 +20,4 @@ class Run:
         assert place.path is not None
         config, encoder = load_encoder(place.path, which=which)
         name = f"{place.where} ({config.model.encoder}, {config.method.name}, {which} encoder)"
-        return opened(encoder, name, config=config, model=config.model)
+        return opened(encoder, place.where, name, config=config, model=config.model, method=config.method)

@@ -8,9 +8,10 @@ from urllib.parse import urlparse
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from moco_fast.config import ModelConfig
+from moco_fast.config import ModelConfig, from_dict
 from moco_fast.encoders.encoder import TIMM_NETWORKS, build_backbone
 from moco_fast.encoders.formats.base import (
     OpenedEncoder,
@@ -21,7 +22,8 @@ from moco_fast.encoders.formats.base import (
     structure,
     without_head,
 )
-from moco_fast.encoders.weights import listed, read_weights
+from moco_fast.encoders.weights import listed, load_exactly, read_weights
+from moco_fast.methods.base import Method
 
 __all__ = ["Timm"]
 
@@ -46,7 +48,8 @@ class Timm:
             told = settings.get("pretrained_cfg", {key: settings[key] for key in settings if key != "architecture"})
             options = settings.get("model_args") or {}
             what = f"{place.where} (timm's {settings['architecture']})"
-            return _open(str(settings["architecture"]), options, dict(told), place.weights.tensors, what)
+            found = _open(str(settings["architecture"]), options, dict(told), place.weights.tensors, place.where, what)
+            return _with_head(found, place) if "moco_fast" in settings else found
         name = place.network
         architecture, _, tag = name.partition(".")
         if not timm.is_model(architecture):
@@ -59,13 +62,18 @@ class Timm:
         cfg = told.to_dict() if told else {}
         if place.path is None:
             path = _cached(name, cfg)
-            return _open(architecture, {}, cfg, read_weights(path).tensors, f"timm's {name}")
+            return _open(architecture, {}, cfg, read_weights(path).tensors, place.where, f"timm's {name}")
         _refuse_authors(place)
-        return _open(architecture, {}, cfg, place.weights.tensors, f"timm's {name} ({place.path})")
+        return _open(architecture, {}, cfg, place.weights.tensors, place.where, f"timm's {name} ({place.path})")
 
 
 def _open(
-    architecture: str, options: Mapping[str, Any], told: dict[str, Any], tensors: Mapping[str, Tensor], what: str
+    architecture: str,
+    options: Mapping[str, Any],
+    told: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    where: str,
+    what: str,
 ) -> OpenedEncoder:
     """Build a network and load it as timm does, strictly: with a classifier where the weights have one."""
     sources = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "label_offset", "tag")
@@ -96,7 +104,24 @@ def _open(
         size=int(data["input_size"][-1]),
         crop=float(data["crop_pct"]),
     )
-    return opened(encoder, what, model=_model_of(architecture, network, data), left_out=left_out)
+    return opened(encoder, where, what, model=_model_of(architecture, network, data), left_out=left_out)
+
+
+def _with_head(found: OpenedEncoder, place: Place) -> OpenedEncoder:
+    """Add the head that `moco-fast export --format huggingface --head` put beside timm's files."""
+    assert place.path is not None
+    path = place.path / "head.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{place.path} says that it has a projection head, but {path.name} is missing")
+    told = place.settings["moco_fast"]
+    method = from_dict(told["method"], Method)
+    encoder, is_transformer = found.encoder, isinstance(found.encoder.backbone, VisionTransformer)
+    head, predictor = method.build_head(encoder.feature_dim, is_transformer=is_transformer)
+    encoder.head, encoder.predictor, encoder.dim = head, predictor if told["predictor"] else None, method.dim
+    tensors = read_weights(path).tensors
+    parts = nn.ModuleDict({"head": head} | ({"predictor": predictor} if predictor and told["predictor"] else {}))
+    load_exactly(parts, tensors, str(path))
+    return opened(encoder, found.where, found.name, model=found.model, method=method)
 
 
 def _classifiers(architecture: str, told: Mapping[str, Any]) -> tuple[str, ...]:

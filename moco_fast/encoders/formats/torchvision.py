@@ -15,7 +15,7 @@ from moco_fast.encoders.encoder import build_backbone
 from moco_fast.encoders.formats.base import OpenedEncoder, Place, Which, opened, refuse_key, without_head
 from moco_fast.encoders.weights import listed, load_exactly, read_weights
 
-__all__ = ["RESNETS", "Torchvision", "resnet_of"]
+__all__ = ["RESNETS", "Torchvision", "exported_facts", "open_network", "resnet_of"]
 
 RESNETS = (
     "resnet18",
@@ -50,9 +50,9 @@ class Torchvision:
         if place.library is not None:
             return _open_named(place)
         weights = place.weights
-        facts = _exported_facts(weights.facts)
+        facts = exported_facts(weights.facts)
         name = str(facts.pop("name", "")) or resnet_of(weights.tensors, place.where)
-        return _open(name, weights.tensors, f"{place.where} (torchvision's {name})", facts)
+        return open_network(name, weights.tensors, place.where, f"{place.where} (torchvision's {name})", facts)
 
 
 def resnet_of(tensors: Mapping[str, Tensor], what: str) -> str:
@@ -83,14 +83,17 @@ def resnet_of(tensors: Mapping[str, Tensor], what: str) -> str:
     return nearest
 
 
-def _open(name: str, tensors: Mapping[str, Tensor], what: str, images: Mapping[str, Any]) -> OpenedEncoder:
+def open_network(
+    name: str, tensors: Mapping[str, Tensor], where: str, what: str, images: Mapping[str, Any]
+) -> OpenedEncoder:
+    """Load tensors into a network of torchvision's; `images` says mean, std, size and crop, if known."""
     backbone, feature_dim, classifier = _build(name)
     left_out = tuple(key for key in tensors if key.startswith(f"{classifier}."))
     load_exactly(backbone, {key: tensor for key, tensor in tensors.items() if key not in left_out}, what)
     encoder = without_head(backbone, feature_dim, **images)
     mean, std = (tuple(images.get(key, known)) for key, known in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
     model = ModelConfig(encoder=name, mean=mean, std=std) if name in RESNETS else None
-    return opened(encoder, what, model=model, left_out=left_out)
+    return opened(encoder, where, what, model=model, left_out=left_out)
 
 
 def _build(name: str) -> tuple[nn.Module, int, str]:
@@ -109,7 +112,7 @@ def _build(name: str) -> tuple[nn.Module, int, str]:
     return network, int(features), linear[-1]  # pyright: ignore[reportArgumentType] - a linear layer's
 
 
-def _exported_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+def exported_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `moco-fast export` wrote into the file's metadata: name, mean, std, size, crop; or nothing."""
     try:
         told = json.loads(facts.get("architecture", "{}"))
@@ -133,7 +136,8 @@ def _open_named(place: Place) -> OpenedEncoder:
     size, resized = transforms.crop_size[0], transforms.resize_size[0]
     images = {"mean": transforms.mean, "std": transforms.std, "size": size, "crop": size / resized}
     weights = read_weights(path)
-    return _open(name, weights.tensors, f"torchvision's {name} ({place.path or chosen.name})", images)
+    what = f"torchvision's {name} ({place.path or chosen.name})"
+    return open_network(name, weights.tensors, place.where, what, images)
 
 
 def _cached(name: str, tag: str, url: str) -> Path:

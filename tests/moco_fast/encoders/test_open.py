@@ -177,7 +177,9 @@ class Toy:
 
     def open(self, place: Place, which: Which) -> OpenedEncoder:
         backbone = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        return opened(without_head(backbone, 3), f"toy {place.where}", left_out=tuple(place.weights.tensors))
+        return opened(
+            without_head(backbone, 3), place.where, f"toy {place.where}", left_out=tuple(place.weights.tensors)
+        )
 
 
 def test_a_format_is_one_class_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
