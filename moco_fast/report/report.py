@@ -171,6 +171,6 @@ def _drawn(
                 percent=chart.percent,
                 from_zero=chart.from_zero,
             )
-            # matplotlib escapes its text.
-            figures.append(Figure(title=chart.title, caption=chart.caption, svg=Markup(svg)))  # noqa: S704
+            safe = Markup(svg)  # noqa: S704 - matplotlib escapes its text
+            figures.append(Figure(title=chart.title, caption=chart.caption, svg=safe))
     return figures
