@@ -56,7 +56,7 @@ def test_an_unknown_command_is_refused_with_those_that_are_known(
     [
         ("eval knn --checkpoint {nowhere}", "holds no checkpoint"),
         ("report {nowhere}", "is no run's folder"),
-        ("export {nowhere} --out {nowhere}/x", "holds no checkpoint"),
+        ("export {nowhere} --out {there}/x", "nowhere does not exist: give a run's folder"),
         ("preview {nowhere} --out {there}/x.png", "not a folder"),
         ("preview {nowhere} --views moco-v9 --out {there}/x.png", "take one of moco-v1"),
         ("preview {nowhere} --out {there}/x.tiff", "name a .png"),
