@@ -37,16 +37,16 @@ from torch import Tensor, nn
 from moco_fast.commandline import parse
 from moco_fast.config import Config
 from moco_fast.encoders.encoder import Encoder, build_encoder
-from moco_fast.evaluation.knn import evaluate_knn
+from moco_fast.evaluation.registry import open_evaluations
 from moco_fast.report.record import read_run
-from moco_fast.training.build import build, open_run_loader
+from moco_fast.training.build import build, open_run_loader, open_sets
 from moco_fast.training.loop import train
 from moco_fast.training.runtime import Runtime, start
 from moco_fast.training.schedule import lr_at
 from pipelines.batch import Batch
 from pipelines.config import VIEWS
+from pipelines.world import World
 from shards.cli import main as make_shards
-from shards.sets import open_set
 
 OURS, LINEAR, LIGHTLY = "ours", "ours, linear", "lightly"
 V1, V1_LINEAR = "v1's colors", "v1's colors, linear"
@@ -175,17 +175,8 @@ def forever(loader: Iterable[Item]) -> Generator[Item]:
 
 def top1(encoder: Encoder, config: Config) -> float:
     """The share of held-out images that kNN classifies rightly, with the settings of our runs."""
-    knn = config.eval
-    assert knn.shards is not None
-    return evaluate_knn(
-        encoder,
-        knn,
-        bank=open_set(config.data.shards),
-        queries=open_set(knn.shards),
-        size=config.views.size,
-        data=config.data,
-        device=torch.device("cpu"),
-    ).top1
+    [evaluation] = open_evaluations(config, open_sets(config))
+    return evaluation.figures(encoder, device=torch.device("cpu"), world=World())["knn/top1"]
 
 
 def measure_accuracy(contender: str, seed: int, options: argparse.Namespace) -> None:

@@ -24,9 +24,10 @@ from torch import nn
 
 from moco_fast.config import Config
 from moco_fast.encoders.encoder import Encoder
-from moco_fast.evaluation.knn import evaluate_knn
+from moco_fast.evaluation.registry import open_evaluations
 from moco_fast.report.record import RunRecord, read_run
-from shards.sets import open_set
+from moco_fast.training.build import open_sets
+from pipelines.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +83,10 @@ def run_seed(seed: int, threads: int, folder: Path, train: Path, val: Path, opti
 
 def top1_of_raw_pixels(config: Config) -> float:
     """Classify by the pixels themselves, with the run's settings."""
-    assert config.eval.shards is not None
     num_values = 3 * config.views.size**2
-    return evaluate_knn(
-        Encoder(nn.Flatten(), nn.Identity(), feature_dim=num_values, dim=num_values),
-        config.eval,
-        bank=open_set(config.data.shards),
-        queries=open_set(config.eval.shards),
-        size=config.views.size,
-        data=config.data,
-        device=torch.device("cpu"),
-    ).top1
+    pixels = Encoder(nn.Flatten(), nn.Identity(), feature_dim=num_values, dim=num_values)
+    [evaluation] = open_evaluations(config, open_sets(config))
+    return evaluation.figures(pixels, device=torch.device("cpu"), world=World())["knn/top1"]
 
 
 def as_markdown(rows: list[Row], record: RunRecord) -> str:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 import tyro
 
 from moco_fast.commandline import check
-from moco_fast.config import Config, KnnConfig, option_name
+from moco_fast.commands.evaluating import EvalOptions, measure_all
+from moco_fast.config import Config, option_name
 from moco_fast.presets import PRESETS
 
 if TYPE_CHECKING:
-    from moco_fast.evaluation.knn import KnnResult
+    from moco_fast.evaluation.result import Result
 
 __all__ = ["configure", "evaluate", "train"]
 
@@ -67,47 +68,40 @@ def train(config: Config) -> int:
 
 
 def evaluate(
-    run: str | Path,
+    task: str,
+    encoder: str | Path,
     *,
-    bank: str | None = None,
-    queries: str | None = None,
-    settings: KnnConfig | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-) -> "KnnResult":
-    """Classify held-out samples by their nearest training samples, with the encoder of a run.
+    train: str | None = None,
+    test: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    options: EvalOptions | None = None,
+) -> "Result":
+    """Measure an encoder by a task, as `moco-fast eval` does.
 
-        result = moco_fast.evaluate("runs/first", queries="shards/val")
-        print(f"{result.top1:.1%}")
+        result = moco_fast.evaluate("knn", "runs/first", test="shards/val", settings={"k": (20,)})
+        print(result.figures["top1"].value, result.figures["top1"].interval)
 
     Args:
-        run: folder of a run (its newest checkpoint counts), or one of its checkpoints/step-*.
-        bank: labeled shards whose samples vote; unset: the run's training shards.
-        queries: labeled held-out shards; unset: the run's.
-        settings: of the vote; unset: the run's.
-        device: `auto`: a GPU where there is one.
+        task: one of moco_fast.evaluation.registry.TASKS.
+        encoder: what `--encoder` takes: a run's folder, a file of weights, `timm:NAME` and so on.
+        train: labeled shards to learn from; unset: the run's training shards.
+        test: labeled held-out shards; unset: the run's.
+        settings: options of the task, by their names with underscores; what is left out is the protocol's or the run's.
+        options: what every task has: seeds, device, cache and so on; its encoder is the one that is given here.
 
     Raises:
-        ValueError: no checkpoint, or shards without labels or with different classes.
+        ValueError: no such task, option or encoder, or shards without labels or with different classes.
     """
-    from moco_fast.checkpoint import load_encoder
-    from moco_fast.commands.common import choose_device
-    from moco_fast.evaluation.knn import evaluate_knn
-    from shards.sets import open_set
+    from moco_fast.evaluation.registry import task_class
 
-    config, encoder = load_encoder(run)
-    query_shards = queries or config.eval.shards
-    if query_shards is None:
-        raise ValueError("the run has no held-out samples: name some with `queries`")
-    on = choose_device(device)
-    return evaluate_knn(
-        encoder.to(on),
-        settings or config.eval,
-        bank=open_set(bank or config.data.shards),
-        queries=open_set(query_shards),
-        size=config.views.size,
-        data=config.data,
-        device=on,
-    )
+    kind = task_class(task)
+    chosen: Any = kind()
+    for name, value in (settings or {}).items():
+        chosen = _changed(chosen, [name], value, name)
+    of_all = EvalOptions(encoder=str(encoder)) if options is None else replace(options, encoder=str(encoder))
+    results = measure_all(of_all, [chosen], {"train": train, "test": test})
+    assert results is not None, "of several ranks the first one has the result: use `moco-fast eval`"
+    return results[0]
 
 
 def _changed(section: Section, path: list[str], value: object, name: str) -> Section:

@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import tyro
 
 from moco_fast.bench.cli import BenchConfig
-from moco_fast.commands.eval_knn import EvalKnn
+from moco_fast.commands.evaluate import eval_commands
 from moco_fast.commands.export import Export
 from moco_fast.commands.preview import Preview
 from moco_fast.commands.report import Report
@@ -33,19 +33,21 @@ class Command(Protocol):
         ...
 
 
-# A union of subcommands needs two members: None is one that nobody can name, until there is a second evaluation.
-_Evaluations = Annotated[EvalKnn, tyro.conf.subcommand("knn")] | Annotated[None, tyro.conf.Suppress]
+if TYPE_CHECKING:
+    _Evaluation = Command
+else:
+    _Evaluation = eval_commands()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Measure what an encoder has learned."""
+    """Measure what an encoder is worth: a task, all of them, or results beside published ones."""
 
-    task: Annotated[_Evaluations, tyro.conf.arg(name="")]
+    task: Annotated[_Evaluation, tyro.conf.arg(name="")]
 
     def execute(self) -> int:
         """Evaluate; return the exit code."""
-        return cast("Command", self.task).execute()
+        return self.task.execute()
 
 
 _Commands = (

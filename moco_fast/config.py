@@ -20,7 +20,6 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "EvalConfig",
-    "KnnConfig",
     "Layer",
     "LogConfig",
     "ModelConfig",
@@ -151,8 +150,8 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnnConfig:
-    """How neighbors classify."""
+class EvalConfig:
+    """kNN classification of held-out samples while the run goes on."""
 
     k: int = 200
     """Neighbors that vote."""
@@ -165,12 +164,6 @@ class KnnConfig:
     """Side of the central square that is evaluated, as a share of the shorter side (0.875 is 224 of 256)."""
     max_bank: int = 100_000
     """At most this many training samples serve as neighbors, evenly spread over the set."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig(KnnConfig):
-    """kNN classification of held-out samples while the run goes on."""
-
     shards: str | None = None
     """Labeled held-out shards; unset: no evaluation."""
     every_steps: int = 5000

@@ -1,7 +1,7 @@
 """The few collectives of a run; in a single process they do what a world of one rank would."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,11 @@ __all__ = [
     "is_distributed",
     "rank",
     "sum_over_ranks",
+    "tell_all",
     "world_size",
 ]
+
+T = TypeVar("T")
 
 # The new name of torch 2.13, which warns of the old one.
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -35,6 +38,15 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
 def world_size(group: dist.ProcessGroup | None = None) -> int:
     """Ranks in the group (default: the world)."""
     return dist.get_world_size(group) if is_distributed() else 1
+
+
+def tell_all(value: T) -> T:
+    """Return the first rank's `value` on every rank; no rank goes on before the first one is here."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from moco_fast.config import Config, changes, option_name
 from pipelines.config import refuse_unused
 
-__all__ = ["RENAMED", "refuse_meaningless", "refuse_renamed"]
+__all__ = ["RENAMED", "RENAMED_OF_KNN", "refuse_meaningless", "refuse_renamed"]
 
 RENAMED = {
     "--moco.queue-size": "--method.queue-size (--method.num-negatives of memory-bank)",
@@ -22,6 +22,15 @@ RENAMED = {
     "--model.mlp-dim": "--method.mlp-dim",
 }
 """Options that had another name -> what is in their place."""
+
+RENAMED_OF_KNN = {
+    "--checkpoint": "--encoder",
+    "--bank-shards": "--train",
+    "--query-shards": "--test",
+    "--batch-size": "--encode-batch-size",
+    "--json": "--out - (or --out FILE.json)",
+}
+"""The same of `moco-fast eval knn`."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +117,11 @@ def _view_rule(options: tuple[str, ...], field: str, probability: float) -> _Rul
 
 def refuse_renamed(words: Sequence[str]) -> None:
     """Refuse an option's old name. Raises ValueError: with what is in its place."""
+    renamed = RENAMED | (RENAMED_OF_KNN if list(words[:2]) == ["eval", "knn"] else {})
     for word in words:
         option = word.partition("=")[0].replace("_", "-")
-        if option in RENAMED:
-            raise ValueError(f"{option} is now {RENAMED[option]}")
+        if option in renamed:
+            raise ValueError(f"{option} is now {renamed[option]}")
 
 
 def refuse_meaningless(config: Config, recipe: Config) -> None:

@@ -392,7 +392,7 @@ COMMANDS = (
     "python -m moco_fast.demo runs/images",
     "make-shards pack runs/images/val --out runs/shards",
     f"accelerate launch --config_file deploy/accelerate/cpu-1.yaml -m moco_fast.train demo {SHARDS} --run.steps 4",
-    "moco-fast eval knn --checkpoint runs/first",
+    "moco-fast eval knn --encoder runs/first",
     "moco-fast report runs/first",
     "moco-fast preview runs/shards --views moco-v2 --out runs/sheet.png",
 )

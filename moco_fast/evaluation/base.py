@@ -1,27 +1,217 @@
-"""Contract of an evaluation that a run does at intervals. Free of training: it is given an encoder."""
+"""Task: what an encoder is measured by, as one object that everything else asks. Free of torch until it measures.
 
+A task is a frozen dataclass of its options, which the command line shows. It names the features that it wants and the
+figures that it gives, and measures them. Who runs it, on one process or many, from a cache or from a live encoder, and
+what becomes of the figures, is none of its business: `moco-fast eval` (front.py) caches, repeats over seeds and writes
+a result; a run that evaluates at intervals asks the same tasks through `Evaluation` (live.py).
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
-import torch
-
-from moco_fast.config import Config
-from moco_fast.encoders.encoder import Encoder
 from moco_fast.methods.base import Chart
-from pipelines.world import World
-from shards.sets import ShardSet
 
-__all__ = ["Evaluation", "RunSets", "Score"]
+if TYPE_CHECKING:
+    import torch
+
+    from moco_fast.config import Config
+    from moco_fast.encoders.encoder import Encoder
+    from moco_fast.evaluation.features import Features
+    from pipelines.config import DataConfig
+    from pipelines.world import World
+    from shards.sets import ShardSet
+
+__all__ = [
+    "Evaluation",
+    "FigureInfo",
+    "Inputs",
+    "Measured",
+    "Outcome",
+    "RunSets",
+    "Score",
+    "Split",
+    "Task",
+    "Want",
+    "refuse_unless_above",
+]
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Want:
+    """Features that a task needs."""
+
+    split: Split
+    layer: str = "backbone"
+    """Whose output they are (moco_fast.encoders.layers)."""
+    at_most: int | None = None
+    """At most so many samples, evenly spread over the set; None: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureInfo:
+    """What a figure is, for tables and charts."""
+
+    title: str
+    """A few words, such as `top-1 accuracy`."""
+    caption: str
+    """A sentence that says what was counted."""
+    unit: Literal["share", "number"] = "share"
+    """`share`: 0..1, shown in percent."""
+    best: Literal["highest", "lowest"] = "highest"
+    """Which of its values is the best one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A figure of one measurement."""
+
+    value: float
+    num_trials: int | None = None
+    """For a share of independent trials, their number: it gives an interval."""
+    interval: tuple[float, float] | None = None
+    """95% confidence interval, where the task has one of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one measurement gave."""
+
+    figures: Mapping[str, Measured]
+    """By the names of `Task.figures`; one that this data does not have is left out."""
+    chosen: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Hyperparameters that were chosen, on a part of the training set."""
+    facts: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Counts that say what the figures rest on."""
+    notes: tuple[str, ...] = ()
+    """What was done otherwise than asked, one line each."""
+
+
+class Inputs(Protocol):
+    """What a task is given: features, labels, and for tasks that look at images themselves, encoder and sets."""
+
+    @property
+    def device(self) -> "torch.device":
+        """Where to compute."""
+        ...
+
+    @property
+    def world(self) -> "World":
+        """This process and how many measure together; alone, unless the task is `shared`."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Seed of everything that the task draws."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the labels in both sets."""
+        ...
+
+    @property
+    def encoder(self) -> "Encoder":
+        """The encoder, on the device."""
+        ...
+
+    @property
+    def data(self) -> "DataConfig":
+        """How images are read: batch size, backend and cache."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Height and width of the images in pixels."""
+        ...
+
+    def set_of(self, split: Split) -> "ShardSet":
+        """Return the set of shards that is open for a split."""
+        ...
+
+    def autocast(self) -> Any:
+        """Return a context in which the encoder computes in the evaluation's precision."""
+        ...
+
+    def features(self, want: Want, *, unit: bool = False, labeled: bool = True) -> "Features":
+        """Return features in order of sample number, the same on every rank; `values` are on the host or the device.
+
+        Args:
+            want: one of those that the task named.
+            unit: scale every feature vector to length 1.
+            labeled: leave out samples without a label.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """Options that a task has, and what everything else asks of one."""
+
+    name: ClassVar[str]
+    """As the command line has it."""
+    needs_labels: ClassVar[bool] = True
+    needs_test: ClassVar[bool] = True
+    """Whether a test set is needed."""
+    draws: ClassVar[bool] = True
+    """Whether figures depend on the seed."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether the ranks measure together; otherwise the first one does, once all have made the features."""
+        return False
+
+    @property
+    def preset(self) -> str:
+        """Name of the published protocol that the options follow, where there are several; else empty."""
+        return ""
+
+    def settled(self, run: "Config | None", *, is_transformer: bool = False) -> Self:
+        """Return the task with every option that was left open filled in.
+
+        Args:
+            run: of the encoder, whose options are the defaults; None: it is not from a run.
+            is_transformer: whether the backbone is a vision transformer.
+        """
+        del run, is_transformer
+        return self
+
+    @classmethod
+    def for_run(cls, config: "Config") -> Self | None:
+        """Return the task as a run with this configuration does it at intervals; None: the run does not ask for it."""
+        del config
+        return None
+
+    def validate(self) -> None:  # noqa: B027 - most options cannot be wrong
+        """Refuse options that cannot work. Raises ValueError: with the option, its value and what would work."""
+
+    @abstractmethod
+    def wants(self) -> tuple[Want, ...]:
+        """Return the features that the settled task needs before it measures."""
+
+    @abstractmethod
+    def figures(self) -> Mapping[str, FigureInfo]:
+        """Return what the settled task measures, the most important figure first."""
+
+    @abstractmethod
+    def measure(self, inputs: Inputs) -> Outcome:
+        """Measure once.
+
+        Raises:
+            ValueError: the samples or the encoder's features cannot be evaluated.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSets:
     """The sets of a run, each opened once."""
 
-    training: ShardSet | None
+    training: "ShardSet | None"
     """Of --data.shards; None where tars without an index are streamed."""
-    held_out: ShardSet | None
+    held_out: "ShardSet | None"
     """Of --eval.shards; None where that is unset."""
 
 
@@ -44,23 +234,9 @@ class Score(Chart):
 
 
 class Evaluation(Protocol):
-    """An evaluation with its settings, on sets that are open already."""
+    """An evaluation that a run does at intervals: a task with its settings, on sets that are open already."""
 
-    @classmethod
-    def open(cls, config: Config, sets: RunSets) -> Self | None:
-        """Prepare the evaluation; None where the configuration does not ask for it.
-
-        Raises:
-            ValueError: the sets do not fit.
-        """
-        ...
-
-    @classmethod
-    def scores(cls, config: Config) -> tuple[Score, ...]:
-        """Say how the report shows the figures of a run, whose sets need not be there any more."""
-        ...
-
-    def figures(self, encoder: Encoder, *, device: torch.device, world: World) -> dict[str, float]:
+    def figures(self, encoder: "Encoder", *, device: "torch.device", world: "World") -> dict[str, float]:
         """Evaluate an encoder; collective: every rank calls it and gets the figures.
 
         Args:
@@ -79,3 +255,14 @@ class Evaluation(Protocol):
     def line(self, figures: Mapping[str, float]) -> str:
         """Say the figures in a few words, for the terminal."""
         ...
+
+
+def refuse_unless_above(least: float, **options: float | tuple[float, ...] | None) -> None:
+    """Refuse options of a task that are not above a limit; None is not given. Raises ValueError."""
+    for name, value in options.items():
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        if isinstance(value, tuple) and not value:
+            raise ValueError(f"--{name.replace('_', '-')} names nothing: give one value at least")
+        for each in values:
+            if not each > least:
+                raise ValueError(f"--{name.replace('_', '-')} is {each}, but must be above {least:g}")

@@ -1,7 +1,7 @@
 """Features of a set of samples: an encoder, run over shards."""
 
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from moco_fast import distributed
-from moco_fast.config import Layer
 from moco_fast.encoders.encoder import Encoder
+from moco_fast.encoders.layers import layer_features, layer_shapes
 from pipelines.batch import Batch
 from pipelines.config import DataConfig, central_crop
 from pipelines.loader import open_loader, suited_to
 from pipelines.world import World
 from shards.sets import ShardSet
 
-__all__ = ["Features", "extract", "gather", "labeled_features", "spread"]
+__all__ = ["Features", "extract", "feature_batches", "gather", "labeled_features", "near", "spread"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Features:
     """Features of N samples with what is known of each."""
 
     values: Tensor
-    """(N, D) float32, on the device that computed them."""
+    """(N, D) float32 (patches: (N, P, D)), on the device that computed them, or on the host if from a file."""
     labels: Tensor
     """(N,) int64 on the host; -1 where there is none."""
     index: Tensor
@@ -39,16 +39,15 @@ class Features:
 
 
 @torch.no_grad()
-def extract(
+def feature_batches(
     encoder: Encoder,
     batches: Iterable[Batch],
     *,
     device: torch.device,
-    layer: Layer = "backbone",
-    l2_normalize: bool = True,
+    layers: Sequence[str],
     title: str | None = None,
-) -> Features:
-    """Compute the features of every sample that `batches` hands over.
+) -> Iterator[tuple[dict[str, Tensor], Batch]]:
+    """Compute the features of several layers in one pass, batch by batch, each with the batch that they are of.
 
     The encoder works in eval mode and gets each of its modules' modes back; autocast around the call is respected.
 
@@ -56,22 +55,46 @@ def extract(
         encoder: on `device`.
         batches: images (B, 3, H, W) uint8.
         device: where the features stay.
+        layers: names of layers (moco_fast.encoders.layers).
+        title: shows a progress bar with this title, if it takes longer than a few seconds.
+    """
+    with _eval_mode(encoder):
+        for batch in _with_progress(batches, title):
+            found = layer_features(encoder, batch.views[0].to(device, non_blocking=True), layers)
+            yield {layer: values.float() for layer, values in found.items()}, batch
+
+
+def extract(
+    encoder: Encoder,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    layer: str = "backbone",
+    l2_normalize: bool = True,
+    title: str | None = None,
+) -> Features:
+    """Compute the features of every sample that `batches` hands over, as `feature_batches` does.
+
+    Args:
+        encoder: on `device`.
+        batches: images (B, 3, H, W) uint8.
+        device: where the features stay.
         layer: whose output the features are.
         l2_normalize: scale every feature vector to length 1.
-        title: shows a progress bar with this title, if it takes longer than a few seconds.
+        title: of a progress bar.
     """
     values: list[Tensor] = []
     labels: list[Tensor] = []
     index: list[Tensor] = []
-    with _eval_mode(encoder):
-        for batch in _with_progress(batches, title):
-            features = encoder.features(batch.views[0].to(device, non_blocking=True), layer).float()
-            values.append(normalize(features) if l2_normalize else features)
-            labels.append(batch.label)
-            index.append(batch.index)
-    dim = encoder.feature_dim if layer == "backbone" else encoder.dim
+    for features, batch in feature_batches(encoder, batches, device=device, layers=(layer,), title=title):
+        values.append(normalize(features[layer]) if l2_normalize else features[layer])
+        labels.append(batch.label)
+        index.append(batch.index)
+    if not values:
+        [shape] = layer_shapes(encoder, (layer,), size=encoder.image_size).values()
+        values.append(torch.empty(0, *shape, device=device))
     return Features(
-        values=torch.cat(values) if values else torch.empty(0, dim, device=device),
+        values=torch.cat(values),
         labels=torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64),
         index=torch.cat(index) if index else torch.empty(0, dtype=torch.int64),
     )
@@ -86,7 +109,7 @@ def labeled_features(
     encoder: Encoder,
     shards: ShardSet,
     *,
-    layer: Layer,
+    layer: str,
     size: int,
     crop: float,
     data: DataConfig,
@@ -130,6 +153,13 @@ def gather(features: Features) -> Features:
         values = _gather_rows(values)
     order = index.argsort(stable=True)
     return Features(values=values[order.to(values.device)], labels=labels[order], index=index[order])
+
+
+def near(values: Tensor, device: torch.device) -> Tensor:
+    """Return features on the device; on the host where they would fill more than half of what the device has left."""
+    if device.type == "cuda" and values.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return values
+    return values.to(device)
 
 
 def spread(shards: ShardSet, at_most: int) -> np.ndarray | None:

@@ -24,7 +24,9 @@ def next_commands(record: RunRecord) -> list[Command]:
     if record.command and record.status != "finished":
         proposals["Continue this run"] = record.command
     if config.eval.shards is not None:
-        proposals["Compare with the untrained encoder"] = f"moco-fast eval knn --checkpoint {quote(run)}"
+        proposals["Compare with the untrained encoder"] = (
+            f"moco-fast eval knn --encoder {quote(run)} --beside untrained"
+        )
     if record.command and record.status == "finished":
         steps = 2 * int(record.last["step"])
         into = quote(f"{run}-{steps}-steps")

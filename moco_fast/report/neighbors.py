@@ -9,7 +9,8 @@ import torch
 from moco_fast.config import Config
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.features import Features, labeled_features, spread
-from moco_fast.evaluation.knn import classify, common_classes
+from moco_fast.evaluation.knn import classify
+from moco_fast.evaluation.labels import common_classes
 from moco_fast.report.pictures import Picture, to_picture
 from pipelines.config import DataConfig, central_crop
 from pipelines.loader import open_loader, suited_to

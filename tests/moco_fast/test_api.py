@@ -9,7 +9,7 @@ from PIL import Image
 
 import moco_fast
 from moco_fast.commandline import parse
-from moco_fast.config import Config, ModelConfig
+from moco_fast.config import ModelConfig
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.features import labeled_features
 from moco_fast.presets import PRESETS
@@ -141,21 +141,3 @@ def test_a_file_that_does_not_say_what_it_is_is_refused(tmp_path: Path) -> None:
         moco_fast.load_encoder(tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=r"nowhere\.safetensors does not exist"):
         moco_fast.load_encoder(tmp_path / "nowhere.safetensors")
-
-
-def test_a_run_is_evaluated_as_by_the_command(finished_run: Path, packed_demo: Any) -> None:
-    from moco_fast.checkpoint import load_encoder
-    from moco_fast.evaluation.knn import evaluate_knn
-
-    config, encoder = load_encoder(finished_run)
-    assert isinstance(config, Config)
-    expected = evaluate_knn(
-        encoder,
-        config.eval,
-        bank=open_set(packed_demo.train),
-        queries=open_set(packed_demo.val),
-        size=32,
-        data=config.data,
-        device=torch.device("cpu"),
-    )
-    assert moco_fast.evaluate(finished_run, device="cpu") == expected

@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,11 +9,11 @@ import pytest
 from PIL import Image
 
 from moco_fast.cli import main
-from moco_fast.commands.eval_knn import EvalKnn
 from moco_fast.commands.report import Report
+from moco_fast.evaluation.registry import TASKS
 from pipelines.config import VIEWS, Color
 
-COMMANDS = ("eval", "eval knn", "preview", "report", "export", "bench")
+COMMANDS = ("eval", *(f"eval {task}" for task in (*TASKS, "suite", "paper")), "preview", "report", "export", "bench")
 
 
 @pytest.mark.parametrize("words", ["", *COMMANDS])
@@ -54,14 +53,26 @@ def test_an_unknown_command_is_refused_with_those_that_are_known(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("eval knn --checkpoint {nowhere}", "holds no checkpoint"),
+        ("eval knn --encoder {nowhere}", "nowhere does not exist"),
         ("report {nowhere}", "is no run's folder"),
         ("export {nowhere} --out {there}/x", "nowhere does not exist: give a run's folder"),
         ("preview {nowhere} --out {there}/x.png", "not a folder"),
         ("preview {nowhere} --views moco-v9 --out {there}/x.png", "take one of moco-v1"),
         ("preview {nowhere} --out {there}/x.tiff", "name a .png"),
-        ("eval knn --checkpoint {run} --k 0", "--k is 0"),
-        ("eval knn --checkpoint {run} --query-shards {nowhere}", "nowhere is not a folder"),
+        ("eval knn --encoder {run} --k 0", "--k is 0"),
+        ("eval knn --encoder {run} --test {nowhere}", "nowhere is not a folder"),
+        ("eval knn --encoder {run} --seeds 3", "--seeds 3 means nothing beside knn"),
+        ("eval linear --encoder {run} --seeds 0", "--seeds is 0"),
+        ("eval knn --encoder {run} --crop 1.5", "--crop is 1.5"),
+        ("eval knn --encoder {run} --out {nowhere}/x.json", "there is no such folder"),
+        ("eval knn --encoder {run} --precision fp16 --device cpu", "--precision fp16 needs a GPU"),
+        ("eval suite --encoder {run} --data {nowhere}", "has no set in a folder `train`"),
+        ("eval suite --encoder {run} --tasks fly", "there is no task 'fly'"),
+        ("eval paper {nowhere}", "does not exist"),
+        ("eval knn --checkpoint {run}", "--checkpoint is now --encoder"),
+        ("eval knn --encoder {run} --bank-shards x", "--bank-shards is now --train"),
+        ("eval knn --encoder {run} --query_shards=x", "--query-shards is now --test"),
+        ("eval knn --encoder {run} --json", "--json is now --out -"),
     ],
 )
 def test_what_a_user_got_wrong_is_one_line(
@@ -74,68 +85,6 @@ def test_what_a_user_got_wrong_is_one_line(
     assert says in printed.err
     assert printed.err.count("\n") == 1
     assert printed.out == ""
-
-
-def test_eval_knn_compares_trained_and_untrained(
-    finished_run: Path, packed_demo: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import torch
-
-    from moco_fast.checkpoint import load_encoder
-    from moco_fast.config import KnnConfig
-    from moco_fast.encoders.encoder import build_encoder
-    from moco_fast.evaluation.knn import evaluate_knn
-    from shards.sets import open_set
-
-    assert main(["eval", "knn", "--checkpoint", str(finished_run), "--json", "--device", "cpu"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    config, trained = load_encoder(finished_run)
-    torch.manual_seed(config.run.seed)
-    for name, encoder in (("top1", trained), ("untrained_top1", build_encoder(config.model, config.method))):
-        expected = evaluate_knn(
-            encoder,
-            KnnConfig(k=5, temperature=config.eval.temperature, layer="head", crop=1.0),
-            bank=open_set(packed_demo.train),
-            queries=open_set(packed_demo.val),
-            size=32,
-            data=config.data,
-            device=torch.device("cpu"),
-        )
-        assert facts[name] == expected.top1
-    pairs = zip(trained.parameters(), encoder.parameters(), strict=True)
-    assert not all(torch.equal(after, before) for after, before in pairs)
-    assert (facts["num_bank"], facts["num_queries"], facts["k"], facts["layer"]) == (288, 72, 5, "head")
-
-    words = ["--k", "400", "--layer", "backbone", "--device", "cpu"]
-    assert main(["eval", "knn", "--checkpoint", str(finished_run), *words]) == 0
-    printed = capsys.readouterr()
-    assert "kNN top-1 of 72 held-out samples by 288 of 288 neighbors (backbone features)" in printed.out
-    assert "trained" in printed.out
-    assert "the bank holds 288" in printed.err
-
-
-def test_each_figure_is_that_of_its_encoder(
-    finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import torch
-
-    from moco_fast.checkpoint import load_encoder
-    from moco_fast.encoders.encoder import build_encoder
-    from moco_fast.evaluation.knn import KnnResult
-
-    config, trained = load_encoder(finished_run)
-    torch.manual_seed(config.run.seed)
-    top1_of = {"top1": (trained, 0.75), "untrained_top1": (build_encoder(config.model, config.method), 0.5)}
-
-    def knn(_self: EvalKnn, _config: Any, encoder: torch.nn.Module, _device: Any) -> KnnResult:
-        weights = encoder.state_dict()
-        top1 = [top1 for known, top1 in top1_of.values() if torch.equal(weights["head.0.weight"], known.head[0].weight)]
-        return KnnResult(top1=top1[0], num_bank=1, num_queries=1, k=1)
-
-    monkeypatch.setattr(EvalKnn, "_knn", knn)
-    assert main(["eval", "knn", "--checkpoint", str(finished_run), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert (facts["top1"], facts["untrained_top1"]) == (0.75, 0.5)
 
 
 @pytest.mark.parametrize("color", ["torchvision", "linear"])
@@ -168,7 +117,7 @@ def test_report_prints_its_path_after_the_next_commands(finished_run: Path, caps
     assert main(["report", str(finished_run), "--num-samples", "2", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == f"Report: {finished_run / 'report.html'}"
-    assert f"moco-fast eval knn --checkpoint {finished_run}" in printed
+    assert f"moco-fast eval knn --encoder {finished_run} --beside untrained" in printed
     longer = next(line for line in printed.splitlines() if "moco_fast.train" in line)
     assert longer.count("--run.out ") == longer.count("--run.steps ") == 1
     assert longer.endswith("-steps")

@@ -1,50 +1,45 @@
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from moco_fast.config import Config, EvalConfig, ModelConfig
-from moco_fast.encoders.encoder import Encoder
-from moco_fast.evaluation.base import RunSets, Score
-from moco_fast.evaluation.registry import EVALUATIONS, open_evaluations
+from moco_fast.evaluation.base import FigureInfo, Inputs, Measured, Outcome, Task, Want
+from moco_fast.evaluation.registry import TASKS, open_evaluations
 from moco_fast.presets import PRESETS
 from moco_fast.report.record import read_run
 from moco_fast.report.report import write_report
 from moco_fast.report.words import tiles
 from moco_fast.training.build import open_sets
 from moco_fast.training.loop import train
-from pipelines.world import World
 from shards.sets.manifest import MANIFEST_NAME, Manifest
 
 
-class ToyEvaluation:
-    """How large the encoder's weights are."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Toy(Task):
+    """How many numbers a feature has, and how large they are."""
+
+    name: ClassVar[str] = "toy"
+    needs_test: ClassVar[bool] = False
 
     @classmethod
-    def open(cls, config: Config, sets: RunSets) -> "ToyEvaluation | None":
+    def for_run(cls, config: Config) -> "Toy | None":
         return cls() if config.run.seed == 7 else None
 
-    @classmethod
-    def scores(cls, config: Config) -> tuple[Score, ...]:
-        return (
-            Score(
-                name="Sum of weights",
-                title="Size of the weights",
-                caption=f"Of {config.model.encoder}.",
-                curves={"toy/weight": ""},
-                best="lowest",
-            ),
-        )
+    def wants(self) -> tuple[Want, ...]:
+        return (Want(split="train", at_most=10),)
 
-    def figures(self, encoder: Encoder, *, device: torch.device, world: World) -> dict[str, float]:
-        return {"toy/weight": sum(weight.abs().sum().item() for weight in encoder.parameters())}
+    def figures(self) -> dict[str, FigureInfo]:
+        caption = "Mean absolute value of ten features."
+        return {"size": FigureInfo(title="Size of features", caption=caption, unit="number", best="lowest")}
 
-    def line(self, figures: Mapping[str, float]) -> str:
-        return f"weights {figures['toy/weight']:.1f}"
+    def measure(self, inputs: Inputs) -> Outcome:
+        features = inputs.features(*self.wants())
+        size = Measured(value=features.values.abs().mean().item())
+        return Outcome(figures={"size": size}, facts={"dim": features.values.shape[1]})
 
 
 def configuration(packed_demo: Any, out: Path, **run: Any) -> Config:
@@ -62,22 +57,22 @@ def configuration(packed_demo: Any, out: Path, **run: Any) -> Config:
     )
 
 
-def test_a_new_evaluation_is_one_class_and_one_line(
+def test_a_new_task_is_one_class_and_one_line(
     packed_demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_accelerator: Any
 ) -> None:
-    monkeypatch.setitem(EVALUATIONS, "toy", f"{__name__}:ToyEvaluation")
+    monkeypatch.setitem(TASKS, "toy", f"{__name__}:Toy")
     assert train(configuration(packed_demo, tmp_path / "run", seed=7)) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert sum("toy/weight" in line for line in lines) == 2  # before the first step and after the last
+    assert sum("toy/size" in line for line in lines) == 2  # before the first step and after the last
     record = read_run(tmp_path / "run")
-    (_, before), (step, after) = record.curve("toy/weight")
+    (_, before), (step, after) = record.curve("toy/size")
     assert step == 2
-    [tile] = [tile for tile in tiles(record) if tile.name == "Sum of weights"]
+    [tile] = [tile for tile in tiles(record) if tile.name == "Size of features"]
     assert tile.note.startswith(f"untrained {before:.4g}, {after - before:+.4g}")
     assert ("best" in tile.note) == (before < after)
     page = write_report(tmp_path / "run", device=torch.device("cpu"), num_samples=1).read_text()
-    assert "Size of the weights over training steps" in page
-    assert "Of resnet18_quarter." in page
+    assert "Size of features over training steps" in page
+    assert "Mean absolute value of ten features." in page
     assert "kNN" not in page
 
 

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from moco_fast import distributed
-from moco_fast.config import KnnConfig, Layer, ModelConfig
+from moco_fast.config import Layer, ModelConfig
 from moco_fast.encoders.encoder import Encoder, build_encoder
 from moco_fast.evaluation import knn
+from moco_fast.evaluation.base import Outcome
 from moco_fast.evaluation.features import Features, extract, gather, labeled_features, spread
-from moco_fast.evaluation.knn import KnnResult, classify, evaluate_knn
+from moco_fast.evaluation.knn import classify
+from moco_fast.evaluation.live import measure
+from moco_fast.evaluation.tasks.knn import Knn
 from moco_fast.methods.momentum_contrast import MomentumContrast
 from pipelines.batch import Batch
 from pipelines.config import Backend, DataConfig
@@ -160,28 +163,32 @@ def test_gather_brings_uneven_shares_together_on_every_rank(run_ranks, sizes: li
 
 
 CPU = torch.device("cpu")
-KNN = KnnConfig(k=5, temperature=0.1, crop=1.0)
+KNN = Knn(k=(5,), temperature=(0.1,)).settled(None)
 
 
 def knn_of(
     encoder: Encoder,
     bank: Path | str,
     queries: Path | str,
-    knn: KnnConfig = KNN,
+    knn: Knn = KNN,
     *,
     backend: Backend = "dali",
     world: World = World(),
-) -> KnnResult:
-    return evaluate_knn(
-        encoder,
+) -> Outcome:
+    return measure(
         knn,
-        bank=open_set(bank),
-        queries=open_set(queries),
+        encoder,
+        sets={"train": open_set(bank), "test": open_set(queries)},
         size=32,
+        crop=1.0,
         data=DataConfig(shards=str(bank), batch_size=50 * world.world_size, backend=backend, num_threads=1),
         device=CPU,
         world=world,
     )
+
+
+def top1(outcome: Outcome) -> float:
+    return outcome.figures["top1"].value
 
 
 @pytest.mark.parametrize(("layer", "dim"), [("backbone", 128), ("head", 8)])
@@ -201,9 +208,9 @@ def test_evaluate_knn_agrees_with_a_plain_loop(encoder: Encoder, packed_demo: An
     predictions = naive_predictions(bank.values.numpy(), bank.labels.numpy(), queries.values.numpy(), 5, 0.1)
     result = knn_of(encoder, packed_demo.train, packed_demo.val, replace(KNN, layer=layer))
     assert bank.values.shape == (288, dim)
-    assert result.top1 == np.mean(np.array(predictions) == queries.labels.numpy())
-    assert (result.num_bank, result.num_queries, result.k, result.note) == (288, 72, 5, None)
-    assert 1 / 18 < result.top1 < 1
+    assert top1(result) == np.mean(np.array(predictions) == queries.labels.numpy())
+    assert (result.facts, result.notes) == ({"num_bank": 288, "num_queries": 72}, ())
+    assert 1 / 18 < top1(result) < 1
 
 
 @pytest.fixture(scope="module")
@@ -238,8 +245,8 @@ def test_features_are_the_same_whatever_decodes(
 
 
 def test_a_run_from_a_beton_is_evaluated_on_a_folder_of_shards(encoder: Encoder, packed_demo: Any, beton: Path) -> None:
-    result = knn_of(encoder, beton, packed_demo.val, replace(KNN, k=1), backend="ffcv")
-    assert (result.num_bank, result.num_queries) == (72, 72)
+    result = knn_of(encoder, beton, packed_demo.val, replace(KNN, k=(1,)), backend="ffcv")
+    assert result.facts == {"num_bank": 72, "num_queries": 72}
 
 
 def test_an_evaluation_parses_the_manifest_of_each_set_once(
@@ -257,14 +264,13 @@ def test_an_evaluation_parses_the_manifest_of_each_set_once(
 
 
 def test_a_sample_s_nearest_neighbor_is_itself(encoder: Encoder, packed_demo: Any) -> None:
-    assert knn_of(encoder, packed_demo.train, packed_demo.train, replace(KNN, k=1)).top1 > 0.99
+    assert top1(knn_of(encoder, packed_demo.train, packed_demo.train, replace(KNN, k=(1,)))) > 0.99
 
 
 def test_a_bank_smaller_than_k_is_noted(encoder: Encoder, packed_demo: Any) -> None:
-    result = knn_of(encoder, packed_demo.train, packed_demo.val, replace(KNN, k=200, max_bank=30))
-    assert (result.k, result.num_bank) == (30, 30)
-    assert result.note is not None
-    assert "the bank holds 30" in result.note
+    result = knn_of(encoder, packed_demo.train, packed_demo.val, replace(KNN, k=(200,), max_bank=30))
+    assert result.facts["num_bank"] == 30
+    assert "the bank holds 30" in result.notes[0]
 
 
 def test_the_bank_is_spread_over_the_whole_set(packed_demo: Any) -> None:
@@ -275,7 +281,7 @@ def test_the_bank_is_spread_over_the_whole_set(packed_demo: Any) -> None:
     assert spread(train, 288) is None
 
 
-def knn_on_this_rank(train: str, val: str) -> KnnResult:
+def knn_on_this_rank(train: str, val: str) -> Outcome:
     torch.manual_seed(0)
     encoder = build_encoder(ModelConfig(encoder="resnet18_quarter", stem="cifar"), MomentumContrast(dim=8))
     return knn_of(encoder, train, val, world=World(rank=distributed.rank(), world_size=distributed.world_size()))

@@ -128,11 +128,11 @@ def test_it_says_what_was_run_and_what_came_of_it(page: Page) -> None:
         "untrained 25.0%, +40.0 points",
         "25.0% of the time waiting for data",
         "python -m moco_fast.train cifar10",
-        "moco-fast eval knn --checkpoint",
+        "moco-fast eval knn --encoder",
         "moco-fast export",
     ):
         assert words in page.text
-    for chart in ("kNN accuracy", "Loss", "Learning rate", "Similarities", "Spread of the queries", "Waiting for data"):
+    for chart in ("kNN top-1", "Loss", "Learning rate", "Similarities", "Spread of the queries", "Waiting for data"):
         assert chart in page.text
         assert f'aria-label="{chart} over training steps"' in page.html
 

@@ -1,0 +1,146 @@
+"""`moco-fast eval`: one subcommand for each task, all of them as a suite, and what was published beside results."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, Union
+
+import tyro
+
+from moco_fast.commands.evaluating import EvalOptions, measure_all
+from moco_fast.evaluation.base import Split, Task
+from moco_fast.evaluation.registry import TASKS, task_class
+
+if TYPE_CHECKING:
+    from moco_fast.evaluation.result import Result
+
+__all__ = ["EvalPaper", "EvalSuite", "EvalTask", "eval_commands"]
+
+T = TypeVar("T", bound=Task)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Written(EvalOptions):
+    """Options of every evaluation that a command has beside those of the Python API."""
+
+    out: str | None = None
+    """File for the result as JSON, `-` for the output. Unset: evaluations/TASK.json in the run's folder, if the encoder
+    is that of a run."""
+
+    def _write(self, results: "Sequence[Result]", name: str) -> None:
+        """Print the table, and write the results where they are wanted."""
+        from moco_fast.evaluation.result import as_json, table, write_results
+
+        if self.out == "-":
+            print(as_json(results), end="")
+            return
+        print(table(results))
+        for note in dict.fromkeys(note for result in results for note in result.notes):
+            print(f"note: {note}", file=sys.stderr)
+        path = self._place(name)
+        if path is not None:
+            path.parent.mkdir(exist_ok=True)
+            write_results(path, results)
+            print(f"written to {path}", file=sys.stderr)
+
+    def _place(self, name: str) -> Path | None:
+        if self.out is not None:
+            return Path(self.out)
+        run = run_folder(self.encoder)
+        return None if run is None else run / "evaluations" / f"{name}.json"
+
+    def _refuse_out(self) -> None:
+        """Refuse, before any work, a place that cannot be written to."""
+        if self.out not in (None, "-") and not Path(str(self.out)).resolve().parent.is_dir():
+            raise ValueError(f"--out {self.out}: there is no such folder to write to")
+
+
+def run_folder(encoder: str) -> Path | None:
+    """Return the run's folder that an encoder is taken from, or None."""
+    path = Path(encoder)
+    for folder in (path, path.parent.parent):
+        if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
+            return folder
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalTask(_Written, Generic[T]):
+    """A task of `moco-fast eval`: its own options beside those of all."""
+
+    task: Annotated[T, tyro.conf.arg(name="")]
+    train: str | None = None
+    """Labeled shards to learn from; unset: the run's training shards."""
+    test: str | None = None
+    """Labeled held-out shards with the same classes; unset: the run's --eval.shards."""
+
+    def execute(self) -> int:
+        """Measure, print and write; return the exit code."""
+        self._refuse_out()
+        if self.seeds > 1 and not self.task.draws:
+            raise ValueError(
+                f"--seeds {self.seeds} means nothing beside {self.task.name}, which draws nothing: leave it out"
+            )
+        given: dict[Split, str | None] = {"train": self.train, "test": self.test}
+        results = measure_all(self, [self.task], given)
+        if results is not None:
+            self._write(results, f"{self.task.name}-{self.task.preset}".rstrip("-"))
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSuite(_Written):
+    """Measure every task that the data allows, with its defaults, from features that are computed once."""
+
+    data: str | None = None
+    """Folder with the sets `train` and `test` (or `val`), as make-shards writes them; unset: the run's own shards."""
+    tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"{{{','.join(TASKS)}}}")] = ()
+    """Tasks to measure; unset: all."""
+
+    def execute(self) -> int:
+        """Measure, print and write; return the exit code."""
+        self._refuse_out()
+        tasks = [task_class(name)() for name in self.tasks or TASKS]
+        results = measure_all(self, tasks, self._sets(), leave_out=not self.tasks)
+        if results is not None:
+            self._write(results, "suite")
+        return 0
+
+    def _sets(self) -> dict[Split, str | None]:
+        if self.data is None:
+            return {"train": None, "test": None}
+        held_out = [name for name in ("test", "val") if (Path(self.data) / name / "manifest.json").is_file()]
+        if not (Path(self.data) / "train" / "manifest.json").is_file():
+            raise ValueError(
+                f"--data {self.data} has no set in a folder `train`: pack one with make-shards, or name sets "
+                "one by one with `moco-fast eval TASK --train ... --test ...`"
+            )
+        return {"train": f"{self.data}/train", "test": f"{self.data}/{held_out[0]}" if held_out else None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalPaper:
+    """Print results beside the published figures of the same benchmark, with their sources."""
+
+    results: tyro.conf.Positional[tuple[str, ...]]
+    """Files that `moco-fast eval ... --out` wrote; none: the published figures alone."""
+
+    def execute(self) -> int:
+        """Print; return the exit code."""
+        from moco_fast.evaluation.published import beside_published
+        from moco_fast.evaluation.result import read_results
+
+        print(beside_published([result for path in self.results for result in read_results(path)]))
+        return 0
+
+
+def eval_commands() -> Any:
+    """Return the union of the subcommands of `moco-fast eval`, for tyro."""
+    tasks = [
+        Annotated[EvalTask[task], tyro.conf.subcommand(name, description=task.__doc__)]
+        for name in TASKS
+        if (task := task_class(name))
+    ]
+    others = [Annotated[EvalSuite, tyro.conf.subcommand("suite")], Annotated[EvalPaper, tyro.conf.subcommand("paper")]]
+    return Union[(*tasks, *others)]

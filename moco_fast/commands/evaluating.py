@@ -1,0 +1,225 @@
+"""What the commands and the Python API share: options of an evaluation, and tasks measured as they say."""
+
+import os
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from moco_fast.commands.common import Device, choose_device, positive
+from moco_fast.evaluation.base import Split, Task
+from pipelines.config import Backend, DataConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from moco_fast.config import Config
+    from moco_fast.encoders.encoder import Encoder
+    from moco_fast.encoders.open import OpenedEncoder
+    from moco_fast.evaluation.inputs import Subject
+    from moco_fast.evaluation.result import Result
+    from pipelines.world import World
+    from shards.sets import ShardSet
+
+__all__ = ["EvalOptions", "measure_all"]
+
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+Baseline = Literal["untrained", "pixels"]
+
+_WEEK_S = 7 * 24 * 3600.0  # that ranks wait for the first one, while it measures alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Options of every evaluation."""
+
+    encoder: str
+    """Folder of a run (its newest checkpoint counts), one of its checkpoints/step-*, a file of weights, a folder of
+    timm's or transformers', timm:NAME or torchvision:NAME."""
+    which: Literal["query", "key"] = "query"
+    """Of an encoder that was trained with its slow average, the one or the other."""
+    beside: tuple[Baseline, ...] = ()
+    """What else is measured, for comparison: the run's encoder with the weights that it started from, raw pixels."""
+    seeds: int = 1
+    """Measurements of every task that draws something; the figure is their mean, with a 95% interval."""
+    size: int | None = None
+    """Height and width of the images in pixels; unset: the encoder's."""
+    crop: float | None = None
+    """Central square that is used, as a share of the shorter side; unset: the encoder's."""
+    backend: Literal["auto", Backend] | None = None
+    """What decodes; unset: the run's --data.backend, or auto."""
+    encode_batch_size: int = 256
+    """Images that the encoder computes at once, over all ranks."""
+    precision: Precision | None = None
+    """That the encoder computes in. Unset: the run's --run.precision, or auto: bf16 on a GPU that has it, else fp32."""
+    device: Device = "auto"
+    """`auto`: a GPU where there is one."""
+    cache: str | None = None
+    """Folder for features, that all nodes share; unset: ~/.cache/moco-fast/features."""
+    cache_gib: float | None = None
+    """Size of that folder; what was used least recently makes room. Unset: four fifths of what the disk has left."""
+
+
+def measure_all(
+    options: EvalOptions, tasks: Sequence[Task], given: Mapping[Split, str | None], *, leave_out: bool = False
+) -> "list[Result] | None":
+    """Measure tasks; collective, where `accelerate launch` started several processes.
+
+    Args:
+        options: as they were given.
+        tasks: not settled yet.
+        given: the sets; None: those of the encoder's run.
+        leave_out: tasks that the encoder or the sets do not allow, with a line that says why.
+
+    Returns:
+        the results of the encoder and of what is measured beside it; None on all ranks but the first.
+
+    Raises:
+        ValueError: no such encoder or set, or one that a task cannot work with.
+    """
+    _validate(options)
+    for task in tasks:
+        task.validate()
+    from moco_fast.encoders.open import open_encoder
+    from shards.sets import open_set
+
+    opened = open_encoder(options.encoder, which=options.which, image_size=options.size)
+    sets: dict[Split, ShardSet] = {}
+    for split, path in _named_sets(given, opened.config).items():
+        if path is not None:
+            sets[split] = open_set(path)
+    if "train" not in sets:
+        raise ValueError(f"{opened.name} has no training shards of its own: name some with --train")
+    with _place(options, opened.config) as (device, world, precision):
+        results: list[Result] = []
+        for name, encoder, digest in _encoders(options, opened):
+            subject = _subject(options, opened, encoder.to(device), digest, sets, device, world, precision)
+            results += _measure_one(options, opened.config, subject, name, tasks, leave_out=leave_out)
+        return results if world.rank == 0 else None
+
+
+def _named_sets(given: Mapping[Split, str | None], run: "Config | None") -> dict[Split, str | None]:
+    """Return the sets by name; where one is not given, that of the run."""
+    of_run: dict[Split, str | None] = {"train": None, "test": None}
+    if run is not None:
+        of_run = {"train": run.data.shards, "test": run.eval.shards}
+    return {split: path or of_run[split] for split, path in given.items()}
+
+
+def _validate(options: EvalOptions) -> None:
+    positive("seeds", options.seeds)
+    positive("encode-batch-size", options.encode_batch_size)
+    if options.cache_gib is not None:
+        positive("cache-gib", options.cache_gib)
+    if options.crop is not None and not 0 < options.crop <= 1:
+        raise ValueError(f"--crop is {options.crop}, but must be a share of the image: above 0, at most 1")
+
+
+def _measure_one(
+    options: EvalOptions,
+    run: "Config | None",
+    subject: "Subject",
+    name: str,
+    tasks: Sequence[Task],
+    *,
+    leave_out: bool,
+) -> "list[Result]":
+    from moco_fast.evaluation.cache import default_folder
+    from moco_fast.evaluation.front import Plan, evaluate, why_not
+
+    is_transformer = hasattr(subject.encoder.backbone, "patch_embed")
+    possible: list[Task] = []
+    for task in (task.settled(run, is_transformer=is_transformer) for task in tasks):
+        reason = why_not(task, subject) if leave_out else None
+        if reason is None:
+            possible.append(task)
+        elif subject.world.rank == 0:
+            print(f"left out: {task.name} of {name}: {reason}", file=sys.stderr)
+    plan = Plan(
+        subject=subject,
+        name=name,
+        tasks=possible,
+        seeds=options.seeds,
+        cache=default_folder() if options.cache is None else Path(options.cache),
+        cache_gib=options.cache_gib,
+    )
+    return evaluate(plan)
+
+
+def _encoders(options: EvalOptions, opened: "OpenedEncoder") -> "list[tuple[str, Encoder, str]]":
+    """Return name, encoder and digest of what is measured."""
+    from moco_fast.encoders.formats.base import digest_of
+    from moco_fast.evaluation.baselines import raw_pixels
+    from moco_fast.evaluation.untrained import untrained_twin
+
+    found = [(opened.name, opened.encoder, opened.digest)]
+    for baseline in options.beside:
+        if baseline == "untrained":
+            if opened.config is None:
+                raise ValueError(f"--beside untrained needs a run, which says how {opened.name} was before training")
+            other = untrained_twin(opened.config)
+        else:
+            other = raw_pixels(opened.encoder)
+        found.append((baseline, other, digest_of(other)))
+    return found
+
+
+def _subject(
+    options: EvalOptions,
+    opened: "OpenedEncoder",
+    encoder: "Encoder",
+    digest: str,
+    sets: "Mapping[Split, ShardSet]",
+    device: "torch.device",
+    world: "World",
+    precision: str,
+) -> "Subject":
+    from dataclasses import replace
+
+    from moco_fast.evaluation.inputs import Subject
+
+    data = DataConfig(shards="") if opened.config is None else replace(opened.config.data, shards="")
+    return Subject(
+        encoder=encoder,
+        digest=digest,
+        sets=sets,
+        size=opened.encoder.image_size,
+        crop=opened.encoder.crop if options.crop is None else options.crop,
+        data=replace(data, batch_size=options.encode_batch_size, backend=options.backend or data.backend),
+        device=device,
+        world=world,
+        precision=precision,
+    )
+
+
+@contextmanager
+def _place(options: EvalOptions, run: "Config | None") -> "Generator[tuple[torch.device, World, str]]":
+    """Join the other processes, if there are any, and settle device and precision."""
+    import torch
+
+    from moco_fast.config import RunConfig
+    from moco_fast.training.runtime import allow_tf32, choose_precision, start
+    from pipelines.world import World
+
+    may_use_gpu = options.device != "cpu" and torch.cuda.is_available()
+    # A precision that only GPUs have was chosen for the run's.
+    of_run = run.run.precision if run is not None and may_use_gpu else "auto"
+    asked = options.precision or of_run
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        runtime = start(RunConfig(device=options.device, precision=asked, timeout_s=_WEEK_S))
+        try:
+            yield runtime.device, runtime.world, runtime.precision
+        finally:
+            runtime.close()
+        return
+    device = choose_device(options.device)
+    on_gpu = device.type == "cuda"
+    if asked in ("tf32", "fp16") and not on_gpu:
+        raise ValueError(f"--precision {asked} needs a GPU: on the CPU take fp32 or bf16")
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision, _ = choose_precision(asked, os.environ.get("ACCELERATE_MIXED_PRECISION"), has_bf16=has_bf16)
+    if on_gpu:
+        allow_tf32(precision == "tf32")
+    yield device, World(), precision

@@ -1,0 +1,115 @@
+"""Front of all tasks: features made once, tasks measured with every seed, results that say how to repeat them."""
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from moco_fast.encoders.layers import layer_shapes
+from moco_fast.evaluation.base import Task
+from moco_fast.evaluation.cache import FeatureCache, data_digest, default_folder
+from moco_fast.evaluation.inputs import CachedFeatures, Subject, TaskInputs, measure_on
+from moco_fast.evaluation.result import Result, settings_of, summarize
+from shards.sets import ShardSet
+
+__all__ = ["Plan", "evaluate", "why_not"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured: an encoder on its sets, by tasks, with seeds."""
+
+    subject: Subject
+    name: str
+    """Of the encoder, for people."""
+    tasks: Sequence[Task]
+    """Settled ones."""
+    seeds: int = 1
+    """Measurements of every task that draws, with the seeds 0, 1 and so on."""
+    cache: Path = field(default_factory=default_folder)
+    cache_gib: float | None = None
+
+
+def why_not(task: Task, subject: Subject) -> str | None:
+    """Say why encoder or sets do not allow a settled task; None: they do."""
+    sets = subject.sets
+    if task.needs_test and "test" not in sets:
+        return "it needs a test set"
+    unlabeled = [shards.where for shards in sets.values() if not _may_have_labels(shards)]
+    if task.needs_labels and unlabeled:
+        return f"{unlabeled[0]} holds no labeled sample, so there is nothing to compare: pack it with labels"
+    try:
+        layer_shapes(subject.encoder, [want.layer for want in task.wants()], size=subject.size)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _may_have_labels(shards: ShardSet) -> bool:
+    """Whether classes have names, or, in shards that others wrote, the first shard has labels."""
+    return bool(shards.class_names) or (shards.num_shards > 0 and bool((shards.index(0)["label"] >= 0).any()))
+
+
+def evaluate(plan: Plan) -> list[Result]:
+    """Measure every task; collective: every rank calls it and gets the results.
+
+    The encoder runs over each set once, for the layers of all tasks together, and not at all for features that the
+    cache has. Which rank does what does not show in the results.
+
+    Raises:
+        ValueError: a task does not fit the encoder or the sets.
+        OSError: the cache's disk is full.
+    """
+    subject = plan.subject
+    source = CachedFeatures(subject=subject, cache=FeatureCache(plan.cache, limit_gib=plan.cache_gib))
+    for task in plan.tasks:
+        if reason := why_not(task, subject):
+            raise ValueError(f"{task.name} cannot be measured: {reason}")
+    if len(subject.sets) > 1 and any(task.needs_labels for task in plan.tasks):
+        TaskInputs(subject=subject, source=source).refuse_other_classes()
+    source.prepare(want for task in plan.tasks for want in task.wants())
+    return [_measure(plan, task, source) for task in plan.tasks]
+
+
+def _measure(plan: Plan, task: Task, source: CachedFeatures) -> Result:
+    subject = plan.subject
+    begin = time.perf_counter()
+    seeds = tuple(range(plan.seeds)) if task.draws else (0,)
+    inputs = TaskInputs(subject=subject, source=source, world=subject.world)
+    outcomes = [measure_on(task, replace(inputs, seed=seed)) for seed in seeds]
+    chosen = tuple(dict(outcome.chosen) for outcome in outcomes)
+    return Result(
+        task=task.name,
+        protocol=task.preset,
+        settings=settings_of(task),
+        encoder={"name": plan.name, "digest": subject.digest},
+        data={split: _describe(shards) for split, shards in subject.sets.items()},
+        view={"size": subject.size, "crop": subject.crop, "backend": subject.data.backend},
+        precision=subject.precision,
+        device=str(subject.device),
+        world_size=subject.world.world_size,
+        seeds=seeds,
+        figures=summarize(task.figures(), outcomes),
+        chosen=chosen if any(chosen) else (),
+        facts=dict(outcomes[0].facts),
+        notes=tuple(dict.fromkeys(note for outcome in outcomes for note in outcome.notes)),
+        versions=_versions(),
+        time_s=round(time.perf_counter() - begin, 3),
+    )
+
+
+def _describe(shards: ShardSet) -> dict[str, Any]:
+    return {
+        "where": shards.where,
+        "digest": data_digest(shards),
+        "num_samples": shards.num_samples,
+        "num_classes": len(shards.class_names),
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("moco-fast", "torch", "timm", "numpy", "scikit-learn")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}

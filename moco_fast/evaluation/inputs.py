@@ -1,0 +1,329 @@
+"""Inputs of tasks: features from the cache, made once by all ranks together, or of a live encoder, kept in memory."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.functional import normalize
+
+from moco_fast import distributed
+from moco_fast.encoders.encoder import Encoder
+from moco_fast.encoders.layers import layer_shapes
+from moco_fast.evaluation.base import Outcome, Split, Task, Want
+from moco_fast.evaluation.cache import FeatureCache, FeatureKey, RowsFile, data_digest
+from moco_fast.evaluation.features import Features, extract, feature_batches, gather, spread
+from moco_fast.evaluation.labels import common_classes
+from pipelines.backends.registry import choose
+from pipelines.config import DataConfig, central_crop
+from pipelines.loader import open_loader, suited_to
+from pipelines.world import World
+from shards.sets import ShardSet
+
+__all__ = ["CachedFeatures", "LiveFeatures", "Source", "Subject", "TaskInputs", "measure_on"]
+
+_BROKEN = "the encoder's features are not finite: it has diverged, evaluate an earlier checkpoint"
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """An encoder, the sets that it is measured on, and how it sees them."""
+
+    encoder: Encoder
+    """On `device`."""
+    digest: str = ""
+    """Of the encoder: what its features are cached under."""
+    sets: Mapping[Split, ShardSet]
+    size: int
+    """Height and width of the images in pixels."""
+    crop: float
+    """Side of the central square, as a share of the shorter side."""
+    data: DataConfig
+    """Batch size, backend and cache of shards; which shards it names is of no matter."""
+    device: torch.device
+    world: World = World()
+    precision: str = "fp32"
+    """fp32, tf32, bf16 or fp16."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return a context in which the encoder computes in the precision."""
+        dtype = _HALF.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    def samples(self, split: Split, at_most: int | None) -> np.ndarray:
+        """Return the dense sample numbers that are wanted of a set."""
+        chosen = None if at_most is None else spread(self.sets[split], at_most)
+        return np.arange(self.sets[split].num_samples) if chosen is None else chosen
+
+    def loader(self, split: Split, samples: np.ndarray) -> Any:
+        """Open this rank's part of samples of a set, as central squares."""
+        shards = self.sets[split]
+        views = central_crop(self.size, side=self.crop)
+        data = suited_to(self.data, shards)
+        return open_loader(data, views, samples=samples, device=self.device, world=self.world, shards=shards)
+
+    def title(self, split: Split) -> str | None:
+        """Return the title of a progress bar; only the first rank shows one."""
+        return f"features of the {'training' if split == 'train' else 'test'} set" if self.world.rank == 0 else None
+
+
+class Source(Protocol):
+    """Where features come from."""
+
+    def prepare(self, wants: Iterable[Want]) -> None:
+        """Get features ready, before a task measures; collective.
+
+        Raises:
+            ValueError: features are not finite, or an encoder lacks a layer.
+        """
+        ...
+
+    def get(self, want: Want) -> Features:
+        """Return prepared features of all samples that are wanted, in order of sample number, not of length 1."""
+        ...
+
+
+@dataclass(kw_only=True)
+class LiveFeatures:
+    """Features of an encoder that changes: computed whenever they are prepared, and kept in memory."""
+
+    subject: Subject
+    _found: dict[Want, Features] = field(default_factory=dict[Want, Features])
+
+    def prepare(self, wants: Iterable[Want]) -> None:
+        """Compute and bring together on every rank; collective."""
+        for want in dict.fromkeys(wants):
+            self._found[want] = found = gather(self._extract(want))
+            if not bool(found.values.isfinite().all()):
+                raise ValueError(_BROKEN)
+
+    def get(self, want: Want) -> Features:
+        """Return what was prepared."""
+        return self._found[want]
+
+    def _extract(self, want: Want) -> Features:
+        subject = self.subject
+        with subject.loader(want.split, subject.samples(want.split, want.at_most)) as loader, subject.autocast():
+            return extract(
+                subject.encoder,
+                loader,
+                device=subject.device,
+                layer=want.layer,
+                l2_normalize=False,
+                title=subject.title(want.split),
+            )
+
+
+@dataclass(kw_only=True)
+class CachedFeatures:
+    """Features from a cache on disk; what it lacks is computed once, for all tasks, by all ranks."""
+
+    subject: Subject
+    cache: FeatureCache
+    _digests: dict[Split, str] = field(default_factory=dict[Split, str])
+
+    def prepare(self, wants: Iterable[Want]) -> None:
+        """Compute what the cache lacks, all layers of a set in one pass; collective.
+
+        Raises:
+            ValueError: features are not finite, or an encoder lacks a layer.
+            OSError: the disk is full.
+        """
+        by_split: dict[Split, list[Want]] = {}
+        for want in dict.fromkeys(map(self._settled, wants)):
+            by_split.setdefault(want.split, []).append(want)
+        for split, of_split in by_split.items():
+            # Where one task needs all samples, those that need some of them take theirs.
+            if any(want.at_most is None for want in of_split):
+                of_split = [replace(want, at_most=None) for want in of_split]
+            for at_most in dict.fromkeys(want.at_most for want in of_split):
+                layers = dict.fromkeys(want.layer for want in of_split if want.at_most == at_most)
+                self._prepare(split, at_most, tuple(layers))
+
+    def get(self, want: Want) -> Features:
+        """Map from the file, or from that of all samples."""
+        want = self._settled(want)
+        found = self._find(want)
+        if found is None:
+            raise LookupError(f"{want} was not prepared")
+        return found
+
+    def _settled(self, want: Want) -> Want:
+        num_samples = self.subject.sets[want.split].num_samples
+        return want if want.at_most is None or want.at_most < num_samples else replace(want, at_most=None)
+
+    def _find(self, want: Want) -> Features | None:
+        key = self._key(want)
+        found = self.cache.find(key)
+        if found is not None or want.at_most is None:
+            return found
+        whole = self.cache.find(key.whole())
+        if whole is None:
+            return None
+        rows = torch.from_numpy(self.subject.samples(want.split, want.at_most))
+        return Features(values=whole.values[rows], labels=whole.labels[rows], index=whole.index[rows])
+
+    def _key(self, want: Want) -> FeatureKey:
+        subject = self.subject
+        shards = subject.sets[want.split]
+        digest = self._digests.setdefault(want.split, "") or data_digest(shards)
+        self._digests[want.split] = digest
+        backend = suited_to(subject.data, shards).backend
+        decoder, _ = choose(backend, device=subject.device, size=subject.size, is_beton=shards.kind == "beton")
+        return FeatureKey(
+            encoder=subject.digest,
+            data=digest,
+            size=subject.size,
+            crop=subject.crop,
+            decoder=f"{decoder} on {subject.device.type}",
+            precision=subject.precision,
+            layer=want.layer,
+            at_most=want.at_most,
+        )
+
+    def _prepare(self, split: Split, at_most: int | None, layers: Sequence[str]) -> None:
+        wants = [Want(split=split, layer=layer, at_most=at_most) for layer in layers]
+        is_first = self.subject.world.rank == 0
+        with ExitStack() as stack:
+            missing: list[Want] = []
+            if is_first and any(self._find(want) is None for want in wants):
+                stack.enter_context(self.cache.held([self._key(want) for want in wants]))
+                # Another process may have written them meanwhile.
+                missing = [want for want in wants if self._find(want) is None]
+            missing = distributed.tell_all(missing)
+            if missing:
+                self._compute(split, at_most, missing, stack)
+
+    def _compute(self, split: Split, at_most: int | None, wants: Sequence[Want], stack: ExitStack) -> None:
+        subject, world = self.subject, self.subject.world
+        samples = subject.samples(split, at_most)
+        keys = {want.layer: self._key(want) for want in wants}
+        shapes = layer_shapes(subject.encoder, tuple(keys), size=subject.size)
+        if world.rank == 0:
+            sizes = [shapes[layer] for layer in keys]
+            stack.enter_context(self.cache.appearing(list(keys.values()), num_rows=len(samples), shapes=sizes))
+        distributed.tell_all(None)  # The files are there.
+        files = {layer: self._open(key) for layer, key in keys.items()}
+        row = len(samples) * world.rank // world.world_size
+        num_broken = torch.zeros(1, dtype=torch.int64, device=subject.device)
+        with subject.loader(split, samples) as loader, subject.autocast():
+            batches = feature_batches(
+                subject.encoder, loader, device=subject.device, layers=tuple(keys), title=subject.title(split)
+            )
+            for features, batch in batches:
+                for layer, values in features.items():
+                    num_broken += (~values.isfinite()).sum()
+                    files[layer].write(row, values, batch.label, batch.index)
+                row += len(batch.index)
+        for file in files.values():
+            file.close()
+        if world.world_size > 1:
+            dist.all_reduce(num_broken)  # All rows are written.
+        if num_broken:
+            raise ValueError(_BROKEN)
+        if world.rank == 0:
+            stack.close()
+        distributed.tell_all(None)  # The files have their names.
+
+    def _open(self, key: FeatureKey) -> RowsFile:
+        aside = self.cache.aside(key)
+        if not aside.is_file():
+            raise ValueError(
+                f"rank {self.subject.world.rank} does not see {aside}, which the first rank made: --cache must be a "
+                "folder that all nodes share"
+            )
+        return RowsFile(aside)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskInputs:
+    """What a task is given; see moco_fast.evaluation.base.Inputs."""
+
+    subject: Subject
+    source: Source
+    seed: int = 0
+    world: World = World()
+    _kept: dict[Any, Features] = field(default_factory=dict[Any, Features], repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        return self.subject.device
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder, on the device."""
+        return self.subject.encoder
+
+    @property
+    def data(self) -> DataConfig:
+        """How images are read."""
+        return self.subject.data
+
+    @property
+    def size(self) -> int:
+        """Height and width of the images in pixels."""
+        return self.subject.size
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that have names; of shards that others wrote, whose classes have none, as many as labels ask for."""
+        return max(map(_num_classes, self.subject.sets.values()))
+
+    def refuse_other_classes(self) -> None:
+        """Refuse sets that number their classes differently. Raises ValueError."""
+        common_classes(*self.subject.sets.values())
+
+    def set_of(self, split: Split) -> ShardSet:
+        """Return the set of a split."""
+        return self.subject.sets[split]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return a context in which the encoder computes in the evaluation's precision."""
+        return self.subject.autocast()
+
+    def features(self, want: Want, *, unit: bool = False, labeled: bool = True) -> Features:
+        """Return features in order of sample number; see Inputs."""
+        asked = (want, unit, labeled)
+        if asked not in self._kept:
+            self._kept[asked] = self._make(want, unit=unit, labeled=labeled)
+        return self._kept[asked]
+
+    def _make(self, want: Want, *, unit: bool, labeled: bool) -> Features:
+        found = self.source.get(want)
+        keep = found.labels >= 0
+        if labeled and not bool(keep.all()):
+            values = found.values[keep.to(found.values.device)]
+            found = Features(values=values, labels=found.labels[keep], index=found.index[keep])
+        if labeled and not len(found):
+            where = self.subject.sets[want.split].where
+            raise ValueError(f"{where} holds no labeled sample, so there is nothing to compare: pack it with labels")
+        return replace(found, values=normalize(found.values.to(self.device))) if unit else found
+
+
+def _num_classes(shards: ShardSet) -> int:
+    if shards.class_names:
+        return len(shards.class_names)
+    return 1 + max(
+        (int(shards.index(shard)["label"].max(initial=-1)) for shard in range(shards.num_shards)), default=-1
+    )
+
+
+def measure_on(task: Task, inputs: TaskInputs) -> Outcome:
+    """Measure a task whose features are prepared; collective, every rank gets the outcome."""
+    if task.shared or inputs.world.world_size == 1:
+        return task.measure(inputs)
+    outcome, refused = None, ""
+    if inputs.world.rank == 0:
+        try:
+            outcome = task.measure(replace(inputs, world=World()))
+        except ValueError as error:
+            refused = str(error)
+    outcome, refused = distributed.tell_all((outcome, refused))
+    if outcome is None:
+        raise ValueError(refused)
+    return outcome

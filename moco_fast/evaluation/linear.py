@@ -1,0 +1,212 @@
+"""Training of linear classifiers: on cached features, or on live ones of augmented images."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moco_fast import distributed
+from moco_fast.encoders.formats.base import digest_of
+from moco_fast.encoders.layers import layer_shapes
+from moco_fast.evaluation.base import Inputs, Measured, Outcome, Want
+from moco_fast.evaluation.features import feature_batches, near
+from moco_fast.evaluation.heads import LinearHeads, Scaler, cosine, permuted_batches, steps_down
+from moco_fast.evaluation.labels import choice_split, mean_per_class
+from pipelines.config import ViewConfig, ViewSpec
+from pipelines.loader import open_loader, suited_to
+
+if TYPE_CHECKING:
+    from moco_fast.evaluation.tasks.linear import Linear
+
+__all__ = ["measure_cached", "measure_live"]
+
+_ROWS = 8192  # features that are classified at once
+# The authors': RandomResizedCrop with torchvision's scale, and RandomHorizontalFlip.
+_AUGMENTED = ViewConfig(crop_scale=(0.08, 1.0), jitter_p=0.0, grayscale_p=0.0, blur_p=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """Heads on one layer."""
+
+    heads: LinearHeads
+    scaled: Callable[[Tensor], Tensor]
+    """Makes their input of features."""
+
+    def ranked(self, values: Tensor, *, top: int) -> Tensor:
+        """Return the classes with the highest scores of every head, best first: (N, H, top) on the host."""
+        return self.heads.ranked((self.scaled(part) for part in values.split(_ROWS)), top=top)
+
+    def accuracies(self, values: Tensor, labels: Tensor) -> list[float]:
+        """Return the share of samples that each head classifies rightly."""
+        return (self.ranked(values, top=1)[:, :, 0] == labels[:, None]).double().mean(dim=0).tolist()
+
+
+def measure_cached(task: "Linear", inputs: Inputs) -> Outcome:
+    """Train all heads on nine tenths of the training set, and the one that is best on the rest again on all."""
+    assert task.lr is not None
+    train = {layer: inputs.features(Want(split="train", layer=layer)) for layer in task.layer}
+    labels = train[task.layer[0]].labels
+    values = {layer: near(features.values, inputs.device) for layer, features in train.items()}
+    layer, rate = task.layer[0], task.lr[0]
+    if task.needs_choice:
+        fits, decides = choice_split(labels, seed=inputs.seed)
+        trained = {layer: _fit(task, inputs, values[layer], labels, fits, task.lr) for layer in task.layer}
+        held_out = {layer: values[layer][decides.to(values[layer].device)] for layer in task.layer}
+        layer, rate = _choose(task, trained, held_out, labels[decides])
+    final = _fit(task, inputs, values[layer], labels, torch.arange(len(labels)), (rate,))
+    return _test(inputs, final, 0, {"layer": layer, "lr": rate}, num_train=len(labels))
+
+
+def measure_live(task: "Linear", inputs: Inputs) -> Outcome:
+    """Train heads on features of augmented images, as the authors do; collective.
+
+    Every rank computes the features of its share of a batch, and takes the same step with those of all.
+
+    Raises:
+        RuntimeError: the backbone is not what it was before.
+    """
+    assert task.lr is not None
+    before = digest_of(inputs.encoder)
+    # With one head there is nothing to choose, and every sample is learned from.
+    held_out = _hold_out(task, inputs) if task.needs_choice else None
+    trained = {layer: _Trained(heads=heads, scaled=_on(inputs)) for layer, heads in _live_heads(task, inputs).items()}
+    num_train = _train_live(task, inputs, trained, set() if held_out is None else held_out.numbers)
+    if digest_of(inputs.encoder) != before:
+        raise RuntimeError("training the linear classifier changed the backbone, so its figures mean nothing: a bug")
+    layer, rate = task.layer[0], task.lr[0]
+    if held_out is not None:
+        layer, rate = _choose(task, trained, held_out.values, held_out.labels)
+    return _test(inputs, trained[layer], task.lr.index(rate), {"layer": layer, "lr": rate}, num_train=num_train)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HeldOut:
+    """The part of the training set on which heads are compared."""
+
+    values: Mapping[str, Tensor]
+    """(N, D) of each layer."""
+    labels: Tensor
+    """(N,)"""
+    numbers: set[int]
+    """Dense sample numbers."""
+
+
+def _hold_out(task: "Linear", inputs: Inputs) -> _HeldOut:
+    train = {layer: inputs.features(Want(split="train", layer=layer)) for layer in task.layer}
+    first = train[task.layer[0]]
+    _, decides = choice_split(first.labels, seed=inputs.seed)
+    return _HeldOut(
+        values={layer: features.values[decides.to(features.values.device)] for layer, features in train.items()},
+        labels=first.labels[decides],
+        numbers=set(first.index[decides].tolist()),
+    )
+
+
+def _on(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    return lambda part: part.to(inputs.device)
+
+
+def _heads(task: "Linear", inputs: Inputs, dim: int, rates: Sequence[float]) -> LinearHeads:
+    return LinearHeads(
+        dim,
+        inputs.num_classes,
+        rates,
+        momentum=task.momentum,
+        weight_decay=task.weight_decay,
+        seed=inputs.seed,
+        device=inputs.device,
+    )
+
+
+def _fit(
+    task: "Linear", inputs: Inputs, values: Tensor, labels: Tensor, rows: Tensor, rates: Sequence[float]
+) -> _Trained:
+    """Train heads on rows of features, each scaled to mean 0 and standard deviation 1 over these rows."""
+    assert task.epochs is not None
+    assert task.batch_size is not None
+    scaler = Scaler(values, rows)
+    trained = _Trained(
+        heads=_heads(task, inputs, values.shape[1], rates), scaled=lambda part: scaler(part.to(inputs.device))
+    )
+    num_steps = max(1, len(rows) // task.batch_size) * task.epochs
+    step = 0
+    for epoch in range(task.epochs):
+        for batch in permuted_batches(len(rows), task.batch_size, seed=inputs.seed, epoch=epoch):
+            chosen = rows[batch]
+            features = trained.scaled(values[chosen.to(values.device)])
+            trained.heads.step(features, labels[chosen].to(inputs.device), schedule=cosine(step / num_steps))
+            step += 1
+    return trained
+
+
+def _live_heads(task: "Linear", inputs: Inputs) -> dict[str, LinearHeads]:
+    assert task.lr is not None
+    shapes = layer_shapes(inputs.encoder, task.layer, size=inputs.size)
+    return {layer: _heads(task, inputs, shapes[layer][0], task.lr) for layer in task.layer}
+
+
+def _train_live(task: "Linear", inputs: Inputs, trained: Mapping[str, _Trained], held_out: set[int]) -> int:
+    """Train heads on augmented images; return how many labeled samples of an epoch they learned from."""
+    assert task.epochs is not None
+    assert task.batch_size is not None
+    shards, world = inputs.set_of("train"), inputs.world
+    data = suited_to(replace(inputs.data, batch_size=task.batch_size), shards)
+    views = (ViewSpec(size=inputs.size, recipe=_AUGMENTED),)
+    schedule = cosine if task.protocol == "v3" else steps_down((0.6, 0.8))
+    bar = tqdm(
+        total=task.epochs,
+        desc="linear",
+        unit="epoch",
+        disable=world.rank > 0,
+        delay=3,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+    )
+    num_learned = 0
+    with bar, open_loader(data, views, seed=inputs.seed, device=inputs.device, world=world, shards=shards) as loader:
+        for epoch in range(task.epochs):
+            num_learned = 0
+            with inputs.autocast():
+                for features, batch in feature_batches(inputs.encoder, loader, device=inputs.device, layers=task.layer):
+                    numbers = batch.index.tolist()
+                    keep = torch.tensor([number not in held_out for number in numbers])
+                    labels = distributed.all_gather_rows(torch.where(keep, batch.label, -1).to(inputs.device))
+                    num_learned += int((labels >= 0).sum())
+                    for layer, values in features.items():
+                        rows = distributed.all_gather_rows(values)
+                        trained[layer].heads.step(rows, labels, schedule=schedule(epoch / task.epochs))
+            bar.update()
+    return num_learned
+
+
+def _choose(
+    task: "Linear", trained: Mapping[str, _Trained], held_out: Mapping[str, Tensor], labels: Tensor
+) -> tuple[str, float]:
+    """Return layer and learning rate of the head that is right most often; of several, the first."""
+    assert task.lr is not None
+    shares = {
+        (layer, rate): share
+        for layer, heads in trained.items()
+        for rate, share in zip(task.lr, heads.accuracies(held_out[layer], labels), strict=True)
+    }
+    return max(shares, key=lambda option: shares[option])
+
+
+def _test(inputs: Inputs, trained: _Trained, head: int, chosen: dict[str, str | float], *, num_train: int) -> Outcome:
+    test = inputs.features(Want(split="test", layer=str(chosen["layer"])))
+    num_classes = inputs.num_classes
+    ranked = trained.ranked(test.values, top=min(5, num_classes))[:, head]
+    right = ranked == test.labels[:, None]
+    hits = right[:, 0]
+    figures = {
+        "top1": Measured(value=hits.double().mean().item(), num_trials=len(test)),
+        "mean_per_class": Measured(value=mean_per_class(hits, test.labels, num_classes=num_classes)),
+    }
+    if num_classes > 5:
+        top5 = right.any(dim=1).double().mean().item()
+        figures["top5"] = Measured(value=top5, num_trials=len(test))
+    return Outcome(figures=figures, chosen=chosen, facts={"num_train": num_train, "num_test": len(test)})

@@ -1,0 +1,101 @@
+"""Multinomial logistic regression with an L2 penalty, by L-BFGS on the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Fitted", "fit_logistic", "fit_path"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A fitted regression."""
+
+    weight: Tensor
+    """(C, D)"""
+    bias: Tensor
+    """(C,)"""
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(N, D) -> (N, C)."""
+        return features @ self.weight.T + self.bias
+
+
+def fit_logistic(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    c: float,
+    max_iter: int,
+    tolerance: float = 1e-4,
+    start: Fitted | None = None,
+) -> Fitted:
+    """Minimize C * sum of the cross-entropies + |weight|^2 / 2, as scikit-learn's LogisticRegression does.
+
+    Args:
+        features: (N, D) floating point.
+        labels: (N,) int64, on the same device.
+        num_classes: number of classes.
+        c: inverse strength of the penalty, C; biases have none.
+        max_iter: of L-BFGS.
+        tolerance: largest gradient of the objective per sample at which it ends; the default is scikit-learn's.
+        start: where to start; None: at zero.
+    """
+    num, dim = features.shape
+    theta = features.new_zeros(num_classes, dim + 1)
+    if start is not None:
+        theta[:, :dim], theta[:, dim] = start.weight, start.bias
+    theta.requires_grad_(True)
+    # The objective divided by C * N: its size does not depend on either, nor does when to stop.
+    penalty = 0.5 / (c * num)
+    optimizer = torch.optim.LBFGS(
+        [theta],
+        lr=1,
+        max_iter=max_iter,
+        max_eval=2 * max_iter,
+        history_size=20,
+        tolerance_grad=tolerance,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        weight, bias = theta[:, :dim], theta[:, dim]
+        loss = torch.nn.functional.cross_entropy(features @ weight.T + bias, labels) + penalty * weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    found = theta.detach()
+    return Fitted(weight=found[:, :dim], bias=found[:, dim])
+
+
+def fit_path(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    cs: Sequence[float],
+    max_iter: int,
+    tolerance: float = 1e-4,
+) -> list[Fitted]:
+    """Fit with every C, given in rising order, each from where the one before ended."""
+    found: list[Fitted] = []
+    for c in cs:
+        found.append(
+            fit_logistic(
+                features,
+                labels,
+                num_classes=num_classes,
+                c=c,
+                max_iter=max_iter,
+                tolerance=tolerance,
+                start=found[-1] if found else None,
+            )
+        )
+    return found

@@ -1,0 +1,76 @@
+"""Logistic regression as a task: L-BFGS on frozen features, the penalty chosen on a part of the training set."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moco_fast.encoders.layers import check_layer
+from moco_fast.evaluation.base import FigureInfo, Inputs, Measured, Outcome, Task, Want, refuse_unless_above
+
+__all__ = ["Logistic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logistic(Task):
+    """Fit a logistic regression to frozen features by L-BFGS (Ericsson et al. 2021, linear.py of ssl-transfer)."""
+
+    name: ClassVar[str] = "logistic"
+
+    layer: str = "backbone"
+    """Whose output is classified: backbone, head, or another layer (docs/evaluation.md)."""
+    num_c: int = 45
+    """Values of C that are tried, from 1e-6 to 1e5, evenly spread over the exponents."""
+    max_iter: int = 1000
+    """Maximum number of iterations of L-BFGS."""
+    share: float = 0.2
+    """Share of the training set on which C is chosen; the regression is then fitted again to all of it."""
+
+    def validate(self) -> None:
+        """Refuse numbers that cannot be."""
+        refuse_unless_above(0, num_c=self.num_c, max_iter=self.max_iter, share=self.share)
+        if not self.share < 1:
+            raise ValueError(f"--share is {self.share}, but must be below 1: the rest is fitted")
+        check_layer(self.layer)
+
+    def wants(self) -> tuple[Want, ...]:
+        """All of both sets."""
+        return (Want(split="train", layer=self.layer), Want(split="test", layer=self.layer))
+
+    def figures(self) -> Mapping[str, FigureInfo]:
+        """Accuracy, over samples and over classes."""
+        return {
+            "top1": FigureInfo(title="logistic top-1", caption="Share of test samples that are classified rightly."),
+            "mean_per_class": FigureInfo(
+                title="logistic mean per class", caption="Mean over the classes of the share classified rightly."
+            ),
+        }
+
+    def measure(self, inputs: Inputs) -> Outcome:
+        """Choose C, fit to all, test."""
+        import torch
+
+        from moco_fast.evaluation.labels import choice_split, mean_per_class
+        from moco_fast.evaluation.regression import fit_logistic, fit_path
+
+        train, test = (inputs.features(want) for want in self.wants())
+        values, num_classes = train.values.to(inputs.device), inputs.num_classes
+        labels = train.labels.to(inputs.device)
+        fits, decides = (
+            rows.to(inputs.device) for rows in choice_split(train.labels, share=self.share, seed=inputs.seed)
+        )
+        cs: list[float] = torch.logspace(-6, 5, self.num_c, dtype=torch.float64).tolist()
+        path = fit_path(values[fits], labels[fits], num_classes=num_classes, cs=cs, max_iter=self.max_iter)
+        right = [(fit.scores(values[decides]).argmax(dim=1) == labels[decides]).sum().item() for fit in path]
+        best = max(range(len(cs)), key=lambda number: right[number])  # of several, the one with the strongest penalty
+        fit = fit_logistic(
+            values, labels, num_classes=num_classes, c=cs[best], max_iter=self.max_iter, start=path[best]
+        )
+        hits = fit.scores(test.values.to(inputs.device)).argmax(dim=1).cpu() == test.labels
+        return Outcome(
+            figures={
+                "top1": Measured(value=hits.double().mean().item(), num_trials=len(test)),
+                "mean_per_class": Measured(value=mean_per_class(hits, test.labels, num_classes=num_classes)),
+            },
+            chosen={"c": cs[best]},
+            facts={"num_train": len(train), "num_test": len(test)},
+        )

@@ -1,0 +1,46 @@
+"""Inputs of tasks that are features made up by a test."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from moco_fast.evaluation.base import Split, Want
+from moco_fast.evaluation.features import Features
+from pipelines.world import World
+
+
+@dataclass
+class MadeUp:
+    """Features of two splits, the same for every layer unless `layers` has some of its own."""
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    num_classes: int
+    seed: int = 0
+    layers: dict[tuple[Split, str], Tensor] = field(default_factory=dict)
+    device: torch.device = torch.device("cpu")
+    world: World = World()
+
+    def features(self, want: Want, *, unit: bool = False, labeled: bool = True) -> Features:
+        values, labels = self.train if want.split == "train" else self.test
+        values = self.layers.get((want.split, want.layer), values)
+        index = torch.arange(len(labels))
+        if want.at_most is not None and want.at_most < len(labels):
+            index = torch.arange(want.at_most) * len(labels) // want.at_most
+        keep = index[labels[index] >= 0] if labeled else index
+        found = values[keep]
+        return Features(values=normalize(found) if unit else found, labels=labels[keep], index=keep)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"a task on features asks for {name}")
+
+
+def blobs(num: int, *, dim: int = 8, num_classes: int = 4, seed: int = 0, apart: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(num, dim) points around a center for each class, and their classes."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = apart * torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(1000))
+    labels = torch.randint(num_classes, (num,), generator=generator)
+    return centers[labels] + torch.randn(num, dim, generator=generator), labels
