@@ -49,6 +49,8 @@ class Want:
     """Whose output they are (moco_fast.encoders.layers)."""
     at_most: int | None = None
     """At most so many samples, evenly spread over the set; None: all."""
+    unit: bool = False
+    """Every feature vector scaled to length 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +138,11 @@ class Inputs(Protocol):
         """Return a context in which the encoder computes in the evaluation's precision."""
         ...
 
-    def features(self, want: Want, *, unit: bool = False, labeled: bool = True) -> "Features":
+    def features(self, want: Want, *, labeled: bool = True) -> "Features":
         """Return features in order of sample number, the same on every rank; `values` are on the host or the device.
 
         Args:
             want: one of those that the task named.
-            unit: scale every feature vector to length 1.
             labeled: leave out samples without a label.
         """
         ...

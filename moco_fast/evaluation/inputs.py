@@ -83,7 +83,7 @@ class Source(Protocol):
         ...
 
     def get(self, want: Want) -> Features:
-        """Return prepared features of all samples that are wanted, in order of sample number, not of length 1."""
+        """Return prepared features of all samples that are wanted, in order of sample number."""
         ...
 
 
@@ -113,7 +113,7 @@ class LiveFeatures:
                 loader,
                 device=subject.device,
                 layer=want.layer,
-                l2_normalize=False,
+                l2_normalize=want.unit,
                 title=subject.title(want.split),
             )
 
@@ -134,7 +134,7 @@ class CachedFeatures:
             OSError: the disk is full.
         """
         by_split: dict[Split, list[Want]] = {}
-        for want in dict.fromkeys(map(self._settled, wants)):
+        for want in dict.fromkeys(replace(self._settled(want), unit=False) for want in wants):
             by_split.setdefault(want.split, []).append(want)
         for split, of_split in by_split.items():
             # Where one task needs all samples, those that need some of them take theirs.
@@ -146,11 +146,10 @@ class CachedFeatures:
 
     def get(self, want: Want) -> Features:
         """Map from the file, or from that of all samples."""
-        want = self._settled(want)
-        found = self._find(want)
+        found = self._find(self._settled(want))
         if found is None:
             raise LookupError(f"{want} was not prepared")
-        return found
+        return replace(found, values=normalize(found.values.to(self.subject.device))) if want.unit else found
 
     def _settled(self, want: Want) -> Want:
         num_samples = self.subject.sets[want.split].num_samples
@@ -286,14 +285,14 @@ class TaskInputs:
         """Return a context in which the encoder computes in the evaluation's precision."""
         return self.subject.autocast()
 
-    def features(self, want: Want, *, unit: bool = False, labeled: bool = True) -> Features:
+    def features(self, want: Want, *, labeled: bool = True) -> Features:
         """Return features in order of sample number; see Inputs."""
-        asked = (want, unit, labeled)
+        asked = (want, labeled)
         if asked not in self._kept:
-            self._kept[asked] = self._make(want, unit=unit, labeled=labeled)
+            self._kept[asked] = self._make(want, labeled=labeled)
         return self._kept[asked]
 
-    def _make(self, want: Want, *, unit: bool, labeled: bool) -> Features:
+    def _make(self, want: Want, *, labeled: bool) -> Features:
         found = self.source.get(want)
         keep = found.labels >= 0
         if labeled and not bool(keep.all()):
@@ -302,7 +301,7 @@ class TaskInputs:
         if labeled and not len(found):
             where = self.subject.sets[want.split].where
             raise ValueError(f"{where} holds no labeled sample, so there is nothing to compare: pack it with labels")
-        return replace(found, values=normalize(found.values.to(self.device))) if unit else found
+        return found
 
 
 def _num_classes(shards: ShardSet) -> int:

@@ -24,7 +24,7 @@ class MadeUp:
     device: torch.device = torch.device("cpu")
     world: World = World()
 
-    def features(self, want: Want, *, unit: bool = False, labeled: bool = True) -> Features:
+    def features(self, want: Want, *, labeled: bool = True) -> Features:
         values, labels = self.train if want.split == "train" else self.test
         values = self.layers.get((want.split, want.layer), values)
         index = torch.arange(len(labels))
@@ -32,7 +32,7 @@ class MadeUp:
             index = torch.arange(want.at_most) * len(labels) // want.at_most
         keep = index[labels[index] >= 0] if labeled else index
         found = values[keep]
-        return Features(values=normalize(found) if unit else found, labels=labels[keep], index=keep)
+        return Features(values=normalize(found) if want.unit else found, labels=labels[keep], index=keep)
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"a task on features asks for {name}")

@@ -71,7 +71,10 @@ class Knn(Task):
     def wants(self) -> tuple[Want, ...]:
         """Neighbors and queries."""
         layer = self.layer or "backbone"
-        return (Want(split="train", layer=layer, at_most=self.max_bank), Want(split="test", layer=layer))
+        return (
+            Want(split="train", layer=layer, at_most=self.max_bank, unit=True),
+            Want(split="test", layer=layer, unit=True),
+        )
 
     def figures(self) -> Mapping[str, FigureInfo]:
         """Accuracy, and the same of every other setting."""
@@ -95,7 +98,7 @@ class Knn(Task):
 
         from moco_fast.evaluation.knn import predict
 
-        bank, queries = (inputs.features(want, unit=True) for want in self.wants())
+        bank, queries = map(inputs.features, self.wants())
         first, *others = self._settings()
         asked = [(min(first[0], len(bank)), first[1]), *(setting for setting in others if setting[0] <= len(bank))]
         num_classes, world = inputs.num_classes, inputs.world

@@ -52,7 +52,7 @@ class Logistic(Task):
         from moco_fast.evaluation.labels import choice_split, mean_per_class
         from moco_fast.evaluation.regression import fit_logistic, fit_path
 
-        train, test = (inputs.features(want) for want in self.wants())
+        train, test = map(inputs.features, self.wants())
         values, num_classes = train.values.to(inputs.device), inputs.num_classes
         labels = train.labels.to(inputs.device)
         fits, decides = (

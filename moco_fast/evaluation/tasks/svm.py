@@ -67,8 +67,8 @@ class Svm(Task):
     def wants(self) -> tuple[Want, ...]:
         """Training samples and all test samples."""
         return (
-            Want(split="train", layer=self.layer, at_most=self.max_train),
-            Want(split="test", layer=self.layer),
+            Want(split="train", layer=self.layer, at_most=self.max_train, unit=True),
+            Want(split="test", layer=self.layer, unit=True),
         )
 
     def figures(self) -> Mapping[str, FigureInfo]:
@@ -88,7 +88,7 @@ class Svm(Task):
         from moco_fast.evaluation.svm import fit_all, fit_few, mean_average_precision, scores_of
 
         assert self.costs is not None
-        train, test = (inputs.features(want, unit=True) for want in self.wants())
+        train, test = map(inputs.features, self.wants())
         (values, labels), (test_values, test_labels) = (
             (features.values.cpu().double().numpy(), features.labels.numpy()) for features in (train, test)
         )
