@@ -12,6 +12,7 @@ FORMATS = {
     "torchvision": "moco_fast.encoders.formats.torchvision:Torchvision",
     "detectron2": "moco_fast.encoders.formats.detectron2:Detectron2",
     "timm": "moco_fast.encoders.formats.timm:Timm",
+    "transformers": "moco_fast.encoders.formats.transformers:Transformers",
 }
 """Name -> module:class."""
 
