@@ -1,15 +1,13 @@
 """Exporter to detectron2: a ResNet by its names, as the MoCo authors' convert-pretrain-to-detectron2.py."""
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from moco_fast.config import ModelConfig
-from moco_fast.exporters.base import check_file
-from moco_fast.exporters.resnets import facts_of, weights_of, why_no_resnet
+from moco_fast.exporters.resnets import ResNetFile, facts_of, pixel_statistics, weights_of
 
 if TYPE_CHECKING:
     from moco_fast.encoders.open import OpenedEncoder
-    from moco_fast.exporters.base import Outputs
 
 __all__ = ["Detectron2"]
 
@@ -28,19 +26,18 @@ _NETWORKS = {
 }
 
 
-class Detectron2:
+class Detectron2(ResNetFile):
     """The names that its checkpointer matches by their ends (`matching_heuristics`), in a file without pickled code."""
 
-    place: ClassVar[str] = "encoder.pth"
-    has_head: ClassVar[bool] = False
+    library = "detectron2"
 
-    def why_not(self, model: ModelConfig | None) -> str | None:
-        """It has torchvision's ResNets."""
-        return why_no_resnet("detectron2", model, tuple(_NETWORKS))
+    def networks(self) -> Collection[str]:
+        """Return torchvision's ResNets."""
+        return _NETWORKS
 
     def check(self, out: Path) -> None:
         """Take a file; its checkpointer reads .pkl as a pickle."""
-        check_file(out)
+        super().check(out)
         if out.suffix != ".pth":
             raise ValueError(f"--out {out}: detectron2 tells by the ending how to read a file: name it {out.stem}.pth")
 
@@ -55,21 +52,12 @@ class Detectron2:
         about = {"__author__": "moco_fast", "matching_heuristics": True, "architecture": facts_of(opened)}
         torch.save({"model": weights, **about}, path)
 
-    def read_back(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> "Outputs":
-        """Load it as one of our own: the library is on no index."""
-        from moco_fast.encoders.open import open_encoder
-
-        del opened
-        assert not head
-        encoder = open_encoder(str(path)).encoder
-        return lambda pixels: (encoder.features(pixels, "backbone"),)
-
     def usage(self, opened: "OpenedEncoder", out: Path) -> str:
         """Lines of a detector's configuration."""
         model = opened.model
         assert model is not None
         depth, groups, width = _NETWORKS[model.encoder]
-        mean, std = ([round(255 * value, 4) for value in values] for values in (model.mean, model.std))
+        mean, std = pixel_statistics(model)
         lines = [
             f"cfg.MODEL.WEIGHTS = {str(out)!r}",
             f"cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.STRIDE_IN_1X1 = {depth}, False",

@@ -1,15 +1,13 @@
 """Exporter to OpenMMLab's detectors: a file of `backbone.*`, as mmpretrain's (its torchvision_to_mmpretrain.py)."""
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from moco_fast.config import ModelConfig
-from moco_fast.exporters.base import check_file
-from moco_fast.exporters.resnets import facts_of, weights_of, why_no_resnet
+from moco_fast.exporters.resnets import ResNetFile, facts_of, pixel_statistics, weights_of
 
 if TYPE_CHECKING:
     from moco_fast.encoders.open import OpenedEncoder
-    from moco_fast.exporters.base import Outputs
 
 __all__ = ["MMDet"]
 
@@ -26,19 +24,14 @@ _BACKBONES = {
 }
 
 
-class MMDet:
+class MMDet(ResNetFile):
     """Its ResNet of style `pytorch` has torchvision's names; a checkpoint of a classifier has them below `backbone`."""
 
-    place: ClassVar[str] = "encoder.pth"
-    has_head: ClassVar[bool] = False
+    library = "mmdet"
 
-    def why_not(self, model: ModelConfig | None) -> str | None:
-        """It has torchvision's ResNets but the wide ones."""
-        return why_no_resnet("mmdet", model, tuple(_BACKBONES))
-
-    def check(self, out: Path) -> None:
-        """Take a file."""
-        check_file(out)
+    def networks(self) -> Collection[str]:
+        """Return torchvision's ResNets but the wide ones."""
+        return _BACKBONES
 
     def write(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> None:
         """Write the file; it holds tensors and text."""
@@ -48,20 +41,11 @@ class MMDet:
         weights = {f"backbone.{name}": tensor for name, tensor in weights_of(opened).items()}
         torch.save({"state_dict": weights, "architecture": facts_of(opened)}, path)
 
-    def read_back(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> "Outputs":
-        """Load it as one of our own: the library is on no index for this Python."""
-        from moco_fast.encoders.open import open_encoder
-
-        del opened
-        assert not head
-        encoder = open_encoder(str(path)).encoder
-        return lambda pixels: (encoder.features(pixels, "backbone"),)
-
     def usage(self, opened: "OpenedEncoder", out: Path) -> str:
         """Lines of a detector's configuration."""
         model = opened.model
         assert model is not None
-        mean, std = ([round(255 * value, 4) for value in values] for values in (model.mean, model.std))
+        mean, std = pixel_statistics(model)
         lines = [
             "# in the detector's configuration: every stage trained, its batch norms synchronized as MoCo's",
             f"backbone = dict({_BACKBONES[model.encoder]}, style='pytorch', frozen_stages=-1, norm_eval=False,",

@@ -1,30 +1,60 @@
-"""What exporters of ResNets' weights share: which there are, their tensors, and what is told beside them."""
+"""What exporters of a ResNet's weights share: which there are, their tensors, and what is told beside them."""
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from moco_fast.config import ModelConfig
+from moco_fast.exporters.base import check_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moco_fast.encoders.open import OpenedEncoder
+    from moco_fast.exporters.base import Outputs
 
-__all__ = ["facts_of", "weights_of", "why_no_resnet"]
+__all__ = ["ResNetFile", "facts_of", "pixel_statistics", "weights_of"]
 
 
-def why_no_resnet(library: str, model: ModelConfig | None, known: Sequence[str]) -> str | None:
-    """Tell why a library has no such ResNet, or None if it has."""
-    if model is None:
-        return f"{library} cannot take a network that only its own library builds: export it with --format onnx"
-    if model.stem != "imagenet":
-        return (
-            f"{library} has no {model.encoder} with a {model.stem} stem: load the checkpoint's model.safetensors itself"
-        )
-    if model.encoder not in known:
-        return f"{library} has no {model.encoder} with these parameter names: export it with --format timm"
-    return None
+class ResNetFile:
+    """The exporter of a library that takes a ResNet's weights from one file; it adds `write` and `usage`."""
+
+    place: ClassVar[str] = "encoder.pth"
+    has_head: ClassVar[bool] = False
+    library: ClassVar[str]
+
+    def networks(self) -> Collection[str]:
+        """Return the networks that it has, by the names that torchvision and timm share."""
+        raise NotImplementedError
+
+    def why_not(self, model: ModelConfig | None) -> str | None:
+        """It has some ResNets, with the usual stem."""
+        if model is None:
+            return (
+                f"{self.library} cannot take a network that only its own library builds: export it with --format onnx"
+            )
+        if model.stem != "imagenet":
+            return (
+                f"{self.library} has no {model.encoder} with a {model.stem} stem: load the checkpoint's "
+                "model.safetensors itself"
+            )
+        if model.encoder not in self.networks():
+            return f"{self.library} has no {model.encoder} with these parameter names: export it with --format timm"
+        return None
+
+    def check(self, out: Path) -> None:
+        """Take a file."""
+        check_file(out)
+
+    def read_back(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> "Outputs":
+        """Load it as one of our own, for libraries that are not on the package index."""
+        from moco_fast.encoders.open import open_encoder
+
+        del opened
+        assert not head
+        encoder = open_encoder(str(path)).encoder
+        return lambda pixels: (encoder.features(pixels, "backbone"),)
 
 
 def weights_of(opened: "OpenedEncoder") -> "dict[str, Tensor]":
@@ -38,3 +68,9 @@ def facts_of(opened: "OpenedEncoder") -> str:
     assert model is not None
     facts = {"library": "torchvision", "name": model.encoder, "mean": model.mean, "std": model.std}
     return json.dumps(facts | {"size": encoder.image_size, "crop": encoder.crop})
+
+
+def pixel_statistics(model: ModelConfig) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of pixels in 0..255."""
+    mean, std = ([round(255 * value, 4) for value in values] for values in (model.mean, model.std))
+    return mean, std

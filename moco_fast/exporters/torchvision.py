@@ -1,11 +1,10 @@
 """Exporter to torchvision: one .safetensors file whose names are those of torchvision's ResNets."""
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from moco_fast.config import ModelConfig
-from moco_fast.exporters.base import check_file
-from moco_fast.exporters.resnets import facts_of, weights_of, why_no_resnet
+from moco_fast.exporters.resnets import ResNetFile, facts_of, weights_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,21 +15,17 @@ if TYPE_CHECKING:
 __all__ = ["Torchvision"]
 
 
-class Torchvision:
+class Torchvision(ResNetFile):
     """torchvision's state dict, with the network's name and the pixels' normalization in its metadata."""
 
-    place: ClassVar[str] = "encoder.safetensors"
-    has_head: ClassVar[bool] = False
+    place = "encoder.safetensors"
+    library = "torchvision"
 
-    def why_not(self, model: ModelConfig | None) -> str | None:
-        """It has the ResNets that timm calls by the same name."""
+    def networks(self) -> Collection[str]:
+        """Return the ResNets that timm calls by the same name."""
         from moco_fast.encoders.formats.torchvision import RESNETS
 
-        return why_no_resnet("torchvision", model, RESNETS)
-
-    def check(self, out: Path) -> None:
-        """Take a file."""
-        check_file(out)
+        return RESNETS
 
     def write(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> None:
         """Write the file."""
