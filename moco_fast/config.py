@@ -249,6 +249,7 @@ def _validate_graphs(config: Config) -> None:
     several = {
         f"{config.method.name}, as it is set, adds those of several": config.method.backward_passes,
         f"--optim.accumulate {config.optim.accumulate} adds those of several": config.optim.accumulate,
+        f"--views.num-small {config.views.num_small} adds that of the small views": 1 + bool(config.views.num_small),
     }
     for reason, num_passes in several.items():
         if num_passes > 1:
@@ -274,6 +275,7 @@ def _validate_method(config: Config) -> None:
     """Refuse options of the method, and what else does not go with it."""
     method = config.method
     method.validate()
+    method.views_of(config.views)
     if config.bn.policy not in method.bn_policies:
         raise ValueError(
             f"--bn.policy {config.bn.policy} cannot be used by {method.name}: use {' or '.join(method.bn_policies)}"

@@ -98,7 +98,7 @@ _RULES = (
 
 def _rules(config: Config) -> Iterator[_Rule]:
     yield from _RULES
-    for name, view in (("query", config.views.query), ("key", config.views.key)):
+    for name, view in (("query", config.views.query), ("key", config.views.key), ("small", config.views.small)):
         prefix = f"views.{name}"
         fields = tuple(f"{prefix}.{field}" for field in vars(view))
         if name == "key":

@@ -55,6 +55,10 @@ _MOCO_V2 = Config(data=_DATA, views=VIEWS["moco-v2"], method=MomentumContrast())
 
 _MOCO_V2_SYMMETRIC = replace(_MOCO_V2, method=MomentumContrast(symmetric=True))
 
+# Multi-crop on the side of the queries: --enable-multicrop of main_moco.py in facebookresearch/asym-siam, for which its
+# README names 100 epochs. Its head has batch norm and a layer more ("MoCo BN"); this is v2's.
+_MOCO_V2_MULTICROP = replace(_MOCO_V2, views=VIEWS["moco-v2-multicrop"], run=RunConfig(epochs=100))
+
 # Learning rates are the published ones for each 256 samples, times 4096 / 256.
 _MOCO_V3_RESNET50 = Config(
     data=replace(_DATA, batch_size=4096),
@@ -137,6 +141,10 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "moco-v1-1b": ("MoCo v1 for a billion images: batch 1,024, 1.25 million steps (He et al. 2020)", _MOCO_V1_1B),
     "moco-v2": ("MoCo v2: v1 with an MLP head, blur and a cosine schedule (Chen et al. 2020)", _MOCO_V2),
     "moco-v2-symmetric": ("MoCo v2 with each view as query and as key once", _MOCO_V2_SYMMETRIC),
+    "moco-v2-multicrop": (
+        "MoCo v2 with six more views of 96 pixels as queries; 100 epochs (Wang et al. 2022)",
+        _MOCO_V2_MULTICROP,
+    ),
     "moco-v3-resnet50": ("MoCo v3: no queue, LARS, batch 4,096; 100 epochs (Chen et al. 2021)", _MOCO_V3_RESNET50),
     "moco-v3-vit-small": ("MoCo v3 with ViT-S/16: AdamW, batch 4,096; 300 epochs", _MOCO_V3_VIT_SMALL),
     "moco-v3-vit-base": ("MoCo v3 with ViT-B/16: AdamW, batch 4,096; 300 epochs", _MOCO_V3_VIT_BASE),

@@ -289,6 +289,11 @@ def _multi_crop() -> ViewsConfig:
     return ViewsConfig(size=224, query=large, key=large, num_small=6, small_size=96, small=small)
 
 
+def _moco_v2_multi_crop() -> ViewsConfig:
+    large = ViewConfig(crop_scale=(0.14, 1.0))
+    return ViewsConfig(size=224, query=large, key=large, num_small=6)
+
+
 VIEWS: dict[str, ViewsConfig] = {
     "moco-v1": _same(ViewConfig(jitter_p=1.0, hue=0.4, grayscale_first=True, blur_p=0.0), 224),
     "moco-v2": _same(ViewConfig(), 224),
@@ -296,6 +301,8 @@ VIEWS: dict[str, ViewsConfig] = {
     "moco-v3-vit": _v3((0.08, 1.0)),
     # SwAV's (Caron et al. 2020, appendix A; src/multicropdataset.py and its command lines in facebookresearch/swav).
     "multi-crop": _multi_crop(),
+    # MoCo v2's at SwAV's scales (Wang et al. 2022; main_moco.py of facebookresearch/asym-siam).
+    "moco-v2-multicrop": _moco_v2_multi_crop(),
     "cifar10": _same(ViewConfig(crop_scale=(0.08, 1.0), blur_p=0.0), 32),
 }
 """The published recipes by name."""

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from pipelines.config import Backend, ViewsConfig
-from pipelines.loader import make_views
+from pipelines.config import Backend, ViewsConfig, ViewSpec
+from pipelines.loader import make_views, specs_of
 from pipelines.plan.draw import draw_views
 from pipelines.reading.reader import Reader
 from shards.ground.arrays import Pixels
@@ -42,7 +42,7 @@ class SampleViews:
 
 def draw(
     shards: ShardSet,
-    views: ViewsConfig,
+    views: ViewsConfig | Sequence[ViewSpec],
     *,
     seed: int,
     epoch: int,
@@ -53,7 +53,7 @@ def draw(
 
     Args:
         shards: the set.
-        views: the recipe.
+        views: the recipe, or views one by one.
         seed: of the run.
         epoch: of the run.
         indices: dense sample numbers.
@@ -71,7 +71,7 @@ def draw(
         encoded = reader.submit(samples, records).result()
     finally:
         reader.close()
-    tables = draw_views(epoch, samples, records, views=views.specs, seed=seed)
+    tables = draw_views(epoch, samples, records, views=specs_of(views), seed=seed)
     made = make_views(shards, samples, views, seed=seed, epoch=epoch, backend=backend)
     pixels = [view.permute(0, 2, 3, 1).numpy() for view in made]
     return [

@@ -82,14 +82,13 @@ def resident_batch(config: Config, runtime: Runtime, size: int, device: torch.de
     Its samples are the first ones of the set: a memory bank knows them all.
     """
     generator = torch.Generator().manual_seed(runtime.rank)
-    shape = (size, 3, config.views.size, config.views.size)
-    view_q, view_k = (
-        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(
+    views = tuple(
+        torch.randint(0, 256, (size, 3, view.size, view.size), dtype=torch.uint8, generator=generator).to(
             device, memory_format=torch.channels_last
         )
-        for _ in range(2)
+        for view in config.method.views_of(config.views)
     )
-    return Batch(views=(view_q, view_k), index=torch.arange(size), label=torch.full((size,), -1))
+    return Batch(views=views, index=torch.arange(size), label=torch.full((size,), -1))
 
 
 def can_read(config: Config) -> bool:

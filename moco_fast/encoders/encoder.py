@@ -137,14 +137,24 @@ def build_encoder(model: ModelConfig, method: Method, *, image_size: int = 224, 
     )
 
 
-def check_image_size(encoder: Encoder, name: str, size: int) -> None:
-    """Refuse images of a size that a transformer has no positions for. Raises ValueError: its name and both sizes."""
+def check_image_size(encoder: Encoder, name: str, size: int, *, option: str = "--views.size") -> None:
+    """Refuse images of a size that a transformer has no positions for.
+
+    Args:
+        encoder: that takes them.
+        name: of the encoder.
+        size: height and width in pixels.
+        option: that gives the size.
+
+    Raises:
+        ValueError: with the name and both sizes.
+    """
     patches = getattr(encoder.backbone, "patch_embed", None)
     wanted: tuple[int, int] | None = getattr(patches, "img_size", None)
     if wanted is not None and getattr(patches, "strict_img_size", False) and wanted != (size, size):
         raise ValueError(
-            f"encoder {name!r} takes images of {wanted[0]} pixels, but --views.size is {size}: use --views.size "
-            f"{wanted[0]}, or a ResNet"
+            f"encoder {name!r} has positions for images of {wanted[0]} pixels alone, but {option} is {size}: use "
+            f"{option} {wanted[0]}, or a ResNet"
         )
 
 

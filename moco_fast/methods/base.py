@@ -7,7 +7,7 @@ loop, the checkpoint, the metrics, the report and the bench know these classes a
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, ParamSpec, Protocol, TypeVar
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from moco_fast.encoders.encoder import Encoder
     from moco_fast.methods.shuffle import KeyPolicy
+    from pipelines.config import ViewsConfig, ViewSpec
 
 __all__ = [
     "Autocast",
@@ -107,7 +108,7 @@ class Clock(Protocol):
 class Objective(Protocol):
     """A method at work: its modules, and the losses of a batch. Knows no device, and ranks only through collectives.
 
-    Its collectives are over when `loss` returns: none may run beside those of the backward pass.
+    Its collectives are over when a pass is given out: none may run beside those of the backward pass.
     """
 
     @property
@@ -124,14 +125,15 @@ class Objective(Protocol):
         """Get ready for an optimizer step, before its first batch, with the numbers of `Method.scheduled`."""
         ...
 
-    def loss(self, encode: Encode, views: "tuple[Tensor, ...]", index: "Tensor", number: int, /) -> Pass:
-        """Compute the loss of backward pass `number` (from 0) of a batch.
+    def passes(self, encode: Encode, views: "tuple[Tensor, ...]", index: "Tensor", /) -> Iterator[Pass]:
+        """Compute the losses of a batch, one for each of `num_passes` backward passes.
+
+        Each is backpropagated before the next is asked for, so that the activations of one are alive at a time.
 
         Args:
             encode: the query encoder.
-            views: (B, 3, H, W) uint8 each, of the same samples.
+            views: (B, 3, H, W) uint8 each, of the same samples: those of `Method.views_of`.
             index: (B,) int64 dense sample numbers, on the host.
-            number: of the backward pass.
         """
         ...
 
@@ -173,7 +175,9 @@ class Method(ABC):
     name: ClassVar[str]
     """The method's name in `METHODS`; config.json keeps it."""
     num_views: ClassVar[int] = 2
-    """Views of a sample that it looks at, from the first on."""
+    """Large views of a sample that it looks at, from the first on."""
+    takes_small_views: ClassVar[bool] = False
+    """It trains on small views beside them, too (multi-crop)."""
     needs_sample_numbers: ClassVar[bool] = False
     """It must know which sample is which."""
     bn_policies: ClassVar[tuple[BatchStatistics, ...]] = ("auto", "exchange", "virtual", "gather", "sync", "none")
@@ -195,14 +199,34 @@ class Method(ABC):
         """Refuse options that cannot work. Raises ValueError: with the option, its value and what would work."""
         refuse_unless_above_zero({"dim": self.dim})
 
+    def views_of(self, views: "ViewsConfig", /) -> "tuple[ViewSpec, ...]":
+        """Return the views that it looks at, so that a loader makes no others.
+
+        Raises:
+            ValueError: there are small views, and it does not train on them.
+        """
+        if not views.num_small:
+            return views.specs[: self.num_views]
+        if not self.takes_small_views:
+            raise ValueError(
+                f"--views.num-small {views.num_small} asks for small views, but {self.name} does not train on them: "
+                "leave it out, or train by momentum contrast with a queue (moco-v2-multicrop)"
+            )
+        return views.specs
+
     def scheduled(self, step: int, num_steps: int, /) -> dict[str, float]:
         """Return the method's numbers for optimizer step `step` (from 0) of `num_steps`; they are logged, too."""
         del step, num_steps
         return {}
 
     @abstractmethod
-    def charts(self, batch_size: int, /) -> tuple[Chart, ...]:
-        """Say how the report shows the loss and what is watched, for global batches of `batch_size` samples."""
+    def charts(self, batch_size: int, num_small: int = 0, /) -> tuple[Chart, ...]:
+        """Say how the report shows the loss and what is watched.
+
+        Args:
+            batch_size: samples of a global batch.
+            num_small: small views of each.
+        """
 
     @abstractmethod
     def note(self, line: Mapping[str, float], /) -> str:

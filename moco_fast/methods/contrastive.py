@@ -42,14 +42,19 @@ class Contrastive(Method):
         super().validate()
         refuse_unless_above_zero({"temperature": self.temperature})
 
-    def charts(self, batch_size: int, /) -> tuple[Chart, ...]:
+    def charts(self, batch_size: int, num_small: int = 0, /) -> tuple[Chart, ...]:
         """Show the loss beside that of one who guesses, the accuracy, both similarities and the spread."""
         num_choices = self.num_choices(batch_size)
-        guessing = self.backward_passes * self.loss_scale * math.log(num_choices)
+        # The mean over small views is added with the weight of a large one.
+        num_terms = self.backward_passes * (2 if num_small else 1)
+        guessing = num_terms * self.loss_scale * math.log(num_choices)
+        about_loss = [f"Finding the key of the same sample among {num_choices:,}.", self._about_loss()]
+        if num_small:
+            about_loss.append("The mean loss of the small views is added.")
         return (
             Chart(
                 title="Loss",
-                caption=f"Finding the key of the same sample among {num_choices:,}. {self._about_loss()}".rstrip(),
+                caption=" ".join(filter(None, about_loss)),
                 curves={"loss": ""},
                 level=Level(value=guessing, label="guessing"),
             ),

@@ -1,9 +1,10 @@
 """Instance discrimination: each query's own key is told from those in a dictionary (MoCo v1, algorithm 1; v3's)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from moco_fast.encoders.encoder import unit_vectors
@@ -34,10 +35,22 @@ class Discrimination:
         """Move the key encoder, if there is one."""
         self.keys.advance(scheduled)
 
-    def loss(self, encode: Encode, views: tuple[Tensor, ...], index: Tensor, number: int, /) -> Pass:
-        """Compare queries of one view with keys of the other; a bank's keys need no view."""
-        keys = self.keys(encode, views[1 - number if len(views) > 1 else 0], index)
-        queries = unit_vectors(encode(views[number]))
+    def passes(self, encode: Encode, views: tuple[Tensor, ...], index: Tensor, /) -> Iterator[Pass]:
+        """Compare queries of one view with keys of the other; a bank's keys need no view.
+
+        Small views are queries of the last pass, and are compared with the keys of all.
+        """
+        large, small = views[:2], views[2:]
+        keys: list[Tensor] = []
+        for number in range(self.num_passes):
+            keys.append(self.keys(encode, large[1 - number if len(large) > 1 else 0], index))
+            made = self._compare(encode, large[number], keys[-1], index)
+            if small and number + 1 == self.num_passes:
+                made = replace(made, loss=made.loss + self._loss_of_small(encode, small, keys))
+            yield made
+
+    def _compare(self, encode: Encode, images: Tensor, keys: Tensor, index: Tensor) -> Pass:
+        queries = unit_vectors(encode(images))
         loss, watched = self.dictionary.contrast(queries, keys, self.temperature)
         taken_in = queries.detach(), keys.detach(), index
         return Pass(
@@ -46,7 +59,26 @@ class Discrimination:
             afterwards=partial(self.dictionary.take_in, *taken_in),
         )
 
+    def _loss_of_small(self, encode: Encode, views: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
+        """Return the mean loss of the small views, for each large view's keys, added up.
+
+        Not for keys of the same batch as a dictionary: each would be its own negative.
+        """
+        queries = unit_vectors(encode(_interleaved(views)))  # (B * n, D)
+        own_keys = [of_view.repeat_interleave(len(views), dim=0) for of_view in keys]  # (B * n, D) each
+        losses = [self.dictionary.contrast(queries, own, self.temperature)[0] for own in own_keys]
+        return torch.stack(losses).sum() * self.loss_scale
+
     def on_a_clock(self, clock: Clock, /) -> "Discrimination":
         """Parts: momentum update, key forward, exchange, loss, gather and enqueue."""
         keys = ClockedKeys(self.keys.on_a_clock(clock), clock)
         return replace(self, keys=keys, dictionary=ClockedDictionary(self.dictionary, clock))
+
+
+def _interleaved(views: Sequence[Tensor]) -> Tensor:
+    """Turn n views (B, 3, H, W) into one batch (B * n, 3, H, W), channels_last, in which a sample's are neighbors.
+
+    So virtual groups of a batch hold the same samples' small views as they hold large ones.
+    """
+    rows = torch.stack([view.permute(0, 2, 3, 1) for view in views], dim=1)  # (B, n, H, W, 3)
+    return rows.flatten(0, 1).permute(0, 3, 1, 2)

@@ -23,6 +23,7 @@ class MomentumContrast(PlainHead):
     """Keys of a slow copy of the query encoder, told from those of past batches."""
 
     name: ClassVar[str] = "momentum-contrast"
+    takes_small_views: ClassVar[bool] = True
     queue_size: int = 65536
     """Keys of past batches that a query is told apart from (the paper's K)."""
     momentum: float = 0.999

@@ -4,7 +4,7 @@ Both compare a prediction p with a projection z that carries no gradient, by the
 copy of the network, in SimSiam by the network itself.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -46,7 +46,7 @@ class _Prediction(Method):
         """The mean cosine of predictions with projections, and how far projections spread."""
         return ("cosine", "feature_std")
 
-    def charts(self, _batch_size: int, /) -> tuple[Chart, ...]:
+    def charts(self, _batch_size: int, _num_small: int = 0, /) -> tuple[Chart, ...]:
         """Show the loss beside that of orthogonal vectors, the cosine and the spread."""
         return (
             Chart(
@@ -169,14 +169,15 @@ class _PredictTarget:
         """Move the target network."""
         self.targets.advance(scheduled)
 
-    def loss(self, encode: Encode, views: "tuple[Tensor, ...]", index: "Tensor", number: int, /) -> Pass:
+    def passes(self, encode: Encode, views: "tuple[Tensor, ...]", index: "Tensor", /) -> Iterator[Pass]:
         """Predict the target of one view from the other."""
         from moco_fast.encoders.encoder import unit_vectors
         from moco_fast.methods.loss import feature_std
 
-        targets = self.targets(encode, views[1 - number], index)
-        cosine = self.compare(unit_vectors(encode(views[number])), targets)
-        return Pass(loss=2 - 2 * cosine, watched={"cosine": cosine.detach(), "feature_std": feature_std(targets)})
+        for number in range(self.num_passes):
+            targets = self.targets(encode, views[1 - number], index)
+            cosine = self.compare(unit_vectors(encode(views[number])), targets)
+            yield Pass(loss=2 - 2 * cosine, watched={"cosine": cosine.detach(), "feature_std": feature_std(targets)})
 
     def on_a_clock(self, clock: Clock, /) -> "_PredictTarget":
         """Parts: momentum update, key forward, loss."""
@@ -196,14 +197,14 @@ class _PredictItself:
     def advance(self, _scheduled: Mapping[str, float], /) -> None:
         """Nothing follows."""
 
-    def loss(self, encode: Encode, views: "tuple[Tensor, ...]", _index: "Tensor", _number: int, /) -> Pass:
+    def passes(self, encode: Encode, views: "tuple[Tensor, ...]", _index: "Tensor", /) -> Iterator[Pass]:
         """Predict each view's projection from the other."""
         from moco_fast.encoders.encoder import unit_vectors
         from moco_fast.methods.loss import feature_std
 
         (p1, z1), (p2, z2) = ([unit_vectors(made) for made in encode.with_projection(view)] for view in views[:2])
         cosine = (self.compare(p1, z2.detach()) + self.compare(p2, z1.detach())) / 2
-        return Pass(loss=-cosine, watched={"cosine": cosine.detach(), "feature_std": feature_std(z1)})
+        yield Pass(loss=-cosine, watched={"cosine": cosine.detach(), "feature_std": feature_std(z1)})
 
     def on_a_clock(self, clock: Clock, /) -> "_PredictItself":
         """Parts: loss."""

@@ -39,11 +39,12 @@ class Sample:
 
 
 def show_views(config: Config, *, epoch: int, num_samples: int) -> list[Sample]:
-    """Make the two views of some samples, evenly spread over the set, as training sees them in an epoch."""
+    """Make the views of some samples, evenly spread over the set, as training sees them in an epoch."""
     shards = open_set(config.data.shards)
     total = shards.num_samples
     chosen = np.unique(np.linspace(0, total - 1, min(num_samples, total)).round().astype(int)).tolist()
-    previews = draw(shards, config.views, seed=config.run.seed, epoch=epoch, indices=chosen)
+    views = config.method.views_of(config.views)
+    previews = draw(shards, views, seed=config.run.seed, epoch=epoch, indices=chosen)
     return [
         Sample(
             index=preview.index,

@@ -143,7 +143,7 @@ def _charts(record: RunRecord, about: str) -> list[Figure]:
         untrained = [value for step, value in record.curve(score.figure) if step == 0]
         level = Level(value=untrained[0], label="untrained") if untrained else None
         figures += _drawn(record, [score], about, level=level, points=True)
-    of_method = record.config.method.charts(record.config.data.batch_size)
+    of_method = record.config.method.charts(record.config.data.batch_size, record.config.views.num_small)
     return figures + _drawn(record, [*of_method, _LEARNING_RATE], about)
 
 

@@ -73,16 +73,13 @@ def build(config: Config, runtime: Runtime, shards: ShardSet | None = None) -> P
             f"--data.batch-size {config.data.batch_size} does not divide among {runtime.world_size} ranks: "
             f"take a multiple of {runtime.world_size}"
         )
-    if config.views.num_small:
-        raise ValueError(
-            f"--views.num-small {config.views.num_small}: momentum contrast compares two views and has no use for "
-            "small ones; leave it out"
-        )
     if config.optim.kernels == "apex" and runtime.device.type != "cuda":
         raise ValueError("--optim.kernels apex has kernels for GPUs alone: on the CPU use --optim.kernels torch")
     torch.manual_seed(config.run.seed)
     query = build_encoder(config.model, config.method)
     check_image_size(query, config.model.encoder, config.views.size)
+    if config.views.num_small:
+        check_image_size(query, config.model.encoder, config.views.small_size, option="--views.small-size")
     convert_batch_norm(query, config.bn)
     query.to(runtime.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - undeclared
     broadcast_([*query.parameters(), *query.buffers()])
@@ -110,13 +107,14 @@ def build(config: Config, runtime: Runtime, shards: ShardSet | None = None) -> P
 
 
 def open_run_loader(config: Config, runtime: Runtime, shards: ShardSet | None = None) -> Loader:
-    """Open this rank's loader of the run, of its training set, which may be open already.
+    """Open this rank's loader of the views that the method looks at, of the training set, which may be open already.
 
     Raises:
         ValueError: the configuration does not fit the data or the world.
     """
+    views = config.method.views_of(config.views)
     return open_loader(
-        config.data, config.views, seed=config.run.seed, device=runtime.device, world=runtime.world, shards=shards
+        config.data, views, seed=config.run.seed, device=runtime.device, world=runtime.world, shards=shards
     )
 
 

@@ -67,9 +67,10 @@ class TrainStep:
         losses: list[Tensor] = []
         watched: list[Mapping[str, Tensor]] = []
         afterwards: list[Callable[[], object]] = []
+        passes = self.objective.passes(encode, batch.views, batch.index)
         for number in range(self.objective.num_passes):
             with self._averaging(last and number + 1 == self.objective.num_passes):
-                made = self.objective.loss(encode, batch.views, batch.index, number)
+                made = next(passes)
                 self.backward(made.loss * weight)
             losses.append(made.loss.detach())
             watched.append(made.watched)

@@ -58,6 +58,7 @@ OWN = {
     "moco-v1-1b": RESNET | SHORT_QUEUE,
     "moco-v2": RESNET | SHORT_QUEUE,
     "moco-v2-symmetric": RESNET | SHORT_QUEUE,
+    "moco-v2-multicrop": RESNET | SHORT_QUEUE | {"--views.num-small": 3, "--views.small-size": 16},
     "moco-v3-resnet50": RESNET | NARROW_HEAD,
     "moco-v3-vit-small": VIT | NARROW_HEAD,
     "moco-v3-vit-base": VIT | NARROW_HEAD,
@@ -85,6 +86,8 @@ def configuration(preset: str, shards: Path, *, calm: bool = False) -> Config:
         options["--views.size"] = 64
         if PRESETS[preset][1].bn.policy == "auto":
             options["--bn.num-groups"] = 2
+        if "--views.small-size" in options:
+            options["--views.small-size"] = 64
     return parse([preset, *(str(word) for option in options.items() for word in option)])
 
 
@@ -98,8 +101,10 @@ def batches(config: Config, runtime: Runtime) -> Iterator[Batch]:
         noise = torch.randint(0, 128, (2, BATCH_SIZE, 3, size, size), generator=generator)
         views = F.interpolate(patterns[index], size=(size, size)) + noise
         own = slice(runtime.rank * share, (runtime.rank + 1) * share)
-        view_q, view_k = (view[own].to(torch.uint8).contiguous(memory_format=torch.channels_last) for view in views)
-        yield Batch(views=(view_q, view_k), index=index[own], label=torch.full((share,), -1))
+        small = torch.rand(config.views.num_small, BATCH_SIZE, 3, *2 * [config.views.small_size], generator=generator)
+        views = [*views, *(256 * view for view in small)]
+        views = tuple(view[own].to(torch.uint8).contiguous(memory_format=torch.channels_last) for view in views)
+        yield Batch(views=views, index=index[own], label=torch.full((share,), -1))
 
 
 def model_tensors(parts: Parts) -> dict[str, Tensor]:

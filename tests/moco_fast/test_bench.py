@@ -222,11 +222,14 @@ def train_step(method):
     return TrainStep(query=query, objective=objective, optimizer=optimizer)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_step_on_a_clock_is_the_same_step(name):
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [*((name, (16, 16)) for name in METHODS), *((name, (16, 16, 8, 8)) for name in ("queue", "symmetric"))],
+)
+def test_a_step_on_a_clock_is_the_same_step(name, sides):
     generator = torch.Generator().manual_seed(1)
-    view_q, view_k = (torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=generator) for _ in range(2))
-    batch = Batch(views=(view_q, view_k), index=torch.arange(8), label=torch.full((8,), -1))
+    views = tuple(torch.randint(0, 256, (8, 3, side, side), dtype=torch.uint8, generator=generator) for side in sides)
+    batch = Batch(views=views, index=torch.arange(8), label=torch.full((8,), -1))
     plain, watched = train_step(METHODS[name]), train_step(METHODS[name])
     clock = PartClock(CPU)
     for seed in range(2):

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,9 +113,3 @@ def test_a_method_trains_and_continues_bit_for_bit(packed_demo, name, monkeypatc
 def test_parts_that_do_not_go_together_are_refused(packed_demo, sections, message):
     with pytest.raises(ValueError, match=message):
         validate(replace(configuration(packed_demo, "queue"), **sections))
-
-
-def test_small_views_are_refused_where_two_are_compared(packed_demo):
-    config = configuration(packed_demo, "queue")
-    with pytest.raises(ValueError, match=r"--views\.num-small 2: momentum contrast compares two views"):
-        build(replace(config, views=replace(config.views, num_small=2)), SimpleNamespace(world_size=1))

@@ -172,7 +172,7 @@ def test_images_of_a_size_that_a_transformer_has_no_positions_for_are_refused():
     )
     check_image_size(vit, "vit_tiny_patch16_224", 224)
     check_image_size(resnet, "resnet18_quarter", 96)
-    with pytest.raises(ValueError, match=r"takes images of 224 pixels, but --views\.size is 96"):
+    with pytest.raises(ValueError, match=r"positions for images of 224 pixels alone, but --views\.size is 96"):
         check_image_size(vit, "vit_tiny_patch16_224", 96)
 
 

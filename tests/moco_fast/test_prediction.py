@@ -179,7 +179,7 @@ def test_orthogonal_predictions_have_the_loss_that_the_report_calls_unrelated(na
 
     if name == "byol":
         object.__setattr__(objective, "targets", lambda *_: rows)
-    losses = [objective.loss(Encode(), (rows, rows), None, number).loss for number in range(method.backward_passes)]
+    losses = [made.loss for made in objective.passes(Encode(), (rows, rows), None)]
     assert sum(losses).item() == pytest.approx(method.charts(16)[0].level.value)
 
 
@@ -208,6 +208,6 @@ def test_projections_that_collapse_show_in_the_spread():
         def with_projection(self, images):
             return same, same
 
-    made = objective.loss(Encode(), (same, same), None, 0)
+    [made] = objective.passes(Encode(), (same, same), None)
     assert made.loss.item() == pytest.approx(-1)
     assert made.watched["feature_std"].item() == pytest.approx(0, abs=1e-6)

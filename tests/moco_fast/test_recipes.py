@@ -65,6 +65,7 @@ CALLS = {
     "memory-bank": MOCO_V1,
     "moco-v2": MOCO_V2,
     "moco-v2-symmetric": MOCO_V2,
+    "moco-v2-multicrop": MOCO_V2,
     "moco-v3-resnet50": V3(zero_init_residual=True),
     "moco-v3-vit-small": V3(arch="vit_small", stop_grad_conv1=True),
     "moco-v3-vit-base": V3(arch="vit_base", stop_grad_conv1=True),

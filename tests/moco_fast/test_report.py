@@ -317,9 +317,13 @@ def test_every_number_that_a_method_watches_has_its_chart(name: str) -> None:
     assert all(chart.about in ("learning", "health") and chart.caption.endswith(".") for chart in method.charts(32))
 
 
-@pytest.mark.parametrize("name", ["moco-v3-resnet50", "simsiam"])
+@pytest.mark.parametrize("name", ["moco-v3-resnet50", "simsiam", "memory-bank", "moco-v2-multicrop"])
 def test_a_report_shows_what_the_method_watches_and_nothing_else(name: str, run: Path) -> None:
     config = dataclasses.replace(read_run(run).config, method=PRESETS[name][1].method)
+    num_small = 2 if config.method.name == "momentum-contrast" else 0
+    if num_small:
+        views = dataclasses.replace(config.views, num_small=num_small, small_size=16)
+        config = dataclasses.replace(config, views=views)
     watched = config.method.watched
     line = dict.fromkeys(("loss", *watched, "lr", "samples_per_s", "data_wait_share"), 0.25)
     lines = [{"step": step, "epoch": 1.0, "samples": 32, "time_s": 1.0} | line for step in (10, 20)]
@@ -328,8 +332,11 @@ def test_a_report_shows_what_the_method_watches_and_nothing_else(name: str, run:
     record = read_run(run)
     assert record.config == config
     page = write_report(run, num_samples=1).read_text()
-    for chart in config.method.charts(32):
+    for chart in config.method.charts(32, num_small):
         assert f"{chart.title} over training steps" in page
+    for kind, num_views in (("query", 1), ("key", config.method.num_views - 1), ("small", num_small)):
+        assert page.count(f'alt="{kind} view"') == page.count(f'<rect class="of-{kind}"') == num_views
+    assert ("small views" in page) == bool(num_small)
     for title in ("Contrastive accuracy", "Similarities"):
         assert (f"{title} over training steps" in page) == ("accuracy" in watched)
     assert config.method.note(lines[-1]) in page
