@@ -309,14 +309,19 @@ def test_small_views_are_refused_by_methods_that_do_not_train_on_them(name):
     assert "moco-v2-multicrop" in str(refused.value)
 
 
-def test_a_transformer_has_no_positions_for_small_views(packed_demo, tmp_path, fresh_accelerator):
-    config = small_run(packed_demo, tmp_path, model=ModelConfig(encoder="test_vit"))
-    config = replace(config, views=replace(config.views, size=160))
+def test_a_transformer_without_positions_for_small_views_refuses_them(packed_demo, tmp_path, fresh_accelerator):
+    config = small_run(packed_demo, tmp_path, model=ModelConfig(encoder="vit_tiny_patch16_224"))
     runtime = start(config.run, env={})
     try:
-        with pytest.raises(ValueError, match=r"positions for images of 160 pixels alone, but --views\.small-size"):
-            build(config, runtime)
-        parts = build(replace(config, views=replace(config.views, small_size=160)), runtime)
+        with pytest.raises(
+            ValueError, match=r"positions for images of 224 pixels alone, but --views\.small-size is 32"
+        ):
+            build(replace(config, views=replace(config.views, size=224)), runtime)
+        # timm builds this one so that it interpolates them.
+        parts = build(replace(config, model=ModelConfig(encoder="test_vit")), runtime)
+        batch = next(iter(parts.loader))
+        watched = parts.train_step([batch], lr=LR, scheduled={"momentum": MOMENTUM})
+        assert watched["loss"].isfinite()
         parts.loader.close()
     finally:
         runtime.close()
