@@ -75,11 +75,12 @@ def measure(
             found |= bench.in_turns(in_turns, loader)
             found |= _memory(runtime.device)
             environment = console.environment(runtime, replace(parts, loader=loader))
+            view_sizes = [view.size for view in config.method.views_of(config.views)]
         return BenchResult(
             **found,
             batch_size=fitted.data.batch_size,
             recipe_batch_size=config.data.batch_size,
-            environment=environment | {"encoder": config.model.encoder, "size": config.views.size},
+            environment=environment | {"encoder": config.model.encoder, "view_sizes": view_sizes},
         )
     finally:
         runtime.close()

@@ -13,7 +13,7 @@ __all__ = ["BenchResult", "Rate", "table", "verdict"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """Samples/s over all ranks, of the rounds of a measurement; a sample is two views."""
+    """Samples/s over all ranks, of the rounds of a measurement; a sample is all of its views."""
 
     median: float
     lowest: float
@@ -36,7 +36,7 @@ class BenchResult:
     decoding: Rate | None = None
     """Reading and decoding whole images."""
     loader: Rate | None = None
-    """The whole loader: read, decoded, both views drawn, on the device; taken and dropped."""
+    """The whole loader: read, decoded, all views drawn, on the device; taken and dropped."""
     hand_over: Rate | None = None
     """Copying views that are ready to the device; None where they are made there."""
     step: Rate | None = None
@@ -168,7 +168,8 @@ def _opening(result: BenchResult) -> Iterator[str]:
     versions = f"torch {where['torch']}{cuda}, Python {where['python']}"
     yield f"{where['device']}, {where['num_cpus']} CPUs, {ranks}; {versions}"
     compiled = ", compiled" if where["compile"] else ""
-    yield f"{where['encoder']} at {where['size']} px, batch {result.batch_size}, {where['precision']}{compiled}"
+    sizes = " and ".join(str(size) for size in dict.fromkeys(where["view_sizes"]))
+    yield f"{where['encoder']} at {sizes} px, batch {result.batch_size}, {where['precision']}{compiled}"
     yield f"loader: {where['loader']}"
     if result.batch_size != result.recipe_batch_size:
         yield (
@@ -178,7 +179,9 @@ def _opening(result: BenchResult) -> Iterator[str]:
 
 
 def _rates(result: BenchResult) -> Iterator[str]:
-    yield f"{'samples/s (two views each)':<28}{'median':>10}{'lowest':>10}{'highest':>10}{'to the step':>13}"
+    num_views = len(result.environment["view_sizes"])
+    unit = f"samples/s ({num_views} view{'s' if num_views > 1 else ''} each)"
+    yield f"{unit:<28}{'median':>10}{'lowest':>10}{'highest':>10}{'to the step':>13}"
     rows = {
         "reading": result.reading,
         "reading, decoding": result.decoding,

@@ -83,12 +83,30 @@ def test_the_verdict_names_what_limits(rates, says):
 
 def test_the_table_shows_each_figure():
     where = {"device": "abacus", "num_cpus": 4, "world_size": 2, "torch": "2.13", "cuda": "13.0", "python": "3.12"}
-    where |= {"precision": "bf16", "compile": True, "loader": "dali", "encoder": "resnet50", "size": 224}
+    where |= {
+        "precision": "bf16",
+        "compile": True,
+        "loader": "dali",
+        "encoder": "resnet50",
+        "view_sizes": [224, 224, 96],
+    }
     parts = {"parts_alone_s": {"loss": 0.03, "rest": 0.01}, "parts_end_to_end_s": {"loss": 0.04, "waiting for data": 1}}
     measured = result(loader=2000, step=1234, end_to_end=990, reading=rate(4000), read_bytes_per_s=2.5e9, **parts)
     shown = table(replace(measured, environment=where, recipe_batch_size=512))
-    for figure in ("1,234", "3.24x", "2.5 GB/s", "30.00", "75.0%", "1,040.00", "1.07 GB", "2 ranks", "recipe's 512"):
+    for figure in (
+        "1,234",
+        "3.24x",
+        "2.5 GB/s",
+        "30.00",
+        "75.0%",
+        "1,040.00",
+        "1.07 GB",
+        "2 ranks",
+        "recipe's 512",
+        "224 and 96 px",
+    ):
         assert figure in shown, figure
+    assert "samples/s (3 views each)" in shown
     assert verdict(measured) in shown
 
 
