@@ -57,7 +57,7 @@ def make_query(method):
     return query.to(memory_format=torch.channels_last)
 
 
-def make_step(method, policy, num_groups=1):
+def make_step(method, policy, num_groups=1, accumulate=1):
     query = wrapped = make_query(method)
     if num_groups > 1:
         use_group_statistics(query, num_groups)
@@ -68,7 +68,8 @@ def make_step(method, policy, num_groups=1):
     objective.modules["queue"].double()
     if distributed.is_distributed():
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.13 renames broadcast_buffers
-            wrapped = DistributedDataParallel(query, broadcast_buffers=False)
+            static = method.backward_passes * accumulate == 1  # as in a run
+            wrapped = DistributedDataParallel(query, broadcast_buffers=False, static_graph=static)
     optimizer = build_optimizer(query, OptimConfig(momentum=0.0, weight_decay=0.0))
     return SimpleNamespace(
         query=query, objective=objective, step=TrainStep(query=wrapped, objective=objective, optimizer=optimizer)
@@ -84,7 +85,8 @@ def result_of(parts, watched):
 
 
 def train_rank(name, accumulate):
-    parts = make_step(METHODS[name], Exchange(None) if distributed.is_distributed() else Together())
+    policy = Exchange(None) if distributed.is_distributed() else Together()
+    parts = make_step(METHODS[name], policy, accumulate=accumulate)
     watched = []
     for step in range(NUM_STEPS):
         batches = [make_batch(accumulate * step + micro, distributed.rank()) for micro in range(accumulate)]
