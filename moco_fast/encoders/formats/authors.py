@@ -94,17 +94,22 @@ def _network(of: Mapping[str, Tensor], arch: str, where: str) -> str:
 
 def _method(head: Mapping[str, Tensor], version: str, where: str) -> Method | None:
     """Return the method whose head the tensors are; None: there are none."""
-    layers = [key.removesuffix(".weight").removesuffix("weight") for key, each in head.items() if each.ndim == 2]
     if not head:
         return None
-    if version == "v3":
-        mlp = [head[f"{layer}.weight"] for layer in layers]
-        return MomentumContrastV3(dim=len(mlp[-1]), mlp_dim=len(mlp[0]))
-    if layers == [""]:
-        return MomentumContrast(dim=len(head["weight"]), head="linear")
-    if layers == ["0", "2"]:
-        return MomentumContrast(dim=len(head["2.weight"]), head="mlp")
-    raise ValueError(f"{where}: a head of MoCo v1 is `fc`, of v2 `fc.0` and `fc.2`, but this one has {listed(head)}")
+    # Of each linear layer the number of outputs.
+    widths = {key: len(tensor) for key, tensor in head.items() if tensor.ndim == 2}
+    match version, *widths:
+        case "v3", "0.weight", "3.weight", *rest:
+            return MomentumContrastV3(dim=widths[rest[-1] if rest else "3.weight"], mlp_dim=widths["0.weight"])
+        case "v1 or v2", "weight":
+            return MomentumContrast(dim=widths["weight"], head="linear")
+        case "v1 or v2", "0.weight", "2.weight":
+            return MomentumContrast(dim=widths["2.weight"], head="mlp")
+        case _:
+            raise ValueError(
+                f"{where}: heads are one linear layer in MoCo v1, 0 and 2 of three in v2, linear layers and batch "
+                f"norms in v3, but this one has {listed(head)}"
+            )
 
 
 def _build(model: ModelConfig, method: Method | None, *, has_predictor: bool) -> Encoder:

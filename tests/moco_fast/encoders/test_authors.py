@@ -157,7 +157,7 @@ def _with(network: nn.Module, name: str) -> nn.Module:
         (
             lambda network: _without(network, "fc.0"),
             "resnet18",
-            r"of v2 `fc\.0` and `fc\.2`, but this one has 2\.weight",
+            r"linear layers and batch norms in v3, but this one has 2\.weight, 2\.bias",
         ),
     ],
 )
@@ -167,6 +167,12 @@ def test_what_is_not_whole_or_of_another_network_is_refused(
     network = change(resnet_of_authors("resnet18", "v2"))
     path = save_as_authors(tmp_path / "moco.pth.tar", {"encoder_q": network}, arch)
     with pytest.raises(ValueError, match=says):
+        open_encoder(str(path))
+
+
+def test_v3_with_the_head_of_v1_is_refused(tmp_path: Path) -> None:
+    path = save_as_authors(tmp_path / "moco.pth.tar", {"base_encoder": resnet_of_authors("resnet18", "v1")}, "resnet18")
+    with pytest.raises(ValueError, match=r"batch norms in v3, but this one has weight, bias"):
         open_encoder(str(path))
 
 
