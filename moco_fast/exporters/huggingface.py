@@ -76,9 +76,10 @@ def _card(opened: "OpenedEncoder", *, head: bool) -> str:
         "---",
         "library_name: timm",
         "pipeline_tag: image-feature-extraction",
-        "tags: [image-feature-extraction, self-supervised, timm, moco-fast]",
+        f"tags: [image-feature-extraction, timm, moco-fast{', self-supervised' if opened.method else ''}]",
         "---",
-        f"# {model.encoder}, pretrained without labels",
+        # Weights without a head of ours may be anybody's, with labels too.
+        f"# {model.encoder}" + (", pretrained without labels" if opened.method else ""),
         "",
         f"An image encoder: {encoder.feature_dim} features of an image of {size} x {size} pixels.",
         f"Normalize with mean {model.mean} and standard deviation {model.std}.",

@@ -445,6 +445,8 @@ def test_the_model_card_says_data_recipe_and_figures(finished_run: Path, tmp_pat
 def test_the_model_card_of_a_file_says_that_nothing_is_known(tmp_path: Path) -> None:
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "weights.pth")
     card = (export(tmp_path / "weights.pth", "huggingface", tmp_path / "encoder").path / "README.md").read_text()
+    assert "# resnet18\n" in card
+    assert "self-supervised" not in card
     assert "From `weights.pth`, which does not say what it was trained on, nor what it is worth." in card
 
 
