@@ -86,23 +86,21 @@ def check(config: Config, base: Config) -> None:
     Raises:
         ValueError: the options cannot work together, one means nothing, or a folder is not there.
     """
+    # Here, for sets load numpy.
+    from shards.sets.registry import may_be_set
+
     validate(config)
     refuse_meaningless(config, base)
     tars_to_stream(config.data)
     for option, shards in (("--data.shards", config.data.shards), ("--eval.shards", config.eval.shards)):
         is_streamed = option == "--data.shards" and config.data.stream_samples is not None
         for path in split_sets(shards) if shards is not None and not is_streamed else ():
-            if _may_be_shards(path):
+            if "://" in path or may_be_set(path):
                 continue
             tars = f"; `make-shards index {path}` describes the tars in it" if any(Path(path).glob("*.tar")) else ""
             raise ValueError(
                 f"{option} {path} has no manifest.json: give the folder that `make-shards pack` wrote{tars}"
             )
-
-
-def _may_be_shards(path: str) -> bool:
-    is_beton = path.endswith(".beton") and Path(path).is_file()
-    return "://" in path or is_beton or (Path(path) / "manifest.json").is_file()
 
 
 def is_first_rank() -> bool:

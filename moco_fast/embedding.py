@@ -19,8 +19,7 @@ from pipelines.loader import open_loader
 from shards.config import PackConfig
 from shards.packing.pack import pack
 from shards.sets import ShardSet, open_set
-from shards.sets.manifest import MANIFEST_NAME
-from shards.storage.stores import is_url
+from shards.sets.registry import may_be_set
 
 __all__ = ["Embeddings", "embed"]
 
@@ -87,7 +86,7 @@ def embed(
 
 
 def _are_shards(path: str) -> bool:
-    return path.endswith(".beton") or "," in path or is_url(path) or (Path(path) / MANIFEST_NAME).is_file()
+    return "," in path or may_be_set(path)
 
 
 def _embed_shards(encoder: Encoder, path: str, *, layer: Layer, batch_size: int, device: torch.device) -> Embeddings:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moco_fast.config import Config, changes, option_name
-from pipelines.config import refuse_unused
+from pipelines.backends.registry import STREAMING, refuse_unused
 
 __all__ = ["RENAMED", "RENAMED_OF_KNN", "refuse_meaningless", "refuse_renamed"]
 
@@ -144,4 +144,4 @@ def refuse_meaningless(config: Config, recipe: Config) -> None:
                 )
     is_streamed = config.data.stream_samples is not None
     # The device may show only when the run starts: then the loader refuses what is left.
-    refuse_unused(config.data, "torch" if is_streamed else config.data.backend, on_gpu=config.run.device != "cpu")
+    refuse_unused(config.data, STREAMING if is_streamed else config.data.backend, on_gpu=config.run.device != "cpu")

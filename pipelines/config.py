@@ -16,7 +16,6 @@ __all__ = [
     "ViewSpec",
     "ViewsConfig",
     "central_crop",
-    "refuse_unused",
     "tars_to_stream",
     "ten_crop",
 ]
@@ -81,33 +80,6 @@ class DataConfig:
             raise ValueError(f"data.cache_gib is {self.cache_gib}: it must lie above 0")
         if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"data.hw_decoder_load is {self.hw_decoder_load}: a share lies in 0 .. 1")
-
-
-def refuse_unused(data: DataConfig, backend: Literal["auto", Backend], *, on_gpu: bool) -> None:
-    """Refuse options that a backend has no use for.
-
-    Args:
-        data: as it was given.
-        backend: what decodes; `auto`: not known yet, and only what no backend would use is refused.
-        on_gpu: whether the views are made for a GPU; True also where that is not known yet.
-
-    Raises:
-        ValueError: with the option, why it means nothing, and the way out.
-    """
-    readers = {"torch": "whose processes read for themselves", "ffcv": "which maps the file into memory"}
-    if data.read_threads is not None and backend in readers:
-        raise ValueError(
-            f"--data.read-threads {data.read_threads} means nothing beside --data.backend {backend}, "
-            f"{readers[backend]}: leave it out, or use --data.backend dali"
-        )
-    if data.hw_decoder_load is not None and (backend in readers or not on_gpu):
-        decoder = (
-            f"--data.backend {backend}, which decodes on the CPU" if on_gpu else "a CPU, which has no JPEG engines"
-        )
-        raise ValueError(
-            f"--data.hw-decoder-load {data.hw_decoder_load} means nothing beside {decoder}: leave it out, or use "
-            "--data.backend dali on a GPU"
-        )
 
 
 def tars_to_stream(data: DataConfig) -> tuple[str, ...]:

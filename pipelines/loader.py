@@ -13,9 +13,9 @@ import torch
 
 from pipelines.backends.base import Job, Made, Stream
 from pipelines.backends.engines import Engines, choose_load, describe_engines, find_engines
-from pipelines.backends.registry import BACKENDS, choose, choose_num_threads
+from pipelines.backends.registry import BACKENDS, STREAMING, choose, choose_num_threads, refuse_unused
 from pipelines.batch import Batch
-from pipelines.config import Backend, DataConfig, ViewsConfig, ViewSpec, refuse_unused, tars_to_stream
+from pipelines.config import Backend, DataConfig, ViewsConfig, ViewSpec, tars_to_stream
 from pipelines.plan.draw import draw_views
 from pipelines.plan.order import OrderPlan, check_ranks
 from pipelines.plan.steps import EpochSteps, ListedSteps, Steps
@@ -308,7 +308,7 @@ def open_loader(
 
 def suited_to(data: DataConfig, shards: ShardSet) -> DataConfig:
     """Return a run's settings for another set than its own: with its backend, unless that cannot read the set."""
-    if data.backend != "auto" and BACKENDS[data.backend].only_beton and shards.kind != "beton":
+    if data.backend != "auto" and BACKENDS[data.backend].only_kind not in (None, shards.kind):
         return replace(data, backend="auto")
     return data
 
@@ -346,7 +346,7 @@ class _Decoding:
         """Choose a backend for batches of this rank of at most `max_batch` samples."""
         data, views, device = asked.data, asked.views, asked.device
         largest = max(view.size for view in views)
-        name, reason = choose(data.backend, device=device, size=largest, is_beton=shards.kind == "beton")
+        name, reason = choose(data.backend, device=device, size=largest, kind=shards.kind)
         load, engines = choose_decoding(name, data, device)
         job = Job(
             shards=shards,
@@ -377,9 +377,9 @@ class _Decoding:
         return text
 
 
-def choose_decoding(name: str, data: DataConfig, device: torch.device) -> tuple[float, Engines | None]:
+def choose_decoding(name: Backend, data: DataConfig, device: torch.device) -> tuple[float, Engines | None]:
     """Settle the share of the images for the GPU's JPEG engines, and what those are; (0, None) where none are used."""
-    if name != "dali" or device.type != "cuda":
+    if not BACKENDS[name].decodes_on_gpu or device.type != "cuda":
         return 0.0, None
     engines = find_engines(device)
     return choose_load(engines) if data.hw_decoder_load is None else data.hw_decoder_load, engines
@@ -438,12 +438,12 @@ def _open_streamed(tars: tuple[str, ...], asked: _Asked) -> Loader:
             f"{data.shards} has tars, but no index of them: {_index_first(data)}; or stream them as they are, with "
             "--data.stream-samples N (of an epoch)"
         )
-    if data.backend not in ("auto", "torch"):
+    if data.backend not in ("auto", STREAMING):
         raise ValueError(
             f"--data.backend {data.backend} needs an index: {_index_first(data)}; tars without one are streamed by the "
-            "torch backend"
+            f"{STREAMING} backend"
         )
-    refuse_unused(data, "torch", on_gpu=asked.device.type == "cuda")
+    refuse_unused(data, STREAMING, on_gpu=asked.device.type == "cuda")
     # Not above: webdataset and torch's workers are only loaded by those who stream.
     from pipelines.backends.streamed import Place, StreamedViews, StreamPlan, StreamSpec
 
@@ -463,8 +463,8 @@ def _open_streamed(tars: tuple[str, ...], asked: _Asked) -> Loader:
         return StreamedViews(spec, place, device=asked.device, num_workers=num_workers, prefetch=data.prefetch)
 
     description = (
-        f"torch ({len(tars)} tars without an index, streamed), {num_workers} processes per rank; shards are drawn with "
-        "replacement, and a resumed run goes on with other samples"
+        f"{STREAMING} ({len(tars)} tars without an index, streamed), {num_workers} processes per rank; shards are "
+        "drawn with replacement, and a resumed run goes on with other samples"
     )
     return Loader(plan, start, device=asked.device, description=description)
 

@@ -5,13 +5,14 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
+from typing import TypeGuard
 
 import torch
 
 from moco_fast.config import Config
 from moco_fast.training.build import open_run_loader
 from moco_fast.training.runtime import Runtime
-from pipelines.backends.registry import choose
+from pipelines.backends.registry import BACKENDS, STREAMING, choose
 from pipelines.batch import Batch
 from pipelines.config import Backend, ViewConfig, ViewsConfig
 from pipelines.loader import Loader
@@ -19,8 +20,7 @@ from pipelines.plan.order import EpochOrder, OrderPlan
 from pipelines.reading.reader import READ_THREADS, Reader
 from pipelines.reading.samples import PendingSamples
 from pipelines.reading.sets import cache_for_training
-from shards.sets import open_set
-from shards.sets.manifest import find_tars
+from shards.sets import ShardSet
 
 __all__ = ["can_read", "decoding", "made_on_device", "reading", "resident_batch"]
 
@@ -30,13 +30,12 @@ _SMALLEST = ViewsConfig(size=8, query=_NOTHING, key=_NOTHING)
 
 
 @contextmanager
-def reading(config: Config, runtime: Runtime) -> Generator[Iterator[int]]:
+def reading(config: Config, runtime: Runtime, shards: ShardSet) -> Generator[Iterator[int]]:
     """Give an endless iterator of the encoded bytes in this rank's share of a batch, read and checked.
 
     In epoch 1 of a run, while the loader is measured in epoch 0: those are other samples, if the set is a large one.
     """
     data = config.data
-    shards = open_set(data.shards)
     plan = OrderPlan(
         shard_sizes=shards.shard_sizes,
         seed=config.run.seed,
@@ -63,17 +62,17 @@ def reading(config: Config, runtime: Runtime) -> Generator[Iterator[int]]:
         reader.close()
 
 
-def decoding(config: Config, runtime: Runtime) -> Loader:
+def decoding(config: Config, runtime: Runtime, shards: ShardSet) -> Loader:
     """The run's loader with views that cost next to nothing, in epoch 2."""
-    data = replace(config.data, backend=_backend(config, runtime.device))
-    loader = open_run_loader(replace(config, data=data, views=_SMALLEST), runtime)
+    data = replace(config.data, backend=_backend(config, runtime.device, shards))
+    loader = open_run_loader(replace(config, data=data, views=_SMALLEST), runtime, shards)
     loader.load_state_dict({"epoch": 2, "step": 0})
     return loader
 
 
-def made_on_device(config: Config, device: torch.device) -> bool:
-    """Whether the views come to be where the step needs them."""
-    return device.type == "cpu" or _backend(config, device) == "dali"
+def made_on_device(config: Config, device: torch.device, shards: ShardSet | None) -> bool:
+    """Whether the views are made where the step needs them."""
+    return device.type == "cpu" or BACKENDS[_backend(config, device, shards)].decodes_on_gpu
 
 
 def resident_batch(config: Config, runtime: Runtime, size: int, device: torch.device) -> Batch:
@@ -91,15 +90,13 @@ def resident_batch(config: Config, runtime: Runtime, size: int, device: torch.de
     return Batch(views=views, index=torch.arange(size), label=torch.full((size,), -1))
 
 
-def can_read(config: Config) -> bool:
-    """Whether samples can be read one by one: not from FFCV's file, nor from tars that have no index."""
-    return not _is_beton(config) and not find_tars(config.data.shards)
+def can_read(shards: ShardSet | None) -> TypeGuard[ShardSet]:
+    """Whether samples can be read one by one: not from FFCV's file, nor from tars that have no index (None)."""
+    return shards is not None and shards.kind != "beton"
 
 
-def _backend(config: Config, device: torch.device) -> Backend:
-    name, _ = choose(config.data.backend, device=device, size=config.views.size, is_beton=_is_beton(config))
+def _backend(config: Config, device: torch.device, shards: ShardSet | None) -> Backend:
+    if shards is None:
+        return STREAMING
+    name, _ = choose(config.data.backend, device=device, size=config.views.size, kind=shards.kind)
     return name
-
-
-def _is_beton(config: Config) -> bool:
-    return config.data.shards.endswith(".beton")

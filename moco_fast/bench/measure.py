@@ -17,9 +17,10 @@ from moco_fast.bench.turns import Round, Turns, made_ahead
 from moco_fast.config import Config
 from moco_fast.methods.shuffle import resolve_policy
 from moco_fast.training import console
-from moco_fast.training.build import Parts, build, open_run_loader
+from moco_fast.training.build import Parts, build, open_run_loader, open_sets
 from moco_fast.training.runtime import Runtime, start
 from pipelines.loader import Loader
+from shards.sets import ShardSet
 
 __all__ = ["STAGES", "Stage", "measure"]
 
@@ -53,7 +54,8 @@ def measure(
     """
     runtime = start(config.run)
     try:
-        parts = build(config, runtime)
+        shards = open_sets(config).training
+        parts = build(config, runtime, shards)
         parts.loader.close()
         round_s = seconds / (_ROUNDS * sum(_SHARES[stage] for stage in stages))
         stopwatch = Stopwatch(runtime)
@@ -61,15 +63,15 @@ def measure(
         if "step" in stages and runtime.device.type == "cpu":
             tell("trying a step")
             fitted = _fit_batch(config, parts, stopwatch, round_s / 2)
-        bench = _Bench(config=fitted, parts=parts, stopwatch=stopwatch, round_s=round_s)
+        bench = _Bench(config=fitted, shards=shards, parts=parts, stopwatch=stopwatch, round_s=round_s)
         found: dict[str, Any] = {}
-        if "reading" in stages and can_read(config):
+        if "reading" in stages and can_read(shards):
             tell("reading")
-            found |= bench.reading()
-        if "decoding" in stages and can_read(config):
+            found |= bench.reading(shards)
+        if "decoding" in stages and can_read(shards):
             tell("decoding")
-            found |= bench.decoding()
-        with closing(open_run_loader(fitted, runtime)) as loader:
+            found |= bench.decoding(shards)
+        with closing(open_run_loader(fitted, runtime, shards)) as loader:
             in_turns = [stage for stage in STAGES[2:] if stage in stages]
             tell(", ".join(in_turns).replace("_", " "))
             found |= bench.in_turns(in_turns, loader)
@@ -91,13 +93,15 @@ class _Bench:
     """What the stages share. Each gives fields of BenchResult."""
 
     config: Config
+    shards: ShardSet | None
+    """The training set; None: tars that are streamed."""
     parts: Parts
     stopwatch: Stopwatch
     round_s: float
 
-    def reading(self) -> dict[str, Any]:
+    def reading(self, shards: ShardSet) -> dict[str, Any]:
         num_bytes = num_batches = 0
-        with reading(self.config, self._runtime) as batches:
+        with reading(self.config, self._runtime, shards) as batches:
 
             def read() -> None:
                 nonlocal num_bytes, num_batches
@@ -108,8 +112,8 @@ class _Bench:
         bytes_a_sample = num_bytes / (num_batches * (self.config.data.batch_size // self._runtime.world_size))
         return {"reading": rate, "read_bytes_per_s": self._runtime.tell_all(bytes_a_sample) * rate.median}
 
-    def decoding(self) -> dict[str, Any]:
-        with closing(decoding(self.config, self._runtime)) as loader:
+    def decoding(self, shards: ShardSet) -> dict[str, Any]:
+        with closing(decoding(self.config, self._runtime, shards)) as loader:
             batches = (batch for _ in iter(int, 1) for batch in loader)
             return {"decoding": self._rate(lambda: next(batches), _SHARES["decoding"] * self.round_s)}
 
@@ -138,7 +142,7 @@ class _Bench:
         found: dict[str, Any] = {stage: Rate.of([one.samples_per_s for one in done]) for stage, done in rounds.items()}
         found["parts_alone_s"] = _medians(rounds.get("step", []))
         found["parts_end_to_end_s"] = _medians(rounds.get("end_to_end", []))
-        if "loader" in rounds and not made_on_device(self.config, self._runtime.device):
+        if "loader" in rounds and not made_on_device(self.config, self._runtime.device, self.shards):
             found["hand_over"] = self._hand_over(size)
         return found
 

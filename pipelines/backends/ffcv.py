@@ -31,7 +31,6 @@ from pipelines.reading.samples import PendingSamples
 from shards.ground.arrays import Indices, Pixels
 from shards.ground.channel import Channel, ChannelClosed
 from shards.ground.memory import lend
-from shards.sets.beton import BetonSet
 
 __all__ = ["FfcvViews"]
 
@@ -40,15 +39,15 @@ class FfcvViews:
     """Views of the samples of `steps`, made ahead of need by a thread of its own and those that numba starts.
 
     Args:
-        job: what to do; its shards are a BetonSet.
+        job: what to do; its shards are a `.beton`.
         steps: (epoch, dense sample numbers) of each batch; consumed in the background.
     """
 
     def __init__(self, job: Job, steps: Steps) -> None:
-        if not isinstance(job.shards, BetonSet):
-            raise ValueError(f"{job.shards.where} is no .beton: the ffcv backend reads nothing else")
+        if job.shards.kind != "beton":
+            raise ValueError(f"{job.shards.where} is not a .beton: the ffcv backend reads nothing else")
         self._job = job
-        self._path = job.shards.path
+        self._path = Path(job.shards.where)
         self._sizes = tuple(view.size for view in job.views)
         self._begins = view_begins(self._sizes, job.max_batch)
         self._steps = steps

@@ -32,7 +32,7 @@ from shards.sets.remote import RemoteShardSet
 from shards.sets.shard_file import LocalShardFile, ShardFile
 from shards.storage.stores import open_folder
 
-__all__ = ["CacheFolder", "CacheFullError", "CachedShardSet", "FetchError", "Holder"]
+__all__ = ["CacheFolder", "CacheFullError", "CachedShard", "CachedShardSet", "FetchError", "Holder"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -121,6 +121,8 @@ class Holder:
     """What this process needs now or soon, which no process evicts. Safe for several threads."""
 
     def __init__(self, folder: CacheFolder) -> None:
+        self.share_bytes = folder.share_bytes
+        """What this process may hold at once."""
         self._folder = folder
         folder.sweep()
         self._path = folder.path / f"{os.getpid()}.{uuid.uuid4().hex}.held"
@@ -139,6 +141,32 @@ class Holder:
         os.close(self._descriptor)
 
 
+@dataclass(frozen=True)
+class CachedShard:
+    """The local copy of a shard; see shards.sets.base.ShardCopy."""
+
+    shards: "CachedShardSet"
+    shard: int
+
+    @property
+    def name(self) -> str:
+        """Name in the cache's folder."""
+        return self.shards.cached_name(self.shard)
+
+    @property
+    def num_bytes(self) -> int:
+        """Disk that it takes in the cache."""
+        return self.shards.cached_bytes(self.shard)
+
+    def fetch(self, *, cancel: threading.Event) -> None:
+        """Fetch it, unless it is there. Raises as CachedShardSet.fetch."""
+        self.shards.fetch(self.shard, cancel=cancel)
+
+    def open_holder(self) -> Holder:
+        """Return a new holder of shards in the cache's folder."""
+        return Holder(self.shards.folder)
+
+
 class CachedShardSet(RemoteShardSet):
     """A remote set whose shards are fetched whole, when they are needed or before, into a folder on local disk."""
 
@@ -148,6 +176,10 @@ class CachedShardSet(RemoteShardSet):
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return (CachedShardSet, (self.url, self.manifest, self.digest, self.folder))
+
+    def copy_of(self, shard: int) -> CachedShard:
+        """Return the copy of a shard in the cache."""
+        return CachedShard(self, shard)
 
     def cached_bytes(self, shard: int) -> int:
         """Disk that a shard takes in the cache."""

@@ -9,16 +9,16 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Self
 
 import numpy as np
 
 from pipelines.plan.steps import Steps
-from pipelines.reading.cache import CachedShardSet, CacheFolder, Holder
+from pipelines.reading.cache import CachedShardSet, CacheFolder
 from shards import ShardSet
 from shards.ground.arrays import Indices
-from shards.sets.remote import RemoteShardSet
+from shards.sets.base import RemoteSet, ShardCopy
 
 __all__ = ["STEPS_KEPT", "FetchedSteps", "cached", "num_cached_bytes"]
 
@@ -36,21 +36,16 @@ _PATIENCE_S = 5
 def cached(shards: ShardSet, folder: CacheFolder) -> ShardSet:
     """Return the same set with local copies of what is remote."""
 
-    def copied(part: ShardSet) -> ShardSet:
-        if not isinstance(part, RemoteShardSet):
-            return part
+    def copied(part: RemoteSet) -> ShardSet:
         return CachedShardSet(part.url, part.manifest, part.digest, folder)
 
-    return shards.with_parts(copied)
+    return shards.with_copies(copied)
 
 
 def num_cached_bytes(shards: ShardSet) -> Indices:
     """(num_shards,) bytes that each shard takes in a cache; 0 where it is local."""
-    return np.array([_bytes_of(*shards.part(shard)) for shard in range(shards.num_shards)], dtype=np.int64)
-
-
-def _bytes_of(part: ShardSet, inner: int) -> int:
-    return part.cached_bytes(inner) if isinstance(part, CachedShardSet) else 0
+    copies = [shards.copy_of(shard) for shard in range(shards.num_shards)]
+    return np.array([0 if copy is None else copy.num_bytes for copy in copies], dtype=np.int64)
 
 
 class FetchedSteps(Iterator[tuple[int, Indices]]):
@@ -58,8 +53,8 @@ class FetchedSteps(Iterator[tuple[int, Indices]]):
 
     def __init__(self, shards: ShardSet, steps: Steps) -> None:
         self._steps = iter(steps)
-        folders = {p.folder for s in range(shards.num_shards) if isinstance(p := shards.part(s)[0], CachedShardSet)}
-        self._ahead = _Ahead(shards, iter(steps), folders.pop()) if folders else None
+        copies = {shard: copy for shard in range(shards.num_shards) if (copy := shards.copy_of(shard))}
+        self._ahead = _Ahead(shards, iter(steps), copies) if copies else None
 
     def __iter__(self) -> Self:
         return self
@@ -81,13 +76,13 @@ class FetchedSteps(Iterator[tuple[int, Indices]]):
 
 
 class _Ahead:
-    def __init__(self, shards: ShardSet, steps: Iterator[tuple[int, Indices]], folder: CacheFolder) -> None:
-        self._shards = shards
+    def __init__(self, shards: ShardSet, steps: Iterator[tuple[int, Indices]], copies: Mapping[int, ShardCopy]) -> None:
+        self._copies = copies
         self._steps = steps
-        self._share_bytes = folder.share_bytes
         self._ends: Indices = np.cumsum(shards.shard_sizes)
         self._bytes = num_cached_bytes(shards)
-        self._holder = Holder(folder)
+        # All are in one folder.
+        self._holder = next(iter(copies.values())).open_holder()
         self._last_use: dict[int, int] = {}
         self._wanted: deque[int] = deque()
         self._num_taken = 0
@@ -130,7 +125,7 @@ class _Ahead:
                 self._release(needed)
                 new = [shard for shard in needed if shard not in self._last_use]
                 num_bytes = int(self._bytes[[*self._last_use, *new]].sum())
-                if not new or num_bytes <= self._share_bytes or step <= self._num_taken:
+                if not new or num_bytes <= self._holder.share_bytes or step <= self._num_taken:
                     break
                 self._changed.wait()
             else:
@@ -151,7 +146,7 @@ class _Ahead:
             self._hold()
 
     def _hold(self) -> None:
-        self._holder.hold({self._name(shard) for shard in self._last_use})
+        self._holder.hold({self._copies[shard].name for shard in self._last_use})
 
     def _fetch(self) -> None:
         while True:
@@ -160,15 +155,8 @@ class _Ahead:
                 if self._is_closed.is_set():
                     return
                 shard = self._wanted.popleft()
-            part, inner = self._shards.part(shard)
-            assert isinstance(part, CachedShardSet)
             try:
-                part.fetch(inner, cancel=self._is_closed)
+                self._copies[shard].fetch(cancel=self._is_closed)
             except (ValueError, OSError) as error:
                 # Whoever needs it tries again, and fails if that fails.
                 _LOG.warning("not fetched ahead: %s", error)
-
-    def _name(self, shard: int) -> str:
-        part, inner = self._shards.part(shard)
-        assert isinstance(part, CachedShardSet)
-        return part.cached_name(inner)

@@ -1,7 +1,8 @@
-"""Sets of shards as readers see them: the protocol, and what all kinds of sets have in common."""
+"""Sets of shards as readers see them: the protocols, and what all kinds of sets have in common."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from threading import Event
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -10,7 +11,7 @@ from shards.ground.arrays import Indices, Records
 from shards.sets.manifest import Manifest
 from shards.sets.shard_file import ShardFile
 
-__all__ = ["BaseSet", "SetKind", "ShardSet"]
+__all__ = ["BaseSet", "CopyHolder", "RemoteSet", "SetKind", "ShardCopy", "ShardSet"]
 
 SetKind = Literal["local", "remote", "merged", "beton"]
 """A folder on this machine, one in a bucket or on a web server, several sets as one, a file of FFCV's."""
@@ -81,8 +82,65 @@ class ShardSet(Protocol):
         """Return the set that a shard comes from, and its number there: another set where several are merged."""
         ...
 
-    def with_parts(self, replace: "Callable[[ShardSet], ShardSet]") -> "ShardSet":
-        """Return the same set with each of its parts replaced; a set that is not merged is its own only part."""
+    def with_copies(self, copy: "Callable[[RemoteSet], ShardSet]") -> "ShardSet":
+        """Return the same set with what `copy` gives in place of each part that is not on this machine."""
+        ...
+
+    def copy_of(self, shard: int) -> "ShardCopy | None":
+        """Return the local copy that a shard is read from, which may have to be fetched; None: read where it is."""
+        ...
+
+
+class RemoteSet(ShardSet, Protocol):
+    """A set that is not on this machine."""
+
+    @property
+    def url(self) -> str:
+        """Address of the folder that holds manifest.json."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """xxh3_128 of the bytes of manifest.json, in hex."""
+        ...
+
+
+class CopyHolder(Protocol):
+    """Keeps local copies from being evicted."""
+
+    @property
+    def share_bytes(self) -> int:
+        """What this process may hold at once."""
+        ...
+
+    def hold(self, names: set[str]) -> None:
+        """Hold exactly these copies from now on."""
+        ...
+
+    def close(self) -> None:
+        """Hold nothing any more."""
+        ...
+
+
+class ShardCopy(Protocol):
+    """The local copy of a shard."""
+
+    @property
+    def name(self) -> str:
+        """Its name among the copies."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Disk that it takes."""
+        ...
+
+    def fetch(self, *, cancel: Event) -> None:
+        """Fetch it, unless it is there; stop between two pieces once `cancel` is set. Raises ValueError or OSError."""
+        ...
+
+    def open_holder(self) -> CopyHolder:
+        """Return a new holder of the copies of the whole set."""
         ...
 
 
@@ -141,6 +199,12 @@ class BaseSet(ABC):
         """Return this set and the number itself."""
         return self, shard
 
-    def with_parts(self, replace: Callable[[ShardSet], ShardSet]) -> ShardSet:
-        """Return what takes the place of this set."""
-        return replace(self)
+    def with_copies(self, copy: Callable[[RemoteSet], ShardSet]) -> ShardSet:
+        """Return this set itself: it is on this machine."""
+        del copy
+        return self
+
+    def copy_of(self, shard: int) -> ShardCopy | None:
+        """Return None: shards are read where they are."""
+        del shard
+        return None

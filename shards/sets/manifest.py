@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from shards.images.jpeg import ENGINE_KINDS
+from shards.storage.file_kinds import MANIFEST_NAME
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "ShardEntry", "find_tars"]
 
 FORMAT = "moco-fast-shards"
 FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)

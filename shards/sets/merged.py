@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from shards.ground.arrays import Records
-from shards.sets.base import BaseSet, SetKind, ShardSet
+from shards.sets.base import BaseSet, RemoteSet, SetKind, ShardCopy, ShardSet
 from shards.sets.manifest import Manifest
 from shards.sets.shard_file import ShardFile
 
@@ -47,9 +47,14 @@ class MergedShardSet(BaseSet):
         number = int(np.searchsorted(self._ends, shard, side="right"))
         return self.parts[number], shard - self._starts[number]
 
-    def with_parts(self, replace: Callable[[ShardSet], ShardSet]) -> ShardSet:
-        """Return the same set with each of its parts replaced."""
-        return MergedShardSet([part.with_parts(replace) for part in self.parts])
+    def with_copies(self, copy: Callable[[RemoteSet], ShardSet]) -> ShardSet:
+        """Return the same set with what `copy` gives in place of each part that is not on this machine."""
+        return MergedShardSet([part.with_copies(copy) for part in self.parts])
+
+    def copy_of(self, shard: int) -> ShardCopy | None:
+        """Return the local copy that a shard is read from, if it is."""
+        part, inner = self.part(shard)
+        return part.copy_of(inner)
 
     def shard_name(self, shard: int) -> str:
         """Return where a shard is, for messages."""

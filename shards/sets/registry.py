@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shards.sets.base import SetKind, ShardSet
-from shards.storage.file_kinds import BETON_SUFFIX
+from shards.storage.file_kinds import BETON_SUFFIX, MANIFEST_NAME
 from shards.storage.stores import is_url, split_sets
 
-__all__ = ["SETS", "KindOfSet", "open_set"]
+__all__ = ["SETS", "KindOfSet", "may_be_set", "open_set"]
 
 
 class KindOfSet(NamedTuple):
@@ -18,6 +18,8 @@ class KindOfSet(NamedTuple):
     """Whether a path or address names such a set."""
     open: Callable[[str], ShardSet]
     """Opens it. Raises ValueError."""
+    is_there: Callable[[str], bool] = lambda _: True
+    """Whether something is there to be opened, as far as this machine can tell without opening it."""
 
 
 def _is_several(where: str) -> bool:
@@ -31,6 +33,18 @@ def _is_beton(where: str) -> bool:
 def _is_path(where: str) -> bool:
     del where
     return True
+
+
+def _are_there(where: str) -> bool:
+    return all(may_be_set(part) for part in split_sets(where))
+
+
+def _is_file(where: str) -> bool:
+    return Path(where).is_file()
+
+
+def _has_manifest(where: str) -> bool:
+    return (Path(where) / MANIFEST_NAME).is_file()
 
 
 def _open_merged(where: str) -> ShardSet:
@@ -58,10 +72,10 @@ def _open_local(where: str) -> ShardSet:
 
 
 SETS: dict[SetKind, KindOfSet] = {
-    "merged": KindOfSet(_is_several, _open_merged),
+    "merged": KindOfSet(_is_several, _open_merged, _are_there),
     "remote": KindOfSet(is_url, _open_remote),
-    "beton": KindOfSet(_is_beton, _open_beton),
-    "local": KindOfSet(_is_path, _open_local),
+    "beton": KindOfSet(_is_beton, _open_beton, _is_file),
+    "local": KindOfSet(_is_path, _open_local, _has_manifest),
 }
 """The kinds of sets; the first one that matches opens a set."""
 
@@ -84,4 +98,13 @@ def open_set(where: str | Path) -> ShardSet:
             version; or the store does not answer.
     """
     where = str(where)
-    return next(kind for kind in SETS.values() if kind.matches(where)).open(where)
+    return _kind_of(where).open(where)
+
+
+def may_be_set(where: str) -> bool:
+    """Return whether `open_set` may find a set there: at an address always, on this machine where there is one."""
+    return _kind_of(where).is_there(where)
+
+
+def _kind_of(where: str) -> KindOfSet:
+    return next(kind for kind in SETS.values() if kind.matches(where))

@@ -1,5 +1,6 @@
 """Set of shards in a bucket or on a web server, read in place."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import ClassVar, Self
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from shards.ground.arrays import Encoded, Records
 from shards.ground.digests import digest as digest_of
-from shards.sets.base import BaseSet, SetKind
+from shards.sets.base import BaseSet, RemoteSet, SetKind, ShardSet
 from shards.sets.manifest import MANIFEST_NAME, Manifest
 from shards.sets.record import RECORD, npy_header
 from shards.sets.shard_file import ShardFile
@@ -53,6 +54,10 @@ class RemoteShardSet(BaseSet):
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return (type(self), (self.url, self.manifest, self.digest))
+
+    def with_copies(self, copy: Callable[[RemoteSet], ShardSet]) -> ShardSet:
+        """Return what `copy` gives for this set."""
+        return copy(self)
 
     def shard_name(self, shard: int) -> str:
         """Return the address of a shard's tar."""

@@ -1,6 +1,6 @@
 """File kinds by the ending of their names: what `make-shards` reads, and what it writes beside a shard."""
 
-__all__ = ["ARCHIVES", "BETON_SUFFIX", "IMAGE_SUFFIXES", "LISTS", "SHARD_SUFFIXES", "kind_of_archive"]
+__all__ = ["ARCHIVES", "BETON_SUFFIX", "IMAGE_SUFFIXES", "LISTS", "MANIFEST_NAME", "SHARD_SUFFIXES", "kind_of_archive"]
 
 ARCHIVES = {
     ".tar": "tar",
@@ -23,6 +23,9 @@ IMAGE_SUFFIXES = frozenset(_IMAGES.split(" "))
 
 SHARD_SUFFIXES = (".tar", ".index.npy", ".sources.txt", ".idx")
 """The files of a shard, each after its stem."""
+
+MANIFEST_NAME = "manifest.json"
+"""The file that makes a folder of shards a set."""
 
 BETON_SUFFIX = ".beton"
 """FFCV's file format."""

@@ -15,7 +15,7 @@ from moco_fast.bench import clock as clock_module
 from moco_fast.bench import stopwatch as stopwatch_module
 from moco_fast.bench.cli import main
 from moco_fast.bench.clock import PartClock
-from moco_fast.bench.loading import made_on_device
+from moco_fast.bench.loading import can_read, made_on_device
 from moco_fast.bench.measure import _Bench, _smaller_batches
 from moco_fast.bench.parts import on_a_clock
 from moco_fast.bench.result import BenchResult, Rate, table, verdict
@@ -183,12 +183,15 @@ def one_rank(device=CPU):
 
 def test_copying_to_the_device_is_measured_where_views_are_made_elsewhere():
     config = replace(PRESETS["demo"][1], views=ViewsConfig(size=8))
-    bench = _Bench(config=config, parts=None, stopwatch=Stopwatch(one_rank()), round_s=0.01)
+    bench = _Bench(config=config, shards=None, parts=None, stopwatch=Stopwatch(one_rank()), round_s=0.01)
     assert bench._hand_over(4).lowest > 0
-    torch_on_gpu = replace(config, data=replace(config.data, shards="x", backend="torch"))
-    assert not made_on_device(torch_on_gpu, torch.device("cuda"))
-    assert made_on_device(replace(config, data=replace(config.data, shards="x")), torch.device("cuda"))
-    assert made_on_device(torch_on_gpu, CPU)
+    gpu, folder, beton = torch.device("cuda"), SimpleNamespace(kind="local"), SimpleNamespace(kind="beton")
+    torch_on_gpu = replace(config, data=replace(config.data, backend="torch"))
+    assert not made_on_device(torch_on_gpu, gpu, folder)
+    assert not made_on_device(config, gpu, None)
+    assert made_on_device(config, gpu, folder)
+    assert made_on_device(torch_on_gpu, CPU, folder)
+    assert [can_read(shards) for shards in (folder, beton, None)] == [True, False, False]
 
 
 def test_rounds_are_as_long_as_asked_for(host_clock):

@@ -9,8 +9,8 @@ import torch
 
 from pipelines.backends import registry as backends
 from pipelines.backends.base import Job, Made
-from pipelines.backends.registry import BACKENDS, BackendEntry, choose
-from pipelines.config import VIEWS, Backend, DataConfig, central_crop, refuse_unused
+from pipelines.backends.registry import BACKENDS, BackendEntry, choose, refuse_unused
+from pipelines.config import VIEWS, Backend, DataConfig, central_crop
 from pipelines.loader import open_loader
 from pipelines.plan.draw import draw_views
 from pipelines.plan.steps import ListedSteps, Steps
@@ -164,12 +164,12 @@ def test_an_unknown_backend_is_refused():
 
 def test_a_beton_is_for_ffcv_unless_there_is_a_gpu_or_no_ffcv(without):
     without()
-    assert choose("auto", device=CPU, size=32, is_beton=True) == ("ffcv", "the data is a .beton")
-    assert choose("auto", device=GPU, size=32, is_beton=True)[0] == "dali"
+    assert choose("auto", device=CPU, size=32, kind="beton") == ("ffcv", "the data is a .beton")
+    assert choose("auto", device=GPU, size=32, kind="beton")[0] == "dali"
     without("ffcv")
-    assert choose("auto", device=CPU, size=224, is_beton=True)[0] == "torch"
+    assert choose("auto", device=CPU, size=224, kind="beton")[0] == "torch"
     with pytest.raises(ValueError, match=r"the ffcv backend needs ffcv: install it \(docs/data\.md says how\)"):
-        choose("ffcv", device=CPU, size=224, is_beton=True)
+        choose("ffcv", device=CPU, size=224, kind="beton")
 
 
 def test_ffcv_without_a_beton_tells_how_to_make_one():
