@@ -24,7 +24,7 @@ from pipelines.config import VIEWS
 from pipelines.plan.draw import draw_views
 from pipelines.plan.order import OrderPlan
 from pipelines.plan.steps import EpochSteps
-from pipelines.reading.ahead_process import ReadingSpec
+from pipelines.reading.read_process import ReadingSpec
 from pipelines.reading.readahead import EncodedBatch, ReadAhead
 from pipelines.world import World
 from shards.sets import ShardSet, open_set

@@ -20,7 +20,7 @@ from alternating import claims_table, compare, header, write_claims
 from pipelines.config import central_crop
 from pipelines.plan.draw import draw_views
 from pipelines.plan.steps import ListedSteps
-from pipelines.reading.ahead_process import ReadingSpec
+from pipelines.reading.read_process import ReadingSpec
 from pipelines.reading.readahead import ReadAhead
 from pipelines.reading.reader import Reader
 from shards.sets import ShardSet, open_set

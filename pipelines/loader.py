@@ -19,8 +19,8 @@ from pipelines.config import Backend, DataConfig, ViewsConfig, ViewSpec, tars_to
 from pipelines.plan.draw import draw_views
 from pipelines.plan.order import OrderPlan, check_ranks
 from pipelines.plan.steps import EpochSteps, ListedSteps, Steps
+from pipelines.reading.prepare import cache_for_evaluation, cache_for_training, refuse_unreadable
 from pipelines.reading.reader import READ_THREADS
-from pipelines.reading.sets import cache_for_evaluation, cache_for_training, refuse_unreadable
 from pipelines.world import World
 from shards.ground.arrays import Indices
 from shards.ground.cpus import available_cpus
@@ -256,8 +256,7 @@ def open_loader(
 ) -> Loader | ListLoader:
     """Open one rank's loader of a set: of epochs without end, or of given samples once.
 
-    Batches are pipelines.batch.Batch: uint8 views (B, 3, S, S) on the device, each view of its own size, index and
-    label on the host. A sample is decoded once, however many views are made of it.
+    A batch is a pipelines.batch.Batch. A sample is decoded once, however many views are made of it.
 
     Args:
         data: shards, global batch size, backend, and how the shards are read; all ranks give the same.
@@ -445,7 +444,7 @@ def _open_streamed(tars: tuple[str, ...], asked: _Asked) -> Loader:
         )
     refuse_unused(data, STREAMING, on_gpu=asked.device.type == "cuda")
     # Not above: webdataset and torch's workers are only loaded by those who stream.
-    from pipelines.backends.streamed import Place, StreamedViews, StreamPlan, StreamSpec
+    from pipelines.backends.streamed import StreamedViews, StreamPlace, StreamPlan, StreamSpec
 
     plan = StreamPlan(tars=tars, num_samples=data.stream_samples, batch_size=data.batch_size)
     check_ranks(data.batch_size, world.world_size)
@@ -459,7 +458,7 @@ def _open_streamed(tars: tuple[str, ...], asked: _Asked) -> Loader:
     num_workers = data.num_threads or available_cpus(world.local_world_size)
 
     def start(epoch: int, step: int) -> Stream:
-        place = Place(seed=asked.seed, epoch=epoch, step=step, rank=world.rank)
+        place = StreamPlace(seed=asked.seed, epoch=epoch, step=step, rank=world.rank)
         return StreamedViews(spec, place, device=asked.device, num_workers=num_workers, prefetch=data.prefetch)
 
     description = (

@@ -132,7 +132,7 @@ def _index(command: IndexCommand) -> int:
 
 def _inspect(command: InspectCommand) -> int:
     from shards.sets.registry import open_set
-    from shards.tools.inspect import contact_sheet, describe
+    from shards.tools.inspect_set import contact_sheet, describe
 
     shards = open_set(command.folder)
     for line in describe(shards, where=command.folder):

@@ -42,7 +42,7 @@ ENVIRONMENTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class EnvironmentOutcome:
     """What happened in one environment."""
 
     environment: Environment
@@ -69,7 +69,7 @@ def make(environment: Environment) -> Path:
     return python
 
 
-def test(environment: Environment, python: Path) -> Outcome:
+def test(environment: Environment, python: Path) -> EnvironmentOutcome:
     """Run the fast tests."""
     words = ("-m", "pytest", "-m", "not slow", "--numprocesses", "auto", "--dist", "loadfile", "--timeout", "600")
     variables = {"PATH": f"{python.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DEVICE": "cpu"}
@@ -81,10 +81,12 @@ def test(environment: Environment, python: Path) -> Outcome:
     for line in run.stdout:
         print(line, end="", flush=True)
     passed = run.wait() == 0
-    return Outcome(environment=environment, versions=_versions(python), closing_line=line.strip("= \n"), passed=passed)
+    return EnvironmentOutcome(
+        environment=environment, versions=_versions(python), closing_line=line.strip("= \n"), passed=passed
+    )
 
 
-def table(outcomes: Sequence[Outcome], day: str) -> str:
+def table(outcomes: Sequence[EnvironmentOutcome], day: str) -> str:
     """Markdown: a row for each environment."""
     rows = [
         f"| {outcome.environment.name} | {' | '.join(outcome.versions.values())} | {outcome.closing_line} |"

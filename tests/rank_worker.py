@@ -23,7 +23,7 @@ def load(path):
     return module
 
 
-class UnconnectedError(Exception):
+class NoProcessGroupError(Exception):
     """A process group that did not come about."""
 
 
@@ -38,7 +38,7 @@ def connect(job):
             timeout=timedelta(seconds=job["timeout_s"]),
         )
     except RuntimeError as error:
-        raise UnconnectedError from error
+        raise NoProcessGroupError from error
 
 
 def run(job):
@@ -57,7 +57,7 @@ def main():
         job = pickle.loads(connection.recv_bytes())
         try:
             outcome = ("result", run(job))
-        except UnconnectedError:
+        except NoProcessGroupError:
             outcome = ("unconnected", traceback.format_exc())
         except BaseException:
             outcome = ("error", traceback.format_exc())

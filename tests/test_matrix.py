@@ -22,7 +22,9 @@ PYTHONS = [
 def outcome(name, *, passed=True):
     (environment,) = (each for each in matrix.ENVIRONMENTS if each.name == name)
     versions = {"Python": f"{environment.python}.1", "torch": "2.11.0"}
-    return matrix.Outcome(environment=environment, versions=versions, closing_line="7 passed in 3s", passed=passed)
+    return matrix.EnvironmentOutcome(
+        environment=environment, versions=versions, closing_line="7 passed in 3s", passed=passed
+    )
 
 
 def test_the_lowest_and_the_newest_python_are_tested():

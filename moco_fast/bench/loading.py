@@ -17,9 +17,9 @@ from pipelines.batch import Batch
 from pipelines.config import Backend, ViewConfig, ViewsConfig
 from pipelines.loader import Loader
 from pipelines.plan.order import EpochOrder, OrderPlan
+from pipelines.reading.prepare import cache_for_training
 from pipelines.reading.reader import READ_THREADS, Reader
 from pipelines.reading.samples import PendingSamples
-from pipelines.reading.sets import cache_for_training
 from shards.sets import ShardSet
 
 __all__ = ["can_read", "decoding", "made_on_device", "reading", "resident_batch"]

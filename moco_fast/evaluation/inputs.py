@@ -23,7 +23,7 @@ from pipelines.loader import open_loader, suited_to
 from pipelines.world import World
 from shards.sets import ShardSet
 
-__all__ = ["CachedFeatures", "LiveFeatures", "Source", "Subject", "TaskInputs", "measure_on"]
+__all__ = ["CachedFeatures", "FeatureSource", "LiveFeatures", "Subject", "TaskInputs", "measure_on"]
 
 _BROKEN = "the encoder's features are not finite: it has diverged, evaluate an earlier checkpoint"
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,7 +71,7 @@ class Subject:
         return f"features of the {'training' if split == 'train' else 'test'} set" if self.world.rank == 0 else None
 
 
-class Source(Protocol):
+class FeatureSource(Protocol):
     """Where features come from."""
 
     def prepare(self, wants: Iterable[Want]) -> None:
@@ -172,7 +172,7 @@ class CachedFeatures:
         digest = self._digests.setdefault(want.split, "") or data_digest(shards)
         self._digests[want.split] = digest
         backend = suited_to(subject.data, shards).backend
-        decoder, _ = choose(backend, device=subject.device, size=subject.size, is_beton=shards.kind == "beton")
+        decoder, _ = choose(backend, device=subject.device, size=subject.size, kind=shards.kind)
         return FeatureKey(
             encoder=subject.digest,
             data=digest,
@@ -243,7 +243,7 @@ class TaskInputs:
     """What a task is given; see moco_fast.evaluation.base.Inputs."""
 
     subject: Subject
-    source: Source
+    source: FeatureSource
     seed: int = 0
     world: World = World()
     _kept: dict[Any, Features] = field(default_factory=dict[Any, Features], repr=False)

@@ -9,7 +9,7 @@ from moco_fast.exporters.resnets import ResNetFile, facts_of, pixel_statistics, 
 if TYPE_CHECKING:
     from moco_fast.encoders.open import OpenedEncoder
 
-__all__ = ["Detectron2"]
+__all__ = ["Detectron2Exporter"]
 
 # Name -> MODEL.RESNETS.DEPTH, NUM_GROUPS, WIDTH_PER_GROUP.
 _NETWORKS = {
@@ -26,7 +26,7 @@ _NETWORKS = {
 }
 
 
-class Detectron2(ResNetFile):
+class Detectron2Exporter(ResNetFile):
     """The names that its checkpointer matches by their ends (`matching_heuristics`), in a file without pickled code."""
 
     library = "detectron2"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from moco_fast.config import ModelConfig, method_to_dict
-from moco_fast.exporters.timm import Timm, check_folder
+from moco_fast.exporters.timm import TimmExporter, check_folder
 
 if TYPE_CHECKING:
     from moco_fast.encoders.open import OpenedEncoder
@@ -25,7 +25,7 @@ class HuggingFace:
 
     def why_not(self, model: ModelConfig | None) -> str | None:
         """It has what timm has."""
-        reason = Timm().why_not(model)
+        reason = TimmExporter().why_not(model)
         return None if reason is None else f"a folder for Hugging Face is timm's, and {reason}"
 
     def check(self, out: Path) -> None:
@@ -34,7 +34,7 @@ class HuggingFace:
 
     def write(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> None:
         """Write timm's files, the card, and the head with the method that it is of."""
-        Timm().write(opened, path, head=False)
+        TimmExporter().write(opened, path, head=False)
         (path / "README.md").write_text(_card(opened, head=head))
         if not head:
             return
@@ -53,7 +53,7 @@ class HuggingFace:
 
     def read_back(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> "Outputs":
         """Let timm read the backbone, and `open_encoder` the head."""
-        backbone = Timm().read_back(opened, path, head=False)
+        backbone = TimmExporter().read_back(opened, path, head=False)
         if not head:
             return backbone
         from moco_fast.encoders.open import open_encoder
@@ -63,7 +63,7 @@ class HuggingFace:
 
     def usage(self, opened: "OpenedEncoder", out: Path) -> str:
         """Lines for timm."""
-        return Timm().usage(opened, out)
+        return TimmExporter().usage(opened, out)
 
 
 def _card(opened: "OpenedEncoder", *, head: bool) -> str:

@@ -7,12 +7,12 @@ from moco_fast.exporters.base import Exporter
 __all__ = ["EXPORTERS", "find_exporter"]
 
 EXPORTERS = {
-    "timm": "moco_fast.exporters.timm:Timm",
-    "torchvision": "moco_fast.exporters.torchvision:Torchvision",
+    "timm": "moco_fast.exporters.timm:TimmExporter",
+    "torchvision": "moco_fast.exporters.torchvision:TorchvisionExporter",
     "huggingface": "moco_fast.exporters.huggingface:HuggingFace",
     "onnx": "moco_fast.exporters.graph:Onnx",
     "torch-export": "moco_fast.exporters.graph:TorchExport",
-    "detectron2": "moco_fast.exporters.detectron2:Detectron2",
+    "detectron2": "moco_fast.exporters.detectron2:Detectron2Exporter",
     "mmdet": "moco_fast.exporters.mmdet:MMDet",
 }
 """Name -> module:class."""

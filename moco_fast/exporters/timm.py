@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from moco_fast.encoders.open import OpenedEncoder
     from moco_fast.exporters.base import Outputs
 
-__all__ = ["Timm", "check_folder"]
+__all__ = ["TimmExporter", "check_folder"]
 
 _FILES = ("config.json", "model.safetensors")
 
 
-class Timm:
+class TimmExporter:
     """timm's folder: the weights of a transformer fit networks with other numbers of heads, so its name goes along."""
 
     place: ClassVar[str] = "encoder"

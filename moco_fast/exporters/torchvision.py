@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from moco_fast.encoders.open import OpenedEncoder
     from moco_fast.exporters.base import Outputs
 
-__all__ = ["Torchvision"]
+__all__ = ["TorchvisionExporter"]
 
 
-class Torchvision(ResNetFile):
+class TorchvisionExporter(ResNetFile):
     """torchvision's state dict, with the network's name and the pixels' normalization in its metadata."""
 
     place = "encoder.safetensors"

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from moco_fast.encoders.open import OpenedEncoder
     from moco_fast.exporters.base import Outputs
 
-__all__ = ["Written", "export"]
+__all__ = ["WrittenExport", "export"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
+class WrittenExport:
     """What was written, a file or a folder, and how to use it."""
 
     path: Path
@@ -32,7 +32,7 @@ def export(
     head: bool = False,
     which: Literal["query", "key"] = "query",
     image_size: int | None = None,
-) -> Written:
+) -> WrittenExport:
     """Write an encoder so that a library can load it.
 
     For `timm` and `huggingface` a folder, for the others a file. What is written has been loaded as a user loads it
@@ -74,7 +74,7 @@ def export(
         remove(out)
     parts = (opened.encoder.backbone, opened.encoder.head) if head else (opened.encoder.backbone,)
     num_parameters = sum(parameter.numel() for part in parts for parameter in part.parameters())
-    return Written(path=out, num_parameters=num_parameters, usage=exporter.usage(opened, out))
+    return WrittenExport(path=out, num_parameters=num_parameters, usage=exporter.usage(opened, out))
 
 
 def _compare(opened: "OpenedEncoder", outputs: "Outputs", target: str, *, head: bool) -> None:

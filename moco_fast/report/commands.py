@@ -6,18 +6,18 @@ from shlex import join, quote, split
 from moco_fast.exporters.registry import EXPORTERS, find_exporter
 from moco_fast.report.record import RunRecord
 
-__all__ = ["Command", "next_commands"]
+__all__ = ["NextCommand", "next_commands"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class NextCommand:
     """A command line and what it is for."""
 
     purpose: str
     line: str
 
 
-def next_commands(record: RunRecord) -> list[Command]:
+def next_commands(record: RunRecord) -> list[NextCommand]:
     """Propose what makes sense in the run's state."""
     config, run = record.config, str(record.path)
     proposals: dict[str, str] = {}
@@ -41,7 +41,7 @@ def next_commands(record: RunRecord) -> list[Command]:
         proposals[f"Use the encoder with {formats[0]}"] = line
     if config.log.tensorboard:
         proposals["Watch the numbers in TensorBoard"] = f"tensorboard --logdir {quote(f'{run}/tensorboard')}"
-    return [Command(purpose=purpose, line=line) for purpose, line in proposals.items()]
+    return [NextCommand(purpose=purpose, line=line) for purpose, line in proposals.items()]
 
 
 def _without(command: str, *options: str) -> str:

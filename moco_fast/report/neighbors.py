@@ -89,24 +89,13 @@ def find_neighbors(
     pictures_of = partial(_pictures, side=side, crop=config.eval.crop, data=config.data)
     query_pictures = pictures_of(held_out, asked)
     bank_pictures = pictures_of(bank, np.unique([n.sample for rows in near for row in rows for n in row]))
-
-    def show(row: list[_Near], label: int) -> list[Neighbor]:
-        return [
-            Neighbor(
-                picture=bank_pictures[near.sample],
-                label=_name(names, near.label),
-                similarity=near.similarity,
-                is_right=near.label == label,
-            )
-            for near in row
-        ]
-
+    show = partial(_show, pictures=bank_pictures, names=names)
     return [
         Query(
             picture=query_pictures[sample],
             label=_name(names, label),
-            trained=show(near[0][row], label),
-            untrained=show(near[1][row], label),
+            trained=show(near[0][row], label=label),
+            untrained=show(near[1][row], label=label),
         )
         for row, (sample, label) in enumerate(zip(asked.tolist(), labels.tolist(), strict=True))
     ]
@@ -178,6 +167,18 @@ def _pictures(shards: ShardSet, samples: Indices, *, side: int, crop: float, dat
             pixels = batch.views[0].permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
             pictures |= {int(sample): to_picture(image) for sample, image in zip(batch.index, pixels, strict=True)}
     return pictures
+
+
+def _show(row: "list[_Near]", *, label: int, pictures: dict[int, Picture], names: tuple[str, ...]) -> list[Neighbor]:
+    return [
+        Neighbor(
+            picture=pictures[near.sample],
+            label=_name(names, near.label),
+            similarity=near.similarity,
+            is_right=near.label == label,
+        )
+        for near in row
+    ]
 
 
 def _name(names: tuple[str, ...], label: int) -> str:

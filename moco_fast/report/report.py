@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
+class DrawnChart:
     """A chart with the words around it."""
 
     title: str
@@ -136,9 +136,9 @@ _SPEED = (
 )
 
 
-def _charts(record: RunRecord, about: str) -> list[Figure]:
+def _charts(record: RunRecord, about: str) -> list[DrawnChart]:
     """Draw what evaluations found and what the method watches."""
-    figures: list[Figure] = []
+    figures: list[DrawnChart] = []
     for score in find_scores(record.config):
         untrained = [value for step, value in record.curve(score.figure) if step == 0]
         level = Level(value=untrained[0], label="untrained") if untrained else None
@@ -154,9 +154,9 @@ def _drawn(
     *,
     level: Level | None = None,
     points: bool = False,
-) -> list[Figure]:
+) -> list[DrawnChart]:
     """Draw the charts about something, of what was measured; `level` is for those that have none of their own."""
-    figures: list[Figure] = []
+    figures: list[DrawnChart] = []
     for chart in charts:
         curves = [
             Curve(steps=[step for step, _ in values], values=[value for _, value in values], label=label, points=points)
@@ -172,5 +172,5 @@ def _drawn(
                 from_zero=chart.from_zero,
             )
             safe = Markup(svg)  # noqa: S704 - matplotlib escapes its text
-            figures.append(Figure(title=chart.title, caption=chart.caption, svg=safe))
+            figures.append(DrawnChart(title=chart.title, caption=chart.caption, svg=safe))
     return figures

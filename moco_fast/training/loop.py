@@ -113,7 +113,7 @@ def _run(config: Config, runtime: Runtime, folder: RunFolder | None) -> int:
             folder.write_outcome("running")
             console.print_opening(config, runtime, parts, progress.step)
             metrics = MetricsFile(folder.path, step=progress.step, tensorboard=config.log.tensorboard)
-        run = Run(config, runtime, parts, progress, metrics, evaluations)
+        run = RunLoop(config, runtime, parts, progress, metrics, evaluations)
         try:
             if progress.step == 0:
                 run.evaluate()
@@ -160,7 +160,7 @@ def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) 
         torch.cuda.set_rng_state(saved.rng[f"{runtime.rank}.cuda"], runtime.device)
 
 
-class Run:
+class RunLoop:
     """The loop and what it does at intervals. Only the first rank has `metrics`."""
 
     def __init__(

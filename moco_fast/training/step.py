@@ -63,7 +63,7 @@ class TrainStep:
 
     def _accumulate(self, batch: Batch, weight: float, *, last: bool) -> dict[str, Tensor]:
         """Add `weight` times the gradient of one batch; gradients are averaged over ranks in the last one only."""
-        encode = _Encode(self.query, self.autocast)
+        encode = _EncodeForStep(self.query, self.autocast)
         losses: list[Tensor] = []
         watched: list[Mapping[str, Tensor]] = []
         afterwards: list[Callable[[], object]] = []
@@ -95,7 +95,7 @@ class TrainStep:
 
 
 @dataclass(frozen=True)
-class _Encode:
+class _EncodeForStep:
     query: nn.Module
     autocast: Autocast
 

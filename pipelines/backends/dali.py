@@ -24,7 +24,7 @@ from nvidia.dali.pipeline import Pipeline, pipeline_def
 from pipelines.backends.base import Job, Made
 from pipelines.plan.augment import ViewTable
 from pipelines.plan.steps import Steps
-from pipelines.reading.ahead_process import ReadingSpec
+from pipelines.reading.read_process import ReadingSpec
 from pipelines.reading.readahead import EncodedBatch, ReadAhead
 from pipelines.reading.reader import DamagedSampleError, name_sample
 from shards.ground.channel import Channel, ChannelClosed

@@ -35,7 +35,7 @@ from shards.ground.arrays import Pixels
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.sets.record import RECORD, Flag
 
-__all__ = ["Place", "StreamPlan", "StreamSpec", "StreamedViews"]
+__all__ = ["StreamPlace", "StreamPlan", "StreamSpec", "StreamedViews"]
 
 _SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm"})
 _BUFFER = 1000
@@ -68,7 +68,7 @@ class StreamPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class StreamPlace:
     """Where a stream begins; another place gives other samples, the same place the same ones."""
 
     seed: int
@@ -104,7 +104,7 @@ class StreamedViews:
     """
 
     def __init__(
-        self, spec: StreamSpec, place: Place, *, device: torch.device, num_workers: int, prefetch: int
+        self, spec: StreamSpec, place: StreamPlace, *, device: torch.device, num_workers: int, prefetch: int
     ) -> None:
         self._device = device
         self._batches: Iterator[_MadeBatch] | None = iter(
@@ -151,7 +151,7 @@ def _start_worker(_number: int) -> None:
 class _Batches(IterableDataset[_MadeBatch]):
     """A rank's batches: worker w of n makes every n-th of them."""
 
-    def __init__(self, spec: StreamSpec, place: Place) -> None:
+    def __init__(self, spec: StreamSpec, place: StreamPlace) -> None:
         self._spec = spec
         self._place = place
 

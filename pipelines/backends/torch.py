@@ -17,7 +17,7 @@ import torch
 
 from pipelines.backends.base import Job, Made
 from pipelines.backends.layout import split_views
-from pipelines.backends.view_process import Slot, SlotArrays, TaskReport, ViewTask, WorkerSpec, map_slot, slot_bytes
+from pipelines.backends.view_process import SlotArrays, TaskReport, ViewSlot, ViewTask, WorkerSpec, map_slot, slot_bytes
 from pipelines.plan.steps import Steps
 from pipelines.reading.fetch import FetchedSteps
 from shards.ground.arrays import Indices
@@ -216,14 +216,14 @@ class _Ring:
     def _grow(self) -> "_RingSlot":
         descriptor = create_shared("moco-fast-views", slot_bytes(self._spec, self._capacity))
         self._descriptors.append(descriptor)
-        slot = Slot(path=shared_path(descriptor), number=len(self._descriptors), capacity=self._capacity)
+        slot = ViewSlot(path=shared_path(descriptor), number=len(self._descriptors), capacity=self._capacity)
         return _RingSlot(slot, map_slot(slot, self._spec), self._spec.sizes, self._free)
 
 
 class _RingSlot:
     """One slot; `lease` gives its views, and when the last of them is dropped the slot is free again."""
 
-    def __init__(self, slot: Slot, arrays: SlotArrays, sizes: tuple[int, ...], free: "deque[_RingSlot]") -> None:
+    def __init__(self, slot: ViewSlot, arrays: SlotArrays, sizes: tuple[int, ...], free: "deque[_RingSlot]") -> None:
         self._sizes = sizes
         self.slot = slot
         self.arrays = arrays

@@ -21,7 +21,7 @@ from shards.ground.arrays import Indices, Pixels
 from shards.ground.errors import portable
 from shards.ground.memory import map_shared
 
-__all__ = ["Slot", "SlotArrays", "TaskReport", "ViewTask", "WorkerSpec", "main", "map_slot", "slot_bytes"]
+__all__ = ["SlotArrays", "TaskReport", "ViewSlot", "ViewTask", "WorkerSpec", "main", "map_slot", "slot_bytes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class WorkerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slot:
+class ViewSlot:
     """Shared memory for the views and labels of a batch."""
 
     path: str
@@ -53,7 +53,7 @@ class Slot:
 class ViewTask:
     """A run of samples of a batch."""
 
-    slot: Slot
+    slot: ViewSlot
     begin: int
     """Place of the first sample in the slot."""
     epoch: int
@@ -88,7 +88,7 @@ def slot_bytes(spec: WorkerSpec, capacity: int) -> int:
     return 16 * capacity + num_view_bytes(spec.sizes, capacity)
 
 
-def map_slot(slot: Slot, spec: WorkerSpec) -> SlotArrays:
+def map_slot(slot: ViewSlot, spec: WorkerSpec) -> SlotArrays:
     """Map a slot's memory into this process."""
     return SlotArrays(map_shared(slot.path, slot_bytes(spec, slot.capacity)), spec, slot.capacity)
 
@@ -102,12 +102,12 @@ def main(connection: "Connection[Any, Any]", spec: WorkerSpec) -> None:
     cv2.setNumThreads(0)
     reader = Reader(spec.shards, num_threads=1)
     slots: dict[int, SlotArrays] = {}
-    waiting: deque[_Begun] = deque()
+    waiting: deque[_BegunViews] = deque()
     try:
         while True:
             # The bytes of the next task are read while this one is worked on.
             while not waiting or (len(waiting) < 2 and connection.poll()):
-                waiting.append(_Begun(connection.recv(), reader))
+                waiting.append(_BegunViews(connection.recv(), reader))
             begun = waiting.popleft()
             slot = begun.task.slot
             if slot.number not in slots:
@@ -126,7 +126,7 @@ def main(connection: "Connection[Any, Any]", spec: WorkerSpec) -> None:
         reader.close()
 
 
-class _Begun:
+class _BegunViews:
     """A task whose bytes are on their way, or the error that kept them from being asked for."""
 
     def __init__(self, task: ViewTask, reader: Reader) -> None:
@@ -138,7 +138,7 @@ class _Begun:
             self.pending = error
 
 
-def _fill(begun: _Begun, spec: WorkerSpec, arrays: SlotArrays) -> tuple[str, ...]:
+def _fill(begun: _BegunViews, spec: WorkerSpec, arrays: SlotArrays) -> tuple[str, ...]:
     """Do a task; give what was wrong with samples that were replaced."""
     from pipelines.backends.pixels import decode, render
 

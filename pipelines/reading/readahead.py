@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 
 from pipelines.plan.augment import ViewTable
-from pipelines.reading.ahead_process import Content, Filled, ReadingSpec
+from pipelines.reading.read_process import Content, Filled, ReadingSpec
 from shards.ground.arrays import Encoded, Indices
 from shards.ground.child import start_children
 from shards.ground.memory import lend, map_shared
@@ -48,7 +48,7 @@ class ReadAhead(Iterator[EncodedBatch]):
         self._slots: dict[int, Encoded] = {}
         self._free: deque[int] = deque()
         self._is_over = False
-        [self._child] = start_children("pipelines.reading.ahead_process", spec, what="reader process")
+        [self._child] = start_children("pipelines.reading.read_process", spec, what="reader process")
 
     def __iter__(self) -> Self:
         return self

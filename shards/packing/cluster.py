@@ -17,7 +17,7 @@ from shards.ground.digests import short_digest
 from shards.ground.errors import PackError, portable
 from shards.ground.locks import locked
 from shards.ground.pool import Tick
-from shards.packing.plan import Task
+from shards.packing.plan import ShardTask
 from shards.packing.write import WriteShard
 from shards.storage.target import BucketTarget, LocalTarget
 
@@ -49,7 +49,7 @@ class NodeJob:
         digest = short_digest((job.plan / "plan.json").read_bytes())
         return cls(job=job, plan_digest=digest, versions=_versions(job.config))
 
-    def __call__(self, task: Task, tick: Tick) -> None:
+    def __call__(self, task: ShardTask, tick: Tick) -> None:
         """Write a shard.
 
         Raises:
@@ -102,8 +102,8 @@ def _version(name: str) -> str:
 
 
 def run_on_cluster(
-    job: WriteShard, tasks: Sequence[Task], *, address: str, workers: int | None, tick: Tick
-) -> Iterator[tuple[Task, None]]:
+    job: WriteShard, tasks: Sequence[ShardTask], *, address: str, workers: int | None, tick: Tick
+) -> Iterator[tuple[ShardTask, None]]:
     """Write shards on a Ray cluster. A shard whose worker or node dies is written again by another.
 
     Args:
@@ -122,7 +122,7 @@ def run_on_cluster(
         return
     ray = _connect(address)
     write = ray.remote(num_cpus=1, max_retries=_RETRIES)(_write_shard)
-    shared, left, given = ray.put(NodeJob.of(job)), deque(tasks), dict[Any, Task]()
+    shared, left, given = ray.put(NodeJob.of(job)), deque(tasks), dict[Any, ShardTask]()
     try:
         while left or given:
             # Read again each time: a cluster may grow, and does so for tasks that wait.
@@ -144,7 +144,7 @@ def run_on_cluster(
         ray.shutdown()
 
 
-def _write_shard(job: NodeJob, task: Task) -> tuple[int, Exception | None]:
+def _write_shard(job: NodeJob, task: ShardTask) -> tuple[int, Exception | None]:
     """Write a shard on a node; return the number of inputs processed, and the error if there was one."""
     num_inputs = 0
 

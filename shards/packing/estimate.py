@@ -19,7 +19,7 @@ from shards.images.encode import encode
 from shards.images.libraries import decode_jpeg
 from shards.packing.inputs import read_inputs
 from shards.packing.listing import make_plan
-from shards.packing.plan import Plan
+from shards.packing.plan import PackPlan
 from shards.storage.tar import BLOCK, padding
 
 __all__ = ["Estimate", "estimate"]
@@ -93,7 +93,7 @@ def _tar_bytes(size: int) -> int:
     return BLOCK + size + len(padding(size))
 
 
-def _probe(config: PackConfig, plan: Plan) -> Estimate:
+def _probe(config: PackConfig, plan: PackPlan) -> Estimate:
     probed = np.unique(np.linspace(0, plan.num_inputs - 1, min(_PROBED, plan.num_inputs)).astype(np.int64))
     outcomes: Counter[str] = Counter()
     rejections: Counter[str] = Counter()

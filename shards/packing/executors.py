@@ -6,7 +6,7 @@ from typing import Protocol
 
 from shards.config import PackConfig
 from shards.ground.pool import Tick
-from shards.packing.plan import Task
+from shards.packing.plan import ShardTask
 from shards.packing.write import WriteShard
 
 __all__ = ["EXECUTORS", "Executor", "executor"]
@@ -15,7 +15,7 @@ __all__ = ["EXECUTORS", "Executor", "executor"]
 class Executor(Protocol):
     """Does tasks in any order and at any place, and yields each as it finishes, with what the job returned."""
 
-    def __call__(self, job: WriteShard, tasks: Sequence[Task], *, tick: Tick) -> Iterator[tuple[Task, None]]:
+    def __call__(self, job: WriteShard, tasks: Sequence[ShardTask], *, tick: Tick) -> Iterator[tuple[ShardTask, None]]:
         """Do the tasks. Raises PackError where one cannot be done."""
         ...
 

@@ -9,7 +9,7 @@ from typing import Any
 from shards.config import WORK_FOLDER
 from shards.ground.errors import PackError
 from shards.ground.locks import locked
-from shards.packing.plan import Plan, Task
+from shards.packing.plan import PackPlan, ShardTask
 from shards.packing.write import record_name, shard_stem
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from shards.storage.file_kinds import SHARD_SUFFIXES
@@ -53,7 +53,7 @@ def finish(out: str, *, work_folder: str = WORK_FOLDER) -> dict[str, Manifest]:
     with locked(target.work / "lock", holder=out):
         target.scratch.mkdir(exist_ok=True)
         target.fetch_plan(plan_folder(target))
-        manifests = write_manifests(Plan.open(plan_folder(target)), target)
+        manifests = write_manifests(PackPlan.open(plan_folder(target)), target)
         target.remove_work()
     return manifests
 
@@ -69,7 +69,7 @@ def read_manifest(target: Target, split: str) -> Manifest:
     return Manifest.from_json(target.get(name) or b"", where=f"{target.out}/{name}")
 
 
-def entry_of(plan: Plan, target: Target, task: Task, sizes: dict[str, int]) -> ShardEntry | None:
+def entry_of(plan: PackPlan, target: Target, task: ShardTask, sizes: dict[str, int]) -> ShardEntry | None:
     """Return what a finished shard holds; None where it is not finished, or one of its files has gone."""
     record = f"{WORK_NAME}/done/{record_name(task)}"
     data = target.get(record) if record in sizes else None
@@ -80,7 +80,7 @@ def entry_of(plan: Plan, target: Target, task: Task, sizes: dict[str, int]) -> S
     return entry if sizes.get(names[0]) == entry.num_bytes and all(name in sizes for name in names) else None
 
 
-def write_manifests(plan: Plan, target: Target) -> dict[str, Manifest]:
+def write_manifests(plan: PackPlan, target: Target) -> dict[str, Manifest]:
     """Check that every shard of the plan is there, and write rejected.jsonl and the manifest of each split.
 
     Raises:
@@ -107,7 +107,7 @@ def write_manifests(plan: Plan, target: Target) -> dict[str, Manifest]:
     return manifests
 
 
-def _rejected_lines(plan: Plan, split: int, target: Target) -> Iterator[str]:
+def _rejected_lines(plan: PackPlan, split: int, target: Target) -> Iterator[str]:
     for source, first in plan.duplicates(split):
         yield _line({"key": None, "source": source, "reason": "duplicate", "detail": f"same bytes as {first}"})
     for task in plan.tasks():
@@ -120,7 +120,7 @@ def _line(values: dict[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-def _manifest(plan: Plan, shards: tuple[ShardEntry, ...], *, num_duplicates: int) -> Manifest:
+def _manifest(plan: PackPlan, shards: tuple[ShardEntry, ...], *, num_duplicates: int) -> Manifest:
     outcomes: Counter[str] = Counter()
     rejections: Counter[str] = Counter()
     jpegs: Counter[str] = Counter()

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.ground.errors import Rejected
-from shards.packing.plan import Plan
+from shards.packing.plan import PackPlan
 from shards.sources import Source
 
 __all__ = ["ReadInput", "read_inputs"]
@@ -34,7 +34,7 @@ def _read(source: Source, name: bytes, offset: int, size: int) -> bytes | Reject
         return rejected
 
 
-def read_inputs(plan: Plan, rows: NDArray[np.void]) -> Generator[ReadInput]:
+def read_inputs(plan: PackPlan, rows: NDArray[np.void]) -> Generator[ReadInput]:
     """Read some rows of a plan, in their order."""
     listing = plan.inputs(rows)
     if not plan.is_remote:

@@ -16,7 +16,7 @@ from shards.ground.progress import ProgressBars
 from shards.images.encode import encode
 from shards.packing.content import digest_contents, first_of_each, split_of
 from shards.packing.inputs import read_inputs
-from shards.packing.plan import ROW, ClassTable, Duplicates, Header, Plan, Split, TableWriter, Task, shuffled
+from shards.packing.plan import ROW, ClassTable, Duplicates, Header, PackPlan, ShardTask, Split, TableWriter, shuffled
 from shards.sources import Input, Source, open_source
 
 __all__ = ["make_plan"]
@@ -25,7 +25,7 @@ _PROBED = 64
 _MOST_SAMPLES = 10_000
 
 
-def make_plan(config: PackConfig, folder: Path, progress: ProgressBars) -> Plan:
+def make_plan(config: PackConfig, folder: Path, progress: ProgressBars) -> PackPlan:
     """List the sources and write the plan to `folder`, which appears whole or not at all.
 
     Raises:
@@ -38,7 +38,7 @@ def make_plan(config: PackConfig, folder: Path, progress: ProgressBars) -> Plan:
         _build_plan(config, sources, building, progress)
         # One that was killed before others knew of it left a plan that no one follows.
         remove(folder)
-    return Plan.open(folder)
+    return PackPlan.open(folder)
 
 
 def _build_plan(config: PackConfig, sources: list[Source], folder: Path, progress: ProgressBars) -> None:
@@ -51,7 +51,7 @@ def _build_plan(config: PackConfig, sources: list[Source], folder: Path, progres
     # What follows reads inputs, and for that it needs a plan, if only of one shard.
     Duplicates.none().write(folder)
     header.write(folder)
-    shard_samples = config.shard_samples or _samples_for(config, Plan.open(folder))
+    shard_samples = config.shard_samples or _samples_for(config, PackPlan.open(folder))
     by_content = bool(config.splits) or config.dedup
     splits = _cut_by_content(config, folder, order, progress) if by_content else [whole]
     replace(header, splits=[replace(split, shard_samples=shard_samples) for split in splits]).write(folder)
@@ -93,12 +93,12 @@ def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progre
     return class_names
 
 
-def _samples_for(config: PackConfig, plan: Plan) -> int:
+def _samples_for(config: PackConfig, plan: PackPlan) -> int:
     """Return the inputs per shard that give about `shard_bytes`: a few inputs, evenly spread, are packed for it."""
     num_inputs = plan.num_inputs
     probed = np.unique(np.linspace(0, num_inputs - 1, min(_PROBED, num_inputs)).astype(np.int64))
     total = 0
-    with closing(read_inputs(plan, plan.rows(Task(split=0, shard=0))[probed])) as inputs:
+    with closing(read_inputs(plan, plan.rows(ShardTask(split=0, shard=0))[probed])) as inputs:
         for item in inputs:
             # What cannot be packed takes no room.
             with suppress(Rejected):

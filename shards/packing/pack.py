@@ -11,7 +11,7 @@ from shards.images.transcode import transcoder
 from shards.packing.executors import executor
 from shards.packing.finish import entry_of, plan_folder, read_manifest, write_manifests
 from shards.packing.listing import make_plan
-from shards.packing.plan import Plan, Task, difference
+from shards.packing.plan import PackPlan, ShardTask, difference
 from shards.packing.write import WriteShard, shard_stem
 from shards.sets.manifest import MANIFEST_NAME, Manifest
 from shards.sources import open_source
@@ -111,7 +111,7 @@ def _refuse_changes(old: dict[str, Any], config: PackConfig) -> None:
         )
 
 
-def _open_plan(config: PackConfig, target: LocalTarget | BucketTarget | Target, progress: ProgressBars) -> Plan:
+def _open_plan(config: PackConfig, target: LocalTarget | BucketTarget | Target, progress: ProgressBars) -> PackPlan:
     """Return the plan to follow: the one that is there, or a new one."""
     if target.scratch.exists():
         shutil.rmtree(target.scratch)
@@ -119,7 +119,7 @@ def _open_plan(config: PackConfig, target: LocalTarget | BucketTarget | Target, 
     folder = plan_folder(target)
     if target.has_plan():
         target.fetch_plan(folder)
-        plan = Plan.open(folder)
+        plan = PackPlan.open(folder)
         _refuse_changes(plan.settings, config)
     else:
         plan = _new_plan(config, target, progress)
@@ -127,7 +127,7 @@ def _open_plan(config: PackConfig, target: LocalTarget | BucketTarget | Target, 
     return plan
 
 
-def _new_plan(config: PackConfig, target: Target, progress: ProgressBars) -> Plan:
+def _new_plan(config: PackConfig, target: Target, progress: ProgressBars) -> PackPlan:
     folder = plan_folder(target)
     try:
         first = {path_in(name, f"{shard_stem(0)}.tar") for name in config.split_names()}
@@ -138,7 +138,7 @@ def _new_plan(config: PackConfig, target: Target, progress: ProgressBars) -> Pla
     except ValueError:
         _discard_work(target)
         raise
-    plan = Plan.open(folder)
+    plan = PackPlan.open(folder)
     _refuse_changes(plan.settings, config)
     return plan
 
@@ -150,7 +150,9 @@ def _discard_work(target: Target) -> None:
         Path(target.out).rmdir()
 
 
-def _write_missing(plan: Plan, tasks: list[Task], config: PackConfig, target: Target, progress: ProgressBars) -> None:
+def _write_missing(
+    plan: PackPlan, tasks: list[ShardTask], config: PackConfig, target: Target, progress: ProgressBars
+) -> None:
     sizes = target.sizes()
     missing = [task for task in tasks if entry_of(plan, target, task, sizes) is None]
     total, todo = (sum(len(plan.positions(task)) for task in some) for some in (tasks, missing))

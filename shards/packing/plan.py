@@ -27,10 +27,10 @@ __all__ = [
     "ClassTable",
     "Duplicates",
     "Header",
-    "Plan",
+    "PackPlan",
+    "ShardTask",
     "Split",
     "TableWriter",
-    "Task",
     "cached_plan",
     "difference",
     "shuffled",
@@ -71,14 +71,14 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
-class Task:
+class ShardTask:
     """One shard of the plan: the unit of work."""
 
     split: int
     shard: int
 
 
-class Plan:
+class PackPlan:
     """A plan that was written earlier, memory-mapped.
 
     Args:
@@ -126,11 +126,11 @@ class Plan:
         """Whether reading any of the sources waits for a network."""
         return any(self.source(number).is_remote for number in range(len(self.source_specs)))
 
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> list[ShardTask]:
         """Return every shard of the plan, in order."""
-        return [Task(split=s, shard=i) for s, split in enumerate(self.splits) for i in range(split.num_shards)]
+        return [ShardTask(split=s, shard=i) for s, split in enumerate(self.splits) for i in range(split.num_shards)]
 
-    def positions(self, task: Task) -> range:
+    def positions(self, task: ShardTask) -> range:
         """Return the planned positions of a shard within its split."""
         split = self.splits[task.split]
         first = task.shard * split.shard_samples
@@ -154,7 +154,7 @@ class Plan:
         """Return how many inputs were left out of a split."""
         return int((np.fromfile(self.folder / "dropped.bin", dtype=DROPPED)["split"] == split).sum())
 
-    def rows(self, task: Task) -> NDArray[np.void]:
+    def rows(self, task: ShardTask) -> NDArray[np.void]:
         """Return the rows of a shard, (len(positions(task)),) of ROW."""
         positions, first = self.positions(task), self.splits[task.split].first
         return self._rows[self._order[first + positions.start : first + positions.stop]]
@@ -172,17 +172,17 @@ class Plan:
         return self._sources[number]
 
 
-def cached_plan(folder: Path) -> Plan:
+def cached_plan(folder: Path) -> PackPlan:
     """Open a plan, or take the one opened before if it is still the same; a worker asks for it with every task."""
     status = (folder / "plan.json").stat()
     return _open_cached(folder, (status.st_dev, status.st_ino, status.st_mtime_ns))
 
 
 @lru_cache(maxsize=1)
-def _open_cached(folder: Path, identity: tuple[int, ...]) -> Plan:
+def _open_cached(folder: Path, identity: tuple[int, ...]) -> PackPlan:
     # A later packing in the same process may have put another plan in the same place.
     del identity
-    return Plan.open(folder)
+    return PackPlan.open(folder)
 
 
 class TableWriter:

@@ -17,7 +17,7 @@ from shards.ground.files import write_synced
 from shards.ground.pool import Tick
 from shards.images.encode import PackedImage, encode
 from shards.packing.inputs import read_inputs
-from shards.packing.plan import Plan, Task, cached_plan
+from shards.packing.plan import PackPlan, ShardTask, cached_plan
 from shards.sets.manifest import ShardEntry
 from shards.sets.record import RECORD, Flag, npy_header
 from shards.storage.file_kinds import SHARD_SUFFIXES
@@ -34,7 +34,7 @@ def shard_stem(shard: int) -> str:
     return f"shard-{shard:06d}"
 
 
-def record_name(task: Task) -> str:
+def record_name(task: ShardTask) -> str:
     """Return the name of the record which says that a shard is finished."""
     return f"{task.split}-{task.shard:06d}.json"
 
@@ -87,7 +87,7 @@ class WriteShard:
     target: Target
     config: EncodeConfig
 
-    def __call__(self, task: Task, tick: Tick) -> None:
+    def __call__(self, task: ShardTask, tick: Tick) -> None:
         """Write a shard, then the record that it is finished."""
         plan, target, stem = cached_plan(self.plan), self.target, shard_stem(task.shard)
         split = plan.splits[task.split].name
@@ -103,7 +103,7 @@ class WriteShard:
 
 
 def _write_files(
-    plan: Plan, task: Task, config: EncodeConfig, paths: dict[str, Path], tick: Tick
+    plan: PackPlan, task: ShardTask, config: EncodeConfig, paths: dict[str, Path], tick: Tick
 ) -> tuple[ShardEntry, list[dict[str, Any]]]:
     beside = _Beside()
     fd = os.open(paths[".tar"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
@@ -141,7 +141,7 @@ def _add_sample(tar: TarWriter, beside: _Beside, position: int, image: PackedIma
     beside.add(position, image, label, offset, source)
 
 
-def _entry(task: Task, num_bytes: int, digests: dict[str, str], beside: _Beside) -> ShardEntry:
+def _entry(task: ShardTask, num_bytes: int, digests: dict[str, str], beside: _Beside) -> ShardEntry:
     records = np.array(beside.records, dtype=RECORD)
     return ShardEntry(
         name=f"{shard_stem(task.shard)}.tar",

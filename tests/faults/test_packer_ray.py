@@ -21,7 +21,7 @@ from shards.ground.progress import ProgressBars
 from shards.packing.cluster import NodeJob
 from shards.packing.listing import make_plan
 from shards.packing.pack import pack
-from shards.packing.plan import Task
+from shards.packing.plan import ShardTask
 from shards.packing.write import WriteShard
 from shards.storage.target import LocalTarget
 from tests.shards.pictures import contents, encoded, picture
@@ -160,7 +160,7 @@ def job(tmp_path):
 
 
 def test_a_node_without_the_shared_folder_says_what_it_lacks(job, tmp_path):
-    task = Task(split=0, shard=0)
+    task = ShardTask(split=0, shard=0)
     away = replace(job, job=replace(job.job, plan=tmp_path / "nowhere" / ".pack" / "plan"))
     with pytest.raises(PackError, match=rf"node {socket.gethostname()}: cannot read .*nowhere.*every node has"):
         away(task, print)

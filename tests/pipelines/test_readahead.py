@@ -17,7 +17,7 @@ from pipelines.config import VIEWS, central_crop
 from pipelines.plan.draw import draw_views
 from pipelines.plan.order import OrderPlan
 from pipelines.plan.steps import EpochSteps, ListedSteps
-from pipelines.reading.ahead_process import ReadingSpec
+from pipelines.reading.read_process import ReadingSpec
 from pipelines.reading.readahead import ReadAhead
 from pipelines.reading.reader import DamagedSampleError, Reader
 from pipelines.world import World

@@ -172,11 +172,11 @@ def test_a_sample_is_decoded_once_for_all_its_views(small_shards, monkeypatch):
         skip=False,
     )
     memory = np.zeros(16 * 4 + num_view_bytes(spec.sizes, 4), dtype=np.uint8)
-    slot = view_process.Slot(path="", number=0, capacity=4)
+    slot = view_process.ViewSlot(path="", number=0, capacity=4)
     task = view_process.ViewTask(slot=slot, begin=0, epoch=0, samples=np.arange(4))
     reader = view_process.Reader(spec.shards, num_threads=1)
     try:
-        view_process._fill(view_process._Begun(task, reader), spec, view_process.SlotArrays(memory, spec, 4))
+        view_process._fill(view_process._BegunViews(task, reader), spec, view_process.SlotArrays(memory, spec, 4))
     finally:
         reader.close()
     assert num_decoded == 4

@@ -27,7 +27,7 @@ from shards.packing.cluster import NodeJob, remove_copy
 from shards.packing.finish import finish
 from shards.packing.listing import make_plan
 from shards.packing.pack import pack
-from shards.packing.plan import Task
+from shards.packing.plan import ShardTask
 from shards.packing.write import WriteShard
 from shards.storage import stores as storage
 from shards.storage.target import BucketTarget
@@ -247,7 +247,7 @@ def test_a_node_of_a_cluster_that_shares_only_the_bucket_fetches_the_plan(bucket
         there = BucketTarget(out, str(tmp_path / node))
         elsewhere = replace(job, job=WriteShard(there.work / "plan", there, job.job.config))
         for shard in (0, 1) if node == "one" else (2,):
-            elsewhere(Task(split=0, shard=shard), print)
+            elsewhere(ShardTask(split=0, shard=shard), print)
         remove_copy(there)
         assert not there.work.exists()
     finish(out, work_folder=str(tmp_path / "driver"))

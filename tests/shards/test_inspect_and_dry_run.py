@@ -9,7 +9,7 @@ from shards.config import PackConfig
 from shards.packing.estimate import estimate
 from shards.packing.pack import pack
 from shards.sets import open_set
-from shards.tools.inspect import contact_sheet, describe
+from shards.tools.inspect_set import contact_sheet, describe
 from tests.shards.pictures import encoded, fill, picture
 
 

@@ -89,7 +89,7 @@ class Content:
     replaced: tuple[str, ...]
 
 
-class _Slot:
+class _ReadSlot:
     def __init__(self, number: int, num_bytes: int) -> None:
         self.number = number
         self.descriptor = create_shared("moco-fast-encoded", num_bytes)
@@ -105,10 +105,10 @@ class _Drawn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Begun:
+class _BegunReads:
     drawn: _Drawn
     pending: PendingSamples
-    slot: _Slot
+    slot: _ReadSlot
 
 
 def main(connection: "Connection[Any, Any]", spec: ReadingSpec) -> None:
@@ -137,17 +137,17 @@ class _Reading:
         self._fetched = FetchedSteps(spec.shards, spec.steps)
         self._drawn = self._draw_ahead()
         self._may_begin = spec.ahead
-        self._slots: list[_Slot] = []
-        self._free: deque[_Slot] = deque()
+        self._slots: list[_ReadSlot] = []
+        self._free: deque[_ReadSlot] = deque()
 
     def run(self) -> None:
         """Make all batches, then wait to be ended: the other side may still open slots."""
-        waiting: deque[_Begun | Exception] = deque()
+        waiting: deque[_BegunReads | Exception] = deque()
         is_over = False
         while True:
             while self._may_begin and not is_over:
                 begun = self._begin()
-                is_over = not isinstance(begun, _Begun)
+                is_over = not isinstance(begun, _BegunReads)
                 if begun is not None:
                     waiting.append(begun)
                 self._may_begin -= 1
@@ -159,7 +159,7 @@ class _Reading:
                     self._taken.get()
             self._take_back(block=not waiting and not is_over and not self._may_begin)
 
-    def _begin(self) -> "_Begun | Exception | None":
+    def _begin(self) -> "_BegunReads | Exception | None":
         """Start the next batch; None after the last, or what went wrong, after which there is nothing more."""
         try:
             self._fetched.advance()
@@ -168,7 +168,7 @@ class _Reading:
                 return None
             slot = self._free.popleft() if self._free else self._new_slot()
             pending = PendingSamples(self._reader, drawn.samples, records=drawn.records, into=slot.array)
-            return _Begun(drawn=drawn, pending=pending, slot=slot)
+            return _BegunReads(drawn=drawn, pending=pending, slot=slot)
         except Exception as error:
             return error
 
@@ -195,11 +195,11 @@ class _Reading:
             for (epoch, of_step), rows in zip(group, places, strict=True)
         ]
 
-    def _new_slot(self) -> _Slot:
-        self._slots.append(_Slot(len(self._slots), self._spec.slot_bytes))
+    def _new_slot(self) -> _ReadSlot:
+        self._slots.append(_ReadSlot(len(self._slots), self._spec.slot_bytes))
         return self._slots[-1]
 
-    def _hand_over(self, begun: "_Begun | Exception") -> None:
+    def _hand_over(self, begun: "_BegunReads | Exception") -> None:
         try:
             if isinstance(begun, Exception):
                 raise begun
@@ -207,7 +207,7 @@ class _Reading:
         except Exception as error:
             self._send(portable(error, "in the reader process"))
 
-    def _finish(self, begun: _Begun) -> Filled:
+    def _finish(self, begun: _BegunReads) -> Filled:
         drawn, pending, slot = begun.drawn, begun.pending, begun.slot
         taken = pending.take(as_read, skip=self._spec.skip)
         sizes = np.array([len(image) for image in taken.images], dtype=np.int64)
