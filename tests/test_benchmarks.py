@@ -89,3 +89,34 @@ def test_results_hold_no_path_of_this_machine(run_all):
         assert str(ROOT) not in page.read_text()
     file = ROOT / "benchmarks" / "results" / "claims.json"
     assert all(of_one for of_one in json.loads(file.read_text()).values())
+
+
+def test_the_suite_s_page_has_the_table_and_what_was_compared():
+    from moco_fast.evaluation.result import Figure, Result
+
+    suite = load("suite")
+    known = {
+        "settings": {},
+        "data": {},
+        "view": {},
+        "precision": "fp32",
+        "device": "cpu",
+        "world_size": 1,
+        "seeds": (0,),
+    }
+    results = [
+        Result(
+            task="linear",
+            protocol="fast",
+            encoder={"name": name, "digest": name},
+            figures={"top1": Figure(value=value, title="linear top-1")},
+            time_s=time_s,
+            **known,
+        )
+        for name, value, time_s in (("run", 0.5, 3.0), ("pixels", 0.25, 4.0))
+    ]
+    page = suite.as_markdown(results, 60.0, {"fast": 0.5, "v1": 0.505})
+    assert "| task | figure | run | pixels |\n| --- | --- | --- | --- |\n" in page
+    assert "| linear fast | linear top-1 | 50.00% | 25.00% |" in page
+    assert "took 60 s in all; of the first encoder: linear 3 s." in page
+    assert "fast 50.00%, v1 50.50%" in page

@@ -30,12 +30,12 @@ class _Written(EvalOptions):
 
     def _write(self, results: "Sequence[Result]", name: str) -> None:
         """Print the table, and write the results where they are wanted."""
-        from moco_fast.evaluation.result import as_json, table, write_results
+        from moco_fast.evaluation.result import aligned, as_json, table, write_results
 
         if self.out == "-":
             print(as_json(results), end="")
             return
-        print(table(results))
+        print(aligned(table(results)))
         for note in dict.fromkeys(note for result in results for note in result.notes):
             print(f"note: {note}", file=sys.stderr)
         path = self._place(name)

@@ -133,9 +133,11 @@ def _fit(
     trained = _Trained(
         heads=_heads(task, inputs, values.shape[1], rates), scaled=lambda part: scaler(part.to(inputs.device))
     )
-    num_steps = max(1, len(rows) // task.batch_size) * task.epochs
+    steps_per_epoch = max(1, len(rows) // task.batch_size)
+    num_epochs = max(task.epochs, -(-(task.min_steps or 0) // steps_per_epoch))
+    num_steps = num_epochs * steps_per_epoch
     step = 0
-    for epoch in range(task.epochs):
+    for epoch in range(num_epochs):
         for batch in permuted_batches(len(rows), task.batch_size, seed=inputs.seed, epoch=epoch):
             chosen = rows[batch]
             features = trained.scaled(values[chosen.to(values.device)])

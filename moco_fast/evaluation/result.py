@@ -161,8 +161,11 @@ def read_results(path: str | Path) -> list[Result]:
         raise ValueError(f"{path} is not a file of results ({error!r}): give one that `moco-fast eval` wrote") from None
 
 
-def table(results: Sequence[Result]) -> str:
-    """Return a table for the terminal: a line for each figure, a column for each encoder."""
+def table(results: Sequence[Result]) -> list[list[str]]:
+    """Return lines of cells: a heading, then a line for each figure, with a column for each encoder.
+
+    Of results of the same task, protocol and encoder the last one counts.
+    """
     encoders = list(dict.fromkeys(result.encoder["name"] for result in results))
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for result in results:
@@ -170,8 +173,7 @@ def table(results: Sequence[Result]) -> str:
         for figure in result.figures.values():
             rows.setdefault((task, figure.title), {})[result.encoder["name"]] = _with_interval(figure)
     lines = [["task", "figure", *encoders]]
-    lines += [[*key, *(cells.get(encoder, "-") for encoder in encoders)] for key, cells in rows.items()]
-    return aligned(lines)
+    return lines + [[*key, *(cells.get(encoder, "-") for encoder in encoders)] for key, cells in rows.items()]
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -2,11 +2,13 @@
 
 import json
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moco_fast.config import Config, differences, from_dict
+from moco_fast.evaluation.result import Result, read_results
 from moco_fast.presets import PRESETS
 
 __all__ = ["RunRecord", "read_run"]
@@ -24,6 +26,8 @@ class RunRecord:
     """Lines of metrics that hold a loss, by step."""
     evaluations: list[dict[str, float]]
     """Lines of metrics that hold figures of an evaluation, by step."""
+    results: list[Result]
+    """What `moco-fast eval` wrote into the folder, the newest last."""
 
     @property
     def recipe(self) -> str:
@@ -81,7 +85,17 @@ def read_run(path: str | Path) -> RunRecord:
         outcome=_read_json(path / "outcome.json"),
         training=[line for line in lines if "loss" in line],
         evaluations=[line for line in lines if "loss" not in line],
+        results=_read_results(path / "evaluations"),
     )
+
+
+def _read_results(folder: Path) -> list[Result]:
+    """Read every file of results; one that another version wrote, or that is none, is left out."""
+    results: list[Result] = []
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
+        with suppress(ValueError):
+            results += read_results(path)
+    return results
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from moco_fast import __version__
 from moco_fast.checkpoint import load_encoder
 from moco_fast.evaluation.registry import find_scores
+from moco_fast.evaluation.result import table
 from moco_fast.evaluation.untrained import untrained_twin
 from moco_fast.methods.base import Chart, Level
 from moco_fast.report.commands import next_commands
@@ -66,6 +67,7 @@ def write_report(
         headline=headline(record),
         tiles=tiles(record),
         learning=_charts(record, "learning"),
+        worth=table(record.results) if record.results else [],
         health=_charts(record, "health"),
         speed=_drawn(record, _SPEED),
         epoch=epoch,

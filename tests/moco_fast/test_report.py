@@ -3,6 +3,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -19,6 +20,7 @@ from PIL import Image
 from moco_fast.checkpoint import load_encoder
 from moco_fast.config import to_dict
 from moco_fast.evaluation.features import labeled_features
+from moco_fast.evaluation.result import Figure, Result, write_results
 from moco_fast.evaluation.untrained import untrained_twin
 from moco_fast.methods.base import Level, Method
 from moco_fast.methods.end_to_end import EndToEnd
@@ -367,3 +369,36 @@ def test_a_figure_takes_its_colors_from_the_page_and_stays_small() -> None:
     assert "&lt;level&gt;" in svg
     assert len(svg) < 40_000
     assert svg == draw_curves(curves, alt="both", level=Level(value=3, label="<level>"), from_zero=True)
+
+
+def test_what_was_measured_afterwards_is_on_the_page(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    shutil.rmtree(run / "evaluations", ignore_errors=True)
+    assert "What is it worth?" not in write_report(run, device=torch.device("cpu"), num_samples=1).read_text()
+    (run / "evaluations").mkdir()
+    (run / "evaluations" / "broken.json").write_text("{")
+    figure = Figure(value=0.625, interval=(0.5, 0.75), title="linear <top-1>")
+    known = {
+        "settings": {},
+        "data": {},
+        "view": {},
+        "precision": "fp32",
+        "device": "cpu",
+        "world_size": 1,
+        "seeds": (0,),
+    }
+    for number, value in enumerate((0.1, 0.625)):
+        result = Result(
+            task="linear",
+            protocol="fast",
+            encoder={"name": "the run", "digest": "d"},
+            figures={"top1": dataclasses.replace(figure, value=value)},
+            **known,
+        )
+        write_results(run / "evaluations" / f"{9 - number}.json", [result])
+        os.utime(run / "evaluations" / f"{9 - number}.json", (number, number))
+    page = Page(write_report(run, device=torch.device("cpu"), num_samples=1).read_text())
+    assert "What is it worth?" in page.text
+    assert "linear <top-1> 62.50% (50.00% to 75.00%)" in page.text
+    assert "10.00%" not in page.text

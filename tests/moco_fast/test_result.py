@@ -11,7 +11,16 @@ from scipy.stats import binomtest
 from moco_fast.cli import main
 from moco_fast.evaluation.base import FigureInfo, Measured, Outcome
 from moco_fast.evaluation.published import BENCHMARKS, PUBLISHED, beside_published
-from moco_fast.evaluation.result import Figure, Result, read_results, summarize, table, wilson_interval, write_results
+from moco_fast.evaluation.result import (
+    Figure,
+    Result,
+    aligned,
+    read_results,
+    summarize,
+    table,
+    wilson_interval,
+    write_results,
+)
 
 IMAGENET = {"where": "shards/val", "digest": "d", "num_samples": 50_000, "num_classes": 1000}
 
@@ -93,7 +102,7 @@ def test_the_table_has_a_line_per_figure_and_a_column_per_encoder() -> None:
     untrained = result(
         encoder={"name": "untrained", "digest": "u"}, figures={"top1": Figure(value=0.05, title="top-1")}
     )
-    assert table([result(), untrained]).splitlines() == [
+    assert aligned(table([result(), untrained])).splitlines() == [
         "task       figure  runs/first                 untrained",
         "linear v2  top-1   68.10% (67.70% to 68.50%)  5.00%",
         "linear v2  size    12.35                      -",

@@ -165,6 +165,19 @@ def test_fast_linear_agrees_with_scikit_learn() -> None:
     assert outcome.facts == {"num_train": 2000, "num_test": 4000}
 
 
+def test_small_sets_are_passed_over_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[float] = []
+    monkeypatch.setattr(LinearHeads, "step", lambda _self, _features, _labels, *, schedule: steps.append(schedule))
+    for task, expected in (
+        (Linear(lr=(1.0,)), 1000),
+        (Linear(lr=(1.0,), epochs=3), 3),
+        (Linear(lr=(1.0,), min_steps=20), 20),
+    ):
+        steps.clear()
+        task.settled(None).measure(made_up(train=blobs(256)))
+        assert (len(steps), steps[0], steps == sorted(steps, reverse=True)) == (expected, 1, True)
+
+
 def test_linear_chooses_the_layer_that_tells_the_classes() -> None:
     noise = {("train", "head"): torch.randn(300, 5), ("test", "head"): torch.randn(120, 5)}
     task = Linear(layer=("head", "backbone"), batch_size=64).settled(None)
@@ -355,6 +368,7 @@ def test_every_task_names_what_it_measures_and_repeats_it(name: str) -> None:
         (Linear(lr=(1.0, -1.0)), "--lr is -1"),
         (Linear(layer=()), "--layer names nothing"),
         (Linear(epochs=0), "--epochs is 0"),
+        (Linear(protocol="v1", min_steps=5), "--min-steps 5 means nothing beside --protocol v1"),
         (Logistic(share=1.0), "--share is 1.0"),
         (Logistic(num_c=0), "--num-c is 0"),
         (Svm(costs=(0.0,)), "--costs is 0"),

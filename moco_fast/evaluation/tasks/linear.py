@@ -15,6 +15,7 @@ __all__ = ["Linear"]
 # DINOv3's grid (dinov3/eval/linear.py), for each 256 samples, times 100: features that are scaled to deviation 1 and
 # classifiers that begin at nearly nothing bear, and need, larger steps than its unscaled tokens.
 _FAST_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_MIN_STEPS = 1000
 
 Protocol = Literal["fast", "v1", "v2", "v3"]
 
@@ -39,6 +40,8 @@ class Linear(Task):
     """Passes over the training set; unset: 100 (v1, v2), 90 (v3), 10 (fast)."""
     batch_size: int | None = None
     """Samples in a step, over all ranks; unset: 256 (v1, v2, fast), 1024 (v3)."""
+    min_steps: int | None = None
+    """`fast`: least number of steps; a small set is passed over more often. Unset: 1000, or none beside --epochs."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 0.0
@@ -69,11 +72,19 @@ class Linear(Task):
             batch_size=batch_size,
             lr=rates if self.lr is None else self.lr,
             epochs=epochs if self.epochs is None else self.epochs,
+            min_steps=self.min_steps
+            if self.min_steps is not None or self.protocol != "fast" or self.epochs
+            else _MIN_STEPS,
         )
 
     def validate(self) -> None:
         """Refuse numbers that cannot be."""
         refuse_unless_above(0, lr=self.lr, epochs=self.epochs, batch_size=self.batch_size)
+        if self.protocol != "fast" and self.min_steps:
+            raise ValueError(
+                f"--min-steps {self.min_steps} means nothing beside --protocol {self.protocol}, which counts epochs: "
+                "leave it out, or give --epochs"
+            )
         if not self.layer:
             raise ValueError("--layer names nothing: give one layer at least")
         for layer in self.layer:
