@@ -36,7 +36,7 @@ demo-steps:
 	make-shards pack demo/images/train --out demo/shards/train
 	make-shards pack demo/images/val --out demo/shards/val
 	accelerate launch --config_file deploy/accelerate/$(DEMO_CONFIG).yaml -m moco_fast.train demo --data.shards demo/shards/train --eval.shards demo/shards/val --run.out demo/run
-	moco-fast eval knn --encoder demo/run --beside untrained pixels
+	moco-fast eval knn --encoder demo/run --beside untrained
 	moco-fast report demo/run
 
 test: setup-ffcv ## Run every check: format, lint, types, imports, Dockerfile, tests

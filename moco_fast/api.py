@@ -74,7 +74,7 @@ def evaluate(
     train: str | None = None,
     test: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    options: EvalOptions | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> "Result":
     """Measure an encoder by a task, as `moco-fast eval` does.
 
@@ -87,21 +87,20 @@ def evaluate(
         train: labeled shards to learn from; unset: the run's training shards.
         test: labeled held-out shards; unset: the run's.
         settings: options of the task, by their names with underscores; what is left out is the protocol's or the run's.
-        options: what every task has: seeds, device, cache and so on; its encoder is the one that is given here.
+        options: what every task has, by the names of moco_fast.commands.evaluating.EvalOptions: `{"seeds": 3}`.
 
     Raises:
         ValueError: no such task, option or encoder, or shards without labels or with different classes.
     """
     from moco_fast.evaluation.registry import task_class
 
-    kind = task_class(task)
-    chosen: Any = kind()
+    chosen = task_class(task)()
     for name, value in (settings or {}).items():
         chosen = _changed(chosen, [name], value, name)
-    of_all = EvalOptions(encoder=str(encoder)) if options is None else replace(options, encoder=str(encoder))
-    results = measure_all(of_all, [chosen], {"train": train, "test": test})
-    assert results is not None, "of several ranks the first one has the result: use `moco-fast eval`"
-    return results[0]
+    of_all = EvalOptions(encoder=str(encoder))
+    for name, value in (options or {}).items():
+        of_all = _changed(of_all, [name], value, name)
+    return measure_all(of_all, [chosen], {"train": train, "test": test})[0]
 
 
 def _changed(section: Section, path: list[str], value: object, name: str) -> Section:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar, Union
 
 import tyro
 
+from moco_fast.commandline import is_first_rank
 from moco_fast.commands.evaluating import EvalOptions, measure_all
 from moco_fast.evaluation.base import Split, Task
 from moco_fast.evaluation.registry import TASKS, task_class
@@ -29,7 +30,9 @@ class _Written(EvalOptions):
     is that of a run."""
 
     def _write(self, results: "Sequence[Result]", name: str) -> None:
-        """Print the table, and write the results where they are wanted."""
+        """Print the table, and write the results where they are wanted; the first rank does."""
+        if not is_first_rank():
+            return
         from moco_fast.evaluation.result import aligned, as_json, table, write_results
 
         if self.out == "-":
@@ -84,8 +87,7 @@ class EvalTask(_Written, Generic[T]):
             )
         given: dict[Split, str | None] = {"train": self.train, "test": self.test}
         results = measure_all(self, [self.task], given)
-        if results is not None:
-            self._write(results, f"{self.task.name}-{self.task.preset}".rstrip("-"))
+        self._write(results, f"{self.task.name}-{self.task.preset}".rstrip("-"))
         return 0
 
 
@@ -103,8 +105,7 @@ class EvalSuite(_Written):
         self._refuse_out()
         tasks = [task_class(name)() for name in self.tasks or TASKS]
         results = measure_all(self, tasks, self._sets(), leave_out=not self.tasks)
-        if results is not None:
-            self._write(results, "suite")
+        self._write(results, "suite")
         return 0
 
     def _sets(self) -> dict[Split, str | None]:

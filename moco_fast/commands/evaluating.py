@@ -64,7 +64,7 @@ class EvalOptions:
 
 def measure_all(
     options: EvalOptions, tasks: Sequence[Task], given: Mapping[Split, str | None], *, leave_out: bool = False
-) -> "list[Result] | None":
+) -> "list[Result]":
     """Measure tasks; collective, where `accelerate launch` started several processes.
 
     Args:
@@ -74,7 +74,7 @@ def measure_all(
         leave_out: tasks that the encoder or the sets do not allow, with a line that says why.
 
     Returns:
-        the results of the encoder and of what is measured beside it; None on all ranks but the first.
+        the results of the encoder and of what is measured beside it, on every rank.
 
     Raises:
         ValueError: no such encoder or set, or one that a task cannot work with.
@@ -97,7 +97,7 @@ def measure_all(
         for name, encoder, digest in _encoders(options, opened):
             subject = _subject(options, opened, encoder.to(device), digest, sets, device, world, precision)
             results += _measure_one(options, opened.config, subject, name, tasks, leave_out=leave_out)
-        return results if world.rank == 0 else None
+        return results
 
 
 def _named_sets(given: Mapping[Split, str | None], run: "Config | None") -> dict[Split, str | None]:

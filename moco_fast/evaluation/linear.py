@@ -176,13 +176,14 @@ def _train_live(task: "Linear", inputs: Inputs, trained: Mapping[str, _Trained],
                 for features, batch in feature_batches(inputs.encoder, loader, device=inputs.device, layers=task.layer):
                     numbers = batch.index.tolist()
                     keep = torch.tensor([number not in held_out for number in numbers])
-                    labels = distributed.all_gather_rows(torch.where(keep, batch.label, -1).to(inputs.device))
-                    num_learned += int((labels >= 0).sum())
+                    own = torch.where(keep, batch.label, -1)
+                    num_learned += int((own >= 0).sum())
+                    labels = distributed.all_gather_rows(own.to(inputs.device))
                     for layer, values in features.items():
                         rows = distributed.all_gather_rows(values)
                         trained[layer].heads.step(rows, labels, schedule=schedule(epoch / task.epochs))
             bar.update()
-    return num_learned
+    return int(distributed.all_gather_rows(torch.tensor([num_learned], device=inputs.device)).sum())
 
 
 def _choose(

@@ -18,7 +18,6 @@ import moco_fast
 from moco_fast import distributed
 from moco_fast.checkpoint import load_encoder
 from moco_fast.cli import main
-from moco_fast.commands.evaluating import EvalOptions
 from moco_fast.config import Config, ModelConfig
 from moco_fast.encoders.encoder import Encoder, build_encoder
 from moco_fast.encoders.formats.base import digest_of
@@ -399,5 +398,7 @@ def test_the_api_refuses_what_is_no_option(finished_run: Path) -> None:
         moco_fast.evaluate("knn", finished_run, settings={"fly": 1})
     with pytest.raises(ValueError, match="'k' is 5, but must be"):
         moco_fast.evaluate("knn", finished_run, settings={"k": 5})
+    with pytest.raises(ValueError, match="there is no option 'bank'"):
+        moco_fast.evaluate("knn", finished_run, options={"bank": "shards"})
     with pytest.raises(ValueError, match="--seeds is 0"):
-        moco_fast.evaluate("linear", finished_run, options=EvalOptions(encoder="", seeds=0))
+        moco_fast.evaluate("linear", finished_run, options={"seeds": 0})
