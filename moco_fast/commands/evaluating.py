@@ -91,7 +91,7 @@ def measure_all(
         if path is not None:
             sets[split] = open_set(path)
     if "train" not in sets:
-        raise ValueError(f"{opened.name} has no training shards of its own: name some with --train")
+        raise ValueError(f"{opened.name} has no training shards of its own: name some with --train (suite: --data)")
     with _place(options, opened.config) as (device, world, precision):
         results: list[Result] = []
         for name, encoder, digest in _encoders(options, opened):
@@ -129,7 +129,8 @@ def _measure_one(
     from moco_fast.evaluation.cache import default_folder
     from moco_fast.evaluation.front import Plan, evaluate, why_not
 
-    is_transformer = hasattr(subject.encoder.backbone, "patch_embed")
+    # timm's vision transformers, and torchvision's.
+    is_transformer = any(hasattr(subject.encoder.backbone, name) for name in ("patch_embed", "conv_proj"))
     possible: list[Task] = []
     for task in (task.settled(run, is_transformer=is_transformer) for task in tasks):
         reason = why_not(task, subject) if leave_out else None
@@ -180,7 +181,15 @@ def _subject(
 
     from moco_fast.evaluation.inputs import Subject
 
-    data = DataConfig(shards="") if opened.config is None else replace(opened.config.data, shards="")
+    data = DataConfig(shards="") if opened.config is None else opened.config.data
+    # Of a run's options, those that mean nothing here, or on another device than its own, are left out.
+    data = replace(
+        data,
+        shards="",
+        stream_samples=None,
+        read_threads=None,
+        hw_decoder_load=data.hw_decoder_load if device.type == "cuda" else None,
+    )
     return Subject(
         encoder=encoder,
         digest=digest,

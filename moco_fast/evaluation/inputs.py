@@ -207,7 +207,7 @@ class CachedFeatures:
             stack.enter_context(self.cache.appearing(list(keys.values()), num_rows=len(samples), shapes=sizes))
         distributed.tell_all(None)  # The files are there.
         files = {layer: self._open(key) for layer, key in keys.items()}
-        row = len(samples) * world.rank // world.world_size
+        row = len(samples) * world.rank // world.world_size  # where the loader begins this rank's part
         num_broken = torch.zeros(1, dtype=torch.int64, device=subject.device)
         with subject.loader(split, samples) as loader, subject.autocast():
             batches = feature_batches(

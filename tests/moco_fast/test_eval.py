@@ -402,3 +402,20 @@ def test_the_api_refuses_what_is_no_option(finished_run: Path) -> None:
         moco_fast.evaluate("knn", finished_run, options={"bank": "shards"})
     with pytest.raises(ValueError, match="--seeds is 0"):
         moco_fast.evaluate("linear", finished_run, options={"seeds": 0})
+
+
+def test_what_a_run_said_of_its_gpu_is_not_asked_of_a_cpu(
+    finished_run: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moco_fast.encoders import open as opening
+
+    def opened_with(*arguments: Any, plain: Any = opening.open_encoder, **options: Any) -> Any:
+        opened = plain(*arguments, **options)
+        data = replace(opened.config.data, hw_decoder_load=0.5, read_threads=2, on_bad_sample="skip")
+        run = replace(opened.config.run, precision="tf32")
+        return replace(opened, config=replace(opened.config, data=data, run=run))
+
+    monkeypatch.setattr(opening, "open_encoder", opened_with)
+    settings = {"protocol": "v1", "epochs": 1, "batch_size": 32}
+    result = moco_fast.evaluate("linear", finished_run, settings=settings, options={"device": "cpu"})
+    assert (result.precision, result.device) == ("fp32", "cpu")
