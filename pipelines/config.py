@@ -60,7 +60,7 @@ class DataConfig:
     """`dali`: share of the JPEGs that the GPU's own engines decode; CUDA decodes the others. Unset: 0.9 where there are
     several engines (H100), 0.65 where there is one (A100)."""
     stream_samples: int | None = None
-    """Samples of an epoch, for a folder of tars that have no index: they are streamed as they are (torch backend),
+    """Samples per epoch, for a folder of tars that have no index: they are streamed as they are (torch backend),
     drawn with replacement, without exact resume or checksums. `make-shards index` gives all of that."""
 
     def __post_init__(self) -> None:

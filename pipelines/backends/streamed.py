@@ -51,9 +51,9 @@ class StreamPlan:
 
     tars: tuple[str, ...]
     num_samples: int
-    """Of an epoch, as the user says."""
+    """Samples per epoch, as the user says."""
     batch_size: int
-    """Samples of a global step."""
+    """Samples per global step."""
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -63,7 +63,7 @@ class StreamPlan:
 
     @property
     def num_steps(self) -> int:
-        """Steps of an epoch."""
+        """Steps per epoch."""
         return self.num_samples // self.batch_size
 
 

@@ -8,8 +8,8 @@ An epoch's order is made in four moves, each of which can be computed at any pla
 3. A lane is cut into windows of a few shards, and the samples of a window are shuffled.
 4. Place g of the epoch takes the next sample of lane g modulo the number of lanes; `batch_size` places make a step.
 
-So a step takes an equal slice of every lane, every rank takes equally many steps, less than one batch is dropped an
-epoch, and a seek costs as much as a step: one shuffled window a lane.
+So a step takes an equal slice of every lane, every rank takes equally many steps, less than one batch is dropped per
+epoch, and a seek costs as much as a step: one shuffled window per lane.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class OrderPlan:
     """
 
     shard_sizes: Indices
-    """(num_shards,) samples a shard."""
+    """(num_shards,) samples per shard."""
     seed: int
     """0 to 2**64 - 1."""
     batch_size: int

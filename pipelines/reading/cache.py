@@ -207,7 +207,7 @@ class CachedShardSet(RemoteShardSet):
                 return np.frombuffer(_index_of(self._copy(shard)).read_bytes(), dtype=RECORD, offset=len(header))
 
     def fetch(self, shard: int, *, cancel: threading.Event | None = None) -> None:
-        """Make sure that a shard is on this machine; whoever else wants it at the same time waits for the same copy.
+        """Make sure that a shard is on this machine; others that want it at the same time wait for the same copy.
 
         Args:
             shard: its number.
@@ -222,7 +222,7 @@ class CachedShardSet(RemoteShardSet):
             return
         copy.parent.mkdir(parents=True, exist_ok=True)
         with _part_of(copy) as (part, descriptor):
-            # Whoever held the lock before us may have wanted the same.
+            # The process that held the lock before us may have wanted the same.
             if not _touch(copy) and self._download(shard, descriptor, cancel or threading.Event()):
                 part.replace(copy)
 

@@ -1,8 +1,8 @@
 """Steps of a rank, while the shards of the coming ones are fetched: the order is known, and so is what comes next.
 
 A second walk through the steps runs ahead of the first as far as the rank's share of the cache reaches. What it has
-passed and the first has not is held; fetching is in that order, by a few threads. Nobody waits here: who needs a shard
-that is not there yet waits for it, or fetches it, in `CachedShardSet.open_shard`.
+passed and the first has not is held; fetching is in that order, by a few threads. Nothing here waits: a reader
+that needs a shard which is not there yet waits for it, or fetches it, in `CachedShardSet.open_shard`.
 """
 
 import logging
@@ -65,7 +65,7 @@ class FetchedSteps(Iterator[tuple[int, Indices]]):
         return next(self._steps)
 
     def advance(self) -> None:
-        """Note that a step is begun, for who has the steps from elsewhere."""
+        """Note that a step has begun, for a caller that gets the steps elsewhere."""
         if self._ahead is not None:
             self._ahead.advance()
 
@@ -158,5 +158,5 @@ class _Ahead:
             try:
                 self._copies[shard].fetch(cancel=self._is_closed)
             except (ValueError, OSError) as error:
-                # Whoever needs it tries again, and fails if that fails.
+                # The reader that needs it tries again, and fails if that fails.
                 _LOG.warning("not fetched ahead: %s", error)

@@ -1,7 +1,7 @@
 """Encoded batches, read ahead in a separate process.
 
 A process, because threads that read need the interpreter's lock at every sample, and beside a busy interpreter they
-wait for it; here the lock is needed a few times a batch. Shared memory, because a batch is megabytes.
+wait for it; here the lock is needed a few times per batch. Shared memory, because a batch is megabytes.
 """
 
 import pickle
@@ -89,7 +89,7 @@ class ReadAhead(Iterator[EncodedBatch]):
         return self._child.process.pid
 
     def interrupt(self) -> None:
-        """End the process, and let whoever waits for a batch raise ChannelClosed."""
+        """End the process, and let threads that wait for a batch raise ChannelClosed."""
         self._child.interrupt()
 
     def close(self) -> None:

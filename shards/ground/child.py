@@ -87,7 +87,7 @@ class Child:
         return WorkerDiedError(f"{self._what} {self.process.pid} was killed by {signal.Signals(-code).name}{hint}")
 
     def interrupt(self) -> None:
-        """Break the connection, which ends the process, and let whoever waits for a message raise ChannelClosed."""
+        """Break the connection, which ends the process, and let threads that wait for a message raise ChannelClosed."""
         self._is_interrupted = True
         # Closing would not wake a thread that reads.
         with suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as same:

@@ -228,6 +228,6 @@ def _clean_nodes(ray: Any, address: str, target: BucketTarget) -> None:
 
 def remove_copy(target: BucketTarget) -> None:
     """Remove this node's copy of a bucket's plan."""
-    # Whoever packs to the same place from that machine holds the lock.
+    # A process that packs to the same place from that machine holds the lock.
     with suppress(PackError, FileNotFoundError), locked(target.work / "lock", holder=target.out):
         shutil.rmtree(target.work)

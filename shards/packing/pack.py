@@ -77,7 +77,7 @@ def _refuse_target_inside(source: str, out: str) -> None:
 
 
 def _pack_part(config: PackConfig, target: Target, progress: ProgressBars) -> None:
-    """Write one part of the plan, beside others who write theirs. Whoever comes first makes the plan."""
+    """Write one part of the plan, beside other processes that write theirs. The first one makes the plan."""
     number, _, count = (config.part or "").partition("/")
     with (
         locked(target.work / "lock", shared=True, holder=config.out),

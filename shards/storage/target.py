@@ -132,7 +132,7 @@ class LocalTarget:
         return found
 
     def share_plan(self, plan: Path) -> None:
-        """Do nothing but check: whoever sees the folder has the plan."""
+        """Do nothing but check: a process that sees the folder has the plan."""
         assert plan.is_relative_to(self.work)
 
     def has_plan(self) -> bool:
@@ -153,7 +153,7 @@ class BucketTarget:
     """A prefix of a bucket. Shards are written to a local folder first, one for each worker at a time.
 
     Packers on several machines may write to one bucket without a lock: the first plan that arrives is everyone's, and
-    whoever writes a shard of it writes the same bytes.
+    any process that writes a shard of it writes the same bytes.
     """
 
     out: str
