@@ -132,9 +132,14 @@ class Loader:
 
 
 class ListLoader:
-    """Loader of given samples: their views, in the order in which they were given, once per iteration."""
+    """Loader of given samples: their views, in the order in which they were given, once per iteration.
+
+    Attributes:
+        replaced: what was wrong with each sample of the newest batch that another took the place of (`on_bad_sample`).
+    """
 
     def __init__(self, start: Callable[[], Stream], num_batches: int, device: torch.device) -> None:
+        self.replaced: tuple[str, ...] = ()
         self._start = start
         self._num_batches = num_batches
         self._device = device
@@ -153,6 +158,7 @@ class ListLoader:
             for _ in range(self._num_batches):
                 made = stream.get()
                 kept.add(*made.views)
+                self.replaced = made.replaced
                 yield _batch_of(made)
                 kept.mark()
         finally:
@@ -240,6 +246,7 @@ def open_loader(
     device: torch.device = _CPU,
     world: World = World(),
     shards: ShardSet | None = None,
+    divided: bool = True,
 ) -> ListLoader: ...
 
 
@@ -253,6 +260,7 @@ def open_loader(
     device: torch.device = _CPU,
     world: World = World(),
     shards: ShardSet | None = None,
+    divided: bool = True,
 ) -> Loader | ListLoader:
     """Open one rank's loader of a set: of epochs without end, or of given samples once.
 
@@ -260,14 +268,14 @@ def open_loader(
 
     Args:
         data: shards, global batch size, backend, and how the shards are read; all ranks give the same.
-        views: what is made of each sample: a ViewsConfig (such as `VIEWS["moco-v2"]`), or views one by one
-            (`central_crop`, `ten_crop`, or a ViewSpec each).
+        views: of each sample: a ViewsConfig (such as `VIEWS["moco-v2"]`), or ViewSpecs (`central_crop`, `ten_crop`).
         seed: of the order and of the views' random numbers, 0 to 2**64 - 1.
         samples: (n,) dense sample numbers, taken in this order. None: all samples of the set in every epoch, shuffled.
         epoch: whose random numbers the views of `samples` have; a loader of epochs starts with 0.
         device: where the views are wanted.
-        world: this process and how many share each batch. Of `samples`, every rank takes one contiguous part.
+        world: this process and how many share each batch.
         shards: the set that `data.shards` names, if it is open already.
+        divided: of `samples`, every rank takes one contiguous part; False: they are this rank's alone.
 
     Returns:
         a Loader: `for batch in loader` is an epoch, `state_dict` its place. With `samples`, a ListLoader.
@@ -292,8 +300,7 @@ def open_loader(
     (torch.Size([10, 3, 224, 224]), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """
     asked = _Asked(data=data, views=specs_of(views), seed=seed, device=device, world=world)
-    tars = tars_to_stream(data) if shards is None else ()
-    if tars:
+    if shards is None and (tars := tars_to_stream(data)):
         if samples is not None:
             raise ValueError(f"{data.shards} has no index, so its samples have no numbers: {_index_first(data)}")
         return _open_streamed(tars, asked)
@@ -302,7 +309,7 @@ def open_loader(
         refuse_unreadable(opened)
     if samples is None:
         return _open_epochs(opened, asked)
-    return _open_samples(opened, asked, np.asarray(samples, dtype=np.int64), epoch)
+    return _open_samples(opened, asked, np.asarray(samples, dtype=np.int64), epoch, divided=divided)
 
 
 def suited_to(data: DataConfig, shards: ShardSet) -> DataConfig:
@@ -404,8 +411,8 @@ def _open_epochs(shards: ShardSet, asked: _Asked) -> Loader:
     return Loader(plan, start, device=asked.device, description=backend.describe(plan.num_lanes))
 
 
-def _open_samples(shards: ShardSet, asked: _Asked, samples: Indices, epoch: int) -> ListLoader:
-    mine = _part_of(samples, asked.world, shards)
+def _open_samples(shards: ShardSet, asked: _Asked, samples: Indices, epoch: int, *, divided: bool) -> ListLoader:
+    mine = _part_of(samples, asked.world if divided else World(), shards)
     shards = cache_for_evaluation(shards, asked.data, mine, world=asked.world)
     batch_size = max(1, asked.data.batch_size // asked.world.world_size)
     backend = _Decoding.choose(shards, asked, max_batch=batch_size)

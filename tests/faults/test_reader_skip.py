@@ -101,3 +101,14 @@ def test_a_set_without_a_good_sample_ends_with_an_error(tmp_path):
     folder = write_shards(tmp_path / "hopeless", images)
     with pytest.raises(DamagedSampleError, match="cannot be decoded"):
         samples_of_an_epoch(folder, backend="torch")
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_a_loader_of_given_samples_says_batch_by_batch_what_was_replaced(flipped, backend):
+    data = DataConfig(shards=str(flipped), batch_size=10, num_threads=1, on_bad_sample="skip", backend=backend)
+    with open_loader(data, ViewsConfig(size=16), samples=np.arange(30), device=CPU) as loader:
+        said = [(batch.index.tolist(), loader.replaced) for batch in loader]
+    assert joined(index for index, _ in said) == [*range(9), 11, 11, *range(11, 29), 0]
+    for sample, (_, replaced) in zip((9, 10, 29), said, strict=True):
+        [reason] = replaced
+        assert f": sample {sample} (key" in reason

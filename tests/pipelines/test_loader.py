@@ -267,3 +267,13 @@ def test_stages_that_never_happen_are_left_out(small_shards):
     with open_small(small_shards, views=replace(VIEWS, query=none, key=none)) as loader:
         batch = next(iter(loader))
     assert batch.views[0].float().std() > 10
+
+
+def test_samples_that_are_not_divided_are_all_this_ranks(small_shards):
+    world, mine = World(rank=1, world_size=2, local_world_size=2), np.array([7, 3, 50, 4])
+    data = DataConfig(shards=str(small_shards), batch_size=6, num_threads=1)
+    found = [
+        [batch.index.tolist() for batch in open_loader(data, VIEWS, samples=mine, world=world, divided=divided)]
+        for divided in (True, False)
+    ]
+    assert found == [[[50, 4]], [[7, 3, 50], [4]]]
