@@ -1,16 +1,15 @@
 """What the commands and the Python API share: options of an evaluation, and tasks measured as they say."""
 
-import os
 import sys
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from moco_fast.commands.common import Device, choose_device, positive
+from moco_fast.commands.common import Device, positive
+from moco_fast.commands.place import Precision, data_of, place
 from moco_fast.evaluation.base import Split, Task
-from pipelines.config import Backend, DataConfig
+from pipelines.config import Backend
 
 if TYPE_CHECKING:
     import torch
@@ -25,10 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EvalOptions", "measure_all"]
 
-Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Baseline = Literal["untrained", "pixels"]
-
-_WEEK_S = 7 * 24 * 3600.0  # that ranks wait for the first one, while it measures alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +88,7 @@ def measure_all(
             sets[split] = open_set(path)
     if "train" not in sets:
         raise ValueError(f"{opened.name} has no training shards of its own: name some with --train (suite: --data)")
-    with _place(options, opened.config) as (device, world, precision):
+    with place(opened.config, device=options.device, precision=options.precision) as (device, world, precision):
         results: list[Result] = []
         for name, encoder, digest in _encoders(options, opened):
             subject = _subject(options, opened, encoder.to(device), digest, sets, device, world, precision)
@@ -181,15 +177,7 @@ def _subject(
 
     from moco_fast.evaluation.inputs import Subject
 
-    data = DataConfig(shards="") if opened.config is None else opened.config.data
-    # Of a run's options, those that mean nothing here, or on another device than its own, are left out.
-    data = replace(
-        data,
-        shards="",
-        stream_samples=None,
-        read_threads=None,
-        hw_decoder_load=data.hw_decoder_load if device.type == "cuda" else None,
-    )
+    data = data_of(opened.config, device)
     return Subject(
         encoder=encoder,
         digest=digest,
@@ -201,34 +189,3 @@ def _subject(
         world=world,
         precision=precision,
     )
-
-
-@contextmanager
-def _place(options: EvalOptions, run: "Config | None") -> "Generator[tuple[torch.device, World, str]]":
-    """Join the other processes, if there are any, and settle device and precision."""
-    import torch
-
-    from moco_fast.config import RunConfig
-    from moco_fast.training.runtime import allow_tf32, choose_precision, start
-    from pipelines.world import World
-
-    may_use_gpu = options.device != "cpu" and torch.cuda.is_available()
-    # A precision that only GPUs have was chosen for the run's.
-    of_run = run.run.precision if run is not None and may_use_gpu else "auto"
-    asked = options.precision or of_run
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        runtime = start(RunConfig(device=options.device, precision=asked, timeout_s=_WEEK_S))
-        try:
-            yield runtime.device, runtime.world, runtime.precision
-        finally:
-            runtime.close()
-        return
-    device = choose_device(options.device)
-    on_gpu = device.type == "cuda"
-    if asked in ("tf32", "fp16") and not on_gpu:
-        raise ValueError(f"--precision {asked} needs a GPU: on the CPU take fp32 or bf16")
-    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    precision, _ = choose_precision(asked, os.environ.get("ACCELERATE_MIXED_PRECISION"), has_bf16=has_bf16)
-    if on_gpu:
-        allow_tf32(precision == "tf32")
-    yield device, World(), precision
