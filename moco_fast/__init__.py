@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moco_fast.api import configure, evaluate, train
-    from moco_fast.embedding import Embeddings, embed
+    from moco_fast.embedding.api import Embeddings, embed
     from moco_fast.exporters.write import export
     from moco_fast.loading import load_encoder
     from pipelines.loader import open_loader
@@ -31,9 +31,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Embeddings": "moco_fast.embedding",
+    "Embeddings": "moco_fast.embedding.api",
     "configure": "moco_fast.api",
-    "embed": "moco_fast.embedding",
+    "embed": "moco_fast.embedding.api",
     "evaluate": "moco_fast.api",
     "export": "moco_fast.exporters.write",
     "load_encoder": "moco_fast.loading",

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import tyro
 
 from moco_fast.bench.cli import BenchConfig
+from moco_fast.commands.embed import Embed
 from moco_fast.commands.evaluate import eval_commands
 from moco_fast.commands.export import Export
 from moco_fast.commands.preview import Preview
 from moco_fast.commands.report import Report
+from moco_fast.commands.search import Search
 from moco_fast.meaning import refuse_renamed
 from moco_fast.training import process
 
@@ -52,6 +54,8 @@ class Eval:
 
 _Commands = (
     Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Embed, tyro.conf.subcommand("embed")]
+    | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Preview, tyro.conf.subcommand("preview")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Export, tyro.conf.subcommand("export")]

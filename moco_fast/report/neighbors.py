@@ -17,7 +17,7 @@ from pipelines.loader import open_loader, suited_to
 from shards.ground.arrays import Indices
 from shards.sets import ShardSet, open_set
 
-__all__ = ["Neighbor", "Query", "find_neighbors"]
+__all__ = ["Neighbor", "Query", "find_neighbors", "sample_pictures"]
 
 
 _PICTURE_SIDE = 96  # pixels
@@ -86,7 +86,7 @@ def find_neighbors(
         for encoder in (trained, untrained)
     ]
     side = min(_PICTURE_SIDE, config.views.size)
-    pictures_of = partial(_pictures, side=side, crop=config.eval.crop, data=config.data)
+    pictures_of = partial(sample_pictures, side=side, crop=config.eval.crop, data=config.data)
     query_pictures = pictures_of(held_out, asked)
     bank_pictures = pictures_of(bank, np.unique([n.sample for rows in near for row in rows for n in row]))
     show = partial(_show, pictures=bank_pictures, names=names)
@@ -157,8 +157,10 @@ def _first_of_each_class(shards: ShardSet, wanted: int) -> tuple[Indices, Indice
     return first[chosen].astype(np.int64), classes[chosen].astype(np.int64)
 
 
-def _pictures(shards: ShardSet, samples: Indices, *, side: int, crop: float, data: DataConfig) -> dict[int, Picture]:
-    """Central squares of some samples, by dense sample number."""
+def sample_pictures(
+    shards: ShardSet, samples: Indices, *, side: int, crop: float, data: DataConfig
+) -> dict[int, Picture]:
+    """Return central squares of some samples, by dense sample number."""
     pictures: dict[int, Picture] = {}
     with open_loader(
         replace(suited_to(data, shards), batch_size=64), central_crop(side, side=crop), samples=samples, shards=shards

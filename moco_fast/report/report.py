@@ -24,7 +24,7 @@ from moco_fast.report.record import RunRecord, read_run
 from moco_fast.report.words import configuration_table, environment_table, headline, tiles
 from shards.ground.files import write_whole
 
-__all__ = ["write_report"]
+__all__ = ["open_template", "write_report"]
 
 _NUM_NEIGHBORS = 6
 T = TypeVar("T")
@@ -62,7 +62,7 @@ def write_report(
     epoch = max(int(record.last["epoch"]) - 1, 0)
     samples, no_samples = _unless_missing(lambda: show_views(record.config, epoch=epoch, num_samples=num_samples))
     queries, no_queries = _unless_missing(lambda: _neighbors(record, device, num_samples, max_bank))
-    page = _template().render(
+    page = open_template("template.html").render(
         record=record,
         headline=headline(record),
         tiles=tiles(record),
@@ -87,9 +87,10 @@ def write_report(
     return path
 
 
-def _template() -> Template:
+def open_template(name: str) -> Template:
+    """Return a page of this folder; what it is given is escaped."""
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return page.from_string(Path(__file__).with_name("template.html").read_text(encoding="utf-8"))
+    return page.from_string(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
 def _unless_missing(make: Callable[[], list[T]]) -> tuple[list[T], str]:

@@ -13,7 +13,8 @@ from moco_fast.commands.report import Report
 from moco_fast.evaluation.registry import TASKS
 from pipelines.config import VIEWS, Color
 
-COMMANDS = ("eval", *(f"eval {task}" for task in (*TASKS, "suite", "paper")), "preview", "report", "export", "bench")
+COMMANDS = ("eval", *(f"eval {task}" for task in (*TASKS, "suite", "paper")))
+COMMANDS += ("embed", "search", "preview", "report", "export", "bench")
 
 
 @pytest.mark.parametrize("words", ["", *COMMANDS])
@@ -47,7 +48,7 @@ def test_an_unknown_command_is_refused_with_those_that_are_known(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(words)
-    assert ("knn" if words[:1] == ["eval"] else "eval, preview") in capsys.readouterr().err
+    assert ("knn" if words[:1] == ["eval"] else "eval, embed") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
