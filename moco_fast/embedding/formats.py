@@ -2,8 +2,8 @@
 
     x.parquet        index, key, source, label, class_name, vector (fixed-size list); its metadata hold the header
     x/               a folder of part-*.parquet with the same columns, damaged.jsonl and embeddings.json, the header
-    x.npy            (N, D) alone; x.csv beside it has the other columns, x.json the header
-    x.safetensors    values (N, D), label (N,), index (N,); x.csv and x.json as beside .npy
+    x.npy            (N, D) alone; x.npy.csv beside it has the other columns, x.npy.json the header
+    x.safetensors    values (N, D), label (N,), index (N,); files beside it as beside .npy
 
 Files beside another are written first: where x.npy is, all of it is there.
 """
@@ -85,17 +85,17 @@ def needs_pyarrow(what: str) -> None:
 
 def names_beside(out: Path) -> Path:
     """Return where the columns beside a file of arrays are."""
-    return out.with_suffix(".csv")
+    return out.with_name(f"{out.name}.csv")
 
 
 def header_beside(out: Path) -> Path:
     """Return where the header of a file of arrays is."""
-    return out.with_suffix(".json")
+    return out.with_name(f"{out.name}.json")
 
 
 def damaged_beside(out: Path) -> Path:
     """Return where images without a vector are listed, if there are any."""
-    return out.with_suffix(".damaged.jsonl") if out.suffix else out / "damaged.jsonl"
+    return out.with_name(f"{out.name}.damaged.jsonl") if out.suffix else out / "damaged.jsonl"
 
 
 def _table(rows: Rows, class_names: Sequence[str]) -> dict[str, list[Any]]:

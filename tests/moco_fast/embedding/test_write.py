@@ -62,7 +62,7 @@ def read(path: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
     names = ("index", "key", "source", "label", "class_name")
     if path.suffix in (".npy", ".safetensors"):
         values = np.load(path) if path.suffix == ".npy" else load_file(path)["values"]
-        with path.with_suffix(".csv").open(newline="") as file:
+        with path.with_name(f"{path.name}.csv").open(newline="") as file:
             rows = [
                 {
                     name: value if name not in ("index", "label") else int(value) if value else None
@@ -335,11 +335,11 @@ def test_damaged_samples_have_no_vector_and_are_listed(
     assert [row["index"] for row in left] == np.flatnonzero(keep).tolist()
     assert [row["label"] for row in left] == [row["label"] for row in rows if row["index"] != 20]
     np.testing.assert_array_equal(values, sound[keep])
-    [line] = (tmp_path / "damaged.damaged.jsonl").read_text().splitlines()
+    [line] = (tmp_path / "damaged.parquet.damaged.jsonl").read_text().splitlines()
     listed = json.loads(line)
     assert (listed["index"], listed["key"], listed["source"]) == (20, int(rows[20]["key"]), rows[20]["source"])
     assert "do not match their crc32c" in listed["reason"]
-    assert not (tmp_path / "sound.damaged.jsonl").exists()
+    assert not (tmp_path / "sound.parquet.damaged.jsonl").exists()
     found = moco_fast.embed(moco_fast.load_encoder(finished_run), damaged, device="cpu")
     assert (len(found), len(found.names), len(found.rejected)) == (71, 71, 1)
 
@@ -369,7 +369,7 @@ def test_a_folder_is_packed_on_the_fly_and_only_once(
     assert [Path(row["source"]).name for row in rows] == [f"{number}.png" for number in range(9)]
     assert [row["label"] for row in rows] == [None] * 9
     np.testing.assert_allclose(np.linalg.norm(values, axis=1), 1, atol=1e-5)
-    [line] = (tmp_path / "x.damaged.jsonl").read_text().splitlines()
+    [line] = (tmp_path / "x.parquet.damaged.jsonl").read_text().splitlines()
     assert "broken.jpg: damaged" in json.loads(line)["reason"]
     assert main(command(finished_run, images, out)) == 0
     assert "were there already" in capsys.readouterr().out
@@ -386,3 +386,15 @@ def test_vectors_that_are_not_finite_are_refused(finished_run: Path, packed_demo
     with pytest.raises(ValueError, match="the encoder's output is not finite: it has diverged"):
         write_embeddings(replace(order, vectors=replace(order.vectors, normalize=True), out=tmp_path / "y.npy"))
     assert not list(tmp_path.glob("*.npy"))
+
+
+def test_embeddings_of_one_name_and_other_formats_do_not_touch_each_other(
+    finished_run: Path, packed_demo: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "x.csv").write_text("a user's own")
+    assert main(command(finished_run, packed_demo.val, tmp_path / "x.npy")) == 0
+    before = contents(tmp_path / "x.npy")
+    assert main(command(finished_run, packed_demo.val, tmp_path / "x.safetensors", "--layer", "head")) == 0
+    assert before.items() <= contents(tmp_path / "x.npy").items()
+    assert open_index(tmp_path / "x.npy").header["dim"] == 128
+    assert open_index(tmp_path / "x.safetensors").header["dim"] == 16
