@@ -1,1 +1,1 @@
-"""Methods: what a step compares, and the parts it is made of."""
+"""Training methods and the parts that they are made of."""

@@ -1,8 +1,8 @@
-"""Method: what a run trains by, as one object that everything else asks. Free of torch until it builds.
+"""Interface of a training method. Does not import torch until it builds.
 
-A method is a frozen dataclass of its options, which the command line shows under `--method`. It names what it watches
-and how the report shows it, says how often it backpropagates per batch, and builds its head and its objective. The
-loop, the checkpoint, the metrics, the report and the bench know these classes and no method by name.
+A method is a frozen dataclass of its options, which the command line shows under `--method`. It names the values it
+watches and how the report shows them, gives the number of backward passes per batch, and builds its head and its
+objective. The loop, the checkpoint, the metrics, the report and the bench use these classes and know no method by name.
 """
 
 import math
@@ -41,12 +41,12 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Autocast = Callable[[], AbstractContextManager[object]]
 BatchStatistics = Literal["auto", "exchange", "virtual", "gather", "sync", "none"]
-"""The choices of --bn.policy."""
+"""Choices of `--bn.policy`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """A value to compare a chart's curves with."""
+    """Reference value drawn in a chart."""
 
     value: float
     label: str
@@ -54,66 +54,66 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A chart of the report: one watched number or two, with the words around them."""
+    """Chart of the report: one or two watched values, with title and caption."""
 
     title: str
     caption: str
     curves: Mapping[str, str]
-    """Name of a number in metrics.jsonl -> what its curve is called; a single curve needs no name."""
+    """Name of a value in metrics.jsonl -> label of its curve; a single curve needs no label."""
     about: Literal["learning", "health"] = "learning"
-    """The part of the report that it belongs to."""
+    """Section of the report."""
     level: Level | None = None
     percent: bool = False
-    """Values are shares."""
+    """Whether values are fractions, shown as percentages."""
     from_zero: bool = False
-    """The vertical axis starts at 0."""
+    """Whether the vertical axis starts at 0."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pass:
-    """One backward pass of a batch, before it is made."""
+    """Loss of one backward pass of a batch, before it is backpropagated."""
 
     loss: "Tensor"
-    """() with gradient."""
+    """(), with gradient."""
     watched: "Mapping[str, Tensor]"
-    """What the method watches, each () without gradient, this rank's own."""
+    """Values that the method watches: () each, without gradient, of this rank only."""
     afterwards: Callable[[], object] = lambda: None
-    """Called once all backward passes of the batch are over: a queue takes in keys here."""
+    """Called after all backward passes of the batch; a queue enqueues its keys here."""
 
 
 class Encode(Protocol):
     """The query encoder as the step calls it: in the run's precision, its gradients averaged over ranks."""
 
     def __call__(self, images: "Tensor", /) -> "Tensor":
-        """Images (B, 3, H, W) uint8 -> (B, dim), what the predictor makes, or the head if there is none."""
+        """Images (B, 3, H, W) uint8 -> (B, dim), the predictor's output, or the head's if there is no predictor."""
         ...
 
     def with_projection(self, images: "Tensor", /) -> "tuple[Tensor, Tensor]":
-        """Return the same, and what the head makes: (B, dim) each."""
+        """Return the same output and the head's: (B, dim) each."""
         ...
 
 
 class Clock(Protocol):
-    """Takes the time of a step's parts (moco_fast.bench.clock.PartClock)."""
+    """Clock for the parts of a step (moco_fast.bench.clock.PartClock)."""
 
     def part(self, name: str) -> AbstractContextManager[object]:
-        """Return a context: what is done within is part `name`."""
+        """Return a context whose duration is counted as part `name`."""
         ...
 
     def timed(self, name: str, function: Callable[P, T]) -> Callable[P, T]:
-        """Return `function`, every call of which is part `name`."""
+        """Wrap `function` so that each call is counted as part `name`."""
         ...
 
 
 class Objective(Protocol):
-    """A method at work: its modules, and the losses of a batch. Knows no device, and ranks only through collectives.
+    """Modules of a method and the losses of a batch. Independent of the device; sees other ranks only by collectives.
 
-    Its collectives are over when a pass is given out: none may run beside those of the backward pass.
+    Its collectives must have finished before it yields a pass: none may overlap those of the backward pass.
     """
 
     @property
     def modules(self) -> "Mapping[str, nn.Module]":
-        """What a checkpoint keeps beside the query encoder, by the first part of its tensors' names."""
+        """Modules that a checkpoint keeps besides the query encoder, by the prefix of their tensors' names."""
         ...
 
     @property
@@ -122,73 +122,73 @@ class Objective(Protocol):
         ...
 
     def advance(self, scheduled: Mapping[str, float], /) -> None:
-        """Get ready for an optimizer step, before its first batch, with the numbers of `Method.scheduled`."""
+        """Prepare for an optimizer step, before its first batch, with the values of `Method.scheduled`."""
         ...
 
     def passes(self, encode: Encode, views: "tuple[Tensor, ...]", index: "Tensor", /) -> Iterator[Pass]:
-        """Compute the losses of a batch, one for each of `num_passes` backward passes.
+        """Yield the losses of a batch, one for each of `num_passes` backward passes.
 
-        Each is backpropagated before the next is asked for, so that the activations of one are alive at a time.
+        Each is backpropagated before the next is requested, so that only one pass's activations are alive at a time.
 
         Args:
             encode: the query encoder.
-            views: (B, 3, H, W) uint8 each, of the same samples: those of `Method.views_of`.
+            views: (B, 3, H, W) uint8 each, of the same samples, as `Method.views_of` lists them.
             index: (B,) int64 dense sample numbers, on the host.
         """
         ...
 
     def on_a_clock(self, clock: Clock, /) -> "Objective":
-        """Return the same objective with its parts on `clock`; this one is left as it is."""
+        """Return the same objective with its parts timed by `clock`; this one is not changed."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a run gives to the method that it builds."""
+    """Everything a method needs from the run to build its objective."""
 
     query: "Encoder"
-    """The query encoder, as it is before the first step, on the run's device and not wrapped."""
+    """The query encoder before the first step, on the run's device and not wrapped."""
     policy: "KeyPolicy"
-    """Among which samples keys are computed."""
+    """Decides among which samples keys are computed."""
     autocast: Autocast = nullcontext
-    """Makes the context that chooses the precision of a forward pass."""
+    """Returns the context that sets the precision of a forward pass."""
     lower_precision: "torch.dtype | None" = None
-    """Of autocast, where it is lower than the weights'."""
+    """Dtype of autocast where it is lower than that of the weights, else None."""
     compile: "Callable[[nn.Module], object]" = lambda _: None
     """Compiles an encoder, if the run compiles."""
     num_samples: int
-    """Samples of the training set."""
+    """Number of samples in the training set."""
     seed: int
-    """Of the run."""
+    """Seed of the run."""
     device: "torch.device"
     available_bytes: int
-    """Memory that is free on the device."""
+    """Free memory on the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """Options that all methods have, and what everything else asks of one."""
+    """Base class of all methods: their common options, and the interface that the rest of the code uses."""
 
     dim: int
     """Size of the head's output."""
 
     name: ClassVar[str]
-    """The method's name in `METHODS`; config.json keeps it."""
+    """The method's name in `METHODS`, also written to config.json."""
     num_views: ClassVar[int] = 2
-    """Large views of a sample that it looks at, from the first on."""
+    """Number of large views used per sample, starting with the first."""
     takes_small_views: ClassVar[bool] = False
-    """It trains on small views beside them, too (multi-crop)."""
+    """Whether the method also trains on small views (multi-crop)."""
     needs_sample_numbers: ClassVar[bool] = False
-    """It must know which sample is which."""
+    """Whether the method needs the dense sample number of each image."""
     bn_policies: ClassVar[tuple[BatchStatistics, ...]] = ("auto", "exchange", "virtual", "gather", "sync", "none")
-    """What --bn.policy may be beside it."""
+    """Values of `--bn.policy` that the method supports."""
     constant_lr: ClassVar[tuple[str, ...]] = ()
     """Parts of the query encoder (`predictor`) whose learning rate stays at its peak."""
 
     @property
     @abstractmethod
     def watched(self) -> tuple[str, ...]:
-        """Names of what `Pass.watched` holds."""
+        """Names of the values in `Pass.watched`."""
 
     @property
     def backward_passes(self) -> int:
@@ -196,14 +196,14 @@ class Method(ABC):
         return 1
 
     def validate(self) -> None:
-        """Refuse options that cannot work. Raises ValueError: with the option, its value and what would work."""
+        """Check the options. Raises ValueError: an option cannot work; the message says which values do."""
         refuse_unless_above_zero({"dim": self.dim})
 
     def views_of(self, views: "ViewsConfig", /) -> "tuple[ViewSpec, ...]":
-        """Return the views that it looks at, so that a loader makes no others.
+        """Return the views that the method uses, so that the loader makes no others.
 
         Raises:
-            ValueError: there are small views, and it does not train on them.
+            ValueError: small views are configured, but the method does not train on them.
         """
         if not views.num_small:
             return views.specs[: self.num_views]
@@ -215,22 +215,22 @@ class Method(ABC):
         return views.specs
 
     def scheduled(self, step: int, num_steps: int, /) -> dict[str, float]:
-        """Return the method's numbers for optimizer step `step` (from 0) of `num_steps`; they are logged, too."""
+        """Return the scheduled values for optimizer step `step` (from 0) of `num_steps`; they are also logged."""
         del step, num_steps
         return {}
 
     @abstractmethod
     def charts(self, batch_size: int, num_small: int = 0, /) -> tuple[Chart, ...]:
-        """Say how the report shows the loss and what is watched.
+        """Return the report's charts of the loss and the watched values.
 
         Args:
-            batch_size: samples of a global batch.
-            num_small: small views of each.
+            batch_size: samples in a global batch.
+            num_small: small views per sample.
         """
 
     @abstractmethod
     def note(self, line: Mapping[str, float], /) -> str:
-        """Say in a few words what a line of metrics.jsonl tells beside its loss."""
+        """Summarize a line of metrics.jsonl, apart from its loss, in a few words."""
 
     @abstractmethod
     def build_head(self, feature_dim: int, *, is_transformer: bool) -> "tuple[nn.Module, nn.Module | None]":
@@ -241,31 +241,31 @@ class Method(ABC):
 
     @abstractmethod
     def build(self, setting: Setting, /) -> Objective:
-        """Build the objective; equal on all ranks. Raises ValueError: what it needs does not fit."""
+        """Build the objective, equal on all ranks. Raises ValueError: it does not fit into memory."""
 
 
 def momentum_at(step: int, num_steps: int, start: float, schedule: Literal["constant", "cosine"]) -> float:
-    """The paper's m at optimizer step `step` (from 0): constant, or from `start` to 1 by a cosine (MoCo v3, BYOL)."""
+    """Return m at optimizer step `step` (from 0): constant, or a cosine from `start` to 1 (MoCo v3, BYOL)."""
     if schedule == "constant":
         return start
     return 1 - (1 - start) * (1 + math.cos(math.pi * step / num_steps)) / 2
 
 
 def refuse_unless_above_zero(values: Mapping[str, float]) -> None:
-    """Refuse a method's options that are not above 0. Raises ValueError: with the first of them."""
+    """Check that a method's options are above 0. Raises ValueError: names the first that is not."""
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"--method.{name.replace('_', '-')} is {value}, but must be above 0")
 
 
 def refuse_unless_average(name: str, value: float) -> None:
-    """Refuse the momentum of a moving average that is none. Raises ValueError: with the option and its value."""
+    """Check the momentum of a moving average. Raises ValueError: it is not between 0 and 1."""
     if not 0 <= value <= 1:
-        raise ValueError(f"--method.{name} is {value}, but a moving average needs a value from 0 to 1")
+        raise ValueError(f"--method.{name} is {value}, but the momentum of a moving average must be between 0 and 1")
 
 
 def spread_chart(dim: int, what: str) -> Chart:
-    """Chart `feature_std` of unit vectors (B, dim)."""
+    """Return the chart of `feature_std` of unit vectors (B, dim)."""
     return Chart(
         title=f"Spread of the {what}",
         caption=f"Standard deviation of the normalized {what}, averaged over their dimensions. Near 0 is collapse.",

@@ -1,4 +1,4 @@
-"""Batch norm with other statistics than one rank's whole batch: of virtual groups, or of all ranks."""
+"""Batch norm with the statistics of virtual groups, or of all ranks, instead of one rank's whole batch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def batch_norm_in_groups(layer: _BatchNorm, inputs: Tensor, num_groups: int) -> Tensor:
-    """Batch norm with statistics for each of `num_groups` runs of neighboring samples: (B, C, ...) -> (B, C, ...).
+    """Apply batch norm separately to `num_groups` groups of neighboring samples: (B, C, ...) -> (B, C, ...).
 
     Running statistics take one step of the layer's momentum toward the mean of the groups' statistics, as in the
     authors' SplitBatchNorm.
@@ -50,7 +50,7 @@ def batch_norm_in_groups(layer: _BatchNorm, inputs: Tensor, num_groups: int) -> 
 
 
 def batch_norm_over_ranks(layer: _BatchNorm, inputs: Tensor) -> Tensor:
-    """Batch norm with statistics of all ranks' batches, which must be equally large: (B, C, ...) -> (B, C, ...)."""
+    """Apply batch norm with statistics of all ranks' batches, equal in size: (B, C, ...) -> (B, C, ...)."""
     assert layer.momentum is not None, "cumulative averages are not supported"
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
@@ -75,7 +75,7 @@ def batch_norm_over_ranks(layer: _BatchNorm, inputs: Tensor) -> Tensor:
 
 
 class _OtherStatistics(_BatchNorm):
-    """Mixed in before a kind of batch norm: other statistics in training, the layer itself in evaluation."""
+    """Mixin for batch norm layers: other statistics in training, the unchanged layer in evaluation."""
 
     normalize: Callable[[_BatchNorm, Tensor], Tensor]
 
@@ -108,7 +108,7 @@ _CONVERTED: dict[type[nn.Module], type[_OtherStatistics]] = {
 
 
 def convert_batch_norm(encoder: nn.Module, bn: BatchNormConfig) -> None:
-    """Give the encoder the batch statistics that the policy needs, in place; most policies need none but its own."""
+    """Convert the encoder's batch norms to the statistics that the policy needs, in place; most need no change."""
     policy = resolve_policy(bn)
     if policy == "virtual":
         use_group_statistics(encoder, bn.num_groups)
@@ -117,22 +117,22 @@ def convert_batch_norm(encoder: nn.Module, bn: BatchNormConfig) -> None:
 
 
 def use_group_statistics(encoder: nn.Module, num_groups: int) -> None:
-    """Make every batch norm of `encoder` normalize `num_groups` runs of neighboring samples apart, in place.
+    """Make every batch norm of `encoder` normalize `num_groups` groups of neighboring samples separately, in place.
 
-    Parameters, buffers, hooks and the keys of the state dict stay; evaluation is not changed.
+    Parameters, buffers, hooks and the keys of the state dict stay the same; evaluation does not change.
 
     Raises:
-        ValueError: a kind of batch norm that we cannot convert.
+        ValueError: the encoder has a batch norm of a type that cannot be converted.
     """
     _convert(encoder, partial(batch_norm_in_groups, num_groups=num_groups))
 
 
 def use_statistics_of_all_ranks(encoder: nn.Module) -> None:
-    """Make every batch norm of `encoder` normalize by statistics of the global batch (SyncBN), in place.
+    """Make every batch norm of `encoder` use the statistics of the global batch (SyncBN), in place.
 
-    Works on the CPU too, and with timm's layers, unlike torch's own conversion. See `use_group_statistics`.
+    Unlike torch's own conversion, it also works on the CPU and with timm's layers. See `use_group_statistics`.
     """
-    # Its collectives stay as they are: compiled code ends before them and goes on after them.
+    # Collectives are not compiled: the graph breaks before them and resumes after them.
     eager = torch.compiler.disable(batch_norm_over_ranks)
     _convert(encoder, cast("Callable[[_BatchNorm, Tensor], Tensor]", eager))
 
@@ -143,17 +143,18 @@ def _convert(encoder: nn.Module, normalize: Callable[[_BatchNorm, Tensor], Tenso
             continue
         if type(layer) not in _CONVERTED:
             raise ValueError(
-                f"{name} is a {type(layer).__name__}, which knows neither virtual groups nor synchronized statistics: "
-                "choose another encoder, or several ranks and the exchange policy"
+                f"{name} is a {type(layer).__name__}, which supports neither virtual groups nor synchronized "
+                "statistics: choose another encoder, or train on several ranks with --bn.policy exchange"
             )
         layer.__class__ = _CONVERTED[type(layer)]
         cast("_OtherStatistics", layer).normalize = normalize
 
 
 def average_batch_statistics(encoder: nn.Module) -> None:
-    """Replace running means and variances by their means over ranks: before evaluation and saving.
+    """Average running means and variances over ranks; called before evaluation and saving.
 
-    Training keeps them apart (no buffer is broadcast), so ranks would otherwise evaluate slightly different encoders.
+    They differ between ranks during training (no buffer is broadcast), so each rank would otherwise evaluate a slightly
+    different encoder.
     """
     layers = [layer for layer in encoder.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
     distributed.average_(getattr(layer, name) for layer in layers for name in ("running_mean", "running_var"))

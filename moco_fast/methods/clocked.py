@@ -1,4 +1,4 @@
-"""Shells that put the parts of an objective on a clock: the same parts, timed from outside."""
+"""Wrappers that time the parts of an objective from outside."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,57 +18,57 @@ __all__ = ["ClockedDictionary", "ClockedKeys", "ClockedPolicy"]
 
 @dataclass(frozen=True, eq=False)
 class ClockedKeys:
-    """A source of keys, as `momentum update` and `key forward`."""
+    """Source of keys, timed as `momentum update` and `key forward`."""
 
     keys: "KeySource"
     clock: Clock
 
     def advance(self, scheduled: Mapping[str, float], /) -> None:
-        """Advance, timed."""
+        """Advance the key encoder."""
         with self.clock.part("momentum update"):
             self.keys.advance(scheduled)
 
     def __call__(self, encode: Encode, images: Tensor, index: Tensor, /) -> Tensor:
-        """Make keys, timed."""
+        """Compute the keys."""
         with self.clock.part("key forward"):
             return self.keys(encode, images, index)
 
     def on_a_clock(self, _clock: Clock, /) -> "ClockedKeys":
-        """Return itself: it is on one."""
+        """Return itself, which is already timed."""
         return self
 
 
 @dataclass(frozen=True, eq=False)
 class ClockedPolicy:
-    """A policy, as `exchange`."""
+    """Shuffling policy, timed as `exchange`."""
 
     policy: "KeyPolicy"
     clock: Clock
 
     def shuffle(self, images: Tensor) -> Tensor:
-        """Shuffle, timed."""
+        """Shuffle the key images."""
         with self.clock.part("exchange"):
             return self.policy.shuffle(images)
 
     def unshuffle(self, keys: Tensor) -> Tensor:
-        """Undo it, timed."""
+        """Undo the shuffle."""
         with self.clock.part("exchange"):
             return self.policy.unshuffle(keys)
 
 
 @dataclass(frozen=True, eq=False)
 class ClockedDictionary:
-    """A dictionary, as `loss` and `gather and enqueue`."""
+    """Dictionary, timed as `loss` and `gather and enqueue`."""
 
     dictionary: "Dictionary"
     clock: Clock
 
     def contrast(self, queries: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compare, timed."""
+        """Compute the loss."""
         with self.clock.part("loss"):
             return self.dictionary.contrast(queries, keys, temperature)
 
     def take_in(self, queries: Tensor, keys: Tensor, index: Tensor, /) -> None:
-        """Take in, timed."""
+        """Enqueue the keys."""
         with self.clock.part("gather and enqueue"):
             self.dictionary.take_in(queries, keys, index)

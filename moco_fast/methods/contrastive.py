@@ -1,4 +1,4 @@
-"""Contrastive methods: what momentum contrast, the memory bank and end-to-end have in common. Free of torch."""
+"""Base classes of the contrastive methods: momentum contrast, memory bank, end-to-end. Does not import torch."""
 
 import math
 from abc import abstractmethod
@@ -16,7 +16,7 @@ __all__ = ["Contrastive", "PlainHead"]
 
 @dataclass(frozen=True, kw_only=True)
 class Contrastive(Method):
-    """InfoNCE: a query is told apart from all keys but its own."""
+    """Base of methods trained by InfoNCE, which classifies each query as its own key among all candidates."""
 
     dim: int = 128
     """Size of a query or key."""
@@ -25,27 +25,27 @@ class Contrastive(Method):
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """What `info_nce` watches, and how far the queries spread."""
+        """Names of the values that `info_nce` returns, and the spread of the queries."""
         return ("accuracy", "similarity_positive", "similarity_negative", "feature_std")
 
     @property
     def loss_scale(self) -> float:
-        """Factor of the loss."""
+        """Factor that the loss is multiplied by."""
         return 1.0
 
     @abstractmethod
     def num_choices(self, batch_size: int, /) -> int:
-        """Count the keys that a query is told apart from, its own included, in a global batch of so many samples."""
+        """Return the number of candidate keys per query, its own included, for a global batch of `batch_size`."""
 
     def validate(self) -> None:
-        """Refuse options that cannot work. Raises ValueError: with the option, its value and what would work."""
+        """Check the options. Raises ValueError: an option cannot work; the message says which values do."""
         super().validate()
         refuse_unless_above_zero({"temperature": self.temperature})
 
     def charts(self, batch_size: int, num_small: int = 0, /) -> tuple[Chart, ...]:
-        """Show the loss beside that of one who guesses, the accuracy, both similarities and the spread."""
+        """Return charts of the loss (with the level of guessing), the accuracy, both similarities and the spread."""
         num_choices = self.num_choices(batch_size)
-        # The mean over small views is added with the weight of a large one.
+        # The mean over small views has the weight of one large view.
         num_terms = self.backward_passes * (2 if num_small else 1)
         guessing = num_terms * self.loss_scale * math.log(num_choices)
         about_loss = [f"Finding the key of the same sample among {num_choices:,}.", self._about_loss()]
@@ -76,23 +76,23 @@ class Contrastive(Method):
         )
 
     def note(self, line: Mapping[str, float], /) -> str:
-        """Say how often the own key is the most similar."""
+        """Return how often a query's own key is the most similar one."""
         return f"own key first in {100 * line['accuracy']:.1f}% of the queries"
 
     def _about_loss(self) -> str:
-        """Return a sentence more about the loss, if there is one."""
+        """Return an additional sentence about the loss, or an empty string."""
         return ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlainHead(Contrastive):
-    """Contrastive methods whose queries and keys come out of a head without batch norm."""
+    """Base of contrastive methods whose head has no batch norm."""
 
     head: Literal["linear", "mlp"] = "mlp"
-    """Projection on top of the encoder: one linear layer (v1), or linear, ReLU, linear (v2)."""
+    """Projection head: `linear` is one linear layer (v1), `mlp` is linear, ReLU, linear (v2)."""
 
     def build_head(self, feature_dim: int, *, is_transformer: bool) -> "tuple[nn.Module, nn.Module | None]":
-        """Build the projection; there is no predictor."""
+        """Build the projection head; there is no predictor."""
         del is_transformer
         from moco_fast.methods.heads import linear_head, mlp_head
 

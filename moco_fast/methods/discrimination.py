@@ -1,4 +1,4 @@
-"""Instance discrimination: each query's own key is told from those in a dictionary (MoCo v1, algorithm 1; v3's)."""
+"""Instance discrimination, the objective of all contrastive methods (MoCo v1 and v3, algorithm 1)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,26 +19,26 @@ __all__ = ["Discrimination"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Discrimination:
-    """The objective of every contrastive method, made of where keys come from and what they are told from."""
+    """Objective of every contrastive method, composed of a source of keys and a dictionary."""
 
     keys: KeySource
     dictionary: Dictionary
-    """On the device, and the same on all ranks."""
+    """Dictionary on the device, the same on all ranks."""
     temperature: float
     loss_scale: float = 1.0
-    """Multiplies the loss (2 * temperature in MoCo v3)."""
+    """Factor of the loss (2 * temperature in MoCo v3)."""
     num_passes: int = 1
-    """2: the views change roles in the second backward pass. Both meet the same dictionary."""
+    """2: the views swap roles in the second backward pass. Both passes use the same dictionary."""
     modules: Mapping[str, nn.Module] = field(default_factory=dict[str, nn.Module])
 
     def advance(self, scheduled: Mapping[str, float], /) -> None:
-        """Move the key encoder, if there is one."""
+        """Update the key encoder, if there is one."""
         self.keys.advance(scheduled)
 
     def passes(self, encode: Encode, views: tuple[Tensor, ...], index: Tensor, /) -> Iterator[Pass]:
-        """Compare queries of one view with keys of the other; a bank's keys need no view.
+        """Yield the loss of one view's queries against the other view's keys; a bank's keys need no view.
 
-        Small views are queries of the last pass, and are compared with the keys of all.
+        Small views are queries in the last pass only, compared with the keys of all large views.
         """
         large, small = views[:2], views[2:]
         keys: list[Tensor] = []
@@ -60,9 +60,9 @@ class Discrimination:
         )
 
     def _loss_of_small(self, encode: Encode, views: Sequence[Tensor], keys: Sequence[Tensor]) -> Tensor:
-        """Return the mean loss of the small views, for each large view's keys, added up.
+        """Return the mean loss of the small views, summed over the large views' keys.
 
-        Not for keys of the same batch as a dictionary: each would be its own negative.
+        Not for a dictionary of the same batch's keys: each key would be its own negative.
         """
         queries = unit_vectors(encode(_interleaved(views)))  # (B * n, D)
         own_keys = [of_view.repeat_interleave(len(views), dim=0) for of_view in keys]  # (B * n, D) each
@@ -70,15 +70,15 @@ class Discrimination:
         return torch.stack(losses).sum() * self.loss_scale
 
     def on_a_clock(self, clock: Clock, /) -> "Discrimination":
-        """Parts: momentum update, key forward, exchange, loss, gather and enqueue."""
+        """Time the parts momentum update, key forward, exchange, loss, gather and enqueue."""
         keys = ClockedKeys(self.keys.on_a_clock(clock), clock)
         return replace(self, keys=keys, dictionary=ClockedDictionary(self.dictionary, clock))
 
 
 def _interleaved(views: Sequence[Tensor]) -> Tensor:
-    """Turn n views (B, 3, H, W) into one batch (B * n, 3, H, W), channels_last, in which a sample's are neighbors.
+    """Interleave n views (B, 3, H, W) into one channels_last batch (B * n, 3, H, W), a sample's views side by side.
 
-    So virtual groups of a batch hold the same samples' small views as they hold large ones.
+    A virtual group then holds the small views of the same samples as its large views.
     """
     rows = torch.stack([view.permute(0, 2, 3, 1) for view in views], dim=1)  # (B, n, H, W, 3)
     return rows.flatten(0, 1).permute(0, 3, 1, 2)

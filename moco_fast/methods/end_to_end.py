@@ -1,4 +1,4 @@
-"""End-to-end: keys of the query encoder itself, with gradients, told from those of the batch (MoCo v1, figure 2a)."""
+"""End-to-end contrast: keys of the query encoder itself, with gradients (MoCo v1, figure 2a)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,18 +11,18 @@ __all__ = ["EndToEnd"]
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEnd(PlainHead):
-    """Keys of the query encoder itself, with gradients, told from those of the same batch."""
+    """Keys of the query encoder itself, with gradients; negatives are the other keys of the batch."""
 
     name: ClassVar[str] = "end-to-end"
     # `gather` carries no gradients, which the keys need.
     bn_policies: ClassVar[tuple[BatchStatistics, ...]] = ("auto", "exchange", "virtual", "sync", "none")
 
     def num_choices(self, batch_size: int, /) -> int:
-        """Count the keys of the batch."""
+        """Return the number of keys in the batch."""
         return batch_size
 
     def build(self, setting: Setting, /) -> Objective:
-        """Build what has no state of its own."""
+        """Build the objective, which has no state of its own."""
         from moco_fast.methods.dictionary import InBatch
         from moco_fast.methods.discrimination import Discrimination
         from moco_fast.methods.keys import QueryKeys

@@ -1,4 +1,4 @@
-"""Heads: projections on top of a backbone, and predictors on top of them."""
+"""Projection heads on top of a backbone, and predictors on top of those."""
 
 from itertools import pairwise
 
@@ -8,25 +8,25 @@ __all__ = ["linear_head", "mlp_head", "mlp_with_batch_norm"]
 
 
 def linear_head(feature_dim: int, dim: int) -> nn.Module:
-    """MoCo v1's projection: (B, feature_dim) -> (B, dim)."""
+    """Build MoCo v1's projection: (B, feature_dim) -> (B, dim)."""
     return nn.Linear(feature_dim, dim)
 
 
 def mlp_head(feature_dim: int, dim: int) -> nn.Module:
-    """MoCo v2's projection: (B, feature_dim) -> (B, dim)."""
+    """Build MoCo v2's projection: (B, feature_dim) -> (B, dim)."""
     return nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, dim))
 
 
 def mlp_with_batch_norm(
     widths: list[int], *, last_norm: bool, hidden_bias: bool = False, last_bias: bool = False
 ) -> nn.Module:
-    """Linear layers with batch norm and ReLU between them: (B, widths[0]) -> (B, widths[-1]).
+    """Build linear layers with batch norm and ReLU between them: (B, widths[0]) -> (B, widths[-1]).
 
     Args:
-        widths: of the input and of every layer's output.
-        last_norm: end in a batch norm without scale and shift.
-        hidden_bias: the linear layers before a batch norm have biases.
-        last_bias: the last linear layer has biases.
+        widths: sizes of the input and of every layer's output.
+        last_norm: end with a batch norm without scale and shift.
+        hidden_bias: give biases to the linear layers before a batch norm.
+        last_bias: give a bias to the last linear layer.
     """
     layers: list[nn.Module] = []
     for width_in, width_out in pairwise(widths[:-1]):

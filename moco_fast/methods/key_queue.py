@@ -1,4 +1,4 @@
-"""The dictionary as a queue: the newest keys of past batches (MoCo v1, section 3.2)."""
+"""Queue of keys, the dictionary of MoCo v1, section 3.2."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ __all__ = ["Queue"]
 class Queue(nn.Module):
     """The newest `size` keys of all ranks, first in, first out; starts with random unit vectors.
 
-    State dict: `keys` (size, dim) float32, one key a row; `position` () int64, the row that is overwritten next.
+    State dict: `keys` (size, dim) float32, one key per row; `position` () int64, the row to overwrite next.
     """
 
     keys: Tensor
@@ -22,13 +22,13 @@ class Queue(nn.Module):
     def __init__(self, dim: int, size: int, generator: torch.Generator):
         super().__init__()
         if size < 1:
-            raise ValueError(f"a queue of {size} keys leaves no negatives to tell a query from: use at least 1")
+            raise ValueError(f"a queue of {size} keys holds no negatives to compare a query with: use at least 1")
         self.register_buffer("keys", F.normalize(torch.randn(size, dim, generator=generator)))
-        # On the device with the keys: enqueueing then neither waits for the device nor depends on the host.
+        # On the device with the keys, so that enqueueing neither waits for the device nor depends on the host.
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
     def contrast(self, queries: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Tell each query's own key from those in the queue: see `info_nce`."""
+        """Compare each query with its own key and those in the queue: see `info_nce`."""
         return info_nce(queries, keys, self.keys, temperature)
 
     @torch.no_grad()
@@ -38,9 +38,9 @@ class Queue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
-        """Overwrite the oldest keys by `keys` (B, dim), which must be the same on all ranks; any B, wrapping as needed.
+        """Overwrite the oldest keys with `keys` (B, dim), which must be the same on all ranks.
 
-        The authors' code requires the queue's size to be a multiple of B.
+        B may have any value, and the position wraps around; the authors' code needs the size to be a multiple of B.
         """
         size = len(self.keys)
         newest = keys[-size:]

@@ -1,4 +1,4 @@
-"""Where keys come from: three mechanisms of MoCo v1, figure 2. All give unit vectors (B, D) in float32."""
+"""Sources of keys: the three mechanisms of MoCo v1, figure 2. All return unit vectors (B, D) in float32."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -20,39 +20,39 @@ __all__ = ["BankKeys", "KeySource", "MomentumKeys", "QueryKeys"]
 
 
 class KeySource(Protocol):
-    """Makes the keys of a batch."""
+    """Source of a batch's keys."""
 
     def advance(self, scheduled: Mapping[str, float], /) -> None:
-        """Once per optimizer step, before its first keys."""
+        """Update the source; called once per optimizer step, before its first keys."""
         ...
 
     def __call__(self, encode: Encode, images: Tensor, index: Tensor, /) -> Tensor:
-        """Key images (B, 3, H, W) uint8 of samples `index` (B,) -> their keys (B, D)."""
+        """Return the keys (B, D) of images (B, 3, H, W) uint8, which are the samples `index` (B,)."""
         ...
 
     def on_a_clock(self, clock: Clock, /) -> "KeySource":
-        """Return the same with what is within a forward pass on `clock`."""
+        """Return the same source with the parts of its forward pass timed by `clock`."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class MomentumKeys:
-    """Keys of a slow copy of the query encoder, without gradient (MoCo)."""
+    """Keys of the momentum encoder, without gradient (MoCo)."""
 
     key: nn.Module
     """The key encoder, from `copy_as_key_encoder`."""
     update: Callable[[float], None]
-    """A `MomentumUpdate` of the bare query encoder and `key`."""
+    """`MomentumUpdate` of the unwrapped query encoder and `key`."""
     policy: KeyPolicy
-    """Among which samples keys are computed."""
+    """Decides among which samples keys are computed."""
     autocast: Autocast
-    """Makes the context that chooses the precision."""
+    """Returns the context that sets the precision."""
     recast: RecastWeights | None = None
-    """Of `key`, where that precision is lower than the weights'."""
+    """Weights of `key` in that precision, where it is lower than their own."""
 
     @classmethod
     def of(cls, setting: Setting) -> "MomentumKeys":
-        """Copy the run's query encoder, and compile the copy if the run compiles."""
+        """Copy the run's query encoder and compile the copy if the run compiles."""
         key = copy_as_key_encoder(setting.query)
         setting.compile(key)
         dtype = setting.lower_precision
@@ -86,7 +86,7 @@ class QueryKeys:
     """Among which samples keys are computed."""
 
     def advance(self, _scheduled: Mapping[str, float], /) -> None:
-        """Nothing follows."""
+        """Do nothing: there is no key encoder to update."""
 
     def __call__(self, encode: Encode, images: Tensor, _index: Tensor, /) -> Tensor:
         """Encode."""
@@ -100,17 +100,17 @@ class QueryKeys:
 
 @dataclass(frozen=True, eq=False)
 class BankKeys:
-    """Keys that the memory bank remembers; no image is encoded for them."""
+    """Keys stored in the memory bank; no image is encoded for them."""
 
     bank: Bank
 
     def advance(self, _scheduled: Mapping[str, float], /) -> None:
-        """The bank follows by itself."""
+        """Do nothing: the bank updates itself."""
 
     def __call__(self, _encode: Encode, _images: Tensor, index: Tensor, /) -> Tensor:
-        """Look up."""
+        """Look up the keys."""
         return self.bank.look_up(index)
 
     def on_a_clock(self, _clock: Clock, /) -> "BankKeys":
-        """Return itself: there is nothing within."""
+        """Return itself: there is no forward pass to time."""
         return self

@@ -1,4 +1,4 @@
-"""The contrastive losses.
+"""Contrastive losses.
 
 Shapes: B queries of this rank, D features, K keys in the dictionary.
 """
@@ -11,10 +11,10 @@ __all__ = ["feature_std", "info_nce", "info_nce_in_batch"]
 
 
 def info_nce(queries: Tensor, keys: Tensor, dictionary: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """InfoNCE: name each query's own key among it and the dictionary (MoCo v1, equation 1).
+    """InfoNCE: classify each query as its own key among that key and the dictionary (MoCo v1, equation 1).
 
     -log(exp(q.k+ / t) / (exp(q.k+ / t) + sum_i exp(q.k_i / t))) = softplus(logsumexp_i(q.k_i / t) - q.k+ / t), so the
-    (B, K) similarities are never copied beside the positive ones.
+    (B, K) similarities are never concatenated with the positive ones.
 
     Args:
         queries: (B, D) float32 unit vectors.
@@ -23,8 +23,8 @@ def info_nce(queries: Tensor, keys: Tensor, dictionary: Tensor, temperature: flo
         temperature: divides the similarities.
 
     Returns:
-        The mean loss () and what to watch, each (), without gradient: `accuracy` (share of queries whose own key is the
-        most similar), `similarity_positive` and `similarity_negative` (mean cosines).
+        The mean loss () and the watched values, each (), without gradient: `accuracy` (share of queries whose own key
+        is the most similar), `similarity_positive` and `similarity_negative` (mean cosines).
     """
     scaled = queries / temperature  # (B, D)
     positives = (scaled * keys).sum(dim=1)  # (B,)
@@ -36,7 +36,7 @@ def info_nce(queries: Tensor, keys: Tensor, dictionary: Tensor, temperature: flo
             "similarity_positive": positives.mean() * temperature,
             "similarity_negative": negatives.mean() * temperature,
         }
-    # torch.logsumexp would look for the largest once more, and its gradient takes the exponentials once more.
+    # torch.logsumexp would search for the maximum again, and its gradient would compute the exponentials again.
     log_sum = (negatives - largest[:, None]).exp_().sum(dim=1).log() + largest  # (B,)
     loss = F.softplus(log_sum - positives).mean()
     return loss, watched
@@ -72,7 +72,7 @@ def info_nce_in_batch(
 
 @torch.no_grad()
 def feature_std(queries: Tensor) -> Tensor:
-    """Mean over features of the standard deviation over the batch of unit vectors (B, D) -> ().
+    """Return the standard deviation of unit vectors over the batch, averaged over features: (B, D) -> ().
 
     About 1 / sqrt(D) when they spread evenly over the sphere, 0 when they collapse to a point (SimSiam, section 4.1).
     """

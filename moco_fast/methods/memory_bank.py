@@ -1,4 +1,4 @@
-"""Memory bank: one remembered key for every sample (Wu et al. 2018; MoCo v1, figure 2b)."""
+"""Memory bank: one stored key per sample (Wu et al. 2018; MoCo v1, figure 2b)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,13 +17,13 @@ __all__ = ["MemoryBank"]
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryBank(PlainHead):
-    """Keys that a bank remembers, one for every sample; no image is encoded for them."""
+    """Contrast with a memory bank of one key per sample; no image is encoded for keys."""
 
     name: ClassVar[str] = "memory-bank"
     num_negatives: int = 65536
-    """Keys drawn from the bank for each batch, from which its queries are told apart (the paper's K)."""
+    """Number of negatives drawn from the bank per batch and shared by its queries (the paper's K)."""
     momentum: float = 0.5
-    """Momentum with which a sample's key follows its queries."""
+    """Momentum of the moving average that updates a sample's key from its queries."""
 
     num_views: ClassVar[int] = 1
     needs_sample_numbers: ClassVar[bool] = True
@@ -31,13 +31,13 @@ class MemoryBank(PlainHead):
     bn_policies: ClassVar[tuple[BatchStatistics, ...]] = ("auto", "virtual", "sync", "none")
 
     def validate(self) -> None:
-        """Refuse options that cannot work. Raises ValueError: with the option, its value and what would work."""
+        """Check the options. Raises ValueError: an option cannot work; the message says which values do."""
         super().validate()
         refuse_unless_above_zero({"num_negatives": self.num_negatives})
         refuse_unless_average("momentum", self.momentum)
 
     def num_choices(self, batch_size: int, /) -> int:
-        """Count the keys that are drawn and the own one."""
+        """Return the number of drawn keys plus the query's own."""
         del batch_size
         return self.num_negatives + 1
 

@@ -1,4 +1,4 @@
-"""The momentum encoder: the key encoder as a slow average of the query encoder (MoCo v1, equation 2)."""
+"""Momentum encoder: the key encoder as a moving average of the query encoder (MoCo v1, equation 2)."""
 
 import copy
 
@@ -11,9 +11,9 @@ __all__ = ["MomentumUpdate", "copy_as_key_encoder"]
 
 
 def copy_as_key_encoder(query: Encoder) -> Encoder:
-    """The key encoder at the start: the query encoder without predictor, the same weights, float32, no gradient.
+    """Return the initial key encoder: a copy of the query encoder without predictor, in float32, without gradients.
 
-    Take it after the query encoder's weights, memory format and batch-norm policy are settled: the fused update needs
+    Call it after the query encoder's weights, memory format and batch-norm policy are final: the fused update needs
     equal strides.
     """
     key = copy.deepcopy(query)
@@ -24,7 +24,7 @@ def copy_as_key_encoder(query: Encoder) -> Encoder:
 class MomentumUpdate:
     """k <- m k + (1 - m) q for every parameter of the key encoder, in one fused pass.
 
-    Buffers stay each encoder's own, as in the authors' code: they come from the forward passes.
+    Buffers are not averaged, as in the authors' code: each encoder's come from its own forward passes.
     """
 
     def __init__(self, query: nn.Module, key: nn.Module):
@@ -35,11 +35,11 @@ class MomentumUpdate:
         self._query: list[Tensor] = [of_query[name] for name in names]
         for name, k, q in zip(names, self._key, self._query, strict=True):
             assert k.dtype in (torch.float32, torch.float64), (
-                f"{name} of the key encoder is {k.dtype}: too coarse for the momentum"
+                f"{name} of the key encoder is {k.dtype}, which is too coarse for the momentum update"
             )
-            assert k.stride() == q.stride(), f"{name} lies differently in memory in the two encoders"
+            assert k.stride() == q.stride(), f"{name} has different strides in the two encoders"
 
     @torch.no_grad()
     def __call__(self, momentum: float) -> None:
-        """Step once with the paper's m."""
+        """Update once with momentum m."""
         torch._foreach_lerp_(self._key, self._query, 1 - momentum)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] - no public name

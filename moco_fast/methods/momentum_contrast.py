@@ -1,4 +1,4 @@
-"""Momentum contrast: MoCo v1 and v2 with a queue (arXiv:1911.05722, 2003.04297), v3 without (2104.02057)."""
+"""Momentum contrast: MoCo v1 and v2 with a queue (arXiv:1911.05722, 2003.04297), v3 without one (2104.02057)."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -20,32 +20,32 @@ __all__ = ["MomentumContrast", "MomentumContrastV3"]
 
 @dataclass(frozen=True, kw_only=True)
 class MomentumContrast(PlainHead):
-    """Keys of a slow copy of the query encoder, told from those of past batches."""
+    """Keys of a momentum encoder, with a queue of past batches' keys as negatives."""
 
     name: ClassVar[str] = "momentum-contrast"
     takes_small_views: ClassVar[bool] = True
     queue_size: int = 65536
-    """Keys of past batches that a query is told apart from (the paper's K)."""
+    """Number of keys of past batches in the queue, the negatives of a query (the paper's K)."""
     momentum: float = 0.999
     """Momentum of the key encoder (the paper's m)."""
     momentum_schedule: Literal["constant", "cosine"] = "constant"
     """`cosine`: m rises to 1 over the run (MoCo v3)."""
     symmetric: bool = False
-    """Let each view be query and key once, and add the two losses."""
+    """Use each view once as query and once as key, and add the two losses."""
 
     @property
     def backward_passes(self) -> int:
-        """One per direction."""
+        """Return 1, or 2 for both directions."""
         return 1 + self.symmetric
 
     def validate(self) -> None:
-        """Refuse options that cannot work. Raises ValueError: with the option, its value and what would work."""
+        """Check the options. Raises ValueError: an option cannot work; the message says which values do."""
         super().validate()
         refuse_unless_above_zero({"queue_size": self.queue_size})
         refuse_unless_average("momentum", self.momentum)
 
     def num_choices(self, batch_size: int, /) -> int:
-        """Count the queue's keys and the own one."""
+        """Return the number of keys in the queue plus the query's own."""
         del batch_size
         return self.queue_size + 1
 
@@ -77,7 +77,7 @@ class MomentumContrast(PlainHead):
 
 @dataclass(frozen=True, kw_only=True)
 class MomentumContrastV3(Contrastive):
-    """Keys of a slow copy of the query encoder, told from those of the same batch; a predictor for queries."""
+    """Keys of a momentum encoder, with the same batch's keys as negatives and a predictor for queries."""
 
     name: ClassVar[str] = "momentum-contrast-v3"
     dim: int = 256
@@ -93,7 +93,7 @@ class MomentumContrastV3(Contrastive):
 
     @property
     def backward_passes(self) -> int:
-        """One per direction: each view is query and key once."""
+        """Return 2, one per direction: each view is once query and once key."""
         return 2
 
     @property
@@ -102,13 +102,13 @@ class MomentumContrastV3(Contrastive):
         return 2 * self.temperature
 
     def validate(self) -> None:
-        """Refuse options that cannot work. Raises ValueError: with the option, its value and what would work."""
+        """Check the options. Raises ValueError: an option cannot work; the message says which values do."""
         super().validate()
         refuse_unless_above_zero({"mlp_dim": self.mlp_dim})
         refuse_unless_average("momentum", self.momentum)
 
     def num_choices(self, batch_size: int, /) -> int:
-        """Count the keys of the batch."""
+        """Return the number of keys in the batch."""
         return batch_size
 
     def scheduled(self, step: int, num_steps: int, /) -> dict[str, float]:
@@ -118,8 +118,8 @@ class MomentumContrastV3(Contrastive):
     def build_head(self, feature_dim: int, *, is_transformer: bool) -> "tuple[nn.Module, nn.Module | None]":
         """Build the projector and the predictor.
 
-        A ResNet has a two-layer projector and no batch norm after the predictor, a transformer one more of each
-        (moco/builder.py of facebookresearch/moco-v3).
+        A ResNet has a two-layer projector and no batch norm after the predictor; a transformer has a three-layer
+        projector and that batch norm (moco/builder.py of facebookresearch/moco-v3).
         """
         from moco_fast.methods.heads import mlp_with_batch_norm
 

@@ -1,7 +1,7 @@
 """Prediction of one view from the other, without negatives: BYOL (arXiv:2006.07733) and SimSiam (2011.10566).
 
-Both compare a prediction p with a projection z that carries no gradient, by their cosine. In BYOL z is made by a slow
-copy of the network, in SimSiam by the network itself.
+Both maximize the cosine of a prediction p and a projection z without gradient. In BYOL z comes from a moving average of
+the network, in SimSiam from the network itself.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -35,19 +35,19 @@ __all__ = ["Byol", "SimSiam"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Prediction(Method):
-    """What both have in common; `unrelated` is their loss where predictions and projections are orthogonal."""
+    """Base of BYOL and SimSiam; `unrelated` is the loss of orthogonal predictions and projections."""
 
-    # Nothing is told apart, so no key can be found by its batch statistics: there is nothing to shuffle.
+    # There are no negatives, so batch statistics cannot give away a query's key: there is nothing to shuffle.
     bn_policies: ClassVar[tuple[BatchStatistics, ...]] = ("sync", "none")
     unrelated: ClassVar[float]
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """The mean cosine of predictions with projections, and how far projections spread."""
+        """Names of the watched values: the mean cosine of predictions and projections, and the projections' spread."""
         return ("cosine", "feature_std")
 
     def charts(self, _batch_size: int, _num_small: int = 0, /) -> tuple[Chart, ...]:
-        """Show the loss beside that of orthogonal vectors, the cosine and the spread."""
+        """Return charts of the loss (with the level of orthogonal vectors), the cosine and the spread."""
         return (
             Chart(
                 title="Loss",
@@ -65,13 +65,13 @@ class _Prediction(Method):
         )
 
     def note(self, line: Mapping[str, float], /) -> str:
-        """Tell the cosine."""
+        """Return the cosine."""
         return f"cosine of prediction and projection {line['cosine']:.2f}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Byol(_Prediction):
-    """Predictions of what a slow copy of the network makes of the other view."""
+    """BYOL: predict the other view's projection by a moving average of the network."""
 
     name: ClassVar[str] = "byol"
     unrelated: ClassVar[float] = 4.0
@@ -82,21 +82,21 @@ class Byol(_Prediction):
     momentum: float = 0.99
     """Momentum of the target network at the start (the paper's tau_base)."""
     momentum_schedule: Literal["constant", "cosine"] = "cosine"
-    """`cosine`: it rises to 1 over the run."""
+    """`cosine`: the momentum rises to 1 over the run."""
 
     @property
     def backward_passes(self) -> int:
-        """One per direction."""
+        """Return 2, one per direction."""
         return 2
 
     def validate(self) -> None:
-        """Refuse options that cannot work. Raises ValueError: with the option, its value and what would work."""
+        """Check the options. Raises ValueError: an option cannot work; the message says which values do."""
         super().validate()
         refuse_unless_above_zero({"mlp_dim": self.mlp_dim})
         refuse_unless_average("momentum", self.momentum)
 
     def scheduled(self, step: int, num_steps: int, /) -> dict[str, float]:
-        """Return tau of the step before: the target moves after a step in the paper, and before the next here."""
+        """Return tau of the step before: the paper updates the target after a step, this code before the next one."""
         return {"momentum": momentum_at(max(0, step - 1), num_steps, self.momentum, self.momentum_schedule)}
 
     def build_head(self, feature_dim: int, *, is_transformer: bool) -> "tuple[nn.Module, nn.Module | None]":
@@ -120,7 +120,7 @@ class Byol(_Prediction):
 
 @dataclass(frozen=True, kw_only=True)
 class SimSiam(_Prediction):
-    """Predictions of what the network itself makes of the other view, without gradient there."""
+    """SimSiam: predict the other view's projection by the network itself, without gradient."""
 
     name: ClassVar[str] = "simsiam"
     unrelated: ClassVar[float] = 0.0
@@ -132,7 +132,7 @@ class SimSiam(_Prediction):
     """Width of the predictor's hidden layer."""
 
     def validate(self) -> None:
-        """Refuse options that cannot work. Raises ValueError: with the option, its value and what would work."""
+        """Check the options. Raises ValueError: an option cannot work; the message says which values do."""
         super().validate()
         refuse_unless_above_zero({"predictor_dim": self.predictor_dim})
 
@@ -146,7 +146,7 @@ class SimSiam(_Prediction):
         return projector, predictor
 
     def build(self, setting: Setting, /) -> Objective:
-        """Build what has no state of its own."""
+        """Build the objective, which has no state of its own."""
         del setting
         return _PredictItself()
 
@@ -158,7 +158,7 @@ def _cosine(predictions: "Tensor", targets: "Tensor") -> "Tensor":
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _PredictTarget:
-    """BYOL's objective: |p - z|^2 = 2 - 2 cos(p, z) of unit vectors, a backward pass for each direction."""
+    """BYOL's objective: |p - z|^2 = 2 - 2 cos(p, z) of unit vectors, with one backward pass per direction."""
 
     targets: "MomentumKeys | ClockedKeys"
     modules: "Mapping[str, nn.Module]"
@@ -166,11 +166,11 @@ class _PredictTarget:
     num_passes: int = 2
 
     def advance(self, scheduled: Mapping[str, float], /) -> None:
-        """Move the target network."""
+        """Update the target network."""
         self.targets.advance(scheduled)
 
     def passes(self, encode: Encode, views: "tuple[Tensor, ...]", index: "Tensor", /) -> Iterator[Pass]:
-        """Predict the target of one view from the other."""
+        """Yield the loss of predicting one view's target from the other, for both directions."""
         from moco_fast.encoders.encoder import unit_vectors
         from moco_fast.methods.loss import feature_std
 
@@ -180,7 +180,7 @@ class _PredictTarget:
             yield Pass(loss=2 - 2 * cosine, watched={"cosine": cosine.detach(), "feature_std": feature_std(targets)})
 
     def on_a_clock(self, clock: Clock, /) -> "_PredictTarget":
-        """Parts: momentum update, key forward, loss."""
+        """Time the parts momentum update, key forward and loss."""
         from moco_fast.methods.clocked import ClockedKeys
 
         return replace(self, targets=ClockedKeys(self.targets, clock), compare=clock.timed("loss", self.compare))
@@ -195,10 +195,10 @@ class _PredictItself:
     num_passes: int = 1
 
     def advance(self, _scheduled: Mapping[str, float], /) -> None:
-        """Nothing follows."""
+        """Do nothing: there is no target network to update."""
 
     def passes(self, encode: Encode, views: "tuple[Tensor, ...]", _index: "Tensor", /) -> Iterator[Pass]:
-        """Predict each view's projection from the other."""
+        """Yield the loss of predicting each view's projection from the other."""
         from moco_fast.encoders.encoder import unit_vectors
         from moco_fast.methods.loss import feature_std
 
@@ -207,5 +207,5 @@ class _PredictItself:
         yield Pass(loss=-cosine, watched={"cosine": cosine.detach(), "feature_std": feature_std(z1)})
 
     def on_a_clock(self, clock: Clock, /) -> "_PredictItself":
-        """Parts: loss."""
+        """Time the loss as a part."""
         return replace(self, compare=clock.timed("loss", self.compare))

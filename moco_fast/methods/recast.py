@@ -1,8 +1,8 @@
-"""The key encoder's weights in autocast's precision, cast once per step.
+"""Copies of the key encoder's weights in autocast's precision, cast once per step.
 
-Autocast casts a weight each time it is used, one kernel for each, and remembers only the casts of weights that are
-trained. The key encoder's are not: a ResNet-50 takes 55 small kernels in every forward pass, twice per step where the
-loss is symmetric. Here one call casts them all after they have moved.
+Autocast casts a weight each time it is used, with one kernel per weight, and caches only the casts of weights that
+require gradients. Those of the key encoder do not: a ResNet-50 takes 55 small kernels in every forward pass, twice per
+step when the loss is symmetric. Here one call casts all weights after each update.
 """
 
 from collections.abc import Generator
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 __all__ = ["RecastWeights"]
 
-# What autocast computes in lower precision, of the layers that have weights ("Autocast Op Reference" in torch's docs).
-# Not layers that compute with their weight first, as weight-standardized convolutions do in float32.
+# Layers with weights that autocast runs in lower precision ("Autocast Op Reference" in torch's docs). Layers that first
+# compute on their weight are excluded: weight-standardized convolutions, for example, do so in float32.
 _CAST_FORWARDS = frozenset({nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward, nn.Linear.forward})
 
 
@@ -23,8 +23,8 @@ class RecastWeights:
     """Copies of a frozen module's convolution and linear weights; the module itself stays in float32.
 
     Args:
-        module: without gradients, and not replaced afterwards.
-        dtype: autocast's: torch.bfloat16 or torch.float16.
+        module: a module without gradients whose parameters are not replaced afterwards.
+        dtype: autocast's dtype, torch.bfloat16 or torch.float16.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
@@ -44,7 +44,7 @@ class RecastWeights:
 
     @contextmanager
     def in_use(self) -> Generator[None]:
-        """Let the module compute with the copies inside this context: bit for bit as autocast does without them."""
+        """Make the module compute with the copies inside this context; results are bit-equal to plain autocast."""
         try:
             self._put(self._copies)
             yield
@@ -52,6 +52,6 @@ class RecastWeights:
             self._put(self._weights)
 
     def _put(self, weights: list[Tensor]) -> None:
-        # Not by assignment: a module would look the name up in all that it holds, for each weight of each step.
+        # Not by assignment: a module would search all its attributes for the name, for each weight at each step.
         for (layer, name), weight in zip(self._places, weights, strict=True):
-            layer._parameters[name] = cast("nn.Parameter", weight)  # pyright: ignore[reportPrivateUsage] - as said above
+            layer._parameters[name] = cast("nn.Parameter", weight)  # pyright: ignore[reportPrivateUsage] - as above

@@ -1,4 +1,4 @@
-"""Registry of methods: name -> where its class is, imported when it is asked for."""
+"""Registry of methods. A class is imported when its method is first used."""
 
 from importlib import import_module
 
@@ -18,7 +18,7 @@ METHODS: dict[str, str] = {
 
 
 def method_class(name: str) -> type[Method]:
-    """Return the class of a method. Raises ValueError: there is none of this name."""
+    """Return the class of a method. Raises ValueError: there is no method of this name."""
     if name not in METHODS:
         raise ValueError(f"there is no method {name!r}: this version has {', '.join(METHODS)}")
     module, _, cls = METHODS[name].partition(":")

@@ -1,8 +1,8 @@
-"""Shuffling BN: among which samples keys are computed (MoCo v1, section 3.3).
+"""Shuffling BN: policies that decide among which samples keys are computed (MoCo v1, section 3.3).
 
-Within a batch, a query and its key would share batch-norm statistics, and the encoders learn to recognize those instead
-of the image. So keys are computed among other samples than their queries. A policy holds the two halves of that:
-`shuffle` rearranges the key images before the key encoder, `unshuffle` brings the keys back beside their queries.
+If a query and its key were computed in the same batch, they would share batch-norm statistics, and the encoders would
+learn to recognize those instead of the image. So keys are computed among other samples than their queries. A policy has
+two halves: `shuffle` rearranges the key images before the key encoder, `unshuffle` restores the order of the keys.
 """
 
 from collections.abc import Callable
@@ -28,45 +28,45 @@ __all__ = [
 
 
 class KeyPolicy(Protocol):
-    """Where keys are computed. Both methods keep shape and dtype; neither carries gradients."""
+    """Policy for the batches in which keys are computed. Both methods keep shape and dtype; neither has gradients."""
 
     def shuffle(self, images: Tensor) -> Tensor:
-        """This rank's key images (B, 3, H, W) -> those that its key encoder sees."""
+        """Return the images (B, 3, H, W) that this rank's key encoder processes, given the rank's key images."""
         ...
 
     def unshuffle(self, keys: Tensor) -> Tensor:
-        """What the key encoder made of them (B, D) -> the keys of this rank's own images, in their order."""
+        """Return the keys of this rank's own images, in order, given the key encoder's output (B, D)."""
         ...
 
 
 class Together:
-    """Keys are computed on their queries' batch: right if there is no batch norm, or a synchronized one."""
+    """Compute keys in the batch of their queries: right without batch norm, or with a synchronized one."""
 
     def shuffle(self, images: Tensor) -> Tensor:
-        """The images as they are."""
+        """Return the images unchanged."""
         return images
 
     def unshuffle(self, keys: Tensor) -> Tensor:
-        """The keys as they are."""
+        """Return the keys unchanged."""
         return keys
 
 
 class Exchange:
-    """Each rank gives an equal part of its key images to every rank of the group, and gets their keys back.
+    """Send an equal part of each rank's key images to every rank of the group, and receive their keys.
 
-    A rank then computes keys on 1 / W of its own images, the share that the paper's permutation has on average; the
-    loader permutes every rank's batch each step, so that these are other samples each time.
+    A rank then computes keys for 1 / W of its own images, the same share as the paper's permutation on average. The
+    loader permutes every rank's batch at each step, so these are different samples each time.
     """
 
     def __init__(self, group: dist.ProcessGroup | None):
         self._group = group
 
     def shuffle(self, images: Tensor) -> Tensor:
-        """Part j of this rank's images goes to rank j."""
+        """Send part j of this rank's images to rank j."""
         return distributed.exchange_rows(images, self._group)
 
     def unshuffle(self, keys: Tensor) -> Tensor:
-        """Every part's keys go back to the rank that they came from."""
+        """Send every part's keys back to the rank that its images came from."""
         return distributed.exchange_rows(keys, self._group)
 
 
@@ -94,20 +94,20 @@ class Gather:
         return rows.view(distributed.world_size(), -1, *rows.shape[1:])[distributed.rank()]
 
     def shuffle(self, images: Tensor) -> Tensor:
-        """The images that a fresh permutation gives to this rank."""
+        """Return the images that a new permutation assigns to this rank."""
         gathered = distributed.all_gather_rows(images)
         self._permutation = self._draw(len(gathered), images.device)
         return gathered[self._own_part(self._permutation)]
 
     def unshuffle(self, keys: Tensor) -> Tensor:
-        """Undo the latest permutation."""
+        """Undo the last permutation."""
         return distributed.all_gather_rows(keys)[self._own_part(self._permutation.argsort())]
 
 
 class VirtualGroups:
-    """Several groups with batch statistics of their own on one rank, as in the authors' CIFAR demo.
+    """Split one rank's batch into groups with their own batch statistics, as in the authors' CIFAR demo.
 
-    Groups are runs of neighboring samples in a batch. The key batch is interleaved, so that each of its groups holds
+    A group is a run of neighboring samples in a batch. The key batch is interleaved, so that each of its groups holds
     the same share (to within one sample) of every group of queries. Both encoders need `use_group_statistics`.
     """
 
@@ -115,11 +115,11 @@ class VirtualGroups:
         self._num_groups = num_groups
 
     def shuffle(self, images: Tensor) -> Tensor:
-        """Deal the groups' images out in turn."""
+        """Distribute the images over the groups in turn."""
         return images[self._dealt(len(images), images.device)]
 
     def unshuffle(self, keys: Tensor) -> Tensor:
-        """Put the keys back into their queries' order."""
+        """Restore the order of the queries."""
         return keys.view(-1, self._num_groups, *keys.shape[1:]).transpose(0, 1).reshape(keys.shape)
 
     def _dealt(self, size: int, device: torch.device) -> Tensor:
@@ -127,12 +127,12 @@ class VirtualGroups:
 
 
 def exchange_group(local_world_size: int, *, smallest: int = 4) -> dist.ProcessGroup | None:
-    """The ranks that exchange key images: those of one node if there are at least `smallest`, else (None) all.
+    """Return the group of ranks that exchange key images: one node if it has at least `smallest`, else None for all.
 
-    Every rank must call this, at the same point.
+    Every rank must call this at the same point.
 
     Raises:
-        ValueError: nodes with different numbers of ranks.
+        ValueError: nodes have different numbers of ranks.
     """
     world_size = distributed.world_size()
     if local_world_size < smallest or local_world_size == world_size:
@@ -140,7 +140,7 @@ def exchange_group(local_world_size: int, *, smallest: int = 4) -> dist.ProcessG
     if world_size % local_world_size:
         raise ValueError(
             f"{world_size} ranks do not divide into nodes of {local_world_size}, so nodes cannot exchange key images: "
-            "start equally many ranks on every node"
+            "start the same number of ranks on every node"
         )
     own_group, _ = dist.new_subgroups(group_size=local_world_size)
     assert isinstance(own_group, dist.ProcessGroup)
@@ -148,15 +148,15 @@ def exchange_group(local_world_size: int, *, smallest: int = 4) -> dist.ProcessG
 
 
 def build_policy(bn: BatchNormConfig, *, batch_size: int, local_world_size: int) -> KeyPolicy:
-    """The policy that the configuration names, checked against the world; see also `convert_batch_norm`.
+    """Build the configured policy and check it against the world; see also `convert_batch_norm`.
 
     Args:
         bn: the configuration; `auto` is `exchange` on several ranks and `virtual` on one.
-        batch_size: samples of one rank in one batch.
+        batch_size: samples per rank and batch.
         local_world_size: ranks on this node.
 
     Raises:
-        ValueError: a policy that cannot work in this world, or a batch that does not divide as it must.
+        ValueError: the policy cannot work in this world, or the batch is not divisible as it needs.
     """
     world_size = distributed.world_size()
     match resolve_policy(bn):
@@ -181,14 +181,14 @@ def build_policy(bn: BatchNormConfig, *, batch_size: int, local_world_size: int)
 
 
 def resolve_policy(bn: BatchNormConfig) -> Literal["exchange", "virtual", "gather", "sync", "none"]:
-    """`bn.policy`, with `auto` decided."""
+    """Return `bn.policy`, with `auto` resolved."""
     if bn.policy != "auto":
         return bn.policy
     return "exchange" if distributed.world_size() > 1 else "virtual"
 
 
 def _check_division(batch_size: int, parts: int, world_size: int, whose: str) -> None:
-    # A part of one sample has no batch statistics.
+    # A single sample has no batch statistics.
     if batch_size % parts == 0 and batch_size >= 2 * parts:
         return
     below = max(2, batch_size // parts) * parts * world_size

@@ -74,7 +74,7 @@ def test_gather_follows_the_authors_code_for_a_given_permutation(run_ranks):
 def groups_by_node():
     assert exchange_group(4) is None, "one node of all ranks"
     assert exchange_group(2) is None, "nodes too small to be groups"
-    with pytest.raises(ValueError, match="equally many ranks on every node"):
+    with pytest.raises(ValueError, match="same number of ranks on every node"):
         exchange_group(3, smallest=2)
     return identify(Exchange(exchange_group(2, smallest=2)), 4)
 
