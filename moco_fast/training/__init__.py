@@ -1,1 +1,1 @@
-"""Training: the loop and what it does at intervals."""
+"""Training loop and its parts: construction, checkpoints, metrics, optimizers, runtime."""

@@ -1,4 +1,4 @@
-"""NVIDIA's apex, where it is installed: the one file that knows it."""
+"""Optimizers of NVIDIA's apex, where it is installed. No other file uses apex."""
 
 import importlib
 from importlib.util import find_spec
@@ -12,11 +12,11 @@ __all__ = ["apex_optimizer"]
 
 
 def apex_optimizer(parameters: list[dict[str, Any]], optim: OptimConfig) -> Optimizer:
-    """One of apex's fused optimizers, with the settings that `build_optimizer` gives torch's and timm's.
+    """Build one of apex's fused optimizers, with the settings that `build_optimizer` gives torch's and timm's.
 
     Raises:
-        ValueError: apex is not installed, or what is installed under its name is another package or was built without
-            its kernels, or it has no such optimizer.
+        ValueError: apex is not installed, the installed `apex` is another package or was built without kernels, or it
+            has no such optimizer.
     """
     optimizers: Any = _import_optimizers()
     try:
@@ -33,7 +33,7 @@ def _build(optimizers: Any, parameters: list[dict[str, Any]], optim: OptimConfig
         case "adamw":
             return optimizers.FusedAdam(parameters, betas=optim.betas, adam_w_mode=True, **common)
         case "lamb":
-            # Clipping is a step of its own, for all optimizers; apex takes no "never".
+            # Clipping is a separate step, for all optimizers; apex cannot switch it off, hence the infinite norm.
             return optimizers.FusedLAMB(parameters, betas=optim.betas, max_grad_norm=float("inf"), **common)
         case "lars":
             raise ValueError("--optim.kernels apex has no LARS: use --optim.kernels torch, whose LARS is fused too")

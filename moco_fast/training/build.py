@@ -1,6 +1,6 @@
-"""From a configuration to the parts of a run, as they are before its first step.
+"""Construction of a run's parts from its configuration, as they are before the first step.
 
-Encoders know no rank, device or precision: all of that is applied here, from outside.
+Encoders do not depend on rank, device or precision: all of that is applied here, from outside.
 """
 
 import os
@@ -33,7 +33,7 @@ _LOWER_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a run trains and feeds; `train_step` is built of the rest."""
+    """Parts of a run; `train_step` is built from the others."""
 
     query: Encoder
     objective: Objective
@@ -44,12 +44,12 @@ class Parts:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """What a checkpoint keeps, by the first part of its tensors' names."""
+        """Modules that a checkpoint keeps, by the prefix of their tensors' names."""
         return {"query": self.query, **self.objective.modules}
 
 
 def open_sets(config: Config) -> RunSets:
-    """Open a run's sets, each once. Raises ValueError: one is absent or unfinished."""
+    """Open each of a run's sets once. Raises ValueError: one is missing or unfinished."""
     opened = cache(open_set)
     return RunSets(
         training=None if tars_to_stream(config.data) else opened(config.data.shards),
@@ -58,23 +58,23 @@ def open_sets(config: Config) -> RunSets:
 
 
 def build(config: Config, runtime: Runtime, shards: ShardSet | None = None) -> Parts:
-    """Build the parts of a run as they are before the first step; equal on all ranks.
+    """Build the parts of a run as they are before the first step, equal on all ranks.
 
     Args:
-        config: of the run.
-        runtime: of the process.
-        shards: the training set, if it is open already.
+        config: the run's configuration.
+        runtime: the process's runtime.
+        shards: the training set, if it is already open.
 
     Raises:
         ValueError: the configuration does not fit the data or the world.
     """
     if config.data.batch_size % runtime.world_size:
         raise ValueError(
-            f"--data.batch-size {config.data.batch_size} does not divide among {runtime.world_size} ranks: "
-            f"take a multiple of {runtime.world_size}"
+            f"--data.batch-size {config.data.batch_size} is not divisible by {runtime.world_size} ranks: "
+            f"use a multiple of {runtime.world_size}"
         )
     if config.optim.kernels == "apex" and runtime.device.type != "cuda":
-        raise ValueError("--optim.kernels apex has kernels for GPUs alone: on the CPU use --optim.kernels torch")
+        raise ValueError("--optim.kernels apex has kernels for GPUs only: on the CPU use --optim.kernels torch")
     torch.manual_seed(config.run.seed)
     query = build_encoder(config.model, config.method)
     check_image_size(query, config.model.encoder, config.views.size)
@@ -107,7 +107,7 @@ def build(config: Config, runtime: Runtime, shards: ShardSet | None = None) -> P
 
 
 def open_run_loader(config: Config, runtime: Runtime, shards: ShardSet | None = None) -> Loader:
-    """Open this rank's loader of the views that the method looks at, of the training set, which may be open already.
+    """Open this rank's loader of the training set, which may be open already, with the views that the method uses.
 
     Raises:
         ValueError: the configuration does not fit the data or the world.
@@ -142,7 +142,7 @@ def _compile(encoder: nn.Module, runtime: Runtime) -> None:
 
 
 def _available_bytes(device: torch.device) -> int:
-    """Memory that is free on a GPU, or all that this machine has."""
+    """Return the free memory of a GPU, or all memory of this machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

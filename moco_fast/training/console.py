@@ -1,4 +1,4 @@
-"""What a run says of itself: to the terminal, and into its folder."""
+"""Messages of a run on the terminal, and the description of its environment."""
 
 import os
 import platform
@@ -18,12 +18,12 @@ from moco_fast.training.schedule import describe_lr
 __all__ = ["advice_on_launches", "environment", "print_closing", "print_opening"]
 
 _SMALL_BATCH = 48
-"""Images per GPU. Starting a ResNet-50 step's kernels takes 15 to 20 ms of the host, running them 13 ms at 32 images on
-an H100 and in proportion: derived, not measured yet (docs/performance.md)."""
+"""Images per GPU. Launching the kernels of a ResNet-50 step takes 15 to 20 ms of host time; running them takes 13 ms at
+32 images on an H100, and in proportion: derived, not measured yet (docs/performance.md)."""
 
 
 def environment(runtime: Runtime, parts: Parts) -> dict[str, Any]:
-    """Return on what the run takes place, as JSON can hold it."""
+    """Return the run's software, hardware and settings as values that JSON can hold."""
     on_gpu = runtime.device.type == "cuda"
     return {
         "command": [*sys.orig_argv],
@@ -44,7 +44,7 @@ def environment(runtime: Runtime, parts: Parts) -> dict[str, Any]:
 
 
 def print_opening(config: Config, runtime: Runtime, parts: Parts, step: int) -> None:
-    """Say what is about to happen, and what was decided on the user's behalf."""
+    """Print what is about to run and what was decided on the user's behalf."""
     ranks = f"{runtime.world_size} ranks" if runtime.world_size > 1 else "1 rank"
     _say(
         f"{config.model.encoder}, {ranks} on {runtime.device.type}, {parts.num_steps} steps of {config.data.batch_size}"
@@ -55,30 +55,30 @@ def print_opening(config: Config, runtime: Runtime, parts: Parts, step: int) -> 
     for note in runtime.notes:
         _say(note)
     on_gpu = runtime.device.type == "cuda"
-    # The launcher may have asked for compilation, too.
+    # The launcher may also have requested compilation.
     if not runtime.compile and (note := advice_on_launches(config, on_gpu=on_gpu, world_size=runtime.world_size)):
         _say(note)
     policy = resolve_policy(config.bn)
     _say(f"batch norm: {policy}" + (f", {config.bn.num_groups} groups" if policy == "virtual" else ""))
     if config.optim.accumulate > 1:
         batches = f"{config.optim.accumulate} batches"
-        _say(f"accumulation: {batches} per step, each with a loss of its own, so this is not one large batch")
+        _say(f"accumulation: {batches} per step, each with its own loss, so this is not one large batch")
     if step:
         _say(f"continuing {config.run.out} from step {step}")
 
 
 def advice_on_launches(config: Config, *, on_gpu: bool, world_size: int) -> str | None:
-    """Name the option for batches so small that starting kernels takes longer than running them; None elsewhere."""
+    """Return advice if batches are so small that launching kernels takes longer than running them, else None."""
     per_gpu = config.data.batch_size // world_size
     if not on_gpu or per_gpu > _SMALL_BATCH or config.run.compile or config.run.cuda_graphs:
         return None
     one_backward = config.method.backward_passes * config.optim.accumulate == 1
     option = "--run.cuda-graphs" if one_backward else "--run.compile"
-    return f"note: with {per_gpu} images per GPU, starting kernels takes longer than running them: try {option}"
+    return f"note: with {per_gpu} images per GPU, launching kernels takes longer than running them: try {option}"
 
 
 def print_closing(config: Config, outcome: str, step: int, num_steps: int) -> None:
-    """Say how the run ended, and what to do next."""
+    """Print how the run ended and what to do next."""
     if outcome == "stopped":
         _say(f"stopped and saved at step {step} of {num_steps}; the same command continues from there")
     else:

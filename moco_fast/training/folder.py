@@ -1,4 +1,4 @@
-"""The run's folder: claimed by one run at a time, with its configuration and how it ended."""
+"""Folder of a run: locked by one run at a time, with its configuration and status."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from shards.ground.locks import take_lock
 
 __all__ = ["RunFolder", "open_folder"]
 
-# What may change between two starts of the same run: nothing here alters what is trained.
+# Options that may change between two starts of the same run: none of them affects what is trained.
 _FREE = (
     "--run.out",
     "--run.device",
@@ -31,26 +31,26 @@ _FREE = (
 
 
 class RunFolder:
-    """A run's folder, locked against a second run for as long as this object lives; held by the first rank."""
+    """Folder of a run, locked against a second run for the lifetime of this object; held by the first rank."""
 
     def __init__(self, path: Path, lock: IO[bytes]):
         self.path = path
         self._lock = lock
 
     def write_config(self, config: Config) -> None:
-        """Write down what is run."""
+        """Write config.json."""
         _write(self.path / "config.json", to_dict(config))
 
     def write_environment(self, facts: dict[str, Any]) -> None:
-        """Write down on what the run takes place."""
+        """Write environment.json."""
         _write(self.path / "environment.json", facts)
 
     def write_outcome(self, outcome: str, **facts: Any) -> None:
-        """Write down how the run stands: `running`, `finished`, `stopped` or `failed`."""
+        """Write the run's status: `running`, `finished`, `stopped` or `failed`."""
         _write(self.path / "outcome.json", {"outcome": outcome, **facts})
 
     def close(self) -> None:
-        """Let others use the folder."""
+        """Release the lock."""
         self._lock.close()
 
 
@@ -58,7 +58,7 @@ def open_folder(config: Config) -> RunFolder:
     """Create or reopen `config.run.out`.
 
     Raises:
-        ValueError: another run has the folder, it holds a run with other settings, or it cannot be written.
+        ValueError: another run uses the folder, it holds a run with other settings, or it cannot be written to.
     """
     path = Path(config.run.out)
     try:
@@ -77,7 +77,7 @@ def open_folder(config: Config) -> RunFolder:
 
 
 def _refuse_other_settings(path: Path, config: Config) -> None:
-    # Without a checkpoint there is nothing to continue: the run starts anew, with whatever settings.
+    # Without a checkpoint there is nothing to continue: the run starts from the beginning, with any settings.
     if find_newest(path / "checkpoints") is None or not (path / "config.json").exists():
         return
     before = from_dict(json.loads((path / "config.json").read_text()))

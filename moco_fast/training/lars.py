@@ -1,4 +1,4 @@
-"""LARS as MoCo v3 trains its ResNets with it (moco/optimizer.py of facebookresearch/moco-v3)."""
+"""LARS optimizer with which MoCo v3 trains its ResNets (moco/optimizer.py of facebookresearch/moco-v3)."""
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 # torch's optimizers are made of these functions, which have no public name.
 
@@ -17,12 +17,12 @@ class Lars(Optimizer):
 
     Weight decay d comes first, then the ratio, then the momentum. The ratio is 1 where either norm is zero. Parameters
     of at most one dimension (biases, batch-norm scales) are neither decayed nor scaled. timm's LARS divides by
-    |g| + d |w| instead, which is smaller steps where g is small: 9% at |g| = 1e-5 |w| and d = 1e-6.
+    |g| + d |w| instead, which gives smaller steps where g is small: by 9% at |g| = 1e-5 |w| and d = 1e-6.
 
     Args:
-        parameters: to train, or groups of them (`params`).
+        parameters: parameters to train, or groups of them (`params`).
         lr: learning rate.
-        momentum: of the scaled update.
+        momentum: momentum of the scaled update.
         weight_decay: d.
         trust: coefficient of the ratio.
     """
@@ -40,8 +40,8 @@ class Lars(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] - torch declares overloads
-        """Step once, all parameters at a time; those without a gradient stay as they are."""
-        assert closure is None, "the loss is not computed again"
+        """Step once for all parameters together; those without a gradient do not change."""
+        assert closure is None, "closures are not supported"
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
@@ -60,7 +60,7 @@ class Lars(Optimizer):
 
 
 def _scaled(pairs: list[tuple[Tensor, Tensor]], group: dict[str, Any]) -> list[Tensor]:
-    """The updates of parameters, given with their gradients, before momentum; gradients are left as they are."""
+    """Return the parameters' updates before momentum, given their gradients, which do not change."""
     weights = [parameter for parameter, _ in pairs if parameter.ndim > 1]
     if not weights:
         return [gradient for _, gradient in pairs]

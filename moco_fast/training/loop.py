@@ -1,4 +1,4 @@
-"""A run from its first step to its last: load, step, watch, evaluate, save."""
+"""Training loop of a run: load, step, log, evaluate, save."""
 
 import math
 import sys
@@ -32,38 +32,38 @@ from pipelines.batch import Batch
 __all__ = ["train"]
 
 _NOT_A_NUMBER = (
-    "the loss is no longer a number around step {step}, so the run stops; its checkpoints are from before. "
+    "the loss is no longer a number around step {step}, so the run stops; its checkpoints were written before that. "
     "Lower --optim.lr, or try --run.precision fp32"
 )
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a run is."""
+    """Progress of a run."""
 
     step: int = 0
     """Optimizer steps done."""
     time_s: float = 0.0
-    """Seconds spent on them, over all starts of the run."""
+    """Seconds spent on those steps, over all starts of the run."""
     averages: Average
-    """What was watched since the last line of metrics."""
+    """Values watched since the last line of metrics."""
     interval_s: float = 0.0
     """Seconds spent since the last line of metrics; `data_wait_s` of them waiting for data."""
     data_wait_s: float = 0.0
     interval_steps: int = 0
     pending: tuple[dict[str, Any], Pending] | None = None
-    """A line of metrics whose numbers are still on their way from the device."""
+    """Line of metrics whose values are still being copied from the device."""
 
 
 def train(config: Config) -> int:
-    """Run, or continue, the run that the configuration describes, in this process as one of its ranks.
+    """Start or continue the configured run; this process is one of its ranks.
 
     Returns:
-        the exit code: 0 when the run is finished, 128 + signal when it was told to stop (and was saved).
+        the exit code: 0 when the run is finished, 128 + signal when a signal stopped it (and it was saved).
 
     Raises:
-        ValueError: what the user asked for cannot work; nothing has been trained.
-        FloatingPointError: the loss is no longer a number.
+        ValueError: the configuration cannot work; nothing has been trained.
+        FloatingPointError: the loss is not finite.
     """
     runtime = start(config.run)
     folder = None
@@ -71,7 +71,7 @@ def train(config: Config) -> int:
         folder = _open_folder(config, runtime)
         return _run(config, runtime, folder)
     except ValueError:
-        raise  # Refused: what the folder says of an earlier start stays true.
+        raise  # The start was refused: what the folder records about an earlier start remains true.
     except BaseException as error:
         if folder is not None:
             folder.write_outcome("failed", error=f"{type(error).__name__}: {error}")
@@ -130,10 +130,10 @@ def _run(config: Config, runtime: Runtime, folder: RunFolder | None) -> int:
 
 
 def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) -> None:
-    """Take up the newest checkpoint of the run's folder, if there is one.
+    """Load the newest checkpoint of the run's folder, if there is one.
 
     Raises:
-        ValueError: the newest checkpoint is damaged, or not every rank can read it.
+        ValueError: the newest checkpoint is damaged, or some rank cannot read it.
     """
     newest = checkpoint.find_newest(_checkpoints(config))
     of_first_rank = runtime.tell_all(newest.name if newest else None)
@@ -153,7 +153,7 @@ def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) 
     progress.step = saved.step
     progress.time_s = saved.numbers["time_s"]
     progress.averages.sums.copy_(saved.model["watched.sums"])
-    # A rank that the saved run did not have goes on with the seed's generator.
+    # A rank that the saved run did not have keeps the generator that the seed gave it.
     if f"{runtime.rank}.cpu" in saved.rng:
         torch.set_rng_state(saved.rng[f"{runtime.rank}.cpu"])
     if runtime.device.type == "cuda" and f"{runtime.rank}.cuda" in saved.rng:
@@ -161,7 +161,7 @@ def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) 
 
 
 class RunLoop:
-    """The loop and what it does at intervals. Only the first rank has `metrics`."""
+    """Training loop with its periodic logging, evaluation and saving. Only the first rank has `metrics`."""
 
     def __init__(
         self,
@@ -189,8 +189,8 @@ class RunLoop:
         """Train until the last step or a signal; return the signal, or 0.
 
         Raises:
-            RuntimeError: whatever went wrong; a ValueError from here on is our fault, not the user's.
-            FloatingPointError: the loss is no longer a number.
+            RuntimeError: any other failure; a ValueError raised after the start is our fault, not the user's.
+            FloatingPointError: the loss is not finite.
         """
         try:
             return self._loop()
@@ -218,18 +218,18 @@ class RunLoop:
                 self._log({"lr": lr, **scheduled})
             last = progress.step == num_steps
             stopped_by = 0 if last else self._stop.poll()
-            # Before saving: a run that is killed in between evaluates again, and no result is missing.
+            # Before saving: a run that is killed in between evaluates again after resuming, so no result is missing.
             if not stopped_by and (last or progress.step % config.eval.every_steps == 0):
                 self.evaluate()
             if stopped_by or last or progress.step % config.checkpoint.every_steps == 0:
                 self.save()
             if stopped_by:
                 return stopped_by
-            clock = time.perf_counter()  # What was done since the step is not training.
+            clock = time.perf_counter()  # The time since the step was not spent on training.
         return 0
 
     def evaluate(self) -> None:
-        """Do the evaluations that were asked for, and write their figures down."""
+        """Run the configured evaluations and write their figures to the metrics."""
         if not self._evaluations:
             return
         average_batch_statistics(self.parts.query)
@@ -241,15 +241,15 @@ class RunLoop:
         self._bar.unpause()
 
     def save(self) -> None:
-        """Write a checkpoint of the whole world; the first rank writes it.
+        """Write a checkpoint of all ranks' state; the first rank writes it.
 
         Raises:
-            FloatingPointError: the loss is no longer a number.
+            FloatingPointError: the loss is not finite.
         """
         self._settle()
         config, runtime, parts, progress = self.config, self.runtime, self.parts, self.progress
         average_batch_statistics(parts.query)
-        # One file stands for all ranks, so what they have not put together yet is shared evenly.
+        # The checkpoint has one sum for all ranks, so values that they have not yet combined are averaged.
         sums = progress.averages.sums.clone()
         distributed.average_([sums])
         if not sums.isfinite().all():
@@ -274,19 +274,19 @@ class RunLoop:
         runtime.wait_for_all()
 
     def close(self) -> None:
-        """Write what is still on its way, and give back signals and files."""
+        """Close the progress bar and the metrics, and restore the signal handlers."""
         self._bar.close()
         self._stop.close()
         if self._metrics is not None:
             self._metrics.close()
 
     def _batches(self) -> Iterator[Batch]:
-        """Every batch from where the loader stands, epoch after epoch."""
+        """Yield batches from the loader's current position, epoch after epoch."""
         while True:
             yield from self.parts.loader
 
     def _log(self, scheduled: dict[str, float]) -> None:
-        """Write the line of the last interval, and set this one's on its way with what the schedules gave."""
+        """Write the last interval's line, and start copying this one's values; `scheduled` values are added."""
         self._settle()
         progress = self.progress
         progress.time_s += progress.interval_s
@@ -303,10 +303,10 @@ class RunLoop:
         progress.interval_steps = 0
 
     def _settle(self) -> None:
-        """Write the line whose numbers have arrived.
+        """Write the line whose values have been copied.
 
         Raises:
-            FloatingPointError: the loss is no longer a number; checkpoints hold the run as it was before.
+            FloatingPointError: the loss is not finite; checkpoints hold the run's state from before.
         """
         if self.progress.pending is None:
             return

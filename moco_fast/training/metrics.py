@@ -1,4 +1,4 @@
-"""Numbers of a run: averaged on the device, read without making it wait, written as JSON lines and for TensorBoard."""
+"""Metrics of a run: averaged on the device, read without blocking it, written as JSON lines and TensorBoard events."""
 
 import json
 from pathlib import Path
@@ -14,14 +14,14 @@ __all__ = ["Average", "MetricsFile"]
 
 
 class Average:
-    """Means over steps and ranks of named scalars that stay on the device until they are asked for.
+    """Means over steps and ranks of named scalars, kept on the device until they are requested.
 
-    Neither `add` nor `take` waits for the device: `take` starts a copy to the host, to be looked at one interval later.
+    Neither `add` nor `take` waits for the device: `take` starts a copy to the host, to be read one interval later.
 
     Args:
-        names: of the scalars.
-        device: where they are.
-        may_overflow: names whose values count for nothing where they are not finite (float16 skips such a step).
+        names: names of the scalars.
+        device: device that holds them.
+        may_overflow: names whose non-finite values are not counted (float16 skips such a step).
     """
 
     def __init__(self, names: tuple[str, ...], device: torch.device, *, may_overflow: tuple[str, ...] = ()):
@@ -30,13 +30,13 @@ class Average:
         self._always_counts = torch.tensor([name not in may_overflow for name in names], device=device)  # (N,)
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Take in one value a name, each a 0-d tensor on the device."""
+        """Add one value per name, each a 0-d tensor on the device."""
         row = torch.stack([values[name].detach().float() for name in self.names])
         counts = row.isfinite() | self._always_counts
         self.sums += torch.stack([row.where(counts, 0), counts])
 
     def take(self) -> "Pending":
-        """Start to copy the means of what came since the last call, over all ranks, to the host; NaN of nothing."""
+        """Start copying the means over all ranks since the last call to the host; NaN where no value was added."""
         if dist.is_initialized():
             dist.all_reduce(self.sums)
         means = self.sums[0] / self.sums[1]
@@ -45,7 +45,7 @@ class Average:
 
 
 class Pending:
-    """Means on their way to the host."""
+    """Means that are being copied to the host."""
 
     def __init__(self, names: tuple[str, ...], means: Tensor):
         self._names = names
@@ -55,14 +55,14 @@ class Pending:
             self._ready.record()
 
     def wait(self) -> dict[str, float]:
-        """Return the means; waits for the copy if it is still under way."""
+        """Return the means; wait for the copy if it has not finished."""
         if self._ready is not None:
             self._ready.synchronize()
         return dict(zip(self._names, self._means.tolist(), strict=True))
 
 
 class MetricsFile:
-    """`metrics.jsonl` and TensorBoard events of a run; lines after the step that a run resumes from are dropped."""
+    """Writer of `metrics.jsonl` and TensorBoard events; lines after the step that a run resumes from are dropped."""
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool):
         self._path = folder / "metrics.jsonl"
@@ -75,7 +75,7 @@ class MetricsFile:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line; it must hold `step`."""
+        """Append one line, which must contain `step`."""
         self._file.write(json.dumps(line) + "\n")
         if self._board is not None:
             for name, value in line.items():
@@ -90,7 +90,7 @@ class MetricsFile:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop lines after `step`, and a last line that a kill cut short."""
+    """Drop the lines after `step`, and a last line that is incomplete because the run was killed."""
     if not path.exists():
         return
     kept: list[str] = []

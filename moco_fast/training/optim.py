@@ -1,4 +1,4 @@
-"""Optimizers, and their state as named tensors."""
+"""Optimizers and their state as named tensors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,15 +16,15 @@ __all__ = ["build_optimizer", "load_optimizer_tensors", "optimizer_tensors"]
 
 
 def build_optimizer(module: nn.Module, optim: OptimConfig, *, constant_lr: tuple[str, ...] = ()) -> Optimizer:
-    """The optimizer of all parameters of `module` that take gradients.
+    """Build the optimizer of all parameters of `module` that require gradients.
 
-    Those below the parts named in `constant_lr` are a group of their own, whose learning rate no schedule changes.
+    Parameters of the parts named in `constant_lr` form a separate group, whose learning rate no schedule changes.
 
-    SGD and AdamW are torch's with its fused kernels, LAMB is timm's and LARS MoCo v3's; both handle all parameters at
-    once, too.
+    SGD and AdamW are torch's with its fused kernels, LAMB is timm's and LARS is MoCo v3's; the last two also handle all
+    parameters at once.
 
     Raises:
-        ValueError: apex is asked for, but it is not there or has no such optimizer.
+        ValueError: apex is requested, but is not installed or has no such optimizer.
     """
     parameters = _in_groups(module, constant_lr)
     if optim.kernels == "apex":
@@ -39,7 +39,7 @@ def build_optimizer(module: nn.Module, optim: OptimConfig, *, constant_lr: tuple
         case "adamw":
             return AdamW(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
         case "lamb":
-            # Clipping is a step of its own, for all optimizers.
+            # Clipping is a separate step, for all optimizers.
             options: dict[str, Any] = {"betas": optim.betas, "weight_decay": optim.weight_decay, "max_grad_norm": None}
             return Lamb(parameters, lr=optim.lr, **options)
         case "lars":
@@ -62,20 +62,20 @@ def _flat(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def _names(optimizer: Optimizer, module: nn.Module) -> list[str]:
-    """Name in the module of each parameter, in the order of the optimizer's state dict."""
+    """Return each parameter's name in the module, in the order of the optimizer's state dict."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [names[id(parameter)] for parameter in _flat(optimizer)]
 
 
 def _group_steps(optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The parameter groups that count their steps (LAMB, apex), by a name for the count."""
+    """Return the parameter groups that count their steps (LAMB, apex), by the name of that count."""
     for number, group in enumerate(optimizer.param_groups):
         if "step" in group:
             yield f"step/group {number}", group
 
 
 def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as `<state>/<parameter's name>` -> tensor. Settings are left to the configuration."""
+    """Return the optimizer's state as `<state>/<parameter's name>` -> tensor; settings are in the configuration."""
     names = _names(optimizer, module)
     of_parameters = {
         f"{key}/{names[index]}": value
@@ -87,10 +87,10 @@ def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tens
 
 
 def load_optimizer_tensors(optimizer: Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back copies of what `optimizer_tensors` gave.
+    """Restore copies of what `optimizer_tensors` returned.
 
     Raises:
-        ValueError: tensors of another optimizer or module.
+        ValueError: the tensors belong to another optimizer or module.
     """
     indices = {name: index for index, name in enumerate(_names(optimizer, module))}
     parameters = dict(module.named_parameters())
@@ -104,9 +104,9 @@ def load_optimizer_tensors(optimizer: Optimizer, module: nn.Module, tensors: dic
             continue
         if name not in indices:
             raise ValueError(
-                f"the optimizer's state has {full_name!r}, which this encoder lacks: load the run it is of"
+                f"the optimizer's state has {full_name!r}, which this encoder lacks: load the run that it belongs to"
             )
-        # As the parameter lies in memory: a file keeps values, not strides, and fused kernels need them equal.
+        # With the parameter's strides: a file keeps values only, and fused kernels need equal strides.
         like = parameters[name] if parameters[name].shape == tensor.shape else tensor
         state.setdefault(indices[name], {})[key] = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,17 +1,17 @@
-"""Processes, device and precision: the one file that knows accelerate.
+"""Runtime of a process: its ranks, device and precision. No other file uses accelerate.
 
-Who decides where both `accelerate launch` and our options have a say:
+Where both `accelerate launch` and our options make a choice, this decides:
 
-- precision: `--run.precision` if it is given; else `--mixed_precision` of the launcher if that is bf16 or fp16; else
-  bf16 on a GPU that has it; else fp32. (The launcher exports "no" also when nobody chose: "no" cannot be a choice.)
-- torch.compile: on when `--run.compile`, `--run.cuda-graphs` or the launcher's `--dynamo_backend` asks for it, with the
-  backend that the launcher names, else inductor.
-- gradient accumulation: `--optim.accumulate` alone; the launcher's option is for DeepSpeed.
-- device: `--run.device` if given; else the CPU after `accelerate launch --cpu`; else a GPU if there is one.
-- CPUs: those next to the GPU if the launcher's `--enable_cpu_affinity` asks for it; which ones, affinity.py settles.
+- precision: `--run.precision` if given; else the launcher's `--mixed_precision` if that is bf16 or fp16; else bf16 on a
+  GPU that supports it; else fp32. (The launcher exports "no" also when the user chose nothing, so "no" is ignored.)
+- torch.compile: on when `--run.compile`, `--run.cuda-graphs` or the launcher's `--dynamo_backend` requests it, with the
+  launcher's backend if given, else inductor.
+- gradient accumulation: `--optim.accumulate` only; the launcher's option is for DeepSpeed.
+- device: `--run.device` if given; else the CPU with `accelerate launch --cpu`; else a GPU if there is one.
+- CPUs: those next to the GPU if the launcher's `--enable_cpu_affinity` requests it; affinity.py selects them.
 
-On a GPU, `start` puts all work of the calling thread on a stream of its own until `close`: libraries that know no
-streams (and whatever asks for "the legacy default stream") use stream 0, and nothing of theirs shall order the step.
+On a GPU, `start` moves all work of the calling thread to a separate stream until `close`: libraries without stream
+support (and all users of "the legacy default stream") use stream 0, and must not serialize the step.
 """
 
 import os
@@ -47,7 +47,7 @@ _ACCELERATE_NAMES = {"fp32": "no", "tf32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """What a process knows of its place in the world, and how it computes."""
+    """Rank, world size, device and precision of a process."""
 
     accelerator: Accelerator
     rank: int
@@ -57,13 +57,13 @@ class Runtime:
     device: torch.device
     precision: str
     compile_options: Mapping[str, str] | None
-    """Of torch.compile; None: encoders are not compiled."""
+    """Options of torch.compile; None: encoders are not compiled."""
     notes: tuple[str, ...]
-    """What was decided on the user's behalf, one line each."""
+    """Decisions made on the user's behalf, one line each."""
 
     @property
     def world(self) -> World:
-        """This process among those of the run, as loaders want it."""
+        """Rank and world size in the form that loaders take."""
         return World(rank=self.rank, world_size=self.world_size, local_world_size=self.local_world_size)
 
     @property
@@ -72,7 +72,7 @@ class Runtime:
         return self.compile_options is not None
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Compute in the run's precision inside this context."""
+        """Return a context that computes in the run's precision."""
         return self.accelerator.autocast()
 
     def backward(self, loss: Tensor) -> None:
@@ -83,16 +83,16 @@ class Runtime:
         """Average gradients over ranks (DDP) and run the forward pass in the run's precision.
 
         Args:
-            model: to be trained.
-            backwards_per_step: backward passes between two optimizer steps. DDP can prepare for one; told so before a
-                second one, it ends in an internal assertion.
+            model: the model to train.
+            backwards_per_step: backward passes between two optimizer steps. DDP optimizes for a single one if it is
+                declared static; a second pass then fails with an internal assertion.
         """
         options = DistributedDataParallelKwargs(
             broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=backwards_per_step == 1
         )
         self.accelerator.ddp_handler = options  # pyright: ignore[reportAttributeAccessIssue] - declared as None
         with warnings.catch_warnings():
-            # torch 2.13 renames the option, but accelerate passes on the old name only.
+            # torch 2.13 renames the option, but accelerate passes only the old name.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             return self.accelerator.prepare_model(model)
 
@@ -113,21 +113,21 @@ class Runtime:
         return gather_object([value])
 
     def wait_for_all(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has called this."""
         self.accelerator.wait_for_everyone()
 
     def scaler_state(self) -> dict[str, float]:
-        """Return the loss scaler's numbers, or nothing outside fp16."""
+        """Return the loss scaler's state, empty unless the precision is fp16."""
         scaler = self.accelerator.scaler
         return {} if scaler is None else dict(scaler.state_dict())
 
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
-        """Take back what `scaler_state` returned."""
+        """Restore what `scaler_state` returned."""
         if self.accelerator.scaler is not None and state:
             self.accelerator.scaler.load_state_dict(dict(state))
 
     def close(self) -> None:
-        """Leave the process group, and go back to the default stream once all work is done."""
+        """Leave the process group and return to the default stream once all work is done."""
         self.accelerator.end_training()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -135,10 +135,10 @@ class Runtime:
 
 
 def start(config: RunConfig, *, env: Mapping[str, str] = os.environ) -> Runtime:
-    """Join the other processes and settle device and precision.
+    """Join the other processes and choose device and precision.
 
     Raises:
-        ValueError: the device is not there, or this process would train alone though several were meant.
+        ValueError: the device does not exist, or this process would train alone although several were started.
     """
     if reason := alone_by_mistake(env):
         raise ValueError(reason)
@@ -146,17 +146,17 @@ def start(config: RunConfig, *, env: Mapping[str, str] = os.environ) -> Runtime:
     has_bf16 = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
     precision, note = choose_precision(config.precision, env.get("ACCELERATE_MIXED_PRECISION"), has_bf16=has_bf16)
     if precision == "tf32" and on_cpu:
-        raise ValueError("--run.precision tf32 needs a GPU's tensor cores: on the CPU take fp32 or bf16")
+        raise ValueError("--run.precision tf32 needs a GPU's tensor cores: on the CPU use fp32 or bf16")
     if precision == "fp16" and on_cpu:
-        raise ValueError("--run.precision fp16 needs a GPU (its loss scaling does): on the CPU take fp32 or bf16")
+        raise ValueError("--run.precision fp16 needs a GPU for its loss scaling: on the CPU use fp32 or bf16")
     if not on_cpu:
         allow_tf32(precision == "tf32")
     if config.deterministic:
         _be_deterministic()
     if config.cuda_graphs and on_cpu:
-        raise ValueError("--run.cuda-graphs needs a GPU: on the CPU take --run.compile")
+        raise ValueError("--run.cuda-graphs needs a GPU: on the CPU use --run.compile")
     compile_options, compile_note = choose_compile(config, env.get("ACCELERATE_DYNAMO_BACKEND"))
-    # accelerate asks NVML by a number that ignores CUDA_VISIBLE_DEVICES, and ends where a CPU is not allowed.
+    # accelerate queries NVML by a number that ignores CUDA_VISIBLE_DEVICES, and fails where a CPU is not allowed.
     with patch_environment(ACCELERATE_CPU_AFFINITY="false"):
         accelerator = Accelerator(
             cpu=on_cpu,
@@ -174,7 +174,7 @@ def start(config: RunConfig, *, env: Mapping[str, str] = os.environ) -> Runtime:
             "launch with one of deploy/accelerate/*.yaml"
         )
     if not on_cpu:
-        # Before anything is built: DDP remembers the stream on which it met the parameters.
+        # Before anything is built: DDP remembers the stream that was current when it was given the parameters.
         _leave_default_stream(accelerator.device)
     return Runtime(
         accelerator=accelerator,
@@ -194,13 +194,13 @@ def _leave_default_stream(device: torch.device) -> None:
 
 
 def choose_precision(asked: str, launcher: str | None, *, has_bf16: bool) -> tuple[str, str]:
-    """Settle the precision between our option and the launcher's (see the top of this file).
+    """Choose the precision from our option and the launcher's (see the top of this file).
 
     Returns:
-        the precision (`fp32`, `tf32`, `bf16` or `fp16`) and one line that says who decided.
+        the precision (`fp32`, `tf32`, `bf16` or `fp16`) and one line that says where it comes from.
 
     Raises:
-        ValueError: the launcher asks for a precision that we do not train in.
+        ValueError: the launcher requests a precision that is not supported.
     """
     chosen_by_launcher = launcher not in (None, "no")
     if asked != "auto":
@@ -208,36 +208,36 @@ def choose_precision(asked: str, launcher: str | None, *, has_bf16: bool) -> tup
         return asked, f"precision: {asked}, as --run.precision says{over}"
     if chosen_by_launcher:
         if launcher not in ("bf16", "fp16"):
-            raise ValueError(f"accelerate launch --mixed_precision {launcher} is not supported: take bf16, fp16 or no")
+            raise ValueError(f"accelerate launch --mixed_precision {launcher} is not supported: use bf16, fp16 or no")
         return launcher, f"precision: {launcher}, as `accelerate launch` says"
     if has_bf16:
-        return "bf16", "precision: bf16, for this GPU has it (--run.precision fp32 for full precision)"
+        return "bf16", "precision: bf16, which this GPU supports (--run.precision fp32 for full precision)"
     return "fp32", "precision: fp32 (--run.precision tf32, bf16 or fp16 to choose another)"
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Let products of float32 be rounded to 10 bits on tensor cores, or not: torch allows convolutions alone."""
+    """Allow or forbid rounding of float32 products to 10 bits on tensor cores; torch's default is convolutions only."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
-    # All of cuDNN's: inductor reads the one flag, which raises while it and those of convolutions and RNNs disagree.
+    # All flags of cuDNN: inductor reads the common one, which raises if those of convolutions and RNNs differ from it.
     cudnn: Any = torch.backends.cudnn
     cudnn.allow_tf32 = allowed
     cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"
 
 
 def _be_deterministic() -> None:
-    # cuBLAS reads it when it is first used (torch's page on use_deterministic_algorithms).
+    # cuBLAS reads it at its first use (torch's documentation of use_deterministic_algorithms).
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 
 
 def choose_compile(config: RunConfig, launcher: str | None) -> tuple[dict[str, str] | None, str | None]:
-    """Settle torch.compile between our options and the launcher's backend (see the top of this file).
+    """Choose the options of torch.compile from ours and the launcher's backend (see the top of this file).
 
     Returns:
-        its options, or None for no compilation, and one line that says so if there is any.
+        the options and one line that describes them; None and None without compilation.
 
     Raises:
-        ValueError: CUDA graphs from a backend that makes none.
+        ValueError: CUDA graphs are requested from a backend that does not support them.
     """
     backend = (launcher or "no").lower()
     if backend == "no" and not (config.compile or config.cuda_graphs):
@@ -252,30 +252,30 @@ def choose_compile(config: RunConfig, launcher: str | None) -> tuple[dict[str, s
 
 
 def alone_by_mistake(env: Mapping[str, str]) -> str | None:
-    """Tell from the environment whether several processes were meant but this one was told of no other.
+    """Check the environment for several intended processes of which this one knows no other.
 
     Returns:
-        the error to show, or None if all is well.
+        the error to show, or None if there is none.
     """
     if "WORLD_SIZE" in env:
         return None
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return (
-            f"srun started {env['SLURM_STEP_NUM_TASKS']} processes, but none was told of the others, so each would "
-            "train alone: start one `accelerate launch` a node (see deploy/accelerate/multi-node.yaml)"
+            f"srun started {env['SLURM_STEP_NUM_TASKS']} processes, but none knows the others, so each would train "
+            "alone: start one `accelerate launch` per node (see deploy/accelerate/multi-node.yaml)"
         )
-    # For one process accelerate exports no address; for several on CPUs without MPI it does, and then starts only one.
+    # For one process, accelerate exports no address. For several on CPUs without MPI it does, but starts only one.
     if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
         return (
-            "accelerate launch was asked for several processes but started one that would train alone: on CPUs use "
-            "deploy/accelerate/cpu-2.yaml (or unset MASTER_ADDR if one process is meant)"
+            "accelerate launch was configured for several processes but started one, which would train alone: on CPUs "
+            "use deploy/accelerate/cpu-2.yaml (or unset MASTER_ADDR to train with one process)"
         )
     return None
 
 
 def _choose_cpu(device: str, env: Mapping[str, str]) -> bool:
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--run.device cuda: torch finds no GPU here; take --run.device cpu")
+        raise ValueError("--run.device cuda: torch finds no GPU here; use --run.device cpu")
     if device != "auto":
         return device == "cpu"
     return env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()

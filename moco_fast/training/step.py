@@ -1,4 +1,4 @@
-"""One optimizer step, whatever the method."""
+"""Training step, the same for every method."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,34 +17,34 @@ __all__ = ["TrainStep"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainStep:
-    """The training step, built from parts that others own. Nothing in it waits for the device."""
+    """Training step built from parts that others own. Nothing in it waits for the device."""
 
     query: nn.Module
-    """The query encoder as it is called: itself, or wrapped in DistributedDataParallel or by accelerate."""
+    """The query encoder, bare or wrapped in DistributedDataParallel or by accelerate."""
     objective: Objective
-    """What the method computes, and what it remembers."""
+    """The method's losses and state."""
     optimizer: Optimizer
-    """Of the query encoder's parameters."""
+    """Optimizer of the query encoder's parameters."""
     clip_norm: float | None = None
-    """Largest norm of the gradient; None: any."""
+    """Maximum norm of the gradient; None: no clipping."""
     autocast: Autocast = nullcontext
-    """Makes the context that chooses the query encoder's precision."""
+    """Returns the context that sets the query encoder's precision."""
     backward: Callable[[Tensor], object] = Tensor.backward
     """Backpropagates a loss (and scales it, if float16 needs that)."""
     unscale: Callable[[Optimizer], object] = lambda _: None
-    """Divides gradients by what `backward` scaled them with."""
+    """Divides gradients by the loss scale that `backward` applied."""
 
     def __call__(self, batches: Sequence[Batch], *, lr: float, scheduled: Mapping[str, float]) -> dict[str, Tensor]:
-        """Step once on the mean gradient of `batches`; the objective takes in each by itself.
+        """Step once on the mean gradient of `batches`; the objective processes each batch separately.
 
         Args:
-            batches: of this rank.
+            batches: this rank's batches.
             lr: the learning rate.
-            scheduled: the method's numbers for this step (`Method.scheduled`).
+            scheduled: the method's scheduled values for this step (`Method.scheduled`).
 
         Returns:
-            What to watch, each () on the device, this rank's own and the mean over batches: `loss`, what the method
-            watches, and `grad_norm` of all ranks' mean gradient.
+            Values to log, each () on the device, of this rank and averaged over batches: `loss`, the values that the
+            method watches, and `grad_norm` of the gradient averaged over ranks.
         """
         for group in self.optimizer.param_groups:
             if not group.get("constant_lr", False):
@@ -57,12 +57,12 @@ class TrainStep:
         self.unscale(self.optimizer)
         grad_norm = self._clip_gradient()
         self.optimizer.step()
-        # Without arguments, as apex's takes none; all set gradients to None.
+        # Without arguments, since apex's method has none; all optimizers set gradients to None.
         self.optimizer.zero_grad()
         return _mean(watched) | {"grad_norm": grad_norm}
 
     def _accumulate(self, batch: Batch, weight: float, *, last: bool) -> dict[str, Tensor]:
-        """Add `weight` times the gradient of one batch; gradients are averaged over ranks in the last one only."""
+        """Add `weight` times the gradient of one batch; gradients are averaged over ranks only with the last batch."""
         encode = _EncodeForStep(self.query, self.autocast)
         losses: list[Tensor] = []
         watched: list[Mapping[str, Tensor]] = []
@@ -80,13 +80,13 @@ class TrainStep:
         return _mean(watched) | {"loss": torch.stack(losses).sum()}
 
     def _averaging(self, wanted: bool) -> AbstractContextManager[object]:
-        """Let the backward pass average gradients over ranks, or let them pile up on each."""
+        """Return a context whose backward pass averages gradients over ranks, or accumulates them on each rank."""
         if wanted or not isinstance(self.query, DistributedDataParallel):
             return nullcontext()
         return self.query.no_sync()
 
     def _clip_gradient(self) -> Tensor:
-        """Scale the gradient down to the largest norm allowed; return its norm before."""
+        """Scale the gradient down to the maximum norm; return its norm before clipping."""
         parameters = [parameter for parameter in self.query.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.clip_norm is not None:

@@ -1,4 +1,4 @@
-"""Stopping in good order: a signal to any rank makes all ranks stop after the same step."""
+"""Stop signals: a signal to any rank makes all ranks stop after the same step."""
 
 import signal
 from datetime import timedelta
@@ -14,9 +14,9 @@ __all__ = ["StopSignal"]
 class StopSignal:
     """Listens for SIGTERM, SIGUSR1 and SIGINT, and agrees with the other ranks on when to stop.
 
-    `poll` is called once a step on every rank. It returns what the ranks agreed on in the call before, so the exchange
-    (one integer over gloo, on the host) goes on beside the step and nothing waits for the GPU. A second SIGINT
-    interrupts at once.
+    `poll` is called once per step on every rank. It returns what the ranks agreed on in the previous call, so the
+    exchange (one integer over gloo, on the host) overlaps the step and nothing waits for the GPU. A second SIGINT
+    interrupts immediately.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -26,7 +26,7 @@ class StopSignal:
         self._group: dist.ProcessGroup | None = None
         if dist.is_initialized():
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-            # A number is given to ranks outside the group, and this one holds all.
+            # new_group returns a number to ranks outside the group, but this group contains all ranks.
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
         self._agreed = torch.zeros(1, dtype=torch.int32)
@@ -34,7 +34,7 @@ class StopSignal:
         self._before: dict[int, Any] = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
 
     def poll(self) -> int:
-        """Return the signal that all ranks obey now, or 0."""
+        """Return the signal that all ranks have agreed to stop for, or 0."""
         if self._group is None:
             return self._received
         agreed = self._wait()
@@ -43,7 +43,7 @@ class StopSignal:
         return agreed
 
     def close(self) -> None:
-        """Give the signals back to whom they belonged."""
+        """Restore the previous signal handlers."""
         self._wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -53,7 +53,7 @@ def test_a_process_is_kept_on_the_cpus_next_to_its_gpu(machine):
 def test_all_cpus_are_kept_where_no_allowed_one_is_near(machine, local_cpulist):
     told = machine.bind(local_cpulist)
     assert machine.affinity == set(range(8))
-    assert told.startswith("CPU affinity: unchanged, as ")
+    assert told.startswith("CPU affinity: unchanged, because ")
 
 
 def test_a_kernel_that_refuses_ends_nothing(machine, monkeypatch):

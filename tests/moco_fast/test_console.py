@@ -29,7 +29,7 @@ def test_small_batches_on_a_gpu_are_told_of_the_option_that_works_for_them(confi
     assert (advice is None) == (option is None)
     if advice is not None:
         assert advice == (
-            "note: with 32 images per GPU, starting kernels takes longer than running them: "
+            "note: with 32 images per GPU, launching kernels takes longer than running them: "
             f"try --run.{option.replace('_', '-')}"
         )
         validate(replace(config, run=replace(config.run, **{option: True})))

@@ -89,20 +89,20 @@ def test_every_preset_tells_whether_its_learning_rate_is_published(name):
     preset = PRESETS[name][1]
     said = describe_lr(preset)
     assert said.startswith(f"learning rate: {preset.optim.lr:g} for a batch of {preset.data.batch_size}, ")
-    assert said.endswith(", as published" if name != "demo" else ", which nobody published")
+    assert said.endswith(", as published" if name != "demo" else ", not a published value")
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "demo"])
 def test_another_batch_or_learning_rate_is_marked(name):
     preset = PRESETS[name][1]
     odd = replace(preset, data=replace(preset.data, batch_size=2 * preset.data.batch_size))
-    assert "nobody published: published is " in describe_lr(odd)
+    assert "not a published value: published " in describe_lr(odd)
     assert describe_lr(odd).endswith(f"the linear rule would give {2 * preset.optim.lr:g}")
     linear = replace(odd, optim=replace(odd.optim, lr=2 * odd.optim.lr))
-    assert describe_lr(linear).endswith("which is published, by the linear rule")
-    assert "nobody published" in describe_lr(replace(preset, optim=replace(preset.optim, lr=0.5)))
+    assert describe_lr(linear).endswith("scaled by the linear rule")
+    assert "not a published value" in describe_lr(replace(preset, optim=replace(preset.optim, lr=0.5)))
     accumulated = replace(preset, optim=replace(preset.optim, accumulate=2))
-    assert f"a batch of {2 * preset.data.batch_size}, which nobody" in describe_lr(accumulated)
+    assert f"a batch of {2 * preset.data.batch_size}, not a published value" in describe_lr(accumulated)
 
 
 def test_the_authors_four_gpus_are_published():
