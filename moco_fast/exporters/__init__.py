@@ -1,1 +1,1 @@
-"""Exporters: encoders for other libraries."""
+"""Exporters of encoders to other libraries."""

@@ -1,4 +1,4 @@
-"""The contract of an exporter: another library, and the form in which it takes an encoder."""
+"""Interface of an exporter: another library, and the form in which it loads an encoder."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,28 +12,28 @@ if TYPE_CHECKING:
     from moco_fast.encoders.open import OpenedEncoder
 
     Outputs = Callable[[Tensor], Sequence[Tensor]]
-    """Pixels (B, 3, H, W) uint8 to features (B, feature_dim) and, if asked, the head's output (B, dim)."""
+    """Pixels (B, 3, H, W) uint8 -> features (B, feature_dim) and, if requested, the head's output (B, dim)."""
 
 __all__ = ["Exporter", "check_file"]
 
 
 class Exporter(Protocol):
-    """A library, or a runtime, that can load encoders. What is written has its own names."""
+    """Library or runtime that can load encoders. Files use its names for tensors."""
 
     place: str
-    """What the file or folder may be called."""
+    """Default name of the file or folder."""
     has_head: bool
-    """There is a place for the projection head."""
+    """Whether the format can hold the projection head."""
 
     def why_not(self, model: ModelConfig | None) -> str | None:
-        """Tell why the library has no such network, or None if it has. `model` None: only its own library builds it."""
+        """Return why the library lacks a network, or None if it has it. `model` None: only its own library builds it."""
         ...
 
     def check(self, out: Path) -> None:
-        """Refuse what cannot work, before it is begun: a place of the wrong kind, packages that are not installed.
+        """Check, before work starts, that `out` has the right kind and the needed packages are installed.
 
         Raises:
-            ValueError: with the way out.
+            ValueError: one of them is not so; the message says what to do.
         """
         ...
 
@@ -46,11 +46,11 @@ class Exporter(Protocol):
         ...
 
     def usage(self, opened: "OpenedEncoder", out: Path) -> str:
-        """Python lines that load what was written."""
+        """Return Python lines that load what was written."""
         ...
 
 
 def check_file(out: Path) -> None:
-    """Take a new file, or an earlier one. Raises ValueError: it is a folder."""
+    """Accept a new or an existing file. Raises ValueError: it is a folder."""
     if out.is_dir():
-        raise ValueError(f"--out {out} is a folder that holds something else: name another place")
+        raise ValueError(f"--out {out} is a folder with other contents: choose another path")

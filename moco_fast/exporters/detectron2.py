@@ -1,4 +1,4 @@
-"""Exporter to detectron2: a ResNet by its names, as the MoCo authors' convert-pretrain-to-detectron2.py."""
+"""Exporter to detectron2: a ResNet with its names, as the MoCo authors' convert-pretrain-to-detectron2.py writes it."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -27,7 +27,7 @@ _NETWORKS = {
 
 
 class Detectron2Exporter(ResNetFile):
-    """The names that its checkpointer matches by their ends (`matching_heuristics`), in a file without pickled code."""
+    """File without pickled code whose names detectron2 matches by their suffixes (`matching_heuristics`)."""
 
     library = "detectron2"
 
@@ -36,13 +36,15 @@ class Detectron2Exporter(ResNetFile):
         return _NETWORKS
 
     def check(self, out: Path) -> None:
-        """Take a file; its checkpointer reads .pkl as a pickle."""
+        """Accept a .pth file; detectron2 would read .pkl as a pickle."""
         super().check(out)
         if out.suffix != ".pth":
-            raise ValueError(f"--out {out}: detectron2 tells by the ending how to read a file: name it {out.stem}.pth")
+            raise ValueError(
+                f"--out {out}: detectron2 chooses the format by the file's extension: name it {out.stem}.pth"
+            )
 
     def write(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> None:
-        """Write the file; it holds tensors and text."""
+        """Write the file, which holds tensors and text."""
         import torch
 
         from moco_fast.encoders.formats.detectron2 import to_detectron2
@@ -53,7 +55,7 @@ class Detectron2Exporter(ResNetFile):
         torch.save({"model": weights, **about}, path)
 
     def usage(self, opened: "OpenedEncoder", out: Path) -> str:
-        """Lines of a detector's configuration."""
+        """Return lines for a detector's configuration."""
         model = opened.model
         assert model is not None
         depth, groups, width = _NETWORKS[model.encoder]

@@ -1,4 +1,4 @@
-"""Exporters of whole programs, which need none of our code: from pixels to features, normalization included."""
+"""Exporters of programs that run without our code, from pixels to features, normalization included."""
 
 import json
 from importlib.util import find_spec
@@ -20,17 +20,17 @@ _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 class TorchExport:
-    """torch.export's program: pixels (B, 3, S, S) uint8 to features, and the head's output; B is free."""
+    """torch.export's program: pixels (B, 3, S, S) uint8 -> features and the head's output; B is dynamic."""
 
     place: ClassVar[str] = "encoder.pt2"
     has_head: ClassVar[bool] = True
 
     def why_not(self, model: ModelConfig | None) -> str | None:
-        """It has every network."""
+        """Accept every network."""
         del model
 
     def check(self, out: Path) -> None:
-        """Take a file."""
+        """Accept a file."""
         check_file(out)
 
     def write(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> None:
@@ -40,12 +40,12 @@ class TorchExport:
         program = torch.export.export(
             _graph(opened, head=head), (_pixels(opened),), dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}}
         )
-        # torch writes to a path of its own ending, or to an open file.
+        # torch writes only to a path with its own extension, or to an open file.
         with path.open("wb") as file:
             torch.export.save(program, file, extra_files={"images": _images(opened)})
 
     def read_back(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> "Outputs":
-        """Let torch read it."""
+        """Load it with torch."""
         import torch
 
         del opened, head
@@ -53,7 +53,7 @@ class TorchExport:
             return torch.export.load(file).module()
 
     def usage(self, opened: "OpenedEncoder", out: Path) -> str:
-        """Lines for torch."""
+        """Return lines for torch."""
         size = opened.encoder.image_size
         lines = [
             "import torch",
@@ -64,25 +64,25 @@ class TorchExport:
 
 
 class Onnx:
-    """ONNX's program: input `pixels` (B, 3, S, S) uint8, outputs `features` and `projection`; B is free."""
+    """ONNX's program: input `pixels` (B, 3, S, S) uint8, outputs `features` and `projection`; B is dynamic."""
 
     place: ClassVar[str] = "encoder.onnx"
     has_head: ClassVar[bool] = True
 
     def why_not(self, model: ModelConfig | None) -> str | None:
-        """It has every network."""
+        """Accept every network."""
         del model
 
     def check(self, out: Path) -> None:
-        """Take a file, and ask for the packages that write and check it."""
+        """Accept a file, and check that the packages that write and check it are installed."""
         check_file(out)
         if missing := [name for name in _PACKAGES if find_spec(name) is None]:
             raise ValueError(
-                f"--format onnx needs {', '.join(missing)}, not installed here: pip install 'moco-fast[onnx]'"
+                f"--format onnx needs {', '.join(missing)}, which is not installed: pip install 'moco-fast[onnx]'"
             )
 
     def write(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> None:
-        """Write the program, its weights within."""
+        """Write the program with its weights in one file."""
         import torch
 
         program: Any = torch.onnx.export(
@@ -98,7 +98,7 @@ class Onnx:
         program.save(str(path), external_data=False)
 
     def read_back(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> "Outputs":
-        """Let onnxruntime run it."""
+        """Load it with onnxruntime."""
         import onnxruntime
         import torch
 
@@ -107,7 +107,7 @@ class Onnx:
         return lambda pixels: [torch.from_numpy(each) for each in session.run(None, {"pixels": pixels.numpy()})]
 
     def usage(self, opened: "OpenedEncoder", out: Path) -> str:
-        """Lines for onnxruntime."""
+        """Return lines for onnxruntime."""
         size = opened.encoder.image_size
         lines = [
             "import onnxruntime",
@@ -136,7 +136,7 @@ def _graph(opened: "OpenedEncoder", *, head: bool) -> "nn.Module":
 def _pixels(opened: "OpenedEncoder") -> "Tensor":
     import torch
 
-    # Of one image, torch would take the batch for a constant.
+    # With one image, torch would treat the batch size as a constant.
     return torch.zeros(2, 3, opened.encoder.image_size, opened.encoder.image_size, dtype=torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Exporter to Hugging Face: timm's folder, ready to be uploaded, with a model card and, if asked, the head."""
+"""Exporter to Hugging Face: timm's folder, ready to upload, with a model card and, if requested, the head."""
 
 import json
 from pathlib import Path
@@ -18,22 +18,22 @@ _FILES = ("README.md", "config.json", "head.safetensors", "model.safetensors")
 
 
 class HuggingFace:
-    """A repository's files: timm loads the backbone from them, `moco_fast.load_encoder` the head, too."""
+    """Files of a repository: timm loads the backbone from them, `moco_fast.load_encoder` also the head."""
 
     place: ClassVar[str] = "encoder"
     has_head: ClassVar[bool] = True
 
     def why_not(self, model: ModelConfig | None) -> str | None:
-        """It has what timm has."""
+        """Refuse what timm's folder cannot hold."""
         reason = TimmExporter().why_not(model)
         return None if reason is None else f"a folder for Hugging Face is timm's, and {reason}"
 
     def check(self, out: Path) -> None:
-        """Take a new folder, or one that holds nothing but an earlier export."""
+        """Accept a new folder, or one that holds only an earlier export."""
         check_folder(out, "Hugging Face", _FILES)
 
     def write(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> None:
-        """Write timm's files, the card, and the head with the method that it is of."""
+        """Write timm's files, the model card, and the head with the method that it belongs to."""
         TimmExporter().write(opened, path, head=False)
         (path / "README.md").write_text(_card(opened, head=head))
         if not head:
@@ -52,7 +52,7 @@ class HuggingFace:
         config.write_text(json.dumps(json.loads(config.read_text()) | {"moco_fast": of_head}, indent=2))
 
     def read_back(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> "Outputs":
-        """Let timm read the backbone, and `open_encoder` the head."""
+        """Load the backbone with timm, and the head with `open_encoder`."""
         backbone = TimmExporter().read_back(opened, path, head=False)
         if not head:
             return backbone
@@ -62,12 +62,12 @@ class HuggingFace:
         return lambda pixels: (*backbone(pixels), encoder.features(pixels, "head"))
 
     def usage(self, opened: "OpenedEncoder", out: Path) -> str:
-        """Lines for timm."""
+        """Return lines for timm."""
         return TimmExporter().usage(opened, out)
 
 
 def _card(opened: "OpenedEncoder", *, head: bool) -> str:
-    """Return the model card: what it is, what it was trained on and how, what was measured, how it is loaded."""
+    """Return the model card: architecture, training data and method, measured results, and how to load it."""
     model, encoder = opened.model, opened.encoder
     assert model is not None
     size = encoder.image_size
@@ -78,7 +78,7 @@ def _card(opened: "OpenedEncoder", *, head: bool) -> str:
         "pipeline_tag: image-feature-extraction",
         f"tags: [image-feature-extraction, timm, moco-fast{', self-supervised' if opened.method else ''}]",
         "---",
-        # Weights without a head of ours may be anybody's, with labels too.
+        # Weights without our head may come from anywhere, including training with labels.
         f"# {model.encoder}" + (", pretrained without labels" if opened.method else ""),
         "",
         f"An image encoder: {encoder.feature_dim} features of an image of {size} x {size} pixels.",
@@ -101,19 +101,19 @@ def _card(opened: "OpenedEncoder", *, head: bool) -> str:
 
 
 def _of_file(opened: "OpenedEncoder") -> list[str]:
-    # The path is that of one machine.
+    # Only the last part of the path: the rest belongs to one machine.
     name = Path(opened.where.rpartition("@")[2]).name
-    return [f"From `{name}`, which does not say what it was trained on, nor what it is worth."]
+    return [f"From `{name}`, which does not record its training data or results."]
 
 
 def _of_run(opened: "OpenedEncoder") -> list[str]:
-    """Say what a run's folder tells; of a checkpoint alone, what its configuration does."""
+    """Describe the training from the run's folder, or from the configuration of a single checkpoint."""
     from moco_fast.checkpoint import find_newest
     from moco_fast.report.record import read_run
 
     config, where = opened.config, Path(opened.where)
     assert config is not None
-    # Of where the data lies on this machine, the last part of the path is told.
+    # Only the last part of the data's path: the rest belongs to this machine.
     data = ", ".join(Path(shards).name for shards in config.data.shards.split(","))
     run = where if (where / "config.json").is_file() else where.parent.parent
     checkpoint = find_newest(where / "checkpoints") or where

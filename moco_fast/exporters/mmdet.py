@@ -1,4 +1,4 @@
-"""Exporter to OpenMMLab's detectors: a file of `backbone.*`, as mmpretrain's (its torchvision_to_mmpretrain.py)."""
+"""Exporter to OpenMMLab's detectors: a file of `backbone.*`, as mmpretrain's torchvision_to_mmpretrain.py writes it."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MMDet"]
 
-# Name -> what configures it; without wide ones, which its ResNet has no option for.
+# Name -> its configuration; without the wide ones, for which OpenMMLab's ResNet has no option.
 _BACKBONES = {
     "resnet18": "type='ResNet', depth=18",
     "resnet34": "type='ResNet', depth=34",
@@ -25,16 +25,16 @@ _BACKBONES = {
 
 
 class MMDet(ResNetFile):
-    """Its ResNet of style `pytorch` has torchvision's names; a checkpoint of a classifier has them below `backbone`."""
+    """File of a classifier's `backbone`; OpenMMLab's ResNet of style `pytorch` has torchvision's names."""
 
     library = "mmdet"
 
     def networks(self) -> Collection[str]:
-        """Return torchvision's ResNets but the wide ones."""
+        """Return torchvision's ResNets except the wide ones."""
         return _BACKBONES
 
     def write(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> None:
-        """Write the file; it holds tensors and text."""
+        """Write the file, which holds tensors and text."""
         import torch
 
         assert not head
@@ -42,7 +42,7 @@ class MMDet(ResNetFile):
         torch.save({"state_dict": weights, "architecture": facts_of(opened)}, path)
 
     def usage(self, opened: "OpenedEncoder", out: Path) -> str:
-        """Lines of a detector's configuration."""
+        """Return lines for a detector's configuration."""
         model = opened.model
         assert model is not None
         mean, std = pixel_statistics(model)

@@ -1,4 +1,4 @@
-"""Exporters by name. A new one is a file with a class and a line here."""
+"""Registry of exporters. A new one is a file with a class, and a line here."""
 
 from importlib import import_module
 
@@ -19,7 +19,7 @@ EXPORTERS = {
 
 
 def find_exporter(name: str) -> Exporter:
-    """Return an exporter. Raises ValueError: there is none of that name."""
+    """Return an exporter. Raises ValueError: there is no exporter of that name."""
     if name not in EXPORTERS:
         raise ValueError(f"there is no exporter {name!r}: choose {' or '.join(EXPORTERS)}")
     module, _, attribute = EXPORTERS[name].partition(":")

@@ -1,4 +1,4 @@
-"""What exporters of a ResNet's weights share: which there are, their tensors, and what is told beside them."""
+"""Common parts of the exporters of ResNet weights: supported networks, tensors and metadata."""
 
 import json
 from collections.abc import Collection
@@ -18,18 +18,18 @@ __all__ = ["ResNetFile", "facts_of", "pixel_statistics", "weights_of"]
 
 
 class ResNetFile:
-    """The exporter of a library that takes a ResNet's weights from one file; it adds `write` and `usage`."""
+    """Base of exporters that write a ResNet's weights to one file; subclasses add `write` and `usage`."""
 
     place: ClassVar[str] = "encoder.pth"
     has_head: ClassVar[bool] = False
     library: ClassVar[str]
 
     def networks(self) -> Collection[str]:
-        """Return the networks that it has, by the names that torchvision and timm share."""
+        """Return the networks that the library has, by the names that torchvision and timm share."""
         raise NotImplementedError
 
     def why_not(self, model: ModelConfig | None) -> str | None:
-        """It has some ResNets, with the usual stem."""
+        """Refuse all networks but the library's ResNets with the ImageNet stem."""
         if model is None:
             return (
                 f"{self.library} cannot take a network that only its own library builds: export it with --format onnx"
@@ -37,18 +37,18 @@ class ResNetFile:
         if model.stem != "imagenet":
             return (
                 f"{self.library} has no {model.encoder} with a {model.stem} stem: load the checkpoint's "
-                "model.safetensors itself"
+                "model.safetensors directly"
             )
         if model.encoder not in self.networks():
             return f"{self.library} has no {model.encoder} with these parameter names: export it with --format timm"
         return None
 
     def check(self, out: Path) -> None:
-        """Take a file."""
+        """Accept a file."""
         check_file(out)
 
     def read_back(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> "Outputs":
-        """Load it as one of our own, for libraries that are not on the package index."""
+        """Load it with `open_encoder`, for libraries that are not on the package index."""
         from moco_fast.encoders.open import open_encoder
 
         del opened
@@ -58,12 +58,12 @@ class ResNetFile:
 
 
 def weights_of(opened: "OpenedEncoder") -> "dict[str, Tensor]":
-    """Return the backbone's tensors by torchvision's names."""
+    """Return the backbone's tensors, by torchvision's names."""
     return {name: tensor.contiguous() for name, tensor in opened.encoder.backbone.state_dict().items()}
 
 
 def facts_of(opened: "OpenedEncoder") -> str:
-    """Return name, normalization, size and crop as JSON, which `open_encoder` reads again."""
+    """Return name, normalization, size and crop as JSON, which `open_encoder` reads."""
     model, encoder = opened.model, opened.encoder
     assert model is not None
     facts = {"library": "torchvision", "name": model.encoder, "mean": model.mean, "std": model.std}

@@ -1,4 +1,4 @@
-"""Exporter to timm: a folder whose config.json says what `timm.create_model` has to build."""
+"""Exporter to timm: a folder whose config.json tells `timm.create_model` what to build."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -17,21 +17,21 @@ _FILES = ("config.json", "model.safetensors")
 
 
 class TimmExporter:
-    """timm's folder: the weights of a transformer fit networks with other numbers of heads, so its name goes along."""
+    """Folder for timm. It names the network, since a transformer's weights also fit other numbers of heads."""
 
     place: ClassVar[str] = "encoder"
     has_head: ClassVar[bool] = False
 
     def why_not(self, model: ModelConfig | None) -> str | None:
-        """It has every encoder of ours but those with another stem."""
+        """Refuse networks with a stem that timm lacks, and those that timm does not build."""
         if model is None:
             return "timm cannot take a network that only its own library builds: export it with --format onnx"
         if model.stem == "imagenet":
             return None
-        return f"timm has no {model.encoder} with a {model.stem} stem: load the checkpoint's model.safetensors itself"
+        return f"timm has no {model.encoder} with a {model.stem} stem: load the checkpoint's model.safetensors directly"
 
     def check(self, out: Path) -> None:
-        """Take a new folder, or one that holds nothing but an earlier export."""
+        """Accept a new folder, or one that holds only an earlier export."""
         check_folder(out, "timm", _FILES)
 
     def write(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> None:
@@ -45,7 +45,7 @@ class TimmExporter:
         assert model is not None
         network, name, options = _build(model, opened.encoder.image_size)
         load_exactly(network, opened.encoder.backbone.state_dict(), f"timm's {name} does not take these weights")
-        # What timm says of weights of its own is not true of these.
+        # timm's metadata about its own weights does not apply to these.
         about_its_own = ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes")
         told = cast("dict[str, Any]", network.pretrained_cfg)
         cast("Any", network).pretrained_cfg = {key: told[key] for key in told.keys() - about_its_own}
@@ -60,7 +60,7 @@ class TimmExporter:
         )
 
     def read_back(self, opened: "OpenedEncoder", path: Path, *, head: bool) -> "Outputs":
-        """Let timm read its folder."""
+        """Load the folder with timm."""
         import timm
 
         assert not head
@@ -68,7 +68,7 @@ class TimmExporter:
         return lambda pixels: (network(opened.encoder.normalize(pixels)),)
 
     def usage(self, opened: "OpenedEncoder", out: Path) -> str:
-        """Lines for timm."""
+        """Return lines for timm."""
         del opened
         lines = [
             "import timm",
@@ -79,18 +79,17 @@ class TimmExporter:
 
 
 def check_folder(out: Path, library: str, files: tuple[str, ...]) -> None:
-    """Take a new folder, or one of no other files. Raises ValueError: it is a file, or holds something else."""
+    """Accept a new folder, or one without other files. Raises ValueError: it is a file, or has other contents."""
     if out.suffix == ".safetensors" or out.is_file():
         raise ValueError(
-            f"--out {out}: {library} loads a folder, which says beside the weights what network they are of: name a "
-            "folder"
+            f"--out {out}: {library} loads a folder that holds the network's description and its weights: name a folder"
         )
     if out.is_dir() and {path.name for path in out.iterdir()} - set(files):
-        raise ValueError(f"--out {out} is a folder that holds something else: name another place")
+        raise ValueError(f"--out {out} is a folder with other contents: choose another path")
 
 
 def _build(model: ModelConfig, size: int) -> tuple["nn.Module", str, dict[str, Any]]:
-    """Build timm's network by its own name, or by the one of ours; return the name and the options, too."""
+    """Build timm's network for one of its names or ours; return it with timm's name and options."""
     import timm
 
     from moco_fast.encoders.encoder import TIMM_NETWORKS

@@ -1,4 +1,4 @@
-"""Exporter to torchvision: one .safetensors file whose names are those of torchvision's ResNets."""
+"""Exporter to torchvision: one .safetensors file with the names of torchvision's ResNets."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -16,13 +16,13 @@ __all__ = ["TorchvisionExporter"]
 
 
 class TorchvisionExporter(ResNetFile):
-    """torchvision's state dict, with the network's name and the pixels' normalization in its metadata."""
+    """torchvision's state dict, with the network's name and the normalization of pixels in its metadata."""
 
     place = "encoder.safetensors"
     library = "torchvision"
 
     def networks(self) -> Collection[str]:
-        """Return the ResNets that timm calls by the same name."""
+        """Return the ResNets that have the same name in timm."""
         from moco_fast.encoders.formats.torchvision import RESNETS
 
         return RESNETS
@@ -47,7 +47,7 @@ class TorchvisionExporter(ResNetFile):
         return lambda pixels: (network(opened.encoder.normalize(pixels)),)
 
     def usage(self, opened: "OpenedEncoder", out: Path) -> str:
-        """Lines for torchvision."""
+        """Return lines for torchvision."""
         model = opened.model
         assert model is not None
         lines = [

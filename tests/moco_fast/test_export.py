@@ -136,7 +136,7 @@ def test_a_transformer_of_other_heads_is_not_what_timm_builds(tmp_path: Path, mo
     config = json.loads((tmp_path / "encoder" / "config.json").read_text())
     assert (config["architecture"], config["model_args"]["num_heads"]) == ("vit_small_patch16_224", 12)
     monkeypatch.setitem(TIMM_NETWORKS, "vit_small", ("vit_small_patch16_224", {}))
-    with pytest.raises(ValueError, match="timm builds another network for these weights"):
+    with pytest.raises(ValueError, match="timm builds a different network for these weights"):
         export(run, "timm", tmp_path / "wrong")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder", "run"]
 
@@ -163,12 +163,12 @@ def test_an_export_replaces_an_older_one_and_nothing_else(tmp_path: Path) -> Non
     for _ in range(2):
         export(run, "timm", tmp_path / "encoder")
     (tmp_path / "encoder" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="with other contents"):
         export(run, "timm", tmp_path / "encoder")
     with pytest.raises(ValueError, match="name a folder"):
         export(run, "timm", tmp_path / "encoder.safetensors")
     other = save_run(tmp_path / "other", ModelConfig(encoder="resnet18"), size=64)
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="with other contents"):
         export(other, "torchvision", tmp_path / "encoder")
     assert (tmp_path / "encoder" / "notes.txt").read_text() == "mine"
 
@@ -301,16 +301,16 @@ def test_a_program_takes_pixels_of_any_number_of_images(target: str, tmp_path: P
 def test_a_head_without_a_place_is_refused(tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18"), size=64)
     for target in ("timm", "torchvision", "detectron2", "mmdet"):
-        with pytest.raises(ValueError, match=f"--head: {target} has no place for a projection head"):
+        with pytest.raises(ValueError, match=f"--head: {target} cannot hold a projection head"):
             export(run, target, tmp_path / find_exporter(target).place, head=True)
     bare = export(run, "timm", tmp_path / "bare").path
-    with pytest.raises(ValueError, match=r"--head: .*bare .* comes without a projection head"):
+    with pytest.raises(ValueError, match=r"--head: .*bare .* has no projection head"):
         export(bare, "onnx", tmp_path / "encoder.onnx", head=True)
 
 
 def test_packages_that_are_missing_are_told_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moco_fast.exporters.graph.find_spec", lambda name: None if name == "onnxscript" else name)
-    with pytest.raises(ValueError, match=r"needs onnxscript, not installed here: pip install 'moco-fast\[onnx\]'"):
+    with pytest.raises(ValueError, match=r"needs onnxscript, which is not installed: pip install 'moco-fast\[onnx\]'"):
         export(tmp_path / "nowhere", "onnx", tmp_path / "encoder.onnx")
 
 
@@ -340,7 +340,7 @@ def test_detectron2_finds_its_names_and_shapes(tmp_path: Path) -> None:
     # What its checkpointer looks for (detectron2/checkpoint/detection_checkpoint.py).
     assert content["matching_heuristics"] is True
     assert "PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = [25.5, 51.0, 76.5], [102.0" in written.usage
-    with pytest.raises(ValueError, match=r"tells by the ending how to read a file: name it encoder\.pth"):
+    with pytest.raises(ValueError, match=r"chooses the format by the file's extension: name it encoder\.pth"):
         export(run, "detectron2", tmp_path / "encoder.pkl")
 
 
@@ -447,7 +447,7 @@ def test_the_model_card_of_a_file_says_that_nothing_is_known(tmp_path: Path) -> 
     card = (export(tmp_path / "weights.pth", "huggingface", tmp_path / "encoder").path / "README.md").read_text()
     assert "# resnet18\n" in card
     assert "self-supervised" not in card
-    assert "From `weights.pth`, which does not say what it was trained on, nor what it is worth." in card
+    assert "From `weights.pth`, which does not record its training data or results." in card
 
 
 def test_the_authors_encoder_is_exported_as_a_runs(tmp_path: Path) -> None:
