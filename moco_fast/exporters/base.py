@@ -26,7 +26,7 @@ class Exporter(Protocol):
     """Whether the format can hold the projection head."""
 
     def why_not(self, model: ModelConfig | None) -> str | None:
-        """Return why the library lacks a network, or None if it has it. `model` None: only its own library builds it."""
+        """Return why the library lacks a network, or None. `model` None: only the network's own library builds it."""
         ...
 
     def check(self, out: Path) -> None:

@@ -1,1 +1,1 @@
-"""A run as one HTML page that needs nothing else."""
+"""Report on a run: one self-contained HTML page."""

@@ -1,4 +1,4 @@
-"""What to do next with a run, as commands to copy."""
+"""Commands to copy for the next steps with a run."""
 
 from dataclasses import dataclass
 from shlex import join, quote, split
@@ -11,14 +11,14 @@ __all__ = ["NextCommand", "next_commands"]
 
 @dataclass(frozen=True, kw_only=True)
 class NextCommand:
-    """A command line and what it is for."""
+    """Command line and its purpose."""
 
     purpose: str
     line: str
 
 
 def next_commands(record: RunRecord) -> list[NextCommand]:
-    """Propose what makes sense in the run's state."""
+    """Return the commands that make sense for the run's status."""
     config, run = record.config, str(record.path)
     proposals: dict[str, str] = {}
     if record.command and record.status != "finished":
@@ -45,7 +45,7 @@ def next_commands(record: RunRecord) -> list[NextCommand]:
 
 
 def _without(command: str, *options: str) -> str:
-    """Take options, each with its value, out of a command line."""
+    """Remove options and their values from a command line."""
     kept: list[str] = []
     words = iter(split(command))
     for word in words:

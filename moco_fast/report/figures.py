@@ -1,4 +1,4 @@
-"""Curves of a run as inline SVG whose colors and fonts are the page's."""
+"""Curves of a run as inline SVG with the page's colors and fonts."""
 
 import io
 import re
@@ -18,20 +18,20 @@ __all__ = ["Curve", "draw_curves", "thin_out"]
 
 _INK, _FAINT = "#010101", "#020202"
 _SERIES = ("#030303", "#040404")
-# Colors that no curve would have otherwise, so that each can be replaced by a variable of the page.
+# Placeholder colors that no curve would have otherwise, each replaced by a variable of the page.
 _VARIABLES = {_INK: "var(--muted)", _FAINT: "var(--line)", _SERIES[0]: "var(--query)", _SERIES[1]: "var(--key)"}
 _MAX_POINTS = 400
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A quantity over the steps of a run."""
+    """Quantity over the steps of a run."""
 
     steps: Sequence[float]
     values: Sequence[float]
     label: str = ""
     points: bool = False
-    """Mark each value: for quantities that were measured a few times only."""
+    """Mark each value: for quantities measured only a few times."""
 
 
 def draw_curves(
@@ -46,10 +46,10 @@ def draw_curves(
     """Draw at most two curves into one SVG element.
 
     Args:
-        curves: what to draw, the first in the query's color, the second in the key's.
-        alt: says in words what is shown.
-        level: a value to compare with.
-        percent: values are shares; write them as percentages.
+        curves: the curves, the first in the query's color, the second in the key's.
+        alt: description of the chart in words.
+        level: reference value.
+        percent: values are fractions; write them as percentages.
         from_zero: the vertical axis starts at 0.
         height: in inches at a width of 5.4; the page scales both.
     """
@@ -83,7 +83,7 @@ def draw_curves(
 
 
 def thin_out(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Average neighboring points so that at most a few hundred are left; returns steps and values."""
+    """Average neighboring points until at most a few hundred are left; return steps and values."""
     groups = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_POINTS))
     at, of = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
     return np.array([at[group].mean() for group in groups]), np.array([of[group].mean() for group in groups])
@@ -119,7 +119,7 @@ def _write_level(axes: Axes, level: Level) -> None:
 
 
 def _write_label(axes: Axes, curve: Curve, color: str) -> None:
-    """Write a curve's name over its middle: shorter to read than a legend."""
+    """Write a curve's name above its middle, which is easier to read than a legend."""
     if not curve.label or not len(curve.steps):
         return
     steps, values = thin_out(curve.steps, curve.values)
@@ -135,7 +135,7 @@ def _write_label(axes: Axes, curve: Curve, color: str) -> None:
 
 
 def _for_page(svg: str, alt: str) -> str:
-    """Take the SVG element out of its document and let the page decide on colors, fonts and size."""
+    """Extract the SVG element from its document and leave colors, fonts and size to the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{alt}"', svg, count=1)

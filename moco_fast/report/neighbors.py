@@ -1,4 +1,4 @@
-"""What an encoder finds alike: the training samples nearest to some held-out ones, before and after training."""
+"""Nearest neighbors: the training samples nearest to some held-out ones, before and after training."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,12 +22,12 @@ __all__ = ["Neighbor", "Query", "find_neighbors", "sample_pictures"]
 
 _PICTURE_SIDE = 96  # pixels
 _BATCH = 128
-_MAX_LOOKED_AT = 200_000  # held-out samples among which one of each class is looked for
+_MAX_LOOKED_AT = 200_000  # held-out samples searched for one of each class
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbor:
-    """A training sample that is near a query."""
+    """Training sample near a query."""
 
     picture: Picture
     label: str
@@ -37,7 +37,7 @@ class Neighbor:
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """A held-out sample and what is nearest to it, nearest first, after and before training."""
+    """Held-out sample and its neighbors, nearest first, after and before training."""
 
     picture: Picture
     label: str
@@ -55,21 +55,21 @@ def find_neighbors(
     num_neighbors: int,
     max_bank: int,
 ) -> list[Query]:
-    """Look up the training samples nearest to some held-out samples, by both encoders.
+    """Find the training samples nearest to some held-out samples, by both encoders.
 
-    The held-out samples are not picked by hand: the first one of each of some evenly spread classes.
+    The held-out samples are not picked by hand: they are the first of their class, for classes spread evenly.
 
     Args:
-        trained: after training, on `device`.
-        untrained: before training, on `device`.
-        config: of the run; it names the shards.
-        device: where to compute.
-        num_queries: held-out samples.
-        num_neighbors: training samples shown for each.
-        max_bank: training samples to choose from, evenly spread over the set.
+        trained: the encoder after training, on `device`.
+        untrained: the encoder before training, on `device`.
+        config: configuration of the run, which names the shards.
+        device: device that computes.
+        num_queries: number of held-out samples.
+        num_neighbors: training samples shown per held-out sample.
+        max_bank: training samples to search, evenly spread over the set.
 
     Raises:
-        ValueError: shards that are absent, without labels, or with different classes.
+        ValueError: shards are missing, have no labels, or have different classes.
     """
     assert config.eval.shards is not None
     bank, held_out = open_set(config.data.shards), open_set(config.eval.shards)
@@ -125,7 +125,7 @@ def _features_of(
 
 
 def _nearest(bank: Features, asked: Features, *, num_neighbors: int, temperature: float) -> list[list[_Near]]:
-    """Look up the training samples nearest to each of the samples asked for, nearest first."""
+    """Find the training samples nearest to each of the given samples, nearest first."""
     if not len(bank):
         raise ValueError("the training shards hold no labeled sample")
     votes = classify(
@@ -146,7 +146,7 @@ def _nearest(bank: Features, asked: Features, *, num_neighbors: int, temperature
 
 
 def _first_of_each_class(shards: ShardSet, wanted: int) -> tuple[Indices, Indices]:
-    """Return dense numbers and labels of the first samples of evenly spread classes, in order of labels."""
+    """Return dense numbers and labels of the first samples of evenly spread classes, ordered by label."""
     num_shards = 1 + int(np.searchsorted(shards.shard_sizes.cumsum(), _MAX_LOOKED_AT))
     labels = np.concatenate([shards.index(shard)["label"] for shard in range(shards.num_shards)[:num_shards]])
     classes, first = np.unique(labels, return_index=True)
@@ -160,7 +160,7 @@ def _first_of_each_class(shards: ShardSet, wanted: int) -> tuple[Indices, Indice
 def sample_pictures(
     shards: ShardSet, samples: Indices, *, side: int, crop: float, data: DataConfig
 ) -> dict[int, Picture]:
-    """Return central squares of some samples, by dense sample number."""
+    """Return the central squares of some samples, by dense sample number."""
     pictures: dict[int, Picture] = {}
     with open_loader(
         replace(suited_to(data, shards), batch_size=64), central_crop(side, side=crop), samples=samples, shards=shards

@@ -1,4 +1,4 @@
-"""Images in the page, and the views that a run trains on."""
+"""Pictures in the page: images, and the views that a run trains on."""
 
 import base64
 import io
@@ -20,17 +20,17 @@ _PNG_PIXELS = 64 * 64  # up to here a picture is kept exact
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """An image in the page."""
+    """Image in the page."""
 
     url: str
     width: int
     height: int
-    """In pixels, of the image as it was; the page may hold a smaller one."""
+    """Pixels of the original image; the page may hold a smaller one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A training sample: the original with two crops, and the views that came of them."""
+    """Training sample: the original with its crops marked, and the views made from them."""
 
     index: int
     original: Picture
@@ -39,7 +39,7 @@ class Sample:
 
 
 def show_views(config: Config, *, epoch: int, num_samples: int) -> list[Sample]:
-    """Make the views of some samples, evenly spread over the set, as training sees them in an epoch."""
+    """Make the views of some samples, evenly spread over the set, exactly as training sees them in an epoch."""
     shards = open_set(config.data.shards)
     total = shards.num_samples
     chosen = np.unique(np.linspace(0, total - 1, min(num_samples, total)).round().astype(int)).tolist()
@@ -57,7 +57,7 @@ def show_views(config: Config, *, epoch: int, num_samples: int) -> list[Sample]:
 
 
 def to_picture(pixels: npt.NDArray[np.uint8]) -> Picture:
-    """Put pixels (H, W, 3) into a URL: as PNG if they are few, so that they stay exact, else as JPEG."""
+    """Encode pixels (H, W, 3) as a data URL: small images as PNG, which is exact, others as JPEG."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
     width, height = image.size
     image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""What a run's folder tells: configuration, environment, metrics, outcome. Works on a run that is still going on."""
+"""Record of a run, read from its folder: configuration, environment, metrics, status. The run may still be running."""
 
 import json
 import shlex
@@ -16,30 +16,30 @@ __all__ = ["RunRecord", "read_run"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run's folder, read."""
+    """Contents of a run's folder."""
 
     path: Path
     config: Config
     environment: dict[str, Any]
     outcome: dict[str, Any]
     training: list[dict[str, float]]
-    """Lines of metrics that hold a loss, by step."""
+    """Lines of metrics with a loss, ordered by step."""
     evaluations: list[dict[str, float]]
-    """Lines of metrics that hold figures of an evaluation, by step."""
+    """Lines of metrics with figures of an evaluation, ordered by step."""
     results: list[Result]
-    """What `moco-fast eval` wrote into the folder, the newest last."""
+    """Results that `moco-fast eval` wrote into the folder, newest last."""
 
     @property
     def recipe(self) -> str:
-        """The preset that the run was started with, or that its settings are nearest to."""
+        """Preset that the run was started with, or the one nearest to its settings."""
         words: list[str] = self.environment.get("command", [])
-        # The recipe comes first: further on, its name may be an option's value.
+        # The recipe is the first match: a later word may be an option's value.
         named = words[words.index("moco_fast.train") + 1].replace("_", "-") if "moco_fast.train" in words[:-1] else None
         return named if named in PRESETS else min(PRESETS, key=lambda name: len(self.changes(name)))
 
     @property
     def command(self) -> str:
-        """How the training was started, without the path of the interpreter; empty if that is not known."""
+        """Command that started the training, without the interpreter's path; empty if unknown."""
         words: list[str] = self.environment.get("command", [])
         return shlex.join(["python", *words[words.index("-m") :]]) if "-m" in words else ""
 
@@ -49,30 +49,32 @@ class RunRecord:
         return self.outcome.get("outcome", "running")
 
     def curve(self, name: str) -> list[tuple[float, float]]:
-        """Return (step, value) of a number in metrics.jsonl, by step."""
+        """Return the (step, value) pairs of a name in metrics.jsonl, ordered by step."""
         return [(line["step"], line[name]) for line in (*self.training, *self.evaluations) if name in line]
 
     @property
     def last(self) -> dict[str, float]:
-        """The newest line of metrics, of either kind; a line of step 0 if there is none."""
+        """The newest line of metrics of either kind; a line for step 0 if there is none."""
         nothing = {"step": 0, "epoch": 0.0, "samples": 0, "time_s": 0.0}
         return max([nothing, *self.evaluations, *self.training], key=lambda line: line["step"])
 
     def changes(self, recipe: str) -> list[str]:
-        """Name the options that differ from a preset's, as `--option: preset's -> run's`; paths are left out."""
+        """List the options that differ from a preset's, as `--option: preset's -> run's`, without paths."""
         paths = ("--data.shards", "--eval.shards", "--run.out")
         return [line for line in differences(PRESETS[recipe][1], self.config) if not line.startswith(paths)]
 
 
 def read_run(path: str | Path) -> RunRecord:
-    """Read a run's folder, whatever its state.
+    """Read a run's folder, whatever the run's status.
 
     Raises:
-        ValueError: the folder is no run's, or its configuration cannot be read.
+        ValueError: the folder does not belong to a run, or its configuration cannot be read.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
-        raise ValueError(f"{path} has no config.json, so it is no run's folder: give the --run.out of a training")
+        raise ValueError(
+            f"{path} has no config.json, so it is not a run's folder: give the --run.out of a training run"
+        )
     try:
         config = from_dict(json.loads((path / "config.json").read_text()))
     except json.JSONDecodeError as error:
@@ -90,7 +92,7 @@ def read_run(path: str | Path) -> RunRecord:
 
 
 def _read_results(folder: Path) -> list[Result]:
-    """Read every file of results; one that another version wrote, or that is none, is left out."""
+    """Read every results file; files that another version wrote or that hold no results are ignored."""
     results: list[Result] = []
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
         with suppress(ValueError):
@@ -103,7 +105,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[dict[str, float]]:
-    """Read a file of JSON lines; a last line that is still being written is left out."""
+    """Read a file of JSON lines; a last line that is still being written is ignored."""
     if not path.is_file():
         return []
     lines: list[dict[str, float]] = []

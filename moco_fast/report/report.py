@@ -1,4 +1,4 @@
-"""`report.html`: what was run, how it went, and what came of it, on one page that needs nothing else."""
+"""Writer of `report.html`: configuration, progress and results of a run on one self-contained page."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnChart:
-    """A chart with the words around it."""
+    """Chart with title and caption."""
 
     title: str
     caption: str
@@ -42,23 +42,23 @@ class DrawnChart:
 def write_report(
     run: str | Path, *, device: torch.device | None = None, num_samples: int = 8, max_bank: int = 2000
 ) -> Path:
-    """Write `report.html` into a run's folder, whatever the run's state; what is not there yet is said to be missing.
+    """Write `report.html` into a run's folder, whatever the run's status; the page says what is still missing.
 
     Args:
         run: the run's folder.
-        device: where the encoder computes; default: a GPU if there is one.
-        num_samples: training samples, and held-out samples, in the pictures.
-        max_bank: training samples among which neighbors are looked for.
+        device: device of the encoder; default: a GPU if there is one.
+        num_samples: number of training samples, and of held-out samples, that are shown.
+        max_bank: number of training samples to search for neighbors.
 
     Returns:
         path of the page.
 
     Raises:
-        ValueError: the folder is no run's.
+        ValueError: the folder does not belong to a run.
     """
     record = read_run(run)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # The last epoch that is over: every sample shown has been trained on like this.
+    # The last finished epoch: every sample shown has been used in training with these views.
     epoch = max(int(record.last["epoch"]) - 1, 0)
     samples, no_samples = _unless_missing(lambda: show_views(record.config, epoch=epoch, num_samples=num_samples))
     queries, no_queries = _unless_missing(lambda: _neighbors(record, device, num_samples, max_bank))
@@ -94,7 +94,7 @@ def open_template(name: str) -> Template:
 
 
 def _unless_missing(make: Callable[[], list[T]]) -> tuple[list[T], str]:
-    """Return what `make` gives, or nothing and the reason: shards may have moved since, checkpoints be yet to come."""
+    """Return the result of `make`, or nothing and the reason: shards may have moved, checkpoints may not exist yet."""
     try:
         return make(), ""
     except (ValueError, OSError) as error:
@@ -121,7 +121,9 @@ def _count_right(queries: list[Query], which: str) -> tuple[int, int]:
     return sum(shown), len(shown)
 
 
-_LEARNING_RATE = Chart(title="Learning rate", caption="As it was used.", curves={"lr": ""}, from_zero=True)
+_LEARNING_RATE = Chart(
+    title="Learning rate", caption="The value that the optimizer used.", curves={"lr": ""}, from_zero=True
+)
 _SPEED = (
     Chart(
         title="Samples per second",
@@ -131,7 +133,7 @@ _SPEED = (
     ),
     Chart(
         title="Waiting for data",
-        caption="Share of the time in which the training step had nothing to do but wait for its next batch.",
+        caption="Share of the time that the training step spent waiting for its next batch.",
         curves={"data_wait_share": ""},
         percent=True,
         from_zero=True,
@@ -140,7 +142,7 @@ _SPEED = (
 
 
 def _charts(record: RunRecord, about: str) -> list[DrawnChart]:
-    """Draw what evaluations found and what the method watches."""
+    """Draw the figures of evaluations and the values that the method watches."""
     figures: list[DrawnChart] = []
     for score in find_scores(record.config):
         untrained = [value for step, value in record.curve(score.figure) if step == 0]
@@ -158,7 +160,7 @@ def _drawn(
     level: Level | None = None,
     points: bool = False,
 ) -> list[DrawnChart]:
-    """Draw the charts about something, of what was measured; `level` is for those that have none of their own."""
+    """Draw the charts of a section for which values exist; `level` is for charts without their own."""
     figures: list[DrawnChart] = []
     for chart in charts:
         curves = [

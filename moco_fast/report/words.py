@@ -1,4 +1,4 @@
-"""What the report says in words and tables."""
+"""Texts and tables of the report."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -17,7 +17,7 @@ __all__ = ["Option", "Tile", "configuration_table", "environment_table", "headli
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One figure that matters."""
+    """Figure in the report's summary."""
 
     name: str
     value: str
@@ -26,16 +26,16 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One row of the configuration."""
+    """Row of the configuration table."""
 
     name: str
     value: str
     recipe: str | None
-    """The recipe's value, if the run has another."""
+    """The recipe's value, if the run's differs."""
 
 
 def headline(record: RunRecord) -> str:
-    """How far the run is, in a sentence."""
+    """Describe the run's status in a sentence."""
     last = record.last
     done = (
         f"{last['step']:,.0f} steps ({last['epoch']:.3g} epochs, {last['samples']:,.0f} samples) in "
@@ -46,12 +46,12 @@ def headline(record: RunRecord) -> str:
     if record.status == "stopped":
         return f"Stopped and saved after {done}; the same command continues."
     if record.status == "failed":
-        return f"Failed after {done}: {record.outcome.get('error', 'no reason was written down')}"
-    return f"Under way: {done} so far."
+        return f"Failed after {done}: {record.outcome.get('error', 'no reason was recorded')}"
+    return f"Running: {done} so far."
 
 
 def tiles(record: RunRecord) -> list[Tile]:
-    """Summarize the run in a few figures; what is not known yet is left out."""
+    """Summarize the run in a few figures; those that are not yet known are left out."""
     found: list[Tile] = []
     found += [
         _score_tile(score, curve) for score in find_scores(record.config) if (curve := record.curve(score.figure))
@@ -65,7 +65,7 @@ def tiles(record: RunRecord) -> list[Tile]:
                 note=record.config.method.note(last),
             )
         )
-        # The first line includes warming up.
+        # The first line includes the warm-up.
         steady = record.training[1:] or record.training
         waiting = sum(line["data_wait_share"] for line in steady) / len(steady)
         found.append(
@@ -88,7 +88,7 @@ def tiles(record: RunRecord) -> list[Tile]:
 
 
 def _score_tile(score: Score, curve: list[tuple[float, float]]) -> Tile:
-    """Compare the newest value with the untrained encoder's, or with the score's own level, and with the best one."""
+    """Compare the newest value with the untrained encoder's or the score's own level, and with the best one."""
 
     def written(value: float) -> str:
         return f"{100 * value:.1f}%" if score.percent else f"{value:.4g}"
@@ -109,7 +109,7 @@ def _score_tile(score: Score, curve: list[tuple[float, float]]) -> Tile:
 
 
 def configuration_table(record: RunRecord) -> list[Option]:
-    """List every option with its value, and the recipe's where the run has another."""
+    """List every option with its value, and the recipe's value where it differs."""
     recipe = _options(PRESETS[record.recipe][1])
     return [
         Option(
@@ -120,7 +120,7 @@ def configuration_table(record: RunRecord) -> list[Option]:
 
 
 def environment_table(record: RunRecord) -> list[tuple[str, str]]:
-    """List what the run took place on."""
+    """List the run's software and hardware."""
     names = {
         "device": "Device",
         "num_cpus": "CPUs",
@@ -150,5 +150,5 @@ def _written(value: Any) -> str:
         return " ".join(_written(item) for item in value)
     if isinstance(value, float):
         return f"{value:.6g}"
-    # A recipe has no value of its own where the user must give one.
+    # A recipe has no value for an option that the user must give.
     return str(value) if isinstance(value, int | str) else "unset"

@@ -55,7 +55,7 @@ def test_an_unknown_command_is_refused_with_those_that_are_known(
     ("words", "says"),
     [
         ("eval knn --encoder {nowhere}", "nowhere does not exist"),
-        ("report {nowhere}", "is no run's folder"),
+        ("report {nowhere}", "is not a run's folder"),
         ("export {nowhere} --out {there}/x", "nowhere does not exist: give a run's folder"),
         ("preview {nowhere} --out {there}/x.png", "not a folder"),
         ("preview {nowhere} --views moco-v9 --out {there}/x.png", "take one of moco-v1"),

@@ -207,7 +207,7 @@ def test_a_run_that_still_goes_on(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
     page = write(run, num_samples=2)
-    assert "Under way: 20 steps" in page.text
+    assert "Running: 20 steps" in page.text
     assert "Continue this run" in page.text
 
 
@@ -247,7 +247,7 @@ def test_a_failed_run_tells_why_and_markup_in_it_is_text(run: Path) -> None:
 
 
 def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no run's folder"):
+    with pytest.raises(ValueError, match="is not a run's folder"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
 
