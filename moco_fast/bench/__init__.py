@@ -1,1 +1,1 @@
-"""What limits a machine: the stages of a run measured apart, then together, and a verdict."""
+"""Benchmark of a run on this machine: its stages measured separately, then together, and a verdict."""

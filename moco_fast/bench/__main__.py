@@ -1,4 +1,4 @@
-"""`python -m moco_fast.bench`, for `accelerate launch`."""
+"""Entry point `python -m moco_fast.bench`, for `accelerate launch`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command line of the bench: what it can be told, and what it says.
+"""Command line of the benchmark.
 
 moco-fast bench moco-v2 --data.shards DIR
 accelerate launch --config_file deploy/accelerate/gpu-8.yaml -m moco_fast.bench moco-v2 --data.shards DIR
@@ -22,26 +22,26 @@ __all__ = ["BenchConfig", "main"]
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """Measure what limits a run on this machine: reading, decoding, drawing the views, or training.
+    """Measure what limits a run on this machine: reading, decoding, making the views, or training.
 
-    Several processes: `accelerate launch ... -m moco_fast.bench` with the same options.
+    With several processes: `accelerate launch ... -m moco_fast.bench` with the same options.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     seconds: float = 60.0
-    """About how long to measure; starting and warming up come on top."""
+    """Approximate seconds of measuring, not including start and warm-up."""
     json: str | None = None
-    """File that the figures are also written to."""
+    """JSON file to which the figures are also written."""
 
     def execute(self) -> int:
-        """Measure as the options say, print the table on the first rank and return the exit code.
+        """Measure, print the table on the first rank and return the exit code.
 
         Raises:
             ValueError: the options cannot work as given.
         """
         check(self.recipe.config, self.recipe.base)
         if self.seconds <= 0:
-            raise ValueError(f"--seconds is {self.seconds}, but a round takes some time: give a number above 0")
+            raise ValueError(f"--seconds is {self.seconds}, but must be above 0")
         if self.json and not Path(self.json).resolve().parent.is_dir():
             raise ValueError(f"--json {self.json}: there is no such folder to write to")
         from moco_fast.bench.measure import measure
@@ -55,7 +55,7 @@ class BenchConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure as the command line says, in one of several processes; return the exit code."""
+    """Run the command line in one of several processes; return the exit code."""
     try:
         refuse_renamed(sys.argv[1:] if argv is None else argv)
         config = tyro.cli(

@@ -1,4 +1,4 @@
-"""Splits a device's time among named parts without ever waiting for it."""
+"""Clock that splits a device's time among named parts without waiting for the device."""
 
 import time
 from collections import defaultdict
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 class PartClock:
-    """Takes the time at every border between parts; a part within a part counts for itself alone, what is in none, not.
+    """Clock that reads the time at every boundary between parts. Nested parts count only for themselves.
 
-    On a GPU the borders are events on its current stream: what is split is the GPU's time, idle or not, and the host
-    runs ahead as ever. On a CPU they are readings of the host's clock.
+    Time in no part does not count. On a GPU the boundaries are events on its current stream: the GPU's time is split,
+    idle or not, and the host runs ahead as usual. On a CPU they are readings of the host's clock.
     """
 
     def __init__(self, device: torch.device):
@@ -27,7 +27,7 @@ class PartClock:
         self._borders: list[tuple[str | None, float | torch.cuda.Event]] = []
 
     def read(self) -> dict[str, float]:
-        """Give the seconds of each part since the last `read`. Waits for the device."""
+        """Return the seconds of each part since the last `read`. Waits for the device."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         seconds: defaultdict[str, float] = defaultdict(float)
@@ -43,13 +43,13 @@ class PartClock:
         self._inside.append(name)
 
     def leave(self) -> None:
-        """End the part begun last."""
+        """End the part that was begun last."""
         self._border()
         self._inside.pop()
 
     @contextmanager
     def part(self, name: str) -> Generator[None]:
-        """What is done within is part `name`."""
+        """Return a context whose duration is counted as part `name`."""
         self.enter(name)
         try:
             yield
@@ -57,7 +57,7 @@ class PartClock:
             self.leave()
 
     def timed(self, name: str, function: Callable[P, T]) -> Callable[P, T]:
-        """`function`, every call of which is part `name`."""
+        """Wrap `function` so that each call is counted as part `name`."""
 
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
             with self.part(name):
@@ -66,7 +66,7 @@ class PartClock:
         return call
 
     def _border(self) -> None:
-        """End the time of the innermost part so far."""
+        """Attribute the time until now to the innermost part."""
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self._device))

@@ -1,4 +1,4 @@
-"""The stages of loading apart: bytes, decoded images, and the way to the device."""
+"""Stages of loading, each measured separately: bytes, decoded images, and the copy to the device."""
 
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -24,16 +24,16 @@ from shards.sets import ShardSet
 
 __all__ = ["can_read", "decoding", "made_on_device", "reading", "resident_batch"]
 
-# Two crops of a few pixels, and nothing done to them: what is left is decoding.
+# Two crops of a few pixels without augmentation: what remains is decoding.
 _NOTHING = ViewConfig(crop_scale=(1e-4, 2e-4), flip_p=0.0, jitter_p=0.0, grayscale_p=0.0, blur_p=0.0)
 _SMALLEST = ViewsConfig(size=8, query=_NOTHING, key=_NOTHING)
 
 
 @contextmanager
 def reading(config: Config, runtime: Runtime, shards: ShardSet) -> Generator[Iterator[int]]:
-    """Give an endless iterator of the encoded bytes in this rank's share of a batch, read and checked.
+    """Yield an endless iterator over the number of encoded bytes in this rank's share of a batch, read and verified.
 
-    In epoch 1 of a run, while the loader is measured in epoch 0: those are other samples, if the set is a large one.
+    It reads epoch 1 of a run, while the loader is measured in epoch 0: if the set is large, the samples differ.
     """
     data = config.data
     plan = OrderPlan(
@@ -43,7 +43,7 @@ def reading(config: Config, runtime: Runtime, shards: ShardSet) -> Generator[Ite
         lanes=data.lanes,
         window_shards=data.window_shards,
     )
-    # Remote shards come through the machine's cache, as in a run.
+    # Remote shards are read through the machine's cache, as in a run.
     shards = cache_for_training(shards, data, plan, world=runtime.world)
     reader = Reader(shards, num_threads=data.read_threads or READ_THREADS)
 
@@ -63,7 +63,7 @@ def reading(config: Config, runtime: Runtime, shards: ShardSet) -> Generator[Ite
 
 
 def decoding(config: Config, runtime: Runtime, shards: ShardSet) -> Loader:
-    """The run's loader with views that cost next to nothing, in epoch 2."""
+    """Open the run's loader in epoch 2, with views that cost almost nothing."""
     data = replace(config.data, backend=_backend(config, runtime.device, shards))
     loader = open_run_loader(replace(config, data=data, views=_SMALLEST), runtime, shards)
     loader.load_state_dict({"epoch": 2, "step": 0})
@@ -71,14 +71,14 @@ def decoding(config: Config, runtime: Runtime, shards: ShardSet) -> Loader:
 
 
 def made_on_device(config: Config, device: torch.device, shards: ShardSet | None) -> bool:
-    """Whether the views are made where the step needs them."""
+    """Return whether the views are made on the device that the step needs them on."""
     return device.type == "cpu" or BACKENDS[_backend(config, device, shards)].decodes_on_gpu
 
 
 def resident_batch(config: Config, runtime: Runtime, size: int, device: torch.device) -> Batch:
-    """A batch of `size` samples of this rank that looks like the loader's; its pixels are noise.
+    """Return a batch of `size` samples of this rank in the loader's format, with noise as pixels.
 
-    Its samples are the first ones of the set: a memory bank knows them all.
+    Its samples are the first of the set, so that a memory bank has a key for each.
     """
     generator = torch.Generator().manual_seed(runtime.rank)
     views = tuple(
@@ -91,7 +91,7 @@ def resident_batch(config: Config, runtime: Runtime, size: int, device: torch.de
 
 
 def can_read(shards: ShardSet | None) -> TypeGuard[ShardSet]:
-    """Whether samples can be read one by one: not from FFCV's file, nor from tars that have no index (None)."""
+    """Return whether samples can be read one by one: not from FFCV's file, nor from tars without an index (None)."""
     return shards is not None and shards.kind != "beton"
 
 

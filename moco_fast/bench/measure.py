@@ -1,4 +1,4 @@
-"""Takes the measurements of a recipe, stage by stage, on every rank."""
+"""Measurements of a recipe, stage by stage, on every rank."""
 
 from collections.abc import Callable, Collection
 from contextlib import closing
@@ -28,7 +28,7 @@ Stage = Literal["reading", "decoding", "loader", "step", "end_to_end"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _ROUNDS = 3
-# Rounds are long where both halves of a run have to find their pace, short where one thing is done over and over.
+# Rounds are long where loader and step must reach a steady rate, and short where one operation is repeated.
 _SHARES: dict[Stage, float] = {"reading": 0.5, "decoding": 0.5, "loader": 1.0, "step": 1.0, "end_to_end": 1.5}
 
 
@@ -39,15 +39,15 @@ def measure(
     stages: Collection[Stage] = STAGES,
     tell: Callable[[str], object] = lambda _: None,
 ) -> BenchResult:
-    """Measure a recipe on this machine; under several processes, all of them call this.
+    """Measure a recipe on this machine; if there are several processes, all of them call this.
 
-    On a CPU, where a step of the whole batch would take too long, smaller batches are measured.
+    On a CPU, smaller batches are measured where a step of the whole batch would take too long.
 
     Args:
         config: the recipe; nothing is written to `run.out`.
-        seconds: about how long to measure; starting up, warming up and compiling come on top.
-        stages: what to measure.
-        tell: is told what goes on, in a few words.
+        seconds: approximate seconds of measuring, not including start, warm-up and compilation.
+        stages: stages to measure.
+        tell: called with a few words about the current stage.
 
     Raises:
         ValueError: the recipe does not fit the data or the machine.
@@ -90,7 +90,7 @@ def measure(
 
 @dataclass(frozen=True, kw_only=True)
 class _Bench:
-    """What the stages share. Each gives fields of BenchResult."""
+    """State that the stages share. Each stage returns fields of BenchResult."""
 
     config: Config
     shards: ShardSet | None
@@ -118,7 +118,7 @@ class _Bench:
             return {"decoding": self._rate(lambda: next(batches), _SHARES["decoding"] * self.round_s)}
 
     def in_turns(self, stages: Collection[str], loader: Loader) -> dict[str, Any]:
-        """The loader, the step and both, by turns, so that all meet the same disturbances."""
+        """Measure the loader, the step and both in turns, so that disturbances affect all of them equally."""
         clock = PartClock(self._runtime.device)
         size = self.config.data.batch_size // self._runtime.world_size
         resident = [resident_batch(self.config, self._runtime, size, self._runtime.device)]
@@ -136,7 +136,7 @@ class _Bench:
             for _ in range(_ROUNDS):
                 for stage, done in rounds.items():
                     done.append(getattr(turns, stage)())
-                # Of steps that take longer than a round should, one round is all that there is time for.
+                # If a step takes longer than a round should, there is time for one round only.
                 if turns.is_slow:
                     break
         found: dict[str, Any] = {stage: Rate.of([one.samples_per_s for one in done]) for stage, done in rounds.items()}
@@ -152,7 +152,7 @@ class _Bench:
         return self._rate(lambda: [view.to(device) for view in batch.views], 0.1 * self.round_s)
 
     def _rate(self, job: Job, seconds: float) -> Rate:
-        """Of rounds of a job that handles a batch; what was made ahead of its time does not count."""
+        """Return the rate over rounds of a job that processes one batch; prefetched batches are not counted."""
         self.stopwatch.time(job, made_ahead(self.config))
         calls = self.stopwatch.calls_for(job, seconds)
         return Rate.of([calls * self.config.data.batch_size / self.stopwatch.time(job, calls) for _ in range(_ROUNDS)])
@@ -163,7 +163,7 @@ class _Bench:
 
 
 def _fit_batch(config: Config, parts: Parts, stopwatch: Stopwatch, step_s: float) -> Config:
-    """Make the batch so small that a step takes about `step_s` at most, as far as batch norm's policy allows."""
+    """Reduce the batch until a step takes about `step_s` at most, as far as the batch-norm policy allows."""
     runtime = stopwatch.runtime
     sizes = _smaller_batches(config, runtime.world_size)
     probe = [resident_batch(config, runtime, sizes[-1] // runtime.world_size, runtime.device)] * config.optim.accumulate
@@ -179,9 +179,9 @@ def _fit_batch(config: Config, parts: Parts, stopwatch: Stopwatch, step_s: float
 
 
 def _smaller_batches(config: Config, world_size: int) -> list[int]:
-    """The recipe's global batch, halved as long as every rank can compute its share, largest first.
+    """Return the recipe's global batch and its halves, as far as every rank can compute its share, largest first.
 
-    Down to 8 samples a rank: with fewer, it is no longer the encoders that take the time.
+    Down to 8 samples per rank: with fewer, the encoders no longer dominate the time.
     """
     policy = resolve_policy(config.bn)
     groups = {"virtual": config.bn.num_groups, "exchange": world_size}.get(policy, 1)

@@ -1,8 +1,8 @@
-"""Names of times that are no part of the step."""
+"""Names of times outside the step's parts."""
 
 __all__ = ["REST", "WAITING"]
 
 REST = "rest"
 """Time that belongs to no part."""
 WAITING = "waiting for data"
-"""Between the end of a step and the start of the next."""
+"""Time between the end of a step and the start of the next."""

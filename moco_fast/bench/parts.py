@@ -1,4 +1,4 @@
-"""The training step with its parts on a clock: the same step, made of the same parts, each in a thin shell."""
+"""Training step with timed parts: the same step, composed of the same parts, each in a thin wrapper."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -15,16 +15,16 @@ __all__ = ["on_a_clock"]
 
 @contextmanager
 def on_a_clock(step: TrainStep, optimizer: Optimizer, clock: PartClock) -> Generator[TrainStep]:
-    """Give `step` with its parts on `clock`; the original is left as it is.
+    """Yield `step` with its parts timed by `clock`; the original is not changed.
 
-    Parts: those of the objective (as momentum update, key forward, exchange, loss, gather and enqueue); query forward;
-    backward (with the averaging of gradients over ranks); optimizer. The rest is the gradient's norm, its reset, and
-    the numbers that are logged.
+    Parts: those of the objective (such as momentum update, key forward, exchange, loss, gather and enqueue); query
+    forward; backward (with the averaging of gradients over ranks); optimizer. The rest is the gradient's norm, its
+    reset, and the logged values.
 
     Args:
         step: the step.
-        optimizer: of the step, without any wrapper.
-        clock: to be read by the caller.
+        optimizer: the step's optimizer, unwrapped.
+        clock: read by the caller.
     """
     hooks = (
         optimizer.register_step_pre_hook(lambda *_: clock.enter("optimizer")),
@@ -43,7 +43,7 @@ def on_a_clock(step: TrainStep, optimizer: Optimizer, clock: PartClock) -> Gener
 
 
 def _timed_autocast(autocast: Autocast, clock: PartClock) -> Autocast:
-    # The step enters its own autocast around the query encoder's forward passes, and nowhere else.
+    # The step enters its autocast context only around forward passes of the query encoder.
     @contextmanager
     def enter() -> Generator[None]:
         with clock.part("query forward"), autocast():

@@ -1,4 +1,4 @@
-"""What a measurement found: figures, the table that shows them, and the verdict. Free of torch."""
+"""Result of a benchmark: figures, their table, and the verdict. Does not import torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ __all__ = ["BenchResult", "Rate", "table", "verdict"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """Samples/s over all ranks, of the rounds of a measurement; a sample is all of its views."""
+    """Samples/s over all ranks, from the rounds of a measurement; a sample includes all its views."""
 
     median: float
     lowest: float
@@ -21,61 +21,61 @@ class Rate:
 
     @classmethod
     def of(cls, rates: list[float]) -> "Rate":
-        """Sum up rounds."""
+        """Summarize rounds."""
         return cls(median=median(rates), lowest=min(rates), highest=max(rates))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """What was measured, and where. A stage that was not asked for is None."""
+    """Measured figures and the environment. A stage that was not requested is None."""
 
     reading: Rate | None = None
-    """Encoded bytes out of the shards, checked, in the order of a run."""
+    """Reading encoded bytes from the shards and verifying them, in the order of a run."""
     read_bytes_per_s: float | None = None
-    """Of the same, over all ranks."""
+    """Bytes/s of reading, over all ranks."""
     decoding: Rate | None = None
     """Reading and decoding whole images."""
     loader: Rate | None = None
-    """The whole loader: read, decoded, all views drawn, on the device; taken and dropped."""
+    """The whole loader: reading, decoding and all views on the device; batches are taken and dropped."""
     hand_over: Rate | None = None
-    """Copying views that are ready to the device; None where they are made there."""
+    """Copying finished views to the device; None where they are made there."""
     step: Rate | None = None
-    """Steps on synthetic batches that lie on the device."""
+    """Steps on synthetic batches that are already on the device."""
     end_to_end: Rate | None = None
     """Steps on the loader's batches."""
     parts_alone_s: dict[str, float]
-    """Device's seconds of each part in a step on synthetic batches (moco_fast.bench.parts)."""
+    """Device seconds per part in a step on synthetic batches (moco_fast.bench.parts)."""
     parts_end_to_end_s: dict[str, float]
-    """The same in a step on the loader's batches; `waiting for data` is one of them."""
+    """Device seconds per part in a step on the loader's batches, including `waiting for data`."""
     batch_size: int
-    """Samples of a global batch in the measurement."""
+    """Samples per global batch in the measurement."""
     recipe_batch_size: int
-    """Samples of a global batch in the recipe."""
+    """Samples per global batch in the recipe."""
     torch_peak_bytes: int | None = None
-    """Most memory that torch held on this rank's GPU, if there is one."""
+    """Peak memory that torch held on this rank's GPU, if there is one."""
     device_used_bytes: int | None = None
-    """Memory in use on this rank's GPU at the end, DALI's and all else included."""
+    """Memory in use on this rank's GPU at the end, including DALI's and all other."""
     environment: dict[str, Any]
 
     @property
     def headroom(self) -> float | None:
-        """The loader's rate over the step's."""
+        """Ratio of the loader's rate to the step's."""
         return self.loader.median / self.step.median if self.loader and self.step else None
 
     @property
     def overlap(self) -> float | None:
-        """End to end over the step alone: 1 if the device never waits, and loading costs it nothing."""
+        """Ratio of the end-to-end rate to the step's: 1 if the device never waits and loading does not slow it down."""
         return self.end_to_end.median / self.step.median if self.end_to_end and self.step else None
 
     @property
     def data_wait_share(self) -> float | None:
-        """Share of the device's time, end to end, between the end of a step and the start of the next."""
+        """Share of the device's end-to-end time between the end of a step and the start of the next."""
         total = sum(self.parts_end_to_end_s.values())
         return self.parts_end_to_end_s.get(WAITING, 0.0) / total if total else None
 
     @property
     def slowdown(self) -> float | None:
-        """How many times longer a step takes while the loader runs, waiting left out."""
+        """Factor by which a step takes longer while the loader runs, without waiting."""
         alone = sum(self.parts_alone_s.values())
         together = sum(seconds for name, seconds in self.parts_end_to_end_s.items() if name != WAITING)
         return together / alone if alone and together else None
@@ -87,16 +87,16 @@ class BenchResult:
 
 
 _ENOUGH = 1.3
-"""Rate of the loader over the step's from which on end to end ought to run as the step alone."""
+"""Ratio of the loader's rate to the step's above which end to end should run as fast as the step alone."""
 _FULL = 0.97
-"""What then counts as running as the step alone."""
+"""Overlap that counts as running as fast as the step alone."""
 
 
 def verdict(result: BenchResult) -> str:
-    """Say in a sentence what limits the run, and in another what to change, if anything."""
+    """Say in one sentence what limits the run, and in another what to change, if anything."""
     headroom, overlap = result.headroom, result.overlap
     if headroom is None or overlap is None:
-        return "No verdict: it takes the loader, the step and both together."
+        return "No verdict: it needs the stages loader, step and end_to_end."
     found = f"The loader delivers {headroom:,.{1 if headroom < 10 else 0}f}x what the step consumes; "
     found += f"end to end runs at {overlap:.0%} of the step alone"
     if not result.on_gpu:
@@ -104,7 +104,7 @@ def verdict(result: BenchResult) -> str:
     if headroom < 1.0:
         return f"{found}: bound by the loader. {_slowest_stage(result)}"
     if overlap < _FULL:
-        return f"{found}: loader and step get in each other's way. {_conflict(result)}"
+        return f"{found}: loader and step slow each other down. {_conflict(result)}"
     if headroom < _ENOUGH:
         return f"{found}: GPU-bound, with little to spare in the loader; watch data_wait_share in the run."
     return f"{found}: GPU-bound, as it should be."
@@ -139,8 +139,8 @@ def _slowest_stage(result: BenchResult) -> str:
             "give each rank more CPUs."
         )
     if result.hand_over and result.hand_over.median < 2 * result.step.median:
-        return "Copying views to the GPU takes much of it: use --data.backend dali, which makes them there."
-    return "Drawing the views is what takes long: give each rank more CPUs, or use --data.backend dali on the GPU."
+        return "Copying views to the GPU takes much of the time: use --data.backend dali, which makes them there."
+    return "Making the views is the slowest stage: give each rank more CPUs, or use --data.backend dali on the GPU."
 
 
 def _conflict(result: BenchResult) -> str:
@@ -148,16 +148,17 @@ def _conflict(result: BenchResult) -> str:
     said = f"The GPU waits {waiting:.1%} of the time, and beside the loader a step takes {slowdown:.2f}x as long. "
     if waiting > slowdown - 1:
         return (
-            said + "Raise --data.prefetch, and see that each rank has CPUs of its own (affinity, --data.num-threads)."
+            said
+            + "Raise --data.prefetch, and make sure that each rank has its own CPUs (affinity, --data.num-threads)."
         )
     return said + (
-        "Both want the GPU: images packed at about the views' size (`make-shards pack --resize`) decode faster; "
+        "Both need the GPU: images packed at about the views' size (`make-shards pack --resize`) decode faster; "
         "--data.backend torch moves the work to the CPUs if there are many."
     )
 
 
 def table(result: BenchResult) -> str:
-    """Give the figures as a person reads them."""
+    """Return the figures as a table for people."""
     return "\n".join([*_opening(result), "", *_rates(result), *_parts(result), *_memory(result), "", verdict(result)])
 
 
@@ -173,7 +174,7 @@ def _opening(result: BenchResult) -> Iterator[str]:
     yield f"loader: {where['loader']}"
     if result.batch_size != result.recipe_batch_size:
         yield (
-            f"note: measured with batches of {result.batch_size}, for a step with the recipe's "
+            f"note: measured with batches of {result.batch_size}, because a step with the recipe's "
             f"{result.recipe_batch_size} would take too long here"
         )
 
@@ -226,7 +227,7 @@ def _memory(result: BenchResult) -> Iterator[str]:
     if result.torch_peak_bytes is not None and result.device_used_bytes is not None:
         yield ""
         torch_peak, in_use = format_bytes(result.torch_peak_bytes), format_bytes(result.device_used_bytes)
-        yield f"GPU memory: {torch_peak} at torch's peak, {in_use} in use with DALI's and all else"
+        yield f"GPU memory: {torch_peak} at torch's peak, {in_use} in use, including DALI's and all other"
 
 
 def _figure(value: float) -> str:

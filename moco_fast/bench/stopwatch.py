@@ -1,4 +1,4 @@
-"""Times jobs that all ranks do together."""
+"""Stopwatch for jobs that all ranks run together."""
 
 import time
 from collections.abc import Callable
@@ -15,12 +15,12 @@ Job = Callable[[], object]
 
 @dataclass(frozen=True)
 class Stopwatch:
-    """Every rank calls the same methods in the same order, and gets the same answers."""
+    """Stopwatch whose methods every rank calls in the same order, with the same results."""
 
     runtime: Runtime
 
     def time(self, job: Job, calls: int) -> float:
-        """Seconds that so many calls take, until all ranks and their devices are done."""
+        """Return the seconds that `calls` calls take, until all ranks and their devices have finished."""
         self._wait()
         started = time.perf_counter()
         for _ in range(calls):
@@ -29,7 +29,7 @@ class Stopwatch:
         return self.runtime.tell_all(time.perf_counter() - started)
 
     def calls_for(self, job: Job, seconds: float) -> int:
-        """How many calls take so long, at least one. The first call is to warm up: it may compile for a minute."""
+        """Return how many calls take `seconds`, at least 1. The first is a warm-up: it may compile for a minute."""
         self.time(job, 1)
         calls, took_s = 1, self.time(job, 1)
         while took_s < seconds / 10:

@@ -1,4 +1,4 @@
-"""The loader, the step, and both together, round by round on one loader and one step."""
+"""Measurements in turns: the loader, the step, and both together, in rounds on one loader and one step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,20 +21,20 @@ class Round:
 
     samples_per_s: float
     parts_s: dict[str, float] = field(default_factory=dict)
-    """Seconds of each part, in one step."""
+    """Seconds per part and step."""
 
 
 class Turns:
-    """Rounds of about `round_s` seconds each. A queue that filled while nobody took from it is emptied beforehand.
+    """Rounds of about `round_s` seconds each. A queue that has filled between rounds is emptied before the next one.
 
     Args:
-        config: of the run.
-        stopwatch: of its ranks.
-        loader: of the run.
-        step: with its parts on `clock`.
-        clock: for the parts.
+        config: configuration of the run.
+        stopwatch: stopwatch of the run's ranks.
+        loader: loader of the run.
+        step: training step with its parts timed by `clock`.
+        clock: clock of the parts.
         resident: batches of one step, on the device.
-        round_s: how long a round lasts; it has one step at least.
+        round_s: approximate seconds per round, which has at least one step.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class Turns:
         self._call_s: dict[str, float] = {}
 
     def loader(self) -> Round:
-        """Take batches and drop them."""
+        """Measure taking batches and dropping them."""
         self._drain()
         return self._round("loader", self._take, self._round_s)
 
     def step(self) -> Round:
-        """Train on the same batches over and over, while the loader's queue is full and it rests."""
+        """Measure training on the same batches repeatedly, while the loader's queue is full and the loader is idle."""
 
         def train() -> None:
             self._train(self._resident)
@@ -73,7 +73,7 @@ class Turns:
         return self._round("step", train, self._round_s)
 
     def end_to_end(self) -> Round:
-        """Train on the loader's batches."""
+        """Measure training on the loader's batches."""
 
         def train_on_next() -> None:
             with self._clock.part(WAITING):
@@ -86,7 +86,7 @@ class Turns:
         if loader_s and step_s:
             self._stopwatch.time(train_on_next, 1)
             self._num_calls["end_to_end"] = max(2, round(1.5 * self._round_s / max(loader_s, step_s)))
-        # Longer than the others: it takes a while until one of the two sets the pace.
+        # Longer than the other rounds: it takes some time until the slower of the two determines the rate.
         return self._round("end_to_end", train_on_next, 1.5 * self._round_s)
 
     @property
@@ -96,7 +96,7 @@ class Turns:
 
     def _train(self, batches: list[Batch]) -> None:
         with self._clock.part(REST):
-            # The weights stay as they are, and with them the time that they take, on noise too.
+            # A learning rate of 0 keeps the weights, so that steps on noise do not change their own duration.
             self._step(batches, lr=0.0, scheduled=self._config.method.scheduled(0, 1))
 
     def _take(self) -> list[Batch]:
@@ -122,7 +122,7 @@ class Turns:
 
 
 def made_ahead(config: Config) -> int:
-    """Batches that a loader may have ready: the backend's queue and ours."""
+    """Return the number of batches that a loader may hold ready: the backend's queue and ours."""
     return 2 * config.data.prefetch + 2
 
 
