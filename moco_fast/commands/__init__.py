@@ -1,1 +1,1 @@
-"""Commands of `moco-fast`, one file each: a dataclass of options that can run. Free of torch until it runs."""
+"""Commands of `moco-fast`, one file each: a dataclass of options that can run. Imports torch only when it runs."""

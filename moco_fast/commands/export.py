@@ -1,4 +1,4 @@
-"""`moco-fast export`."""
+"""Command `moco-fast export`."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,25 +12,25 @@ __all__ = ["Export"]
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write an encoder as another library can load it, load it again, and compare what it computes."""
+    """Write an encoder in another library's format, load it again, and compare its outputs with the encoder's."""
 
     encoder: tyro.conf.Positional[str]
-    """Folder of a run (its newest checkpoint counts), one of its checkpoints/step-*, a file of the MoCo authors', or
+    """Folder of a run (its newest checkpoint is used), one of its checkpoints/step-*, a file of the MoCo authors, or
     anything else that docs/encoders.md lists."""
     out: str
     """timm, huggingface: folder to write; otherwise: file to write (torchvision: .safetensors, onnx: .onnx,
     torch-export: .pt2, detectron2, mmdet: .pth)."""
     format: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(EXPORTERS)}}}")] = "timm"
-    """What shall load it."""
+    """Library or runtime that will load the encoder."""
     head: bool = False
-    """Write the projection head, too (huggingface, onnx, torch-export)."""
+    """Also write the projection head (huggingface, onnx, torch-export)."""
     which: Literal["query", "key"] = "query"
-    """The trained encoder, or its slow average."""
+    """The trained encoder (query), or its moving average (key)."""
     image_size: int | None = None
-    """Side of the images that it is for, in pixels; unset: as it was trained."""
+    """Side of the images that the encoder will process, in pixels; unset: as it was trained."""
 
     def execute(self) -> int:
-        """Do what the options say; return the exit code."""
+        """Export; return the exit code."""
         from moco_fast.exporters.write import export
 
         written = export(

@@ -1,4 +1,4 @@
-"""`moco-fast preview`."""
+"""Command `moco-fast preview`."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,30 +17,30 @@ class Preview:
     """Draw the views of some samples exactly as training sees them."""
 
     shards: tyro.conf.Positional[str]
-    """Folder that make-shards wrote."""
+    """Folder that `make-shards pack` wrote."""
     out: str
     """Image to write (.png, .jpg or .webp)."""
     views: str = "moco-v2"
-    """Recipe of the views: moco-v1, moco-v2, cifar10 and so on."""
+    """Recipe of the views: moco-v1, moco-v2, cifar10, ..."""
     size: int | None = None
     """Height and width of a view in pixels; unset: the recipe's."""
     color: Color = "torchvision"
-    """How colors are changed, as --views.color of training."""
+    """How colors are augmented, as with --views.color in training."""
     num: int = 12
-    """Samples, evenly spread over the set."""
+    """Number of samples, evenly spread over the set."""
     seed: int = 0
     """Seed of the run."""
     epoch: int = 0
     """Epoch of the run, from 0."""
     backend: Literal["auto", Backend] = "dali"
-    """What makes the views."""
+    """Backend that makes the views."""
     compare: Backend | None = None
-    """Another backend: the sheet then shows, 16 times amplified, how far its views are from the first one's."""
+    """Second backend: the image then also shows how its views differ from the first one's, amplified 16 times."""
 
     def execute(self) -> int:
-        """Do what the options say; return the exit code."""
+        """Draw the views; return the exit code."""
         if self.views not in VIEWS:
-            raise ValueError(f"--views {self.views} is no recipe: take one of {', '.join(VIEWS)}")
+            raise ValueError(f"--views {self.views} is not a recipe: choose one of {', '.join(VIEWS)}")
         out = Path(self.out)
         if out.suffix not in (".png", ".jpg", ".jpeg", ".webp") or not out.parent.is_dir():
             raise ValueError(f"--out {out}: name a .png, .jpg or .webp file in a folder that exists")
@@ -66,7 +66,7 @@ class Preview:
         if others:
             apart = np.concatenate([of_view.ravel() for of_view in differences(previews, others)])
             print(
-                f"{self.backend} and {self.compare} are {apart.mean():.2f} levels of 255 apart on average, "
-                f"{apart.max()} at most (docs/data.md says where)"
+                f"{self.backend} and {self.compare} differ by {apart.mean():.2f} of 255 levels on average, "
+                f"by {apart.max()} at most (docs/data.md explains where)"
             )
         return 0

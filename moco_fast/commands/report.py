@@ -1,4 +1,4 @@
-"""`moco-fast report`."""
+"""Command `moco-fast report`."""
 
 from dataclasses import dataclass
 
@@ -11,19 +11,19 @@ __all__ = ["Report"]
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write report.html into a run's folder: curves, views and neighbors on one page. The run may still go on."""
+    """Write report.html into a run's folder: curves, views and neighbors on one page. The run may still be running."""
 
     run: tyro.conf.Positional[str]
     """Folder of a run."""
     num_samples: int = 8
-    """Training samples, and held-out samples, in the pictures."""
+    """Number of training samples, and of held-out samples, that are shown."""
     max_bank: int = 2000
-    """Training samples among which neighbors are looked for."""
+    """Number of training samples to search for neighbors."""
     device: Device = "auto"
-    """`auto`: a GPU where there is one."""
+    """`auto`: a GPU if there is one."""
 
     def execute(self) -> int:
-        """Do what the options say; return the exit code."""
+        """Write the report; return the exit code."""
         from moco_fast.report.commands import next_commands
         from moco_fast.report.record import read_run
         from moco_fast.report.report import write_report
