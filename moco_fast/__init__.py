@@ -1,6 +1,6 @@
-"""Momentum Contrast: augmented views of every sample in, an image encoder out.
+"""Public API: pretraining of image encoders by momentum contrast, and what to do with them.
 
-The public API; what it needs is imported when it is used:
+Dependencies are imported when they are used:
 
     encoder = moco_fast.load_encoder("runs/first")
     found = moco_fast.embed(encoder, "photos")

@@ -1,4 +1,4 @@
-"""Runs from Python: what the command line does, with values instead of words."""
+"""Python API to configure, train and evaluate, like the command line but with Python values."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,22 +23,22 @@ Section = TypeVar("Section")
 
 
 def configure(recipe: str, options: Mapping[str, Any]) -> Config:
-    """Make a run's configuration: a published recipe, and what is different.
+    """Make a run's configuration from a published recipe and the options that differ.
 
         config = moco_fast.configure("moco-v2", {"data.shards": "shards/train", "run.epochs": 100})
 
     Args:
         recipe: one of moco_fast.presets.PRESETS.
-        options: by the names of the command line's options without dashes in front (`optim.lr`, `data.batch_size`), or
-            a whole section (`views`).
+        options: values by the command line's option names without leading dashes (`optim.lr`, `data.batch_size`), or
+            by the name of a whole section (`views`).
 
     Raises:
-        ValueError: no such recipe or option, a value of another type, or options that cannot work together.
+        ValueError: no such recipe or option, a value of the wrong type, or options that cannot work together.
     """
     if recipe not in PRESETS:
         raise ValueError(f"there is no recipe {recipe!r}: choose {', '.join(PRESETS)}")
     _, base = PRESETS[recipe]
-    # A whole section is a choice of its own: no option of it is beside the recipe's.
+    # A whole section replaces the recipe's, so its options are not compared with the recipe's.
     for name, value in options.items():
         base = _changed(base, [name], value, name) if "." not in name else base
     config = base
@@ -51,16 +51,16 @@ def configure(recipe: str, options: Mapping[str, Any]) -> Config:
 
 
 def train(config: Config) -> int:
-    """Run, or continue, a run, in this process; start several with `accelerate launch SCRIPT`.
+    """Start or continue a run in this process; for several processes, use `accelerate launch SCRIPT`.
 
         moco_fast.train(moco_fast.configure("demo", {"data.shards": "shards/train", "run.out": "runs/first"}))
 
     Returns:
-        0 when the run is finished, 128 + signal when it was told to stop (and was saved).
+        0 when the run is finished, 128 + signal when a signal stopped it (and it was saved).
 
     Raises:
-        ValueError: what was asked for cannot work; nothing has been trained.
-        FloatingPointError: the loss is no longer a number.
+        ValueError: the configuration cannot work; nothing has been trained.
+        FloatingPointError: the loss is not finite.
     """
     from moco_fast.training.loop import train as run
 
@@ -76,18 +76,18 @@ def evaluate(
     settings: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> "Result":
-    """Measure an encoder by a task, as `moco-fast eval` does.
+    """Evaluate an encoder on a task, as `moco-fast eval` does.
 
         result = moco_fast.evaluate("knn", "runs/first", test="shards/val", settings={"k": (20,)})
         print(result.figures["top1"].value, result.figures["top1"].interval)
 
     Args:
         task: one of moco_fast.evaluation.registry.TASKS.
-        encoder: what `--encoder` takes: a run's folder, a file of weights, `timm:NAME` and so on.
+        encoder: a value of `--encoder`: a run's folder, a file of weights, `timm:NAME`, ...
         train: labeled shards to learn from; unset: the run's training shards.
         test: labeled held-out shards; unset: the run's.
-        settings: options of the task, by their names with underscores; what is left out is the protocol's or the run's.
-        options: what every task has, by the names of moco_fast.commands.evaluating.EvalOptions: `{"seeds": 3}`.
+        settings: options of the task, by name with underscores; defaults come from the protocol or the run.
+        options: options of every task, by the names of moco_fast.commands.evaluating.EvalOptions: `{"seeds": 3}`.
 
     Raises:
         ValueError: no such task, option or encoder, or shards without labels or with different classes.
@@ -104,7 +104,7 @@ def evaluate(
 
 
 def _changed(section: Section, path: list[str], value: object, name: str) -> Section:
-    """Return a section with the option below it set, and all else as it was."""
+    """Return a copy of a section with one of its options changed."""
     assert dataclasses.is_dataclass(section)
     assert not isinstance(section, type)
     hints = get_type_hints(type(section))
@@ -122,7 +122,7 @@ def _changed(section: Section, path: list[str], value: object, name: str) -> Sec
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Whether a value has the type of a field; whole numbers fit where floats are wanted."""
+    """Return whether a value has a field's type; integers are accepted for floats."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, each) for each in arguments)

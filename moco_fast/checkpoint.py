@@ -1,12 +1,12 @@
-"""Checkpoints: written aside, synced, renamed; tensors in safetensors, numbers in JSON, never a pickle.
+"""Checkpoints, written to a temporary folder, synced, then renamed; tensors in safetensors, numbers in JSON, no pickle.
 
     RUN/checkpoints/step-00000100/
-        model.safetensors       query.*, and what the method keeps (key.*, queue.*): weights, batch statistics, keys
+        model.safetensors       query.*, and the method's modules (key.*, queue.*): weights, batch statistics, keys
         optimizer.safetensors   the optimizer's state, <state>/<parameter>
         rng.safetensors         <rank>.cpu, <rank>.cuda: states of torch's generators
         state.json              step, loader, scaler, configuration; digests of the files above and of itself
 
-A folder that carries its final name is whole; everything else is swept away by the next run.
+A folder with its final name is complete; the next run removes all others.
 """
 
 import json
@@ -41,7 +41,7 @@ _TENSOR_FILES = ("model", "optimizer", "rng")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Everything that a run needs to go on."""
+    """Everything that a run needs to continue."""
 
     step: int
     """Optimizer steps done."""
@@ -51,19 +51,19 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
     numbers: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Plain numbers of the run: the loader's position, seconds trained, the loss scaler's state."""
+    """Numbers of the run: the loader's position, seconds trained, the loss scaler's state."""
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write `folder/step-NNNNNNNN` so that it is there whole or not at all, then remove all but the newest `keep`.
+    """Write `folder/step-NNNNNNNN` completely or not at all, then remove all but the newest `keep`.
 
     Called by one rank only. Returns the new checkpoint's folder.
 
     Raises:
-        OSError: the disk is full or refuses; what was there before is untouched.
+        OSError: the disk is full or not writable; earlier checkpoints are not affected.
     """
     final = folder / f"step-{checkpoint.step:08d}"
-    if final.exists():  # a run that stops right after it was resumed
+    if final.exists():  # a run that stops immediately after it was resumed
         return final
     with appearing(final, durable=True) as aside:
         aside.mkdir(parents=True)
@@ -78,16 +78,16 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         }
         (aside / "state.json").write_text(json.dumps(state | {"digest": _digest_of(state)}, indent=2))
     for old in _whole(folder)[:-keep]:
-        # A kill while files go one by one must not leave half of them under a name that promises all.
+        # A kill while files are deleted one by one must not leave some of them under the name of a complete checkpoint.
         shutil.rmtree(old.rename(aside_of(old)))
     return final
 
 
 def load(path: Path) -> Checkpoint:
-    """Read one checkpoint folder back, tensors on the CPU.
+    """Read a checkpoint folder, with tensors on the CPU.
 
     Raises:
-        ValueError: a file is missing, changed or of another version; the message names it.
+        ValueError: a file is missing, changed or from another version; the message names it.
     """
     state = _read_state(path)
     for name, fingerprint in state["files"].items():
@@ -100,13 +100,13 @@ def load(path: Path) -> Checkpoint:
 
 
 def find_newest(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint in a run's `checkpoints` folder, or None."""
+    """Return the newest complete checkpoint in a run's `checkpoints` folder, or None."""
     whole = _whole(folder)
     return whole[-1] if whole else None
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
+    """Remove incomplete checkpoints that a killed process left."""
     for path in folder.glob(".step-*.partial"):
         shutil.rmtree(path)
 
@@ -116,7 +116,7 @@ def load_encoder(path: str | Path, *, which: Literal["query", "key"] = "query") 
 
     Args:
         path: a run's folder, or one of its checkpoints/step-*.
-        which: the trained query encoder, or its slow average, which has no predictor.
+        which: the trained query encoder, or the key encoder, its moving average, which has no predictor.
 
     Returns:
         the run's configuration and the encoder, on the CPU in fp32 and in eval mode.
@@ -134,7 +134,7 @@ def load_encoder(path: str | Path, *, which: Literal["query", "key"] = "query") 
     config = from_dict(checkpoint.config)
     weights = part(checkpoint.model, which)
     if not weights:
-        raise ValueError(f"{found} holds no {which} encoder: {config.method.name} has none; take the query encoder")
+        raise ValueError(f"{found} holds no {which} encoder: {config.method.name} has none; use the query encoder")
     encoder = build_encoder(config.model, config.method, image_size=config.views.size, crop=config.eval.crop)
     if which == "key":
         encoder.predictor = None
@@ -143,7 +143,7 @@ def load_encoder(path: str | Path, *, which: Literal["query", "key"] = "query") 
 
 
 def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the tensors below `name.`, without that prefix."""
+    """Return the tensors whose names start with `name.`, without that prefix."""
     return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 

@@ -1,4 +1,4 @@
-"""The `moco-fast` command. What a subcommand needs is imported when it runs: `--help` never loads torch."""
+"""Command line `moco-fast`. A subcommand imports its dependencies when it runs: `--help` never loads torch."""
 
 import sys
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ __all__ = ["main"]
 
 
 class Command(Protocol):
-    """Options of a subcommand, and what it does."""
+    """Options of a subcommand and its action."""
 
     def execute(self) -> int:
-        """Do what the options say.
+        """Run the subcommand.
 
         Returns:
             the exit code.
 
         Raises:
-            ValueError, OSError: what the user can put right.
+            ValueError, OSError: an error that the user can fix.
         """
         ...
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `moco-fast`.
 
     Returns:
-        the exit code: 0 done, 2 when the command cannot work as given (said in one line on stderr), 130 interrupted.
+        the exit code: 0 done, 2 when the command cannot work as given (one line on stderr says why), 130 interrupted.
     """
     process.prepare()
     try:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _Commands,
             prog="moco-fast",
             args=argv,
-            description="What to do with shards and with runs. Training: accelerate launch -m moco_fast.train.",
+            description="Commands for shards and runs. To train: accelerate launch -m moco_fast.train.",
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
         )
         return command.execute()

@@ -1,4 +1,4 @@
-"""Command line of a training run: a recipe and its options. What needs torch is imported once they make sense."""
+"""Command line of a training run: a recipe and its options. torch is imported only after they have been checked."""
 
 import os
 import sys
@@ -21,15 +21,15 @@ __all__ = ["Chosen", "Recipe", "check", "is_first_rank", "main", "parse"]
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What a command line says: a preset, and the configuration that the options made of it."""
+    """Parsed command line: a preset, and the configuration with its options applied."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     preset: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress]
-    """The preset's name. The parser fills it in: among the words it may also be an option's value."""
+    """The preset's name, filled in by the parser: a word of the command line may also be an option's value."""
 
     @property
     def base(self) -> Config:
-        """The preset as it is without options."""
+        """The preset without options."""
         return PRESETS[self.preset][1]
 
 
@@ -48,13 +48,13 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
     Raises:
         SystemExit: 2 when an option is wrong (the message is on stderr), 0 after `--help`.
-        ValueError: the options cannot work together, or a folder is not there.
+        ValueError: the options cannot work together, or a folder does not exist.
     """
     refuse_renamed(sys.argv[1:] if argv is None else argv)
     chosen = tyro.cli(
         Recipe,
         prog="moco_fast.train",
-        description="Pretrain an image encoder without labels. Several processes: start it with `accelerate launch`.",
+        description="Pretrain an image encoder without labels. For several processes, use `accelerate launch`.",
         args=argv,
         console_outputs=is_first_rank(),
     )
@@ -63,7 +63,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, and return the process's exit code: 0 finished, 2 refused, 128 + signal when told to stop."""
+    """Train and return the exit code: 0 finished, 2 refused, 128 + signal when a signal stopped it."""
     process.prepare()
     try:
         config = parse(argv)
@@ -77,16 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(config: Config, base: Config) -> None:
-    """Refuse what can be seen to be wrong without importing torch.
+    """Check a configuration as far as possible without importing torch.
 
     Args:
-        config: what is to be done.
-        base: what it was made of: options that differ were given, and must mean something.
+        config: the configuration to check.
+        base: the preset that it was made from: options that differ were given by the user, and must have an effect.
 
     Raises:
-        ValueError: the options cannot work together, one means nothing, or a folder is not there.
+        ValueError: the options cannot work together, one has no effect, or a folder does not exist.
     """
-    # Here, for sets load numpy.
+    # Imported here because sets load numpy.
     from shards.sets.registry import may_be_set
 
     validate(config)
@@ -104,5 +104,5 @@ def check(config: Config, base: Config) -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the one that speaks for all."""
+    """Return whether this process is the one that prints messages."""
     return int(os.environ.get("RANK", "0")) == 0

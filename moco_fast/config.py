@@ -1,6 +1,6 @@
-"""A run as data: frozen sections, validated once, printed into the run's folder, and the presets that fill them.
+"""Configuration of a run: frozen sections, validated once and written to the run's folder.
 
-Free of torch, so that `--help` costs nothing.
+Does not import torch, so that `--help` is fast.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ __all__ = [
 
 
 Layer = Literal["backbone", "head"]
-"""Whose output features are: the backbone's, or the projection head's (without v3's predictor)."""
+"""Layer whose output the features are: the backbone, or the projection head (without v3's predictor)."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -45,58 +45,59 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The encoder below the method's head."""
+    """Encoder below the method's head."""
 
     encoder: str = "resnet50"
-    """Name of an encoder: one of moco_fast.encoders.encoder.ENCODERS, or any name that timm knows."""
+    """Name of the encoder: one of moco_fast.encoders.encoder.ENCODERS, or any model name of timm."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """`cifar`: a 3x3 first convolution with stride 1 and no pooling, for images of about 32 pixels."""
     zero_init_residual: bool = False
     """ResNets: start each residual block as the identity, the scale of its last batch norm at zero (MoCo v3)."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Mean of each channel that is subtracted from pixels in 0..1."""
+    """Mean per channel, subtracted from pixels in 0..1."""
     std: tuple[float, float, float] = IMAGENET_STD
-    """Standard deviation of each channel that pixels are then divided by."""
+    """Standard deviation per channel, by which pixels are then divided."""
     freeze_patch_projection: bool = False
     """Vision transformers: keep the patch projection as it was initialized (MoCo v3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNormConfig:
-    """How batch statistics are kept from leaking which key belongs to which query."""
+    """How batch statistics are kept from revealing which key belongs to which query."""
 
     policy: BatchStatistics = "auto"
     """`exchange`: keys are computed on other ranks' images (the paper's shuffling BN). `virtual`: one rank's batch is
-    split into groups with statistics of their own. `auto`: exchange on several ranks, virtual on one. `gather`: the
-    authors' way to shuffle, slower, for comparisons. `sync`: statistics of the whole global batch (MoCo v3)."""
+    split into groups with their own statistics. `auto`: exchange on several ranks, virtual on one. `gather`: the
+    authors' shuffle, slower, for comparisons. `sync`: statistics of the whole global batch (MoCo v3). `none`: each
+    rank's own."""
     num_groups: int = 8
-    """Groups of the `virtual` policy."""
+    """Number of groups of the `virtual` policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer and the learning rate over time."""
+    """Optimizer and learning-rate schedule."""
 
     name: Literal["sgd", "lars", "adamw", "lamb"] = "sgd"
-    """The optimizer."""
+    """Name of the optimizer."""
     kernels: Literal["torch", "apex"] = "torch"
-    """`apex`: the fused kernels of NVIDIA's apex, which its container image brings; there is no LARS among them."""
+    """`apex`: the fused kernels of NVIDIA's apex, which its container image includes; it has no LARS."""
     lr: float = 0.03
-    """Peak learning rate, as it is used: nothing rescales it by the batch size."""
+    """Peak learning rate as used: it is not scaled by the batch size."""
     published: tyro.conf.Suppress[tuple[tuple[int, float], ...]] = ((128, 0.015), (256, 0.03))
-    """Global batches and the learning rates that the recipe's source names for them. Another pair is told."""
+    """Pairs of global batch size and learning rate in the recipe's source. A run with another pair logs a note."""
     momentum: float = 0.9
     """Momentum of SGD and LARS."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moments of AdamW and LAMB."""
+    """Decay rates of the first and second moments of AdamW and LAMB."""
     trust: float = 0.001
     """Trust coefficient of LARS."""
     weight_decay: float = 1e-4
-    """Weight decay on all parameters; LARS leaves out biases and batch-norm scales, as MoCo v3 does."""
+    """Weight decay of all parameters; LARS excludes biases and batch-norm scales, as in MoCo v3."""
     clip_norm: float | None = None
-    """Largest norm of the gradient; a longer one is scaled down to it. Unset: no clipping."""
+    """Maximum norm of the gradient, to which larger ones are scaled down. Unset: no clipping."""
     schedule: Literal["cosine", "step", "exponential", "constant"] = "cosine"
-    """Learning rate over the run."""
+    """Schedule of the learning rate over the run."""
     milestones: tuple[float, ...] = (0.6, 0.8)
     """`step`: shares of the run at which the learning rate drops to a tenth."""
     decay: float = 0.9
@@ -106,64 +107,64 @@ class OptimConfig:
     warmup: float = 0.0
     """Share of the run over which the learning rate rises from 0."""
     accumulate: int = 1
-    """Batches whose gradients are averaged for one step. The dictionary takes in each batch: not a larger batch."""
+    """Batches whose gradients are averaged for one step. Unlike one larger batch, each is enqueued separately."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where the run lives, how long it is, and in which precision."""
+    """Folder, length, device and precision of the run."""
 
     out: str = "runs/default"
     """Folder of the run. Running the same command again continues it."""
     epochs: float = 200.0
-    """Passes over the samples, unless `steps` or `samples` is set."""
+    """Number of passes over the samples, unless `steps` or `samples` is set."""
     steps: int | None = None
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     samples: int | None = None
-    """Samples, each counted as often as it is seen; rounded up to whole steps."""
+    """Number of samples, each counted as often as it is seen; rounded up to whole steps."""
     seed: int = 0
-    """Seed of weights, order and augmentation."""
+    """Seed of weights, sample order and augmentation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: a GPU where there is one, unless `accelerate launch --cpu` said otherwise."""
+    """`auto`: a GPU if there is one, unless `accelerate launch --cpu` is used."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """`auto`: what `accelerate launch --mixed_precision` chose; if nothing, bf16 on a GPU that has it, else fp32.
-    `tf32`: float32 with products rounded to 10 bits, on a GPU's tensor cores; `fp32` rounds nothing."""
+    """`auto`: the choice of `accelerate launch --mixed_precision`; else bf16 on a GPU that supports it, else fp32.
+    `tf32`: float32 with products rounded to 10 bits, on a GPU's tensor cores; `fp32`: no rounding."""
     compile: bool = False
-    """Compile the encoders with torch.compile; `accelerate launch --dynamo_backend inductor` asks for the same."""
+    """Compile the encoders with torch.compile; `accelerate launch --dynamo_backend inductor` does the same."""
     cuda_graphs: bool = False
-    """Compile the encoders and replay their kernels as CUDA graphs: for batches so small (about 32 a GPU) that starting
-    kernels takes longer than running them. Needs a GPU, and one backward pass a step."""
+    """Compile the encoders and replay their kernels as CUDA graphs: for batches so small (about 32 per GPU) that
+    launching kernels takes longer than running them. Needs a GPU, and one backward pass per step."""
     deterministic: bool = False
-    """Only kernels that give the same bits every time: slower, and a resumed run is bit-equal on a GPU, too."""
+    """Use only kernels with bit-reproducible results: slower, but a resumed run is bit-equal on a GPU, too."""
     timeout_s: float = 600.0
-    """Seconds that a rank waits for the others before it gives the run up."""
+    """Seconds that a rank waits for the others before the run fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the run is saved."""
+    """Checkpoints of the run."""
 
     every_steps: int = 1000
     """Optimizer steps between checkpoints; one is always written at the end."""
     keep: int = 2
-    """Newest checkpoints that stay on disk."""
+    """Number of newest checkpoints to keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """kNN classification of held-out samples while the run goes on."""
+    """kNN classification of held-out samples during the run."""
 
     k: int = 200
-    """Neighbors that vote."""
+    """Number of neighbors that vote."""
     temperature: float = 0.07
     """Temperature of the vote's weights."""
     layer: Layer = "backbone"
-    """What neighbors are compared by: the backbone's features, or the projection head's output (Wu et al. 2018 and the
+    """Features in which neighbors are compared: the backbone's, or the projection head's output (Wu et al. 2018 and the
     authors' CIFAR-10 demo)."""
     crop: float = 0.875
     """Side of the central square that is evaluated, as a share of the shorter side (0.875 is 224 of 256)."""
     max_bank: int = 100_000
-    """At most this many training samples serve as neighbors, evenly spread over the set."""
+    """Maximum number of training samples that serve as neighbors, evenly spread over the set."""
     shards: str | None = None
     """Labeled held-out shards; unset: no evaluation."""
     every_steps: int = 5000
@@ -172,7 +173,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is written down while the run goes on."""
+    """Logging during the run."""
 
     every_steps: int = 10
     """Optimizer steps between lines of metrics."""
@@ -182,13 +183,13 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """Configuration of a whole run."""
 
     data: DataConfig
     views: ViewsConfig = field(default_factory=ViewsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     method: Method
-    """What it trains by; the presets choose among `moco_fast.methods.registry.METHODS`."""
+    """Training method; the presets choose one of `moco_fast.methods.registry.METHODS`."""
     bn: BatchNormConfig = field(default_factory=BatchNormConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -198,10 +199,10 @@ class Config:
 
 
 def validate(config: Config) -> None:
-    """Refuse what cannot work, before any work starts.
+    """Check the configuration before any work starts.
 
     Raises:
-        ValueError: with the option, its value and what would work.
+        ValueError: an option cannot work; the message gives its value and what would work.
     """
     positive = {
         "bn.num_groups": config.bn.num_groups,
@@ -225,7 +226,7 @@ def validate(config: Config) -> None:
             raise ValueError(f"--{option_name(name)} is {value}, but must be above 0")
     if not all(value > 0 for value in config.model.std) or not all(0 <= value <= 1 for value in config.model.mean):
         raise ValueError(
-            f"--model.mean {config.model.mean} and --model.std {config.model.std} are those of pixels in 0..1: a mean "
+            f"--model.mean {config.model.mean} and --model.std {config.model.std} are for pixels in 0..1: a mean "
             "must be between 0 and 1, a standard deviation above 0"
         )
     _validate_length(config.run)
@@ -239,13 +240,17 @@ def validate(config: Config) -> None:
     if config.data.stream_samples is not None:
         _validate_streaming(config)
     if not 0 < config.eval.crop <= 1:
-        raise ValueError(f"--eval.crop is {config.eval.crop}, but must be a share of the image: above 0, at most 1")
+        raise ValueError(
+            f"--eval.crop is {config.eval.crop}, but must be a fraction of the image, above 0 and at most 1"
+        )
     if not 0 <= config.optim.warmup < 1:
-        raise ValueError(f"--optim.warmup is {config.optim.warmup}, but must be a share of the run from 0 to below 1")
+        raise ValueError(
+            f"--optim.warmup is {config.optim.warmup}, but must be a fraction of the run, at least 0 and below 1"
+        )
 
 
 def _validate_graphs(config: Config) -> None:
-    """A graph's gradients lie in memory that its next replay overwrites."""
+    """Refuse CUDA graphs with several backward passes: a replay overwrites the memory of earlier gradients."""
     several = {
         f"{config.method.name}, as it is set, adds those of several": config.method.backward_passes,
         f"--optim.accumulate {config.optim.accumulate} adds those of several": config.optim.accumulate,
@@ -261,18 +266,18 @@ def _validate_graphs(config: Config) -> None:
 
 def _validate_length(run: RunConfig) -> None:
     if run.steps is not None and run.steps < 1:
-        raise ValueError(f"--run.steps is {run.steps}, but a run takes at least one step")
+        raise ValueError(f"--run.steps is {run.steps}, but must be at least 1")
     if run.samples is not None and run.samples < 1:
-        raise ValueError(f"--run.samples is {run.samples}, but a run sees at least one sample")
+        raise ValueError(f"--run.samples is {run.samples}, but must be at least 1")
     if run.steps is not None and run.samples is not None:
         raise ValueError(
-            f"--run.steps {run.steps} and --run.samples {run.samples} both say how long the run is: add "
+            f"--run.steps {run.steps} and --run.samples {run.samples} both set the length of the run: add "
             "--run.steps None or --run.samples None"
         )
 
 
 def _validate_method(config: Config) -> None:
-    """Refuse options of the method, and what else does not go with it."""
+    """Check the method's options and other options against the method."""
     method = config.method
     method.validate()
     method.views_of(config.views)
@@ -283,7 +288,7 @@ def _validate_method(config: Config) -> None:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Return the configuration as nested dictionaries that JSON can hold; the method's has its `name`, too."""
+    """Return the configuration as nested dictionaries that JSON can hold; the method's also has its `name`."""
     return dataclasses.asdict(config) | {"method": method_to_dict(config.method)}
 
 
@@ -299,7 +304,7 @@ def from_dict(data: dict[str, Any], cls: type[T] = Config) -> T:
     """Rebuild a configuration from `to_dict`'s dictionaries (tuples may have become lists).
 
     Raises:
-        ValueError: a field or a method is unknown to this version, or a field is missing that has no default.
+        ValueError: a field or a method is unknown to this version, or a field without a default is missing.
     """
     if issubclass(cls, Method):
         data = dict(data)
@@ -318,7 +323,7 @@ def from_dict(data: dict[str, Any], cls: type[T] = Config) -> T:
 
 
 def _with_tuples(value: object) -> object:
-    """JSON has lists only, our fields tuples."""
+    """Convert lists to tuples, which JSON does not have."""
     if not isinstance(value, list | tuple):
         return value
     items = cast("list[object] | tuple[object, ...]", value)
@@ -326,7 +331,7 @@ def _with_tuples(value: object) -> object:
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the fields of `to_dict`'s dictionaries by their names with dots."""
+    """Return the fields of `to_dict`'s dictionaries, by their dotted names."""
     items: dict[str, Any] = {}
     for name, value in data.items():
         if isinstance(value, dict):
@@ -337,26 +342,30 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Return every field in which two configurations differ, by its name with dots: the old and the new value."""
+    """Return the old and new values of fields in which two configurations differ, by their dotted names."""
     before, after = flatten(to_dict(old)), flatten(to_dict(new))
     names = [*after, *(name for name in before if name not in after)]
     return {name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)}
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Name every option in which two configurations differ, as `--option: old -> new`."""
+    """List the options in which two configurations differ, as `--option: old -> new`."""
     return [f"--{option_name(name)}: {before} -> {after}" for name, (before, after) in changes(old, new).items()]
 
 
 def option_name(field_name: str) -> str:
-    """Return what the field `section.name` is called on the command line, without its dashes in front."""
+    """Return the command-line name of the field `section.name`, without leading dashes."""
     return field_name.replace("_", "-")
 
 
 def _validate_streaming(config: Config) -> None:
-    """Refuse what needs to know which sample is which, where tars are streamed without an index."""
+    """Refuse options that need sample numbers where tars are streamed without an index."""
     index = f"`make-shards index {config.data.shards}` numbers the samples"
     if config.method.needs_sample_numbers:
-        raise ValueError(f"{config.method.name} must know which sample is which, streamed ones have no number: {index}")
+        raise ValueError(
+            f"{config.method.name} needs the number of each sample, but streamed samples have none: {index}"
+        )
     if config.eval.shards is not None:
-        raise ValueError(f"--eval.shards searches neighbors among the training samples, by their number: {index}")
+        raise ValueError(
+            f"--eval.shards needs the numbers of the training samples, but streamed samples have none: {index}"
+        )

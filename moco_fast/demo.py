@@ -1,4 +1,4 @@
-"""The demo's images: patches of photographs that scikit-image ships, so that nothing has to be downloaded.
+"""Images of the demo: patches of photographs that scikit-image ships, so that nothing has to be downloaded.
 
     python -m moco_fast.demo OUT
 
@@ -6,8 +6,8 @@
     OUT/val/<photograph>/0000.jpg ...       held out, from other parts of the same photographs
     OUT/demo.json                           the settings; written last
 
-A patch's class is the photograph that it was cut from. Each photograph is divided into cells; every fourth one is held
-out, and no patch crosses the margin between cells, so no pixel is both learned from and tested on.
+A patch's class is the photograph that it was cut from. Each photograph is divided into cells, every fourth one is held
+out, and no patch crosses the margin between cells, so no pixel is used for both training and testing.
 """
 
 import json
@@ -58,24 +58,24 @@ class DemoConfig:
     """Cut the demo's images out of the photographs that scikit-image ships."""
 
     out: Annotated[str, tyro.conf.arg(metavar="OUT"), tyro.conf.Positional]
-    """Folder to write; one that holds the same images already is left as it is."""
+    """Folder to write; not changed if it already holds the same images."""
     size: int = 64
     """Height and width of an image in pixels."""
     num_train: int = 256
-    """Training images a photograph."""
+    """Training images per photograph."""
     num_held_out: int = 64
-    """Held-out images a photograph."""
+    """Held-out images per photograph."""
 
 
 def write_images(config: DemoConfig) -> bool:
     """Write the images; the same settings give the same bytes.
 
     Returns:
-        whether there was anything to do.
+        whether images were written.
 
     Raises:
-        ValueError: scikit-image's photographs are not there, `out` holds something else, or the photographs are too
-            small for so many images of this size.
+        ValueError: scikit-image's photographs are missing, `out` holds something else, or the photographs are too small
+            for the requested images.
     """
     out = Path(config.out)
     settings = {"version": 1, **asdict(config)}
@@ -83,7 +83,7 @@ def write_images(config: DemoConfig) -> bool:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if _read_settings(out) == settings:
             return False
-        raise ValueError(f"{out} is there already and holds something else: remove it or name another folder")
+        raise ValueError(f"{out} exists and holds something else: remove it or choose another folder")
     photographs = {name: _photograph_path(file) for name, file in PHOTOGRAPHS.items()}
     with appearing(out, durable=False) as aside:
         for name, path in photographs.items():
@@ -94,7 +94,7 @@ def write_images(config: DemoConfig) -> bool:
 
 
 def cut_positions(width: int, height: int, size: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """List where patches may be cut from a photograph: left and top, for training and held out.
+    """List the positions (left, top) of patches in a photograph, for training and held out.
 
     Cells are about twice as wide and high as a patch, and held-out cells are spread over the whole photograph.
     """
@@ -103,7 +103,7 @@ def cut_positions(width: int, height: int, size: int) -> tuple[list[tuple[int, i
     held_out: list[tuple[int, int]] = []
     for row in range(rows):
         for column in range(columns):
-            # Two columns further on every row: held-out cells never stand above each other.
+            # Shifted by two columns in each row, so that held-out cells are never directly above each other.
             held = (column + 2 * row) % _HELD_OUT_EVERY == 1
             places = product(_starts(height, rows, row, size), _starts(width, columns, column, size))
             (held_out if held else train).extend((left, top) for top, left in places)
@@ -111,8 +111,8 @@ def cut_positions(width: int, height: int, size: int) -> tuple[list[tuple[int, i
 
 
 def _starts(length: int, cells: int, cell: int, size: int) -> range:
-    """Where a patch may start along one side of a photograph so that it lies well inside this cell."""
-    inset = size // 8  # from either end of the cell: twice this lies between the patches of two cells
+    """Return where a patch may start along one side of a photograph to lie well inside this cell."""
+    inset = size // 8  # from either end of the cell: patches of two cells are twice this apart
     return range(length * cell // cells + inset, length * (cell + 1) // cells - inset - size + 1, _STRIDE)
 
 
@@ -122,12 +122,12 @@ def _cut(photograph: Image.Image, name: str, folder: Path, config: DemoConfig) -
     for split, positions, wanted in (("train", train, config.num_train), ("val", held_out, config.num_held_out)):
         if not 0 < wanted <= len(positions):
             raise ValueError(
-                f"{wanted} images of {config.size} pixels for {split} are not to be had from {name!r}, which gives "
-                f"{len(positions)}: ask for fewer or for smaller ones"
+                f"{name!r} is too small for {wanted} images of {config.size} pixels for {split}: it has room for "
+                f"{len(positions)}; choose fewer or smaller ones"
             )
         target = folder / split / name
         target.mkdir(parents=True)
-        # Evenly spread over the photograph, and no random generator whose stream may change.
+        # Evenly spread over the photograph, without a random generator whose stream could change between versions.
         for number, chosen in enumerate(np.linspace(0, len(positions) - 1, wanted).round().astype(int)):
             left, top = positions[chosen]
             patch = image.crop((left, top, left + config.size, top + config.size))
@@ -152,7 +152,7 @@ def _read_settings(out: Path) -> dict[str, object] | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the images as the command line says; return the exit code."""
+    """Run the command line; return the exit code."""
     config = tyro.cli(DemoConfig, prog="python -m moco_fast.demo", args=argv)
     try:
         written = write_images(config)

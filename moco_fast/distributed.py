@@ -1,4 +1,4 @@
-"""The few collectives of a run; in a single process they do what a world of one rank would."""
+"""Collectives of a run; in a single process they behave as in a world of one rank."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -21,27 +21,27 @@ __all__ = [
 
 T = TypeVar("T")
 
-# The new name of torch 2.13, which warns of the old one.
+# The new name in torch 2.13, which deprecates the old one.
 _all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def is_distributed() -> bool:
-    """Whether this process belongs to a process group."""
+    """Return whether this process belongs to a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
-    """This process's place in the group (default: the world)."""
+    """Return this process's rank in the group (default: the world)."""
     return dist.get_rank(group) if is_distributed() else 0
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Ranks in the group (default: the world)."""
+    """Return the number of ranks in the group (default: the world)."""
     return dist.get_world_size(group) if is_distributed() else 1
 
 
 def tell_all(value: T) -> T:
-    """Return the first rank's `value` on every rank; no rank goes on before the first one is here."""
+    """Return the first rank's `value` on every rank; each rank waits for the first one."""
     if world_size() == 1:
         return value
     values = [value]
@@ -50,7 +50,7 @@ def tell_all(value: T) -> T:
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """(B, ...) of every rank -> (W * B, ...), in the order of ranks, with gradient. B must be equal on all ranks."""
+    """Gather (B, ...) of every rank to (W * B, ...), ordered by rank, with gradient. B must be equal on all ranks."""
     return rows if world_size() == 1 else _apply(_AllGatherRows, rows)
 
 
@@ -65,14 +65,14 @@ class _AllGatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         del ctx
-        # Every rank's loss depends on these rows: their gradients add up.
+        # Every rank's loss depends on these rows, so their gradients are summed.
         total = grads[0].contiguous().clone()
         dist.all_reduce(total)
         return total.view(world_size(), -1, *total.shape[1:])[rank()]
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of every rank's tensor, with gradient: that of a rank's tensor is the sum of all ranks' gradients."""
+    """Sum every rank's tensor, with gradient: a tensor's gradient is the sum of all ranks' gradients."""
     return values if world_size() == 1 else _apply(_SumOverRanks, values)
 
 
@@ -93,10 +93,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def exchange_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Part j of rank i's rows becomes part i of rank j's: (B, ...) -> (B, ...), its own inverse.
+    """Exchange parts of the rows so that part j of rank i becomes part i of rank j: (B, ...) -> (B, ...).
 
-    The rows are cut into as many equal parts as the group has ranks. Keeps the memory format and carries gradients;
-    sends (W - 1) / W of the rows' bytes from each rank.
+    It is its own inverse. The rows are divided into as many equal parts as the group has ranks. Keeps the memory format
+    and propagates gradients; each rank sends (W - 1) / W of its rows' bytes.
     """
     return rows if world_size(group) == 1 else _apply(_ExchangeRows, rows, group)
 
@@ -113,12 +113,12 @@ class _ExchangeRows(torch.autograd.Function):
 
 
 def _apply(function: Any, *arguments: Any) -> Tensor:
-    """Call an autograd function, whose result torch does not declare."""
+    """Call an autograd function, whose result type torch does not declare."""
     return function.apply(*arguments)
 
 
 def _exchange(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    # A channels_last batch is exchanged as it lies in memory, rows outermost.
+    # A channels_last batch is exchanged in its memory layout, with rows outermost.
     channels_last = rows.ndim == 4 and rows.is_contiguous(memory_format=torch.channels_last)
     as_stored = rows.permute(0, 2, 3, 1) if channels_last else rows.contiguous()
     received = torch.empty_like(as_stored)
@@ -143,12 +143,12 @@ def _flat_collective(tensors: Iterable[Tensor], group: dist.ProcessGroup | None,
 
 
 def average_(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Replace each floating-point tensor by its mean over the group's ranks, in one collective a dtype."""
+    """Replace each floating-point tensor by its mean over the group's ranks, with one collective per dtype."""
     if world_size(group) > 1:
         _flat_collective(tensors, group, average=True)
 
 
 def broadcast_(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Overwrite each tensor by that of the group's first rank, in one collective a dtype."""
+    """Overwrite each tensor with that of the group's first rank, with one collective per dtype."""
     if world_size(group) > 1:
         _flat_collective(tensors, group, average=False)

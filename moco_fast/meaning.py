@@ -1,4 +1,4 @@
-"""Options that mean nothing beside others: refused where they are given. Free of torch."""
+"""Checks for options that have no effect with the other options, and for old option names. Does not import torch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ RENAMED = {
     "--model.dim": "--method.dim",
     "--model.mlp-dim": "--method.mlp-dim",
 }
-"""Options that had another name -> what is in their place."""
+"""Old option name -> what replaces it."""
 
 RENAMED_OF_KNN = {
     "--checkpoint": "--encoder",
@@ -30,22 +30,22 @@ RENAMED_OF_KNN = {
     "--batch-size": "--encode-batch-size",
     "--json": "--out - (or --out FILE.json)",
 }
-"""The same of `moco-fast eval knn`."""
+"""The same for `moco-fast eval knn`."""
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """Some options, what makes them mean nothing, and what makes them mean something."""
+    """Some options, what leaves them without effect, and what gives them one."""
 
     options: tuple[str, ...]
-    """Fields of the configuration with dots between."""
+    """Dotted names of fields of the configuration."""
     beside: Callable[[Config], str | None]
-    """The options, as a user would give them, beside which these mean nothing; None: they mean something."""
+    """Returns the options, as on the command line, with which these have no effect; None: they have one."""
     way_out: str
 
 
 def _unless(field: str, *values: str) -> Callable[[Config], str | None]:
-    """Beside another value of `field` than these, options mean nothing."""
+    """Return a rule's `beside`: options have no effect unless `field` has one of these values."""
 
     def beside(config: Config) -> str | None:
         section, _, name = field.partition(".")
@@ -112,11 +112,11 @@ def _rules(config: Config) -> Iterator[_Rule]:
 
 def _view_rule(options: tuple[str, ...], field: str, probability: float) -> _Rule:
     option = option_name(field)
-    return _Rule(options, lambda _: None if probability else f"--{option} 0", f"give --{option} a chance")
+    return _Rule(options, lambda _: None if probability else f"--{option} 0", f"set --{option} above 0")
 
 
 def refuse_renamed(words: Sequence[str]) -> None:
-    """Refuse an option's old name. Raises ValueError: with what is in its place."""
+    """Refuse an option's old name. Raises ValueError: the message gives what replaces it."""
     renamed = RENAMED | (RENAMED_OF_KNN if list(words[:2]) == ["eval", "knn"] else {})
     for word in words:
         option = word.partition("=")[0].replace("_", "-")
@@ -125,14 +125,14 @@ def refuse_renamed(words: Sequence[str]) -> None:
 
 
 def refuse_meaningless(config: Config, recipe: Config) -> None:
-    """Refuse an option that was given, but changes nothing beside the others.
+    """Refuse an option that was given, but has no effect with the others.
 
     Args:
-        config: as it was given.
-        recipe: the preset that it came from: what is as there was not given.
+        config: the configuration as given.
+        recipe: the preset that it came from: options with the preset's values count as not given.
 
     Raises:
-        ValueError: with the option, what it means nothing beside, and the way out.
+        ValueError: the message names the option, the options with which it has no effect, and what to do.
     """
     given = changes(recipe, config)
     for rule in _rules(config):
@@ -143,5 +143,5 @@ def refuse_meaningless(config: Config, recipe: Config) -> None:
                     f"{rule.way_out}"
                 )
     is_streamed = config.data.stream_samples is not None
-    # The device may show only when the run starts: then the loader refuses what is left.
+    # The device may be known only when the run starts: then the loader refuses the remaining options.
     refuse_unused(config.data, STREAMING if is_streamed else config.data.backend, on_gpu=config.run.device != "cpu")

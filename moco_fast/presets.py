@@ -1,4 +1,4 @@
-"""The published recipes, each a whole configuration with the numbers of its paper or of the authors' code."""
+"""Presets: published recipes, each a whole configuration with the numbers of its paper or of the authors' code."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ from pipelines.config import VIEWS, DataConfig, ViewsConfig
 
 __all__ = ["PRESETS"]
 
-# The shards are the user's: every preset asks for them.
+# The user must name the shards for every preset.
 _DATA = DataConfig(shards=tyro.MISSING)
 
 _MOCO_V1 = Config(
@@ -55,11 +55,11 @@ _MOCO_V2 = Config(data=_DATA, views=VIEWS["moco-v2"], method=MomentumContrast())
 
 _MOCO_V2_SYMMETRIC = replace(_MOCO_V2, method=MomentumContrast(symmetric=True))
 
-# Multi-crop on the side of the queries: --enable-multicrop of main_moco.py in facebookresearch/asym-siam, for which its
-# README names 100 epochs. Its head has batch norm and a layer more ("MoCo BN"); this is v2's.
+# Multi-crop for the queries: --enable-multicrop of main_moco.py in facebookresearch/asym-siam, for which its README
+# gives 100 epochs. Its head has batch norm and one more layer ("MoCo BN"); this one is v2's.
 _MOCO_V2_MULTICROP = replace(_MOCO_V2, views=VIEWS["moco-v2-multicrop"], run=RunConfig(epochs=100))
 
-# Learning rates are the published ones for each 256 samples, times 4096 / 256.
+# Learning rates are the published ones per 256 samples, times 4096 / 256.
 _MOCO_V3_RESNET50 = Config(
     data=replace(_DATA, batch_size=4096),
     views=VIEWS["moco-v3"],
@@ -83,8 +83,8 @@ _MOCO_V3_VIT_SMALL = Config(
 _MOCO_V3_VIT_BASE = replace(_MOCO_V3_VIT_SMALL, model=replace(_MOCO_V3_VIT_SMALL.model, encoder="vit_base"))
 
 # The paper's appendix and byol/configs/byol.py of google-deepmind/deepmind-research, 300 epochs: base learning rate 0.3
-# for each 256 samples, 10 epochs of warm-up, statistics over all devices. Its augmentations (table 6) are those that
-# MoCo v3 took over for transformers.
+# per 256 samples, 10 epochs of warm-up, statistics over all devices. Its augmentations (table 6) are those that MoCo v3
+# adopted for transformers.
 _BYOL = Config(
     data=replace(_DATA, batch_size=4096),
     views=VIEWS["moco-v3-vit"],
@@ -94,7 +94,7 @@ _BYOL = Config(
     run=RunConfig(epochs=300),
 )
 
-# main_simsiam.py of facebookresearch/simsiam: base learning rate 0.05 for each 256 samples, MoCo v2's views.
+# main_simsiam.py of facebookresearch/simsiam: base learning rate 0.05 per 256 samples, MoCo v2's views.
 _SIMSIAM = Config(
     data=replace(_DATA, batch_size=512),
     views=VIEWS["moco-v2"],
@@ -140,7 +140,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "moco-v1": ("MoCo v1: ResNet-50, linear head, step schedule; 200 epochs at batch 256 (He et al. 2020)", _MOCO_V1),
     "moco-v1-1b": ("MoCo v1 for a billion images: batch 1,024, 1.25 million steps (He et al. 2020)", _MOCO_V1_1B),
     "moco-v2": ("MoCo v2: v1 with an MLP head, blur and a cosine schedule (Chen et al. 2020)", _MOCO_V2),
-    "moco-v2-symmetric": ("MoCo v2 with each view as query and as key once", _MOCO_V2_SYMMETRIC),
+    "moco-v2-symmetric": ("MoCo v2 with each view used once as query and once as key", _MOCO_V2_SYMMETRIC),
     "moco-v2-multicrop": (
         "MoCo v2 with six more views of 96 pixels as queries; 100 epochs (Wang et al. 2022)",
         _MOCO_V2_MULTICROP,
@@ -149,13 +149,13 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "moco-v3-vit-small": ("MoCo v3 with ViT-S/16: AdamW, batch 4,096; 300 epochs", _MOCO_V3_VIT_SMALL),
     "moco-v3-vit-base": ("MoCo v3 with ViT-B/16: AdamW, batch 4,096; 300 epochs", _MOCO_V3_VIT_BASE),
     "end-to-end": ("The paper's first alternative: keys with gradients, the batch as dictionary", _END_TO_END),
-    "memory-bank": ("The paper's second alternative: one remembered key for every sample", _MEMORY_BANK),
+    "memory-bank": ("The paper's second alternative: one stored key per sample", _MEMORY_BANK),
     "byol": (
-        "BYOL: predict a slow copy's projection, no negatives; 300 epochs at batch 4,096 (Grill et al. 2020)",
+        "BYOL: predict a momentum encoder's projection, no negatives; 300 epochs at batch 4,096 (Grill et al. 2020)",
         _BYOL,
     ),
     "simsiam": ("SimSiam: predict one's own projection, no negatives; 100 epochs (Chen & He 2021)", _SIMSIAM),
     "cifar10": ("The authors' CIFAR-10 demo: ResNet-18 for 32-pixel images, 8 virtual BN groups", _CIFAR10),
-    "demo": ("What `make demo` runs: MoCo v2 with a small encoder, minutes on two CPU cores", _DEMO),
+    "demo": ("MoCo v2 with a small encoder, as in `make demo`; minutes on two CPU cores", _DEMO),
 }
 """Name -> (one line for `--help`, configuration)."""

@@ -1,7 +1,6 @@
-"""`accelerate launch -m moco_fast.train RECIPE [options]`: pretrain an encoder.
+"""Command `accelerate launch -m moco_fast.train RECIPE [options]`: pretrain an encoder.
 
-A command, not a module: `moco_fast.train(config)` is the function of the Python API, and importing this file would take
-its name.
+This file cannot be imported as a module: it would replace `moco_fast.train(config)`, the function of the Python API.
 """
 
 import sys

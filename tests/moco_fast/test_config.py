@@ -105,7 +105,7 @@ def test_every_option_reaches_the_configuration(shards):
         (["--optim.accumulate", "0"], "--optim.accumulate is 0"),
         (["--run.steps", "0"], "--run.steps is 0"),
         (["--run.samples", "0"], "--run.samples is 0"),
-        (["--run.samples", "9", "--run.steps", "9"], "--run.steps 9 and --run.samples 9 both say how long"),
+        (["--run.samples", "9", "--run.steps", "9"], "--run.steps 9 and --run.samples 9 both set the length"),
         (["--eval.crop", "2"], "--eval.crop is 2"),
         (["--run.cuda-graphs", "--optim.accumulate", "2"], "--run.cuda-graphs keeps the gradient of one"),
         (["--run.cuda-graphs", "--method.symmetric"], "--run.cuda-graphs keeps the gradient of one"),
@@ -168,7 +168,7 @@ def test_help_does_not_import_torch():
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [("memory-bank", "have no number"), ("moco-v2 --eval.shards val", "by their number")],
+    [("memory-bank", "samples have none"), ("moco-v2 --eval.shards val", "numbers of the training samples")],
 )
 def test_streamed_samples_have_no_number(words, message):
     with pytest.raises(ValueError, match=message):
