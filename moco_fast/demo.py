@@ -122,8 +122,8 @@ def _cut(photograph: Image.Image, name: str, folder: Path, config: DemoConfig) -
     for split, positions, wanted in (("train", train, config.num_train), ("val", held_out, config.num_held_out)):
         if not 0 < wanted <= len(positions):
             raise ValueError(
-                f"{name!r} is too small for {wanted} images of {config.size} pixels for {split}: it has room for "
-                f"{len(positions)}; choose fewer or smaller ones"
+                f"cannot cut {wanted} images of {config.size} pixels for {split} from {name!r}, which has room for "
+                f"{len(positions)}: choose another number or a smaller size"
             )
         target = folder / split / name
         target.mkdir(parents=True)
