@@ -58,7 +58,7 @@ def test_an_unknown_command_is_refused_with_those_that_are_known(
         ("report {nowhere}", "is not a run's folder"),
         ("export {nowhere} --out {there}/x", "nowhere does not exist: give a run's folder"),
         ("preview {nowhere} --out {there}/x.png", "not a folder"),
-        ("preview {nowhere} --views moco-v9 --out {there}/x.png", "take one of moco-v1"),
+        ("preview {nowhere} --views moco-v9 --out {there}/x.png", "choose one of moco-v1"),
         ("preview {nowhere} --out {there}/x.tiff", "name a .png"),
         ("eval knn --encoder {run} --k 0", "--k is 0"),
         ("eval knn --encoder {run} --test {nowhere}", "nowhere is not a folder"),
