@@ -86,6 +86,11 @@ class EvalTask(_Written, Generic[T]):
                 f"--seeds {self.seeds} means nothing beside {self.task.name}, which draws nothing: leave it out"
             )
         given: dict[Split, str | None] = {"train": self.train, "test": self.test}
+        for split, path in given.items():
+            if path is not None and split not in self.task.splits:
+                raise ValueError(
+                    f"--{split} {path} means nothing here: {self.task.name}, as it is asked for, does not look at it"
+                )
         results = measure_all(self, [self.task], given)
         self._write(results, f"{self.task.name}-{self.task.preset}".rstrip("-"))
         return 0

@@ -82,11 +82,12 @@ def measure_all(
     from shards.sets import open_set
 
     opened = open_encoder(options.encoder, which=options.which, image_size=options.size)
+    needed = frozenset[Split]().union(*(task.splits for task in tasks))
     sets: dict[Split, ShardSet] = {}
     for split, path in _named_sets(given, opened.config).items():
-        if path is not None:
+        if path is not None and split in needed:
             sets[split] = open_set(path)
-    if "train" not in sets:
+    if "train" in needed and "train" not in sets:
         raise ValueError(f"{opened.name} has no training shards of its own: name some with --train (suite: --data)")
     with place(opened.config, device=options.device, precision=options.precision) as (device, world, precision):
         results: list[Result] = []

@@ -112,7 +112,7 @@ class Inputs(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """Classes of the labels in both sets."""
+        """Classes of the labels in the training and the test set."""
         ...
 
     @property
@@ -155,10 +155,13 @@ class Task(ABC):
     name: ClassVar[str]
     """As the command line has it."""
     needs_labels: ClassVar[bool] = True
-    needs_test: ClassVar[bool] = True
-    """Whether a test set is needed."""
     draws: ClassVar[bool] = True
     """Whether figures depend on the seed."""
+
+    @property
+    def splits(self) -> frozenset[Split]:
+        """Sets that the task looks at: those that it wants features of."""
+        return frozenset(want.split for want in self.wants())
 
     @property
     def shared(self) -> bool:

@@ -36,15 +36,18 @@ class Plan:
 def why_not(task: Task, subject: Subject) -> str | None:
     """Say why encoder or sets do not allow a settled task; None: they do."""
     sets = subject.sets
-    if task.needs_test and "test" not in sets:
-        return "it needs a test set"
-    unlabeled = [shards.where for shards in sets.values() if not _may_have_labels(shards)]
+    if absent := task.splits - sets.keys():
+        return f"it needs a {'training' if 'train' in absent else 'test'} set"
+    looked_at = [shards for split, shards in sets.items() if split in task.splits]
+    unlabeled = [shards.where for shards in looked_at if not _may_have_labels(shards)]
     if task.needs_labels and unlabeled:
         return f"{unlabeled[0]} holds no labeled sample, so there is nothing to compare: pack it with labels"
     try:
-        layer_shapes(subject.encoder, [want.layer for want in task.wants()], size=subject.size)
+        shapes = layer_shapes(subject.encoder, [want.layer for want in task.wants()], size=subject.size)
     except ValueError as error:
         return str(error)
+    if places := [layer for layer, shape in shapes.items() if len(shape) > 1]:
+        return f"--layer {places[0]} gives a vector for each place of an image, but images are compared by one vector"
     return None
 
 
@@ -68,7 +71,7 @@ def evaluate(plan: Plan) -> list[Result]:
     for task in plan.tasks:
         if reason := why_not(task, subject):
             raise ValueError(f"{task.name} cannot be measured: {reason}")
-    if len(subject.sets) > 1 and any(task.needs_labels for task in plan.tasks):
+    if any(task.needs_labels and task.splits >= {"train", "test"} for task in plan.tasks):
         TaskInputs(subject=subject, source=source).refuse_other_classes()
     source.prepare(want for task in plan.tasks for want in task.wants())
     return [_measure(plan, task, source) for task in plan.tasks]
@@ -86,7 +89,7 @@ def _measure(plan: Plan, task: Task, source: CachedFeatures) -> Result:
         protocol=task.preset,
         settings=settings_of(task),
         encoder={"name": plan.name, "digest": subject.digest},
-        data={split: _describe(shards) for split, shards in subject.sets.items()},
+        data={split: _describe(shards) for split, shards in subject.sets.items() if split in task.splits},
         view={"size": subject.size, "crop": subject.crop, "backend": subject.data.backend},
         precision=subject.precision,
         device=str(subject.device),

@@ -63,6 +63,7 @@ def test_an_unknown_command_is_refused_with_those_that_are_known(
         ("eval knn --encoder {run} --k 0", "--k is 0"),
         ("eval knn --encoder {run} --test {nowhere}", "nowhere is not a folder"),
         ("eval knn --encoder {run} --seeds 3", "--seeds 3 means nothing beside knn"),
+        ("eval health --encoder {run} --test {nowhere}", "nowhere means nothing here: health"),
         ("eval linear --encoder {run} --seeds 0", "--seeds is 0"),
         ("eval knn --encoder {run} --crop 1.5", "--crop is 1.5"),
         ("eval knn --encoder {run} --out {nowhere}/x.json", "there is no such folder"),

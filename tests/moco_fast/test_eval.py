@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -28,6 +28,7 @@ from moco_fast.evaluation.front import Plan, evaluate
 from moco_fast.evaluation.inputs import CachedFeatures, Subject
 from moco_fast.evaluation.live import measure
 from moco_fast.evaluation.result import Result, read_results
+from moco_fast.evaluation.tasks.health import Health
 from moco_fast.evaluation.tasks.knn import Knn
 from moco_fast.evaluation.tasks.linear import Linear
 from moco_fast.evaluation.tasks.logistic import Logistic
@@ -301,7 +302,22 @@ def test_sets_that_do_not_fit_are_refused_before_the_encoder_runs(
     flat = Encoder(torch.nn.Flatten(), torch.nn.Identity(), feature_dim=3072, dim=3072, image_size=32).eval()
     with pytest.raises(ValueError, match="not a ResNet"):
         run(replace(subject, encoder=flat), tmp_path, Linear(layer=("stage2",)))
+    with pytest.raises(ValueError, match="--layer patches gives a vector for each place"):
+        run(subject, tmp_path, Knn(k=(5,), layer="patches"))
     assert count.images == 0
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_task_needs_no_set_that_it_does_not_look_at(
+    split: Split, encoder: Encoder, subject: Subject, tmp_path: Path
+) -> None:
+    count = Count(encoder)
+    task = Health(split=cast("Any", split))
+    [result] = run(replace(subject, sets={split: subject.sets[split]}), tmp_path, task)
+    assert list(result.data) == [split]
+    assert result.facts["num_samples"] == count.images == subject.sets[split].num_samples
+    [beside_another] = run(subject, tmp_path, task)
+    assert (beside_another.figures, beside_another.data) == (result.figures, result.data)
 
 
 # The command and the API -----------------------------------------------------------------------------------------

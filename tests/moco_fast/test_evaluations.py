@@ -23,7 +23,6 @@ class Toy(Task):
     """How many numbers a feature has, and how large they are."""
 
     name: ClassVar[str] = "toy"
-    needs_test: ClassVar[bool] = False
 
     @classmethod
     def for_run(cls, config: Config) -> "Toy | None":

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from moco_fast.encoders.layers import check_layer
-from moco_fast.evaluation.base import FigureInfo, Inputs, Outcome, Task, Want, refuse_unless_above
+from moco_fast.evaluation.base import FigureInfo, Inputs, Outcome, Split, Task, Want, refuse_unless_above
 
 if TYPE_CHECKING:
     from moco_fast.config import Config
@@ -46,6 +46,11 @@ class Linear(Task):
     """Momentum of SGD."""
     weight_decay: float = 0.0
     """Weight decay of SGD."""
+
+    @property
+    def splits(self) -> frozenset[Split]:
+        """Both, whether features are cached or live."""
+        return frozenset({"train", "test"})
 
     @property
     def preset(self) -> str:

@@ -1,0 +1,117 @@
+"""Health of an encoder as a task, without labels: effective rank, spectrum, uniformity and what has collapsed.
+
+RankMe is the effective rank of Garrido et al. (2023), alignment and uniformity are those of Wang & Isola (2020), the
+spread is what Chen & He (2021, section 4.1) watch for collapse.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from moco_fast.encoders.layers import check_layer
+from moco_fast.evaluation.base import FigureInfo, Inputs, Measured, Outcome, Task, Want, refuse_unless_above
+
+__all__ = ["Health"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health(Task):
+    """Tell from features alone how many directions they use, and what has collapsed; needs no labels."""
+
+    name: ClassVar[str] = "health"
+    needs_labels: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
+
+    split: Literal["train", "test"] = "train"
+    """Set whose features are looked at."""
+    layer: str = "backbone"
+    """Whose output they are: backbone, head, or another layer (docs/evaluation.md)."""
+    max_samples: int = 25_600
+    """At most this many samples, evenly spread over the set."""
+
+    def validate(self) -> None:
+        """Refuse numbers that cannot be."""
+        refuse_unless_above(1, max_samples=self.max_samples)
+        check_layer(self.layer)
+
+    def wants(self) -> tuple[Want, ...]:
+        """Some samples of one set."""
+        return (Want(split=self.split, layer=self.layer, at_most=self.max_samples),)
+
+    def figures(self) -> Mapping[str, FigureInfo]:
+        """Effective rank, then what explains it."""
+        return {
+            "rankme": FigureInfo(
+                title="RankMe",
+                caption="Effective rank: exponential of the entropy of the features' normalized singular values.",
+                unit="number",
+            ),
+            "uniformity": FigureInfo(
+                title="uniformity",
+                caption="Logarithm of the mean of exp(-2 |x - y|^2) over all pairs of samples, features of length 1.",
+                unit="number",
+                best="lowest",
+            ),
+            "alignment": FigureInfo(
+                title="alignment of classes",
+                caption="Mean of |x - y|^2 over all pairs of samples of the same class, features of length 1.",
+                unit="number",
+                best="lowest",
+            ),
+            "spread": FigureInfo(
+                title="spread",
+                caption="Deviation of the features' numbers, features of length 1: 1 if spread evenly, 0 if collapsed.",
+                unit="number",
+            ),
+            "top_component": FigureInfo(
+                title="variance of the first component",
+                caption="Share of the features' variance along their first principal component.",
+                best="lowest",
+            ),
+            "components_90": FigureInfo(
+                title="components of 90% of the variance",
+                caption="Principal components that have 90% of the features' variance together.",
+                unit="number",
+            ),
+            "dead": FigureInfo(
+                title="dead dimensions",
+                caption="Share of the features' numbers that vary less than a thousandth of the mean number.",
+                best="lowest",
+            ),
+            "norm": FigureInfo(
+                title="norm", caption="Mean length of the features; larger is not better.", unit="number"
+            ),
+            "norm_variation": FigureInfo(
+                title="variation of the norm",
+                caption="Standard deviation of the features' lengths, divided by the mean length.",
+                unit="number",
+                best="lowest",
+            ),
+        }
+
+    def measure(self, inputs: Inputs) -> Outcome:
+        """Take the features apart."""
+        from torch.nn.functional import normalize
+
+        from moco_fast.evaluation.health import alignment, rankme, spectrum, spread, uniformity
+
+        features = inputs.features(*self.wants(), labeled=False)
+        if len(features) < 2:
+            raise ValueError(f"health compares samples, but the {self.split} set holds {len(features)}: give more")
+        values = features.values.to(inputs.device)
+        found, unit, norms = spectrum(values), normalize(values), values.double().norm(dim=1)
+        figures: dict[str, float | None] = {
+            "rankme": rankme(found.singular),
+            "uniformity": uniformity(unit),
+            "alignment": alignment(unit, features.labels),
+            "spread": spread(unit),
+            "top_component": found.top_share,
+            "components_90": found.components(0.9),
+            "dead": found.dead_share,
+            "norm": norms.mean().item(),
+            "norm_variation": (norms.std(correction=0) / norms.mean()).item(),
+        }
+        return Outcome(
+            figures={name: Measured(value=value) for name, value in figures.items() if value is not None},
+            facts={"num_samples": len(features), "dim": values.shape[1]},
+        )
