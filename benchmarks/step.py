@@ -32,7 +32,7 @@ from moco_fast.methods.loss import feature_std, info_nce
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.methods.momentum_contrast import MomentumContrast
 from moco_fast.methods.shuffle import Exchange, Gather, Together
-from moco_fast.training.optim import build_optimizer
+from moco_fast.optimizers.optim import build_optimizer
 from moco_fast.training.runtime import allow_tf32
 from moco_fast.training.step import TrainStep
 from pipelines.batch import Batch

@@ -1,1 +1,1 @@
-"""Training loop and its parts: construction, checkpoints, metrics, optimizers, runtime."""
+"""Training loop and its parts: construction, metrics, folder, runtime."""

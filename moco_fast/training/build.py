@@ -17,7 +17,7 @@ from moco_fast.evaluation.base import RunSets
 from moco_fast.methods.base import Objective, Setting
 from moco_fast.methods.batchnorm import convert_batch_norm
 from moco_fast.methods.shuffle import build_policy
-from moco_fast.training.optim import build_optimizer
+from moco_fast.optimizers.optim import build_optimizer
 from moco_fast.training.runtime import Runtime
 from moco_fast.training.schedule import run_length
 from moco_fast.training.step import TrainStep

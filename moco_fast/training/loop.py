@@ -19,14 +19,14 @@ from moco_fast.config import Config, to_dict
 from moco_fast.evaluation.base import Evaluation
 from moco_fast.evaluation.registry import open_evaluations
 from moco_fast.methods.batchnorm import average_batch_statistics
+from moco_fast.optimizers.optim import load_optimizer_tensors, optimizer_tensors
+from moco_fast.stop import StopSignal
 from moco_fast.training import console
 from moco_fast.training.build import Parts, build, open_sets
 from moco_fast.training.folder import RunFolder, open_folder
 from moco_fast.training.metrics import Average, MetricsFile, Pending
-from moco_fast.training.optim import load_optimizer_tensors, optimizer_tensors
 from moco_fast.training.runtime import Runtime, start
 from moco_fast.training.schedule import describe_lr, lr_at
-from moco_fast.training.stop import StopSignal
 from pipelines.batch import Batch
 
 __all__ = ["train"]

@@ -20,7 +20,7 @@ from moco_fast.methods.memory_bank import MemoryBank
 from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
 from moco_fast.methods.prediction import Byol, SimSiam
 from moco_fast.methods.shuffle import Together, VirtualGroups
-from moco_fast.training.optim import build_optimizer
+from moco_fast.optimizers.optim import build_optimizer
 from moco_fast.training.runtime import allow_tf32, start
 from moco_fast.training.step import TrainStep
 from tests.batches import random_batch

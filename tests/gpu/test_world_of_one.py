@@ -30,7 +30,7 @@ from moco_fast.config import ModelConfig
 from moco_fast.presets import PRESETS
 from moco_fast.training.runtime import start
 from moco_fast.methods.shuffle import exchange_group
-from moco_fast.training.stop import StopSignal
+from moco_fast.stop import StopSignal
 
 base = PRESETS["moco-v2"][1]
 config = replace(

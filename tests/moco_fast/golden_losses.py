@@ -28,9 +28,9 @@ from torch import Tensor
 from moco_fast.commandline import parse
 from moco_fast.config import Config
 from moco_fast.demo import DemoConfig, write_images
+from moco_fast.optimizers.optim import optimizer_tensors
 from moco_fast.presets import PRESETS
 from moco_fast.training.build import Parts, build
-from moco_fast.training.optim import optimizer_tensors
 from moco_fast.training.runtime import Runtime, start
 from moco_fast.training.schedule import lr_at
 from pipelines.batch import Batch

@@ -28,8 +28,8 @@ from moco_fast.methods.memory_bank import MemoryBank
 from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
 from moco_fast.methods.prediction import Byol, SimSiam
 from moco_fast.methods.shuffle import VirtualGroups, build_policy
+from moco_fast.optimizers.optim import build_optimizer
 from moco_fast.presets import PRESETS
-from moco_fast.training.optim import build_optimizer
 from moco_fast.training.step import TrainStep
 from pipelines.batch import Batch
 from pipelines.config import ViewsConfig

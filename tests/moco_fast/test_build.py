@@ -12,8 +12,8 @@ from moco_fast.methods.end_to_end import EndToEnd
 from moco_fast.methods.memory_bank import MemoryBank
 from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
 from moco_fast.methods.prediction import Byol, SimSiam
+from moco_fast.optimizers.optim import load_optimizer_tensors, optimizer_tensors
 from moco_fast.training.build import build
-from moco_fast.training.optim import load_optimizer_tensors, optimizer_tensors
 from moco_fast.training.runtime import start
 from pipelines.config import VIEWS, DataConfig
 

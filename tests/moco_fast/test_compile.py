@@ -20,9 +20,9 @@ from moco_fast.methods.key_queue import Queue
 from moco_fast.methods.keys import MomentumKeys
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.methods.shuffle import Together
+from moco_fast.optimizers.optim import build_optimizer
 from moco_fast.presets import PRESETS
 from moco_fast.training.build import build
-from moco_fast.training.optim import build_optimizer
 from moco_fast.training.runtime import start
 from moco_fast.training.step import TrainStep
 from pipelines.batch import Batch

@@ -21,7 +21,7 @@ from moco_fast.methods.keys import BankKeys, MomentumKeys, QueryKeys
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
 from moco_fast.methods.shuffle import Exchange, Together
-from moco_fast.training.optim import build_optimizer
+from moco_fast.optimizers.optim import build_optimizer
 from moco_fast.training.step import TrainStep
 from tests.batches import random_batch
 

@@ -24,10 +24,10 @@ from moco_fast.methods.base import Setting
 from moco_fast.methods.batchnorm import use_group_statistics
 from moco_fast.methods.momentum_contrast import MomentumContrast
 from moco_fast.methods.shuffle import Exchange, Together, VirtualGroups
+from moco_fast.optimizers.optim import build_optimizer
 from moco_fast.presets import PRESETS
 from moco_fast.training.build import build, open_run_loader
 from moco_fast.training.loop import train
-from moco_fast.training.optim import build_optimizer
 from moco_fast.training.runtime import start
 from moco_fast.training.step import TrainStep
 from pipelines.batch import Batch

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moco_fast.config import OptimConfig
-from moco_fast.training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from moco_fast.optimizers.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 
 
 def model(seed=0):

@@ -20,7 +20,7 @@ from moco_fast.methods.base import Setting
 from moco_fast.methods.batchnorm import use_statistics_of_all_ranks
 from moco_fast.methods.prediction import Byol, SimSiam
 from moco_fast.methods.shuffle import Together
-from moco_fast.training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from moco_fast.optimizers.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from moco_fast.training.schedule import lr_at
 from moco_fast.training.step import TrainStep
 from pipelines.batch import Batch

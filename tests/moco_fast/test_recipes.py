@@ -30,8 +30,8 @@ from moco_fast.methods.key_queue import Queue
 from moco_fast.methods.keys import MomentumKeys
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.methods.shuffle import Together, build_policy
+from moco_fast.optimizers.optim import build_optimizer
 from moco_fast.presets import PRESETS
-from moco_fast.training.optim import build_optimizer
 from moco_fast.training.schedule import lr_at
 from moco_fast.training.step import TrainStep
 from pipelines.batch import Batch

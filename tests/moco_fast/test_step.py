@@ -21,7 +21,7 @@ from moco_fast.methods.keys import MomentumKeys
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.methods.momentum_contrast import MomentumContrast
 from moco_fast.methods.shuffle import Exchange, Gather, Together, VirtualGroups
-from moco_fast.training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from moco_fast.optimizers.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from moco_fast.training.step import TrainStep
 from pipelines.batch import Batch
 from tests.batches import random_batch

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from moco_fast.config import OptimConfig
-from moco_fast.training.apex import apex_optimizer
-from moco_fast.training.lars import Lars
+from moco_fast.optimizers.apex import apex_optimizer
+from moco_fast.optimizers.lars import Lars
 
-__all__ = ["build_optimizer", "load_optimizer_tensors", "optimizer_tensors"]
+__all__ = ["build_optimizer", "build_sgd", "load_optimizer_tensors", "optimizer_tensors"]
 
 
 def build_optimizer(module: nn.Module, optim: OptimConfig, *, constant_lr: tuple[str, ...] = ()) -> Optimizer:
@@ -31,11 +31,7 @@ def build_optimizer(module: nn.Module, optim: OptimConfig, *, constant_lr: tuple
         return apex_optimizer(parameters, optim)
     match optim.name:
         case "sgd":
-            sgd = SGD(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, fused=True)
-            # torch 2.13 allocates these at the first step and leaves them unset if its gradient overflows (float16).
-            for parameter in _flat(sgd) if optim.momentum else ():
-                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            return sgd
+            return build_sgd(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
         case "adamw":
             return AdamW(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
         case "lamb":
@@ -45,6 +41,17 @@ def build_optimizer(module: nn.Module, optim: OptimConfig, *, constant_lr: tuple
         case "lars":
             momentum, trust = optim.momentum, optim.trust
             return Lars(parameters, lr=optim.lr, momentum=momentum, weight_decay=optim.weight_decay, trust=trust)
+
+
+def build_sgd(
+    groups: list[dict[str, Any]], *, lr: float, momentum: float, weight_decay: float, nesterov: bool = False
+) -> SGD:
+    """Build torch's fused SGD of groups of parameters, with its state."""
+    sgd = SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+    # torch 2.13 allocates these at the first step and leaves them unset if its gradient overflows (float16).
+    for parameter in _flat(sgd) if momentum else ():
+        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def _in_groups(module: nn.Module, constant_lr: tuple[str, ...]) -> list[dict[str, Any]]:

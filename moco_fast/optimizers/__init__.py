@@ -1,0 +1,1 @@
+"""Optimizers by name, ours and those of libraries, and their state."""
