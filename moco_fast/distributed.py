@@ -1,6 +1,7 @@
 """Collectives of a run; in a single process they behave as in a world of one rank."""
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -8,11 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "LeftTogetherError",
     "all_gather_rows",
     "average_",
     "broadcast_",
     "exchange_rows",
     "is_distributed",
+    "leave_together",
+    "leaving_together",
     "rank",
     "sum_over_ranks",
     "tell_all",
@@ -47,6 +51,48 @@ def tell_all(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+class LeftTogetherError(ValueError):
+    """What all ranks raise since one of them cannot go on; its text is that rank's reason."""
+
+
+def leave_together(reason: str = "") -> None:
+    """Raise on every rank if one of them has a reason to; collective.
+
+    Within `leaving_together`, a rank calls it before each of its other collectives, in which it would wait for one that
+    has left.
+
+    Args:
+        reason: why this rank cannot go on; empty: it can.
+
+    Raises:
+        LeftTogetherError: with the reason of the first rank that has one.
+    """
+    reasons = [reason]
+    if world_size() > 1:
+        reasons = [""] * world_size()
+        dist.all_gather_object(reasons, reason)
+    if first := next(filter(None, reasons), ""):
+        raise LeftTogetherError(first)
+
+
+@contextmanager
+def leaving_together() -> Generator[None]:
+    """Leave the block on every rank when one of them raises ValueError or OSError in it; collective at the end.
+
+    Raises:
+        LeftTogetherError: on the ranks that did not fail.
+    """
+    try:
+        yield
+    except LeftTogetherError:
+        raise
+    except (ValueError, OSError) as error:
+        with suppress(LeftTogetherError):
+            leave_together(str(error) or type(error).__name__)
+        raise
+    leave_together()
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:

@@ -86,8 +86,9 @@ class EvalTask(_Written, Generic[T]):
                 f"--seeds {self.seeds} means nothing beside {self.task.name}, which draws nothing: leave it out"
             )
         given: dict[Split, str | None] = {"train": self.train, "test": self.test}
+        there = {split for split, path in given.items() if path is not None}
         for split, path in given.items():
-            if path is not None and split not in self.task.splits:
+            if path is not None and split not in self.task.with_sets(there).splits:
                 raise ValueError(
                     f"--{split} {path} means nothing here: {self.task.name}, as it is asked for, does not look at it"
                 )
@@ -101,17 +102,30 @@ class EvalSuite(_Written):
     """Measure every task that the data allows, with its defaults, from features that are computed once."""
 
     data: str | None = None
-    """Folder with the sets `train` and `test` (or `val`), as make-shards writes them; unset: the run's own shards."""
+    """Folder with the sets `train` and `test` (or `val`), as make-shards writes them, and sets in a folder `domains`
+    that heads are tested on too; unset: the run's own shards."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"{{{','.join(TASKS)}}}")] = ()
     """Tasks to measure; unset: all."""
 
     def execute(self) -> int:
         """Measure, print and write; return the exit code."""
         self._refuse_out()
-        tasks = [task_class(name)() for name in self.tasks or TASKS]
+        domains = self._domains()
+        tasks = [task_class(name).for_suite(domains) for name in self.tasks or TASKS]
         results = measure_all(self, tasks, self._sets(), leave_out=not self.tasks)
+        if not results:
+            raise ValueError(
+                f"nothing can be measured of {self.encoder}: every task was left out, for the reasons above"
+            )
         self._write(results, "suite")
         return 0
+
+    def _domains(self) -> dict[str, str]:
+        """Return the sets of the folder that are only there to be tested on, by name."""
+        folder = None if self.data is None else Path(self.data) / "domains"
+        if folder is None or not folder.is_dir():
+            return {}
+        return {path.name: str(path) for path in sorted(folder.iterdir()) if (path / "manifest.json").is_file()}
 
     def _sets(self) -> dict[Split, str | None]:
         if self.data is None:

@@ -67,7 +67,7 @@ def measure_all(
         options: as they were given.
         tasks: not settled yet.
         given: the sets; None: those of the encoder's run.
-        leave_out: tasks that the encoder or the sets do not allow, with a line that says why.
+        leave_out: leave out tasks that cannot be measured, with a line that says why; otherwise they are an error.
 
     Returns:
         the results of the encoder and of what is measured beside it, on every rank.
@@ -82,11 +82,11 @@ def measure_all(
     from shards.sets import open_set
 
     opened = open_encoder(options.encoder, which=options.which, image_size=options.size)
+    named = _named_sets(given, opened.config)
+    tasks = [task.with_sets(named) for task in tasks]
+    named |= _more_sets(tasks)
     needed = frozenset[Split]().union(*(task.splits for task in tasks))
-    sets: dict[Split, ShardSet] = {}
-    for split, path in _named_sets(given, opened.config).items():
-        if path is not None and split in needed:
-            sets[split] = open_set(path)
+    sets = {split: open_set(path) for split, path in named.items() if split in needed}
     if "train" in needed and "train" not in sets:
         raise ValueError(f"{opened.name} has no training shards of its own: name some with --train (suite: --data)")
     with place(opened.config, device=options.device, precision=options.precision) as (device, world, precision):
@@ -97,12 +97,21 @@ def measure_all(
         return results
 
 
-def _named_sets(given: Mapping[Split, str | None], run: "Config | None") -> dict[Split, str | None]:
-    """Return the sets by name; where one is not given, that of the run."""
-    of_run: dict[Split, str | None] = {"train": None, "test": None}
-    if run is not None:
-        of_run = {"train": run.data.shards, "test": run.eval.shards}
-    return {split: path or of_run[split] for split, path in given.items()}
+def _named_sets(given: Mapping[Split, str | None], run: "Config | None") -> dict[Split, str]:
+    """Return where training and test set are; where one is not given, that of the run."""
+    of_run = {} if run is None else {"train": run.data.shards, "test": run.eval.shards}
+    found = {split: path or of_run.get(split) for split, path in given.items()}
+    return {split: path for split, path in found.items() if path is not None}
+
+
+def _more_sets(tasks: Sequence[Task]) -> dict[Split, str]:
+    """Return where the sets are that tasks name by options of their own. Raises ValueError: a name means two sets."""
+    found: dict[Split, str] = {}
+    for task in tasks:
+        for split, path in task.more_sets().items():
+            if split in ("train", "test") or found.setdefault(split, path) != path:
+                raise ValueError(f"{split}={path}: {split} is the name of another set already, so choose another name")
+    return found
 
 
 def _validate(options: EvalOptions) -> None:
@@ -124,24 +133,22 @@ def _measure_one(
     leave_out: bool,
 ) -> "list[Result]":
     from moco_fast.evaluation.cache import default_folder
-    from moco_fast.evaluation.front import Plan, evaluate, why_not
+    from moco_fast.evaluation.front import Plan, evaluate
+
+    def say(task: Task, reason: str) -> None:
+        if subject.world.rank == 0:
+            print(f"left out: {task.name} of {name}: {' '.join(reason.split())}", file=sys.stderr)
 
     # timm's vision transformers, and torchvision's.
     is_transformer = any(hasattr(subject.encoder.backbone, name) for name in ("patch_embed", "conv_proj"))
-    possible: list[Task] = []
-    for task in (task.settled(run, is_transformer=is_transformer) for task in tasks):
-        reason = why_not(task, subject) if leave_out else None
-        if reason is None:
-            possible.append(task)
-        elif subject.world.rank == 0:
-            print(f"left out: {task.name} of {name}: {reason}", file=sys.stderr)
     plan = Plan(
         subject=subject,
         name=name,
-        tasks=possible,
+        tasks=[task.settled(run, is_transformer=is_transformer) for task in tasks],
         seeds=options.seeds,
         cache=default_folder() if options.cache is None else Path(options.cache),
         cache_gib=options.cache_gib,
+        leave_out=say if leave_out else None,
     )
     return evaluate(plan)
 

@@ -7,13 +7,15 @@ a result; a run that evaluates at intervals asks the same tasks through `Evaluat
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from moco_fast.methods.base import Chart
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
     from moco_fast.config import Config
@@ -27,6 +29,7 @@ __all__ = [
     "Evaluation",
     "FigureInfo",
     "Inputs",
+    "Known",
     "Measured",
     "Outcome",
     "RunSets",
@@ -37,7 +40,8 @@ __all__ = [
     "refuse_unless_above",
 ]
 
-Split = Literal["train", "test"]
+Split = str
+"""Name of a set: `train`, `test`, or one that a task's own options name (`Task.more_sets`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,28 @@ class Outcome:
     """What was done otherwise than asked, one line each."""
 
 
-class Inputs(Protocol):
+class Known(Protocol):
+    """What is known of encoder and sets before anything is computed."""
+
+    @property
+    def encoder(self) -> "Encoder":
+        """The encoder, on the device."""
+        ...
+
+    def set_of(self, split: Split) -> "ShardSet":
+        """Return the set of shards that is open for a split."""
+        ...
+
+    def class_names(self, split: Split) -> tuple[str, ...]:
+        """Return the name of each label of a set; empty where its classes have none."""
+        ...
+
+    def label_counts(self, split: Split) -> "npt.NDArray[np.int64]":
+        """Return how many samples of a set have each label: (C,), C classes, some of which may have no sample."""
+        ...
+
+
+class Inputs(Known, Protocol):
     """What a task is given: features, labels, and for tasks that look at images themselves, encoder and sets."""
 
     @property
@@ -116,11 +141,6 @@ class Inputs(Protocol):
         ...
 
     @property
-    def encoder(self) -> "Encoder":
-        """The encoder, on the device."""
-        ...
-
-    @property
     def data(self) -> "DataConfig":
         """How images are read: batch size, backend and cache."""
         ...
@@ -128,10 +148,6 @@ class Inputs(Protocol):
     @property
     def size(self) -> int:
         """Height and width of the images in pixels."""
-        ...
-
-    def set_of(self, split: Split) -> "ShardSet":
-        """Return the set of shards that is open for a split."""
         ...
 
     def autocast(self) -> Any:
@@ -173,6 +189,21 @@ class Task(ABC):
         """Name of the published protocol that the options follow, where there are several; else empty."""
         return ""
 
+    def more_sets(self) -> Mapping[Split, str]:
+        """Return further sets that the task's own options name: names that `wants` uses, and where the shards are."""
+        return {}
+
+    def with_sets(self, there: Collection[Split]) -> Self:
+        """Return the task with options that were left open chosen by which of the sets `train` and `test` there are."""
+        del there
+        return self
+
+    @classmethod
+    def for_suite(cls, domains: Mapping[str, str]) -> Self:
+        """Return the task as the suite measures it, given by name the sets that are only there to be tested on."""
+        del domains
+        return cls()
+
     def settled(self, run: "Config | None", *, is_transformer: bool = False) -> Self:
         """Return the task with every option that was left open filled in.
 
@@ -191,6 +222,14 @@ class Task(ABC):
 
     def validate(self) -> None:  # noqa: B027 - most options cannot be wrong
         """Refuse options that cannot work. Raises ValueError: with the option, its value and what would work."""
+
+    def why_not(self, known: Known) -> str | None:
+        """Say why encoder or sets do not allow the settled task, before anything is computed; None: they do.
+
+        Its sets are there, labeled if it needs labels, and training and test set have the same classes.
+        """
+        del known
+        return None
 
     @abstractmethod
     def wants(self) -> tuple[Want, ...]:

@@ -2,12 +2,13 @@
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from moco_fast import distributed
 from moco_fast.encoders.layers import layer_shapes
 from moco_fast.evaluation.base import Task
 from moco_fast.evaluation.cache import FeatureCache, data_digest, default_folder
@@ -31,10 +32,13 @@ class Plan:
     """Measurements of every task that draws, with the seeds 0, 1 and so on."""
     cache: Path = field(default_factory=default_folder)
     cache_gib: float | None = None
+    leave_out: Callable[[Task, str], None] | None = None
+    """Takes each task that cannot be measured, and why; the others are measured. None: that is an error."""
 
 
-def why_not(task: Task, subject: Subject) -> str | None:
+def why_not(task: Task, inputs: TaskInputs) -> str | None:
     """Say why encoder or sets do not allow a settled task; None: they do."""
+    subject = inputs.subject
     sets = subject.sets
     if absent := task.splits - sets.keys():
         return f"it needs a {'training' if 'train' in absent else 'test'} set"
@@ -43,12 +47,14 @@ def why_not(task: Task, subject: Subject) -> str | None:
     if task.needs_labels and unlabeled:
         return f"{unlabeled[0]} holds no labeled sample, so there is nothing to compare: pack it with labels"
     try:
+        if task.needs_labels and task.splits >= {"train", "test"}:
+            inputs.refuse_other_classes()
         shapes = layer_shapes(subject.encoder, [want.layer for want in task.wants()], size=subject.size)
     except ValueError as error:
         return str(error)
     if places := [layer for layer, shape in shapes.items() if len(shape) > 1]:
         return f"--layer {places[0]} gives a vector for each place of an image, but images are compared by one vector"
-    return None
+    return task.why_not(inputs)
 
 
 def _may_have_labels(shards: ShardSet) -> bool:
@@ -63,18 +69,31 @@ def evaluate(plan: Plan) -> list[Result]:
     cache has. Which rank does what does not show in the results.
 
     Raises:
-        ValueError: a task does not fit the encoder or the sets.
+        ValueError: a task does not fit the encoder or the sets, and `plan.leave_out` is not given.
         OSError: the cache's disk is full.
     """
     subject = plan.subject
     source = CachedFeatures(subject=subject, cache=FeatureCache(plan.cache, limit_gib=plan.cache_gib))
+    inputs = TaskInputs(subject=subject, source=source, world=subject.world)
+    possible: list[Task] = []
     for task in plan.tasks:
-        if reason := why_not(task, subject):
-            raise ValueError(f"{task.name} cannot be measured: {reason}")
-    if any(task.needs_labels and task.splits >= {"train", "test"} for task in plan.tasks):
-        TaskInputs(subject=subject, source=source).refuse_other_classes()
-    source.prepare(want for task in plan.tasks for want in task.wants())
-    return [_measure(plan, task, source) for task in plan.tasks]
+        if reason := why_not(task, inputs):
+            if plan.leave_out is None:
+                raise ValueError(f"{task.name} cannot be measured: {reason}")
+            plan.leave_out(task, reason)
+        else:
+            possible.append(task)
+    with distributed.leaving_together():
+        source.prepare(want for task in possible for want in task.wants())
+    results: list[Result] = []
+    for task in possible:
+        try:
+            results.append(_measure(plan, task, source))
+        except ValueError as error:
+            if plan.leave_out is None:
+                raise
+            plan.leave_out(task, str(error))
+    return results
 
 
 def _measure(plan: Plan, task: Task, source: CachedFeatures) -> Result:

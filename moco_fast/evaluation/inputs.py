@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch.nn.functional import normalize
@@ -16,7 +17,7 @@ from moco_fast.encoders.layers import layer_shapes
 from moco_fast.evaluation.base import Outcome, Split, Task, Want
 from moco_fast.evaluation.cache import FeatureCache, FeatureKey, RowsFile, data_digest
 from moco_fast.evaluation.features import Features, extract, feature_batches, gather, spread
-from moco_fast.evaluation.labels import common_classes
+from moco_fast.evaluation.labels import common_classes, label_counts
 from pipelines.backends.registry import choose
 from pipelines.config import DataConfig, central_crop
 from pipelines.loader import open_loader, suited_to
@@ -68,7 +69,8 @@ class Subject:
 
     def title(self, split: Split) -> str | None:
         """Return the title of a progress bar; only the first rank shows one."""
-        return f"features of the {'training' if split == 'train' else 'test'} set" if self.world.rank == 0 else None
+        name = {"train": "training"}.get(split, split)
+        return f"features of the {name} set" if self.world.rank == 0 else None
 
 
 class FeatureSource(Protocol):
@@ -209,6 +211,7 @@ class CachedFeatures:
         files = {layer: self._open(key) for layer, key in keys.items()}
         row = len(samples) * world.rank // world.world_size  # where the loader begins this rank's part
         num_broken = torch.zeros(1, dtype=torch.int64, device=subject.device)
+        distributed.leave_together()  # All ranks see the files.
         with subject.loader(split, samples) as loader, subject.autocast():
             batches = feature_batches(
                 subject.encoder, loader, device=subject.device, layers=tuple(keys), title=subject.title(split)
@@ -220,6 +223,7 @@ class CachedFeatures:
                 row += len(batch.index)
         for file in files.values():
             file.close()
+        distributed.leave_together()
         if world.world_size > 1:
             dist.all_reduce(num_broken)  # All rows are written.
         if num_broken:
@@ -271,11 +275,20 @@ class TaskInputs:
     @property
     def num_classes(self) -> int:
         """Classes that have names; of shards that others wrote, whose classes have none, as many as labels ask for."""
-        return max(map(_num_classes, self.subject.sets.values()))
+        sets = self.subject.sets
+        return max(_num_classes(sets[split]) for split in ("train", "test") if split in sets)
 
     def refuse_other_classes(self) -> None:
-        """Refuse sets that number their classes differently. Raises ValueError."""
-        common_classes(*self.subject.sets.values())
+        """Refuse a training and a test set that number their classes differently. Raises ValueError."""
+        common_classes(self.subject.sets["train"], self.subject.sets["test"])
+
+    def class_names(self, split: Split) -> tuple[str, ...]:
+        """Return the name of each label of a set; see Known."""
+        return self.subject.sets[split].class_names
+
+    def label_counts(self, split: Split) -> npt.NDArray[np.int64]:
+        """Return how many samples of a set have each label; see Known."""
+        return label_counts(self.subject.sets[split])
 
     def set_of(self, split: Split) -> ShardSet:
         """Return the set of a split."""
@@ -305,24 +318,20 @@ class TaskInputs:
 
 
 def _num_classes(shards: ShardSet) -> int:
-    if shards.class_names:
-        return len(shards.class_names)
-    return 1 + max(
-        (int(shards.index(shard)["label"].max(initial=-1)) for shard in range(shards.num_shards)), default=-1
-    )
+    return len(shards.class_names) or len(label_counts(shards))
 
 
 def measure_on(task: Task, inputs: TaskInputs) -> Outcome:
-    """Measure a task whose features are prepared; collective, every rank gets the outcome."""
-    if task.shared or inputs.world.world_size == 1:
-        return task.measure(inputs)
-    outcome, refused = None, ""
-    if inputs.world.rank == 0:
-        try:
-            outcome = task.measure(replace(inputs, world=World()))
-        except ValueError as error:
-            refused = str(error)
-    outcome, refused = distributed.tell_all((outcome, refused))
-    if outcome is None:
-        raise ValueError(refused)
+    """Measure a task whose features are prepared; collective, every rank gets the outcome.
+
+    Raises:
+        ValueError: on every rank, where the task cannot be measured on one of them.
+    """
+    outcome = None
+    with distributed.leaving_together():
+        if task.shared or inputs.world.rank == 0:
+            outcome = task.measure(inputs if task.shared else replace(inputs, world=World()))
+    if not task.shared:
+        outcome = distributed.tell_all(outcome)
+    assert outcome is not None
     return outcome

@@ -1,12 +1,24 @@
 """Labels of evaluations: classes that sets share, and the part of a training set on which options are chosen."""
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from shards.sets import ShardSet
 
-__all__ = ["choice_split", "common_classes", "mean_per_class"]
+__all__ = ["choice_split", "common_classes", "label_counts", "mean_per_class"]
+
+
+def label_counts(shards: ShardSet) -> npt.NDArray[np.int64]:
+    """Return how many samples of a set have each label, (C,): as many classes as have names, or as labels ask for."""
+    counts = np.zeros(len(shards.class_names), dtype=np.int64)
+    for shard in range(shards.num_shards):
+        labels = shards.index(shard)["label"]
+        of_shard = np.bincount(labels[labels >= 0], minlength=len(counts))
+        of_shard[: len(counts)] += counts
+        counts = of_shard
+    return counts
 
 
 def common_classes(bank: ShardSet, queries: ShardSet) -> tuple[str, ...]:

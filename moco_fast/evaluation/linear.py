@@ -178,11 +178,13 @@ def _train_live(task: "Linear", inputs: Inputs, trained: Mapping[str, _Trained],
                     keep = torch.tensor([number not in held_out for number in numbers])
                     own = torch.where(keep, batch.label, -1)
                     num_learned += int((own >= 0).sum())
+                    distributed.leave_together()
                     labels = distributed.all_gather_rows(own.to(inputs.device))
                     for layer, values in features.items():
                         rows = distributed.all_gather_rows(values)
                         trained[layer].heads.step(rows, labels, schedule=schedule(epoch / task.epochs))
             bar.update()
+    distributed.leave_together()
     return int(distributed.all_gather_rows(torch.tensor([num_learned], device=inputs.device)).sum())
 
 

@@ -45,7 +45,7 @@ def measure(
     subject = Subject(encoder=encoder, sets=sets, size=size, crop=crop, data=data, device=device, world=world)
     source = LiveFeatures(subject=subject)
     inputs = TaskInputs(subject=subject, source=source, world=world)
-    if task.needs_labels and len(sets) > 1:
+    if task.needs_labels and task.splits >= {"train", "test"}:
         inputs.refuse_other_classes()
     source.prepare(task.wants())
     return measure_on(task, inputs)

@@ -96,6 +96,7 @@ class Knn(Task):
         import torch
         import torch.distributed as dist
 
+        from moco_fast import distributed
         from moco_fast.evaluation.knn import predict
 
         bank, queries = map(inputs.features, self.wants())
@@ -113,6 +114,7 @@ class Knn(Task):
         )
         right = torch.stack([labels[found == labels].bincount(minlength=num_classes) for found in predictions.values()])
         if world.world_size > 1:
+            distributed.leave_together()
             dist.all_reduce(right)
         total = queries.labels.bincount(minlength=num_classes)
         figures: dict[str, Measured] = {}

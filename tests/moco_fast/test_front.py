@@ -1,0 +1,246 @@
+"""The front of all tasks: sets that tasks name, and what is left when a task cannot be measured."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moco_fast import distributed
+from moco_fast.cli import main
+from moco_fast.evaluation.base import FigureInfo, Inputs, Known, Measured, Outcome, Task, Want
+from moco_fast.evaluation.front import Plan, evaluate
+from moco_fast.evaluation.inputs import Subject
+from moco_fast.evaluation.labels import label_counts
+from moco_fast.evaluation.registry import TASKS
+from moco_fast.evaluation.result import Result, read_results
+from moco_fast.evaluation.tasks.health import Health
+from moco_fast.evaluation.tasks.knn import Knn
+from pipelines.world import World
+from shards.sets import open_set
+from tests.moco_fast.test_eval import small_encoder, subject_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sum(Task):
+    """Add up what features are on average, set by set."""
+
+    name: ClassVar[str] = "sum"
+
+    more: tuple[str, ...] = ()
+    split: str | None = None
+    refuse: bool = False
+    least: int = 0
+
+    @classmethod
+    def for_suite(cls, domains: Mapping[str, str]) -> Self:
+        return cls(more=tuple(f"{name}={path}" for name, path in domains.items()))
+
+    def more_sets(self) -> dict[str, str]:
+        return dict(each.split("=", 1) for each in self.more)
+
+    def with_sets(self, there: Collection[str]) -> Self:
+        return replace(self, split="test" if "test" in there else "train") if self.split is None else self
+
+    def why_not(self, known: Known) -> str | None:
+        fewest = known.label_counts("train").min()
+        return f"some class has {fewest} samples" if fewest < self.least else None
+
+    def wants(self) -> tuple[Want, ...]:
+        return tuple(Want(split=split) for split in ("train", self.split or "test", *self.more_sets()))
+
+    def figures(self) -> dict[str, FigureInfo]:
+        return {want.split: FigureInfo(title=want.split, caption="", unit="number") for want in self.wants()}
+
+    def measure(self, inputs: Inputs) -> Outcome:
+        if self.refuse:
+            raise ValueError("the features are\nnot to its liking")
+        found = {want.split: inputs.features(want).values.double().mean().item() for want in self.wants()}
+        return Outcome(figures={split: Measured(value=value) for split, value in found.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Apart(Sum):
+    """Fail on the second rank, while the first one goes to a collective."""
+
+    name: ClassVar[str] = "apart"
+
+    @property
+    def shared(self) -> bool:
+        return True
+
+    def measure(self, inputs: Inputs) -> Outcome:
+        if inputs.world.rank == 1:
+            raise ValueError("sample 17 is damaged")
+        distributed.leave_together()
+        dist.all_reduce(torch.zeros(1))
+        raise AssertionError("the second rank has left")
+
+
+def run(subject: Subject, cache: Path, *tasks: Task, leave_out: Any = None) -> list[Result]:
+    settled = [task.settled(None) for task in tasks]
+    return evaluate(Plan(subject=subject, name="small", tasks=settled, cache=cache, leave_out=leave_out))
+
+
+@pytest.fixture
+def subject(packed_demo: Any) -> Subject:
+    return subject_of(small_encoder(), packed_demo.train, packed_demo.val)
+
+
+def test_labels_are_counted_class_by_class(packed_demo: Any) -> None:
+    assert label_counts(open_set(packed_demo.train)).tolist() == [16] * 18
+    nameless = open_set(packed_demo.val)
+    nameless.manifest = replace(nameless.manifest, class_names=())  # pyright: ignore[reportAttributeAccessIssue]
+    assert label_counts(nameless).tolist() == [4] * 18
+
+
+def test_a_task_that_fails_leaves_the_others_their_results(subject: Subject, tmp_path: Path) -> None:
+    left: list[tuple[str, str]] = []
+
+    def leave_out(task: Task, reason: str) -> None:
+        left.append((task.name, reason))
+
+    asked = (Knn(k=(5,)), Sum(refuse=True), Sum(least=17), Health())
+    found = run(subject, tmp_path, *asked, leave_out=leave_out)
+    assert [result.task for result in found] == ["knn", "health"]
+    assert sorted(left) == [("sum", "some class has 16 samples"), ("sum", "the features are\nnot to its liking")]
+    with pytest.raises(ValueError, match="not to its liking"):
+        run(subject, tmp_path, *asked[:2])
+    with pytest.raises(ValueError, match="sum cannot be measured: some class has 16"):
+        run(subject, tmp_path, asked[2])
+
+
+def test_sets_with_other_classes_leave_out_what_compares_them(
+    subject: Subject, packed_demo: Any, tmp_path: Path
+) -> None:
+    other = open_set(packed_demo.val)
+    names = tuple(f"other-{name}" for name in other.class_names)
+    other.manifest = replace(other.manifest, class_names=names)  # pyright: ignore[reportAttributeAccessIssue]
+    left: list[str] = []
+    mixed = replace(subject, sets={"train": subject.sets["train"], "test": other})
+    found = run(mixed, tmp_path, Knn(k=(5,)), Health(), leave_out=lambda task, reason: left.append(reason))
+    assert [result.task for result in found] == ["health"]
+    assert "number their classes differently" in left[0]
+
+
+def measured_on_this_rank(train: str, test: str, cache: str) -> tuple[list[Any], list[Any]]:
+    world = World(rank=distributed.rank(), world_size=distributed.world_size())
+    subject = subject_of(small_encoder(), train, test, batch_size=100, world=world)
+    left: list[Any] = []
+    tasks = (Knn(k=(5,)), Apart(), Sum(refuse=True), Health())
+    asked = [task for task in tasks if world.world_size > 1 or task.name != "apart"]
+    found = run(subject, Path(cache), *asked, leave_out=lambda task, reason: left.append((task.name, reason)))
+    return [(each.task, {name: figure.value for name, figure in each.figures.items()}) for each in found], left
+
+
+def test_two_ranks_leave_a_task_together_and_measure_the_others(
+    run_ranks: Callable[..., Any], packed_demo: Any, tmp_path: Path
+) -> None:
+    places = [str(packed_demo.train), str(packed_demo.val)]
+    [alone] = run_ranks(measured_on_this_rank, *places, str(tmp_path / "one"), world_size=1)
+    first, second = run_ranks(measured_on_this_rank, *places, str(tmp_path / "two"))
+    assert first == second
+    assert first[0] == alone[0]
+    assert [name for name, _ in first[0]] == ["knn", "health"]
+    assert first[1] == [("apart", "sample 17 is damaged"), ("sum", "the features are\nnot to its liking")]
+
+
+def refused_on_this_rank(train: str, test: str, cache: str) -> str:
+    world = World(rank=distributed.rank(), world_size=distributed.world_size())
+    encoder = small_encoder()
+    if world.rank == 1:
+
+        def fail(_module: Any, inputs: Any) -> None:
+            if len(inputs[0]) > 1:
+                raise OSError("the disk is full")
+
+        encoder.backbone.register_forward_pre_hook(fail)
+    subject = subject_of(encoder, train, test, batch_size=100, world=world)
+    try:
+        run(subject, Path(cache), Health())
+    except (ValueError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_two_ranks_stop_together_where_one_cannot_make_features(
+    run_ranks: Callable[..., Any], packed_demo: Any, tmp_path: Path
+) -> None:
+    places = [str(packed_demo.train), str(packed_demo.val)]
+    said = run_ranks(refused_on_this_rank, *places, str(tmp_path))
+    assert said == ["LeftTogetherError: the disk is full", "OSError: the disk is full"]
+    assert not list(tmp_path.rglob("[!.]*.safetensors"))
+
+
+def test_a_task_looks_at_as_many_sets_as_it_names(subject: Subject, packed_demo: Any, tmp_path: Path) -> None:
+    task = Sum(more=(f"third={packed_demo.val}",)).with_sets({"train", "test"})
+    sets = {**subject.sets, "third": open_set(packed_demo.val)}
+    [result] = run(replace(subject, sets=sets), tmp_path, task)
+    assert list(result.figures) == ["train", "test", "third"]
+    assert result.figures["third"].value == result.figures["test"].value != result.figures["train"].value
+    assert {split: of_set["num_samples"] for split, of_set in result.data.items()} == {
+        "train": 288,
+        "test": 72,
+        "third": 72,
+    }
+
+
+# The command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in TASKS.keys() - {"health"}:
+        monkeypatch.delitem(TASKS, name)
+    monkeypatch.setitem(TASKS, "sum", f"{__name__}:Sum")
+
+
+def suite(run: Path, data: Path, *words: str) -> int:
+    return main(["eval", "suite", "--encoder", str(run), "--data", str(data), "--device", "cpu", *words])
+
+
+@pytest.mark.usefixtures("two_tasks")
+def test_the_suite_names_the_domains_of_its_folder_to_tasks_and_leaves_out_what_fails(
+    finished_run: Path,
+    packed_demo: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out.json"
+    (data / "domains").mkdir(parents=True)
+    for name, folder in (("train", packed_demo.train), ("val", packed_demo.val), ("domains/far", packed_demo.val)):
+        (data / name).symlink_to(folder)
+    assert suite(finished_run, data, "--out", str(out)) == 0
+    health, of_sum = sorted(read_results(out), key=lambda result: result.task)
+    assert (health.task, list(of_sum.figures), "written to" in capsys.readouterr().err) == (
+        "health",
+        ["train", "test", "far"],
+        True,
+    )
+    monkeypatch.setattr(Sum, "for_suite", classmethod(lambda cls, domains: Sum(refuse=True)))
+    assert suite(finished_run, data, "--out", str(out)) == 0
+    assert f"left out: sum of {finished_run}" in (said := capsys.readouterr().err)
+    assert "the features are not to its liking" in said
+    assert [result.task for result in read_results(out)] == ["health"]
+    out.unlink()
+    assert suite(finished_run, data, "--out", str(out), "--tasks", "health", "sum") == 2
+    assert not out.exists()
+    monkeypatch.delitem(TASKS, "health")
+    assert suite(finished_run, data, "--out", str(out)) == 2
+    assert "every task was left out" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("two_tasks")
+@pytest.mark.parametrize("name", ["train", "far"])
+def test_a_name_is_that_of_one_set(name: str, finished_run: Path, packed_demo: Any, tmp_path: Path) -> None:
+    from moco_fast.commands.evaluating import EvalOptions, measure_all
+
+    options = EvalOptions(encoder=str(finished_run), device="cpu")
+    tasks = [Sum(more=(f"far={packed_demo.val}",)), Sum(more=(f"{name}={packed_demo.train}",))]
+    with pytest.raises(ValueError, match=f"{name} is the name of another set already"):
+        measure_all(options, tasks, {"train": None, "test": None})
