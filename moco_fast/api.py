@@ -84,8 +84,8 @@ def evaluate(
     Args:
         task: one of moco_fast.evaluation.registry.TASKS.
         encoder: a value of `--encoder`: a run's folder, a file of weights, `timm:NAME`, ...
-        train: labeled shards to learn from; unset: the run's training shards.
-        test: labeled held-out shards; unset: the run's.
+        train: labeled shards to learn from, or a folder of class folders; unset: the run's training shards.
+        test: held-out ones; unset: the run's.
         settings: options of the task, by name with underscores; defaults come from the protocol or the run.
         options: options of every task, by the names of moco_fast.commands.evaluating.EvalOptions: `{"seeds": 3}`.
 

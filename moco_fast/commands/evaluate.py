@@ -74,9 +74,10 @@ class EvalTask(_Written, Generic[T]):
 
     task: Annotated[T, tyro.conf.arg(name="")]
     train: str | None = None
-    """Labeled shards to learn from; unset: the run's training shards."""
+    """Labeled shards to learn from, or a folder with a folder of images for each class, which is packed into the cache;
+    unset: the run's training shards."""
     test: str | None = None
-    """Labeled held-out shards with the same classes; unset: the run's --eval.shards."""
+    """Held-out ones with the same classes; unset: the run's --eval.shards."""
 
     def execute(self) -> int:
         """Measure, print and write; return the exit code."""
@@ -102,8 +103,8 @@ class EvalSuite(_Written):
     """Measure every task that the data allows, with its defaults, from features that are computed once."""
 
     data: str | None = None
-    """Folder with the sets `train` and `test` (or `val`), as make-shards writes them, and sets in a folder `domains`
-    that heads are tested on too; unset: the run's own shards."""
+    """Folder with the sets `train` and `test` (or `val`), and sets in a folder `domains` that heads are tested on too;
+    each is shards or a folder of class folders. Unset: the run's own shards."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"{{{','.join(TASKS)}}}")] = ()
     """Tasks to measure; unset: all."""
 
@@ -125,16 +126,20 @@ class EvalSuite(_Written):
         folder = None if self.data is None else Path(self.data) / "domains"
         if folder is None or not folder.is_dir():
             return {}
-        return {path.name: str(path) for path in sorted(folder.iterdir()) if (path / "manifest.json").is_file()}
+        from moco_fast.evaluation.packed import may_be_data
+
+        return {path.name: str(path) for path in sorted(folder.iterdir()) if may_be_data(str(path))}
 
     def _sets(self) -> dict[Split, str | None]:
         if self.data is None:
             return {"train": None, "test": None}
-        held_out = [name for name in ("test", "val") if (Path(self.data) / name / "manifest.json").is_file()]
-        if not (Path(self.data) / "train" / "manifest.json").is_file():
+        from moco_fast.evaluation.packed import may_be_data
+
+        held_out = [name for name in ("test", "val") if may_be_data(f"{self.data}/{name}")]
+        if not may_be_data(f"{self.data}/train"):
             raise ValueError(
-                f"--data {self.data} has no set in a folder `train`: pack one with make-shards, or name sets "
-                "one by one with `moco-fast eval TASK --train ... --test ...`"
+                f"--data {self.data} has no set in a folder `train`, neither shards nor class folders: pack one with "
+                "make-shards, or name sets one by one with `moco-fast eval TASK --train ... --test ...`"
             )
         return {"train": f"{self.data}/train", "test": f"{self.data}/{held_out[0]}" if held_out else None}
 

@@ -53,7 +53,7 @@ class EvalOptions:
     device: Device = "auto"
     """`auto`: a GPU where there is one."""
     cache: str | None = None
-    """Folder for features, that all nodes share; unset: ~/.cache/moco-fast/features."""
+    """Folder for features and packed class folders, that all nodes share; unset: ~/.cache/moco-fast/features."""
     cache_gib: float | None = None
     """Size of that folder; what was used least recently makes room. Unset: four fifths of what the disk has left."""
 
@@ -79,14 +79,13 @@ def measure_all(
     for task in tasks:
         task.validate()
     from moco_fast.encoders.open import open_encoder
-    from shards.sets import open_set
 
     opened = open_encoder(options.encoder, which=options.which, image_size=options.size)
     named = _named_sets(given, opened.config)
     tasks = [task.with_sets(named) for task in tasks]
     named |= _more_sets(tasks)
     needed = frozenset[Split]().union(*(task.splits for task in tasks))
-    sets = {split: open_set(path) for split, path in named.items() if split in needed}
+    sets = {split: _open(path, options) for split, path in named.items() if split in needed}
     if "train" in needed and "train" not in sets:
         raise ValueError(f"{opened.name} has no training shards of its own: name some with --train (suite: --data)")
     with place(opened.config, device=options.device, precision=options.precision) as (device, world, precision):
@@ -95,6 +94,18 @@ def measure_all(
             subject = _subject(options, opened, encoder.to(device), digest, sets, device, world, precision)
             results += _measure_one(options, opened.config, subject, name, tasks, leave_out=leave_out)
         return results
+
+
+def _open(path: str, options: EvalOptions) -> "ShardSet":
+    from moco_fast.evaluation.packed import open_data
+
+    return open_data(path, cache=_cache(options), limit_gib=options.cache_gib)
+
+
+def _cache(options: EvalOptions) -> Path:
+    from moco_fast.evaluation.cache import default_folder
+
+    return default_folder() if options.cache is None else Path(options.cache)
 
 
 def _named_sets(given: Mapping[Split, str | None], run: "Config | None") -> dict[Split, str]:
@@ -132,7 +143,6 @@ def _measure_one(
     *,
     leave_out: bool,
 ) -> "list[Result]":
-    from moco_fast.evaluation.cache import default_folder
     from moco_fast.evaluation.front import Plan, evaluate
 
     def say(task: Task, reason: str) -> None:
@@ -146,7 +156,7 @@ def _measure_one(
         name=name,
         tasks=[task.settled(run, is_transformer=is_transformer) for task in tasks],
         seeds=options.seeds,
-        cache=default_folder() if options.cache is None else Path(options.cache),
+        cache=_cache(options),
         cache_gib=options.cache_gib,
         leave_out=say if leave_out else None,
     )

@@ -1,14 +1,14 @@
 """Cache of features on disk: a file per encoder, set, view, precision and layer, whole or absent, memory-mapped.
 
     CACHE/ENCODER-DATA/LAYER-REST.safetensors    values (N, ...) float32, labels (N,), index (N,); the key as metadata
+    CACHE/sets/                                  class folders that were packed (room.py)
 
 The ranks write their rows side by side into one file, which gets its name when all are done: no process ever holds
-more than a batch. The file used least recently makes room when the cache would grow beyond its limit.
+more than a batch. What was used least recently, a file or a set, makes room when the cache would grow beyond its limit.
 """
 
 import json
 import os
-import shutil
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moco_fast.evaluation.features import Features
+from moco_fast.evaluation.room import FEATURES_SUFFIX, make_room
 from shards.ground.digests import digest, short_digest
 from shards.ground.files import appearing, aside_of
 from shards.ground.locks import locked
@@ -29,7 +30,6 @@ from shards.sets import ShardSet
 __all__ = ["FeatureCache", "FeatureKey", "RowsFile", "data_digest", "default_folder"]
 
 _FORMAT = 1
-_SUFFIX = ".safetensors"
 
 
 def default_folder() -> Path:
@@ -65,7 +65,7 @@ class FeatureKey:
     def path(self, folder: Path) -> Path:
         """Return where the features are, below a cache's folder."""
         rest = short_digest(json.dumps(asdict(self) | {"format": _FORMAT}, sort_keys=True).encode())
-        name = f"{self.layer.replace('/', '-')}-{rest}{_SUFFIX}"
+        name = f"{self.layer.replace('/', '-')}-{rest}{FEATURES_SUFFIX}"
         return folder / f"{self.encoder[:16]}-{self.data[:16]}" / name
 
     def whole(self) -> Self:
@@ -177,7 +177,7 @@ class FeatureCache:
         For the first rank, within `held`.
         """
         needed = sum(4 * num_rows * int(np.prod(shape)) + 16 * num_rows for shape in shapes)
-        self._make_room(needed)
+        make_room(self.folder, needed, limit_gib=self._limit_gib)
         with ExitStack() as stack:
             for key, shape in zip(keys, shapes, strict=True):
                 aside = stack.enter_context(appearing(key.path(self.folder), durable=True))
@@ -187,16 +187,3 @@ class FeatureCache:
     def aside(self, key: FeatureKey) -> Path:
         """Return where a file grows."""
         return aside_of(key.path(self.folder))
-
-    def _make_room(self, needed_bytes: int) -> None:
-        files = sorted(self.folder.rglob(f"[!.]*{_SUFFIX}"), key=lambda path: path.stat().st_mtime)
-        sizes = {path: path.stat().st_size for path in files}
-        used = sum(sizes.values())
-        limit = (
-            0.8 * (shutil.disk_usage(self.folder).free + used) if self._limit_gib is None else self._limit_gib * 2**30
-        )
-        for path, size in sizes.items():
-            if used + needed_bytes <= limit:
-                break
-            path.unlink(missing_ok=True)
-            used -= size
