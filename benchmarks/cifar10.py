@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from moco_fast.commandline import parse
 from moco_fast.config import Config
 from moco_fast.encoders.encoder import Encoder, build_encoder
-from moco_fast.evaluation.registry import open_evaluations
+from moco_fast.evaluation.registry import open_evaluation
 from moco_fast.report.record import read_run
 from moco_fast.training.build import build, open_run_loader, open_sets
 from moco_fast.training.loop import train
@@ -175,7 +175,8 @@ def forever(loader: Iterable[Item]) -> Generator[Item]:
 
 def top1(encoder: Encoder, config: Config) -> float:
     """The share of held-out images that kNN classifies rightly, with the settings of our runs."""
-    [evaluation] = open_evaluations(config, open_sets(config))
+    evaluation = open_evaluation(config, open_sets(config))
+    assert evaluation is not None
     return evaluation.figures(encoder, device=torch.device("cpu"), world=World())["knn/top1"]
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from moco_fast.config import Config
 from moco_fast.encoders.encoder import Encoder
-from moco_fast.evaluation.registry import open_evaluations
+from moco_fast.evaluation.registry import open_evaluation
 from moco_fast.report.record import RunRecord, read_run
 from moco_fast.training.build import open_sets
 from pipelines.world import World
@@ -85,7 +85,8 @@ def top1_of_raw_pixels(config: Config) -> float:
     """Classify by the pixels themselves, with the run's settings."""
     num_values = 3 * config.views.size**2
     pixels = Encoder(nn.Flatten(), nn.Identity(), feature_dim=num_values, dim=num_values)
-    [evaluation] = open_evaluations(config, open_sets(config))
+    evaluation = open_evaluation(config, open_sets(config))
+    assert evaluation is not None
     return evaluation.figures(pixels, device=torch.device("cpu"), world=World())["knn/top1"]
 
 

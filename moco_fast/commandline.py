@@ -87,10 +87,12 @@ def check(config: Config, base: Config) -> None:
         ValueError: the options cannot work together, one has no effect, or a folder does not exist.
     """
     # Imported here because sets load numpy.
+    from moco_fast.evaluation.registry import check_tasks
     from shards.sets.registry import may_be_set
 
     validate(config)
     refuse_meaningless(config, base)
+    check_tasks(config)
     tars_to_stream(config.data)
     for option, shards in (("--data.shards", config.data.shards), ("--eval.shards", config.eval.shards)):
         is_streamed = option == "--data.shards" and config.data.stream_samples is not None

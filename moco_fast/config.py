@@ -152,8 +152,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """kNN classification of held-out samples during the run."""
+    """Evaluation during the run."""
 
+    tasks: tuple[str, ...] = ()
+    """Tasks of `moco-fast eval` to measure, of those on frozen features, such as knn, linear and health. Unset: knn, or
+    health where shards have no labels."""
     k: int = 200
     """Number of neighbors that vote."""
     temperature: float = 0.07
@@ -164,9 +167,11 @@ class EvalConfig:
     crop: float = 0.875
     """Side of the central square that is evaluated, as a share of the shorter side (0.875 is 224 of 256)."""
     max_bank: int = 100_000
-    """Maximum number of training samples that serve as neighbors, evenly spread over the set."""
+    """Maximum number of training samples that tasks learn from (knn: its neighbors), evenly spread over the set."""
+    max_held_out: int = 100_000
+    """Maximum number of held-out samples that are measured, evenly spread over the set."""
     shards: str | None = None
-    """Labeled held-out shards; unset: no evaluation."""
+    """Held-out shards, with labels for all tasks but health. Unset: no evaluation, unless --eval.tasks is health."""
     every_steps: int = 5000
     """Optimizer steps between evaluations; one is always done before the first step and after the last."""
 
@@ -219,6 +224,7 @@ def validate(config: Config) -> None:
         "eval.k": config.eval.k,
         "eval.temperature": config.eval.temperature,
         "eval.max_bank": config.eval.max_bank,
+        "eval.max_held_out": config.eval.max_held_out,
         "log.every_steps": config.log.every_steps,
     }
     for name, value in positive.items():
@@ -364,8 +370,4 @@ def _validate_streaming(config: Config) -> None:
     if config.method.needs_sample_numbers:
         raise ValueError(
             f"{config.method.name} needs the number of each sample, but streamed samples have none: {index}"
-        )
-    if config.eval.shards is not None:
-        raise ValueError(
-            f"--eval.shards needs the numbers of the training samples, but streamed samples have none: {index}"
         )

@@ -65,7 +65,7 @@ def _other_length(config: Config) -> str | None:
 
 
 def _without_evaluation(config: Config) -> str | None:
-    return "no --eval.shards" if config.eval.shards is None else None
+    return "no --eval.shards" if config.eval.shards is None and not config.eval.tasks else None
 
 
 def _local_shards(config: Config) -> str | None:
@@ -90,7 +90,7 @@ _RULES = (
         "use --optim.schedule exponential",
     ),
     _Rule(("run.epochs",), _other_length, "add --run.steps None --run.samples None"),
-    _Rule(("eval.every_steps",), _without_evaluation, "name held-out shards"),
+    _Rule(("eval.every_steps", "eval.max_held_out"), _without_evaluation, "name held-out shards"),
     _Rule(("data.cache", "data.cache_gib"), _local_shards, "name shards in a bucket"),
     _Rule(("data.lanes", "data.window_shards"), _streamed, "index the tars (make-shards index)"),
 )

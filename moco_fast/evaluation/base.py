@@ -173,6 +173,8 @@ class Task(ABC):
     needs_labels: ClassVar[bool] = True
     draws: ClassVar[bool] = True
     """Whether figures depend on the seed."""
+    live: ClassVar[bool] = False
+    """Whether a run can measure it at intervals: from the features that it wants, within minutes."""
 
     @property
     def splits(self) -> frozenset[Split]:
@@ -215,10 +217,9 @@ class Task(ABC):
         return self
 
     @classmethod
-    def for_run(cls, config: "Config") -> Self | None:
-        """Return the task as a run with this configuration does it at intervals; None: the run does not ask for it."""
-        del config
-        return None
+    def for_run(cls, config: "Config") -> Self:
+        """Return the task, if it is `live`, as a run with this configuration measures it at intervals."""
+        return cls().settled(config)
 
     def validate(self) -> None:  # noqa: B027 - most options cannot be wrong
         """Refuse options that cannot work. Raises ValueError: with the option, its value and what would work."""
@@ -260,7 +261,7 @@ class RunSets:
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Chart):
-    """A chart of the report of what an evaluation finds; the newest value of its first curve is shown as a number, too.
+    """A chart of the report of what an evaluation finds, and a number: the newest value of its first curve.
 
     Where `level` is unset, the curve is compared with its value before the first step: the untrained encoder's.
     """
@@ -269,6 +270,8 @@ class Score(Chart):
     """What the number is called, such as `kNN top-1`."""
     best: Literal["highest", "lowest"]
     """Which of its values is the best one."""
+    is_headline: bool = True
+    """Whether the number is shown, too, not only its curve."""
 
     @property
     def figure(self) -> str:
@@ -277,7 +280,17 @@ class Score(Chart):
 
 
 class Evaluation(Protocol):
-    """An evaluation that a run does at intervals: a task with its settings, on sets that are open already."""
+    """What a run measures at intervals: tasks with their settings, on sets that are open already."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what is measured otherwise than asked, one line each."""
+        ...
+
+    @property
+    def infos(self) -> Mapping[str, FigureInfo]:
+        """Return what can be measured, by the names in metrics.jsonl; what the data does not have is left out later."""
+        ...
 
     def figures(self, encoder: "Encoder", *, device: "torch.device", world: "World") -> dict[str, float]:
         """Evaluate an encoder; collective: every rank calls it and gets the figures.
@@ -296,7 +309,7 @@ class Evaluation(Protocol):
         ...
 
     def line(self, figures: Mapping[str, float]) -> str:
-        """Say the figures in a few words, for the terminal."""
+        """Say the most important figure of each task in a few words, for the terminal."""
         ...
 
 

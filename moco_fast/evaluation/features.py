@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +20,17 @@ from pipelines.loader import open_loader, suited_to
 from pipelines.world import World
 from shards.sets import ShardSet
 
-__all__ = ["Features", "extract", "feature_batches", "gather", "labeled_features", "near", "spread"]
+__all__ = [
+    "Features",
+    "evenly",
+    "extract",
+    "extract_layers",
+    "feature_batches",
+    "gather",
+    "labeled_features",
+    "near",
+    "spread",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +46,11 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def rows(self, chosen: Tensor) -> "Features":
+        """Return some of the samples: (M,) row numbers or (N,) bool, on the host."""
+        values = self.values[chosen.to(self.values.device)]
+        return Features(values=values, labels=self.labels[chosen], index=self.index[chosen])
 
 
 @torch.no_grad()
@@ -83,21 +98,34 @@ def extract(
         l2_normalize: scale every feature vector to length 1.
         title: of a progress bar.
     """
-    values: list[Tensor] = []
-    labels: list[Tensor] = []
-    index: list[Tensor] = []
-    for features, batch in feature_batches(encoder, batches, device=device, layers=(layer,), title=title):
-        values.append(normalize(features[layer]) if l2_normalize else features[layer])
+    [found] = extract_layers(encoder, batches, device=device, layers=(layer,), title=title).values()
+    return replace(found, values=normalize(found.values)) if l2_normalize else found
+
+
+def extract_layers(
+    encoder: Encoder,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    layers: Sequence[str],
+    title: str | None = None,
+) -> dict[str, Features]:
+    """Compute the features of several layers in one pass, by layer, not of length 1; arguments as `feature_batches`."""
+    values: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    labels = [torch.empty(0, dtype=torch.int64)]
+    index = [torch.empty(0, dtype=torch.int64)]
+    for features, batch in feature_batches(encoder, batches, device=device, layers=layers, title=title):
+        for layer, found in features.items():
+            values[layer].append(found)
         labels.append(batch.label)
         index.append(batch.index)
-    if not values:
-        [shape] = layer_shapes(encoder, (layer,), size=encoder.image_size).values()
-        values.append(torch.empty(0, *shape, device=device))
-    return Features(
-        values=torch.cat(values),
-        labels=torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64),
-        index=torch.cat(index) if index else torch.empty(0, dtype=torch.int64),
-    )
+    if len(index) == 1:
+        shapes = layer_shapes(encoder, layers, size=encoder.image_size)
+        values = {layer: [torch.empty(0, *shape, device=device)] for layer, shape in shapes.items()}
+    return {
+        layer: Features(values=torch.cat(parts), labels=torch.cat(labels), index=torch.cat(index))
+        for layer, parts in values.items()
+    }
 
 
 def _with_progress(batches: Iterable[Batch], title: str | None) -> Iterable[Batch]:
@@ -138,8 +166,7 @@ def labeled_features(
         suited_to(data, shards), views, samples=samples, device=device, world=world, shards=shards
     ) as loader:
         features = extract(encoder, loader, device=device, layer=layer, title=title if world.rank == 0 else None)
-    keep = features.labels >= 0
-    return Features(values=features.values[keep.to(device)], labels=features.labels[keep], index=features.index[keep])
+    return features.rows(features.labels >= 0)
 
 
 def gather(features: Features) -> Features:
@@ -165,9 +192,12 @@ def near(values: Tensor, device: torch.device) -> Tensor:
 def spread(shards: ShardSet, at_most: int) -> np.ndarray | None:
     """Choose at most so many samples, evenly spread over a set: dense sample numbers, or None for all."""
     num_samples = shards.num_samples
-    if num_samples <= at_most:
-        return None
-    return np.arange(at_most, dtype=np.int64) * num_samples // at_most
+    return None if num_samples <= at_most else evenly(num_samples, at_most)
+
+
+def evenly(num_rows: int, num_chosen: int) -> np.ndarray:
+    """Choose row numbers that are evenly spread over all."""
+    return np.arange(num_chosen, dtype=np.int64) * num_rows // num_chosen
 
 
 def _gather_rows(rows: Tensor) -> Tensor:

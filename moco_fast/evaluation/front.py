@@ -13,6 +13,7 @@ from moco_fast.encoders.layers import layer_shapes
 from moco_fast.evaluation.base import Task
 from moco_fast.evaluation.cache import FeatureCache, data_digest, default_folder
 from moco_fast.evaluation.inputs import CachedFeatures, Subject, TaskInputs, measure_on
+from moco_fast.evaluation.labels import may_have_labels
 from moco_fast.evaluation.result import Result, settings_of, summarize
 from shards.sets import ShardSet
 
@@ -43,7 +44,7 @@ def why_not(task: Task, inputs: TaskInputs) -> str | None:
     if absent := task.splits - sets.keys():
         return f"it needs a {'training' if 'train' in absent else 'test'} set"
     looked_at = [shards for split, shards in sets.items() if split in task.splits]
-    unlabeled = [shards.where for shards in looked_at if not _may_have_labels(shards)]
+    unlabeled = [shards.where for shards in looked_at if not may_have_labels(shards)]
     if task.needs_labels and unlabeled:
         return f"{unlabeled[0]} holds no labeled sample, so there is nothing to compare: pack it with labels"
     try:
@@ -55,11 +56,6 @@ def why_not(task: Task, inputs: TaskInputs) -> str | None:
     if places := [layer for layer, shape in shapes.items() if len(shape) > 1]:
         return f"--layer {places[0]} gives a vector for each place of an image, but images are compared by one vector"
     return task.why_not(inputs)
-
-
-def _may_have_labels(shards: ShardSet) -> bool:
-    """Whether classes have names, or, in shards that others wrote, the first shard has labels."""
-    return bool(shards.class_names) or (shards.num_shards > 0 and bool((shards.index(0)["label"] >= 0).any()))
 
 
 def evaluate(plan: Plan) -> list[Result]:

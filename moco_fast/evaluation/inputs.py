@@ -16,7 +16,7 @@ from moco_fast.encoders.encoder import Encoder
 from moco_fast.encoders.layers import layer_shapes
 from moco_fast.evaluation.base import Outcome, Split, Task, Want
 from moco_fast.evaluation.cache import FeatureCache, FeatureKey, RowsFile, data_digest
-from moco_fast.evaluation.features import Features, extract, feature_batches, gather, spread
+from moco_fast.evaluation.features import Features, evenly, extract_layers, feature_batches, gather, spread
 from moco_fast.evaluation.labels import common_classes, label_counts
 from pipelines.backends.registry import choose
 from pipelines.config import DataConfig, central_crop
@@ -91,33 +91,42 @@ class FeatureSource(Protocol):
 
 @dataclass(kw_only=True)
 class LiveFeatures:
-    """Features of an encoder that changes: computed whenever they are prepared, and kept in memory."""
+    """Features of an encoder that changes: computed whenever they are prepared, and kept in memory.
+
+    Tasks that want fewer samples of a set than others take theirs, evenly spread, from those of the others.
+    """
 
     subject: Subject
-    _found: dict[Want, Features] = field(default_factory=dict[Want, Features])
+    at_most: Mapping[Split, int] = field(default_factory=dict[Split, int])
+    """Bounds what tasks get of a set, however much they want."""
+    _found: dict[tuple[Split, str], Features] = field(default_factory=dict[tuple[Split, str], Features])
 
     def prepare(self, wants: Iterable[Want]) -> None:
-        """Compute and bring together on every rank; collective."""
-        for want in dict.fromkeys(wants):
-            self._found[want] = found = gather(self._extract(want))
-            if not bool(found.values.isfinite().all()):
-                raise ValueError(_BROKEN)
+        """Run the encoder over each set once, and bring its features together on every rank; collective."""
+        for split, of_split in _by_split(wants).items():
+            num_samples = self.subject.sets[split].num_samples
+            most = max(num_samples if want.at_most is None else want.at_most for want in of_split)
+            samples = self.subject.samples(split, min(most, self.at_most.get(split, most)))
+            layers = tuple(dict.fromkeys(want.layer for want in of_split))
+            with self.subject.loader(split, samples) as loader, self.subject.autocast():
+                of_rank = extract_layers(
+                    self.subject.encoder,
+                    loader,
+                    device=self.subject.device,
+                    layers=layers,
+                    title=self.subject.title(split),
+                )
+            for layer, features in of_rank.items():
+                self._found[split, layer] = found = gather(features)
+                if not bool(found.values.isfinite().all()):
+                    raise ValueError(_BROKEN)
 
     def get(self, want: Want) -> Features:
         """Return what was prepared."""
-        return self._found[want]
-
-    def _extract(self, want: Want) -> Features:
-        subject = self.subject
-        with subject.loader(want.split, subject.samples(want.split, want.at_most)) as loader, subject.autocast():
-            return extract(
-                subject.encoder,
-                loader,
-                device=subject.device,
-                layer=want.layer,
-                l2_normalize=want.unit,
-                title=subject.title(want.split),
-            )
+        found = self._found[want.split, want.layer]
+        if want.at_most is not None and want.at_most < len(found):
+            found = found.rows(torch.from_numpy(evenly(len(found), want.at_most)))
+        return replace(found, values=normalize(found.values)) if want.unit else found
 
 
 @dataclass(kw_only=True)
@@ -135,10 +144,7 @@ class CachedFeatures:
             ValueError: features are not finite, or an encoder lacks a layer.
             OSError: the disk is full.
         """
-        by_split: dict[Split, list[Want]] = {}
-        for want in dict.fromkeys(replace(self._settled(want), unit=False) for want in wants):
-            by_split.setdefault(want.split, []).append(want)
-        for split, of_split in by_split.items():
+        for split, of_split in _by_split(replace(self._settled(want), unit=False) for want in wants).items():
             # Where one task needs all samples, those that need some of them take theirs.
             if any(want.at_most is None for want in of_split):
                 of_split = [replace(want, at_most=None) for want in of_split]
@@ -165,8 +171,7 @@ class CachedFeatures:
         whole = self.cache.find(key.whole())
         if whole is None:
             return None
-        rows = torch.from_numpy(self.subject.samples(want.split, want.at_most))
-        return Features(values=whole.values[rows], labels=whole.labels[rows], index=whole.index[rows])
+        return whole.rows(torch.from_numpy(self.subject.samples(want.split, want.at_most)))
 
     def _key(self, want: Want) -> FeatureKey:
         subject = self.subject
@@ -309,12 +314,18 @@ class TaskInputs:
         found = self.source.get(want)
         keep = found.labels >= 0
         if labeled and not bool(keep.all()):
-            values = found.values[keep.to(found.values.device)]
-            found = Features(values=values, labels=found.labels[keep], index=found.index[keep])
+            found = found.rows(keep)
         if labeled and not len(found):
             where = self.subject.sets[want.split].where
             raise ValueError(f"{where} holds no labeled sample, so there is nothing to compare: pack it with labels")
         return found
+
+
+def _by_split(wants: Iterable[Want]) -> dict[Split, list[Want]]:
+    found: dict[Split, list[Want]] = {}
+    for want in dict.fromkeys(wants):
+        found.setdefault(want.split, []).append(want)
+    return found
 
 
 def _num_classes(shards: ShardSet) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shards.sets import ShardSet
 
-__all__ = ["choice_split", "common_classes", "label_counts", "mean_per_class"]
+__all__ = ["choice_split", "common_classes", "label_counts", "may_have_labels", "mean_per_class"]
 
 
 def label_counts(shards: ShardSet) -> npt.NDArray[np.int64]:
@@ -35,6 +35,11 @@ def common_classes(bank: ShardSet, queries: ShardSet) -> tuple[str, ...]:
         f"{bank.where} and {queries.where} number their classes differently ({what}): pack both from folders with the "
         "same class names"
     )
+
+
+def may_have_labels(shards: ShardSet) -> bool:
+    """Whether classes have names, or, in shards that others wrote, the first shard has labels."""
+    return bool(shards.class_names) or (shards.num_shards > 0 and bool((shards.index(0)["label"] >= 0).any()))
 
 
 def choice_split(labels: Tensor, *, share: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,71 +1,64 @@
-"""Tasks as evaluations that a run does at intervals, on features of the encoder as it is at that step."""
+"""Tasks as the evaluation that a run does at intervals, on features of the encoder as it is at that step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from moco_fast.config import Config
 from moco_fast.encoders.encoder import Encoder
-from moco_fast.evaluation.base import Outcome, RunSets, Split, Task
+from moco_fast.evaluation.base import FigureInfo, Outcome, RunSets, Split, Task
+from moco_fast.evaluation.front import why_not
 from moco_fast.evaluation.inputs import LiveFeatures, Subject, TaskInputs, measure_on
-from pipelines.config import DataConfig
+from moco_fast.evaluation.labels import common_classes, may_have_labels
 from pipelines.world import World
 from shards.sets import ShardSet
 
-__all__ = ["TaskEvaluation", "measure", "open_evaluation"]
+__all__ = ["RunEvaluation", "measure", "open_tasks"]
 
 
-def measure(
-    task: Task,
-    encoder: Encoder,
-    *,
-    sets: Mapping[Split, ShardSet],
-    size: int,
-    crop: float,
-    data: DataConfig,
-    device: torch.device,
-    world: World = World(),
-) -> Outcome:
-    """Measure a settled task once, with features that are computed now; collective: every rank gets the outcome.
+def measure(tasks: Sequence[Task], subject: Subject, *, at_most: Mapping[Split, int]) -> list[Outcome]:
+    """Measure settled tasks once, with features that are computed now; collective: every rank gets the outcomes.
+
+    The encoder runs over each set once, for all tasks together.
 
     Args:
-        task: what to measure.
-        encoder: on `device`; its modes are left as they were.
-        sets: training and test set, open.
-        size: height and width of the images in pixels.
-        crop: side of the central square that is used, as a share of the image's shorter side.
-        data: batch size, backend and cache, and what is done about samples that cannot be read.
-        device: where to compute.
-        world: this process and how many take part.
+        tasks: what to measure.
+        subject: the encoder and the sets.
+        at_most: bounds the samples of a set that are looked at.
 
     Raises:
-        ValueError: shards without labels, with different classes, or features that are not finite.
+        ValueError: encoder or sets do not allow a task, or features are not finite.
     """
-    subject = Subject(encoder=encoder, sets=sets, size=size, crop=crop, data=data, device=device, world=world)
-    source = LiveFeatures(subject=subject)
-    inputs = TaskInputs(subject=subject, source=source, world=world)
-    if task.needs_labels and task.splits >= {"train", "test"}:
-        inputs.refuse_other_classes()
-    source.prepare(task.wants())
-    return measure_on(task, inputs)
+    source = LiveFeatures(subject=subject, at_most=at_most)
+    inputs = TaskInputs(subject=subject, source=source, world=subject.world)
+    for task in tasks:
+        if reason := why_not(task, inputs):
+            raise ValueError(f"{task.name} cannot be measured: {reason}")
+    source.prepare(want for task in tasks for want in task.wants())
+    return [measure_on(task, inputs) for task in tasks]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskEvaluation:
-    """A task on the sets of a run; see moco_fast.evaluation.base.Evaluation."""
+class RunEvaluation:
+    """Tasks on the sets of a run; see moco_fast.evaluation.base.Evaluation."""
 
-    task: Task
+    tasks: tuple[Task, ...]
     sets: Mapping[Split, ShardSet]
     config: Config
     """Of the run."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def infos(self) -> Mapping[str, FigureInfo]:
+        """All tasks' figures."""
+        return {f"{task.name}/{name}": info for task in self.tasks for name, info in task.figures().items()}
 
     def figures(self, encoder: Encoder, *, device: torch.device, world: World) -> dict[str, float]:
         """Measure; collective."""
         config = self.config
-        outcome = measure(
-            self.task,
-            encoder,
+        subject = Subject(
+            encoder=encoder,
             sets=self.sets,
             size=config.views.size,
             crop=config.eval.crop,
@@ -73,22 +66,61 @@ class TaskEvaluation:
             device=device,
             world=world,
         )
-        figures = {name: measured.value for name, measured in outcome.figures.items()}
-        return {f"{self.task.name}/{name}": value for name, value in (figures | dict(outcome.facts)).items()}
+        bounds: dict[Split, int] = {"train": config.eval.max_bank, "test": config.eval.max_held_out}
+        found: dict[str, float] = {}
+        for task, outcome in zip(self.tasks, measure(self.tasks, subject, at_most=bounds), strict=True):
+            figures = {name: measured.value for name, measured in outcome.figures.items()}
+            found |= {f"{task.name}/{name}": value for name, value in (figures | dict(outcome.facts)).items()}
+        return found
 
     def line(self, figures: Mapping[str, float]) -> str:
-        """Give the most important figure."""
-        name, info = next(iter(self.task.figures().items()))
-        value = figures[f"{self.task.name}/{name}"]
-        return f"{info.title} {100 * value:.1f}%" if info.unit == "share" else f"{info.title} {value:.4g}"
+        """Give the first figure of each task."""
+        words: list[str] = []
+        for task in self.tasks:
+            name, info = next(iter(task.figures().items()))
+            value = figures[f"{task.name}/{name}"]
+            words.append(f"{info.title} {100 * value:.1f}%" if info.unit == "share" else f"{info.title} {value:.4g}")
+        return ", ".join(words)
 
 
-def open_evaluation(task: Task, config: Config, sets: RunSets) -> TaskEvaluation:
-    """Give a task the sets of a run. Raises ValueError: nothing tells the training labels."""
-    if sets.training is None:
+def open_tasks(tasks: Sequence[Task], config: Config, sets: RunSets, *, without_labels: Task) -> RunEvaluation:
+    """Give tasks the sets of a run.
+
+    Args:
+        tasks: what the run asks for.
+        config: of the run.
+        sets: of the run.
+        without_labels: what is measured if no task can be, for lack of labels.
+
+    Raises:
+        ValueError: nothing tells the training samples, or the sets number their classes differently.
+    """
+    opened: dict[Split, ShardSet] = {}
+    if sets.training is not None:
+        opened["train"] = sets.training
+    if sets.held_out is not None:
+        opened["test"] = sets.held_out
+    unlabeled = {split: shards.where for split, shards in opened.items() if not may_have_labels(shards)}
+    left_out = [task for task in tasks if task.needs_labels and task.splits & unlabeled.keys()]
+    possible = [task for task in tasks if task not in left_out] or [without_labels]
+    needed = frozenset[Split]().union(*(task.splits for task in possible))
+    if "train" in needed and sets.training is None:
         raise ValueError(
             f"--eval.shards {config.eval.shards} is compared with the training samples, whose labels nothing tells: "
             f"`make-shards index {config.data.shards}` does, or leave out --eval.shards"
         )
-    held_out: dict[Split, ShardSet] = {} if sets.held_out is None else {"test": sets.held_out}
-    return TaskEvaluation(task=task, sets={"train": sets.training, **held_out}, config=config)
+    kept: dict[Split, ShardSet] = {split: shards for split, shards in opened.items() if split in needed}
+    if len(kept) > 1 and any(task.needs_labels for task in possible):
+        common_classes(*kept.values())
+    notes = (_about(left_out, possible, unlabeled),) if left_out else ()
+    return RunEvaluation(tasks=tuple(possible), sets=kept, config=config, notes=notes)
+
+
+def _about(left_out: Sequence[Task], measured: Sequence[Task], unlabeled: Mapping[Split, str]) -> str:
+    where = " and ".join(dict.fromkeys(where for split, where in unlabeled.items() if _looks_at(left_out, split)))
+    names = [" and ".join(task.name for task in tasks) for tasks in (left_out, measured)]
+    return f"evaluation: {where} holds no labels, so {names[1]} is measured, not {names[0]}"
+
+
+def _looks_at(tasks: Sequence[Task], split: Split) -> bool:
+    return any(split in task.splits for task in tasks)

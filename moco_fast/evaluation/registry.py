@@ -9,7 +9,7 @@ from moco_fast.evaluation.base import Evaluation, RunSets, Score, Task
 if TYPE_CHECKING:
     from moco_fast.config import Config
 
-__all__ = ["TASKS", "find_scores", "open_evaluations", "task_class"]
+__all__ = ["TASKS", "check_tasks", "find_scores", "open_evaluation", "task_class"]
 
 TASKS = {
     "knn": "moco_fast.evaluation.tasks.knn:Knn",
@@ -20,6 +20,7 @@ TASKS = {
     "health": "moco_fast.evaluation.tasks.health:Health",
 }
 """Name -> module:class. The modules import torch only when they measure."""
+_WITH_LABELS, _WITHOUT_LABELS = "knn", "health"  # what a run measures unless --eval.tasks says otherwise
 
 
 def task_class(name: str) -> type[Task]:
@@ -30,15 +31,41 @@ def task_class(name: str) -> type[Task]:
     return getattr(import_module(module), attribute)
 
 
-def open_evaluations(config: "Config", sets: RunSets) -> list[Evaluation]:
-    """Prepare what a run's configuration asks for. Raises ValueError: a set does not fit."""
-    from moco_fast.evaluation.live import open_evaluation
+def check_tasks(config: "Config") -> None:
+    """Refuse tasks that a run cannot measure at intervals, as far as the configuration tells. Raises ValueError."""
+    for task in _asked(config):
+        if config.eval.shards is None and "test" in task.splits:
+            raise ValueError(f"--eval.tasks {task.name} measures held-out samples: name some with --eval.shards")
+        if config.data.stream_samples is not None and "train" in task.splits:
+            raise ValueError(
+                f"--eval.shards {config.eval.shards} is measured by {task.name}, which needs the numbers of the "
+                f"training samples, but streamed samples have none: `make-shards index {config.data.shards}` numbers "
+                "them; --eval.tasks health needs none where there are held-out shards"
+            )
 
-    return [open_evaluation(task, config, sets) for task in _asked(config)]
+
+def open_evaluation(config: "Config", sets: RunSets) -> Evaluation | None:
+    """Prepare what a run's configuration asks for; None: nothing.
+
+    Without labels only what needs none is measured, and the evaluation's `notes` say so.
+
+    Raises:
+        ValueError: a set does not fit.
+    """
+    tasks = _asked(config)
+    if not tasks:
+        return None
+    from moco_fast.evaluation.live import open_tasks
+
+    return open_tasks(tasks, config, sets, without_labels=_without_labels(config))
 
 
 def find_scores(config: "Config") -> tuple[Score, ...]:
-    """Return how the report shows the figures of a run's evaluations, whose sets need not be there any more."""
+    """Return how the report shows the figures of a run's evaluations, whose sets need not be there any more.
+
+    Of tasks that need no labels, which watch the encoder's health, all figures have a chart; of others the first.
+    """
+    tasks = {task.name: task for task in (*_asked(config), _without_labels(config))}
     return tuple(
         Score(
             name=info.title,
@@ -47,11 +74,29 @@ def find_scores(config: "Config") -> tuple[Score, ...]:
             curves={f"{task.name}/{name}": ""},
             best=info.best,
             percent=info.unit == "share",
+            about="learning" if task.needs_labels else "health",
+            is_headline=number == 0,
         )
-        for task in _asked(config)
-        for name, info in islice(task.figures().items(), 1)
+        for task in tasks.values()
+        for number, (name, info) in enumerate(islice(task.figures().items(), 1 if task.needs_labels else None))
     )
 
 
 def _asked(config: "Config") -> list[Task]:
-    return [task for name in TASKS if (task := task_class(name).for_run(config)) is not None]
+    names = config.eval.tasks or (() if config.eval.shards is None else (_WITH_LABELS,))
+    there = {"train": config.data.stream_samples is None, "test": config.eval.shards is not None}
+    tasks: list[Task] = []
+    for name in dict.fromkeys(names):
+        task = task_class(name)
+        if not task.live:
+            known = [name for name in TASKS if task_class(name).live]
+            raise ValueError(
+                f"--eval.tasks {name} cannot be measured while a run goes on: choose among {', '.join(known)}, and use "
+                f"`moco-fast eval {name}` afterwards"
+            )
+        tasks.append(task.for_run(config).with_sets([split for split, is_there in there.items() if is_there]))
+    return tasks
+
+
+def _without_labels(config: "Config") -> Task:
+    return task_class(_WITHOUT_LABELS).for_run(config)

@@ -54,7 +54,9 @@ def tiles(record: RunRecord) -> list[Tile]:
     """Summarize the run in a few figures; those that are not yet known are left out."""
     found: list[Tile] = []
     found += [
-        _score_tile(score, curve) for score in find_scores(record.config) if (curve := record.curve(score.figure))
+        _score_tile(score, curve)
+        for score in find_scores(record.config)
+        if score.is_headline and (curve := record.curve(score.figure))
     ]
     if record.training:
         last = record.training[-1]

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from moco_fast.training.build import Parts
 from moco_fast.training.runtime import Runtime
 from moco_fast.training.schedule import describe_lr
 
-__all__ = ["advice_on_launches", "environment", "print_closing", "print_opening"]
+__all__ = ["advice_on_launches", "environment", "print_closing", "print_notes", "print_opening"]
 
 _SMALL_BATCH = 48
 """Images per GPU. Launching the kernels of a ResNet-50 step takes 15 to 20 ms of host time; running them takes 13 ms at
@@ -65,6 +66,12 @@ def print_opening(config: Config, runtime: Runtime, parts: Parts, step: int) -> 
         _say(f"accumulation: {batches} per step, each with its own loss, so this is not one large batch")
     if step:
         _say(f"continuing {config.run.out} from step {step}")
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print what was decided before the run's folder was touched."""
+    for note in notes:
+        _say(note)
 
 
 def advice_on_launches(config: Config, *, on_gpu: bool, world_size: int) -> str | None:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from moco_fast import checkpoint, distributed
 from moco_fast.checkpoint import Checkpoint
 from moco_fast.config import Config, to_dict
-from moco_fast.evaluation.base import Evaluation
-from moco_fast.evaluation.registry import open_evaluations
+from moco_fast.evaluation.base import Evaluation, RunSets
+from moco_fast.evaluation.registry import open_evaluation
 from moco_fast.methods.batchnorm import average_batch_statistics
 from moco_fast.optimizers.optim import load_optimizer_tensors, optimizer_tensors
 from moco_fast.stop import StopSignal
@@ -68,8 +68,13 @@ def train(config: Config) -> int:
     runtime = start(config.run)
     folder = None
     try:
+        # Before the folder is touched, so that what is refused leaves no trace.
+        sets = open_sets(config)
+        evaluation = open_evaluation(config, sets)
+        if runtime.rank == 0 and evaluation is not None:
+            console.print_notes(evaluation.notes)
         folder = _open_folder(config, runtime)
-        return _run(config, runtime, folder)
+        return _run(config, runtime, folder, sets, evaluation)
     except ValueError:
         raise  # The start was refused: what the folder records about an earlier start remains true.
     except BaseException as error:
@@ -96,9 +101,9 @@ def _open_folder(config: Config, runtime: Runtime) -> RunFolder | None:
     return folder
 
 
-def _run(config: Config, runtime: Runtime, folder: RunFolder | None) -> int:
-    sets = open_sets(config)
-    evaluations = open_evaluations(config, sets)
+def _run(
+    config: Config, runtime: Runtime, folder: RunFolder | None, sets: RunSets, evaluation: Evaluation | None
+) -> int:
     parts = build(config, runtime, sets.training)
     try:
         # In float16 a gradient may overflow: its step is skipped, and only the run's scale is lowered.
@@ -113,7 +118,7 @@ def _run(config: Config, runtime: Runtime, folder: RunFolder | None) -> int:
             folder.write_outcome("running")
             console.print_opening(config, runtime, parts, progress.step)
             metrics = MetricsFile(folder.path, step=progress.step, tensorboard=config.log.tensorboard)
-        run = RunLoop(config, runtime, parts, progress, metrics, evaluations)
+        run = RunLoop(config, runtime, parts, progress, metrics, evaluation)
         try:
             if progress.step == 0:
                 run.evaluate()
@@ -170,11 +175,11 @@ class RunLoop:
         parts: Parts,
         progress: Progress,
         metrics: MetricsFile | None,
-        evaluations: list[Evaluation],
+        evaluation: Evaluation | None,
     ):
         self.config, self.runtime, self.parts, self.progress = config, runtime, parts, progress
         self._metrics = metrics
-        self._evaluations = evaluations
+        self._evaluation = evaluation
         self._stop = StopSignal(timeout_s=config.run.timeout_s)
         self._bar = tqdm(
             total=parts.num_steps,
@@ -229,15 +234,14 @@ class RunLoop:
         return 0
 
     def evaluate(self) -> None:
-        """Run the configured evaluations and write their figures to the metrics."""
-        if not self._evaluations:
+        """Do the configured evaluation and write its figures to the metrics."""
+        if self._evaluation is None:
             return
         average_batch_statistics(self.parts.query)
-        for evaluation in self._evaluations:
-            figures = evaluation.figures(self.parts.query, device=self.runtime.device, world=self.runtime.world)
-            self._write(figures)
-            if self._metrics is not None:
-                self._bar.write(f"step {self.progress.step}: {evaluation.line(figures)}", file=sys.stderr)
+        figures = self._evaluation.figures(self.parts.query, device=self.runtime.device, world=self.runtime.world)
+        self._write(figures)
+        if self._metrics is not None:
+            self._bar.write(f"step {self.progress.step}: {self._evaluation.line(figures)}", file=sys.stderr)
         self._bar.unpause()
 
     def save(self) -> None:

@@ -125,9 +125,7 @@ def test_cached_features_are_those_of_the_live_encoder(subject: Subject, tmp_pat
         assert torch.equal(found.labels, expected.labels)
         assert torch.equal(found.index, expected.index)
     [cached, *_] = run(subject, tmp_path, Knn(k=(5,)))
-    live = measure(
-        Knn(k=(5,)).settled(None), subject.encoder, sets=subject.sets, size=32, crop=1.0, data=subject.data, device=CPU
-    )
+    [live] = measure([Knn(k=(5,)).settled(None)], subject, at_most={})
     assert cached.headline.value == live.figures["top1"].value
 
 
@@ -334,11 +332,9 @@ def eval_command(*words: str) -> int:
 
 
 def knn_by_hand(encoder: Encoder, config: Config, packed_demo: Any) -> float:
-    task = Knn.for_run(config)
-    assert task is not None
     sets: dict[Split, ShardSet] = {"train": open_set(packed_demo.train), "test": open_set(packed_demo.val)}
-    crop = config.eval.crop
-    outcome = measure(task, encoder, sets=sets, size=32, crop=crop, data=config.data, device=CPU)
+    subject = Subject(encoder=encoder, sets=sets, size=32, crop=config.eval.crop, data=config.data, device=CPU)
+    [outcome] = measure([Knn.for_run(config)], subject, at_most={})
     return outcome.figures["top1"].value
 
 

@@ -6,10 +6,13 @@ spread is what Chen & He (2021, section 4.1) watch for collapse.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from moco_fast.encoders.layers import check_layer
 from moco_fast.evaluation.base import FigureInfo, Inputs, Measured, Outcome, Task, Want, refuse_unless_above
+
+if TYPE_CHECKING:
+    from moco_fast.config import Config
 
 __all__ = ["Health"]
 
@@ -21,6 +24,7 @@ class Health(Task):
     name: ClassVar[str] = "health"
     needs_labels: ClassVar[bool] = False
     draws: ClassVar[bool] = False
+    live: ClassVar[bool] = True
 
     split: Literal["train", "test"] = "train"
     """Set whose features are looked at."""
@@ -28,6 +32,11 @@ class Health(Task):
     """Whose output they are: backbone, head, or another layer (docs/evaluation.md)."""
     max_samples: int = 25_600
     """At most this many samples, evenly spread over the set."""
+
+    @classmethod
+    def for_run(cls, config: "Config") -> Self:
+        """Look at held-out samples where there are some, whose features other tasks want, too."""
+        return cls(split="train" if config.eval.shards is None else "test")
 
     def validate(self) -> None:
         """Refuse numbers that cannot be."""

@@ -23,6 +23,7 @@ class Knn(Task):
 
     name: ClassVar[str] = "knn"
     draws: ClassVar[bool] = False
+    live: ClassVar[bool] = True
 
     k: tuple[int, ...] | None = None
     """Neighbors that vote; of several, the first gives the figure, the others stand beside it. Unset: the run's
@@ -56,10 +57,8 @@ class Knn(Task):
         )
 
     @classmethod
-    def for_run(cls, config: "Config") -> Self | None:
+    def for_run(cls, config: "Config") -> Self:
         """Vote once, with the run's own settings."""
-        if config.eval.shards is None:
-            return None
         return cls(k=(config.eval.k,)).settled(config)
 
     def validate(self) -> None:

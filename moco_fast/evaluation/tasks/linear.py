@@ -25,6 +25,7 @@ class Linear(Task):
     """Train a linear classifier on frozen features; nothing of the backbone may change."""
 
     name: ClassVar[str] = "linear"
+    live: ClassVar[bool] = True
 
     protocol: Protocol = "fast"
     """`fast`: many learning rates at once on cached features without augmentation, the best chosen on a tenth of the

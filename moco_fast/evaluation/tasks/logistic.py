@@ -15,6 +15,7 @@ class Logistic(Task):
     """Fit a logistic regression to frozen features by L-BFGS (Ericsson et al. 2021, linear.py of ssl-transfer)."""
 
     name: ClassVar[str] = "logistic"
+    live: ClassVar[bool] = True
 
     layer: str = "backbone"
     """Whose output is classified: backbone, head, or another layer (docs/evaluation.md)."""

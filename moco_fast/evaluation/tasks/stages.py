@@ -15,6 +15,7 @@ class Stages(Task):
     """Train a linear classifier on each stage of a ResNet, by the fast protocol of `linear`."""
 
     name: ClassVar[str] = "stages"
+    live: ClassVar[bool] = True
 
     at_most: int | None = None
     """Average each stage over the finest grid that gives at most so many numbers: 9216 is what published figures of

@@ -26,6 +26,7 @@ class Svm(Task):
     """Train a linear support vector machine for each class on frozen features, as for VOC07 (Goyal et al. 2019)."""
 
     name: ClassVar[str] = "svm"
+    live: ClassVar[bool] = True
 
     protocol: Literal["fast", "voc07"] = "fast"
     """`voc07`: the published costs on all training samples, and 1 to 96 samples of each class. `fast`: four costs on
