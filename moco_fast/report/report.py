@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from moco_fast import __version__
@@ -62,7 +62,7 @@ def write_report(
     epoch = max(int(record.last["epoch"]) - 1, 0)
     samples, no_samples = _unless_missing(lambda: show_views(record.config, epoch=epoch, num_samples=num_samples))
     queries, no_queries = _unless_missing(lambda: _neighbors(record, device, num_samples, max_bank))
-    page = open_template("template.html").render(
+    page = open_template("report.html").render(
         record=record,
         headline=headline(record),
         tiles=tiles(record),
@@ -89,8 +89,14 @@ def write_report(
 
 def open_template(name: str) -> Template:
     """Return a page of this folder; what it is given is escaped."""
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return page.from_string(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return pages.get_template(name)
 
 
 def _unless_missing(make: Callable[[], list[T]]) -> tuple[list[T], str]:
