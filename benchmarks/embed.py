@@ -2,8 +2,8 @@
 
     python benchmarks/embed.py --photos FILE.tar [--json FILE]    # or --shards DIR
 
-The encoder costs almost nothing: it looks at a pixel in 1,024. So what is measured is the way of the images to it and of
-the vectors, 2,048 numbers each, to the disk. "Loader" hands the same single view of the same shards over and does
+The encoder costs almost nothing: it looks at a pixel in 1,024. So what is measured is the way of the images to it and
+of the vectors, 2,048 numbers each, to the disk. "Loader" hands the same single view of the same shards over and does
 nothing with it. "torchvision" is a DataLoader with a worker per CPU that decodes with PIL, resizes and crops, and the
 same encoder; its vectors are saved by numpy, without keys, sources or a way to continue.
 """
@@ -93,9 +93,7 @@ def contestants(shards: str, folder: Path, options: argparse.Namespace) -> dict[
     @torch.no_grad()
     def with_torchvision() -> None:
         photos = torch.utils.data.ConcatDataset([CenterCrops(each) for each in shards.split(",")])
-        loader: Any = torch.utils.data.DataLoader(
-            photos, batch_size=options.batch_size, num_workers=available_cpus()
-        )
+        loader: Any = torch.utils.data.DataLoader(photos, batch_size=options.batch_size, num_workers=available_cpus())
         found = [nn.functional.normalize(encoder.features(batch.to(device), "backbone")).cpu() for batch in loader]
         np.save(folder / "alone.npy", torch.cat(found).numpy())
         os.sync()

@@ -10,6 +10,7 @@ import tyro
 from moco_fast.bench.cli import BenchConfig
 from moco_fast.commands.embed import Embed
 from moco_fast.commands.evaluate import eval_commands
+from moco_fast.commands.explore import Explore
 from moco_fast.commands.export import Export
 from moco_fast.commands.preview import Preview
 from moco_fast.commands.report import Report
@@ -56,6 +57,7 @@ _Commands = (
     Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[Search, tyro.conf.subcommand("search")]
+    | Annotated[Explore, tyro.conf.subcommand("explore")]
     | Annotated[Preview, tyro.conf.subcommand("preview")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Export, tyro.conf.subcommand("export")]

@@ -23,6 +23,7 @@ from moco_fast.embedding.stream import Rows
 from shards.ground.files import appearing, publish, remove, write_whole
 
 __all__ = [
+    "COLUMNS",
     "HEADER_KEY",
     "HEADER_NAME",
     "EmbeddingFormat",
@@ -38,7 +39,8 @@ HEADER_KEY = b"moco_fast"
 HEADER_NAME = "embeddings.json"
 """Of the header in a folder."""
 
-_COLUMNS = ("index", "key", "source", "label", "class_name")
+COLUMNS = ("index", "key", "source", "label", "class_name")
+"""Beside the vectors."""
 _KEY_DIGITS = 12  # As in the shards.
 _GROUP_BYTES = 16 << 20  # of vectors in a row group, the least that a reader of Parquet has to hold
 
@@ -162,7 +164,7 @@ class _Parquet:
         return writer(
             path,
             schema,
-            compression={**dict.fromkeys(_COLUMNS, "zstd"), "vector.list.element": "none"},
+            compression={**dict.fromkeys(COLUMNS, "zstd"), "vector.list.element": "none"},
             use_dictionary=["class_name"],
             write_statistics=["index", "label"],
         )
@@ -211,7 +213,7 @@ class _Arrays:
     def finish(self, stems: Sequence[Path], out: Path, header: dict[str, Any], damaged: Iterable[str]) -> None:
         _write_damaged(damaged_beside(out), damaged)
         with appearing(names_beside(out), durable=True) as aside, aside.open("wb") as file:
-            file.write(f"{','.join(_COLUMNS)}\n".encode())
+            file.write(f"{','.join(COLUMNS)}\n".encode())
             _append(file, stems, ".csv")
         write_whole(header_beside(out), json.dumps(header, indent=1), durable=True)
         with appearing(out, durable=True) as aside, aside.open("wb") as file:

@@ -3,9 +3,9 @@
 import csv
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moco_fast.embedding.formats import HEADER_KEY, HEADER_NAME, header_beside, names_beside, needs_pyarrow
+from moco_fast.embedding.formats import COLUMNS, HEADER_KEY, HEADER_NAME, header_beside, names_beside, needs_pyarrow
+from shards.ground.arrays import Indices
 
 __all__ = ["Index", "Row", "find_header", "open_index"]
 
@@ -62,12 +63,20 @@ class Index(ABC):
         return self.header["settings"]
 
     @abstractmethod
-    def chunks(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """Give all vectors, some at a time: the first one's row, and (n, D) float32 or float16."""
+    def chunks(self, begin: int = 0) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """Give all vectors from row `begin` on, some at a time: the first one's row, and (n, D) float32 or float16."""
+
+    @abstractmethod
+    def vectors(self, numbers: Indices) -> npt.NDArray[Any]:
+        """Return the vectors of (n,) rows, in rising order: (n, D) float32 or float16."""
 
     @abstractmethod
     def rows(self, numbers: Sequence[int]) -> list[Row]:
         """Return what is known of rows, in the order in which they are asked for."""
+
+    @abstractmethod
+    def all_rows(self) -> Iterator[Row]:
+        """Give what is known of every row, in order, without holding all of it."""
 
 
 def find_header(path: Path) -> dict[str, Any] | None:
@@ -114,17 +123,35 @@ class _ParquetIndex(Index):
             )
         self._groups_of = lru_cache(maxsize=16)(self._read_groups)
 
-    def chunks(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    def chunks(self, begin: int = 0) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        for first, count, read in self._vector_groups():
+            if first + count > begin:
+                skipped = max(0, begin - first)
+                yield first + skipped, read()[skipped:]
+
+    def vectors(self, numbers: Indices) -> npt.NDArray[Any]:
+        found = [np.empty((0, self.header["dim"]), self.settings["dtype"])]
+        for first, count, read in self._vector_groups():
+            begin, end = np.searchsorted(numbers, [first, first + count])
+            if begin < end:
+                found.append(read()[numbers[begin:end] - first])
+        return np.concatenate(found)
+
+    def _vector_groups(self) -> Iterator[tuple[int, int, Callable[[], npt.NDArray[Any]]]]:
+        """Give each row group's first row, its number of rows, and what reads its vectors until the next is given."""
         import pyarrow.parquet as pq
 
-        row = 0
+        def read(file: Any, group: int) -> npt.NDArray[Any]:
+            column = file.read_row_group(group, columns=["vector"])["vector"].combine_chunks()
+            return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.header["dim"])
+
+        first = 0
         for path in self._files:
             with pq.ParquetFile(path, memory_map=True) as file:
                 for group in range(file.num_row_groups):
-                    column = file.read_row_group(group, columns=["vector"])["vector"].combine_chunks()
-                    values = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.header["dim"])
-                    yield row, values
-                    row += len(values)
+                    count = file.metadata.row_group(group).num_rows
+                    yield first, count, partial(read, file, group)
+                    first += count
 
     def rows(self, numbers: Sequence[int]) -> list[Row]:
         return [self._row(number) for number in numbers]
@@ -137,28 +164,41 @@ class _ParquetIndex(Index):
         place = number - first - begins[group]
         return Row(row=number, **{name: column[place].as_py() for name, column in read(group).items()})
 
+    def all_rows(self) -> Iterator[Row]:
+        import pyarrow.parquet as pq
+
+        number = 0
+        for path in self._files:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(columns=list(COLUMNS)):
+                    for values in batch.to_pylist():
+                        yield Row(row=number, **values)
+                        number += 1
+
     def _read_groups(self, file: int) -> tuple[list[int], Any]:
         """Return the first row of each row group of a file, and what reads the columns of one."""
         import pyarrow.parquet as pq
 
         opened = pq.ParquetFile(self._files[file])
         sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-        columns = ["index", "key", "source", "label", "class_name"]
 
         @lru_cache(maxsize=16)
         def read(group: int) -> dict[str, Any]:
-            table = opened.read_row_group(group, columns=columns)
-            return {name: table[name] for name in columns}
+            table = opened.read_row_group(group, columns=list(COLUMNS))
+            return {name: table[name] for name in COLUMNS}
 
         return [0, *accumulate(sizes[:-1])], read
 
 
 class _ArrayIndex(Index):
-    def chunks(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    def chunks(self, begin: int = 0) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         values = self._values()
         step = max(1, _CHUNK_BYTES // max(1, values.itemsize * values.shape[1]))
-        for row in range(0, len(values), step):
+        for row in range(begin, len(values), step):
             yield row, values[row : row + step]
+
+    def vectors(self, numbers: Indices) -> npt.NDArray[Any]:
+        return self._values()[numbers]
 
     def _values(self) -> npt.NDArray[Any]:
         shape = (self.num_rows, self.header["dim"])
@@ -177,17 +217,27 @@ class _ArrayIndex(Index):
 
     def rows(self, numbers: Sequence[int]) -> list[Row]:
         wanted, found = set(numbers), dict[int, Row]()
-        with names_beside(self.path).open(newline="") as file:
-            for number, values in enumerate(csv.DictReader(file)):
-                if number in wanted:
-                    found[number] = Row(
-                        row=number,
-                        index=int(values["index"]),
-                        key=values["key"],
-                        source=values["source"] or None,
-                        label=int(values["label"]) if values["label"] else None,
-                        class_name=values["class_name"] or None,
-                    )
-                if len(found) == len(wanted):
-                    break
+        for number, values in self._lines():
+            if number in wanted:
+                found[number] = _row_of(number, values)
+            if len(found) == len(wanted):
+                break
         return [found[number] for number in numbers]
+
+    def all_rows(self) -> Iterator[Row]:
+        return (_row_of(number, values) for number, values in self._lines())
+
+    def _lines(self) -> Iterator[tuple[int, dict[str, str]]]:
+        with names_beside(self.path).open(newline="") as file:
+            yield from enumerate(csv.DictReader(file))
+
+
+def _row_of(number: int, values: dict[str, str]) -> Row:
+    return Row(
+        row=number,
+        index=int(values["index"]),
+        key=values["key"],
+        source=values["source"] or None,
+        label=int(values["label"]) if values["label"] else None,
+        class_name=values["class_name"] or None,
+    )

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from moco_fast.embedding.index import Index, Row
 
-__all__ = ["Answer", "Hit", "answers", "as_json", "as_table", "nearest"]
+__all__ = ["Answer", "Hit", "answers", "as_json", "as_table", "highest", "nearest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +49,14 @@ def nearest(index: Index, queries: Tensor, k: int, *, device: torch.device) -> t
     rows = torch.empty(len(asked), 0, dtype=torch.int64, device=device)
     for first, chunk in index.chunks():
         vectors = normalize(torch.tensor(chunk).to(device).float())
-        similarities, places = _highest(asked @ vectors.T, k)
+        similarities, places = highest(asked @ vectors.T, k)
         best, rows = torch.cat([best, similarities], dim=1), torch.cat([rows, places + first], dim=1)
-        best, order = _highest(best, k)
+        best, order = highest(best, k)
         rows = rows.gather(1, order)
     return best.cpu(), rows.cpu()
 
 
-def _highest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def highest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k highest values of each row with their places; of equal ones the first place first.
 
     `topk` alone takes any of equal values: the k-th value says which ones are certain, and the first of those that

@@ -1,8 +1,9 @@
-"""Curves of a run as inline SVG with the page's colors and fonts."""
+"""Curves and histograms as inline SVG with the page's colors and fonts."""
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import matplotlib as mpl
@@ -14,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from moco_fast.methods.base import Level
 
-__all__ = ["Curve", "draw_curves", "thin_out"]
+__all__ = ["Curve", "draw_curves", "draw_histogram", "thin_out"]
 
 _INK, _FAINT = "#010101", "#020202"
 _SERIES = ("#030303", "#040404")
@@ -53,9 +54,7 @@ def draw_curves(
         from_zero: the vertical axis starts at 0.
         height: in inches at a width of 5.4; the page scales both.
     """
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt, "font.size": 10.5}):
-        figure = Figure(figsize=(5.4, height), layout="constrained", facecolor="none")
-        axes = figure.add_subplot(facecolor="none")
+    with _drawing(alt, height) as (axes, written):
         for curve, color in zip(curves, _SERIES, strict=False):
             steps, values = thin_out(curve.steps, curve.values)
             axes.plot(
@@ -77,9 +76,49 @@ def draw_curves(
             _write_level(axes, level)
         for curve, color in zip(curves, _SERIES, strict=False):
             _write_label(axes, curve, color)
-        out = io.StringIO()
+    return written()
+
+
+def draw_histogram(
+    counts: Sequence[int], edges: Sequence[float], *, alt: str, mark: Level | None = None, height: float = 1.9
+) -> str:
+    """Draw a histogram into one SVG element.
+
+    Args:
+        counts: of each bin.
+        edges: of the bins, one more than counts.
+        alt: description of the chart in words.
+        mark: value on the horizontal axis to mark.
+        height: in inches at a width of 5.4; the page scales both.
+    """
+    with _drawing(alt, height) as (axes, written):
+        axes.stairs(counts, edges, fill=True, color=_SERIES[1])
+        _dress(axes, percent=False)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+        axes.set_ylim(bottom=0)
+        if mark is not None:
+            axes.axvline(mark.value, color=_SERIES[0], linewidth=1.4, linestyle=(0, (4, 3)))
+            axes.annotate(
+                mark.label,
+                (mark.value, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(-5, -10),
+                textcoords="offset points",
+                ha="right",
+                color=_SERIES[0],
+            )
+    return written()
+
+
+@contextmanager
+def _drawing(alt: str, height: float) -> Generator[tuple[Axes, Callable[[], str]]]:
+    """Give axes to draw on, and what returns the SVG element after the block."""
+    out = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt, "font.size": 10.5}):
+        figure = Figure(figsize=(5.4, height), layout="constrained", facecolor="none")
+        yield figure.add_subplot(facecolor="none"), lambda: _for_page(out.getvalue(), alt)
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
-    return _for_page(out.getvalue(), alt)
 
 
 def thin_out(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from moco_fast.evaluation.registry import TASKS
 from pipelines.config import VIEWS, Color
 
 COMMANDS = ("eval", *(f"eval {task}" for task in (*TASKS, "suite", "paper")))
-COMMANDS += ("embed", "search", "preview", "report", "export", "bench")
+COMMANDS += ("embed", "search", "explore", "preview", "report", "export", "bench")
 
 
 @pytest.mark.parametrize("words", ["", *COMMANDS])

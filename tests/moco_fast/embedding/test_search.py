@@ -2,12 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given
@@ -15,50 +13,10 @@ from hypothesis import strategies as st
 
 import moco_fast
 from moco_fast.cli import main
-from moco_fast.embedding import formats, index
-from moco_fast.embedding.formats import format_of
-from moco_fast.embedding.index import Index, Row, open_index
+from moco_fast.embedding import index
+from moco_fast.embedding.index import Row, open_index
 from moco_fast.embedding.search import nearest
-from moco_fast.embedding.stream import Rows
-
-CPU = torch.device("cpu")
-
-
-def rows_of(values: npt.NDArray[Any], first: int) -> Rows:
-    count = len(values)
-    numbers = np.arange(first, first + count)
-    return Rows(
-        values=values,
-        index=10 * numbers,
-        keys=100 * numbers,
-        labels=numbers % 3 - 1,
-        sources=[None if number % 2 else f'a "quoted", name {number}' for number in numbers.tolist()],
-        damaged=(),
-    )
-
-
-def written(out: Path, parts: list[npt.NDArray[Any]]) -> Index:
-    """Embeddings of given values, part by part as `moco-fast embed` writes them."""
-    folder = out.parent / f"parts of {out.name}"
-    folder.mkdir()
-    stems: list[Path] = []
-    for number, values in enumerate(parts):
-        stems.append(folder / f"part-{number:06d}")
-        format_of(out).write_part(stems[-1], rows_of(values, sum(map(len, parts[:number]))), ("cat", "dog"))
-    header = {
-        "format": "moco-fast-embeddings",
-        "num_rows": sum(map(len, parts)),
-        "dim": parts[0].shape[1],
-        "settings": {"dtype": str(parts[0].dtype)},
-    }
-    format_of(out).finish(stems, out, header, [])
-    return open_index(out)
-
-
-def naive(values: npt.NDArray[Any], query: npt.NDArray[Any], k: int) -> list[tuple[float, int]]:
-    """Cosines by their definition in float64, one by one, the highest first; of equal ones the first row first."""
-    cosines = [float(row @ query / np.linalg.norm(row) / np.linalg.norm(query)) for row in values.astype(np.float64)]
-    return sorted(((cosine, row) for row, cosine in enumerate(cosines)), key=lambda pair: (-pair[0], pair[1]))[:k]
+from tests.moco_fast.embedding.written import CPU, InMemory, naive, written
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -69,10 +27,14 @@ def test_neighbors_are_those_of_a_naive_search(
     rng = np.random.default_rng(0)
     values = (rng.normal(size=(200, 12)) * rng.uniform(0.1, 9, size=(200, 1))).astype(dtype)
     monkeypatch.setattr(index, "_CHUNK_BYTES", 1000)
-    monkeypatch.setattr(formats, "_GROUP_BYTES", 1000)
-    found = written(tmp_path / name, [values[:90], values[90:91], values[91:]])
+    found = written(tmp_path / name, [values[:90], values[90:91], values[91:]], group_bytes=1000)
     assert len(list(found.chunks())) > 4
-    np.testing.assert_array_equal(np.concatenate([chunk for _, chunk in found.chunks()]), values)
+    for begin in (0, 1, 90, 91, 150, 200):
+        chunks = list(found.chunks(begin))
+        assert [first for first, _ in chunks[:1]] == [begin][: len(chunks)]
+        np.testing.assert_array_equal(np.concatenate([values[:0], *(chunk for _, chunk in chunks)]), values[begin:])
+    some = np.array([0, 3, 89, 90, 91, 199])
+    np.testing.assert_array_equal(found.vectors(some), values[some])
     queries = rng.normal(size=(4, 12)).astype(np.float32)
     similarities, rows = nearest(found, torch.from_numpy(queries), 7, device=CPU)
     for query, cosines, numbers in zip(queries, similarities.tolist(), rows.tolist(), strict=True):
@@ -84,10 +46,11 @@ def test_neighbors_are_those_of_a_naive_search(
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x", "x.npy"])
-def test_what_is_known_of_a_row_comes_back(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "_GROUP_BYTES", 40)
-    found = written(tmp_path / name, [np.ones((20, 2), np.float32), np.ones((5, 2), np.float32)])
+def test_what_is_known_of_a_row_comes_back(name: str, tmp_path: Path) -> None:
+    found = written(tmp_path / name, [np.ones((20, 2), np.float32), np.ones((5, 2), np.float32)], group_bytes=40)
     asked = [22, 1, 0, 21, 19]
+    every = list(found.all_rows())
+    assert (len(every), [every[row] for row in asked]) == (25, found.rows(asked))
     assert found.rows(asked) == [
         Row(
             row=number,
@@ -99,23 +62,6 @@ def test_what_is_known_of_a_row_comes_back(name: str, tmp_path: Path, monkeypatc
         )
         for number in asked
     ]
-
-
-class InMemory(Index):
-    """An index of given chunks."""
-
-    def __init__(self, chunks: list[npt.NDArray[Any]]) -> None:
-        super().__init__(Path("memory"), {})
-        self._chunks = chunks
-
-    def chunks(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        row = 0
-        for chunk in self._chunks:
-            yield row, chunk
-            row += len(chunk)
-
-    def rows(self, numbers: Any) -> list[Row]:
-        raise NotImplementedError
 
 
 @given(data=st.data(), k=st.integers(1, 9))
