@@ -21,13 +21,13 @@ from moco_fast.embedding.index import Index
 from moco_fast.embedding.search import highest
 from shards.ground.arrays import Indices
 
-__all__ = ["Duplicates", "Neighbors", "all_neighbors"]
+__all__ = ["NearDuplicates", "Neighbors", "all_neighbors"]
 
 _SIDE = 4096
 _BLOCK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 
 
-class Duplicates:
+class NearDuplicates:
     """Near-duplicates: their groups, and which of them would stay if the others were dropped.
 
     A row stays unless an earlier one that stays is near it. So what is dropped is near what stays in its place, while
@@ -86,7 +86,7 @@ class Neighbors:
     """(N, k) float32 cosines, highest first."""
     rows: Tensor
     """(N, k) int64; of equal ones the first row first. -1, with a similarity of -inf, where none was found."""
-    duplicates: Duplicates
+    duplicates: NearDuplicates
 
 
 class _Nearest:
@@ -124,7 +124,7 @@ def all_neighbors(
         tick: is given the number of pairs that were compared, now and then; N * (N + 1) / 2 in all.
     """
     nearest = _Nearest(index.num_rows, min(k, index.num_rows - 1), device)
-    duplicates = Duplicates(index.num_rows)
+    duplicates = NearDuplicates(index.num_rows)
 
     def compare(first: int, left: Tensor, first_other: int, right: Tensor) -> None:
         similarities = left @ right.T
@@ -161,7 +161,7 @@ def _squares(index: Index, begin: int, device: torch.device) -> Iterator[tuple[i
             yield first + place, normalize(part)
 
 
-def _add_near(duplicates: Duplicates, similarities: Tensor, threshold: float, first: int, first_other: int) -> None:
+def _add_near(duplicates: NearDuplicates, similarities: Tensor, threshold: float, first: int, first_other: int) -> None:
     if first == first_other:
         similarities = similarities.triu(1)
     near = (similarities.amax(dim=1) >= threshold).nonzero().flatten()

@@ -24,7 +24,7 @@ _BINS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shown:
+class _ShownRow:
     """A row with its figure."""
 
     row: int
@@ -33,18 +33,18 @@ class _Shown:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Group:
+class _ShownGroup:
     size: int
-    rows: list[_Shown]
+    rows: list[_ShownRow]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Suspicious:
+class _ShownLabel:
     row: int
     says: str
     """The label that the neighbors share."""
     share: float
-    neighbors: list[_Shown]
+    neighbors: list[_ShownRow]
 
 
 def write_page(out: Path, index: Index, explored: Explored, *, num_shown: int, lists: Sequence[str], keep: str) -> None:
@@ -60,7 +60,7 @@ def write_page(out: Path, index: Index, explored: Explored, *, num_shown: int, l
     """
     groups = _groups(explored, num_shown)
     likeness = explored.likeness
-    outliers = [_Shown(row=row, similarity=float(likeness[row])) for row in explored.outliers[:num_shown].tolist()]
+    outliers = [_ShownRow(row=row, similarity=float(likeness[row])) for row in explored.outliers[:num_shown].tolist()]
     suspicious = _suspicious(index, explored, num_shown)
     shown = [each.row for group in groups for each in group.rows] + [each.row for each in outliers]
     shown += [row for each in suspicious for row in (each.row, *(near.row for near in each.neighbors))]
@@ -85,31 +85,31 @@ def write_page(out: Path, index: Index, explored: Explored, *, num_shown: int, l
     write_whole(out, page, durable=False)
 
 
-def _groups(explored: Explored, num_shown: int) -> list[_Group]:
+def _groups(explored: Explored, num_shown: int) -> list[_ShownGroup]:
     """Return the largest groups with their first members, each with its likeness to the one that would stay instead."""
-    near, found = explored.neighbors.duplicates, list[_Group]()
+    near, found = explored.neighbors.duplicates, list[_ShownGroup]()
     for first in explored.groups[:num_shown].tolist():
         members = np.flatnonzero(explored.group == first)[:_OF_GROUP].tolist()
         rows = [
-            _Shown(row=row, similarity=float(near.similarity[row]), stays=near.stays[row] == row) for row in members
+            _ShownRow(row=row, similarity=float(near.similarity[row]), stays=near.stays[row] == row) for row in members
         ]
-        found.append(_Group(size=int(explored.group_sizes[first]), rows=rows))
+        found.append(_ShownGroup(size=int(explored.group_sizes[first]), rows=rows))
     return found
 
 
-def _suspicious(index: Index, explored: Explored, num_shown: int) -> list[_Suspicious]:
+def _suspicious(index: Index, explored: Explored, num_shown: int) -> list[_ShownLabel]:
     names = index.header["class_names"]
-    found: list[_Suspicious] = []
+    found: list[_ShownLabel] = []
     for row in explored.suspicious[:num_shown].tolist():
         label = int(explored.majority[row])
         near = explored.neighbors.rows[row, :_OF_LABEL].tolist()
         similarities = explored.neighbors.similarities[row, :_OF_LABEL].tolist()
         found.append(
-            _Suspicious(
+            _ShownLabel(
                 row=row,
                 says=names[label] if label < len(names) else f"class {label}",
                 share=float(explored.share[row]),
-                neighbors=[_Shown(row=each, similarity=s) for each, s in zip(near, similarities, strict=True)],
+                neighbors=[_ShownRow(row=each, similarity=s) for each, s in zip(near, similarities, strict=True)],
             )
         )
     return found

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moco_fast.embedding import neighbors
-from moco_fast.embedding.neighbors import Duplicates, all_neighbors
+from moco_fast.embedding.neighbors import NearDuplicates, all_neighbors
 from tests.moco_fast.embedding.written import CPU, InMemory, naive, written
 
 
@@ -52,7 +52,7 @@ def naive_stays(similarities: np.ndarray, threshold: float) -> list[int]:
     return stays
 
 
-def check_duplicates(found: Duplicates, similarities: np.ndarray, threshold: float) -> None:
+def check_duplicates(found: NearDuplicates, similarities: np.ndarray, threshold: float) -> None:
     pairs = [(int(a), int(b)) for a, b in np.argwhere(similarities >= threshold)]
     assert found.groups().tolist() == naive_groups(len(similarities), pairs)
     assert found.stays.tolist() == naive_stays(similarities, threshold)
