@@ -17,6 +17,7 @@ TASKS = {
     "logistic": "moco_fast.evaluation.tasks.logistic:Logistic",
     "svm": "moco_fast.evaluation.tasks.svm:Svm",
     "stages": "moco_fast.evaluation.tasks.stages:Stages",
+    "few-shot": "moco_fast.evaluation.tasks.few_shot:FewShot",
     "health": "moco_fast.evaluation.tasks.health:Health",
 }
 """Name -> module:class. The modules import torch only when they measure."""

@@ -14,13 +14,13 @@ class Fitted:
     """A fitted regression."""
 
     weight: Tensor
-    """(C, D)"""
+    """(..., C, D)"""
     bias: Tensor
-    """(C,)"""
+    """(..., C)"""
 
     def scores(self, features: Tensor) -> Tensor:
-        """(N, D) -> (N, C)."""
-        return features @ self.weight.T + self.bias
+        """(..., N, D) -> (..., N, C)."""
+        return features @ self.weight.mT + self.bias.unsqueeze(-2)
 
 
 def fit_logistic(
@@ -35,19 +35,21 @@ def fit_logistic(
 ) -> Fitted:
     """Minimize C * sum of the cross-entropies + |weight|^2 / 2, as scikit-learn's LogisticRegression does.
 
+    With leading dimensions, that many regressions of as many samples are fitted at once, each to its own minimum.
+
     Args:
-        features: (N, D) floating point.
-        labels: (N,) int64, on the same device.
+        features: (..., N, D) floating point.
+        labels: (..., N) int64, on the same device.
         num_classes: number of classes.
         c: inverse strength of the penalty, C; biases have none.
         max_iter: of L-BFGS.
         tolerance: largest gradient of the objective per sample at which it ends; the default is scikit-learn's.
         start: where to start; None: at zero.
     """
-    num, dim = features.shape
-    theta = features.new_zeros(num_classes, dim + 1)
+    num, dim = features.shape[-2:]
+    theta = features.new_zeros(*features.shape[:-2], num_classes, dim + 1)
     if start is not None:
-        theta[:, :dim], theta[:, dim] = start.weight, start.bias
+        theta[..., :dim], theta[..., dim] = start.weight, start.bias
     theta.requires_grad_(True)
     # The objective divided by C * N: its size does not depend on either, nor does when to stop.
     penalty = 0.5 / (c * num)
@@ -64,15 +66,17 @@ def fit_logistic(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        weight, bias = theta[:, :dim], theta[:, dim]
-        loss = torch.nn.functional.cross_entropy(features @ weight.T + bias, labels) + penalty * weight.square().sum()
+        fit = Fitted(weight=theta[..., :dim], bias=theta[..., dim])
+        scores = fit.scores(features).flatten(0, -2)
+        loss = torch.nn.functional.cross_entropy(scores, labels.flatten(), reduction="sum") / num
+        loss = loss + penalty * fit.weight.square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(closure)
     found = theta.detach()
-    return Fitted(weight=found[:, :dim], bias=found[:, dim])
+    return Fitted(weight=found[..., :dim], bias=found[..., dim])
 
 
 def fit_path(

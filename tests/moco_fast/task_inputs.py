@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -23,9 +25,21 @@ class MadeUp:
     layers: dict[tuple[Split, str], Tensor] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
     world: World = World()
+    more: dict[Split, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    names: dict[Split, tuple[str, ...]] = field(default_factory=dict)
+
+    def _set(self, split: Split) -> tuple[Tensor, Tensor]:
+        return {"train": self.train, "test": self.test, **self.more}[split]
+
+    def class_names(self, split: Split) -> tuple[str, ...]:
+        return self.names.get(split, tuple(f"class-{number}" for number in range(self.num_classes)))
+
+    def label_counts(self, split: Split) -> npt.NDArray[np.int64]:
+        labels = self._set(split)[1]
+        return labels[labels >= 0].bincount(minlength=len(self.class_names(split))).numpy()
 
     def features(self, want: Want, *, labeled: bool = True) -> Features:
-        values, labels = self.train if want.split == "train" else self.test
+        values, labels = self._set(want.split)
         values = self.layers.get((want.split, want.layer), values)
         index = torch.arange(len(labels))
         if want.at_most is not None and want.at_most < len(labels):

@@ -93,7 +93,7 @@ def subject(packed_demo: Any) -> Subject:
 def test_labels_are_counted_class_by_class(packed_demo: Any) -> None:
     assert label_counts(open_set(packed_demo.train)).tolist() == [16] * 18
     nameless = open_set(packed_demo.val)
-    nameless.manifest = replace(nameless.manifest, class_names=())  # pyright: ignore[reportAttributeAccessIssue]
+    nameless.manifest = replace(nameless.manifest, class_names=())
     assert label_counts(nameless).tolist() == [4] * 18
 
 
@@ -118,7 +118,7 @@ def test_sets_with_other_classes_leave_out_what_compares_them(
 ) -> None:
     other = open_set(packed_demo.val)
     names = tuple(f"other-{name}" for name in other.class_names)
-    other.manifest = replace(other.manifest, class_names=names)  # pyright: ignore[reportAttributeAccessIssue]
+    other.manifest = replace(other.manifest, class_names=names)
     left: list[str] = []
     mixed = replace(subject, sets={"train": subject.sets["train"], "test": other})
     found = run(mixed, tmp_path, Knn(k=(5,)), Health(), leave_out=lambda task, reason: left.append(reason))

@@ -18,6 +18,7 @@ from moco_fast.evaluation.labels import choice_split, mean_per_class
 from moco_fast.evaluation.registry import TASKS, task_class
 from moco_fast.evaluation.regression import fit_logistic, fit_path
 from moco_fast.evaluation.svm import average_precision, fit_all, fit_few, mean_average_precision, scores_of
+from moco_fast.evaluation.tasks.few_shot import FewShot
 from moco_fast.evaluation.tasks.health import Health
 from moco_fast.evaluation.tasks.knn import Knn
 from moco_fast.evaluation.tasks.linear import Linear
@@ -334,6 +335,7 @@ QUICK: dict[str, Task] = {
     "logistic": Logistic(num_c=6),
     "svm": Svm(costs=(0.01, 1.0), shots=(3,), num_draws=1),
     "stages": Stages(stages=(4, 5), batch_size=64, epochs=2),
+    "few-shot": FewShot(shots=(2, 1), way=3, queries=4, episodes=12),
     "health": Health(),
 }
 
@@ -377,6 +379,9 @@ def test_every_task_names_what_it_measures_and_repeats_it(name: str) -> None:
         (Svm(costs=(0.0,)), "--costs is 0"),
         (Stages(stages=(6,)), "--stages is"),
         (Stages(batch_size=0), "--batch-size is 0"),
+        (FewShot(way=1), "--way is 1"),
+        (FewShot(shots=(5, 0)), "--shots is 0"),
+        (FewShot(heads=()), "--heads names nothing"),
         (Health(max_samples=1), "--max-samples is 1"),
         (Health(layer="fc"), "there is no layer"),
     ],
