@@ -170,11 +170,15 @@ class Task(ABC):
 
     name: ClassVar[str]
     """As the command line has it."""
-    needs_labels: ClassVar[bool] = True
     draws: ClassVar[bool] = True
     """Whether figures depend on the seed."""
     live: ClassVar[bool] = False
     """Whether a run can measure it at intervals: from the features that it wants, within minutes."""
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the sets must be labeled, and training and test set have the same classes."""
+        return True
 
     @property
     def splits(self) -> frozenset[Split]:

@@ -68,9 +68,17 @@ class LinearHeads:
             velocity.mul_(self._momentum).add_(gradient)
             value.sub_(velocity * (schedule * self._rates).view(-1, *[1] * (value.ndim - 1)))
 
-    def ranked(self, batches: Iterator[Tensor] | Sequence[Tensor], *, top: int) -> Tensor:
-        """Return the classes with the highest scores, best first: (N, H, top) on the host."""
-        return torch.cat([self.logits(batch).topk(top, dim=2).indices.cpu() for batch in batches])
+    def ranked(self, batches: Iterator[Tensor] | Sequence[Tensor], *, top: int, among: Tensor | None = None) -> Tensor:
+        """Return the classes with the highest scores, best first: (N, H, top) on the host.
+
+        Args:
+            batches: (B, D) each.
+            top: number of classes.
+            among: (R,) int64 classes that compete; None: all.
+        """
+        classes = torch.arange(self.bias.shape[1]) if among is None else among
+        picked = classes.to(self.bias.device)
+        return torch.cat([classes[self.logits(batch)[..., picked].topk(top, dim=2).indices.cpu()] for batch in batches])
 
 
 class Scaler:

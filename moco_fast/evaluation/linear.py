@@ -22,7 +22,7 @@ from pipelines.loader import open_loader, suited_to
 if TYPE_CHECKING:
     from moco_fast.evaluation.tasks.linear import Linear
 
-__all__ = ["measure_cached", "measure_live"]
+__all__ = ["TrainedHeads", "measure_cached", "measure_live", "train_cached"]
 
 _ROWS = 8192  # features that are classified at once
 # The authors': RandomResizedCrop with torchvision's scale, and RandomHorizontalFlip.
@@ -30,16 +30,16 @@ _AUGMENTED = ViewConfig(crop_scale=(0.08, 1.0), jitter_p=0.0, grayscale_p=0.0, b
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Trained:
+class TrainedHeads:
     """Heads on one layer."""
 
     heads: LinearHeads
     scaled: Callable[[Tensor], Tensor]
     """Makes their input of features."""
 
-    def ranked(self, values: Tensor, *, top: int) -> Tensor:
-        """Return the classes with the highest scores of every head, best first: (N, H, top) on the host."""
-        return self.heads.ranked((self.scaled(part) for part in values.split(_ROWS)), top=top)
+    def ranked(self, values: Tensor, *, top: int, among: Tensor | None = None) -> Tensor:
+        """Return the classes with the highest scores of every head, best first; see LinearHeads.ranked."""
+        return self.heads.ranked((self.scaled(part) for part in values.split(_ROWS)), top=top, among=among)
 
     def accuracies(self, values: Tensor, labels: Tensor) -> list[float]:
         """Return the share of samples that each head classifies rightly."""
@@ -47,7 +47,17 @@ class _Trained:
 
 
 def measure_cached(task: "Linear", inputs: Inputs) -> Outcome:
-    """Train all heads on nine tenths of the training set, and the one that is best on the rest again on all."""
+    """Train and choose a head on cached features, and test it."""
+    trained, chosen, num_train = train_cached(task, inputs)
+    return _test(inputs, trained, 0, chosen, num_train=num_train)
+
+
+def train_cached(task: "Linear", inputs: Inputs) -> tuple[TrainedHeads, dict[str, str | float], int]:
+    """Train all heads on nine tenths of the training set, and the one that is best on the rest again on all.
+
+    Returns:
+        that one alone, its layer and learning rate, and how many samples it learned from.
+    """
     assert task.lr is not None
     train = {layer: inputs.features(Want(split="train", layer=layer)) for layer in task.layer}
     labels = train[task.layer[0]].labels
@@ -59,7 +69,7 @@ def measure_cached(task: "Linear", inputs: Inputs) -> Outcome:
         held_out = {layer: values[layer][decides.to(values[layer].device)] for layer in task.layer}
         layer, rate = _choose(task, trained, held_out, labels[decides])
     final = _fit(task, inputs, values[layer], labels, torch.arange(len(labels)), (rate,))
-    return _test(inputs, final, 0, {"layer": layer, "lr": rate}, num_train=len(labels))
+    return final, {"layer": layer, "lr": rate}, len(labels)
 
 
 def measure_live(task: "Linear", inputs: Inputs) -> Outcome:
@@ -74,7 +84,9 @@ def measure_live(task: "Linear", inputs: Inputs) -> Outcome:
     before = digest_of(inputs.encoder)
     # With one head there is nothing to choose, and every sample is learned from.
     held_out = _hold_out(task, inputs) if task.needs_choice else None
-    trained = {layer: _Trained(heads=heads, scaled=_on(inputs)) for layer, heads in _live_heads(task, inputs).items()}
+    trained = {
+        layer: TrainedHeads(heads=heads, scaled=_on(inputs)) for layer, heads in _live_heads(task, inputs).items()
+    }
     num_train = _train_live(task, inputs, trained, set() if held_out is None else held_out.numbers)
     if digest_of(inputs.encoder) != before:
         raise RuntimeError("training the linear classifier changed the backbone, so its figures mean nothing: a bug")
@@ -125,12 +137,12 @@ def _heads(task: "Linear", inputs: Inputs, dim: int, rates: Sequence[float]) -> 
 
 def _fit(
     task: "Linear", inputs: Inputs, values: Tensor, labels: Tensor, rows: Tensor, rates: Sequence[float]
-) -> _Trained:
+) -> TrainedHeads:
     """Train heads on rows of features, each scaled to mean 0 and standard deviation 1 over these rows."""
     assert task.epochs is not None
     assert task.batch_size is not None
     scaler = Scaler(values, rows)
-    trained = _Trained(
+    trained = TrainedHeads(
         heads=_heads(task, inputs, values.shape[1], rates), scaled=lambda part: scaler(part.to(inputs.device))
     )
     steps_per_epoch = max(1, len(rows) // task.batch_size)
@@ -152,7 +164,7 @@ def _live_heads(task: "Linear", inputs: Inputs) -> dict[str, LinearHeads]:
     return {layer: _heads(task, inputs, shapes[layer][0], task.lr) for layer in task.layer}
 
 
-def _train_live(task: "Linear", inputs: Inputs, trained: Mapping[str, _Trained], held_out: set[int]) -> int:
+def _train_live(task: "Linear", inputs: Inputs, trained: Mapping[str, TrainedHeads], held_out: set[int]) -> int:
     """Train heads on augmented images; return how many labeled samples of an epoch they learned from."""
     assert task.epochs is not None
     assert task.batch_size is not None
@@ -189,7 +201,7 @@ def _train_live(task: "Linear", inputs: Inputs, trained: Mapping[str, _Trained],
 
 
 def _choose(
-    task: "Linear", trained: Mapping[str, _Trained], held_out: Mapping[str, Tensor], labels: Tensor
+    task: "Linear", trained: Mapping[str, TrainedHeads], held_out: Mapping[str, Tensor], labels: Tensor
 ) -> tuple[str, float]:
     """Return layer and learning rate of the head that is right most often; of several, the first."""
     assert task.lr is not None
@@ -201,7 +213,9 @@ def _choose(
     return max(shares, key=lambda option: shares[option])
 
 
-def _test(inputs: Inputs, trained: _Trained, head: int, chosen: dict[str, str | float], *, num_train: int) -> Outcome:
+def _test(
+    inputs: Inputs, trained: TrainedHeads, head: int, chosen: dict[str, str | float], *, num_train: int
+) -> Outcome:
     test = inputs.features(Want(split="test", layer=str(chosen["layer"])))
     num_classes = inputs.num_classes
     ranked = trained.ranked(test.values, top=min(5, num_classes))[:, head]

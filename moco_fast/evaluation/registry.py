@@ -18,6 +18,9 @@ TASKS = {
     "svm": "moco_fast.evaluation.tasks.svm:Svm",
     "stages": "moco_fast.evaluation.tasks.stages:Stages",
     "few-shot": "moco_fast.evaluation.tasks.few_shot:FewShot",
+    "retrieval": "moco_fast.evaluation.tasks.retrieval:Retrieval",
+    "cluster": "moco_fast.evaluation.tasks.cluster:Cluster",
+    "domains": "moco_fast.evaluation.tasks.domains:Domains",
     "health": "moco_fast.evaluation.tasks.health:Health",
 }
 """Name -> module:class. The modules import torch only when they measure."""

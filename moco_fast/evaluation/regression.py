@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Fitted", "fit_logistic", "fit_path"]
+from moco_fast.evaluation.labels import choice_split
+
+__all__ = ["Fitted", "fit_chosen", "fit_logistic", "fit_path"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,3 +105,30 @@ def fit_path(
             )
         )
     return found
+
+
+def fit_chosen(
+    features: Tensor, labels: Tensor, *, num_classes: int, num_c: int, max_iter: int, share: float, seed: int
+) -> tuple[Fitted, float]:
+    """Choose C on a part of a training set, and fit to all of it with this C (Ericsson et al. 2021).
+
+    Args:
+        features: (N, D) floating point.
+        labels: (N,) int64, at least 0, on the host.
+        num_classes: number of classes.
+        num_c: values of C from 1e-6 to 1e5, evenly spread over the exponents.
+        max_iter: of L-BFGS.
+        share: of each class that decides.
+        seed: of the draw of what decides.
+
+    Returns:
+        the regression, and its C.
+    """
+    fits, decides = (rows.to(features.device) for rows in choice_split(labels, share=share, seed=seed))
+    labels = labels.to(features.device)
+    cs: list[float] = torch.logspace(-6, 5, num_c, dtype=torch.float64).tolist()
+    path = fit_path(features[fits], labels[fits], num_classes=num_classes, cs=cs, max_iter=max_iter)
+    right = [(fit.scores(features[decides]).argmax(dim=1) == labels[decides]).sum().item() for fit in path]
+    best = max(range(num_c), key=lambda number: right[number])  # of several, the one with the strongest penalty
+    fit = fit_logistic(features, labels, num_classes=num_classes, c=cs[best], max_iter=max_iter, start=path[best])
+    return fit, cs[best]

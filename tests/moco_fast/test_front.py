@@ -11,14 +11,19 @@ import torch.distributed as dist
 
 from moco_fast import distributed
 from moco_fast.cli import main
+from moco_fast.evaluation import retrieval
 from moco_fast.evaluation.base import FigureInfo, Inputs, Known, Measured, Outcome, Task, Want
 from moco_fast.evaluation.front import Plan, evaluate
 from moco_fast.evaluation.inputs import Subject
 from moco_fast.evaluation.labels import label_counts
 from moco_fast.evaluation.registry import TASKS
 from moco_fast.evaluation.result import Result, read_results
+from moco_fast.evaluation.tasks.cluster import Cluster
+from moco_fast.evaluation.tasks.domains import Domains
+from moco_fast.evaluation.tasks.few_shot import FewShot
 from moco_fast.evaluation.tasks.health import Health
 from moco_fast.evaluation.tasks.knn import Knn
+from moco_fast.evaluation.tasks.retrieval import Retrieval
 from pipelines.world import World
 from shards.sets import open_set
 from tests.moco_fast.test_eval import small_encoder, subject_of
@@ -129,8 +134,17 @@ def test_sets_with_other_classes_leave_out_what_compares_them(
 def measured_on_this_rank(train: str, test: str, cache: str) -> tuple[list[Any], list[Any]]:
     world = World(rank=distributed.rank(), world_size=distributed.world_size())
     subject = subject_of(small_encoder(), train, test, batch_size=100, world=world)
+    subject = replace(subject, sets={**subject.sets, "far": open_set(test)})
+    retrieval._CHUNK_ELEMENTS = 288 * 20  # several parts for each rank
     left: list[Any] = []
-    tasks = (Knn(k=(5,)), Apart(), Sum(refuse=True), Health())
+    frozen = (
+        FewShot(split="both", shots=(2,), queries=2, episodes=20),
+        Retrieval(),
+        Retrieval(database="test"),
+        Cluster(num_init=1),
+        Domains(domains=(f"far={test}",), epochs=2),
+    )
+    tasks = (Knn(k=(5,)), Apart(), Sum(refuse=True), *frozen, Health())
     asked = [task for task in tasks if world.world_size > 1 or task.name != "apart"]
     found = run(subject, Path(cache), *asked, leave_out=lambda task, reason: left.append((task.name, reason)))
     return [(each.task, {name: figure.value for name, figure in each.figures.items()}) for each in found], left
@@ -144,7 +158,8 @@ def test_two_ranks_leave_a_task_together_and_measure_the_others(
     first, second = run_ranks(measured_on_this_rank, *places, str(tmp_path / "two"))
     assert first == second
     assert first[0] == alone[0]
-    assert [name for name, _ in first[0]] == ["knn", "health"]
+    names = ["knn", "few-shot", "retrieval", "retrieval", "cluster", "domains", "health"]
+    assert [name for name, _ in first[0]] == names
     assert first[1] == [("apart", "sample 17 is damaged"), ("sum", "the features are\nnot to its liking")]
 
 

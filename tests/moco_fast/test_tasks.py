@@ -18,11 +18,14 @@ from moco_fast.evaluation.labels import choice_split, mean_per_class
 from moco_fast.evaluation.registry import TASKS, task_class
 from moco_fast.evaluation.regression import fit_logistic, fit_path
 from moco_fast.evaluation.svm import average_precision, fit_all, fit_few, mean_average_precision, scores_of
+from moco_fast.evaluation.tasks.cluster import Cluster
+from moco_fast.evaluation.tasks.domains import Domains
 from moco_fast.evaluation.tasks.few_shot import FewShot
 from moco_fast.evaluation.tasks.health import Health
 from moco_fast.evaluation.tasks.knn import Knn
 from moco_fast.evaluation.tasks.linear import Linear
 from moco_fast.evaluation.tasks.logistic import Logistic
+from moco_fast.evaluation.tasks.retrieval import Retrieval
 from moco_fast.evaluation.tasks.stages import Stages
 from moco_fast.evaluation.tasks.svm import Svm
 from tests.moco_fast.task_inputs import MadeUp, blobs
@@ -31,7 +34,8 @@ CPU = torch.device("cpu")
 
 
 def made_up(**changes: Any) -> MadeUp:
-    return replace(MadeUp(train=blobs(300), test=blobs(120, seed=1), num_classes=4), **changes)
+    more = {"far": blobs(50, seed=2, apart=0.5)}
+    return replace(MadeUp(train=blobs(300), test=blobs(120, seed=1), num_classes=4, more=more), **changes)
 
 
 # Labels ----------------------------------------------------------------------------------------------------------
@@ -336,6 +340,9 @@ QUICK: dict[str, Task] = {
     "svm": Svm(costs=(0.01, 1.0), shots=(3,), num_draws=1),
     "stages": Stages(stages=(4, 5), batch_size=64, epochs=2),
     "few-shot": FewShot(shots=(2, 1), way=3, queries=4, episodes=12),
+    "retrieval": Retrieval(),
+    "cluster": Cluster(num_init=1),
+    "domains": Domains(domains=("far=shards/far",), epochs=2),
     "health": Health(),
 }
 
@@ -382,6 +389,11 @@ def test_every_task_names_what_it_measures_and_repeats_it(name: str) -> None:
         (FewShot(way=1), "--way is 1"),
         (FewShot(shots=(5, 0)), "--shots is 0"),
         (FewShot(heads=()), "--heads names nothing"),
+        (Retrieval(k=(0,)), "--k is 0"),
+        (Cluster(clusters=1), "--clusters is 1"),
+        (Domains(domains=("far",)), "--domains far is not NAME=SHARDS"),
+        (Domains(domains=("far=a", "far=b")), "--domains names far twice"),
+        (Domains(domains=("test=a",)), "--domains names test twice"),
         (Health(max_samples=1), "--max-samples is 1"),
         (Health(layer="fc"), "there is no layer"),
     ],

@@ -28,6 +28,7 @@ class FewShot(Task):
     """Learn classes from a few samples each, in many random episodes (Ericsson et al. 2021, few_shot.py)."""
 
     name: ClassVar[str] = "few-shot"
+    live: ClassVar[bool] = True
 
     split: Literal["both", "train", "test"] | None = None
     """Where episodes are drawn from: `both` sets together, or one alone, such as the novel classes of mini-ImageNet.

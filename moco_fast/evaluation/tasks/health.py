@@ -22,7 +22,6 @@ class Health(Task):
     """Tell from features alone how many directions they use, and what has collapsed; needs no labels."""
 
     name: ClassVar[str] = "health"
-    needs_labels: ClassVar[bool] = False
     draws: ClassVar[bool] = False
     live: ClassVar[bool] = True
 
@@ -37,6 +36,11 @@ class Health(Task):
     def for_run(cls, config: "Config") -> Self:
         """Look at held-out samples where there are some, whose features other tasks want, too."""
         return cls(split="train" if config.eval.shards is None else "test")
+
+    @property
+    def needs_labels(self) -> bool:
+        """No: features alone are looked at."""
+        return False
 
     def validate(self) -> None:
         """Refuse numbers that cannot be."""

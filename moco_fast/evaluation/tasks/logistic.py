@@ -48,23 +48,19 @@ class Logistic(Task):
 
     def measure(self, inputs: Inputs) -> Outcome:
         """Choose C, fit to all, test."""
-        import torch
-
-        from moco_fast.evaluation.labels import choice_split, mean_per_class
-        from moco_fast.evaluation.regression import fit_logistic, fit_path
+        from moco_fast.evaluation.labels import mean_per_class
+        from moco_fast.evaluation.regression import fit_chosen
 
         train, test = map(inputs.features, self.wants())
-        values, num_classes = train.values.to(inputs.device), inputs.num_classes
-        labels = train.labels.to(inputs.device)
-        fits, decides = (
-            rows.to(inputs.device) for rows in choice_split(train.labels, share=self.share, seed=inputs.seed)
-        )
-        cs: list[float] = torch.logspace(-6, 5, self.num_c, dtype=torch.float64).tolist()
-        path = fit_path(values[fits], labels[fits], num_classes=num_classes, cs=cs, max_iter=self.max_iter)
-        right = [(fit.scores(values[decides]).argmax(dim=1) == labels[decides]).sum().item() for fit in path]
-        best = max(range(len(cs)), key=lambda number: right[number])  # of several, the one with the strongest penalty
-        fit = fit_logistic(
-            values, labels, num_classes=num_classes, c=cs[best], max_iter=self.max_iter, start=path[best]
+        num_classes = inputs.num_classes
+        fit, c = fit_chosen(
+            train.values.to(inputs.device),
+            train.labels,
+            num_classes=num_classes,
+            num_c=self.num_c,
+            max_iter=self.max_iter,
+            share=self.share,
+            seed=inputs.seed,
         )
         hits = fit.scores(test.values.to(inputs.device)).argmax(dim=1).cpu() == test.labels
         return Outcome(
@@ -72,6 +68,6 @@ class Logistic(Task):
                 "top1": Measured(value=hits.double().mean().item(), num_trials=len(test)),
                 "mean_per_class": Measured(value=mean_per_class(hits, test.labels, num_classes=num_classes)),
             },
-            chosen={"c": cs[best]},
+            chosen={"c": c},
             facts={"num_train": len(train), "num_test": len(test)},
         )
