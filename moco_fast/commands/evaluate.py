@@ -59,6 +59,10 @@ class _Written(EvalOptions):
             raise ValueError(f"--out {self.out}: there is no such folder to write to")
 
 
+def _quick_tasks() -> list[str]:
+    return [name for name in TASKS if not task_class(name).slow]
+
+
 def run_folder(encoder: str) -> Path | None:
     """Return the run's folder that an encoder is taken from, or None."""
     path = Path(encoder)
@@ -106,13 +110,13 @@ class EvalSuite(_Written):
     """Folder with the sets `train` and `test` (or `val`), and sets in a folder `domains` that heads are tested on too;
     each is shards or a folder of class folders. Unset: the run's own shards."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"{{{','.join(TASKS)}}}")] = ()
-    """Tasks to measure; unset: all."""
+    """Tasks to measure; unset: all but those that take long (robustness)."""
 
     def execute(self) -> int:
         """Measure, print and write; return the exit code."""
         self._refuse_out()
         domains = self._domains()
-        tasks = [task_class(name).for_suite(domains) for name in self.tasks or TASKS]
+        tasks = [task_class(name).for_suite(domains) for name in self.tasks or _quick_tasks()]
         results = measure_all(self, tasks, self._sets(), leave_out=not self.tasks)
         if not results:
             raise ValueError(

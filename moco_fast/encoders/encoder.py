@@ -89,7 +89,12 @@ class Encoder(nn.Module):
         return features if layer == "backbone" else self.head(features)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Pixels in 0..255 to what the backbone takes: (B, 3, H, W) uint8 -> float32, in the same memory format."""
+        """Pixels in 0..255 to what the backbone takes: (B, 3, H, W) uint8 -> float32, in the same memory format.
+
+        Pixels may be of a floating type, too, with gradient.
+        """
+        if images.requires_grad:
+            return torch.addcmul(self.pixel_shift.view(3, 1, 1), images, self.pixel_scale.view(3, 1, 1))
         dtype = torch.promote_types(images.dtype, self.pixel_scale.dtype)
         if not images.is_contiguous(memory_format=torch.channels_last):
             scale, shift = self.pixel_scale.view(3, 1, 1), self.pixel_shift.view(3, 1, 1)

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from moco_fast.config import Config
     from moco_fast.encoders.encoder import Encoder
     from moco_fast.evaluation.features import Features
+    from moco_fast.evaluation.inputs import PerImage
     from pipelines.config import DataConfig
     from pipelines.world import World
     from shards.sets import ShardSet
 
 __all__ = [
     "Evaluation",
+    "FigureCurve",
     "FigureInfo",
     "Inputs",
     "Known",
@@ -83,11 +85,27 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FigureCurve:
+    """A figure over something that is varied."""
+
+    title: str
+    caption: str
+    over: str
+    """What is varied, with its unit, such as `severity`."""
+    points: tuple[tuple[float, float], ...]
+    """(value of what is varied, figure), in rising order."""
+    unit: Literal["share", "number"] = "share"
+    in_report: bool = True
+    """Whether the report draws it; the result holds it anyway."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What one measurement gave."""
 
     figures: Mapping[str, Measured]
     """By the names of `Task.figures`; one that this data does not have is left out."""
+    curves: Mapping[str, FigureCurve] = field(default_factory=dict[str, FigureCurve])
     chosen: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Hyperparameters that were chosen, on a part of the training set."""
     facts: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -163,6 +181,14 @@ class Inputs(Known, Protocol):
         """
         ...
 
+    def per_image(self, made: "PerImage") -> "Features":
+        """Compute numbers for each labeled image, or find them in the cache; collective, for a `shared` task.
+
+        Returns:
+            the numbers in order of sample number, the same on every rank.
+        """
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
@@ -174,6 +200,8 @@ class Task(ABC):
     """Whether figures depend on the seed."""
     live: ClassVar[bool] = False
     """Whether a run can measure it at intervals: from the features that it wants, within minutes."""
+    slow: ClassVar[bool] = False
+    """Whether it trains or runs the encoder so often that the suite measures it only where it is named."""
 
     @property
     def needs_labels(self) -> bool:

@@ -22,6 +22,7 @@ from shards.sets import ShardSet
 
 __all__ = [
     "Features",
+    "eval_mode",
     "evenly",
     "extract",
     "extract_layers",
@@ -30,6 +31,7 @@ __all__ = [
     "labeled_features",
     "near",
     "spread",
+    "with_progress",
 ]
 
 
@@ -73,8 +75,8 @@ def feature_batches(
         layers: names of layers (moco_fast.encoders.layers).
         title: shows a progress bar with this title, if it takes longer than a few seconds.
     """
-    with _eval_mode(encoder):
-        for batch in _with_progress(batches, title):
+    with eval_mode(encoder):
+        for batch in with_progress(batches, title):
             found = layer_features(encoder, batch.views[0].to(device, non_blocking=True), layers)
             yield {layer: values.float() for layer, values in found.items()}, batch
 
@@ -128,7 +130,8 @@ def extract_layers(
     }
 
 
-def _with_progress(batches: Iterable[Batch], title: str | None) -> Iterable[Batch]:
+def with_progress(batches: Iterable[Batch], title: str | None) -> Iterable[Batch]:
+    """Show a progress bar, if there is a title and batches take longer than a few seconds."""
     interval_s = 0.5 if sys.stderr.isatty() else 10.0
     return tqdm(batches, desc=title, disable=title is None, delay=3, mininterval=interval_s, leave=False, unit="batch")
 
@@ -210,7 +213,8 @@ def _gather_rows(rows: Tensor) -> Tensor:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Generator[None]:
+def eval_mode(model: nn.Module) -> Generator[None]:
+    """Put a model into eval mode for a while; each of its modules gets its own mode back."""
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -14,7 +14,7 @@ from moco_fast.evaluation.base import Task
 from moco_fast.evaluation.cache import FeatureCache, data_digest, default_folder
 from moco_fast.evaluation.inputs import CachedFeatures, Subject, TaskInputs, measure_on
 from moco_fast.evaluation.labels import may_have_labels
-from moco_fast.evaluation.result import Result, settings_of, summarize
+from moco_fast.evaluation.result import Result, average_curves, settings_of, summarize
 from shards.sets import ShardSet
 
 __all__ = ["Plan", "evaluate", "why_not"]
@@ -111,6 +111,7 @@ def _measure(plan: Plan, task: Task, source: CachedFeatures) -> Result:
         world_size=subject.world.world_size,
         seeds=seeds,
         figures=summarize(task.figures(), outcomes),
+        curves=average_curves(outcomes),
         chosen=chosen if any(chosen) else (),
         facts=dict(outcomes[0].facts),
         notes=tuple(dict.fromkeys(note for outcome in outcomes for note in outcome.notes)),

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["LinearHeads", "Scaler", "cosine", "permuted_batches", "steps_down"]
+from shards.ground.digests import digest
+
+__all__ = ["Classifier", "LinearHeads", "Scaler", "cosine", "permuted_batches", "steps_down"]
 
 
 class LinearHeads:
@@ -108,6 +111,33 @@ class Scaler:
     def __call__(self, features: Tensor) -> Tensor:
         """(B, D) -> (B, D)."""
         return (features - self.mean.to(features.device)) * self.scale.to(features.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A trained head with the scaler of its features."""
+
+    mean: Tensor
+    """(D,)"""
+    scale: Tensor
+    """(D,)"""
+    weight: Tensor
+    """(C, D)"""
+    bias: Tensor
+    """(C,)"""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Features (B, D) to logits (B, C), with gradient."""
+        return ((features - self.mean) * self.scale) @ self.weight.T + self.bias
+
+    def to(self, device: torch.device) -> "Classifier":
+        """Return the same on a device."""
+        return Classifier(**{name: value.to(device) for name, value in vars(self).items()})
+
+    @property
+    def digest(self) -> str:
+        """Of everything that it computes with."""
+        return digest(b"".join(value.cpu().numpy().tobytes() for value in vars(self).values()))
 
 
 _ROWS = 8192

@@ -1,7 +1,7 @@
 """Inputs of tasks: features from the cache, made once by all ranks together, or of a live encoder, kept in memory."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from moco_fast import distributed
@@ -16,15 +17,34 @@ from moco_fast.encoders.encoder import Encoder
 from moco_fast.encoders.layers import layer_shapes
 from moco_fast.evaluation.base import Outcome, Split, Task, Want
 from moco_fast.evaluation.cache import FeatureCache, FeatureKey, RowsFile, data_digest
-from moco_fast.evaluation.features import Features, evenly, extract_layers, feature_batches, gather, spread
+from moco_fast.evaluation.features import (
+    Features,
+    eval_mode,
+    evenly,
+    extract_layers,
+    feature_batches,
+    gather,
+    spread,
+    with_progress,
+)
 from moco_fast.evaluation.labels import common_classes, label_counts
 from pipelines.backends.registry import choose
+from pipelines.batch import Batch
 from pipelines.config import DataConfig, central_crop
 from pipelines.loader import open_loader, suited_to
 from pipelines.world import World
 from shards.sets import ShardSet
 
-__all__ = ["CachedFeatures", "FeatureSource", "LiveFeatures", "Subject", "TaskInputs", "measure_on"]
+__all__ = [
+    "CachedFeatures",
+    "FeatureSource",
+    "Images",
+    "LiveFeatures",
+    "PerImage",
+    "Subject",
+    "TaskInputs",
+    "measure_on",
+]
 
 _BROKEN = "the encoder's features are not finite: it has diverged, evaluate an earlier checkpoint"
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,6 +93,46 @@ class Subject:
         return f"features of the {name} set" if self.world.rank == 0 else None
 
 
+class Images(Protocol):
+    """Images from elsewhere than the subject's sets."""
+
+    @property
+    def digest(self) -> str:
+        """Of what they are: numbers computed of them are cached under it."""
+        ...
+
+    @property
+    def num_samples(self) -> int:
+        """How many there are."""
+        ...
+
+    def loader(
+        self, samples: np.ndarray, *, size: int, batch_size: int, device: torch.device, world: World
+    ) -> AbstractContextManager[Iterable[Batch]]:
+        """Open this rank's part of some of them, one contiguous part per rank, as squares of `size` pixels."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerImage:
+    """Numbers that a task computes itself for each image."""
+
+    name: str
+    """Everything that decides the numbers beside encoder, images and view: they are cached under it."""
+    title: str
+    """Of a progress bar."""
+    dim: int
+    """Numbers for each image."""
+    function: Callable[[Batch], Tensor]
+    """Images of this rank (B, 3, S, S) uint8, on the device, with numbers and labels -> (B, dim); the encoder is in
+    eval mode."""
+    split: Split = "test"
+    """Set whose images they are, as central squares, unless there are `images`."""
+    images: Images | None = None
+    at_most: int | None = None
+    """At most so many images, evenly spread; None: all."""
+
+
 class FeatureSource(Protocol):
     """Where features come from."""
 
@@ -86,6 +146,10 @@ class FeatureSource(Protocol):
 
     def get(self, want: Want) -> Features:
         """Return prepared features of all samples that are wanted, in order of sample number."""
+        ...
+
+    def per_image(self, made: PerImage) -> Features:
+        """Return a task's own numbers for each image, in order of sample number; collective."""
         ...
 
 
@@ -128,6 +192,19 @@ class LiveFeatures:
             found = found.rows(torch.from_numpy(evenly(len(found), want.at_most)))
         return replace(found, values=normalize(found.values)) if want.unit else found
 
+    def per_image(self, made: PerImage) -> Features:
+        """Compute and bring together on every rank; collective."""
+        parts = list(_batches(self.subject, made, _samples(self.subject, made)))
+        values, batches = [part for part, _ in parts], [batch for _, batch in parts]
+        empty = torch.empty(0, dtype=torch.int64)
+        return gather(
+            Features(
+                values=torch.cat([torch.empty(0, made.dim, device=self.subject.device), *values]),
+                labels=torch.cat([empty, *(batch.label for batch in batches)]),
+                index=torch.cat([empty, *(batch.index for batch in batches)]),
+            )
+        )
+
 
 @dataclass(kw_only=True)
 class CachedFeatures:
@@ -163,15 +240,39 @@ class CachedFeatures:
         num_samples = self.subject.sets[want.split].num_samples
         return want if want.at_most is None or want.at_most < num_samples else replace(want, at_most=None)
 
+    def per_image(self, made: PerImage) -> Features:
+        """Map from the file, or compute first what is not there; collective."""
+        key, samples = self._key_of(made), _samples(self.subject, made)
+
+        def compute(stack: ExitStack) -> None:
+            with closing(_batches(self.subject, made, samples)) as batches:
+                rows = (({made.name: values}, batch) for values, batch in batches)
+                self._write({made.name: key}, [(made.dim,)], len(samples), rows, stack)
+
+        self._fill([key], lambda: self._look_up(key, samples) is None, compute)
+        found = self._look_up(key, samples)
+        if found is None:
+            raise LookupError(f"{made.name} is not in the cache any more: another process made room")
+        return found
+
     def _find(self, want: Want) -> Features | None:
-        key = self._key(want)
+        return self._look_up(self._key(want), self.subject.samples(want.split, want.at_most))
+
+    def _look_up(self, key: FeatureKey, samples: np.ndarray) -> Features | None:
         found = self.cache.find(key)
-        if found is not None or want.at_most is None:
+        if found is not None or key.at_most is None:
             return found
         whole = self.cache.find(key.whole())
         if whole is None:
             return None
-        return whole.rows(torch.from_numpy(self.subject.samples(want.split, want.at_most)))
+        return whole.rows(torch.from_numpy(samples))
+
+    def _key_of(self, made: PerImage) -> FeatureKey:
+        key = self._key(self._settled(Want(split=made.split, layer=made.name, at_most=made.at_most)))
+        if made.images is None:
+            return key
+        at_most = made.at_most if made.at_most is None or made.at_most < made.images.num_samples else None
+        return replace(key, data=made.images.digest, crop=1.0, decoder="files", at_most=at_most)
 
     def _key(self, want: Want) -> FeatureKey:
         subject = self.subject
@@ -193,39 +294,62 @@ class CachedFeatures:
 
     def _prepare(self, split: Split, at_most: int | None, layers: Sequence[str]) -> None:
         wants = [Want(split=split, layer=layer, at_most=at_most) for layer in layers]
-        is_first = self.subject.world.rank == 0
+
+        def compute(stack: ExitStack) -> None:
+            missing = distributed.tell_all([want for want in wants if self._find(want) is None])
+            self._compute(split, at_most, missing, stack)
+
+        self._fill(
+            [self._key(want) for want in wants], lambda: any(self._find(want) is None for want in wants), compute
+        )
+
+    def _fill(
+        self, keys: Sequence[FeatureKey], is_missing: Callable[[], bool], compute: Callable[[ExitStack], None]
+    ) -> None:
+        """Compute what is missing while no other process does; collective."""
         with ExitStack() as stack:
-            missing: list[Want] = []
-            if is_first and any(self._find(want) is None for want in wants):
-                stack.enter_context(self.cache.held([self._key(want) for want in wants]))
+            must_compute = False
+            if self.subject.world.rank == 0 and is_missing():
+                stack.enter_context(self.cache.held(keys))
                 # Another process may have written them meanwhile.
-                missing = [want for want in wants if self._find(want) is None]
-            missing = distributed.tell_all(missing)
-            if missing:
-                self._compute(split, at_most, missing, stack)
+                must_compute = is_missing()
+            distributed.leave_together()
+            if distributed.tell_all(must_compute):
+                compute(stack)
 
     def _compute(self, split: Split, at_most: int | None, wants: Sequence[Want], stack: ExitStack) -> None:
-        subject, world = self.subject, self.subject.world
+        subject = self.subject
         samples = subject.samples(split, at_most)
         keys = {want.layer: self._key(want) for want in wants}
         shapes = layer_shapes(subject.encoder, tuple(keys), size=subject.size)
-        if world.rank == 0:
-            sizes = [shapes[layer] for layer in keys]
-            stack.enter_context(self.cache.appearing(list(keys.values()), num_rows=len(samples), shapes=sizes))
-        distributed.tell_all(None)  # The files are there.
-        files = {layer: self._open(key) for layer, key in keys.items()}
-        row = len(samples) * world.rank // world.world_size  # where the loader begins this rank's part
-        num_broken = torch.zeros(1, dtype=torch.int64, device=subject.device)
-        distributed.leave_together()  # All ranks see the files.
         with subject.loader(split, samples) as loader, subject.autocast():
             batches = feature_batches(
                 subject.encoder, loader, device=subject.device, layers=tuple(keys), title=subject.title(split)
             )
-            for features, batch in batches:
-                for layer, values in features.items():
-                    num_broken += (~values.isfinite()).sum()
-                    files[layer].write(row, values, batch.label, batch.index)
-                row += len(batch.index)
+            self._write(keys, [shapes[layer] for layer in keys], len(samples), batches, stack)
+
+    def _write(
+        self,
+        keys: Mapping[str, FeatureKey],
+        shapes: Sequence[tuple[int, ...]],
+        num_rows: int,
+        batches: Iterable[tuple[Mapping[str, Tensor], Batch]],
+        stack: ExitStack,
+    ) -> None:
+        """Write the rows of all ranks into files of which each holds one part; collective."""
+        world = self.subject.world
+        if world.rank == 0:
+            stack.enter_context(self.cache.appearing(list(keys.values()), num_rows=num_rows, shapes=shapes))
+        distributed.leave_together()  # The files are there.
+        files = {name: self._open(key) for name, key in keys.items()}
+        row = num_rows * world.rank // world.world_size  # where the loader begins this rank's part
+        num_broken = torch.zeros(1, dtype=torch.int64, device=self.subject.device)
+        distributed.leave_together()  # All ranks see the files.
+        for found, batch in batches:
+            for name, values in found.items():
+                num_broken += (~values.isfinite()).sum()
+                files[name].write(row, values, batch.label, batch.index)
+            row += len(batch.index)
         for file in files.values():
             file.close()
         distributed.leave_together()
@@ -235,7 +359,7 @@ class CachedFeatures:
             raise ValueError(_BROKEN)
         if world.rank == 0:
             stack.close()
-        distributed.tell_all(None)  # The files have their names.
+        distributed.leave_together()  # The files have their names.
 
     def _open(self, key: FeatureKey) -> RowsFile:
         aside = self.cache.aside(key)
@@ -310,11 +434,14 @@ class TaskInputs:
             self._kept[asked] = self._make(want, labeled=labeled)
         return self._kept[asked]
 
+    def per_image(self, made: PerImage) -> Features:
+        """Compute numbers for each labeled image, or find them in the cache; see Inputs."""
+        return _labeled(self.source.per_image(made))
+
     def _make(self, want: Want, *, labeled: bool) -> Features:
         found = self.source.get(want)
-        keep = found.labels >= 0
-        if labeled and not bool(keep.all()):
-            found = found.rows(keep)
+        if labeled:
+            found = _labeled(found)
         if labeled and not len(found):
             where = self.subject.sets[want.split].where
             raise ValueError(f"{where} holds no labeled sample, so there is nothing to compare: pack it with labels")
@@ -326,6 +453,34 @@ def _by_split(wants: Iterable[Want]) -> dict[Split, list[Want]]:
     for want in dict.fromkeys(wants):
         found.setdefault(want.split, []).append(want)
     return found
+
+
+def _labeled(features: Features) -> Features:
+    keep = features.labels >= 0
+    return features if bool(keep.all()) else features.rows(keep)
+
+
+def _samples(subject: Subject, made: PerImage) -> np.ndarray:
+    if made.images is None:
+        return subject.samples(made.split, made.at_most)
+    num_samples, at_most = made.images.num_samples, made.at_most
+    return np.arange(num_samples) if at_most is None or num_samples <= at_most else evenly(num_samples, at_most)
+
+
+def _batches(subject: Subject, made: PerImage, samples: np.ndarray) -> Generator[tuple[Tensor, Batch]]:
+    """Give this rank's part of a task's own numbers, batch by batch."""
+    world = subject.world
+    if made.images is None:
+        loader = subject.loader(made.split, samples)
+    else:
+        batch_size = max(1, subject.data.batch_size // world.world_size)
+        loader = made.images.loader(
+            samples, size=subject.size, batch_size=batch_size, device=subject.device, world=world
+        )
+    title = made.title if world.rank == 0 else None
+    with loader as batches, eval_mode(subject.encoder), torch.no_grad():
+        for batch in with_progress(batches, title):
+            yield made.function(batch).float(), batch
 
 
 def _num_classes(shards: ShardSet) -> int:

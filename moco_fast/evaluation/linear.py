@@ -14,7 +14,7 @@ from moco_fast.encoders.formats.base import digest_of
 from moco_fast.encoders.layers import layer_shapes
 from moco_fast.evaluation.base import Inputs, Measured, Outcome, Want
 from moco_fast.evaluation.features import feature_batches, near
-from moco_fast.evaluation.heads import LinearHeads, Scaler, cosine, permuted_batches, steps_down
+from moco_fast.evaluation.heads import Classifier, LinearHeads, Scaler, cosine, permuted_batches, steps_down
 from moco_fast.evaluation.labels import choice_split, mean_per_class
 from pipelines.config import ViewConfig, ViewSpec
 from pipelines.loader import open_loader, suited_to
@@ -36,6 +36,16 @@ class TrainedHeads:
     heads: LinearHeads
     scaled: Callable[[Tensor], Tensor]
     """Makes their input of features."""
+    scaler: Scaler | None = None
+    """That does so; None: features are taken as they are."""
+
+    @property
+    def classifier(self) -> Classifier:
+        """The first head, with its scaler."""
+        scaler, heads = self.scaler, self.heads
+        assert scaler is not None
+        parts = {"mean": scaler.mean, "scale": scaler.scale, "weight": heads.weight[0], "bias": heads.bias[0]}
+        return Classifier(**{name: value.to(heads.bias.device) for name, value in parts.items()})
 
     def ranked(self, values: Tensor, *, top: int, among: Tensor | None = None) -> Tensor:
         """Return the classes with the highest scores of every head, best first; see LinearHeads.ranked."""
@@ -143,7 +153,9 @@ def _fit(
     assert task.batch_size is not None
     scaler = Scaler(values, rows)
     trained = TrainedHeads(
-        heads=_heads(task, inputs, values.shape[1], rates), scaled=lambda part: scaler(part.to(inputs.device))
+        heads=_heads(task, inputs, values.shape[1], rates),
+        scaled=lambda part: scaler(part.to(inputs.device)),
+        scaler=scaler,
     )
     steps_per_epoch = max(1, len(rows) // task.batch_size)
     num_epochs = max(task.epochs, -(-(task.min_steps or 0) // steps_per_epoch))

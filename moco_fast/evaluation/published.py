@@ -113,6 +113,7 @@ PUBLISHED: tuple[Published, ...] = (
     *_rows("ImageNet-1k", "finetune 10%", ["top1", "top5"], _OPENSELFSUP, v1=[60.08, 84.02], v2=[61.80, 85.11]),
     *_rows("ImageNet-1k", "finetune", ["top1"], "authors", encoder="ViT-S", v3=[81.4]),
     *_rows("ImageNet-1k", "finetune", ["top1"], "authors", encoder="ViT-B", v3=[83.2]),
+    *_rows("ImageNet-1k", "robustness", ["mce", "clean_error"], "hendrycks/robustness", supervised=[76.7, 23.85]),
     *_rows("VOC07", "svm voc07", ["map"], _OPENSELFSUP, v1=[79.18], v2=[84.26]),
     *_rows(
         "VOC07",

@@ -22,6 +22,7 @@ TASKS = {
     "cluster": "moco_fast.evaluation.tasks.cluster:Cluster",
     "domains": "moco_fast.evaluation.tasks.domains:Domains",
     "health": "moco_fast.evaluation.tasks.health:Health",
+    "robustness": "moco_fast.evaluation.tasks.robustness:Robustness",
 }
 """Name -> module:class. The modules import torch only when they measure."""
 _WITH_LABELS, _WITHOUT_LABELS = "knn", "health"  # what a run measures unless --eval.tasks says otherwise

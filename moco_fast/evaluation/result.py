@@ -8,10 +8,19 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal, Self
 
-from moco_fast.evaluation.base import FigureInfo, Measured, Outcome, Task
+from moco_fast.evaluation.base import FigureCurve, FigureInfo, Measured, Outcome, Task
 from shards.ground.files import write_whole
 
-__all__ = ["Figure", "Result", "read_results", "summarize", "table", "wilson_interval", "write_results"]
+__all__ = [
+    "Figure",
+    "Result",
+    "average_curves",
+    "read_results",
+    "summarize",
+    "table",
+    "wilson_interval",
+    "write_results",
+]
 
 FORMAT = "moco-fast-results"
 _VERSION = 1
@@ -60,6 +69,8 @@ class Result:
     seeds: tuple[int, ...]
     figures: dict[str, Figure]
     """The most important one first."""
+    curves: dict[str, FigureCurve] = field(default_factory=dict[str, FigureCurve])
+    """Means over the seeds."""
     chosen: tuple[dict[str, Any], ...] = ()
     """Hyperparameters that were chosen, for each seed."""
     facts: dict[str, int] = field(default_factory=dict[str, int])
@@ -79,6 +90,7 @@ class Result:
         """Build from parsed JSON. Raises KeyError or TypeError: a field is missing or unknown."""
         rest = dict(values)
         rest["figures"] = {name: _figure(figure) for name, figure in values["figures"].items()}
+        rest["curves"] = {name: _curve(curve) for name, curve in values.get("curves", {}).items()}
         for name in ("seeds", "chosen", "notes"):
             rest[name] = tuple(values[name])
         return cls(**rest)
@@ -89,6 +101,12 @@ def _figure(values: Mapping[str, Any]) -> Figure:
     rest["interval"] = None if values["interval"] is None else tuple(values["interval"])
     rest["by_seed"] = tuple(values["by_seed"])
     return Figure(**rest)
+
+
+def _curve(values: Mapping[str, Any]) -> FigureCurve:
+    rest: dict[str, Any] = dict(values)
+    rest["points"] = tuple((float(x), float(y)) for x, y in values["points"])
+    return FigureCurve(**rest)
 
 
 def wilson_interval(share: float, num_trials: int) -> tuple[float, float]:
@@ -104,6 +122,21 @@ def summarize(infos: Mapping[str, FigureInfo], outcomes: Sequence[Outcome]) -> d
     names = [name for name in infos if name in outcomes[0].figures]
     assert len(names) == len(outcomes[0].figures), "a task measured a figure that it does not name"
     return {name: _over_seeds(infos[name], [outcome.figures[name] for outcome in outcomes]) for name in names}
+
+
+def average_curves(outcomes: Sequence[Outcome]) -> dict[str, FigureCurve]:
+    """Bring together the curves that were measured with each seed."""
+    first, *_ = outcomes
+    return {
+        name: replace(
+            curve,
+            points=tuple(
+                (x, fmean(outcome.curves[name].points[number][1] for outcome in outcomes))
+                for number, (x, _) in enumerate(curve.points)
+            ),
+        )
+        for name, curve in first.curves.items()
+    }
 
 
 def _over_seeds(info: FigureInfo, measured: Sequence[Measured]) -> Figure:

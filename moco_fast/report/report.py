@@ -12,8 +12,9 @@ from markupsafe import Markup
 
 from moco_fast import __version__
 from moco_fast.checkpoint import load_encoder
+from moco_fast.evaluation.base import FigureCurve
 from moco_fast.evaluation.registry import find_scores
-from moco_fast.evaluation.result import table
+from moco_fast.evaluation.result import Result, table
 from moco_fast.evaluation.untrained import untrained_twin
 from moco_fast.methods.base import Chart, Level
 from moco_fast.report.commands import next_commands
@@ -68,6 +69,7 @@ def write_report(
         tiles=tiles(record),
         learning=_charts(record, "learning"),
         worth=table(record.results) if record.results else [],
+        worth_curves=_result_curves(record.results),
         health=_charts(record, "health"),
         speed=_drawn(record, _SPEED),
         epoch=epoch,
@@ -156,6 +158,30 @@ def _charts(record: RunRecord, about: str) -> list[DrawnChart]:
         figures += _drawn(record, [score], about, level=level, points=True)
     of_method = record.config.method.charts(record.config.data.batch_size, record.config.views.num_small)
     return figures + _drawn(record, [*of_method, _LEARNING_RATE], about)
+
+
+def _result_curves(results: Sequence[Result]) -> list[DrawnChart]:
+    """Draw the curves of results, with a line for each of two encoders; of the same encoder the last result counts."""
+    by_name: dict[str, dict[str, FigureCurve]] = {}
+    for result in results:
+        for name, curve in result.curves.items():
+            if curve.in_report:
+                by_name.setdefault(f"{result.task}/{name}", {})[result.encoder["name"]] = curve
+    charts: list[DrawnChart] = []
+    for of_encoders in by_name.values():
+        first = next(iter(of_encoders.values()))
+        svg = draw_curves(
+            [
+                Curve(steps=[x for x, _ in curve.points], values=[y for _, y in curve.points], label=label, points=True)
+                for label, curve in of_encoders.items()
+            ],
+            alt=f"{first.title} over {first.over}",
+            percent=first.unit == "share",
+            from_zero=True,
+        )
+        safe = Markup(svg)  # noqa: S704 - matplotlib escapes its text
+        charts.append(DrawnChart(title=first.title, caption=first.caption, svg=safe))
+    return charts
 
 
 def _drawn(

@@ -1,16 +1,22 @@
-"""Inputs of tasks that are features made up by a test."""
+"""Inputs of tasks that are features made up by a test, with images and an encoder that are not where they come from."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.base import Split, Want
 from moco_fast.evaluation.features import Features
+from moco_fast.evaluation.inputs import PerImage
+from pipelines.batch import Batch
+from pipelines.config import DataConfig
 from pipelines.world import World
 
 
@@ -47,6 +53,28 @@ class MadeUp:
         keep = index[labels[index] >= 0] if labeled else index
         found = values[keep]
         return Features(values=normalize(found) if want.unit else found, labels=labels[keep], index=keep)
+
+    size = 8
+    data = DataConfig(shards="", num_threads=1)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        dim = self.train[0].shape[1]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            backbone = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, dim))
+        return Encoder(backbone, nn.Identity(), feature_dim=dim, dim=dim, image_size=self.size).eval()
+
+    def autocast(self) -> Any:
+        return nullcontext()
+
+    def per_image(self, made: PerImage) -> Features:
+        labels = self.test[1]
+        shape = (len(labels), 3, self.size, self.size)
+        images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        index = torch.arange(len(labels))[: made.at_most]
+        batch = Batch(views=(images[index],), index=index, label=labels[index])
+        return Features(values=made.function(batch), labels=labels[index], index=index)
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"a task on features asks for {name}")

@@ -376,6 +376,21 @@ def test_a_result_says_everything_that_repeats_it(
     assert Result.from_dict(values).figures["top1"].interval_of == "2 seeds (Student's t)"
 
 
+def test_the_suite_leaves_slow_tasks_to_those_who_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def refuse(_options: Any, tasks: Any, *_: Any, **__: Any) -> Any:
+        asked.append([task.name for task in tasks])
+        raise ValueError("not measured")
+
+    monkeypatch.setattr("moco_fast.commands.evaluate.measure_all", refuse)
+    for words in ([], ["--tasks", "robustness", "knn"]):
+        assert main(["eval", "suite", "--encoder", "nowhere", *words]) == 2
+    assert "knn" in asked[0]
+    assert "robustness" not in asked[0]
+    assert asked[1] == ["robustness", "knn"]
+
+
 def test_the_suite_measures_what_the_data_allows_into_the_run_s_folder(
     finished_run: Path, packed_demo: Any, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

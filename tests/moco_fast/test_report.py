@@ -19,6 +19,7 @@ from PIL import Image
 
 from moco_fast.checkpoint import load_encoder
 from moco_fast.config import to_dict
+from moco_fast.evaluation.base import FigureCurve
 from moco_fast.evaluation.features import labeled_features
 from moco_fast.evaluation.result import Figure, Result, write_results
 from moco_fast.evaluation.untrained import untrained_twin
@@ -378,6 +379,8 @@ def test_what_was_measured_afterwards_is_on_the_page(finished_run: Path, tmp_pat
     assert "What is it worth?" not in write_report(run, device=torch.device("cpu"), num_samples=1).read_text()
     (run / "evaluations").mkdir()
     (run / "evaluations" / "broken.json").write_text("{")
+    points = ((0.0, 0.25), (1.0, 0.5))
+    curve = FigureCurve(title="Error on images", caption="Share <of> images.", over="severity", points=points)
     figure = Figure(value=0.625, interval=(0.5, 0.75), title="linear <top-1>")
     known = {
         "settings": {},
@@ -394,6 +397,7 @@ def test_what_was_measured_afterwards_is_on_the_page(finished_run: Path, tmp_pat
             protocol="fast",
             encoder={"name": "the run", "digest": "d"},
             figures={"top1": dataclasses.replace(figure, value=value)},
+            curves={"drawn": curve, "kept": dataclasses.replace(curve, title="Of one kind", in_report=False)},
             **known,
         )
         write_results(run / "evaluations" / f"{9 - number}.json", [result])
@@ -402,3 +406,6 @@ def test_what_was_measured_afterwards_is_on_the_page(finished_run: Path, tmp_pat
     assert "What is it worth?" in page.text
     assert "linear <top-1> 62.50% (50.00% to 75.00%)" in page.text
     assert "10.00%" not in page.text
+    assert page.text.count("Error on images") == 1
+    assert "Share <of> images." in page.text
+    assert "Of one kind" not in page.text

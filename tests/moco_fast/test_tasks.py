@@ -26,6 +26,7 @@ from moco_fast.evaluation.tasks.knn import Knn
 from moco_fast.evaluation.tasks.linear import Linear
 from moco_fast.evaluation.tasks.logistic import Logistic
 from moco_fast.evaluation.tasks.retrieval import Retrieval
+from moco_fast.evaluation.tasks.robustness import Robustness
 from moco_fast.evaluation.tasks.stages import Stages
 from moco_fast.evaluation.tasks.svm import Svm
 from tests.moco_fast.task_inputs import MadeUp, blobs
@@ -344,6 +345,7 @@ QUICK: dict[str, Task] = {
     "cluster": Cluster(num_init=1),
     "domains": Domains(domains=("far=shards/far",), epochs=2),
     "health": Health(),
+    "robustness": Robustness(corruptions=("contrast", "fog"), severities=(1, 5), eps=(1.0, 8.0), steps=2, epochs=2),
 }
 
 
@@ -396,6 +398,19 @@ def test_every_task_names_what_it_measures_and_repeats_it(name: str) -> None:
         (Domains(domains=("test=a",)), "--domains names test twice"),
         (Health(max_samples=1), "--max-samples is 1"),
         (Health(layer="fc"), "there is no layer"),
+        (Robustness(corruptions=("rain",)), "--corruptions has 'rain', which is not a kind: choose gaussian_noise"),
+        (Robustness(corruptions=(), attacks=()), "nothing to measure"),
+        (Robustness(severities=(0,)), "--severities is"),
+        (Robustness(norms=()), "--norms names nothing"),
+        (Robustness(eps=(1.0, 0.0)), "--eps is 0"),
+        (Robustness(eps_l2=()), "--eps-l2 names nothing"),
+        (Robustness(steps=0), "--steps is 0"),
+        (Robustness(max_attacked=0), "--max-attacked is 0"),
+        (Robustness(corruption_seed=-1), "--corruption-seed is -1"),
+        (Robustness(corrupted="nowhere"), "--corrupted nowhere is not a folder"),
+        (Robustness(corrupted=".", strengths="cifar"), "--strengths cifar means nothing beside --corrupted"),
+        (Robustness(corrupted=".", corruption_seed=1), "--corruption-seed 1 means nothing beside --corrupted"),
+        (Robustness(corrupted=".", corruptions=()), "means nothing without --corruptions"),
     ],
 )
 def test_options_that_cannot_work_are_refused(task: Task, says: str) -> None:
