@@ -7,6 +7,8 @@ Dependencies are imported when they are used:
 """
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,6 +42,25 @@ _MODULES = {
     "open_loader": "pipelines.loader",
     "train": "moco_fast.api",
 }
+
+
+def _refuse_hidden() -> None:
+    """Name what hides a package of ours: `python -m` looks into the current folder first.
+
+    Raises:
+        ImportError: another package of that name would be imported.
+    """
+    for name in ("pipelines", "shards"):
+        found = find_spec(name)
+        folder = Path(found.origin).parent if found is not None and found.origin else None
+        if folder is not None and folder.resolve() != Path(__file__).resolve().parents[1] / name:
+            raise ImportError(
+                f"{found.origin} hides the package {name!r} that moco_fast needs: rename it, start from another "
+                "folder, or set PYTHONSAFEPATH=1"
+            )
+
+
+_refuse_hidden()
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import tyro
 
+from moco_fast import __version__, commandline
 from moco_fast.bench.cli import BenchConfig
 from moco_fast.commands.embed import Embed
 from moco_fast.commands.evaluate import eval_commands
@@ -43,6 +44,14 @@ else:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Train:
+    """Pretrain an encoder in one process, as `python -m moco_fast.train` does (`moco-fast train --help`).
+
+    Several processes: accelerate launch -m moco_fast.train ...
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class Eval:
     """Measure what an encoder is worth: a task, all of them, or results beside published ones."""
 
@@ -54,7 +63,8 @@ class Eval:
 
 
 _Commands = (
-    Annotated[Eval, tyro.conf.subcommand("eval")]
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Explore, tyro.conf.subcommand("explore")]
@@ -71,14 +81,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit code: 0 done, 2 when the command cannot work as given (one line on stderr says why), 130 interrupted.
     """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words == ["--version"]:
+        print(f"moco-fast {__version__}")
+        return 0
+    if words[:1] == ["train"]:
+        # Recipes and their options are read when they are asked for, and not by every command.
+        return commandline.main(words[1:], prog="moco-fast train")
     process.prepare()
     try:
-        refuse_renamed(sys.argv[1:] if argv is None else argv)
+        refuse_renamed(words)
         command: Any = tyro.cli(
             _Commands,
             prog="moco-fast",
-            args=argv,
-            description="Commands for shards and runs. To train: accelerate launch -m moco_fast.train.",
+            args=words,
+            description="Train, evaluate, embed, export. `moco-fast --version` prints the version.",
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
         )
         return command.execute()

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from moco_fast import __version__
 from moco_fast.config import Config, validate
-from moco_fast.meaning import refuse_meaningless, refuse_renamed
+from moco_fast.meaning import refuse_meaningless, refuse_renamed, refuse_without_section
 from moco_fast.presets import PRESETS
 from moco_fast.training import process
 from pipelines.config import tars_to_stream
@@ -43,30 +44,40 @@ else:
     )
 
 
-def parse(argv: Sequence[str] | None = None) -> Config:
+def parse(argv: Sequence[str] | None = None, *, prog: str = "moco_fast.train") -> Config:
     """Read the command line into a validated configuration.
+
+    Args:
+        argv: its words; None: those that this process was started with.
+        prog: what the command is called in its help.
 
     Raises:
         SystemExit: 2 when an option is wrong (the message is on stderr), 0 after `--help`.
         ValueError: the options cannot work together, or a folder does not exist.
     """
-    refuse_renamed(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    refuse_renamed(words)
+    refuse_without_section(words, (config for _, config in PRESETS.values()))
     chosen = tyro.cli(
         Recipe,
-        prog="moco_fast.train",
+        prog=prog,
         description="Pretrain an image encoder without labels. For several processes, use `accelerate launch`.",
-        args=argv,
+        args=words,
         console_outputs=is_first_rank(),
     )
     check(chosen.config, chosen.base)
     return chosen.config
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "moco_fast.train") -> int:
     """Train and return the exit code: 0 finished, 2 refused, 128 + signal when a signal stopped it."""
+    words = sys.argv[1:] if argv is None else argv
+    if list(words) == ["--version"]:
+        print(f"{prog} {__version__}")
+        return 0
     process.prepare()
     try:
-        config = parse(argv)
+        config = parse(words, prog=prog)
         from moco_fast.training.loop import train
 
         return train(config)

@@ -1,12 +1,12 @@
 """Checks for options that have no effect with the other options, and for old option names. Does not import torch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from moco_fast.config import Config, changes, option_name
+from moco_fast.config import Config, changes, flatten, option_name, to_dict
 from pipelines.backends.registry import STREAMING, refuse_unused
 
-__all__ = ["RENAMED", "RENAMED_OF_KNN", "refuse_meaningless", "refuse_renamed"]
+__all__ = ["RENAMED", "RENAMED_OF_KNN", "refuse_meaningless", "refuse_renamed", "refuse_without_section"]
 
 RENAMED = {
     "--moco.queue-size": "--method.queue-size (--method.num-negatives of memory-bank)",
@@ -122,6 +122,21 @@ def refuse_renamed(words: Sequence[str]) -> None:
         option = word.partition("=")[0].replace("_", "-")
         if option in renamed:
             raise ValueError(f"{option} is now {renamed[option]}")
+
+
+def refuse_without_section(words: Sequence[str], recipes: Iterable[Config]) -> None:
+    """Refuse an option that is given without its section. Raises ValueError: the message has the whole name."""
+    names = dict.fromkeys(option_name(name) for config in recipes for name in flatten(to_dict(config)))
+    sections: dict[str, list[str]] = {name.rpartition(".")[2]: [] for name in names}
+    for name in names:
+        section, _, last = name.rpartition(".")
+        sections[last].append(section)
+    for word in words:
+        option = word.partition("=")[0].replace("_", "-")
+        bare = option.removeprefix("--").removeprefix("no-")
+        if option.startswith("--") and bare in sections:
+            meant = " or ".join(f"--{section}.{option.removeprefix('--')}" for section in sections[bare])
+            raise ValueError(f"{option} is not an option: did you mean {meant}?")
 
 
 def refuse_meaningless(config: Config, recipe: Config) -> None:

@@ -3,12 +3,14 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import tyro
 
 from shards.config import WORK_FOLDER, PackConfig
 from shards.ground.errors import PackError
+from shards.ground.units import counted
 from shards.storage.file_kinds import BETON_SUFFIX
 
 __all__ = ["main"]
@@ -124,7 +126,8 @@ def _index(command: IndexCommand) -> int:
         return 0
     indexed = index_folder(command.folder, workers=workers, work_folder=work_folder, progress=ProgressBars())
     manifest = indexed.manifest
-    print(f"{command.folder}: {manifest.num_samples:,} samples in {len(manifest.shards):,} tars are indexed")
+    samples = counted(manifest.num_samples, "sample")
+    print(f"{command.folder}: indexed {samples} in {counted(len(manifest.shards), 'tar')}")
     for line in advice(indexed, command.folder):
         print(line)
     return 0
@@ -160,7 +163,7 @@ def _beton(command: BetonCommand) -> int:
         command.folder, command.out, workers=command.workers or available_cpus(), progress=ProgressBars()
     )
     size = format_bytes(written.layout.num_bytes)
-    print(f"{command.out}: {written.num_samples:,} samples in {size}, read back and right")
+    print(f"{command.out}: {counted(written.num_samples, 'sample')} in {size}, read back and right")
     return 0
 
 
@@ -188,7 +191,7 @@ def _verify(command: VerifyCommand) -> int:
         )
     for problem in problems:
         print(problem)
-    print(f"{command.folder}: {f'{len(problems)} problems' if problems else 'everything is as it was packed'}")
+    print(f"{command.folder}: {counted(len(problems), 'problem') if problems else 'everything is as it was packed'}")
     return 1 if problems else 0
 
 
@@ -217,12 +220,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done. 1: packing or verification failed. 2: the command cannot work as given. 3: more than --max-rejected of the
     inputs were rejected. 130: interrupted.
     """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words == ["--version"]:
+        print(f"make-shards {version('moco-fast')}")
+        return 0
     try:
         command: Any = tyro.cli(
             _Commands,
             prog="make-shards",
-            args=arguments,
-            description="Images in, shards out: what MoCo training reads.",
+            args=words,
+            description="Images in, shards out: what MoCo training reads. `make-shards --version` prints the version.",
             config=(tyro.conf.OmitSubcommandPrefixes,),
         )
         return _RUN[type(command)](command)
@@ -240,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"make-shards: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     return status
 
 

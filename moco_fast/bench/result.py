@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from moco_fast.bench.names import REST, WAITING
-from shards.ground.units import format_bytes
+from shards.ground.units import counted, format_bytes
 
 __all__ = ["BenchResult", "Rate", "table", "verdict"]
 
@@ -164,7 +164,7 @@ def table(result: BenchResult) -> str:
 
 def _opening(result: BenchResult) -> Iterator[str]:
     where = result.environment
-    ranks = f"{where['world_size']} ranks" if where["world_size"] > 1 else "1 rank"
+    ranks = counted(where["world_size"], "rank")
     cuda = f", CUDA {where['cuda']}" if where["cuda"] else ""
     versions = f"torch {where['torch']}{cuda}, Python {where['python']}"
     yield f"{where['device']}, {where['num_cpus']} CPUs, {ranks}; {versions}"

@@ -11,6 +11,7 @@ from moco_fast.commands.common import Device, given, positive
 from moco_fast.commands.place import Precision, data_of, place
 from moco_fast.encoders.layers import check_layer
 from pipelines.config import Backend
+from shards.ground.units import counted
 
 __all__ = ["Embed"]
 
@@ -90,7 +91,7 @@ class Embed:
             if world.rank > 0:
                 return 0
         done = " were there already" if written.was_there else ""
-        print(f"{written.path}: {written.num_rows:,} vectors of {written.dim:,} numbers{done}")
+        print(f"{written.path}: {counted(written.num_rows, 'vector')} of {counted(written.dim, 'number')}{done}")
         if written.num_damaged:
             listed = (
                 Path(self.out).with_suffix(".damaged.jsonl") if Path(self.out).suffix else f"{self.out}/damaged.jsonl"

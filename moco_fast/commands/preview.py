@@ -7,6 +7,7 @@ from typing import Literal
 import tyro
 
 from moco_fast.commands.common import positive
+from moco_fast.presets import PRESETS
 from pipelines.config import VIEWS, Backend, Color
 
 __all__ = ["Preview"]
@@ -21,7 +22,7 @@ class Preview:
     out: str
     """Image to write (.png, .jpg or .webp)."""
     views: str = "moco-v2"
-    """Recipe of the views: moco-v1, moco-v2, cifar10, ..."""
+    """Recipe of training (moco-v1, byol, demo, ...), or of views (moco-v3-vit, multi-crop, ...)."""
     size: int | None = None
     """Height and width of a view in pixels; unset: the recipe's."""
     color: Color = "torchvision"
@@ -39,12 +40,13 @@ class Preview:
 
     def execute(self) -> int:
         """Draw the views; return the exit code."""
-        if self.views not in VIEWS:
-            raise ValueError(f"--views {self.views} is not a recipe: choose one of {', '.join(VIEWS)}")
+        recipes = VIEWS | {name: config.views for name, (_, config) in PRESETS.items()}
+        if self.views not in recipes:
+            raise ValueError(f"--views {self.views} is not a recipe: choose one of {', '.join(recipes)}")
         out = Path(self.out)
         if out.suffix not in (".png", ".jpg", ".jpeg", ".webp") or not out.parent.is_dir():
             raise ValueError(f"--out {out}: name a .png, .jpg or .webp file in a folder that exists")
-        views = replace(VIEWS[self.views], color=self.color)
+        views = replace(recipes[self.views], color=self.color)
         if self.size is not None:
             views = replace(views, size=positive("size", self.size))
         import numpy as np

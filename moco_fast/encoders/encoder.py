@@ -7,6 +7,7 @@ demo without.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm
@@ -28,6 +29,7 @@ __all__ = [
     "check_image_size",
     "sine_cosine_positions",
     "unit_vectors",
+    "width_of",
 ]
 
 
@@ -118,16 +120,17 @@ def build_encoder(model: ModelConfig, method: Method, *, image_size: int = 224, 
         crop: see Encoder.
 
     Raises:
-        ValueError: an encoder that neither we nor timm know, or one without the stem that was asked for.
+        ValueError: an encoder that neither we nor timm know, one that takes no images of this size, or one without the
+            stem that was asked for.
     """
-    backbone = build_backbone(model.encoder)
+    backbone = build_backbone(model.encoder, image_size=image_size)
     if model.stem == "cifar":
         _use_cifar_stem(backbone, model.encoder)
     if model.zero_init_residual:
         _zero_last_scales(backbone, model.encoder)
     if model.freeze_patch_projection:
         _freeze_patch_projection(backbone, model.encoder)
-    feature_dim = int(backbone.num_features)  # pyright: ignore[reportArgumentType] - timm does not declare it
+    feature_dim = width_of(backbone)
     head, predictor = method.build_head(feature_dim, is_transformer=isinstance(backbone, VisionTransformer))
     return Encoder(
         backbone,
@@ -143,7 +146,7 @@ def build_encoder(model: ModelConfig, method: Method, *, image_size: int = 224, 
 
 
 def check_image_size(encoder: Encoder, name: str, size: int, *, option: str = "--views.size") -> None:
-    """Refuse images of a size that a transformer has no positions for.
+    """Refuse images of a size that a network cannot take.
 
     Args:
         encoder: that takes them.
@@ -161,6 +164,18 @@ def check_image_size(encoder: Encoder, name: str, size: int, *, option: str = "-
             f"encoder {name!r} has positions for images of {wanted[0]} pixels alone, but {option} is {size}: use "
             f"{option} {wanted[0]}, or a ResNet"
         )
+    if name in ENCODERS:
+        return
+    try:
+        # Shapes alone: on this device nothing is computed, and no generator advances.
+        with torch.device("meta"):
+            build_backbone(name, image_size=encoder.image_size)(torch.zeros(2, 3, size, size))
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"encoder {name!r} cannot take images of {size} pixels ({option}){f': {reason}' if reason else ''}; timm "
+            f"has it for {_own_size(name)}"
+        ) from error
 
 
 def _timm_resnet(name: str, **options: Any) -> nn.Module:
@@ -219,12 +234,12 @@ TIMM_NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 """Our own names for what timm can build: its name, and the options that make the difference."""
 
 
-def _of_timm(build: Callable[..., nn.Module], name: str) -> Callable[[], nn.Module]:
+def _of_timm(build: Callable[..., nn.Module], name: str) -> Callable[..., nn.Module]:
     network, options = TIMM_NETWORKS.get(name, (name, {}))
-    return lambda: build(network, **options)
+    return partial(build, network, **options)
 
 
-ENCODERS: dict[str, Callable[[], nn.Module]] = {
+ENCODERS: dict[str, Callable[..., nn.Module]] = {
     name: _of_timm(_moco_vit if name.startswith("vit") else _timm_resnet, name)
     for name in ("resnet18", "resnet50", *TIMM_NETWORKS)
 }
@@ -232,17 +247,61 @@ ENCODERS: dict[str, Callable[[], nn.Module]] = {
 ResNet-18 at half and a quarter of the channels for CPUs. Builders of backbones without a classifier."""
 
 
-def build_backbone(name: str) -> nn.Module:
-    """Build a backbone without classifier, by a name of ours or of timm's. Raises ValueError: neither knows it."""
-    if name in ENCODERS:
-        return ENCODERS[name]()
-    if not timm.is_model(name):
+def build_backbone(name: str, *, image_size: int = 224) -> nn.Module:
+    """Build a backbone without classifier, by a name of ours or of timm's.
+
+    Args:
+        name: of the network; its weights are random.
+        image_size: height and width of the images in pixels, for networks that are built for one size.
+
+    Raises:
+        ValueError: neither we nor timm know the name, it names pretrained weights, or no such network takes the images.
+    """
+    network, _, tag = name.partition(".")
+    if tag and timm.is_model(network):
+        raise ValueError(
+            f"encoder {name!r} names pretrained weights, but training starts from random ones: use {network!r}"
+        )
+    if not (name in ENCODERS or timm.is_model(name)):
         near = timm.list_models(f"*{name}*")[:3]
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(ENCODERS)} or a timm model"
         raise ValueError(f"encoder {name!r} is unknown, so there is nothing to train: {hint}")
-    if timm.model_entrypoint(name).__module__ == "timm.models.resnet":
-        return _timm_resnet(name)
-    return timm.create_model(name, num_classes=0)
+    options = {"img_size": image_size} if _is_of_one_size(name) else {}
+    try:
+        if name in ENCODERS:
+            return ENCODERS[name](**options)
+        if timm.model_entrypoint(name).__module__ == "timm.models.resnet":
+            return _timm_resnet(name)
+        return _sized(name, **options)
+    except AssertionError as error:
+        raise ValueError(f"encoder {name!r} takes no images of {image_size} pixels: {error}") from error
+
+
+def _is_of_one_size(name: str) -> bool:
+    """Return whether a network is built for one size of images, as timm says."""
+    told = timm.get_pretrained_cfg(TIMM_NETWORKS.get(name, (name,))[0])
+    return bool(told and told.fixed_input_size)
+
+
+def _sized(name: str, **options: Any) -> nn.Module:
+    """Build a network of timm's for a size of images, as far as it can be built for another than its own."""
+    try:
+        return timm.create_model(name, num_classes=0, **options)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        assert options["img_size"] == _own_size(name), f"it is built for {_own_size(name)} pixels alone"
+        return timm.create_model(name, num_classes=0)
+
+
+def _own_size(name: str) -> int | None:
+    told = timm.get_pretrained_cfg(name)
+    return told.input_size[-1] if told else None
+
+
+def width_of(backbone: nn.Module) -> int:
+    """Return how many numbers a backbone's pooled features have; of timm's networks not always `num_features`."""
+    return int(getattr(backbone, "head_hidden_size", backbone.num_features))
 
 
 def _use_cifar_stem(backbone: nn.Module, name: str) -> None:

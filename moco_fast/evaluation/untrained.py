@@ -12,4 +12,4 @@ def untrained_twin(config: Config) -> Encoder:
     """Build the run's encoder with the weights that it had before the first step; torch's generators stay untouched."""
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed)
-        return build_encoder(config.model, config.method).eval()
+        return build_encoder(config.model, config.method, image_size=config.views.size, crop=config.eval.crop).eval()

@@ -76,7 +76,7 @@ def build(config: Config, runtime: Runtime, shards: ShardSet | None = None) -> P
     if config.optim.kernels == "apex" and runtime.device.type != "cuda":
         raise ValueError("--optim.kernels apex has kernels for GPUs only: on the CPU use --optim.kernels torch")
     torch.manual_seed(config.run.seed)
-    query = build_encoder(config.model, config.method)
+    query = build_encoder(config.model, config.method, image_size=config.views.size, crop=config.eval.crop)
     check_image_size(query, config.model.encoder, config.views.size)
     if config.views.num_small:
         check_image_size(query, config.model.encoder, config.views.small_size, option="--views.small-size")

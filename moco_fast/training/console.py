@@ -15,6 +15,7 @@ from moco_fast.methods.shuffle import resolve_policy
 from moco_fast.training.build import Parts
 from moco_fast.training.runtime import Runtime
 from moco_fast.training.schedule import describe_lr
+from shards.ground.units import counted
 
 __all__ = ["advice_on_launches", "environment", "print_closing", "print_notes", "print_opening"]
 
@@ -46,11 +47,11 @@ def environment(runtime: Runtime, parts: Parts) -> dict[str, Any]:
 
 def print_opening(config: Config, runtime: Runtime, parts: Parts, step: int) -> None:
     """Print what is about to run and what was decided on the user's behalf."""
-    ranks = f"{runtime.world_size} ranks" if runtime.world_size > 1 else "1 rank"
-    _say(
-        f"{config.model.encoder}, {ranks} on {runtime.device.type}, {parts.num_steps} steps of {config.data.batch_size}"
-    )
-    _say(f"data: {parts.loader.num_samples} samples in {config.data.shards}, {len(parts.loader)} steps per epoch")
+    ranks = counted(runtime.world_size, "rank")
+    steps = f"{counted(parts.num_steps, 'step')} of {config.data.batch_size}"
+    _say(f"{config.model.encoder}, {ranks} on {runtime.device.type}, {steps}")
+    samples, steps = counted(parts.loader.num_samples, "sample"), counted(len(parts.loader), "step")
+    _say(f"data: {samples} in {config.data.shards}, {steps} per epoch")
     _say(describe_lr(config))
     _say(f"loader: {parts.loader.description}")
     for note in runtime.notes:
@@ -89,7 +90,7 @@ def print_closing(config: Config, outcome: str, step: int, num_steps: int) -> No
     if outcome == "stopped":
         _say(f"stopped and saved at step {step} of {num_steps}; the same command continues from there")
     else:
-        _say(f"finished {num_steps} steps; encoder, metrics and configuration are in {config.run.out}")
+        _say(f"finished {counted(num_steps, 'step')}; encoder, metrics and configuration are in {config.run.out}")
 
 
 def _say(line: str) -> None:

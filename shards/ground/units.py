@@ -1,6 +1,11 @@
-"""Units for people: sizes and durations in words."""
+"""Units for people: counts, sizes and durations in words."""
 
-__all__ = ["format_bytes", "format_duration", "gib"]
+__all__ = ["counted", "format_bytes", "format_duration", "gib"]
+
+
+def counted(num: int, noun: str, *, plural: str | None = None) -> str:
+    """Write a number of things, such as `1 shard` or `2,000 shards`."""
+    return f"{num:,} {noun if num == 1 else plural or f'{noun}s'}"
 
 
 def format_bytes(num_bytes: float) -> str:

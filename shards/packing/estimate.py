@@ -14,7 +14,7 @@ from shards.config import PackConfig
 from shards.ground.cpus import available_cpus
 from shards.ground.errors import Rejected
 from shards.ground.progress import ProgressBars
-from shards.ground.units import format_bytes, format_duration
+from shards.ground.units import counted, format_bytes, format_duration
 from shards.images.encode import encode
 from shards.images.libraries import decode_jpeg
 from shards.packing.inputs import read_inputs
@@ -54,8 +54,11 @@ class Estimate:
         """Return the predictions as lines of text."""
         workers = config.workers or available_cpus()
         packed = self.num_inputs * (1 - sum(self.rejections.values()) / self.num_probed)
-        yield f"{self.num_inputs:,} inputs, {self.num_classes:,} classes; {self.num_probed} of them were tried:"
-        shards = ", ".join(f"{count:,} shards{f' of {name}' if name else ''}" for name, count in self.shards.items())
+        found = f"{counted(self.num_inputs, 'input')}, {counted(self.num_classes, 'class', plural='classes')}"
+        yield f"{found}; {self.num_probed} of them were tried:"
+        shards = ", ".join(
+            f"{counted(count, 'shard')}{f' of {name}' if name else ''}" for name, count in self.shards.items()
+        )
         yield f"  {packed:,.0f} samples, {format_bytes(packed * self.bytes_per_sample)}, in {shards}"
         for title, tally in (("packed", self.outcomes), ("rejected", self.rejections)):
             yield f"  {title}: {', '.join(f'{what} {count}' for what, count in sorted(tally.items())) or 'none'}"

@@ -2,7 +2,7 @@
 
 import sys
 
-from shards.ground.units import format_bytes
+from shards.ground.units import counted, format_bytes
 from shards.sets.manifest import Manifest
 
 __all__ = ["summarize"]
@@ -13,11 +13,13 @@ def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> 
     for name, manifest in manifests.items():
         size = sum(shard.num_bytes for shard in manifest.shards)
         folder = f"{out.rstrip('/')}/{name}".rstrip("/")
+        images, files = counted(manifest.num_samples, "image"), counted(len(manifest.shards), "shard")
+        print(f"{folder}: {images} in {files}, {format_bytes(size)}", end="")
         print(
-            f"{folder}: {manifest.num_samples:,} images in {len(manifest.shards):,} shards, {format_bytes(size)}",
-            end="",
+            f", {counted(len(manifest.class_names), 'class', plural='classes')}"
+            if manifest.class_names
+            else ", no labels"
         )
-        print(f", {len(manifest.class_names):,} classes" if manifest.class_names else ", no labels")
         if manifest.outcomes:
             print("  " + ", ".join(f"{what} {count:,}" for what, count in manifest.outcomes.items()))
     inputs = sum(manifest.num_inputs for manifest in manifests.values())

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from shards.ground.units import format_bytes
+from shards.ground.units import counted, format_bytes
 from shards.sets.base import ShardSet
 from shards.sets.manifest import describe_jpegs
 from shards.sets.record import Flag
@@ -31,7 +31,9 @@ def describe(shards: ShardSet, *, where: str | None = None) -> Iterator[str]:
     """
     manifest = shards.manifest
     num_bytes = sum(entry.num_bytes for entry in manifest.shards)
-    size = f"{shards.num_samples:,} samples in {shards.num_shards:,} shards, {format_bytes(num_bytes)}"
+    size = (
+        f"{counted(shards.num_samples, 'sample')} in {counted(shards.num_shards, 'shard')}, {format_bytes(num_bytes)}"
+    )
     yield f"{where or shards.where}: {size}"
     for title, tally in (("packed", manifest.outcomes), ("rejected", manifest.rejections)):
         if tally:

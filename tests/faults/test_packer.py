@@ -162,7 +162,7 @@ def test_an_interrupt_is_told_in_one_line(tmp_path):
     packer.send_signal(signal.SIGINT)
     _, errors = packer.communicate(timeout=10)
     assert packer.returncode == 130
-    assert errors.strip().startswith("make-shards: interrupted")
+    assert errors.strip().startswith("error: interrupted")
 
 
 def _limit_file_size():

@@ -139,7 +139,7 @@ def test_interrupted_on_a_cluster_it_can_go_on_anywhere(cluster, source, tmp_pat
     packer.send_signal(signal.SIGINT)
     _, errors = packer.communicate(timeout=30)
     assert packer.returncode == 130, errors
-    assert errors.strip().splitlines()[-1].startswith("make-shards: interrupted: finished shards are kept")
+    assert errors.strip().splitlines()[-1].startswith("error: interrupted: finished shards are kept")
     assert not (tmp_path / "out" / "manifest.json").exists()
     wait_until(lambda: not any(title.startswith("ray::_write") for title in members(cluster[2]).values()))
     pack(PackConfig(sources=(str(source / "in"),), out=str(tmp_path / "out"), shard_samples=3, workers=1))

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,13 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import moco_fast
 from moco_fast.cli import main
+from moco_fast.commands.preview import Preview
 from moco_fast.commands.report import Report
 from moco_fast.evaluation.registry import TASKS
+from moco_fast.presets import PRESETS
 from pipelines.config import VIEWS, Color
 
 COMMANDS = ("eval", *(f"eval {task}" for task in (*TASKS, "suite", "paper")))
-COMMANDS += ("embed", "search", "explore", "preview", "report", "export", "bench")
+COMMANDS += ("train", "train demo", "embed", "search", "explore", "preview", "report", "export", "bench")
 
 
 @pytest.mark.parametrize("words", ["", *COMMANDS])
@@ -32,6 +36,32 @@ sys.exit(f"loaded {{heavy}}" if heavy else code)
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: moco-fast" in done.stdout
+
+
+@pytest.mark.parametrize("program", ["moco_fast.cli", "moco_fast.cli train", "moco_fast.train", "shards.cli"])
+def test_every_program_says_its_version(program: str) -> None:
+    words = [sys.executable, "-m", *program.split(), "--version"]
+    said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    assert said.split()[-1] == moco_fast.__version__
+
+
+@pytest.mark.parametrize("name", ["pipelines", "shards"])
+def test_a_package_that_hides_one_of_ours_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").touch()
+    root = Path(moco_fast.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+
+    def start(**variables: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "moco_fast.train", "--help"]
+        return subprocess.run(
+            words, cwd=tmp_path, env=environment | variables, check=False, capture_output=True, text=True
+        )
+
+    refused = start()
+    assert refused.returncode == 1
+    assert f"{tmp_path / name}/__init__.py hides the package '{name}'" in refused.stderr
+    assert start(PYTHONSAFEPATH="1").returncode == 0
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,6 +89,9 @@ def test_an_unknown_command_is_refused_with_those_that_are_known(
         ("export {nowhere} --out {there}/x", "nowhere does not exist: give a run's folder"),
         ("preview {nowhere} --out {there}/x.png", "not a folder"),
         ("preview {nowhere} --views moco-v9 --out {there}/x.png", "choose one of moco-v1"),
+        ("train demo --data.shards {nowhere} --batch_size=8", "did you mean --data.batch-size?"),
+        ("train demo --no-tensorboard", "did you mean --log.no-tensorboard?"),
+        ("train demo --data.shards {nowhere}", "nowhere has no manifest.json"),
         ("preview {nowhere} --out {there}/x.tiff", "name a .png"),
         ("eval knn --encoder {run} --k 0", "--k is 0"),
         ("eval knn --encoder {run} --test {nowhere}", "nowhere is not a folder"),
@@ -104,6 +137,12 @@ def test_preview_writes_a_sheet(
     with Image.open(out) as written:
         assert np.array_equal(np.asarray(written), np.asarray(expected))
     assert "seed 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted({*VIEWS, *PRESETS}))
+def test_preview_takes_recipes_of_views_and_of_training(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a folder"):
+        Preview(shards=str(tmp_path / "nowhere"), out=str(tmp_path / "x.png"), views=name).execute()
 
 
 def test_export_writes_and_tells_how_to_load(

@@ -170,10 +170,42 @@ def test_images_of_a_size_that_a_transformer_has_no_positions_for_are_refused():
         build_encoder(ModelConfig(encoder=name), MomentumContrast())
         for name in ("vit_tiny_patch16_224", "resnet18_quarter")
     )
+    before = torch.get_rng_state()
     check_image_size(vit, "vit_tiny_patch16_224", 224)
     check_image_size(resnet, "resnet18_quarter", 96)
+    assert torch.equal(before, torch.get_rng_state())
     with pytest.raises(ValueError, match=r"positions for images of 224 pixels alone, but --views\.size is 96"):
         check_image_size(vit, "vit_tiny_patch16_224", 96)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("vit_small", 96), ("vit_tiny_patch16_224", 64), ("swin_tiny_patch4_window7_224", 64)]
+)
+def test_transformers_are_built_for_the_size_of_the_images(name, size):
+    encoder = build_encoder(ModelConfig(encoder=name), MomentumContrast(dim=16), image_size=size)
+    check_image_size(encoder, name, size)
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    assert encoder.features(images, "backbone").shape == (2, encoder.feature_dim)
+
+
+@pytest.mark.parametrize(("name", "size"), [("crossvit_tiny_240", 64), ("inception_v3", 64), ("halonet_h1", 64)])
+def test_images_that_a_network_of_timms_cannot_take_are_refused(name, size):
+    with torch.device("meta"):
+        encoder = build_encoder(ModelConfig(encoder=name), MomentumContrast(), image_size=size)
+    with pytest.raises(ValueError, match=rf"{name}' cannot take images of 64 pixels .* timm has it for \d+$"):
+        check_image_size(encoder, name, size)
+
+
+def test_a_name_of_pretrained_weights_is_refused():
+    with pytest.raises(ValueError, match=r"'resnet50\.a1_in1k' names pretrained weights.*use 'resnet50'$"):
+        build_encoder(ModelConfig(encoder="resnet50.a1_in1k"), MomentumContrast())
+
+
+def test_a_network_whose_pooled_features_are_wider_than_its_last_map():
+    encoder = build_encoder(ModelConfig(encoder="mobilenetv3_small_050"), MomentumContrast(dim=16), image_size=32)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    assert encoder.features(images, "backbone").shape == (2, encoder.feature_dim) == (2, 1024)
+    encoder(images).sum().backward()
 
 
 def test_same_seed_same_weights():

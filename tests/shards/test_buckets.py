@@ -295,7 +295,7 @@ def test_tars_in_a_bucket_are_indexed_as_in_a_folder(bucket, tmp_path, capsys):
     upload(bucket + "/tars", contents(tmp_path / "tars") | {"below/c.tar": b"of another set"})
     (tmp_path / "work").mkdir()
     assert main(["index", bucket + "/tars", "--work-folder", str(tmp_path / "work"), "--workers", "2"]) == 0
-    assert "6 samples in 2 tars are indexed" in capsys.readouterr().out
+    assert "indexed 6 samples in 2 tars" in capsys.readouterr().out
     assert main(["index", str(tmp_path / "tars")]) == 0
     found = objects(bucket + "/tars")
     del found["below/c.tar"]

@@ -1,6 +1,6 @@
 import pytest
 
-from shards.ground.units import format_bytes, format_duration, gib
+from shards.ground.units import counted, format_bytes, format_duration, gib
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,16 @@ def test_durations_are_written_in_two_units_at_most(seconds, words):
 )
 def test_sizes_are_written_in_powers_of_a_thousand(num_bytes, words):
     assert format_bytes(num_bytes) == words
+
+
+def test_one_thing_is_counted_in_the_singular():
+    assert [counted(num, "shard") for num in (0, 1, 2, 1_000_000)] == [
+        "0 shards",
+        "1 shard",
+        "2 shards",
+        "1,000,000 shards",
+    ]
+    assert [counted(num, "class", plural="classes") for num in (1, 2)] == ["1 class", "2 classes"]
 
 
 def test_sizes_beside_options_in_gib_are_in_gib():

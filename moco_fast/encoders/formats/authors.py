@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from moco_fast.config import ModelConfig
-from moco_fast.encoders.encoder import Encoder, build_backbone, build_encoder
+from moco_fast.encoders.encoder import Encoder, build_backbone, build_encoder, width_of
 from moco_fast.encoders.formats.base import OpenedEncoder, Place, Which, opened, without_head
 from moco_fast.encoders.formats.torchvision import RESNETS, resnet_of
 from moco_fast.encoders.weights import listed, load_exactly
@@ -115,7 +115,7 @@ def _method(head: Mapping[str, Tensor], version: str, where: str) -> Method | No
 def _build(model: ModelConfig, method: Method | None, *, has_predictor: bool) -> Encoder:
     if method is None:
         backbone: nn.Module = build_backbone(model.encoder)
-        return without_head(backbone, int(backbone.num_features))  # pyright: ignore[reportArgumentType] - timm does not declare it
+        return without_head(backbone, width_of(backbone))
     encoder = build_encoder(model, method)
     if not has_predictor:
         encoder.predictor = None

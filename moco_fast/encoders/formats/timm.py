@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from moco_fast.config import ModelConfig, from_dict
-from moco_fast.encoders.encoder import TIMM_NETWORKS, build_backbone
+from moco_fast.encoders.encoder import TIMM_NETWORKS, build_backbone, width_of
 from moco_fast.encoders.formats.base import (
     OpenedEncoder,
     Place,
@@ -98,7 +98,7 @@ def _open(
     data = resolve_model_data_config(network)
     encoder = without_head(
         network,
-        int(getattr(network, "head_hidden_size", network.num_features)),
+        width_of(network),
         mean=data["mean"],
         std=data["std"],
         size=int(data["input_size"][-1]),

@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from moco_fast.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
-from moco_fast.encoders.encoder import build_backbone
+from moco_fast.encoders.encoder import build_backbone, width_of
 from moco_fast.encoders.formats.base import OpenedEncoder, Place, Which, opened, refuse_key, without_head
 from moco_fast.encoders.weights import listed, load_exactly, read_weights
 
@@ -101,7 +101,7 @@ def _build(name: str) -> tuple[nn.Module, int, str]:
     if name in RESNETS:
         # timm's is the same network, and gives what is between its stages, too.
         backbone = build_backbone(name)
-        return backbone, int(backbone.num_features), "fc"  # pyright: ignore[reportArgumentType] - timm does not declare it
+        return backbone, width_of(backbone), "fc"
     network = torchvision.models.get_model(name)
     linear = [key for key, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
