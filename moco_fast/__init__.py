@@ -52,10 +52,10 @@ def _refuse_hidden() -> None:
     """
     for name in ("pipelines", "shards"):
         found = find_spec(name)
-        folder = Path(found.origin).parent if found is not None and found.origin else None
-        if folder is not None and folder.resolve() != Path(__file__).resolve().parents[1] / name:
+        origin = None if found is None else found.origin
+        if origin is not None and Path(origin).resolve().parent != Path(__file__).resolve().parents[1] / name:
             raise ImportError(
-                f"{found.origin} hides the package {name!r} that moco_fast needs: rename it, start from another "
+                f"{origin} hides the package {name!r} that moco_fast needs: rename it, start from another "
                 "folder, or set PYTHONSAFEPATH=1"
             )
 

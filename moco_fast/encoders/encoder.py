@@ -301,7 +301,8 @@ def _own_size(name: str) -> int | None:
 
 def width_of(backbone: nn.Module) -> int:
     """Return how many numbers a backbone's pooled features have; of timm's networks not always `num_features`."""
-    return int(getattr(backbone, "head_hidden_size", backbone.num_features))
+    width: Any = getattr(backbone, "head_hidden_size", None) or backbone.num_features
+    return int(width)
 
 
 def _use_cifar_stem(backbone: nn.Module, name: str) -> None:

@@ -198,4 +198,4 @@ def test_the_commands_say_what_they_did(packed, tmp_path, capsys):
     whole[int(BetonSet.open(out).records[3]["offset"]) + 9] ^= 1
     out.write_bytes(whole)
     assert main(["verify", str(out)]) == 1
-    assert "1 problems" in capsys.readouterr().out
+    assert "1 problem" in capsys.readouterr().out

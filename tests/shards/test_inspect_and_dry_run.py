@@ -81,7 +81,7 @@ def test_a_dry_run_writes_nothing_and_predicts_what_packing_gives(tmp_path, caps
     assert main(["pack", str(source), "--out", str(tmp_path / "new"), "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "80 inputs, 2 classes" in told
-    assert re.search(r"60 samples, [\d.]+ kB, in 1 shards\n  packed: copied 60\n  rejected: not an image 20\n", told)
+    assert re.search(r"60 samples, [\d.]+ kB, in 1 shard\n  packed: copied 60\n  rejected: not an image 20\n", told)
     assert re.search(r"about \d s with \d+ workers", told)
     assert not (tmp_path / "new").exists()
 
