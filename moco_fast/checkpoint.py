@@ -5,6 +5,7 @@
         optimizer.safetensors   the optimizer's state, <state>/<parameter>
         rng.safetensors         <rank>.cpu, <rank>.cuda: states of torch's generators
         state.json              step, loader, scaler, configuration; digests of the files above and of itself
+    RUN/checkpoints/best        link to the checkpoint with the best value of --checkpoint.keep-best
 
 A folder with its final name is complete; the next run removes all others.
 """
@@ -20,13 +21,14 @@ from torch import Tensor
 
 from moco_fast.config import Config, from_dict
 from shards.ground.digests import digest, digest_file
-from shards.ground.files import appearing, aside_of
+from shards.ground.files import appearing, aside_of, remove, sync
 
 if TYPE_CHECKING:
     from moco_fast.encoders.encoder import Encoder
 
 __all__ = [
     "Checkpoint",
+    "best_step",
     "find_newest",
     "load",
     "load_encoder",
@@ -37,6 +39,7 @@ __all__ = [
 
 VERSION = 1
 _TENSOR_FILES = ("model", "optimizer", "rng")
+_BEST = "best"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +57,33 @@ class Checkpoint:
     """Numbers of the run: the loader's position, seconds trained, the loss scaler's state."""
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write `folder/step-NNNNNNNN` completely or not at all, then remove all but the newest `keep`.
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int, best: int | None = None) -> Path:
+    """Write `folder/step-NNNNNNNN` completely or not at all, then remove all but the newest `keep` and the best one.
 
     Called by one rank only. Returns the new checkpoint's folder.
+
+    Args:
+        folder: of the run's checkpoints.
+        checkpoint: to write.
+        keep: number of newest checkpoints to keep.
+        best: step of the best checkpoint, which may be this one; None: what was the best one stays.
 
     Raises:
         OSError: the disk is full or not writable; earlier checkpoints are not affected.
     """
-    final = folder / f"step-{checkpoint.step:08d}"
-    if final.exists():  # a run that stops immediately after it was resumed
-        return final
+    final = folder / _name_of(checkpoint.step)
+    if not final.exists():  # else a run that stops immediately after it was resumed
+        _write(final, checkpoint)
+    if best is not None and (folder / _name_of(best)).is_dir():
+        _link_best(folder, _name_of(best))
+    for old in _whole(folder)[:-keep]:
+        if old.name != _best_name(folder):
+            # A kill while files are deleted one by one must not leave some under the name of a complete checkpoint.
+            shutil.rmtree(old.rename(aside_of(old)))
+    return final
+
+
+def _write(final: Path, checkpoint: Checkpoint) -> None:
     with appearing(final, durable=True) as aside:
         aside.mkdir(parents=True)
         for name in _TENSOR_FILES:
@@ -77,10 +96,29 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             "files": {f"{name}.safetensors": _fingerprint(aside / f"{name}.safetensors") for name in _TENSOR_FILES},
         }
         (aside / "state.json").write_text(json.dumps(state | {"digest": _digest_of(state)}, indent=2))
-    for old in _whole(folder)[:-keep]:
-        # A kill while files are deleted one by one must not leave some of them under the name of a complete checkpoint.
-        shutil.rmtree(old.rename(aside_of(old)))
-    return final
+
+
+def _name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _link_best(folder: Path, name: str) -> None:
+    """Make `folder/best` a link to a checkpoint in place of another, so that there is one at any moment."""
+    if _best_name(folder) != name:
+        with appearing(folder / _BEST, durable=False) as aside:
+            aside.symlink_to(name)
+        sync(folder)
+
+
+def _best_name(folder: Path) -> str | None:
+    link = folder / _BEST
+    return link.readlink().name if link.is_symlink() else None
+
+
+def best_step(folder: Path) -> int | None:
+    """Return the step of the best checkpoint in a run's `checkpoints` folder; None: there is none."""
+    name = _best_name(folder)
+    return None if name is None or not (folder / name).is_dir() else int(name.removeprefix("step-"))
 
 
 def load(path: Path) -> Checkpoint:
@@ -107,15 +145,15 @@ def find_newest(folder: Path) -> Path | None:
 
 def sweep(folder: Path) -> None:
     """Remove incomplete checkpoints that a killed process left."""
-    for path in folder.glob(".step-*.partial"):
-        shutil.rmtree(path)
+    for path in (*folder.glob(".step-*.partial"), aside_of(folder / _BEST)):
+        remove(path)
 
 
 def load_encoder(path: str | Path, *, which: Literal["query", "key"] = "query") -> "tuple[Config, Encoder]":
     """Load an encoder of a run (its newest checkpoint) or of one checkpoint folder.
 
     Args:
-        path: a run's folder, or one of its checkpoints/step-*.
+        path: a run's folder, or one of its checkpoints: step-*, best.
         which: the trained query encoder, or the key encoder, its moving average, which has no predictor.
 
     Returns:

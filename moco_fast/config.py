@@ -124,6 +124,9 @@ class RunConfig:
     """Number of samples, each counted as often as it is seen; rounded up to whole steps."""
     seed: int = 0
     """Seed of weights, sample order and augmentation."""
+    init_from: str | None = None
+    """Start from the weights of another encoder: a value of `moco-fast eval --encoder`, such as a run's folder, a file,
+    timm:NAME or torchvision:NAME. Unset: random weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU if there is one, unless `accelerate launch --cpu` is used."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
@@ -148,6 +151,9 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; one is always written at the end."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
+    keep_best: str | None = None
+    """Figure of an evaluation, such as knn/top1: the checkpoint with its best value is kept, too, as checkpoints/best.
+    Unset: no such checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)

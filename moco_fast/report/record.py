@@ -48,6 +48,11 @@ class RunRecord:
         """`finished`, `stopped`, `failed` or `running`."""
         return self.outcome.get("outcome", "running")
 
+    @property
+    def start(self) -> str:
+        """What the encoder was before the first step, in a word."""
+        return "untrained" if self.config.run.init_from is None else "at the start"
+
     def curve(self, name: str) -> list[tuple[float, float]]:
         """Return the (step, value) pairs of a name in metrics.jsonl, ordered by step."""
         return [(line["step"], line[name]) for line in (*self.training, *self.evaluations) if name in line]

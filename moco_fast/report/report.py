@@ -154,7 +154,7 @@ def _charts(record: RunRecord, about: str) -> list[DrawnChart]:
     figures: list[DrawnChart] = []
     for score in find_scores(record.config):
         untrained = [value for step, value in record.curve(score.figure) if step == 0]
-        level = Level(value=untrained[0], label="untrained") if untrained else None
+        level = Level(value=untrained[0], label=record.start) if untrained else None
         figures += _drawn(record, [score], about, level=level, points=True)
     of_method = record.config.method.charts(record.config.data.batch_size, record.config.views.num_small)
     return figures + _drawn(record, [*of_method, _LEARNING_RATE], about)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from moco_fast.checkpoint import best_step
 from moco_fast.config import Config, flatten, option_name, to_dict
 from moco_fast.evaluation.base import Score
 from moco_fast.evaluation.registry import find_scores
@@ -41,6 +42,9 @@ def headline(record: RunRecord) -> str:
         f"{last['step']:,.0f} steps ({last['epoch']:.3g} epochs, {last['samples']:,.0f} samples) in "
         f"{format_duration(last['time_s'])}"
     )
+    best = best_step(record.path / "checkpoints")
+    if best is not None:
+        done += f"; checkpoints/best, by {record.config.checkpoint.keep_best}, is of step {best:,}"
     if record.status == "finished":
         return f"Finished: {done}."
     if record.status == "stopped":
@@ -54,7 +58,7 @@ def tiles(record: RunRecord) -> list[Tile]:
     """Summarize the run in a few figures; those that are not yet known are left out."""
     found: list[Tile] = []
     found += [
-        _score_tile(score, curve)
+        _score_tile(score, curve, start=record.start)
         for score in find_scores(record.config)
         if score.is_headline and (curve := record.curve(score.figure))
     ]
@@ -89,7 +93,7 @@ def tiles(record: RunRecord) -> list[Tile]:
     return found
 
 
-def _score_tile(score: Score, curve: list[tuple[float, float]]) -> Tile:
+def _score_tile(score: Score, curve: list[tuple[float, float]], *, start: str) -> Tile:
     """Compare the newest value with the untrained encoder's or the score's own level, and with the best one."""
 
     def written(value: float) -> str:
@@ -98,7 +102,7 @@ def _score_tile(score: Score, curve: list[tuple[float, float]]) -> Tile:
     (first_step, first), (last_step, last) = curve[0], curve[-1]
     level = score.level
     if level is None and first_step == 0 and len(curve) > 1:
-        level = Level(value=first, label="untrained")
+        level = Level(value=first, label=start)
     note = f"at step {last_step:,.0f}"
     if level is not None:
         gain = f"{100 * (last - level.value):+.1f} points" if score.percent else f"{last - level.value:+.4g}"

@@ -4,11 +4,12 @@ Encoders do not depend on rank, device or precision: all of that is applied here
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moco_fast.config import Config
 from moco_fast.distributed import broadcast_
@@ -57,13 +58,20 @@ def open_sets(config: Config) -> RunSets:
     )
 
 
-def build(config: Config, runtime: Runtime, shards: ShardSet | None = None) -> Parts:
+def build(
+    config: Config,
+    runtime: Runtime,
+    shards: ShardSet | None = None,
+    *,
+    initial: Mapping[str, Tensor] | None = None,
+) -> Parts:
     """Build the parts of a run as they are before the first step, equal on all ranks.
 
     Args:
         config: the run's configuration.
         runtime: the process's runtime.
         shards: the training set, if it is already open.
+        initial: weights of the query encoder in place of random ones; only the first rank's matter.
 
     Raises:
         ValueError: the configuration does not fit the data or the world.
@@ -76,7 +84,13 @@ def build(config: Config, runtime: Runtime, shards: ShardSet | None = None) -> P
     if config.optim.kernels == "apex" and runtime.device.type != "cuda":
         raise ValueError("--optim.kernels apex has kernels for GPUs only: on the CPU use --optim.kernels torch")
     torch.manual_seed(config.run.seed)
+<<<<<<< HEAD
     query = build_encoder(config.model, config.method, image_size=config.views.size, crop=config.eval.crop)
+=======
+    query = build_encoder(config.model, config.method)
+    if initial is not None:
+        query.load_state_dict(initial, strict=False)
+>>>>>>> daa815b (Keep the best checkpoint by a figure, start runs from other encoders)
     check_image_size(query, config.model.encoder, config.views.size)
     if config.views.num_small:
         check_image_size(query, config.model.encoder, config.views.small_size, option="--views.small-size")

@@ -3,7 +3,7 @@
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,9 @@ def environment(runtime: Runtime, parts: Parts) -> dict[str, Any]:
     }
 
 
-def print_opening(config: Config, runtime: Runtime, parts: Parts, step: int) -> None:
+def print_opening(
+    config: Config, runtime: Runtime, parts: Parts, step: int, *, init_from: Mapping[str, Any] | None = None
+) -> None:
     """Print what is about to run and what was decided on the user's behalf."""
     ranks = counted(runtime.world_size, "rank")
     steps = f"{counted(parts.num_steps, 'step')} of {config.data.batch_size}"
@@ -65,6 +67,9 @@ def print_opening(config: Config, runtime: Runtime, parts: Parts, step: int) -> 
     if config.optim.accumulate > 1:
         batches = f"{config.optim.accumulate} batches"
         _say(f"accumulation: {batches} per step, each with its own loss, so this is not one large batch")
+    if init_from is not None:
+        _say(f"started from {' and '.join(init_from['parts'])} of {init_from['name']}, digest {init_from['digest']}")
+        print_notes(init_from["notes"])
     if step:
         _say(f"continuing {config.run.out} from step {step}")
 
@@ -85,8 +90,12 @@ def advice_on_launches(config: Config, *, on_gpu: bool, world_size: int) -> str 
     return f"note: with {per_gpu} images per GPU, launching kernels takes longer than running them: try {option}"
 
 
-def print_closing(config: Config, outcome: str, step: int, num_steps: int) -> None:
+def print_closing(
+    config: Config, outcome: str, step: int, num_steps: int, *, best: Mapping[str, Any] | None = None
+) -> None:
     """Print how the run ended and what to do next."""
+    if best:
+        _say(f"best {best['figure']}: {best['value']:.4g} at step {best['step']}, in {config.run.out}/checkpoints/best")
     if outcome == "stopped":
         _say(f"stopped and saved at step {step} of {num_steps}; the same command continues from there")
     else:

@@ -3,11 +3,11 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ from tqdm import tqdm
 from moco_fast import checkpoint, distributed
 from moco_fast.checkpoint import Checkpoint
 from moco_fast.config import Config, to_dict
-from moco_fast.evaluation.base import Evaluation, RunSets
+from moco_fast.encoders.initial import InitialWeights, initial_weights
+from moco_fast.evaluation.base import Evaluation
 from moco_fast.evaluation.registry import open_evaluation
 from moco_fast.methods.batchnorm import average_batch_statistics
 from moco_fast.optimizers.optim import load_optimizer_tensors, optimizer_tensors
 from moco_fast.stop import StopSignal
 from moco_fast.training import console
+from moco_fast.training.best import Best, best_of
 from moco_fast.training.build import Parts, build, open_sets
 from moco_fast.training.folder import RunFolder, open_folder
 from moco_fast.training.metrics import Average, MetricsFile, Pending
@@ -30,6 +32,8 @@ from moco_fast.training.schedule import describe_lr, lr_at
 from pipelines.batch import Batch
 
 __all__ = ["train"]
+
+T = TypeVar("T")
 
 _NOT_A_NUMBER = (
     "the loss is no longer a number around step {step}, so the run stops; its checkpoints were written before that. "
@@ -53,6 +57,10 @@ class Progress:
     interval_steps: int = 0
     pending: tuple[dict[str, Any], Pending] | None = None
     """Line of metrics whose values are still being copied from the device."""
+    best: Best | None = None
+    """Of the figure that --checkpoint.keep-best names."""
+    init_from: dict[str, Any] | None = None
+    """Of the weights that the run started from, if they were not random (`InitialWeights.facts`)."""
 
 
 def train(config: Config) -> int:
@@ -71,10 +79,13 @@ def train(config: Config) -> int:
         # Before the folder is touched, so that what is refused leaves no trace.
         sets = open_sets(config)
         evaluation = open_evaluation(config, sets)
+        best = best_of(config.checkpoint.keep_best, evaluation)
+        initial = _open_initial(config, runtime)
         if runtime.rank == 0 and evaluation is not None:
             console.print_notes(evaluation.notes)
         folder = _open_folder(config, runtime)
-        return _run(config, runtime, folder, sets, evaluation)
+        parts = build(config, runtime, sets.training, initial=initial and initial.tensors)
+        return _run(config, runtime, folder, parts, evaluation, best, initial and initial.facts)
     except ValueError:
         raise  # The start was refused: what the folder records about an earlier start remains true.
     except BaseException as error:
@@ -89,34 +100,60 @@ def train(config: Config) -> int:
 
 def _open_folder(config: Config, runtime: Runtime) -> RunFolder | None:
     """Open the run's folder on the first rank; if that fails, every rank raises the same error."""
-    folder, refused = None, None
+
+    def opened() -> RunFolder:
+        folder = open_folder(config)
+        checkpoint.sweep(_checkpoints(config))
+        return folder
+
+    return _on_first_rank(runtime, opened)
+
+
+def _open_initial(config: Config, runtime: Runtime) -> InitialWeights | None:
+    """Load on the first rank what a new run starts from; a run that continues has its own weights."""
+
+    def opened() -> InitialWeights | None:
+        return initial_weights(config) if checkpoint.find_newest(_checkpoints(config)) is None else None
+
+    return _on_first_rank(runtime, opened)
+
+
+def _on_first_rank(runtime: Runtime, make: Callable[[], T]) -> T | None:
+    """Call `make` on the first rank alone; if it raises a ValueError, every rank does."""
+    made, refused = None, None
     if runtime.rank == 0:
         try:
-            folder = open_folder(config)
-            checkpoint.sweep(_checkpoints(config))
+            made = make()
         except ValueError as error:
             refused = str(error)
     if refused := runtime.tell_all(refused):
         raise ValueError(refused)
-    return folder
+    return made
 
 
 def _run(
-    config: Config, runtime: Runtime, folder: RunFolder | None, sets: RunSets, evaluation: Evaluation | None
+    config: Config,
+    runtime: Runtime,
+    folder: RunFolder | None,
+    parts: Parts,
+    evaluation: Evaluation | None,
+    best: Best | None,
+    init_from: dict[str, Any] | None,
 ) -> int:
-    parts = build(config, runtime, sets.training)
     try:
         # In float16 a gradient may overflow: its step is skipped, and only the run's scale is lowered.
         may_overflow = ("grad_norm",) if runtime.precision == "fp16" else ()
         watched = ("loss", *config.method.watched, "grad_norm")
-        progress = Progress(averages=Average(watched, runtime.device, may_overflow=may_overflow))
+        averages = Average(watched, runtime.device, may_overflow=may_overflow)
+        progress = Progress(averages=averages, best=best, init_from=init_from)
         restore(config, runtime, parts, progress)
         metrics = None
         if folder is not None:
             folder.write_config(config)
-            folder.write_environment(console.environment(runtime, parts) | {"learning_rate": describe_lr(config)})
+            facts = {"learning_rate": describe_lr(config), "init_from": progress.init_from}
+            folder.write_environment(console.environment(runtime, parts) | facts)
             folder.write_outcome("running")
-            console.print_opening(config, runtime, parts, progress.step)
+            console.print_opening(config, runtime, parts, progress.step, init_from=progress.init_from)
             metrics = MetricsFile(folder.path, step=progress.step, tensorboard=config.log.tensorboard)
         run = RunLoop(config, runtime, parts, progress, metrics, evaluation)
         try:
@@ -129,8 +166,9 @@ def _run(
         parts.loader.close()
     if folder is not None:
         outcome = "stopped" if stopped_by else "finished"
-        folder.write_outcome(outcome, step=progress.step, num_steps=parts.num_steps, time_s=progress.time_s)
-        console.print_closing(config, outcome, progress.step, parts.num_steps)
+        found = {} if best is None else {"best": best.state_dict()}
+        folder.write_outcome(outcome, step=progress.step, num_steps=parts.num_steps, time_s=progress.time_s, **found)
+        console.print_closing(config, outcome, progress.step, parts.num_steps, best=found.get("best"))
     return 128 + stopped_by if stopped_by else 0
 
 
@@ -158,6 +196,9 @@ def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) 
     progress.step = saved.step
     progress.time_s = saved.numbers["time_s"]
     progress.averages.sums.copy_(saved.model["watched.sums"])
+    progress.init_from = saved.numbers.get("init_from")
+    if progress.best is not None:
+        progress.best.load_state_dict(saved.numbers.get("best", {}))
     # A rank that the saved run did not have keeps the generator that the seed gave it.
     if f"{runtime.rank}.cpu" in saved.rng:
         torch.set_rng_state(saved.rng[f"{runtime.rank}.cpu"])
@@ -224,25 +265,27 @@ class RunLoop:
             last = progress.step == num_steps
             stopped_by = 0 if last else self._stop.poll()
             # Before saving: a run that is killed in between evaluates again after resuming, so no result is missing.
-            if not stopped_by and (last or progress.step % config.eval.every_steps == 0):
-                self.evaluate()
-            if stopped_by or last or progress.step % config.checkpoint.every_steps == 0:
+            is_due = not stopped_by and (last or progress.step % config.eval.every_steps == 0)
+            is_best = is_due and self.evaluate()
+            if stopped_by or last or is_best or progress.step % config.checkpoint.every_steps == 0:
                 self.save()
             if stopped_by:
                 return stopped_by
             clock = time.perf_counter()  # The time since the step was not spent on training.
         return 0
 
-    def evaluate(self) -> None:
-        """Do the configured evaluation and write its figures to the metrics."""
+    def evaluate(self) -> bool:
+        """Do the configured evaluation and write its figures; return whether its checkpoint is the best one so far."""
         if self._evaluation is None:
-            return
+            return False
         average_batch_statistics(self.parts.query)
         figures = self._evaluation.figures(self.parts.query, device=self.runtime.device, world=self.runtime.world)
         self._write(figures)
         if self._metrics is not None:
             self._bar.write(f"step {self.progress.step}: {self._evaluation.line(figures)}", file=sys.stderr)
         self._bar.unpause()
+        best = self.progress.best
+        return best is not None and best.takes(figures, step=self.progress.step)
 
     def save(self) -> None:
         """Write a checkpoint of all ranks' state; the first rank writes it.
@@ -265,6 +308,8 @@ class RunLoop:
                 "loader": parts.loader.state_dict(),
                 "scaler": runtime.scaler_state(),
                 "time_s": progress.time_s + progress.interval_s,
+                "best": {} if progress.best is None else progress.best.state_dict(),
+                "init_from": progress.init_from,
             }
             saved = Checkpoint(
                 step=progress.step,
@@ -274,7 +319,8 @@ class RunLoop:
                 rng=rng,
                 numbers=numbers,
             )
-            checkpoint.save(_checkpoints(config), saved, keep=config.checkpoint.keep)
+            best = progress.best and progress.best.step
+            checkpoint.save(_checkpoints(config), saved, keep=config.checkpoint.keep, best=best)
         runtime.wait_for_all()
 
     def close(self) -> None:
