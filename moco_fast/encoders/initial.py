@@ -36,9 +36,9 @@ def initial_weights(config: Config) -> InitialWeights | None:
     where = config.run.init_from
     if where is None:
         return None
-    opened = open_encoder(where)
+    opened = open_encoder(where, image_size=config.views.size)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        own = build_encoder(config.model, config.method)
+        own = build_encoder(config.model, config.method, image_size=config.views.size)
     theirs = opened.encoder
     if reason := _difference(own.backbone, theirs.backbone):
         stem = f" with the {config.model.stem} stem" if config.model.stem != "imagenet" else ""

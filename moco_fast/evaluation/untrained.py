@@ -18,11 +18,7 @@ def untrained_twin(config: Config) -> Encoder:
     initial = initial_weights(config)
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed)
-<<<<<<< HEAD
-        return build_encoder(config.model, config.method, image_size=config.views.size, crop=config.eval.crop).eval()
-=======
-        encoder = build_encoder(config.model, config.method)
+        encoder = build_encoder(config.model, config.method, image_size=config.views.size, crop=config.eval.crop)
     if initial is not None:
         encoder.load_state_dict(initial.tensors, strict=False)
     return encoder.eval()
->>>>>>> daa815b (Keep the best checkpoint by a figure, start runs from other encoders)

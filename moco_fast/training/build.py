@@ -84,13 +84,9 @@ def build(
     if config.optim.kernels == "apex" and runtime.device.type != "cuda":
         raise ValueError("--optim.kernels apex has kernels for GPUs only: on the CPU use --optim.kernels torch")
     torch.manual_seed(config.run.seed)
-<<<<<<< HEAD
     query = build_encoder(config.model, config.method, image_size=config.views.size, crop=config.eval.crop)
-=======
-    query = build_encoder(config.model, config.method)
     if initial is not None:
         query.load_state_dict(initial, strict=False)
->>>>>>> daa815b (Keep the best checkpoint by a figure, start runs from other encoders)
     check_image_size(query, config.model.encoder, config.views.size)
     if config.views.num_small:
         check_image_size(query, config.model.encoder, config.views.small_size, option="--views.small-size")

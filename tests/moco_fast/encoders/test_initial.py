@@ -141,7 +141,7 @@ def test_the_same_shapes_in_another_network_are_refused(packed_demo: Any, tmp_pa
     encoder.backbone.blocks[1].attn.num_heads = 4  # pyright: ignore
     with pytest.MonkeyPatch.context() as patch:
         opened = dataclasses.replace(_opened_like(encoder), where="x")
-        patch.setattr("moco_fast.encoders.initial.open_encoder", lambda _: opened)
+        patch.setattr("moco_fast.encoders.initial.open_encoder", lambda _, image_size: opened)
         says = r"blocks.1.attn is a Attention \(num_heads 4\) there, a .* \(num_heads 2\)"
         with pytest.raises(ValueError, match=says):
             initial_weights(vit)
