@@ -22,7 +22,8 @@ class PackCommand(PackConfig):
 
     sources: tyro.conf.Positional[tuple[str, ...]]
     """Folders, tar and zip archives, WebDataset shards, Parquet or Arrow files, lists (.txt, .csv, .tsv, .jsonl);
-    local, or s3:// gs:// az:// http(s):// addresses."""
+    local, or s3:// gs:// az:// http(s):// addresses. Recognized: ImageNet's tars, CIFAR, PASCAL VOC, COCO's and
+    iNaturalist's .json."""
 
 
 @dataclass(frozen=True, kw_only=True)

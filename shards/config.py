@@ -4,7 +4,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-__all__ = ["WORK_FOLDER", "Columns", "EncodeConfig", "PackConfig"]
+__all__ = ["WORK_FOLDER", "Columns", "EncodeConfig", "PackConfig", "SourceOptions"]
 
 WORK_FOLDER = "/tmp"  # noqa: S108 - a default that the user sees and may change
 """Where unfinished work for a bucket is kept on this machine."""
@@ -16,6 +16,19 @@ class Columns:
 
     image: str | None = None
     label: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """What is wanted of sources."""
+
+    columns: Columns = Columns()
+    subset: str | None = None
+    """Part of a data set that comes in several."""
+    image_root: str | None = None
+    """Folder or address that the relative paths of lists begin at; None: where the list is."""
+    labeled: bool = True
+    """Labels will be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +61,8 @@ class PackConfig(EncodeConfig):
 
     sources: tuple[str, ...]
     """Folders, tar and zip archives, WebDataset shards, Parquet or Arrow files, lists (.txt, .csv, .tsv, .jsonl);
-    local, or s3:// gs:// az:// http(s):// addresses."""
+    local, or s3:// gs:// az:// http(s):// addresses. Recognized: ImageNet's tars, CIFAR, PASCAL VOC, COCO's and
+    iNaturalist's .json."""
     out: str
     """Folder for the shards. Running the same command again continues an unfinished one."""
     labels: Literal["auto", "none", "folder", "column"] = "auto"
@@ -59,6 +73,10 @@ class PackConfig(EncodeConfig):
     """Column of lists and tables that holds the image or its path; unset: found by its usual names."""
     label_column: str | None = None
     """Column of lists and tables that holds the label; unset: found by its usual names."""
+    image_root: str | None = None
+    """Folder that the relative paths in lists and .json files begin at; unset: the folder of the list."""
+    subset: str | None = None
+    """Which part of a data set that comes in several, such as `train`, `val`, `trainval` or `test`."""
     shuffle: bool = True
     """Shuffle all inputs together before they are cut into shards."""
     seed: int = 0
@@ -144,9 +162,14 @@ class PackConfig(EncodeConfig):
         """Return the folders below OUT; empty for OUT itself."""
         return ["train", *(name for name, _ in self.splits)] if self.splits else [""]
 
-    def columns(self) -> Columns:
-        """Return which columns of lists and tables are meant."""
-        return Columns(image=self.image_column, label=self.label_column)
+    def source_options(self) -> SourceOptions:
+        """Return what is wanted of sources."""
+        return SourceOptions(
+            columns=Columns(image=self.image_column, label=self.label_column),
+            subset=self.subset,
+            image_root=self.image_root,
+            labeled=self.labels != "none",
+        )
 
     def encoding(self) -> EncodeConfig:
         """Return how an image is encoded: the part that workers need."""

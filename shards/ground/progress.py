@@ -1,5 +1,6 @@
-"""Progress bars: rate and time left, on a terminal only."""
+"""Progress bars: rate and time left, on a terminal only; and lines beside them."""
 
+import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
@@ -29,6 +30,13 @@ class ProgressBars:
         # None: silent where standard error is no terminal.
         with tqdm(desc=title, unit=unit, total=total, initial=done, unit_scale=True, disable=None) as bar:
             yield bar.update
+
+    def say(self, text: str) -> None:
+        """Print a line beside the bars."""
+        if self._enabled:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stderr)
 
 
 def _nothing(count: int) -> None:

@@ -12,7 +12,6 @@ from shards.ground.locks import locked
 from shards.packing.plan import PackPlan, ShardTask
 from shards.packing.write import record_name, shard_stem
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
-from shards.storage.file_kinds import SHARD_SUFFIXES
 from shards.storage.target import WORK_NAME, Target, open_target, path_in
 
 __all__ = ["REJECTED_NAME", "entry_of", "finish", "plan_folder", "read_manifest", "write_manifests"]
@@ -76,7 +75,7 @@ def entry_of(plan: PackPlan, target: Target, task: ShardTask, sizes: dict[str, i
     if data is None:
         return None
     entry = ShardEntry.from_dict(json.loads(data)["entry"])
-    names = [path_in(plan.splits[task.split].name, f"{entry.stem}{suffix}") for suffix in SHARD_SUFFIXES]
+    names = [path_in(plan.splits[task.split].name, f"{entry.stem}{suffix}") for suffix in entry.digests]
     return entry if sizes.get(names[0]) == entry.num_bytes and all(name in sizes for name in names) else None
 
 
@@ -134,6 +133,7 @@ def _manifest(plan: PackPlan, shards: tuple[ShardEntry, ...], *, num_duplicates:
     return Manifest(
         shards=shards,
         class_names=plan.class_names,
+        has_label_sets=plan.label_sets is not None,
         num_inputs=num_samples + num_rejected,
         num_samples=num_samples,
         num_rejected=num_rejected,

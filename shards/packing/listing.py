@@ -16,8 +16,19 @@ from shards.ground.progress import ProgressBars
 from shards.images.encode import encode
 from shards.packing.content import digest_contents, first_of_each, split_of
 from shards.packing.inputs import read_inputs
-from shards.packing.plan import ROW, ClassTable, Duplicates, Header, PackPlan, ShardTask, Split, TableWriter, shuffled
-from shards.sources import Input, Source, open_source
+from shards.packing.plan import (
+    LABEL_SETS_NAME,
+    ROW,
+    ClassTable,
+    Duplicates,
+    Header,
+    PackPlan,
+    ShardTask,
+    Split,
+    TableWriter,
+    shuffled,
+)
+from shards.sources import Found, Input, LabelSet, Source, open_source
 
 __all__ = ["make_plan"]
 
@@ -32,7 +43,7 @@ def make_plan(config: PackConfig, folder: Path, progress: ProgressBars) -> PackP
         ValueError: a source is not there, or is empty.
         PackError: a source cannot be listed.
     """
-    sources = [open_source(path, config.columns()) for path in config.sources]
+    sources = [open_source(path, config.source_options()) for path in config.sources]
     with appearing(folder, durable=True) as building:
         building.mkdir(parents=True)
         _build_plan(config, sources, building, progress)
@@ -57,11 +68,11 @@ def _build_plan(config: PackConfig, sources: list[Source], folder: Path, progres
     replace(header, splits=[replace(split, shard_samples=shard_samples) for split in splits]).write(folder)
 
 
-def _own_or_folder(item: Input) -> str | int | None:
+def _own_or_folder(item: Input) -> str | int | LabelSet | None:
     return item.folder if item.label is None else item.label
 
 
-_LABEL_OF: dict[str, Callable[[Input], str | int | None]] = {
+_LABEL_OF: dict[str, Callable[[Input], str | int | LabelSet | None]] = {
     "auto": _own_or_folder,
     "folder": lambda item: item.folder,
     "column": lambda item: item.label,
@@ -80,11 +91,17 @@ def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progre
                     label = classes.number(pick(item)) if labeled else -1
                     table.add(number, label, item.name, item.offset, item.size)
                     tick(1)
+                elif isinstance(item, Found):
+                    progress.say(item.what)
+                    if labeled and config.labels != "folder":
+                        classes.declare(item.class_names)
                 else:
                     sources.append(item)
     if not table.num_rows:
         raise ValueError(f"no files in {', '.join(config.sources)}: is this the right folder?")
     class_names, final = classes.resolve(need_two=config.labels == "auto")
+    if classes.has_sets:
+        np.save(folder / LABEL_SETS_NAME, classes.label_sets())
     if len(final):
         rows = np.memmap(folder / "rows.bin", dtype=ROW, mode="r+")
         provisional = rows["label"]

@@ -52,7 +52,7 @@ def pack(config: PackConfig, progress: ProgressBars | None = None) -> dict[str, 
     if not target.work.exists():
         # What cannot work should neither list inputs for an hour first nor leave a folder behind.
         for path in config.sources:
-            open_source(path, config.columns())
+            open_source(path, config.source_options())
             _refuse_target_inside(path, config.out)
         executor(config)
         if config.progressive == "transcode":

@@ -15,11 +15,8 @@ def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> 
         folder = f"{out.rstrip('/')}/{name}".rstrip("/")
         images, files = counted(manifest.num_samples, "image"), counted(len(manifest.shards), "shard")
         print(f"{folder}: {images} in {files}, {format_bytes(size)}", end="")
-        print(
-            f", {counted(len(manifest.class_names), 'class', plural='classes')}"
-            if manifest.class_names
-            else ", no labels"
-        )
+        classes = counted(len(manifest.class_names), "class", plural="classes")
+        print(f", {'sets of ' if manifest.has_label_sets else ''}{classes}" if manifest.class_names else ", no labels")
         if manifest.outcomes:
             print("  " + ", ".join(f"{what} {count:,}" for what, count in manifest.outcomes.items()))
     inputs = sum(manifest.num_inputs for manifest in manifests.values())

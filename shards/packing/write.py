@@ -1,5 +1,6 @@
 """Writer of one shard of a plan: the tar, its index, and the files beside them."""
 
+import io
 import json
 import os
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from shards.config import EncodeConfig
+from shards.ground.arrays import LabelSets
 from shards.ground.digests import crc32c, digest
 from shards.ground.errors import Rejected
 from shards.ground.files import write_synced
@@ -20,7 +22,7 @@ from shards.packing.inputs import read_inputs
 from shards.packing.plan import PackPlan, ShardTask, cached_plan
 from shards.sets.manifest import ShardEntry
 from shards.sets.record import RECORD, Flag, npy_header
-from shards.storage.file_kinds import SHARD_SUFFIXES
+from shards.storage.file_kinds import LABEL_SETS_SUFFIX, SHARD_SUFFIXES
 from shards.storage.tar import TarWriter
 from shards.storage.target import WORK_NAME, Target, path_in
 
@@ -40,9 +42,16 @@ def record_name(task: ShardTask) -> str:
 
 
 class _Beside:
-    """What is written beside a shard, collected while its tar is written."""
+    """What is written beside a shard, collected while its tar is written.
 
-    def __init__(self) -> None:
+    Args:
+        label_sets: of the plan.
+    """
+
+    def __init__(self, label_sets: LabelSets | None) -> None:
+        self.has_sets = label_sets is not None
+        self._label_sets = label_sets
+        self._sets: list[int] = []
         self.records: list[tuple[Any, ...]] = []
         self.sources: list[str] = []
         self.idx: list[str] = []
@@ -56,6 +65,9 @@ class _Beside:
         crc = crc32c(image.data)
         mean = image.mean_rgb or (0, 0, 0)
         size = len(image.data)
+        if self._label_sets is not None:
+            self._sets.append(label)
+            label = -1
         self.records.append((position, offset, size, image.width, image.height, label, crc, mean, flags))
         self.sources.append(source)
         self.outcomes.update(image.outcomes)
@@ -72,11 +84,19 @@ class _Beside:
         # DALI's format: a header line, then extension, offset, size and name of each member of a sample.
         idx = f"v1.2 {len(self.idx)}\n" + "".join(self.idx)
         sources = "".join(f"{line}\n" for line in self.sources)
-        return {
+        sets = {} if self._label_sets is None else {LABEL_SETS_SUFFIX: self._set_rows(self._label_sets)}
+        return sets | {
             ".index.npy": npy_header(len(records)) + records.tobytes(),
             ".sources.txt": sources.encode(),
             ".idx": idx.encode(),
         }
+
+    def _set_rows(self, label_sets: LabelSets) -> bytes:
+        # An input without a set: nothing is known of any class.
+        rows = np.concatenate([label_sets, np.full((1, label_sets.shape[1]), -1, dtype=np.int8)])[self._sets]
+        buffer = io.BytesIO()
+        np.save(buffer, rows)
+        return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -91,7 +111,8 @@ class WriteShard:
         """Write a shard, then the record that it is finished."""
         plan, target, stem = cached_plan(self.plan), self.target, shard_stem(task.shard)
         split = plan.splits[task.split].name
-        temporary = {suffix: target.scratch / f"{task.split}-{stem}{suffix}.{os.getpid()}" for suffix in SHARD_SUFFIXES}
+        suffixes = SHARD_SUFFIXES if plan.label_sets is None else (*SHARD_SUFFIXES, LABEL_SETS_SUFFIX)
+        temporary = {suffix: target.scratch / f"{task.split}-{stem}{suffix}.{os.getpid()}" for suffix in suffixes}
         try:
             entry, rejected = _write_files(plan, task, self.config, temporary, tick)
             target.publish({path_in(split, f"{stem}{suffix}"): path for suffix, path in temporary.items()})
@@ -105,7 +126,7 @@ class WriteShard:
 def _write_files(
     plan: PackPlan, task: ShardTask, config: EncodeConfig, paths: dict[str, Path], tick: Tick
 ) -> tuple[ShardEntry, list[dict[str, Any]]]:
-    beside = _Beside()
+    beside = _Beside(plan.label_sets)
     fd = os.open(paths[".tar"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     tar = TarWriter(fd)
     try:
@@ -134,7 +155,7 @@ def _add_sample(tar: TarWriter, beside: _Beside, position: int, image: PackedIma
     key = f"{position:0{KEY_DIGITS}d}"
     offset = tar.add(b"%b.jpg" % key.encode(), image.data)
     line = f"jpg {offset} {len(image.data)} {key}.jpg"
-    if label >= 0:
+    if label >= 0 and not beside.has_sets:
         text = b"%d" % label
         line += f" cls {tar.add(b'%b.cls' % key.encode(), text)} {len(text)} {key}.cls"
     beside.idx.append(line + "\n")

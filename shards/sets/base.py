@@ -1,5 +1,6 @@
 """Sets of shards as readers see them: the protocols, and what all kinds of sets have in common."""
 
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from threading import Event
@@ -7,9 +8,11 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
-from shards.ground.arrays import Indices, Records
+from shards.ground.arrays import Indices, LabelSets, Records
+from shards.ground.digests import digest
 from shards.sets.manifest import Manifest
 from shards.sets.shard_file import ShardFile
+from shards.storage.file_kinds import LABEL_SETS_SUFFIX
 
 __all__ = ["BaseSet", "CopyHolder", "RemoteSet", "SetKind", "ShardCopy", "ShardSet"]
 
@@ -67,6 +70,18 @@ class ShardSet(Protocol):
 
         Raises:
             ValueError: the index is absent, damaged, or not that of this manifest, or the store does not answer.
+        """
+        ...
+
+    def label_sets(self, shard: int) -> LabelSets:
+        """Return the classes of a shard's samples where labels are sets (`manifest.has_label_sets`).
+
+        Returns:
+            (shard_sizes[shard], len(class_names)): 1 for a class that a sample has, 0 for one that it has not, -1 for
+            one that is not to be counted, such as VOC's difficult objects.
+
+        Raises:
+            ValueError: samples have one label, or the file is absent or damaged.
         """
         ...
 
@@ -186,6 +201,24 @@ class BaseSet(ABC):
     @abstractmethod
     def index(self, shard: int) -> Records:
         """Return the records of a shard."""
+
+    def label_sets(self, shard: int) -> LabelSets:
+        """Return the classes of a shard's samples where labels are sets; see ShardSet."""
+        entry = self.manifest.shards[shard]
+        name = f"{entry.stem}{LABEL_SETS_SUFFIX}"
+        if not self.manifest.has_label_sets:
+            raise ValueError(f"{self.where} has one label per sample, not sets of labels")
+        data = self.read_beside(name)
+        if digest(data) != entry.digests.get(LABEL_SETS_SUFFIX):
+            raise ValueError(
+                f"{self.where}: {name} has changed since it was packed: restore it, or run `make-shards verify "
+                f"{self.where}`"
+            )
+        return np.load(io.BytesIO(data))
+
+    def read_beside(self, name: str) -> bytes:
+        """Return a file beside the shards. Raises ValueError: this kind of set has none, or it cannot be read."""
+        raise ValueError(f"{self.where} has no {name} beside its samples: use the shards that it was made of")
 
     @abstractmethod
     def open_shard(self, shard: int) -> ShardFile:

@@ -60,6 +60,13 @@ class LocalShardSet(BaseSet):
                 f"{path} is listed in manifest.json but absent: restore it, or run `make-shards verify {path.parent}`"
             ) from None
 
+    def read_beside(self, name: str) -> bytes:
+        """Return a file beside the shards."""
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise ValueError(f"cannot read {self.path / name} ({error.strerror}): restore it, or pack again") from error
+
     def index(self, shard: int) -> Records:
         """Return the records of a shard, (shard_sizes[shard],) of RECORD, memory-mapped; the newest 128 stay mapped.
 

@@ -61,6 +61,8 @@ class Manifest:
     """In order; dense sample numbers run through them."""
     class_names: tuple[str, ...] = ()
     """Name of each label; empty when nothing is labeled."""
+    has_label_sets: bool = False
+    """A sample has a set of classes, in a file beside the shard, in place of one label."""
     num_inputs: int
     """Everything that was listed: packed + rejected."""
     num_samples: int
@@ -142,6 +144,8 @@ class Manifest:
         values: dict[str, Any] = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
         entries = [asdict(shard) for shard in self.shards]
         del values["shards"]
+        if not self.has_label_sets:
+            del values["has_label_sets"]  # as earlier versions wrote it: the digest of a set is that of this text
         head = json.dumps(values, indent=1, ensure_ascii=False, sort_keys=False)
         lines = ",\n".join("  " + json.dumps(entry, ensure_ascii=False) for entry in entries)
         return f'{head[:-2]},\n "shards": [\n{lines}\n ]\n}}\n'
@@ -159,7 +163,9 @@ def describe_jpegs(manifest: Manifest) -> str:
 
 def _known(cls: type[ShardEntry | Manifest], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a class; what earlier versions did not write is empty."""
-    return {f.name: values[f.name] for f in fields(cls) if f.name != "jpegs"} | {"jpegs": values.get("jpegs", {})}
+    later = ("jpegs", "has_label_sets")
+    found = {f.name: values[f.name] for f in fields(cls) if f.name not in later}
+    return found | {f.name: values[f.name] for f in fields(cls) if f.name in later and f.name in values}
 
 
 def _explain_absence(folder: Path) -> str:

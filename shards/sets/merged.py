@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from shards.ground.arrays import Records
+from shards.ground.arrays import LabelSets, Records
 from shards.sets.base import BaseSet, RemoteSet, SetKind, ShardCopy, ShardSet
 from shards.sets.manifest import Manifest
 from shards.sets.shard_file import ShardFile
@@ -18,8 +18,8 @@ __all__ = ["MergedShardSet"]
 class MergedShardSet(BaseSet):
     """The shards of several sets, set after set.
 
-    Labels are kept if all sets have the same class names; otherwise there are none, since the numbers of one set have
-    another meaning in the next.
+    Labels are kept if all sets have the same class names, and one label per sample or sets of them; otherwise there are
+    none, since the numbers of one set have another meaning in the next.
 
     Args:
         parts: the sets, in the order of the dense sample numbers.
@@ -61,6 +61,11 @@ class MergedShardSet(BaseSet):
         part, inner = self.part(shard)
         return part.shard_name(inner)
 
+    def label_sets(self, shard: int) -> LabelSets:
+        """Return the classes of a shard's samples where labels are sets; see ShardSet."""
+        part, inner = self.part(shard)
+        return part.label_sets(inner)
+
     def open_shard(self, shard: int) -> ShardFile:
         """Open a shard's tar. Raises FileNotFoundError."""
         part, inner = self.part(shard)
@@ -77,7 +82,8 @@ class MergedShardSet(BaseSet):
 
 
 def _merge(manifests: list[Manifest]) -> Manifest:
-    names = manifests[0].class_names
+    names, has_sets = manifests[0].class_names, manifests[0].has_label_sets
+    agree = all(each.class_names == names and each.has_label_sets == has_sets for each in manifests)
     outcomes: Counter[str] = Counter()
     jpegs: Counter[str] = Counter()
     for manifest in manifests:
@@ -86,7 +92,8 @@ def _merge(manifests: list[Manifest]) -> Manifest:
     return replace(
         manifests[0],
         shards=tuple(shard for manifest in manifests for shard in manifest.shards),
-        class_names=names if all(manifest.class_names == names for manifest in manifests) else (),
+        class_names=names if agree else (),
+        has_label_sets=has_sets and agree,
         num_inputs=sum(manifest.num_inputs for manifest in manifests),
         num_samples=sum(manifest.num_samples for manifest in manifests),
         num_rejected=sum(manifest.num_rejected for manifest in manifests),

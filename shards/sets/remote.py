@@ -67,6 +67,16 @@ class RemoteShardSet(BaseSet):
         """Open a shard's tar for reading by ranges."""
         return _RangeFile(self, shard)
 
+    def read_beside(self, name: str) -> bytes:
+        """Fetch a file beside the shards."""
+        try:
+            return open_folder(self.url).read(name)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self.url}/{name} belongs to what {MANIFEST_NAME} lists but is absent: restore it, or run "
+                f"`make-shards verify {self.url}`"
+            ) from None
+
     def index(self, shard: int) -> Records:
         """Return the records of a shard, (shard_sizes[shard],) of RECORD; the newest 128 are kept.
 
@@ -79,13 +89,7 @@ class RemoteShardSet(BaseSet):
         """Fetch the index of a shard and check it. Raises ValueError."""
         entry = self.manifest.shards[shard]
         name = f"{entry.stem}.index.npy"
-        try:
-            data = open_folder(self.url).read(name)
-        except FileNotFoundError:
-            raise ValueError(
-                f"{self.url}/{name} is listed in {MANIFEST_NAME} but absent: restore it, or run "
-                f"`make-shards verify {self.url}`"
-            ) from None
+        data = self.read_beside(name)
         promised = entry.digests.get(".index.npy", "")
         header = npy_header(entry.num_samples)
         if (promised and digest_of(data) != promised) or (

@@ -4,7 +4,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-__all__ = ["Input", "Source", "printable"]
+__all__ = ["Found", "Input", "LabelSet", "Source", "printable"]
+
+
+class LabelSet(NamedTuple):
+    """Classes of an input that may have several."""
+
+    present: tuple[str, ...]
+    unsure: tuple[str, ...] = ()
+    """Neither there nor absent: they count neither way, as VOC's difficult objects."""
+
+
+class Found(NamedTuple):
+    """What a source was recognized as."""
+
+    what: str
+    """One line, for people."""
+    class_names: tuple[str, ...] = ()
+    """Every class, of which some may have no input here."""
 
 
 class Input(NamedTuple):
@@ -14,8 +31,8 @@ class Input(NamedTuple):
     """Finds it inside its source."""
     folder: str | None = None
     """Name of the folder that holds it."""
-    label: str | int | None = None
-    """Class that the source itself gives: a name, or a bare number."""
+    label: str | int | LabelSet | None = None
+    """Class that the source itself gives: a name, a bare number, or several."""
     offset: int = -1
     """First byte inside an archive, or what else the source needs to find it."""
     size: int = -1
@@ -32,8 +49,8 @@ class Source(Protocol):
         """Return what `reopen_source` needs to open it again in another process, after `inputs` was exhausted."""
         ...
 
-    def inputs(self, spool: Path) -> Iterator["Input | Source"]:
-        """List every input, and sources found inside this one.
+    def inputs(self, spool: Path) -> Iterator["Input | Source | Found"]:
+        """List every input, sources found inside this one, and what it was recognized as.
 
         Args:
             spool: a file that the source may write, for what cannot be read by ranges where it is.

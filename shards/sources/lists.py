@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, ClassVar, cast
 from urllib.parse import unquote
 
 from shards.config import Columns
 from shards.ground.errors import PackError, RefusedError, Rejected
-from shards.sources.base import Input, Source, printable
+from shards.sources.base import Found, Input, Source, printable
 from shards.sources.folder import read_file
 from shards.storage.stores import SeekableFile, absolute, is_url, open_bytes, open_folder, split_url
 
@@ -32,22 +32,36 @@ class ListSource:
         columns: which columns hold path and label.
         root: absolute path, for other processes.
         is_remote: some of the images are not on this machine.
+        images: folder or address that relative paths begin at; None: where the list is.
     """
 
+    kind: ClassVar[str] = "list"
+
     def __init__(
-        self, path: str, columns: Columns | None = None, root: str = "", is_remote: bool | None = None
+        self,
+        path: str,
+        columns: Columns | None = None,
+        root: str = "",
+        is_remote: bool | None = None,
+        images: str | None = None,
     ) -> None:
         self.path = path
         self._columns = columns or Columns()
         self._root = root or absolute(path)
-        self._base = split_url(self._root)[0]
+        self._base = split_url(self._root)[0] if images is None else absolute(images).rstrip("/")
         self.is_remote = is_url(self._base) if is_remote is None else is_remote
 
     def spec(self) -> dict[str, Any]:
         """Return what `reopen_source` needs."""
-        return {"kind": "list", "path": self.path, "root": self._root, "is_remote": self.is_remote}
+        return {
+            "kind": self.kind,
+            "path": self.path,
+            "root": self._root,
+            "is_remote": self.is_remote,
+            "images": self._base,
+        }
 
-    def inputs(self, spool: Path) -> Iterator[Input | Source]:
+    def inputs(self, spool: Path) -> Iterator[Input | Source | Found]:
         """List what the list names, in its order."""
         del spool
         try:
@@ -122,7 +136,7 @@ class ListSource:
         del offset, size
         path = os.fsdecode(name)
         if not is_url(path) and not is_url(self._base):
-            return read_file(os.fsencode(Path(self._root).parent / path))
+            return read_file(os.fsencode(Path(self._base) / path))
         url = path if is_url(path) else f"{self._base}/{path}"
         folder, base = split_url(url)
         try:

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from shards.config import Columns
+from shards.config import Columns, SourceOptions
 from shards.sources.base import Source
 from shards.storage.file_kinds import ARCHIVES, LISTS, kind_of_archive
 from shards.storage.stores import check_url, is_url
@@ -20,8 +20,15 @@ SOURCES: dict[str, str] = {
     "zip": "shards.sources.zipfiles:ZipSource",
     "table": "shards.sources.tables:TableSource",
     "list": "shards.sources.lists:ListSource",
+    "imagenet": "shards.sources.imagenet:ImageNetSource",
+    "cifar": "shards.sources.cifar:CifarSource",
+    "voc": "shards.sources.voc:VocSource",
+    "coco": "shards.sources.coco:CocoSource",
 }
 """Where the class of each kind of source is; it is imported when it is needed."""
+
+LAYOUTS = ("imagenet", "cifar", "voc", "coco")
+"""Kinds that recognize the layout of a usual data set in a path: `recognize(path, options)` gives a source, or None."""
 
 
 def _class_of(name: str) -> Callable[..., Source]:
@@ -37,13 +44,27 @@ def nested_source(path: str, columns: Columns) -> Source | None:
     return _class_of(kind)(path, **({"columns": columns} if kind == "table" else {}))
 
 
-def open_source(path: str, columns: Columns) -> Source:
+def open_source(path: str, options: SourceOptions) -> Source:
     """Find the kind of a source.
 
     Raises:
-        ValueError: there is nothing there, or nothing that can be listed.
+        ValueError: there is nothing there, or nothing that can be listed; or an option means nothing for it.
     """
-    remote = is_url(path)
+    for kind in LAYOUTS:
+        recognize: Callable[[str, SourceOptions], Source | None] = getattr(_class_of(kind), "recognize")  # noqa: B009
+        source = recognize(path, options)
+        if source is not None:
+            return source
+    if options.subset is not None:
+        raise ValueError(
+            f"--subset {options.subset} means nothing for {path}, which is not in the layout of a data set with parts "
+            "(docs/packing.md): leave it out"
+        )
+    return _open_any(path, options)
+
+
+def _open_any(path: str, options: SourceOptions) -> Source:
+    remote, columns = is_url(path), options.columns
     if remote:
         check_url(path)
     elif os.path.isdir(path):  # noqa: PTH112 - the text that the user gave is kept as it is
@@ -54,7 +75,7 @@ def open_source(path: str, columns: Columns) -> Source:
     if nested is not None:
         return nested
     if path.lower().endswith(LISTS):
-        return _class_of("list")(path, columns=columns)
+        return _class_of("list")(path, columns=columns, images=options.image_root)
     if remote and not path.startswith("http"):
         return _class_of("objects")(path, columns=columns)
     raise ValueError(

@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
+import numpy as np
+
+from shards.ground.arrays import LabelSets
 from shards.ground.errors import PackError, Rejected
+from shards.sets.local import LocalShardSet
 from shards.sets.manifest import MANIFEST_NAME, Manifest
-from shards.sources.base import Input, Source, printable
+from shards.sources.base import Found, Input, LabelSet, Source, printable
 from shards.storage.file_kinds import IMAGE_SUFFIXES
 from shards.storage.stores import ByteFile, SeekableFile, absolute, is_url, open_bytes
 from shards.storage.tar import BLOCK, EndOfTar, TarError, parse_header
@@ -58,16 +62,19 @@ class TarSource:
         spool = {} if self._spool is None else {"spool": self._spool.name}
         return {"kind": "tar", "path": self.path, "root": self._root, **spool}
 
-    def inputs(self, spool: Path) -> Iterator[Input | Source]:
+    def inputs(self, spool: Path) -> Iterator[Input | Source | Found]:
         """List the members that are images or stand alone, in the archive's order."""
-        names = self._class_names()
+        manifest = self._manifest()
+        names = () if manifest is None else manifest.class_names
         try:
             if self._opener is not None:
                 self._unpack(spool)
                 self._spool = spool
             file = self._file()
-            for group in _samples(members(file, self.is_remote)):
-                yield from _inputs_of(group, file, names)
+            sets = None if manifest is None or not manifest.has_label_sets else self._label_sets(manifest)
+            for number, group in enumerate(_samples(members(file, self.is_remote))):
+                own = None if sets is None else _set_of(sets[number], names)
+                yield from _inputs_of(group, file, names, own)
         except (OSError, EOFError, lzma.LZMAError, zlib.error, TarError) as error:
             raise PackError(
                 f"{self.path} cannot be read to its end ({error}): its images would be lost silently; "
@@ -80,15 +87,21 @@ class TarSource:
         with self._opener(raw, "rb") as unpacked, spool.open("wb") as target:
             shutil.copyfileobj(cast("IO[bytes]", unpacked), target, 1 << 20)
 
-    def _class_names(self) -> tuple[str, ...]:
-        """Return what labels mean, if this is a shard that make-shards wrote."""
+    def _manifest(self) -> Manifest | None:
+        """Return what says what labels mean, if this is a shard that make-shards wrote."""
         folder = Path(self._root).parent
         if is_url(self._root) or not (folder / MANIFEST_NAME).exists():
-            return ()
+            return None
         try:
-            return Manifest.read(folder).class_names
+            return Manifest.read(folder)
         except ValueError:
-            return ()
+            return None
+
+    def _label_sets(self, manifest: Manifest) -> LabelSets | None:
+        """Return the classes of each sample, if the manifest names this shard."""
+        path = Path(self._root)
+        numbers = [number for number, entry in enumerate(manifest.shards) if entry.name == path.name]
+        return LocalShardSet(path.parent, manifest).label_sets(numbers[0]) if numbers else None
 
     def _file(self) -> ByteFile:
         return open_bytes(str(self._spool) if self._spool is not None else self._root)
@@ -177,10 +190,16 @@ def _samples(listing: Iterator[_TarEntry]) -> Iterator[list[_TarEntry]]:
         yield group
 
 
-def _inputs_of(group: list[_TarEntry], file: ByteFile, names: tuple[str, ...]) -> Iterator[Input]:
+def _set_of(row: LabelSets, names: tuple[str, ...]) -> LabelSet:
+    present, unsure = (tuple(names[i] for i in np.flatnonzero(row == value)) for value in (1, -1))
+    return LabelSet(present, unsure)
+
+
+def _inputs_of(
+    group: list[_TarEntry], file: ByteFile, names: tuple[str, ...], label: LabelSet | str | int | None
+) -> Iterator[Input]:
     suffixes = [member.name.rpartition(b".")[2].decode("ascii", "replace").lower() for member in group]
     images = [member for member, suffix in zip(group, suffixes, strict=True) if suffix in IMAGE_SUFFIXES]
-    label = None
     for member, suffix in zip(group, suffixes, strict=True):
         if suffix == "cls" and 0 < member.size <= _MAX_LABEL_BYTES:
             label = _label(file.read(member.offset, member.size), names)

@@ -1,6 +1,15 @@
 """File kinds by the ending of their names: what `make-shards` reads, and what it writes beside a shard."""
 
-__all__ = ["ARCHIVES", "BETON_SUFFIX", "IMAGE_SUFFIXES", "LISTS", "MANIFEST_NAME", "SHARD_SUFFIXES", "kind_of_archive"]
+__all__ = [
+    "ARCHIVES",
+    "BETON_SUFFIX",
+    "IMAGE_SUFFIXES",
+    "LABEL_SETS_SUFFIX",
+    "LISTS",
+    "MANIFEST_NAME",
+    "SHARD_SUFFIXES",
+    "kind_of_archive",
+]
 
 ARCHIVES = {
     ".tar": "tar",
@@ -23,6 +32,9 @@ IMAGE_SUFFIXES = frozenset(_IMAGES.split(" "))
 
 SHARD_SUFFIXES = (".tar", ".index.npy", ".sources.txt", ".idx")
 """The files of a shard, each after its stem."""
+
+LABEL_SETS_SUFFIX = ".labels.npy"
+"""The file of a shard whose samples have sets of classes: (N, C) int8, 1 in the set, 0 not, -1 not to be counted."""
 
 MANIFEST_NAME = "manifest.json"
 """The file that makes a folder of shards a set."""

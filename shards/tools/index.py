@@ -22,7 +22,7 @@ from shards.packing.plan import ClassTable
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from shards.sets.record import INDEXED, RECORD, Flag, flag_name, npy_header
 from shards.sets.shard_folder import ShardFolder
-from shards.sources.base import Input, printable
+from shards.sources.base import Input, LabelSet, printable
 from shards.sources.tarfiles import TarSource
 from shards.storage.stores import open_bytes
 from shards.storage.tar import TarError
@@ -74,6 +74,8 @@ class _IndexTar:
         file = open_bytes(str(path))
         for item in TarSource(f"{self.folder.where.rstrip('/')}/{path.name}", root=str(path)).inputs(path):
             assert isinstance(item, Input)
+            # Sets of classes are known of shards of ours alone, which have an index.
+            assert not isinstance(item.label, LabelSet)
             if item.size < 0:
                 continue
             data = file.read(item.offset, item.size)

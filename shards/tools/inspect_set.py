@@ -77,8 +77,12 @@ def _histogram(title: str, values: NDArray[np.float64], edges: Sequence[float]) 
 def _classes(shards: ShardSet, labels: NDArray[np.int64]) -> Iterator[str]:
     if not shards.class_names:
         return
-    counts = np.bincount(labels[labels >= 0], minlength=len(shards.class_names))
-    without = len(labels) - int(counts.sum())
+    if shards.manifest.has_label_sets:
+        sets = np.concatenate([shards.label_sets(shard) for shard in range(shards.num_shards)])
+        counts, without = (sets == 1).sum(axis=0), int((~(sets == 1).any(axis=1)).sum())
+    else:
+        counts = np.bincount(labels[labels >= 0], minlength=len(shards.class_names))
+        without = len(labels) - int(counts.sum())
     yield f"classes: {len(counts):,}, of {counts.min():,} to {counts.max():,} samples; {without:,} samples have none"
     order = np.argsort(-counts, kind="stable").tolist()
     shown = order if len(order) <= _MOST_CLASSES else [*order[: _MOST_CLASSES // 2], *order[-_MOST_CLASSES // 2 :]]

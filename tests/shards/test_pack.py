@@ -243,7 +243,7 @@ from shards.sources import open_source
 config = PackConfig(sources=({str(path)!r},), out="unused", shard_samples=10_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 begin = time.process_time()
-num_inputs = sum(1 for _ in open_source({str(path)!r}, config.columns()).inputs(Path("unused")))
+num_inputs = sum(1 for _ in open_source({str(path)!r}, config.source_options()).inputs(Path("unused")))
 middle = time.process_time()
 plan = make_plan(config, Path({str(tmp_path / "plan")!r}), ProgressBars(enabled=False))
 end = time.process_time()
