@@ -130,6 +130,13 @@ class Known(Protocol):
         """Return the name of each label of a set; empty where its classes have none."""
         ...
 
+    def label_sets(self, split: Split) -> "npt.NDArray[np.int8] | None":
+        """Return the classes of each sample of a set, by its number, where labels are sets; None: it has one label.
+
+        (N, C): 1 for a class that the sample has, 0 for one that it has not, -1 for one that is not to be counted.
+        """
+        ...
+
     def label_counts(self, split: Split) -> "npt.NDArray[np.int64]":
         """Return how many samples of a set have each label: (C,), C classes, some of which may have no sample."""
         ...
@@ -196,6 +203,8 @@ class Task(ABC):
 
     name: ClassVar[str]
     """As the command line has it."""
+    takes_label_sets: ClassVar[bool] = False
+    """Whether a sample may have several classes."""
     draws: ClassVar[bool] = True
     """Whether figures depend on the seed."""
     live: ClassVar[bool] = False

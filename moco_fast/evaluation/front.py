@@ -44,9 +44,17 @@ def why_not(task: Task, inputs: TaskInputs) -> str | None:
     if absent := task.splits - sets.keys():
         return f"it needs a {'training' if 'train' in absent else 'test'} set"
     looked_at = [shards for split, shards in sets.items() if split in task.splits]
+    several = [shards.where for shards in looked_at if shards.manifest.has_label_sets]
+    if task.needs_labels and not task.takes_label_sets and several:
+        return (
+            f"{several[0]} has a set of classes for each sample, where {task.name} needs one class: "
+            "such sets are measured by svm"
+        )
     unlabeled = [shards.where for shards in looked_at if not may_have_labels(shards)]
-    if task.needs_labels and unlabeled:
+    if task.needs_labels and unlabeled and not several:
         return f"{unlabeled[0]} holds no labeled sample, so there is nothing to compare: pack it with labels"
+    if several and len(several) < len(looked_at):
+        return f"{several[0]} has a set of classes for each sample, and another set has one class: take two of a kind"
     try:
         if task.needs_labels and task.splits >= {"train", "test"}:
             inputs.refuse_other_classes()

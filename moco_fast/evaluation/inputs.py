@@ -415,6 +415,13 @@ class TaskInputs:
         """Return the name of each label of a set; see Known."""
         return self.subject.sets[split].class_names
 
+    def label_sets(self, split: Split) -> npt.NDArray[np.int8] | None:
+        """Return the classes of each sample of a set; see Known."""
+        shards = self.subject.sets[split]
+        if not shards.manifest.has_label_sets:
+            return None
+        return np.concatenate([shards.label_sets(shard) for shard in range(shards.num_shards)])
+
     def label_counts(self, split: Split) -> npt.NDArray[np.int64]:
         """Return how many samples of a set have each label; see Known."""
         return label_counts(self.subject.sets[split])

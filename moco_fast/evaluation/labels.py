@@ -38,7 +38,9 @@ def common_classes(bank: ShardSet, queries: ShardSet) -> tuple[str, ...]:
 
 
 def may_have_labels(shards: ShardSet) -> bool:
-    """Whether classes have names, or, in shards that others wrote, the first shard has labels."""
+    """Whether samples have one label each: classes have names, or, in shards of others, the first shard has labels."""
+    if shards.manifest.has_label_sets:
+        return False
     return bool(shards.class_names) or (shards.num_shards > 0 and bool((shards.index(0)["label"] >= 0).any()))
 
 

@@ -31,6 +31,8 @@ class MadeUp:
     layers: dict[tuple[Split, str], Tensor] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")
     world: World = World()
+    sets: dict[Split, npt.NDArray[np.int8]] = field(default_factory=dict)
+    """Classes of the samples of each split where they have several."""
     more: dict[Split, tuple[Tensor, Tensor]] = field(default_factory=dict)
     names: dict[Split, tuple[str, ...]] = field(default_factory=dict)
 
@@ -53,6 +55,9 @@ class MadeUp:
         keep = index[labels[index] >= 0] if labeled else index
         found = values[keep]
         return Features(values=normalize(found) if want.unit else found, labels=labels[keep], index=keep)
+
+    def label_sets(self, split: Split) -> npt.NDArray[np.int8] | None:
+        return self.sets.get(split)
 
     size = 8
     data = DataConfig(shards="", num_threads=1)

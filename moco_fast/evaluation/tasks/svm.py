@@ -2,7 +2,8 @@
 
 As for VOC07 (Goyal et al. 2019; tools/svm of facebookresearch/fair_self_supervision_benchmark): features of length 1,
 positives weighted twice, squared hinge, cost chosen for each class by threefold cross-validation of the average
-precision. Here a sample has one label; VOC's images have several.
+precision. Samples may have one class or, as VOC's images, several; an object that VOC marks as difficult counts neither
+as hit nor as miss in the test, and as absent in training.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from moco_fast.evaluation.base import FigureInfo, Inputs, Measured, Outcome, Tas
 
 if TYPE_CHECKING:
     from moco_fast.config import Config
+    from moco_fast.evaluation.svm import Targets, Values
 
 __all__ = ["Svm"]
 
@@ -26,6 +28,7 @@ class Svm(Task):
     """Train a linear support vector machine for each class on frozen features, as for VOC07 (Goyal et al. 2019)."""
 
     name: ClassVar[str] = "svm"
+    takes_label_sets: ClassVar[bool] = True
     live: ClassVar[bool] = True
 
     protocol: Literal["fast", "voc07"] = "fast"
@@ -77,7 +80,9 @@ class Svm(Task):
         caption = "Mean over the classes of the average precision with which a machine ranks the test samples{}."
         infos = {
             "map": FigureInfo(title="SVM mAP", caption=caption.format("")),
-            "top1": FigureInfo(title="SVM top-1", caption="Share of test samples whose class scores highest."),
+            "top1": FigureInfo(
+                title="SVM top-1", caption="Share of test samples whose class scores highest, if they have one each."
+            ),
         }
         for shots in self.shots or ():
             words = f", trained with {shots} samples of each class"
@@ -86,35 +91,48 @@ class Svm(Task):
 
     def measure(self, inputs: Inputs) -> Outcome:
         """Choose costs, train on all, test; then with a few samples of each class."""
+        import numpy as np
+
         from moco_fast.evaluation.svm import fit_all, fit_few, mean_average_precision, scores_of
 
         assert self.costs is not None
-        train, test = map(inputs.features, self.wants())
-        (values, labels), (test_values, test_labels) = (
-            (features.values.cpu().double().numpy(), features.labels.numpy()) for features in (train, test)
-        )
-        machines, costs = fit_all(values, labels, costs=self.costs, seed=inputs.seed)
-        scores = scores_of(machines, test_values, num_classes=inputs.num_classes)
-        top1 = float((scores.argmax(axis=1) == test_labels).mean())
-        figures = {
-            "map": Measured(value=mean_average_precision(scores, test_labels)),
-            "top1": Measured(value=top1, num_trials=len(test)),
-        }
+        (values, targets), (test_values, test_targets) = (_samples(inputs, want) for want in self.wants())
+        num_classes = inputs.num_classes
+        machines, costs = fit_all(values, targets, costs=self.costs, seed=inputs.seed)
+        scores = scores_of(machines, test_values, num_classes=num_classes)
+        figures = {"map": Measured(value=mean_average_precision(scores, test_targets))}
+        if inputs.label_sets("test") is None:
+            right = test_targets[np.arange(len(scores)), scores.argmax(axis=1)] == 1
+            figures["top1"] = Measured(value=float(right.mean()), num_trials=len(right))
         notes: list[str] = []
         for shots in self.shots or ():
             found: list[float] = []
             for draw in range(self.num_draws):
-                few = fit_few(values, labels, shots=shots, costs=self.costs, seed=(inputs.seed, shots, draw))
+                few = fit_few(values, targets, shots=shots, costs=self.costs, seed=(inputs.seed, shots, draw))
                 if few is not None:
-                    few_scores = scores_of(few, test_values, num_classes=inputs.num_classes)
-                    found.append(mean_average_precision(few_scores, test_labels))
+                    few_scores = scores_of(few, test_values, num_classes=num_classes)
+                    found.append(mean_average_precision(few_scores, test_targets))
             if found:
                 figures[f"map_{shots}_shot"] = Measured(value=sum(found) / len(found))
             else:
-                notes.append(f"{shots}-shot is left out: some class has no more than {shots} training samples")
+                notes.append(f"{shots}-shot is left out: some class has fewer than {shots} training samples")
         return Outcome(
             figures=figures,
             chosen={"costs": costs},
-            facts={"num_train": len(train), "num_test": len(test)},
+            facts={"num_train": len(values), "num_test": len(test_values)},
             notes=tuple(notes),
         )
+
+
+def _samples(inputs: Inputs, want: Want) -> "tuple[Values, Targets]":
+    """Return features and targets of the samples whose classes are known."""
+    from moco_fast.evaluation.svm import one_hot
+
+    sets = inputs.label_sets(want.split)
+    features = inputs.features(want, labeled=sets is None)
+    values = features.values.cpu().double().numpy()
+    if sets is None:
+        return values, one_hot(features.labels.numpy(), num_classes=inputs.num_classes)
+    targets = sets[features.index.numpy()]
+    known = (targets != -1).any(axis=1)
+    return values[known], targets[known]
