@@ -30,7 +30,7 @@ _ARCHIVE = re.compile(r"VOC(trainval|test)_.*\.tar")
 _YEAR = re.compile(r"VOC\d{4}")
 
 
-class _Place(NamedTuple):
+class _Span(NamedTuple):
     offset: int
     size: int
 
@@ -50,7 +50,7 @@ class VocSource:
         self._root = root or absolute(path)
         self.is_remote = is_url(path)
         self._is_tar = self.is_remote or not Path(self._root).is_dir()
-        self._found: dict[str, dict[str, _Place]] = {}
+        self._found: dict[str, dict[str, _Span]] = {}
 
     @classmethod
     def recognize(cls, path: str, options: SourceOptions) -> Self | None:
@@ -97,7 +97,7 @@ class VocSource:
                     f"{self.path}: {image} of {_MAIN}{self._part}.txt is not in the lists of all classes: get it again"
                 ) from None
             label = LabelSet(*(tuple(name for name, sign in of_image if sign == wanted) for wanted in (1, 0)))
-            place = places.get(f"{image}.jpg", _Place(-1, -1))
+            place = places.get(f"{image}.jpg", _Span(-1, -1))
             yield Input(f"{_IMAGES}{image}.jpg".encode(), None, label, *place)
         what = f"{len(names):,} images, each with a set of {len(classes)} classes"
         yield Found(f"{self.path}: PASCAL VOC, {self._part}, {what}", tuple(classes))
@@ -129,14 +129,14 @@ class VocSource:
             found = {path.name: path.read_text() for path in (Path(self._root) / _MAIN).glob("*.txt")}
         return {name.removesuffix(".txt"): text for name, text in found.items() if name.endswith(".txt")}
 
-    def _places(self, folder: str) -> dict[str, _Place]:
+    def _places(self, folder: str) -> dict[str, _Span]:
         """Return where the files of a folder are in the tar, by name."""
         if not self._found:
             for entry in members(self._file(), self.is_remote):
                 inside, _, name = f"/{os.fsdecode(entry.name)}".rpartition("/")
                 for wanted in (_MAIN, _IMAGES):
                     if entry.is_file and inside.endswith(f"/{wanted.rstrip('/')}"):
-                        self._found.setdefault(wanted, {})[name] = _Place(entry.offset, entry.size)
+                        self._found.setdefault(wanted, {})[name] = _Span(entry.offset, entry.size)
         return self._found.get(folder, {})
 
 
