@@ -17,6 +17,7 @@ from shards.ground.digests import short_digest
 from shards.ground.files import appearing, write_whole
 from shards.ground.locks import locked, take_lock
 from shards.ground.progress import ProgressBars
+from shards.ground.units import counted
 from shards.packing.pack import pack
 from shards.sets import ShardSet, open_set
 from shards.sets.manifest import MANIFEST_NAME, Manifest, find_tars
@@ -100,7 +101,7 @@ def _listed(where: str) -> list[_File]:
     labels = {file.label for file in files}
     if not files:
         flat = sum(1 for entry in _entries(where) if entry.is_file())
-        holds = f"holds {flat:,} files, but no folders with images" if flat else "holds no images"
+        holds = f"holds {counted(flat, 'file')}, but no folders with images" if flat else "holds no images"
         raise ValueError(
             f"{where} {holds}: a data set is shards, or a folder with a folder of images for each class, such as "
             f"{where.rstrip('/')}/cat/1.jpg"
@@ -163,6 +164,8 @@ def _tally(manifest: Manifest) -> str:
 
 
 def _line(where: str, manifest: Manifest, final: Path) -> str:
-    left_out = f"; {manifest.num_rejected:,} files left out ({_tally(manifest)})" if manifest.num_rejected else ""
-    counts = f"{manifest.num_samples:,} images in {len(manifest.class_names):,} classes"
+    rejected = counted(manifest.num_rejected, "file")
+    left_out = f"; {rejected} left out ({_tally(manifest)})" if manifest.num_rejected else ""
+    classes = counted(len(manifest.class_names), "class", plural="classes")
+    counts = f"{counted(manifest.num_samples, 'image')} in {classes}"
     return f"{where}: {counts} are packed into {final}, for this and later evaluations{left_out}"

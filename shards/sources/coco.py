@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self, cast
 
 from shards.config import SourceOptions
 from shards.ground.errors import PackError
+from shards.ground.units import counted
 from shards.sources.base import Found, Input, LabelSet, Source
 from shards.sources.lists import ListSource
 from shards.storage.stores import is_url, open_bytes
@@ -58,7 +59,7 @@ class CocoSource(ListSource):
             folder = path.rpartition("/")[0].rpartition("/")[2] or None
             yield Input(path.encode("utf-8", "surrogateescape"), folder, label)
         what = f"each with a set of {len(names)} categories" if has_sets else f"of {len(names)} categories"
-        yield Found(f"{self.path}: COCO's layout, {len(images):,} images, {what}", tuple(names.values()))
+        yield Found(f"{self.path}: COCO's layout, {counted(len(images), 'image')}, {what}", tuple(names.values()))
 
     def _load(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[Any, str]]:
         """Return images, annotations, and the name of each category's id."""

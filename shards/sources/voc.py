@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 
 from shards.config import SourceOptions
 from shards.ground.errors import PackError, Rejected
+from shards.ground.units import counted
 from shards.sources.base import Found, Input, LabelSet, Source, printable
 from shards.sources.folder import read_file
 from shards.sources.parts import chosen_part
@@ -99,7 +100,7 @@ class VocSource:
             label = LabelSet(*(tuple(name for name, sign in of_image if sign == wanted) for wanted in (1, 0)))
             place = places.get(f"{image}.jpg", _Span(-1, -1))
             yield Input(f"{_IMAGES}{image}.jpg".encode(), None, label, *place)
-        what = f"{len(names):,} images, each with a set of {len(classes)} classes"
+        what = f"{counted(len(names), 'image')}, each with a set of {len(classes)} classes"
         yield Found(f"{self.path}: PASCAL VOC, {self._part}, {what}", tuple(classes))
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:

@@ -255,7 +255,7 @@ def test_voc_s_labels_are_sets_and_difficult_objects_count_neither_way(tmp_path,
     command = ["pack", str(tmp_path / place), "--subset", "val", "--out", str(tmp_path / "val"), "--workers", "1"]
     assert main(command) == 0
     said = capsys.readouterr()
-    assert "PASCAL VOC, val, 1 images, each with a set of 3 classes" in said.err
+    assert "PASCAL VOC, val, 1 image, each with a set of 3 classes" in said.err
     assert "sets of 3 classes" in said.out
 
 
