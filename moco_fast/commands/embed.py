@@ -39,6 +39,8 @@ class Embed:
     """Scale every vector to length 1."""
     dtype: Literal["float32", "float16"] = "float32"
     """Type of the numbers in the file."""
+    index: Literal["none", "faiss"] = "none"
+    """`faiss`: an index beside the file, with which `moco-fast search` need not read all vectors."""
     which: Literal["query", "key"] = "query"
     """Of an encoder that was trained with its slow average, the one or the other."""
     size: int | None = None
@@ -57,7 +59,7 @@ class Embed:
     def execute(self) -> int:
         """Do what the options say; return the exit code."""
         self._validate()
-        from moco_fast.embedding.formats import format_of
+        from moco_fast.embedding.formats import damaged_beside, format_of
         from moco_fast.embedding.stream import Vectors
         from moco_fast.embedding.write import Order, write_embeddings
         from moco_fast.encoders.open import open_encoder
@@ -93,16 +95,24 @@ class Embed:
         done = " were there already" if written.was_there else ""
         print(f"{written.path}: {counted(written.num_rows, 'vector')} of {counted(written.dim, 'number')}{done}")
         if written.num_damaged:
-            listed = (
-                Path(self.out).with_suffix(".damaged.jsonl") if Path(self.out).suffix else f"{self.out}/damaged.jsonl"
-            )
+            listed = damaged_beside(Path(self.out))
             what = "1 image cannot be read and has" if written.num_damaged == 1 else None
             what = what or f"{written.num_damaged:,} images cannot be read and have"
             print(f"{what} no vector: {listed}", file=sys.stderr)
+        if self.index == "faiss":
+            from moco_fast.embedding.faiss_index import write_faiss
+            from moco_fast.embedding.index import open_index
+
+            index, done = write_faiss(open_index(self.out))
+            print(f"{index.describe()} {done}")
         return 0
 
     def _validate(self) -> None:
         check_layer(self.layer)
+        if self.index == "faiss":
+            from moco_fast.embedding.faiss_index import needs_faiss
+
+            needs_faiss("--index faiss")
         positive("batch-size", self.batch_size)
         if self.size is not None:
             positive("size", self.size)

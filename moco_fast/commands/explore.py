@@ -35,6 +35,8 @@ class Explore:
     """Groups, outliers and labels on the page, each."""
     outliers: int = 1000
     """Images in the list of outliers."""
+    exact: bool = False
+    """Compare all pairs, even where `moco-fast embed --index faiss` wrote an index that is faster and not exact."""
     format: Literal["csv", "jsonl", "parquet"] = "csv"
     """Of the lists."""
     device: Device = "auto"
@@ -44,23 +46,35 @@ class Explore:
         """Do what the options say; return the exit code."""
         self._validate()
         from moco_fast.embedding.explore import explore
+        from moco_fast.embedding.faiss_index import find_faiss
         from moco_fast.embedding.index import open_index
         from moco_fast.embedding.lists import KEEP_NAME, write_lists
         from moco_fast.report.explore import write_page
 
         folder = Path(self.out)
         index = open_index(self._vectors(folder))
+        # An exact one is no faster than we are, and finds pairs among the k nearest alone.
+        faster, note = (None, "") if self.exact else find_faiss(index)
+        faster = None if faster is None or faster.is_exact else faster
+        note = f"neighbors by {faster.describe()}; --exact compares all pairs" if faster else note
+        if note:
+            print(note, file=sys.stderr)
         num_pairs = index.num_rows * (index.num_rows + 1) // 2
         with _progress(num_pairs) as bar:
             found = explore(
-                index, k=self.k, threshold=self.threshold, device=choose_device(self.device), tick=bar.update
+                index,
+                k=self.k,
+                threshold=self.threshold,
+                device=choose_device(self.device),
+                faster=faster,
+                tick=bar.update,
             )
         folder.mkdir(exist_ok=True)
         keep = write_lists(folder, index, found, suffix=self.format, num_outliers=self.outliers)
         lists = sorted(path.name for path in folder.iterdir() if path.stem in ("duplicates", "outliers", "labels"))
         lists += [] if keep else [KEEP_NAME]
         page = folder / "explore.html"
-        write_page(page, index, found, num_shown=self.show, lists=lists, keep=keep)
+        write_page(page, index, found, num_shown=self.show, lists=lists, keep=keep, note=note)
         print(_summary(found))
         print(f"written to {page}, beside {', '.join(lists)}", file=sys.stderr)
         return 0

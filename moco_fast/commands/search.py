@@ -14,7 +14,10 @@ __all__ = ["Search"]
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """Find the images that are most similar to some others, exactly, among what `moco-fast embed` wrote."""
+    """Find the images that are most similar to some others, among what `moco-fast embed` wrote.
+
+    By the index of faiss where `moco-fast embed --index faiss` wrote one, else by all vectors.
+    """
 
     index: tyro.conf.Positional[str]
     """File or folder that `moco-fast embed` wrote."""
@@ -24,6 +27,8 @@ class Search:
     """Images to find for each query."""
     encoder: str | None = None
     """Where the encoder is now; unset: where it was."""
+    exact: bool = False
+    """Look at all vectors, whether there is an index or not."""
     json: bool = False
     """Print JSON in place of a table."""
     html: str | None = None
@@ -36,6 +41,7 @@ class Search:
         self._validate()
         import tempfile
 
+        from moco_fast.embedding.faiss_index import find_faiss
         from moco_fast.embedding.images import pack_files
         from moco_fast.embedding.index import open_index
         from moco_fast.embedding.query import embed_queries
@@ -45,7 +51,17 @@ class Search:
         with tempfile.TemporaryDirectory() as folder:
             queries = pack_files(self.queries, Path(folder) / "queries")
             vectors = embed_queries(index, queries, encoder=self.encoder, device=device)
-            found = answers(index, vectors.names, *nearest(index, vectors.values, self.k, device=device))
+            faster, note = (None, "") if self.exact else find_faiss(index)
+            if faster is None:
+                near = nearest(index, vectors.values, self.k, device=device)
+            else:
+                near = faster.nearest(vectors.values, self.k)
+                note = f"searched by {faster.describe()}" + (
+                    "" if faster.is_exact else "; --exact looks at all vectors"
+                )
+            if note:
+                print(note, file=sys.stderr)
+            found = answers(index, vectors.names, *near)
             print(as_json(found) if self.json else as_table(found))
             if self.html is not None:
                 from moco_fast.report.search import write_page

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moco_fast.embedding.faiss_index import FaissIndex
 from moco_fast.embedding.index import Index
-from moco_fast.embedding.neighbors import Neighbors, all_neighbors
+from moco_fast.embedding.neighbors import Neighbors, all_neighbors, approximate_neighbors
 from shards.ground.arrays import Indices
 
 __all__ = ["Explored", "explore"]
@@ -74,6 +75,7 @@ def explore(
     k: int = 10,
     threshold: float = 0.95,
     device: torch.device,
+    faster: FaissIndex | None = None,
     tick: Callable[[int], object] = lambda _: None,
 ) -> Explored:
     """Look at every row's neighbors.
@@ -82,7 +84,8 @@ def explore(
         index: written embeddings.
         k: neighbors that are looked at.
         threshold: cosine from which on two rows are near-duplicates.
-        device: where to compute.
+        device: where to compute, if all pairs are compared.
+        faster: an index of faiss to find neighbors by; None: all pairs are compared.
         tick: see `all_neighbors`.
 
     Raises:
@@ -90,7 +93,10 @@ def explore(
     """
     if index.num_rows < 2:
         raise ValueError(f"{index.path} has {index.num_rows} vectors: it takes two to have neighbors")
-    found = all_neighbors(index, k=k, threshold=threshold, device=device, tick=tick)
+    if faster is None:
+        found = all_neighbors(index, k=k, threshold=threshold, device=device, tick=tick)
+    else:
+        found = approximate_neighbors(index, faster, k=k, threshold=threshold, tick=tick)
     labels = np.fromiter((-1 if row.label is None else row.label for row in index.all_rows()), np.int64)
     similarities = found.similarities.numpy()
     majority, share = _majorities(labels, found.rows.numpy())

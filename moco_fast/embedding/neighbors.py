@@ -17,11 +17,12 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from moco_fast.embedding.faiss_index import FaissIndex
 from moco_fast.embedding.index import Index
 from moco_fast.embedding.search import highest
 from shards.ground.arrays import Indices
 
-__all__ = ["NearDuplicates", "Neighbors", "all_neighbors"]
+__all__ = ["NearDuplicates", "Neighbors", "all_neighbors", "approximate_neighbors"]
 
 _SIDE = 4096
 _BLOCK_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
@@ -46,8 +47,13 @@ class NearDuplicates:
         self.similarity = np.ones(num_rows, dtype=np.float32)
         self._above: Indices = np.arange(num_rows)
 
-    def add(self, left: Indices, right: Indices, similarities: npt.NDArray[np.float32]) -> None:
-        """Add (n,) pairs of near rows, left < right, by rising `left`, after all in which one of `left` was `right`."""
+    def add(self, rows: Indices, others: Indices, similarities: npt.NDArray[np.float32]) -> None:
+        """Add (n,) pairs of near rows, after all those that say whether the earlier one of a pair stays."""
+        if not len(rows):
+            return
+        left, right = np.minimum(rows, others), np.maximum(rows, others)
+        _, first_of = np.unique(left * len(self.stays) + right, return_index=True)  # Each once, by rising `left`.
+        left, right, similarities = left[first_of], right[first_of], similarities[first_of]
         self._join(left, right)
         begins = np.flatnonzero(np.diff(left, prepend=-1))
         for begin, end in pairwise([*begins.tolist(), len(left)]):
@@ -96,14 +102,21 @@ class _Nearest:
         self.similarities = torch.full((num_rows, k), -torch.inf, device=device)
         self.rows = torch.full((num_rows, k), -1, dtype=torch.int64, device=device)
 
-    def add(self, first: int, similarities: Tensor, first_other: int) -> None:
-        """Add (n, m) similarities of rows from `first` on to later and later others, from `first_other` on."""
-        part = slice(first, first + len(similarities))
-        # Few rows find a nearer neighbor once some thousand were seen, and a sum is cheaper than a selection.
-        nearer = (similarities.amax(dim=1) > self.similarities[part, -1]).nonzero().flatten()
+    def add(self, first: int, highest_of: Tensor, rows_of: Callable[[Tensor], Tensor], first_other: int) -> None:
+        """Add the similarities of rows from `first` on to later and later others, from `first_other` on.
+
+        Args:
+            first: number of the first row.
+            highest_of: (n,) each row's highest similarity.
+            rows_of: gives (m, others) similarities of m of these rows, by their (m,) places.
+            first_other: number of the first of the others.
+        """
+        part = slice(first, first + len(highest_of))
+        # Few rows find a nearer neighbor once some thousand were seen, and a maximum is cheaper than a selection.
+        nearer = (highest_of > self.similarities[part, -1]).nonzero().flatten()
         if not len(nearer):
             return
-        found, places = highest(similarities[nearer], self.rows.shape[1])
+        found, places = highest(rows_of(nearer), self.rows.shape[1])
         best = torch.cat([self.similarities[part][nearer], found], dim=1)
         rows = torch.cat([self.rows[part][nearer], places + first_other], dim=1)
         best, order = highest(best, self.rows.shape[1])
@@ -131,11 +144,16 @@ def all_neighbors(
         is_same = first == first_other
         if is_same:
             similarities.fill_diagonal_(-torch.inf)
-        else:
-            nearest.add(first, similarities, first_other)
-        # The other way round: what comes later in the file is given what came before it.
-        nearest.add(first_other, similarities.T.contiguous(), first)
-        _add_near(duplicates, similarities, threshold, first, first_other)
+        highest_of = similarities.amax(dim=1)
+        nearest.add(first, highest_of, lambda rows: similarities[rows], first_other)
+        if not is_same:
+            nearest.add(first_other, similarities.amax(dim=0), lambda rows: similarities[:, rows].T.contiguous(), first)
+        near = (highest_of >= threshold).nonzero().flatten()
+        if len(near):
+            values = similarities[near]
+            place, other = (values >= threshold).nonzero(as_tuple=True)
+            pairs = (near[place] + first, other + first_other, values[place, other])
+            duplicates.add(*(each.cpu().numpy() for each in pairs))
         tick(len(left) * (len(left) + 1) // 2 if is_same else similarities.numel())
 
     begin = 0
@@ -153,20 +171,32 @@ def all_neighbors(
     return Neighbors(similarities=nearest.similarities.cpu(), rows=nearest.rows.cpu(), duplicates=duplicates)
 
 
+@torch.no_grad()
+def approximate_neighbors(
+    index: Index, faster: FaissIndex, *, k: int, threshold: float, tick: Callable[[int], object] = lambda _: None
+) -> Neighbors:
+    """Find what `all_neighbors` does among what an index of faiss finds; of pairs, those among the k nearest alone.
+
+    Arguments as there; `faster` is of the same embeddings.
+    """
+    num_rows, k = index.num_rows, min(k, index.num_rows - 1)
+    similarities, rows = torch.empty(num_rows, k), torch.empty(num_rows, k, dtype=torch.int64)
+    for first, chunk in index.chunks():
+        part = slice(first, first + len(chunk))
+        found, near = faster.nearest(torch.tensor(chunk), k + 1)
+        is_other = near != torch.arange(num_rows)[part, None]
+        is_other[is_other.all(dim=1), -1] = False  # Itself is among the nearest, but for what the index rounds.
+        similarities[part], rows[part] = found[is_other].view(-1, k), near[is_other].view(-1, k)
+        tick(len(chunk) * (num_rows + 1) // 2)
+    duplicates = NearDuplicates(num_rows)
+    row, place = (similarities >= threshold).nonzero(as_tuple=True)
+    duplicates.add(*(each.numpy() for each in (row, rows[row, place], similarities[row, place])))
+    return Neighbors(similarities=similarities, rows=rows, duplicates=duplicates)
+
+
 def _squares(index: Index, begin: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """Give vectors of length 1 from a row on, at most `_SIDE` at a time, each with the first one's row."""
     for first, chunk in index.chunks(begin):
         for place in range(0, len(chunk), _SIDE):
             part = torch.tensor(chunk[place : place + _SIDE]).to(device).float()
             yield first + place, normalize(part)
-
-
-def _add_near(duplicates: NearDuplicates, similarities: Tensor, threshold: float, first: int, first_other: int) -> None:
-    if first == first_other:
-        similarities = similarities.triu(1)
-    near = (similarities.amax(dim=1) >= threshold).nonzero().flatten()
-    if len(near):
-        values = similarities[near]
-        left, right = (values >= threshold).nonzero(as_tuple=True)
-        pairs = (near[left] + first, right + first_other, values[left, right])
-        duplicates.add(*(each.cpu().numpy() for each in pairs))

@@ -59,13 +59,14 @@ def nearest(index: Index, queries: Tensor, k: int, *, device: torch.device) -> t
 def highest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k highest values of each row with their places; of equal ones the first place first.
 
-    `topk` alone takes any of equal values: the k-th value says which ones are certain, and the first of those that
-    equal it are taken to fill up.
+    `topk` alone takes any of equal values: where the one after the k-th equals it, all of the row are sorted.
     """
     k = min(k, values.shape[1])
-    places = values.topk(k, dim=1).indices
-    if k and bool((values >= values.gather(1, places[:, -1:])).sum(dim=1).gt(k).any()):
-        return tuple(part[:, :k] for part in values.sort(dim=1, descending=True, stable=True))  # pyright: ignore[reportReturnType] - a pair
+    found, places = values.topk(min(k + 1, values.shape[1]), dim=1)
+    is_open = (found[:, k - 1 : k] == found[:, k:]).any(dim=1)
+    places = places[:, :k]
+    if bool(is_open.any()):
+        places[is_open] = values[is_open].sort(dim=1, descending=True, stable=True).indices[:, :k]
     places = places.sort(dim=1).values
     found, order = values.gather(1, places).sort(dim=1, descending=True, stable=True)
     return found, places.gather(1, order)

@@ -28,6 +28,7 @@ from moco_fast.embedding.images import are_shards, pack_images, rejected
 from moco_fast.embedding.index import find_header
 from moco_fast.embedding.stream import Rows, Vectors, divide, embed_parts
 from moco_fast.evaluation.cache import data_digest
+from shards.ground.digests import digest
 from shards.ground.files import remove, write_whole
 from shards.ground.locks import locked
 from shards.ground.progress import ProgressBars
@@ -261,7 +262,11 @@ class _Writing:
 
     def _write_part(self, number: int, rows: Rows) -> None:
         self.format.write_part(self._stem(number), rows, self.shards.class_names)
-        record = {"num_rows": len(rows), "damaged": [asdict(each) for each in rows.damaged]}
+        record = {
+            "num_rows": len(rows),
+            "digest": digest(np.ascontiguousarray(rows.values).data),
+            "damaged": [asdict(each) for each in rows.damaged],
+        }
         write_whole(self._record(number), json.dumps(record), durable=True)
 
     def _finish(self) -> WrittenEmbeddings:
@@ -275,6 +280,7 @@ class _Writing:
             "num_rows": num_rows,
             "dim": self.vectors.dim(),
             "num_damaged": len(damaged),
+            "vectors": digest(*(count["digest"].encode() for count in counts)),
             "encoder": order.encoder,
             "which": order.which,
             "images": order.images,

@@ -47,7 +47,9 @@ class _ShownLabel:
     neighbors: list[_ShownRow]
 
 
-def write_page(out: Path, index: Index, explored: Explored, *, num_shown: int, lists: Sequence[str], keep: str) -> None:
+def write_page(
+    out: Path, index: Index, explored: Explored, *, num_shown: int, lists: Sequence[str], keep: str, note: str = ""
+) -> None:
     """Write a page that needs nothing else. A picture that cannot be shown is a blank with its name.
 
     Args:
@@ -57,6 +59,7 @@ def write_page(out: Path, index: Index, explored: Explored, *, num_shown: int, l
         num_shown: groups, outliers and labels that are shown, each.
         lists: names of the lists beside the page.
         keep: why there is no list of what to keep; empty if there is one.
+        note: what there is to say about how neighbors were found.
     """
     groups = _groups(explored, num_shown)
     likeness = explored.likeness
@@ -66,7 +69,7 @@ def write_page(out: Path, index: Index, explored: Explored, *, num_shown: int, l
     shown += [row for each in suspicious for row in (each.row, *(near.row for near in each.neighbors))]
     numbers = sorted(set(shown))
     rows: dict[int, Row] = dict(zip(numbers, index.rows(numbers), strict=True))
-    pictures, note = row_pictures(index, list(rows.values()))
+    pictures, missing = row_pictures(index, list(rows.values()))
     page = open_template("explore.html").render(
         index=index,
         explored=explored,
@@ -78,6 +81,7 @@ def write_page(out: Path, index: Index, explored: Explored, *, num_shown: int, l
         suspicious=suspicious,
         rows=rows,
         pictures=pictures,
+        missing=missing,
         note=note,
         lists=lists,
         keep=keep,

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import moco_fast
 from moco_fast.commandline import parse
@@ -15,6 +14,7 @@ from moco_fast.evaluation.features import labeled_features
 from moco_fast.presets import PRESETS
 from pipelines.config import DataConfig, ViewsConfig
 from shards.sets import open_set
+from tests.moco_fast.embedding.written import photos_of_noise
 
 
 def test_everything_that_is_offered_is_there() -> None:
@@ -99,13 +99,8 @@ def test_a_set_of_shards_is_embedded(finished_run: Path, packed_demo: Any) -> No
 def test_a_folder_is_embedded_and_what_is_broken_is_named(
     finished_run: Path, packed_demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = tmp_path / "photos"
-    images.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(3):
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(images / f"{number}.png")
+    images = photos_of_noise(tmp_path / "photos", num=3)
     shutil.copy(images / "0.png", images / "again.png")
-    (images / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     found = moco_fast.embed(moco_fast.load_encoder(finished_run), images, layer="head", device="cpu")
     assert [Path(name).name for name in found.names] == ["0.png", "1.png", "2.png", "again.png"]

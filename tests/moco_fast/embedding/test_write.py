@@ -18,7 +18,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.numpy import load_file
 
 import moco_fast
@@ -32,6 +31,7 @@ from moco_fast.encoders.open import open_encoder
 from pipelines.config import DataConfig
 from pipelines.world import World
 from shards.sets import open_set
+from tests.moco_fast.embedding.written import photos_of_noise
 from tests.pipelines.shard_files import damaged_copy
 
 
@@ -75,6 +75,17 @@ def read(path: Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
     vectors = table["vector"].combine_chunks()
     values = vectors.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
     return values, table.select(names).to_pylist()
+
+
+def stop_before_the_end(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embed until all parts are there; then the disk is full."""
+
+    def stop(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(write._Writing, "_finish", stop)
+        assert main(words) == 2
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -237,12 +248,7 @@ def test_what_was_begun_otherwise_is_refused_with_the_difference(
 ) -> None:
     out = tmp_path / "x.npy"
 
-    def stop(*_: Any) -> None:
-        raise OSError("the disk is full")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(write._Writing, "_finish", stop)
-        assert main(command(finished_run, packed_demo.val, out)) == 2
+    stop_before_the_end(command(finished_run, packed_demo.val, out), monkeypatch)
     changes = {
         "--layer was backbone, is head": ["--layer", "head"],
         "--normalize was True, is False": ["--no-normalize"],
@@ -347,20 +353,10 @@ def test_damaged_samples_have_no_vector_and_are_listed(
 def test_a_folder_is_packed_on_the_fly_and_only_once(
     finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    images = tmp_path / "photos"
-    images.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(9):
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(images / f"{number}.png")
-    (images / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    images = photos_of_noise(tmp_path / "photos", num=9)
     out = tmp_path / "x.parquet"
 
-    def stop(*_: Any) -> None:
-        raise OSError("the disk is full")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(write._Writing, "_finish", stop)
-        assert main(command(finished_run, images, out)) == 2
+    stop_before_the_end(command(finished_run, images, out), monkeypatch)
     shutil.rmtree(images)
     assert main(command(finished_run, tmp_path / "others", out)) == 2
     assert "--images was" in capsys.readouterr().err

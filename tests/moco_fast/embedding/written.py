@@ -1,4 +1,4 @@
-"""Written embeddings of given values, and what a naive search finds in them."""
+"""Files to be embedded, written embeddings of given values, and what a naive search finds in them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,13 +8,25 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from PIL import Image
 
 from moco_fast.embedding import formats
 from moco_fast.embedding.formats import format_of
 from moco_fast.embedding.index import Index, Row, open_index
 from moco_fast.embedding.stream import Rows
+from shards.ground.digests import digest
 
 CPU = torch.device("cpu")
+
+
+def photos_of_noise(folder: Path, *, num: int) -> Path:
+    """Write a folder of images and of one file that is broken."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(num):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    return folder
 
 
 def rows_of(values: npt.NDArray[Any], first: int) -> Rows:
@@ -48,6 +60,7 @@ def _written(out: Path, parts: list[npt.NDArray[Any]]) -> Index:
         "format": "moco-fast-embeddings",
         "num_rows": sum(map(len, parts)),
         "dim": parts[0].shape[1],
+        "vectors": digest(*map(np.ascontiguousarray, parts)),
         "encoder": "somewhere",
         "images": "elsewhere",
         "are_shards": False,
