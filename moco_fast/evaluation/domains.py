@@ -69,12 +69,13 @@ def _logistic(task: "Domains", inputs: Inputs) -> tuple[Classifier, dict[str, An
     train = inputs.features(Want(split="train", layer=task.layer))
     defaults = Logistic()
     fit, c = fit_chosen(
-        train.values.to(inputs.device),
+        train.values,
         train.labels,
         num_classes=inputs.num_classes,
         num_c=task.num_c,
         max_iter=defaults.max_iter,
         share=defaults.share,
         seed=inputs.seed,
+        device=inputs.device,
     )
-    return lambda values, among: among[fit.scores(values.to(inputs.device)).cpu()[:, among].argmax(dim=1)], {"c": c}
+    return fit.predict, {"c": c}

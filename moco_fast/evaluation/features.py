@@ -30,9 +30,13 @@ __all__ = [
     "gather",
     "labeled_features",
     "near",
+    "rows_at_once",
     "spread",
     "with_progress",
 ]
+
+
+_ROWS = 1 << 16  # features that are brought to the device at once: 512 MiB of 2,048 numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +194,17 @@ def near(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and values.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return values
     return values.to(device)
+
+
+def rows_at_once(values: Tensor, device: torch.device, *, dim: int = 0) -> int:
+    """Return how many rows of features to compute with at once: all that are on the device, or a part to bring there.
+
+    Args:
+        values: as `near` returned them.
+        device: where to compute.
+        dim: that counts the rows.
+    """
+    return max(values.shape[dim], 1) if values.device == device else _ROWS
 
 
 def spread(shards: ShardSet, at_most: int) -> np.ndarray | None:

@@ -24,6 +24,7 @@ from moco_fast.evaluation.features import (
     extract_layers,
     feature_batches,
     gather,
+    near,
     spread,
     with_progress,
 )
@@ -234,7 +235,7 @@ class CachedFeatures:
         found = self._find(self._settled(want))
         if found is None:
             raise LookupError(f"{want} was not prepared")
-        return replace(found, values=normalize(found.values.to(self.subject.device))) if want.unit else found
+        return replace(found, values=normalize(near(found.values, self.subject.device))) if want.unit else found
 
     def _settled(self, want: Want) -> Want:
         num_samples = self.subject.sets[want.split].num_samples

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moco_fast.evaluation.features import rows_at_once
+
 __all__ = ["Votes", "classify", "predict"]
 
 _CHUNK_ELEMENTS = 1 << 25  # similarities held at once: 128 MiB of float32
@@ -32,8 +34,8 @@ def classify(
     """Let the k nearest rows of the bank vote on each query's class, with weights exp(similarity / temperature).
 
     Args:
-        bank: (N, D) float32, rows of length 1.
-        bank_labels: (N,) int64 in 0..num_classes-1, on the same device.
+        bank: (N, D) float32, rows of length 1; may be on the host, from where it is brought part by part.
+        bank_labels: (N,) int64 in 0..num_classes-1, on the device that computes.
         queries: (Q, D) float32, rows of length 1.
         num_classes: number of classes.
         k: neighbors that vote; all N if the bank is smaller.
@@ -42,7 +44,7 @@ def classify(
     predictions: list[Tensor] = []
     neighbors: list[Tensor] = []
     similarities: list[Tensor] = []
-    for nearest, where in _neighbors(bank, queries, k):
+    for nearest, where in _neighbors(bank, queries, k, bank_labels.device):
         predictions.append(_vote(nearest, bank_labels[where], num_classes=num_classes, temperature=temperature))
         neighbors.append(where)
         similarities.append(nearest)
@@ -64,7 +66,7 @@ def predict(
     Arguments as those of `classify`. Neighbors are looked for once, as many as the largest k.
     """
     found: dict[tuple[int, float], list[Tensor]] = {setting: [] for setting in settings}
-    for nearest, where in _neighbors(bank, queries, max(k for k, _ in settings)):
+    for nearest, where in _neighbors(bank, queries, max(k for k, _ in settings), bank_labels.device):
         labels = bank_labels[where]
         for (k, temperature), predictions in found.items():
             votes = _vote(nearest[:, :k], labels[:, :k], num_classes=num_classes, temperature=temperature)
@@ -72,10 +74,22 @@ def predict(
     return {setting: torch.cat(predictions) for setting, predictions in found.items()}
 
 
-def _neighbors(bank: Tensor, queries: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _neighbors(bank: Tensor, queries: Tensor, k: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Give similarities and rows of the k nearest rows of the bank, (q, k) each, nearest first, part by part."""
-    for chunk in queries.split(max(_CHUNK_ELEMENTS // len(bank), 1)):
-        yield (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
+    rows = rows_at_once(bank, device)
+    for chunk in queries.split(max(_CHUNK_ELEMENTS // min(rows, len(bank)), 1)):
+        of_device, nearest, where = chunk.to(device), None, None
+        for begin in range(0, len(bank), rows):
+            part = bank[begin : begin + rows].to(device)
+            found = (of_device @ part.T).topk(min(k, len(part)), dim=1)
+            similarities, numbers = found.values, found.indices + begin
+            if nearest is not None and where is not None:
+                similarities, order = torch.cat([nearest, similarities], dim=1).topk(min(k, begin + len(part)), dim=1)
+                numbers = torch.cat([where, numbers], dim=1).gather(1, order)
+            nearest, where = similarities, numbers
+        assert nearest is not None
+        assert where is not None
+        yield nearest, where
 
 
 def _vote(nearest: Tensor, labels: Tensor, *, num_classes: int, temperature: float) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from moco_fast.embedding.images import Origins
+from moco_fast.evaluation.features import rows_at_once
 from shards.sets import ShardSet
 
 __all__ = ["OfPairs", "Rankings", "Relevance", "SameLabel", "match", "rank", "read_pairs"]
 
 _CHUNK_ELEMENTS = 1 << 24  # similarities held at once: 64 MiB of float32, and twice as much for their order
-_ROWS = 1 << 16  # of a database that is compared at once, where it is not on the device
 
 
 class Relevance(Protocol):
@@ -130,9 +130,8 @@ def _parts(num_queries: int, num_database: int) -> Iterator[range]:
 
 
 def _similarity(queries: Tensor, database: Tensor) -> Tensor:
-    if database.device == queries.device:
-        return queries @ database.T
-    return torch.cat([queries @ part.to(queries.device).T for part in database.split(_ROWS)], dim=1)
+    parts = database.split(rows_at_once(database, queries.device))
+    return torch.cat([queries @ part.to(queries.device).T for part in parts], dim=1)
 
 
 def _average_precision(hits: Tensor, precision: Literal["steps", "trapezoids"]) -> Tensor:

@@ -82,6 +82,19 @@ def test_classify_in_chunks_says_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(whole.neighbors, chunked.neighbors)
 
 
+@given(num_bank=st.integers(1, 40), k=st.integers(1, 45), rows=st.integers(1, 41), seed=st.integers(0, 100))
+def test_a_bank_that_comes_in_parts_votes_the_same(num_bank: int, k: int, rows: int, seed: int) -> None:
+    bank, queries = unit_rows(num_bank, 8, seed), unit_rows(9, 8, seed + 1)
+    labels = torch.arange(num_bank) % 4
+    whole = classify(bank, labels, queries, num_classes=4, k=k, temperature=0.1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(knn, "rows_at_once", lambda values, device: rows)
+        parts = classify(bank, labels, queries, num_classes=4, k=k, temperature=0.1)
+    assert torch.equal(whole.neighbors, parts.neighbors)
+    assert torch.equal(whole.predictions, parts.predictions)
+    torch.testing.assert_close(whole.similarities, parts.similarities)
+
+
 def test_a_tiny_temperature_is_the_nearest_neighbor_and_does_not_overflow() -> None:
     bank, queries = unit_rows(40, 4, 0), unit_rows(30, 4, 1)
     labels = torch.arange(40) % 7

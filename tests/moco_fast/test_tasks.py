@@ -12,6 +12,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 from torch import nn
 
+from moco_fast.evaluation import regression
 from moco_fast.evaluation.base import Task
 from moco_fast.evaluation.heads import LinearHeads, Scaler, cosine, permuted_batches, steps_down
 from moco_fast.evaluation.labels import choice_split, mean_per_class
@@ -215,6 +216,17 @@ def test_a_fit_is_scikit_learns(c: float) -> None:
     np.testing.assert_allclose(ours.weight.numpy(), theirs.coef_, rtol=2e-3, atol=2e-3)
     bias = ours.bias - ours.bias.mean()  # all biases together are free
     np.testing.assert_allclose(bias.numpy(), theirs.intercept_ - theirs.intercept_.mean(), rtol=2e-3, atol=2e-3)
+
+
+def test_features_that_come_in_parts_are_fitted_and_classified_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, labels = blobs(100)
+    whole = fit_logistic(values.double(), labels, num_classes=4, c=1.0, max_iter=300, tolerance=1e-7)
+    predictions = whole.predict(values.double())
+    assert torch.equal(predictions, whole.scores(values.double()).argmax(dim=1))
+    monkeypatch.setattr(regression, "rows_at_once", lambda values, device, *, dim=0: 30)
+    parts = fit_logistic(values.double(), labels, num_classes=4, c=1.0, max_iter=300, tolerance=1e-7)
+    torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-4, atol=1e-5)
+    assert torch.equal(whole.predict(values.double()), predictions)
 
 
 def test_a_path_ends_where_single_fits_do() -> None:

@@ -54,15 +54,16 @@ class Logistic(Task):
         train, test = map(inputs.features, self.wants())
         num_classes = inputs.num_classes
         fit, c = fit_chosen(
-            train.values.to(inputs.device),
+            train.values,
             train.labels,
             num_classes=num_classes,
             num_c=self.num_c,
             max_iter=self.max_iter,
             share=self.share,
             seed=inputs.seed,
+            device=inputs.device,
         )
-        hits = fit.scores(test.values.to(inputs.device)).argmax(dim=1).cpu() == test.labels
+        hits = fit.predict(test.values) == test.labels
         return Outcome(
             figures={
                 "top1": Measured(value=hits.double().mean().item(), num_trials=len(test)),
