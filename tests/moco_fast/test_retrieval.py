@@ -33,10 +33,13 @@ def drawn(num_queries: int, num_database: int, seed: int = 0) -> tuple[Tensor, T
     return queries, database
 
 
-@pytest.mark.parametrize("chunk", [1 << 24, 100])
+@pytest.mark.parametrize(("chunk", "rows"), [(1 << 24, 40), (100, 7)])
 @pytest.mark.parametrize("itself", [False, True])
-def test_precision_and_recall_are_scikit_learns(itself: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_and_recall_are_scikit_learns(
+    itself: bool, chunk: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(retrieval, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(retrieval, "rows_at_once", lambda values, device: rows)
     queries, database = drawn(30, 40)
     labels, of_database = torch.arange(30) % 6, torch.arange(40) % 4  # nothing is relevant to the classes 4 and 5
     if itself:
