@@ -18,8 +18,9 @@ from pipelines.batch import Batch
 from pipelines.config import Backend, DataConfig, ViewsConfig, ViewSpec, tars_to_stream
 from pipelines.plan.draw import draw_views
 from pipelines.plan.order import OrderPlan, check_ranks
+from pipelines.plan.part import PartPlan
 from pipelines.plan.steps import EpochSteps, ListedSteps, Steps
-from pipelines.reading.prepare import cache_for_evaluation, cache_for_training, refuse_unreadable
+from pipelines.reading.prepare import cache_for_evaluation, cache_for_part, cache_for_training, refuse_unreadable
 from pipelines.reading.reader import READ_THREADS
 from pipelines.world import World
 from shards.ground.arrays import Indices
@@ -44,7 +45,7 @@ class Loader:
     need, over the epoch's end too. Close it, or use it as a context manager; a loader that is dropped closes itself.
 
     Attributes:
-        num_samples: samples in the whole set.
+        num_samples: samples that epochs are made of: those of the whole set, or those that were chosen.
         batch_size: samples in a global step.
         description: which backend runs, and why, in one line.
         num_replaced: damaged samples of this rank that were replaced by others (`on_bad_sample`).
@@ -52,7 +53,7 @@ class Loader:
 
     def __init__(
         self,
-        plan: "OrderPlan | StreamPlan",
+        plan: "OrderPlan | PartPlan | StreamPlan",
         start: Callable[[int, int], Stream],
         *,
         device: torch.device,
@@ -229,6 +230,7 @@ def open_loader(
     *,
     seed: int = 0,
     samples: None = None,
+    among: Indices | None = None,
     device: torch.device = _CPU,
     world: World = World(),
     shards: ShardSet | None = None,
@@ -256,6 +258,7 @@ def open_loader(
     *,
     seed: int = 0,
     samples: Indices | None = None,
+    among: Indices | None = None,
     epoch: int = 0,
     device: torch.device = _CPU,
     world: World = World(),
@@ -271,6 +274,7 @@ def open_loader(
         views: of each sample: a ViewsConfig (such as `VIEWS["moco-v2"]`), or ViewSpecs (`central_crop`, `ten_crop`).
         seed: of the order and of the views' random numbers, 0 to 2**64 - 1.
         samples: (n,) dense sample numbers, taken in this order. None: all samples of the set in every epoch, shuffled.
+        among: (n,) dense sample numbers that every epoch consists of in place of all, shuffled.
         epoch: whose random numbers the views of `samples` have; a loader of epochs starts with 0.
         device: where the views are wanted.
         world: this process and how many share each batch.
@@ -301,14 +305,14 @@ def open_loader(
     """
     asked = _Asked(data=data, views=specs_of(views), seed=seed, device=device, world=world)
     if shards is None and (tars := tars_to_stream(data)):
-        if samples is not None:
+        if samples is not None or among is not None:
             raise ValueError(f"{data.shards} has no index, so its samples have no numbers: {_index_first(data)}")
         return _open_streamed(tars, asked)
     opened = open_set(data.shards) if shards is None else shards
     if data.on_bad_sample != "skip":
         refuse_unreadable(opened)
     if samples is None:
-        return _open_epochs(opened, asked)
+        return _open_epochs(opened, asked, None if among is None else np.asarray(among, dtype=np.int64))
     return _open_samples(opened, asked, np.asarray(samples, dtype=np.int64), epoch, divided=divided)
 
 
@@ -391,24 +395,29 @@ def choose_decoding(name: Backend, data: DataConfig, device: torch.device) -> tu
     return choose_load(engines) if data.hw_decoder_load is None else data.hw_decoder_load, engines
 
 
-def _open_epochs(shards: ShardSet, asked: _Asked) -> Loader:
+def _open_epochs(shards: ShardSet, asked: _Asked, among: Indices | None) -> Loader:
     data, world = asked.data, asked.world
-    plan = OrderPlan(
-        shard_sizes=shards.shard_sizes,
-        seed=asked.seed,
-        batch_size=data.batch_size,
-        lanes=data.lanes,
-        window_shards=data.window_shards,
-    )
     check_ranks(data.batch_size, world.world_size)
-    shards = cache_for_training(shards, data, plan, world=world)
+    if among is None:
+        plan = OrderPlan(
+            shard_sizes=shards.shard_sizes,
+            seed=asked.seed,
+            batch_size=data.batch_size,
+            lanes=data.lanes,
+            window_shards=data.window_shards,
+        )
+        shards, num_lanes = cache_for_training(shards, data, plan, world=world), plan.num_lanes
+    else:
+        _refuse_unknown(among, shards)
+        plan = PartPlan(samples=among, seed=asked.seed, batch_size=data.batch_size)
+        shards, num_lanes = cache_for_part(shards, data, among, world=world), 1
     backend = _Decoding.choose(shards, asked, max_batch=data.batch_size // world.world_size)
     refuse_unused(data, backend.name, on_gpu=asked.device.type == "cuda")
 
     def start(epoch: int, step: int) -> Stream:
         return backend.start(EpochSteps(plan=plan, epoch=epoch, step=step, world=world))
 
-    return Loader(plan, start, device=asked.device, description=backend.describe(plan.num_lanes))
+    return Loader(plan, start, device=asked.device, description=backend.describe(num_lanes))
 
 
 def _open_samples(shards: ShardSet, asked: _Asked, samples: Indices, epoch: int, *, divided: bool) -> ListLoader:
@@ -426,10 +435,14 @@ def _open_list(backend: _Decoding, steps: ListedSteps) -> ListLoader:
 
 def _part_of(samples: Indices, world: World, shards: ShardSet) -> Indices:
     """Return this rank's part of a list of samples."""
-    if samples.size and not 0 <= samples.min() <= samples.max() < shards.num_samples:
-        raise ValueError(f"samples reach beyond the {shards.num_samples} samples of {shards.where}")
+    _refuse_unknown(samples, shards)
     bounds = (len(samples) * rank // world.world_size for rank in (world.rank, world.rank + 1))
     return samples[slice(*bounds)]
+
+
+def _refuse_unknown(samples: Indices, shards: ShardSet) -> None:
+    if samples.size and not 0 <= samples.min() <= samples.max() < shards.num_samples:
+        raise ValueError(f"samples reach beyond the {shards.num_samples} samples of {shards.where}")
 
 
 def _index_first(data: DataConfig) -> str:

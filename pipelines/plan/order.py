@@ -80,6 +80,10 @@ class OrderPlan:
         """
         return max(1, min(self.lanes, self.num_steps * self.batch_size // self.window_samples))
 
+    def order(self, epoch: int) -> "EpochOrder":
+        """Return the order of an epoch."""
+        return EpochOrder(self, epoch)
+
 
 class EpochOrder:
     """The order of one epoch. Calls may come in any order; one after the other they are cheapest.

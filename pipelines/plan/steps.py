@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
 
-from pipelines.plan.order import EpochOrder, OrderPlan
+from pipelines.plan.order import OrderPlan
+from pipelines.plan.part import PartPlan
 from pipelines.world import World
 from shards.ground.arrays import Indices
 
@@ -24,7 +25,7 @@ class Steps(Protocol):
 class EpochSteps:
     """A rank's shares of a plan's steps from a place on, over the epochs' ends, without end."""
 
-    plan: OrderPlan
+    plan: OrderPlan | PartPlan
     epoch: int
     step: int
     world: World
@@ -32,7 +33,7 @@ class EpochSteps:
     def __iter__(self) -> Iterator[tuple[int, Indices]]:
         """Give (epoch, dense sample numbers) of each batch."""
         for epoch in count(self.epoch):
-            order = EpochOrder(self.plan, epoch)
+            order = self.plan.order(epoch)
             for step in range(self.step if epoch == self.epoch else 0, self.plan.num_steps):
                 yield epoch, order.rank_step(step, self.world.rank, self.world.world_size)
 

@@ -16,7 +16,7 @@ from shards.ground.units import gib
 from shards.sets import ShardSet
 from shards.sets.record import REFUSED, flag_name
 
-__all__ = ["cache_for_evaluation", "cache_for_training", "refuse_unreadable"]
+__all__ = ["cache_for_evaluation", "cache_for_part", "cache_for_training", "refuse_unreadable"]
 
 
 # The rest is for evaluation, which comes between a run's steps.
@@ -74,6 +74,26 @@ def cache_for_training(shards: ShardSet, data: DataConfig, plan: OrderPlan, *, w
     return cached(shards, CacheFolder(path=_folder(data), budget_bytes=budget, share_bytes=share))
 
 
+def cache_for_part(shards: ShardSet, data: DataConfig, samples: Indices, *, world: World) -> ShardSet:
+    """Give remote shards a cache for epochs over chosen samples, if all the shards that have some of them fit.
+
+    Otherwise samples are fetched one by one: in an order without lanes, every step would need nearly all shards.
+    """
+    opened = cached(shards, CacheFolder(path=_folder(data), budget_bytes=0, share_bytes=0))
+    sizes = num_cached_bytes(opened)
+    if not sizes.any():
+        return shards
+    budget, needed = _budget(data), int(sizes[_touched(shards, samples)].sum())
+    if needed > int(_FOR_TRAINING * budget) // world.local_world_size:
+        return shards
+    return cached(shards, CacheFolder(path=_folder(data), budget_bytes=budget, share_bytes=needed))
+
+
+def _touched(shards: ShardSet, samples: Indices) -> Indices:
+    """Return the numbers of the shards that have some of the samples."""
+    return np.unique(np.searchsorted(shards.shard_sizes.cumsum(), samples, side="right"))
+
+
 def cache_for_evaluation(shards: ShardSet, data: DataConfig, samples: Indices, *, world: World) -> ShardSet:
     """Give remote shards a cache, if whole shards are fetched faster than the samples alone.
 
@@ -82,7 +102,7 @@ def cache_for_evaluation(shards: ShardSet, data: DataConfig, samples: Indices, *
     """
     opened = cached(shards, CacheFolder(path=_folder(data), budget_bytes=0, share_bytes=0))
     sizes = num_cached_bytes(opened)
-    touched = np.unique(np.searchsorted(shards.shard_sizes.cumsum(), samples, side="right"))
+    touched = _touched(shards, samples)
     if not sizes.any() or sizes[touched].sum() > len(samples) * _BYTES_A_REQUEST:
         return shards
     budget = _budget(data)
