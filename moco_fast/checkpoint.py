@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,10 +31,12 @@ __all__ = [
     "Checkpoint",
     "best_step",
     "find_newest",
+    "generator_states",
     "load",
     "load_encoder",
     "part",
     "save",
+    "set_generator_states",
     "sweep",
 ]
 
@@ -147,6 +150,22 @@ def sweep(folder: Path) -> None:
     """Remove incomplete checkpoints that a killed process left."""
     for path in (*folder.glob(".step-*.partial"), aside_of(folder / _BEST)):
         remove(path)
+
+
+def generator_states(rank: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the states of torch's generators on this rank, by the names under which a checkpoint keeps them."""
+    states = {f"{rank}.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states[f"{rank}.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_generator_states(states: dict[str, Tensor], rank: int, device: torch.device) -> None:
+    """Restore this rank's generators; one that was not saved, as of a rank that is new, keeps its state."""
+    if f"{rank}.cpu" in states:
+        torch.set_rng_state(states[f"{rank}.cpu"])
+    if device.type == "cuda" and f"{rank}.cuda" in states:
+        torch.cuda.set_rng_state(states[f"{rank}.cuda"], device)
 
 
 def load_encoder(path: str | Path, *, which: Literal["query", "key"] = "query") -> "tuple[Config, Encoder]":

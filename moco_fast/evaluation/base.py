@@ -9,6 +9,7 @@ a result; a run that evaluates at intervals asks the same tasks through `Evaluat
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from moco_fast.methods.base import Chart
@@ -35,6 +36,7 @@ __all__ = [
     "Measured",
     "Outcome",
     "RunSets",
+    "Saving",
     "Score",
     "Split",
     "Task",
@@ -114,6 +116,18 @@ class Outcome:
     """What was done otherwise than asked, one line each."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """Where the trainings of an evaluation keep their state, and how often they write it."""
+
+    folder: Path
+    """That all ranks see."""
+    every_steps: int = 500
+    """Steps between two states."""
+    subject: str = ""
+    """Digest of everything but the training itself: encoder, sets, view and precision."""
+
+
 class Known(Protocol):
     """What is known of encoder and sets before anything is computed."""
 
@@ -175,8 +189,22 @@ class Inputs(Known, Protocol):
         """Height and width of the images in pixels."""
         ...
 
+    @property
+    def precision(self) -> str:
+        """That the encoder computes in: fp32, tf32, bf16 or fp16."""
+        ...
+
+    @property
+    def saving(self) -> Saving | None:
+        """Where trainings keep their state; None: they keep none."""
+        ...
+
     def autocast(self) -> Any:
         """Return a context in which the encoder computes in the evaluation's precision."""
+        ...
+
+    def images(self, split: Split, samples: "npt.NDArray[np.int64]") -> Any:
+        """Open this rank's part of samples of a set, as central squares: a loader that is a context manager."""
         ...
 
     def features(self, want: Want, *, labeled: bool = True) -> "Features":

@@ -1,5 +1,6 @@
 """Front of all tasks: features made once, tasks measured with every seed, results that say how to repeat them."""
 
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -10,11 +11,12 @@ from typing import Any
 
 from moco_fast import distributed
 from moco_fast.encoders.layers import layer_shapes
-from moco_fast.evaluation.base import Task
+from moco_fast.evaluation.base import Saving, Task
 from moco_fast.evaluation.cache import FeatureCache, data_digest, default_folder
 from moco_fast.evaluation.inputs import CachedFeatures, Subject, TaskInputs, measure_on
 from moco_fast.evaluation.labels import may_have_labels
 from moco_fast.evaluation.result import Result, average_curves, settings_of, summarize
+from shards.ground.digests import digest
 from shards.sets import ShardSet
 
 __all__ = ["Plan", "evaluate", "why_not"]
@@ -33,6 +35,8 @@ class Plan:
     """Measurements of every task that draws, with the seeds 0, 1 and so on."""
     cache: Path = field(default_factory=default_folder)
     cache_gib: float | None = None
+    save_every_steps: int = 500
+    """Steps after which a task that trains saves its state."""
     leave_out: Callable[[Task, str], None] | None = None
     """Takes each task that cannot be measured, and why; the others are measured. None: that is an error."""
 
@@ -104,7 +108,7 @@ def _measure(plan: Plan, task: Task, source: CachedFeatures) -> Result:
     subject = plan.subject
     begin = time.perf_counter()
     seeds = tuple(range(plan.seeds)) if task.draws else (0,)
-    inputs = TaskInputs(subject=subject, source=source, world=subject.world)
+    inputs = TaskInputs(subject=subject, source=source, world=subject.world, saving=_saving(plan))
     outcomes = [measure_on(task, replace(inputs, seed=seed)) for seed in seeds]
     chosen = tuple(dict(outcome.chosen) for outcome in outcomes)
     return Result(
@@ -125,6 +129,21 @@ def _measure(plan: Plan, task: Task, source: CachedFeatures) -> Result:
         notes=tuple(dict.fromkeys(note for outcome in outcomes for note in outcome.notes)),
         versions=_versions(),
         time_s=round(time.perf_counter() - begin, 3),
+    )
+
+
+def _saving(plan: Plan) -> Saving:
+    subject = plan.subject
+    known = {
+        "encoder": subject.digest,
+        "data": {split: data_digest(shards) for split, shards in subject.sets.items() if split in ("train", "test")},
+        "view": [subject.size, subject.crop, subject.data.backend],
+        "precision": subject.precision,
+    }
+    return Saving(
+        folder=plan.cache / "trainings",
+        every_steps=plan.save_every_steps,
+        subject=digest(json.dumps(known, sort_keys=True).encode()),
     )
 
 

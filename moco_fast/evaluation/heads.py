@@ -155,6 +155,6 @@ def cosine(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-def steps_down(milestones: Sequence[float]) -> Callable[[float], float]:
-    """Return the schedule that drops to a tenth at each of the shares of the training."""
-    return lambda done: 0.1 ** sum(done >= milestone for milestone in milestones)
+def steps_down(milestones: Sequence[float], *, to: float = 0.1) -> Callable[[float], float]:
+    """Return the schedule that is multiplied with `to` at each of the shares of the training."""
+    return lambda done: to ** sum(done >= milestone for milestone in milestones)

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from moco_fast import distributed
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.encoders.layers import layer_shapes
-from moco_fast.evaluation.base import Outcome, Split, Task, Want
+from moco_fast.evaluation.base import Outcome, Saving, Split, Task, Want
 from moco_fast.evaluation.cache import FeatureCache, FeatureKey, RowsFile, data_digest
 from moco_fast.evaluation.features import (
     Features,
@@ -32,7 +32,7 @@ from moco_fast.evaluation.labels import common_classes, label_counts
 from pipelines.backends.registry import choose
 from pipelines.batch import Batch
 from pipelines.config import DataConfig, central_crop
-from pipelines.loader import open_loader, suited_to
+from pipelines.loader import ListLoader, open_loader, suited_to
 from pipelines.world import World
 from shards.sets import ShardSet
 
@@ -81,7 +81,7 @@ class Subject:
         chosen = None if at_most is None else spread(self.sets[split], at_most)
         return np.arange(self.sets[split].num_samples) if chosen is None else chosen
 
-    def loader(self, split: Split, samples: np.ndarray) -> Any:
+    def loader(self, split: Split, samples: np.ndarray) -> ListLoader:
         """Open this rank's part of samples of a set, as central squares."""
         shards = self.sets[split]
         views = central_crop(self.size, side=self.crop)
@@ -380,6 +380,7 @@ class TaskInputs:
     source: FeatureSource
     seed: int = 0
     world: World = World()
+    saving: Saving | None = None
     _kept: dict[Any, Features] = field(default_factory=dict[Any, Features], repr=False)
 
     @property
@@ -401,6 +402,11 @@ class TaskInputs:
     def size(self) -> int:
         """Height and width of the images in pixels."""
         return self.subject.size
+
+    @property
+    def precision(self) -> str:
+        """That the encoder computes in."""
+        return self.subject.precision
 
     @property
     def num_classes(self) -> int:
@@ -434,6 +440,10 @@ class TaskInputs:
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context in which the encoder computes in the evaluation's precision."""
         return self.subject.autocast()
+
+    def images(self, split: Split, samples: npt.NDArray[np.int64]) -> ListLoader:
+        """Open this rank's part of samples of a set, as central squares."""
+        return self.subject.loader(split, samples)
 
     def features(self, want: Want, *, labeled: bool = True) -> Features:
         """Return features in order of sample number; see Inputs."""

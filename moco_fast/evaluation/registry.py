@@ -21,6 +21,7 @@ TASKS = {
     "retrieval": "moco_fast.evaluation.tasks.retrieval:Retrieval",
     "cluster": "moco_fast.evaluation.tasks.cluster:Cluster",
     "domains": "moco_fast.evaluation.tasks.domains:Domains",
+    "finetune": "moco_fast.evaluation.tasks.finetune:Finetune",
     "health": "moco_fast.evaluation.tasks.health:Health",
     "robustness": "moco_fast.evaluation.tasks.robustness:Robustness",
 }

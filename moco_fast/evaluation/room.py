@@ -38,7 +38,8 @@ def make_room(cache: Path, needed_bytes: int, *, limit_gib: float | None) -> Non
         limit_gib: size that the cache may grow to; None: four fifths of what the disk has left.
     """
     _sweep(cache / SETS_FOLDER)
-    features = {path: path.stat() for path in cache.rglob(f"[!.]*{FEATURES_SUFFIX}")}
+    # Not deeper: trainings keep their state there (saving.py).
+    features = {path: path.stat() for path in cache.glob(f"*/[!.]*{FEATURES_SUFFIX}")}
     found = [(status.st_mtime, status.st_size, path) for path, status in features.items()]
     for manifest in cache.glob(f"{SETS_FOLDER}/[!.]*/{MANIFEST_NAME}"):
         size = sum(file.stat().st_size for file in manifest.parent.iterdir())

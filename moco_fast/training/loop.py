@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -199,11 +198,7 @@ def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) 
     progress.init_from = saved.numbers.get("init_from")
     if progress.best is not None:
         progress.best.load_state_dict(saved.numbers.get("best", {}))
-    # A rank that the saved run did not have keeps the generator that the seed gave it.
-    if f"{runtime.rank}.cpu" in saved.rng:
-        torch.set_rng_state(saved.rng[f"{runtime.rank}.cpu"])
-    if runtime.device.type == "cuda" and f"{runtime.rank}.cuda" in saved.rng:
-        torch.cuda.set_rng_state(saved.rng[f"{runtime.rank}.cuda"], runtime.device)
+    checkpoint.set_generator_states(saved.rng, runtime.rank, runtime.device)
 
 
 class RunLoop:
@@ -391,7 +386,5 @@ def _checkpoints(config: Config) -> Path:
 
 
 def _rng_of_all_ranks(runtime: Runtime) -> dict[str, Tensor]:
-    states = {f"{runtime.rank}.cpu": torch.get_rng_state()}
-    if runtime.device.type == "cuda":
-        states[f"{runtime.rank}.cuda"] = torch.cuda.get_rng_state(runtime.device)
+    states = checkpoint.generator_states(runtime.rank, runtime.device)
     return {name: state for rank_states in runtime.gather(states) for name, state in rank_states.items()}
