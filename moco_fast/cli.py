@@ -16,6 +16,7 @@ from moco_fast.commands.export import Export
 from moco_fast.commands.preview import Preview
 from moco_fast.commands.report import Report
 from moco_fast.commands.search import Search
+from moco_fast.evaluation.base import StoppedError
 from moco_fast.meaning import refuse_renamed
 from moco_fast.training import process
 
@@ -79,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `moco-fast`.
 
     Returns:
-        the exit code: 0 done, 2 when the command cannot work as given (one line on stderr says why), 130 interrupted.
+        the exit code: 0 done, 2 when the command cannot work as given (one line on stderr says why), 130 interrupted,
+        128 + signal when one stopped it and its state was saved.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     if words == ["--version"]:
@@ -102,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        return 128 + error.number
     except KeyboardInterrupt:
         return 130
 

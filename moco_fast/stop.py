@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["StopSignal", "StoppedError"]
+__all__ = ["StopSignal"]
 
 
 class StopSignal:
@@ -59,11 +59,3 @@ class StopSignal:
         if number == signal.SIGINT and self._received:
             raise KeyboardInterrupt
         self._received = number
-
-
-class StoppedError(Exception):
-    """Work ended because of a signal, and its state was saved."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
-        self.number = number

@@ -56,6 +56,8 @@ class EvalOptions:
     """Folder for features and packed class folders, that all nodes share; unset: ~/.cache/moco-fast/features."""
     cache_gib: float | None = None
     """Size of that folder; what was used least recently makes room. Unset: four fifths of what the disk has left."""
+    save_every_steps: int = 500
+    """Steps after which a task that trains saves its state in that folder; the same command continues from there."""
 
 
 def measure_all(
@@ -128,6 +130,7 @@ def _more_sets(tasks: Sequence[Task]) -> dict[Split, str]:
 def _validate(options: EvalOptions) -> None:
     positive("seeds", options.seeds)
     positive("encode-batch-size", options.encode_batch_size)
+    positive("save-every-steps", options.save_every_steps)
     if options.cache_gib is not None:
         positive("cache-gib", options.cache_gib)
     if options.crop is not None and not 0 < options.crop <= 1:
@@ -158,6 +161,7 @@ def _measure_one(
         seeds=options.seeds,
         cache=_cache(options),
         cache_gib=options.cache_gib,
+        save_every_steps=options.save_every_steps,
         leave_out=say if leave_out else None,
     )
     return evaluate(plan)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from moco_fast.checkpoint import Checkpoint, part
-from moco_fast.evaluation.base import Inputs, Split
+from moco_fast.evaluation.base import Inputs, Split, StoppedError
 from moco_fast.evaluation.classifier import Classifier, build_classifier
 from moco_fast.evaluation.features import Features, gather
 from moco_fast.evaluation.labels import mean_per_class
@@ -23,7 +23,7 @@ from moco_fast.evaluation.recipes import Recipe, build_recipe_optimizer, loss_of
 from moco_fast.evaluation.saving import SavedTraining
 from moco_fast.methods.batchnorm import use_statistics_of_all_ranks
 from moco_fast.optimizers.optim import load_optimizer_tensors, optimizer_tensors
-from moco_fast.stop import StoppedError, StopSignal
+from moco_fast.stop import StopSignal
 from pipelines.batch import Batch
 from pipelines.config import ViewSpec
 from pipelines.loader import Loader, open_loader, suited_to
