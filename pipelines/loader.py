@@ -305,9 +305,7 @@ def open_loader(
     """
     asked = _Asked(data=data, views=specs_of(views), seed=seed, device=device, world=world)
     if shards is None and (tars := tars_to_stream(data)):
-        if samples is not None or among is not None:
-            raise ValueError(f"{data.shards} has no index, so its samples have no numbers: {_index_first(data)}")
-        return _open_streamed(tars, asked)
+        return _open_streamed(tars, asked, by_number=samples is not None or among is not None)
     opened = open_set(data.shards) if shards is None else shards
     if data.on_bad_sample != "skip":
         refuse_unreadable(opened)
@@ -449,9 +447,11 @@ def _index_first(data: DataConfig) -> str:
     return f"`make-shards index {data.shards}` makes one"
 
 
-def _open_streamed(tars: tuple[str, ...], asked: _Asked) -> Loader:
+def _open_streamed(tars: tuple[str, ...], asked: _Asked, *, by_number: bool) -> Loader:
     """Open a loader over tars without an index."""
     data, world = asked.data, asked.world
+    if by_number:
+        raise ValueError(f"{data.shards} has no index, so its samples have no numbers: {_index_first(data)}")
     if data.stream_samples is None:
         raise ValueError(
             f"{data.shards} has tars, but no index of them: {_index_first(data)}; or stream them as they are, with "

@@ -1,5 +1,7 @@
 """`finetune` as a task: protocols, choices, shares of labels."""
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moco_fast.cli import main
 from moco_fast.evaluation.draws import asymmetric_targets, draw_share, flip_labels, listed_labels
+from moco_fast.evaluation.result import read_results
 from moco_fast.evaluation.tasks.finetune import Finetune
 from moco_fast.evaluation.training import Training, Trainings
 from shards.sets import open_set
-from tests.moco_fast.trained_task import colored, run, subject_of
+from tests.moco_fast.trained_task import colored, run, subject_of, tiny_encoder
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +109,48 @@ def test_options_that_cannot_work_are_refused(task: Finetune, says: str) -> None
         task.validate()
 
 
+# The command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_suite_leaves_out_tasks_that_train_unless_they_are_named(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def measure(_options: Any, tasks: Any, *_: Any, **__: Any) -> list[Any]:
+        asked.append([task.name for task in tasks])
+        return []
+
+    monkeypatch.setattr("moco_fast.commands.evaluate.measure_all", measure)
+    assert main(["eval", "suite", "--encoder", str(finished_run)]) == 2
+    assert main(["eval", "suite", "--encoder", str(finished_run), "--tasks", "knn", "finetune"]) == 2
+    assert "finetune" not in asked[0]
+    assert {"knn", "linear"} <= set(asked[0])
+    assert asked[1] == ["knn", "finetune"]
+
+
+def test_a_command_that_a_signal_stopped_says_so_and_continues(
+    finished_run: Path, packed_demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = ["eval", "finetune", "--encoder", str(finished_run), "--device", "cpu", "--cache", str(tmp_path)]
+    words += ["--share", "0.25", "--batch-size", "36", "--epochs", "2", "--out", str(tmp_path / "out.json")]
+    plain = Trainings._step
+
+    def step(self: Trainings, state: Any, *arguments: Any) -> None:
+        plain(self, state, *arguments)
+        if state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainings, "_step", step)
+    assert main(words) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM: the same command continues from here" in capsys.readouterr().err
+    monkeypatch.setattr(Trainings, "_step", plain)
+    assert main(words) == 0
+    [result] = read_results(tmp_path / "out.json")
+    assert (result.task, result.protocol, result.facts["num_train"]) == ("finetune", "full", 72)
+    assert set(result.figures) == {"top1", "top5", "mean_per_class"}
+
+
 # Choices ---------------------------------------------------------------------------------------------------------
 
 GRID = Finetune(batch_size=12, epochs=2, lr=(1e-6, 0.05), head_multiplier=(10.0,), choice_share=0.25)
@@ -151,8 +197,6 @@ def test_the_test_set_has_no_part_in_a_choice(
 
 
 def test_training_from_scratch_does_not_know_the_encoder(sets: tuple[Path, Path], tmp_path: Path) -> None:
-    from tests.moco_fast.trained_task import tiny_encoder
-
     task = Finetune(batch_size=12, epochs=1, lr=(0.05,), from_scratch=True)
     one, other = (run(subject_of(*sets, encoder=tiny_encoder(seed)), tmp_path, task) for seed in (0, 1))
     assert one.figures == other.figures
