@@ -22,6 +22,7 @@ TASKS = {
     "cluster": "moco_fast.evaluation.tasks.cluster:Cluster",
     "domains": "moco_fast.evaluation.tasks.domains:Domains",
     "finetune": "moco_fast.evaluation.tasks.finetune:Finetune",
+    "label-noise": "moco_fast.evaluation.tasks.label_noise:LabelNoise",
     "health": "moco_fast.evaluation.tasks.health:Health",
     "robustness": "moco_fast.evaluation.tasks.robustness:Robustness",
 }

@@ -152,7 +152,8 @@ class Trainings:
             record = saved.record()
             if record is None:
                 tested = self._train(training, saved)
-                saved.finish(asdict(tested))
+                with _refusing_alone(inputs):
+                    saved.finish(asdict(tested))
             else:
                 tested = replace(Tested(**record), curve=tuple(record["curve"]))
                 self._bar.update(training.num_steps)
