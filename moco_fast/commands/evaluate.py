@@ -110,7 +110,7 @@ class EvalSuite(_Written):
     """Folder with the sets `train` and `test` (or `val`), and sets in a folder `domains` that heads are tested on too;
     each is shards or a folder of class folders. Unset: the run's own shards."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"{{{','.join(TASKS)}}}")] = ()
-    """Tasks to measure; unset: all but those that take long (robustness)."""
+    """Tasks to measure; unset: all but those that take hours (finetune, label-noise, robustness)."""
 
     def execute(self) -> int:
         """Measure, print and write; return the exit code."""

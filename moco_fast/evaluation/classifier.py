@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from moco_fast.encoders.encoder import Encoder
 
-__all__ = ["Classifier", "build_classifier", "randomize"]
+__all__ = ["BackboneClassifier", "build_classifier", "randomize"]
 
 
-class Classifier(nn.Module):
+class BackboneClassifier(nn.Module):
     """Pixels to scores of classes.
 
     Args:
@@ -32,7 +32,7 @@ class Classifier(nn.Module):
 
 def build_classifier(
     encoder: Encoder, num_classes: int, *, seed: int, drop_path: float = 0.0, from_scratch: bool = False
-) -> Classifier:
+) -> BackboneClassifier:
     """Build a classifier on a copy of an encoder, whose parameters are all to be trained; the encoder stays as it is.
 
     Args:
@@ -52,7 +52,7 @@ def build_classifier(
         randomize(copied.backbone, seed=seed)
     if drop_path:
         _leave_out_blocks(copied.backbone, drop_path)
-    model = Classifier(copied, num_classes)
+    model = BackboneClassifier(copied, num_classes)
     # In float32 on the host, so that the weights are the same on every device.
     weight = 0.01 * torch.randn(model.head.weight.shape, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from moco_fast import distributed
-from moco_fast.evaluation.base import Inputs, Measured, Outcome, Want
+from moco_fast.evaluation.base import FigureCurve, Inputs, Measured, Outcome, Want
 from moco_fast.evaluation.draws import all_labels, asymmetric_targets, flip_labels
 from moco_fast.evaluation.features import Features, near
 from moco_fast.evaluation.heads import LinearHeads, Scaler, cosine, permuted_batches
 from moco_fast.evaluation.labels import choice_split
+from moco_fast.evaluation.tasks.label_noise import WAYS
 from moco_fast.evaluation.training import Training, Trainings
 
 if TYPE_CHECKING:
@@ -50,10 +51,28 @@ def measure_label_noise(task: "LabelNoise", inputs: Inputs) -> Outcome:
     wrong = {f"num_wrong_{noise.name}": int((labels != right).sum()) for noise, labels in noisy.items()}
     return Outcome(
         figures=figures,
+        curves=_over_noise(task, figures),
         chosen=chosen,
         facts={"num_train": int((right >= 0).sum()), "num_test": num_test} | wrong,
         notes=("some training diverged: lower --lr",) if has_diverged else (),
     )
+
+
+def _over_noise(task: "LabelNoise", figures: Mapping[str, Measured]) -> dict[str, FigureCurve]:
+    """Return accuracy after the last epoch over the share of noise, for each way and kind of more than one share."""
+    curves: dict[str, FigureCurve] = {}
+    for way in task.ways:
+        for kind in ("symmetric", "asymmetric"):
+            of_kind = [noise for noise in task.noises if noise.kind == kind]
+            points = sorted((noise.share, figures[f"{way}_{noise.name}"].value) for noise in of_kind)
+            if len(points) > 1:
+                curves[f"{way}_{kind}"] = FigureCurve(
+                    title=f"{WAYS[way].capitalize()}, {kind} label noise",
+                    caption="Share of test samples that are classified rightly after the last epoch.",
+                    over="share of training labels drawn again" if kind == "symmetric" else "share of wrong labels",
+                    points=tuple(points),
+                )
+    return curves
 
 
 def _noisy_labels(noise: "Noise", inputs: Inputs) -> Tensor:

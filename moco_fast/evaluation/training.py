@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from moco_fast.checkpoint import Checkpoint, part
 from moco_fast.evaluation.base import Inputs, Split, StoppedError
-from moco_fast.evaluation.classifier import Classifier, build_classifier
+from moco_fast.evaluation.classifier import BackboneClassifier, build_classifier
 from moco_fast.evaluation.features import Features, gather
 from moco_fast.evaluation.labels import mean_per_class
 from moco_fast.evaluation.recipes import Recipe, build_recipe_optimizer, loss_of, mix
@@ -85,7 +85,7 @@ class Tested:
 class _State:
     """What a training has become."""
 
-    model: Classifier
+    model: BackboneClassifier
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0
@@ -248,14 +248,16 @@ class Trainings:
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
 
-    def _test(self, model: Classifier, training: Training) -> Tested:
+    def _test(self, model: BackboneClassifier, training: Training) -> Tested:
         return score_classifier(
             model, self._inputs, training.tested_on, training.tested_labels, num_classes=self._inputs.num_classes
         )
 
 
 @torch.no_grad()
-def score_classifier(model: Classifier, inputs: Inputs, split: Split, labels: Tensor, *, num_classes: int) -> Tested:
+def score_classifier(
+    model: BackboneClassifier, inputs: Inputs, split: Split, labels: Tensor, *, num_classes: int
+) -> Tested:
     """Test a classifier on the central squares of samples; collective, every rank gets the same.
 
     Args:
@@ -296,7 +298,7 @@ def _endless(loader: Loader) -> Generator[Batch]:
         yield from loader
 
 
-def _synchronize(model: Classifier) -> None:
+def _synchronize(model: BackboneClassifier) -> None:
     try:
         use_statistics_of_all_ranks(model)
     except ValueError as error:
@@ -304,7 +306,7 @@ def _synchronize(model: Classifier) -> None:
         raise ValueError(f"{problem}: train this encoder in one process") from None
 
 
-def _on_all_ranks(model: Classifier, inputs: Inputs) -> nn.Module:
+def _on_all_ranks(model: BackboneClassifier, inputs: Inputs) -> nn.Module:
     """Average gradients over ranks."""
     if inputs.world.world_size == 1:
         return model

@@ -112,23 +112,6 @@ def test_options_that_cannot_work_are_refused(task: Finetune, says: str) -> None
 # The command -----------------------------------------------------------------------------------------------------
 
 
-def test_the_suite_leaves_out_tasks_that_train_unless_they_are_named(
-    finished_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[list[str]] = []
-
-    def measure(_options: Any, tasks: Any, *_: Any, **__: Any) -> list[Any]:
-        asked.append([task.name for task in tasks])
-        return []
-
-    monkeypatch.setattr("moco_fast.commands.evaluate.measure_all", measure)
-    assert main(["eval", "suite", "--encoder", str(finished_run)]) == 2
-    assert main(["eval", "suite", "--encoder", str(finished_run), "--tasks", "knn", "finetune"]) == 2
-    assert "finetune" not in asked[0]
-    assert {"knn", "linear"} <= set(asked[0])
-    assert asked[1] == ["knn", "finetune"]
-
-
 def test_a_command_that_a_signal_stopped_says_so_and_continues(
     finished_run: Path, packed_demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

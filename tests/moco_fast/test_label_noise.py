@@ -52,6 +52,10 @@ def test_every_way_learns_from_the_same_flipped_labels_and_is_tested_on_right_on
     assert result.facts["num_wrong_asym100"] == 48
     assert result.facts["num_wrong_sym50"] == int((found[0].labels != right).sum())
     assert list(result.figures) == list(QUICK.figures())
+    assert not result.curves  # of one share there is none
+    result = run(subject_of(*sets), tmp_path, replace(QUICK, symmetric=(0.9, 0.5)))
+    assert result.curves["scratch_symmetric"].points == ((0.5, 0.5), (0.9, 0.5))
+    assert set(result.curves) == {f"{way}_symmetric" for way in QUICK.ways}
 
 
 def test_linear_is_what_a_plain_loop_of_torch_trains(sets: tuple[Path, Path], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from moco_fast import distributed
 from moco_fast.evaluation import training as training_module
 from moco_fast.evaluation.base import StoppedError
-from moco_fast.evaluation.classifier import Classifier, build_classifier
+from moco_fast.evaluation.classifier import BackboneClassifier, build_classifier
 from moco_fast.evaluation.inputs import LiveFeatures, TaskInputs
 from moco_fast.evaluation.tasks.finetune import Finetune
 from moco_fast.evaluation.training import Trainings, score_classifier
@@ -89,9 +89,9 @@ def test_it_is_what_a_plain_loop_of_torch_trains(
 # Resuming --------------------------------------------------------------------------------------------------------
 
 
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Classifier]]:
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, BackboneClassifier]]:
     """Steps that are taken from now on, each with the model after it."""
-    taken: list[tuple[int, Classifier]] = []
+    taken: list[tuple[int, BackboneClassifier]] = []
     plain = Trainings._step
 
     def step(self: Trainings, state: Any, *arguments: Any) -> None:
@@ -183,10 +183,10 @@ def test_only_the_same_training_is_taken_from_the_cache(
 
 def trained_on_this_rank(train: str, test: str, cache: str) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     world = World(rank=distributed.rank(), world_size=distributed.world_size())
-    models: list[Classifier] = []
+    models: list[BackboneClassifier] = []
     plain = training_module.build_classifier
 
-    def build(*arguments: Any, **options: Any) -> Classifier:
+    def build(*arguments: Any, **options: Any) -> BackboneClassifier:
         models.append(plain(*arguments, **options))
         return models[-1]
 

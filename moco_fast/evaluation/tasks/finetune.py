@@ -91,7 +91,7 @@ class Finetune(Task):
     """Train backbone and classifier together on augmented images; takes hours, and resumes where it was killed."""
 
     name: ClassVar[str] = "finetune"
-    trains: ClassVar[bool] = True
+    slow: ClassVar[bool] = True
 
     protocol: Protocol = "full"
     """`semi-1`, `semi-10`: 1% and 10% of the labels (mmselfsup). `full`: all of them. `transfer`: 5,000 steps on

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from moco_fast.config import Config
     from moco_fast.evaluation.recipes import Recipe
 
-__all__ = ["LabelNoise", "Noise", "Way"]
+__all__ = ["WAYS", "LabelNoise", "Noise", "Way"]
 
 Way = Literal["linear", "finetune", "scratch"]
-_TITLES: dict[Way, str] = {"linear": "linear", "finetune": "fine-tuned", "scratch": "trained from scratch"}
+WAYS: dict[Way, str] = {"linear": "linear", "finetune": "fine-tuned", "scratch": "trained from scratch"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class LabelNoise(Task):
     """Learn from training labels of which a share is wrong; takes many hours, and resumes where it was killed."""
 
     name: ClassVar[str] = "label-noise"
-    trains: ClassVar[bool] = True
+    slow: ClassVar[bool] = True
 
     symmetric: tuple[float, ...] = (0.2, 0.5, 0.8, 0.9, 0.95)
     """Shares of the training samples whose label is drawn again among all classes, its own too."""
@@ -119,7 +119,7 @@ class LabelNoise(Task):
         ):
             for noise in self.noises:
                 for way in self.ways:
-                    info = FigureInfo(title=f"{_TITLES[way]}, {noise}, {title}", caption=caption)
+                    info = FigureInfo(title=f"{WAYS[way]}, {noise}, {title}", caption=caption)
                     yield f"{way}_{noise.name}{best}", info
 
     def recipe(self, way: Way) -> "Recipe":
