@@ -1,7 +1,7 @@
 """Linear classifiers trained side by side on the same features, each with its own learning rate."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,16 @@ class LinearHeads:
                 gradient.add_(value, alpha=self._weight_decay)
             velocity.mul_(self._momentum).add_(gradient)
             value.sub_(velocity * (schedule * self._rates).view(-1, *[1] * (value.ndim - 1)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return weights and momentum by name."""
+        weight, bias = self._velocity
+        return {"weight": self.weight, "bias": self.bias, "velocity.weight": weight, "velocity.bias": bias}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore copies of what `tensors` returned."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
 
     def ranked(self, batches: Iterator[Tensor] | Sequence[Tensor], *, top: int, among: Tensor | None = None) -> Tensor:
         """Return the classes with the highest scores, best first: (N, H, top) on the host.

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moco_fast import distributed
+from moco_fast.checkpoint import part
 from moco_fast.encoders.formats.base import digest_of
 from moco_fast.encoders.layers import layer_shapes
 from moco_fast.evaluation.base import Inputs, Measured, Outcome, Want
 from moco_fast.evaluation.features import feature_batches, near
 from moco_fast.evaluation.heads import Classifier, LinearHeads, Scaler, cosine, permuted_batches, steps_down
 from moco_fast.evaluation.labels import choice_split, mean_per_class
+from moco_fast.evaluation.saving import SavedTraining
 from pipelines.config import ViewConfig, ViewSpec
 from pipelines.loader import open_loader, suited_to
 
@@ -97,7 +99,11 @@ def measure_live(task: "Linear", inputs: Inputs) -> Outcome:
     trained = {
         layer: TrainedHeads(heads=heads, scaled=_on(inputs)) for layer, heads in _live_heads(task, inputs).items()
     }
-    num_train = _train_live(task, inputs, trained, set() if held_out is None else held_out.numbers)
+    what = {"task": asdict(task), "seed": inputs.seed}
+    saved = SavedTraining(inputs.saving, f"linear {task.protocol}", what, world=inputs.world, device=inputs.device)
+    with saved.held():
+        num_train = _train_live(task, inputs, trained, set() if held_out is None else held_out.numbers, saved)
+        saved.forget()
     if digest_of(inputs.encoder) != before:
         raise RuntimeError("training the linear classifier changed the backbone, so its figures mean nothing: a bug")
     layer, rate = task.layer[0], task.lr[0]
@@ -176,8 +182,14 @@ def _live_heads(task: "Linear", inputs: Inputs) -> dict[str, LinearHeads]:
     return {layer: _heads(task, inputs, shapes[layer][0], task.lr) for layer in task.layer}
 
 
-def _train_live(task: "Linear", inputs: Inputs, trained: Mapping[str, TrainedHeads], held_out: set[int]) -> int:
-    """Train heads on augmented images; return how many labeled samples of an epoch they learned from."""
+def _train_live(
+    task: "Linear", inputs: Inputs, trained: Mapping[str, TrainedHeads], held_out: set[int], saved: SavedTraining
+) -> int:
+    """Train heads on augmented images, from the last epoch on that was saved.
+
+    Returns:
+        how many labeled samples of an epoch they learned from.
+    """
     assert task.epochs is not None
     assert task.batch_size is not None
     shards, world = inputs.set_of("train"), inputs.world
@@ -192,9 +204,15 @@ def _train_live(task: "Linear", inputs: Inputs, trained: Mapping[str, TrainedHea
         delay=3,
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
     )
-    num_learned = 0
+    num_train, first = 0, 0
     with bar, open_loader(data, views, seed=inputs.seed, device=inputs.device, world=world, shards=shards) as loader:
-        for epoch in range(task.epochs):
+        if newest := saved.newest():
+            for layer, each in trained.items():
+                each.heads.load_tensors(part(newest.model, layer))
+            loader.load_state_dict(newest.numbers["loader"])
+            num_train, first = newest.numbers["num_train"], newest.step // len(loader)
+            bar.update(first)
+        for epoch in range(first, task.epochs):
             num_learned = 0
             with inputs.autocast():
                 for features, batch in feature_batches(inputs.encoder, loader, device=inputs.device, layers=task.layer):
@@ -208,8 +226,12 @@ def _train_live(task: "Linear", inputs: Inputs, trained: Mapping[str, TrainedHea
                         rows = distributed.all_gather_rows(values)
                         trained[layer].heads.step(rows, labels, schedule=schedule(epoch / task.epochs))
             bar.update()
-    distributed.leave_together()
-    return int(distributed.all_gather_rows(torch.tensor([num_learned], device=inputs.device)).sum())
+            distributed.leave_together()
+            num_train = int(distributed.all_gather_rows(torch.tensor([num_learned], device=inputs.device)).sum())
+            model = {f"{name}.{key}": t for name, each in trained.items() for key, t in each.heads.tensors().items()}
+            numbers = {"loader": loader.state_dict(), "num_train": num_train}
+            saved.save((epoch + 1) * len(loader), model=model, optimizer={}, numbers=numbers)
+    return num_train
 
 
 def _choose(

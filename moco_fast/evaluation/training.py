@@ -29,7 +29,7 @@ from pipelines.config import ViewSpec
 from pipelines.loader import Loader, open_loader, suited_to
 from shards.ground.digests import digest
 
-__all__ = ["Tested", "Training", "Trainings"]
+__all__ = ["Scores", "Training", "Trainings"]
 
 _WEEK_S = 7 * 24 * 3600.0
 
@@ -67,7 +67,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tested:
+class Scores:
     """What a trained classifier is worth."""
 
     top1: float
@@ -136,7 +136,7 @@ class Trainings:
         self._bar.close()
         self._stop.close()
 
-    def run(self, training: Training) -> Tested:
+    def run(self, training: Training) -> Scores:
         """Train and test; what an earlier process found, or left half-finished, is taken from the cache.
 
         Raises:
@@ -155,7 +155,7 @@ class Trainings:
                 with _refusing_alone(inputs):
                     saved.finish(asdict(tested))
             else:
-                tested = replace(Tested(**record), curve=tuple(record["curve"]))
+                tested = replace(Scores(**record), curve=tuple(record["curve"]))
                 self._bar.update(training.num_steps)
         where = "the test set" if training.tested_on == "test" else "a part of the training set"
         self.say(f"{training.name}: {100 * tested.top1:.2f}% of {where}")
@@ -166,7 +166,7 @@ class Trainings:
         if self._inputs.world.rank == 0:
             self._bar.write(line, file=sys.stderr)
 
-    def _train(self, training: Training, saved: SavedTraining) -> Tested:
+    def _train(self, training: Training, saved: SavedTraining) -> Scores:
         inputs = self._inputs
         on_gpu = [inputs.device] if inputs.device.type == "cuda" else []
         with torch.random.fork_rng(devices=on_gpu), self._loader(training) as loader, _refusing_alone(inputs):
@@ -248,7 +248,7 @@ class Trainings:
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
 
-    def _test(self, model: BackboneClassifier, training: Training) -> Tested:
+    def _test(self, model: BackboneClassifier, training: Training) -> Scores:
         return score_classifier(
             model, self._inputs, training.tested_on, training.tested_labels, num_classes=self._inputs.num_classes
         )
@@ -257,7 +257,7 @@ class Trainings:
 @torch.no_grad()
 def score_classifier(
     model: BackboneClassifier, inputs: Inputs, split: Split, labels: Tensor, *, num_classes: int
-) -> Tested:
+) -> Scores:
     """Test a classifier on the central squares of samples; collective, every rank gets the same.
 
     Args:
@@ -283,7 +283,7 @@ def score_classifier(
     gathered = gather(Features(values=torch.cat(found), labels=labels[numbers], index=numbers))
     values = gathered.values.cpu()
     right = values[:, :top] == gathered.labels[:, None]
-    return Tested(
+    return Scores(
         top1=right[:, 0].double().mean().item(),
         top5=right.any(dim=1).double().mean().item() if num_classes > 5 else None,
         mean_per_class=mean_per_class(right[:, 0], gathered.labels, num_classes=num_classes),

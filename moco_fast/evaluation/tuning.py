@@ -9,7 +9,7 @@ from moco_fast.evaluation.base import Inputs, Measured, Outcome
 from moco_fast.evaluation.draws import all_labels, draw_share, listed_labels, masked
 from moco_fast.evaluation.labels import choice_split
 from moco_fast.evaluation.recipes import Recipe
-from moco_fast.evaluation.training import Tested, Training, Trainings
+from moco_fast.evaluation.training import Scores, Training, Trainings
 
 if TYPE_CHECKING:
     from moco_fast.evaluation.tasks.finetune import Finetune
@@ -54,7 +54,7 @@ def measure_finetuned(task: "Finetune", inputs: Inputs) -> Outcome:
     )
 
 
-def figures_of(tested: Tested) -> dict[str, Measured]:
+def figures_of(tested: Scores) -> dict[str, Measured]:
     """Return accuracies as figures."""
     figures = {
         "top1": Measured(value=tested.top1, num_trials=tested.num_tested),

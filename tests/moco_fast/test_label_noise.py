@@ -13,7 +13,7 @@ from moco_fast.evaluation.draws import flip_labels
 from moco_fast.evaluation.features import extract
 from moco_fast.evaluation.heads import permuted_batches
 from moco_fast.evaluation.tasks.label_noise import LabelNoise
-from moco_fast.evaluation.training import Tested, Training, Trainings
+from moco_fast.evaluation.training import Scores, Training, Trainings
 from tests.moco_fast.trained_task import CPU, colored, run, subject_of
 
 QUICK = LabelNoise(symmetric=(0.5,), asymmetric=(1.0,), epochs=2, batch_size=12, lr=0.02, linear_lr=(0.3,))
@@ -30,10 +30,10 @@ def test_every_way_learns_from_the_same_flipped_labels_and_is_tested_on_right_on
 ) -> None:
     found: list[Training] = []
 
-    def run_one(_self: Trainings, training: Training) -> Tested:
+    def run_one(_self: Trainings, training: Training) -> Scores:
         found.append(training)
         curve = (0.25, 0.75, 0.5)
-        return Tested(top1=0.5, top5=None, mean_per_class=0.5, num_tested=24, curve=curve)
+        return Scores(top1=0.5, top5=None, mean_per_class=0.5, num_tested=24, curve=curve)
 
     monkeypatch.setattr(Trainings, "run", run_one)
     result = run(subject_of(*sets), tmp_path, QUICK)

@@ -19,8 +19,10 @@ from moco_fast import distributed
 from moco_fast.evaluation import training as training_module
 from moco_fast.evaluation.base import StoppedError
 from moco_fast.evaluation.classifier import BackboneClassifier, build_classifier
+from moco_fast.evaluation.heads import LinearHeads
 from moco_fast.evaluation.inputs import LiveFeatures, TaskInputs
 from moco_fast.evaluation.tasks.finetune import Finetune
+from moco_fast.evaluation.tasks.linear import Linear
 from moco_fast.evaluation.training import Trainings, score_classifier
 from pipelines.config import ViewConfig, ViewSpec
 from pipelines.loader import open_loader
@@ -158,6 +160,50 @@ def test_a_signal_saves_at_once(sets: tuple[Path, Path], tmp_path: Path, monkeyp
     taken = watched(monkeypatch)
     run(subject_of(*sets), tmp_path, QUICK)
     assert [number for number, _ in taken] == list(range(6, 17))
+
+
+def killed_in_linear(train: str, test: str, cache: str) -> None:
+    plain = LinearHeads.step
+    taken = 0
+
+    def step(self: LinearHeads, *arguments: Any, **options: Any) -> None:
+        nonlocal taken
+        plain(self, *arguments, **options)
+        taken += 1
+        if taken == KILLED_AT:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    LinearHeads.step = step  # type: ignore[method-assign]
+    run(subject_of(train, test), cache, LINEAR)
+
+
+LINEAR = Linear(protocol="v1", lr=(0.5,), batch_size=12, epochs=4)
+
+
+@pytest.mark.faults
+def test_augmented_linear_goes_on_after_a_kill_from_the_last_epoch(
+    sets: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*map(str, sets), str(tmp_path / "killed")]
+    program = f"from tests.moco_fast.test_training import killed_in_linear; killed_in_linear(*{words!r})"
+    killed = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    heads: list[LinearHeads] = []
+    plain = LinearHeads.step
+
+    def step(self: LinearHeads, *arguments: Any, **options: Any) -> None:
+        heads.append(self)
+        plain(self, *arguments, **options)
+
+    monkeypatch.setattr(LinearHeads, "step", step)
+    resumed = run(subject_of(*sets), tmp_path / "killed", LINEAR)
+    assert len(heads) == 8  # two of four epochs were saved
+    weight = heads[-1].weight.clone()
+    whole = run(subject_of(*sets), tmp_path / "whole", LINEAR)
+    assert len(heads) == 8 + 16
+    assert torch.equal(heads[-1].weight, weight)
+    assert (resumed.figures, resumed.facts) == (whole.figures, whole.facts)
+    assert not list((tmp_path / "killed" / "trainings").glob("*/step-*"))
 
 
 def test_only_the_same_training_is_taken_from_the_cache(
