@@ -71,7 +71,9 @@ def randomize(backbone: nn.Module, *, seed: int) -> None:
     """
     fixed = {name: value.detach().clone() for name, value in backbone.named_parameters() if not value.requires_grad}
     module: Any = backbone
-    device = next(backbone.parameters()).device
+    device = next((value.device for value in backbone.parameters()), None)
+    if device is None:
+        return
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         backbone.cpu()

@@ -158,7 +158,7 @@ def mix(images: Tensor, labels: Tensor, recipe: Recipe, *, num_classes: int, see
 
     Args:
         images: (B, 3, H, W) uint8.
-        labels: (B,) int64.
+        labels: (B,) int64; -1 for a sample that took the place of a damaged one, and has no part in the loss.
         recipe: its mixup, cutmix and label smoothing.
         num_classes: C.
         seed: of the draw, the same on every rank.
@@ -179,7 +179,8 @@ def mix(images: Tensor, labels: Tensor, recipe: Recipe, *, num_classes: int, see
     else:
         images = images.float() * share + other.float() * (1 - share)
     smoothing = recipe.label_smoothing
-    targets = one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+    targets = one_hot(labels.clamp(min=0), num_classes) * (1 - smoothing) + smoothing / num_classes
+    targets = targets * (labels >= 0)[:, None]
     return Mixed(images=images, targets=share * targets + (1 - share) * targets.flip(0))
 
 
@@ -193,4 +194,4 @@ def loss_of(logits: Tensor, targets: Tensor, recipe: Recipe) -> Tensor:
     """Return the mean cross-entropy: (B, C) and targets of `mix` to ()."""
     # Mixed targets are smooth already.
     smoothing = recipe.label_smoothing if targets.ndim == 1 else 0.0
-    return nn.functional.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+    return nn.functional.cross_entropy(logits.float(), targets, label_smoothing=smoothing, ignore_index=-1)

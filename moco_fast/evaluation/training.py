@@ -185,7 +185,7 @@ class Trainings:
                 if training.every_epoch and state.step % len(loader) == 0:
                     state.curve.append(self._test(state.model, training).top1)
                 stopped_by = self._stop.poll()
-                if state.step < num_steps and (stopped_by or saved.is_due(state.step)):
+                if stopped_by or (state.step < num_steps and saved.is_due(state.step)):
                     saved.save(
                         state.step,
                         model=state.tensors(),

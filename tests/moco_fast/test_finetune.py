@@ -170,9 +170,9 @@ def test_the_best_of_several_is_chosen_on_a_part_of_the_training_set_and_trained
 def test_the_test_set_has_no_part_in_a_choice(
     sets: tuple[Path, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    scrambled = colored(tmp_path_factory.mktemp("other") / "test", per_class=4, seed=5, noise=200.0)
+    mistaken = colored(tmp_path_factory.mktemp("other") / "test", per_class=4, seed=5, shift=1)
     as_it_is, other = (
-        run(subject_of(sets[0], test), tmp_path / test.parent.name, GRID) for test in (sets[1], scrambled)
+        run(subject_of(sets[0], test), tmp_path / test.parent.name, GRID) for test in (sets[1], mistaken)
     )
     assert as_it_is.chosen == other.chosen
     assert as_it_is.figures != other.figures

@@ -97,10 +97,10 @@ def test_wrong_labels_are_learned_from_resumably_and_hurt(sets: tuple[Path, Path
 def test_the_linear_rate_is_chosen_without_the_test_set(
     sets: tuple[Path, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    scrambled = colored(tmp_path_factory.mktemp("other") / "test", per_class=4, seed=5, noise=200.0)
+    mistaken = colored(tmp_path_factory.mktemp("other") / "test", per_class=4, seed=5, shift=1)
     task = replace(QUICK, ways=("linear",), linear_lr=(1e-6, 0.3), asymmetric=())
     one = run(subject_of(*sets), tmp_path / "one", task)
-    other = run(subject_of(sets[0], scrambled), tmp_path / "other", task)
+    other = run(subject_of(sets[0], mistaken), tmp_path / "other", task)
     assert one.chosen == other.chosen
     assert one.chosen[0]["linear_lr_sym50"] in (1e-6, 0.3)
     assert one.figures != other.figures

@@ -123,6 +123,16 @@ def test_labels_are_smoothed_once() -> None:
     torch.testing.assert_close(loss_of(logits, shares, smooth), expected)
 
 
+def test_a_sample_in_place_of_a_damaged_one_has_no_part_in_the_loss() -> None:
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 1, -1, 3, 0])
+    kept = labels >= 0
+    expected = nn.functional.cross_entropy(logits[kept], labels[kept])
+    torch.testing.assert_close(loss_of(logits, labels, recipe()), expected)
+    mixed = mix(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), labels, recipe(mixup=1.0), num_classes=4, seed=(0, 0))
+    assert mixed.targets[2].sum() == 0  # the one in the middle is mixed with itself
+    assert loss_of(logits, mixed.targets, recipe()).isfinite()
+
+
 # The classifier --------------------------------------------------------------------------------------------------
 
 

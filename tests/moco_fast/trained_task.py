@@ -23,11 +23,12 @@ COLORS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (200, 200, 40), (40, 200,
 CPU = torch.device("cpu")
 
 
-def colored(folder: Path, *, per_class: int, seed: int, noise: float = 12.0) -> Path:
-    """Images of 16 pixels in the color of their class, with noise, classes in turn."""
+def colored(folder: Path, *, per_class: int, seed: int, shift: int = 0) -> Path:
+    """Images of 16 pixels in the color of their class, or of the one `shift` further, with noise; classes in turn."""
     rng = np.random.default_rng(seed)
     labels = list(range(len(COLORS))) * per_class
-    images = [np.clip(np.array(COLORS[label]) + rng.normal(0, noise, (16, 16, 3)), 0, 255) for label in labels]
+    colors = [np.array(COLORS[(label + shift) % len(COLORS)]) for label in labels]
+    images = [np.clip(color + rng.normal(0, 12, (16, 16, 3)), 0, 255) for color in colors]
     return write_shards(folder, [jpeg(image.astype(np.uint8)) for image in images], per_shard=20, labels=labels)
 
 

@@ -94,7 +94,7 @@ class Finetune(Task):
     slow: ClassVar[bool] = True
 
     protocol: Protocol = "full"
-    """`semi-1`, `semi-10`: 1% and 10% of the labels (mmselfsup). `full`: all of them. `transfer`: 5,000 steps on
+    """`semi-1`, `semi-10`: 1% and 10% of the labels (mmselfsup). `full`: all of them. `transfer`: 5000 steps on
     another set (ssl-transfer). Transformers have MoCo v3's for the last two. What is unset is the protocol's."""
     share: float | None = None
     """Share of the labels that are learned from, the same of every class, one sample at least, drawn by the seed.
@@ -116,9 +116,9 @@ class Finetune(Task):
     epochs: int | None = None
     """Passes over the samples. Unset: 20 (semi, full), 150 or 100 (transformers)."""
     steps: int | None = None
-    """Number of steps, in place of --epochs. Unset: 5,000 (transfer)."""
+    """Number of steps, in place of --epochs. Unset: 5000 (transfer)."""
     batch_size: int | None = None
-    """Samples in a step, over all ranks. Unset: 256 (semi, full), 64 (transfer), 1,024 (transformers)."""
+    """Samples in a step, over all ranks. Unset: 256 (semi, full), 64 (transfer), 1024 (transformers)."""
     optimizer: Literal["sgd", "adamw"] | None = None
     """Unset: sgd; transformers adamw (full, transfer)."""
     momentum: float | None = None
