@@ -115,7 +115,7 @@ def killed_in_training(train: str, test: str, cache: str) -> None:
         if state.step == KILLED_AT:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Trainings._step = step  # type: ignore[method-assign]
+    Trainings._step = step
     run(subject_of(train, test), cache, QUICK, every_steps=4)
 
 
@@ -173,7 +173,7 @@ def killed_in_linear(train: str, test: str, cache: str) -> None:
         if taken == KILLED_AT:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    LinearHeads.step = step  # type: ignore[method-assign]
+    LinearHeads.step = step
     run(subject_of(train, test), cache, LINEAR)
 
 
