@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 __all__ = ["Attack", "Norm", "attack"]
 
@@ -85,7 +84,7 @@ class _Worst:
         with torch.set_grad_enabled(with_gradient):
             points = points.detach().requires_grad_(with_gradient)
             logits = self._classify(points).float()
-            losses = cross_entropy(logits, self._labels, reduction="none")
+            losses = _loss(logits, self._labels)
             gradient = torch.autograd.grad(losses.sum(), points)[0] if with_gradient else torch.zeros_like(points)
         points, losses = points.detach(), losses.detach()
         is_wrong = logits.argmax(dim=1) != self._labels
@@ -94,6 +93,17 @@ class _Worst:
         self._is_wrong = self._is_wrong | is_wrong
         self.points = torch.where(is_worse[:, None, None, None], points, self.points)
         return gradient
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, C) -> (B,): how far all other classes together are above the right one.
+
+    Cross-entropy is its softplus, so each rises where the other does, in the same direction. But of a confident answer
+    the gradient of cross-entropy is 0 in float32, and an attack would stand still (Carlini & Wagner 2017, section 5).
+    """
+    is_right = torch.zeros_like(logits, dtype=torch.bool).scatter(1, labels[:, None], value=True)
+    others = logits.masked_fill(is_right, -torch.inf).logsumexp(dim=1)
+    return others - logits.gather(1, labels[:, None])[:, 0]
 
 
 def _direction(gradient: Tensor, norm: Norm) -> Tensor:

@@ -155,6 +155,23 @@ def test_an_image_is_attacked_alike_in_any_batch(norm: Norm) -> None:
     assert not torch.equal(drawn, run(images, 1 - labels.clamp(max=1), replace(start, seed=3)) - images)
 
 
+def test_a_model_that_is_sure_of_its_answers_is_attacked_all_the_same() -> None:
+    images, labels = samples(100)
+
+    def sure(points: Tensor) -> Tensor:
+        return 1e5 * model()(points)
+
+    points = images.clone().requires_grad_(True)
+    cross_entropy(sure(points), labels, reduction="none").sum().backward()
+    assert points.grad is not None
+    stands_still = (points.grad.flatten(1) == 0).all(dim=1)
+    assert stands_still.float().mean() > 0.9
+    for norm, eps in (("linf", 0.5), ("l2", 2.0)):
+        how = Attack(norm=norm, eps=eps, steps=5)
+        found = attack(sure, images, labels, how, index=torch.arange(100))
+        assert (sure(found).argmax(dim=1) == labels).float().mean() < 0.05
+
+
 def test_random_points_fill_the_ball() -> None:
     from moco_fast.evaluation.attacks import _drawn
 
