@@ -172,8 +172,14 @@ def _result_curves(results: Sequence[Result]) -> list[DrawnChart]:
         first = next(iter(of_encoders.values()))
         svg = draw_curves(
             [
-                Curve(steps=[x for x, _ in curve.points], values=[y for _, y in curve.points], label=label, points=True)
-                for label, curve in of_encoders.items()
+                # What is said of an encoder in parentheses has no room in a chart.
+                Curve(
+                    steps=[x for x, _ in curve.points],
+                    values=[y for _, y in curve.points],
+                    label=name.partition(" (")[0],
+                    points=True,
+                )
+                for name, curve in of_encoders.items()
             ],
             alt=f"{first.title} over {first.over}",
             percent=first.unit == "share",
