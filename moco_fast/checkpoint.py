@@ -35,6 +35,7 @@ __all__ = [
     "load",
     "load_encoder",
     "part",
+    "read_numbers",
     "save",
     "set_generator_states",
     "sweep",
@@ -138,6 +139,11 @@ def load(path: Path) -> Checkpoint:
             raise ValueError(f"{path / name} is not what was written (its digest differs): delete {path}")
     tensors = {name: load_file(path / f"{name}.safetensors") for name in _TENSOR_FILES}
     return Checkpoint(step=state["step"], config=state["config"], numbers=state["numbers"], **tensors)
+
+
+def read_numbers(path: Path) -> dict[str, Any]:
+    """Return the numbers of a checkpoint (`Checkpoint.numbers`). Raises ValueError: its state.json is damaged."""
+    return _read_state(path)["numbers"]
 
 
 def find_newest(folder: Path) -> Path | None:

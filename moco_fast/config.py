@@ -11,7 +11,7 @@ import tyro
 
 from moco_fast.methods.base import BatchStatistics, Method
 from moco_fast.methods.registry import method_class
-from pipelines.config import DataConfig, ViewsConfig
+from pipelines.config import FREELY, WITH_NOTE, DataConfig, ViewsConfig
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -29,6 +29,7 @@ __all__ = [
     "differences",
     "flatten",
     "from_dict",
+    "may_change",
     "method_to_dict",
     "option_name",
     "to_dict",
@@ -84,7 +85,9 @@ class OptimConfig:
     """`apex`: the fused kernels of NVIDIA's apex, which its container image includes; it has no LARS."""
     lr: float = 0.03
     """Peak learning rate as used: it is not scaled by the batch size."""
-    published: tyro.conf.Suppress[tuple[tuple[int, float], ...]] = ((128, 0.015), (256, 0.03))
+    published: tyro.conf.Suppress[tuple[tuple[int, float], ...]] = field(
+        default=((128, 0.015), (256, 0.03)), metadata=FREELY
+    )
     """Pairs of global batch size and learning rate in the recipe's source. A run with another pair logs a note."""
     momentum: float = 0.9
     """Momentum of SGD and LARS."""
@@ -114,7 +117,7 @@ class OptimConfig:
 class RunConfig:
     """Folder, length, device and precision of the run."""
 
-    out: str = "runs/default"
+    out: str = field(default="runs/default", metadata=FREELY)
     """Folder of the run. Running the same command again continues it."""
     epochs: float = 200.0
     """Number of passes over the samples, unless `steps` or `samples` is set."""
@@ -127,7 +130,7 @@ class RunConfig:
     init_from: str | None = None
     """Start from the weights of another encoder: a value of `moco-fast eval --encoder`, such as a run's folder, a file,
     timm:NAME or torchvision:NAME. Unset: random weights."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=FREELY)
     """`auto`: a GPU if there is one, unless `accelerate launch --cpu` is used."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """`auto`: the choice of `accelerate launch --mixed_precision`; else bf16 on a GPU that supports it, else fp32.
@@ -139,19 +142,22 @@ class RunConfig:
     launching kernels takes longer than running them. Needs a GPU, and one backward pass per step."""
     deterministic: bool = False
     """Use only kernels with bit-reproducible results: slower, but a resumed run is bit-equal on a GPU, too."""
-    timeout_s: float = 600.0
+    timeout_s: float = field(default=600.0, metadata=FREELY)
     """Seconds that a rank waits for the others before the run fails."""
+    allow_changes: tuple[str, ...] = field(default=(), metadata=FREELY)
+    """Options, such as run.steps, that a run which continues may have other than before, although they decide what is
+    trained; data.shards and eval.shards: sets may hold other samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Checkpoints of the run."""
 
-    every_steps: int = 1000
+    every_steps: int = field(default=1000, metadata=FREELY)
     """Optimizer steps between checkpoints; one is always written at the end."""
-    keep: int = 2
+    keep: int = field(default=2, metadata=FREELY)
     """Number of newest checkpoints to keep."""
-    keep_best: str | None = None
+    keep_best: str | None = field(default=None, metadata=FREELY)
     """Figure of an evaluation, such as knn/top1: the checkpoint with its best value is kept, too, as checkpoints/best.
     Unset: no such checkpoint."""
 
@@ -160,25 +166,25 @@ class CheckpointConfig:
 class EvalConfig:
     """Evaluation during the run."""
 
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = field(default=(), metadata=WITH_NOTE)
     """Tasks of `moco-fast eval` to measure, of those on frozen features, such as knn, linear and health. Unset: knn, or
     health where shards have no labels."""
-    k: int = 200
+    k: int = field(default=200, metadata=WITH_NOTE)
     """Number of neighbors that vote."""
-    temperature: float = 0.07
+    temperature: float = field(default=0.07, metadata=WITH_NOTE)
     """Temperature of the vote's weights."""
-    layer: Layer = "backbone"
+    layer: Layer = field(default="backbone", metadata=WITH_NOTE)
     """Features in which neighbors are compared: the backbone's, or the projection head's output (Wu et al. 2018 and the
     authors' CIFAR-10 demo)."""
-    crop: float = 0.875
+    crop: float = field(default=0.875, metadata=WITH_NOTE)
     """Side of the central square that is evaluated, as a share of the shorter side (0.875 is 224 of 256)."""
-    max_bank: int = 100_000
+    max_bank: int = field(default=100_000, metadata=WITH_NOTE)
     """Maximum number of training samples that tasks learn from (knn: its neighbors), evenly spread over the set."""
-    max_held_out: int = 100_000
+    max_held_out: int = field(default=100_000, metadata=WITH_NOTE)
     """Maximum number of held-out samples that are measured, evenly spread over the set."""
-    shards: str | None = None
+    shards: str | None = field(default=None, metadata=WITH_NOTE)
     """Held-out shards, with labels for all tasks but health. Unset: no evaluation, unless --eval.tasks is health."""
-    every_steps: int = 5000
+    every_steps: int = field(default=5000, metadata=FREELY)
     """Optimizer steps between evaluations; one is always done before the first step and after the last."""
 
 
@@ -186,9 +192,9 @@ class EvalConfig:
 class LogConfig:
     """Logging during the run."""
 
-    every_steps: int = 10
+    every_steps: int = field(default=10, metadata=FREELY)
     """Optimizer steps between lines of metrics."""
-    tensorboard: bool = True
+    tensorboard: bool = field(default=True, metadata=FREELY)
     """Also write TensorBoard events."""
 
 
@@ -363,6 +369,22 @@ def changes(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 def differences(old: Config, new: Config) -> list[str]:
     """List the options in which two configurations differ, as `--option: old -> new`."""
     return [f"--{option_name(name)}: {before} -> {after}" for name, (before, after) in changes(old, new).items()]
+
+
+def may_change(config: Config) -> dict[str, str]:
+    """Return by dotted name how a field may change between two starts: `freely`, `with a note` or `if allowed`."""
+    found: dict[str, str] = {}
+
+    def look(section: object, prefix: str) -> None:
+        for each in dataclasses.fields(cast("Any", section)):
+            value = getattr(section, each.name)
+            if dataclasses.is_dataclass(value):
+                look(value, f"{prefix}{each.name}.")
+            else:
+                found[f"{prefix}{each.name}"] = each.metadata.get("may_change", "if allowed")
+
+    look(config, "")
+    return found
 
 
 def option_name(field_name: str) -> str:

@@ -27,11 +27,17 @@ Color = Literal["torchvision", "linear"]
 """How colors are changed."""
 
 
+FREELY = {"may_change": "freely"}
+"""Metadata of a field that may change between two starts of a run: what is computed does not depend on it."""
+WITH_NOTE = {"may_change": "with a note"}
+"""Metadata of a field that may change, and it is said. Without either, --run.allow-changes has to name the field."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which samples, in which batches, decoded by what."""
 
-    shards: str
+    shards: str = field(metadata=FREELY)
     """Folder that `make-shards` wrote (the one that holds manifest.json), its address in a bucket or on a web server
     (s3, gs, az, http), or a .beton. Several with commas between them are one set."""
     batch_size: int = 256
@@ -43,20 +49,20 @@ class DataConfig:
     backend: Literal["auto", Backend] = "auto"
     """What decodes and augments. `dali`: on the GPU where there is one. `torch`: worker processes on the CPU. `ffcv`:
     FFCV's compiled code on the CPU, from a .beton (make-shards beton)."""
-    num_threads: int | None = None
+    num_threads: int | None = field(default=None, metadata=FREELY)
     """Threads (dali, ffcv) or processes (torch) per rank that decode. Unset: the CPUs that this rank really has, but
     at most 16 threads of dali on a GPU, where each takes 16 MiB on the device and as much pinned memory."""
-    on_bad_sample: Literal["error", "skip"] = "error"
+    on_bad_sample: Literal["error", "skip"] = field(default="error", metadata=WITH_NOTE)
     """A damaged sample ends the run, or is replaced by the next good one of the set, counted and logged."""
-    read_threads: int | None = None
+    read_threads: int | None = field(default=None, metadata=FREELY)
     """`dali`: threads per rank that read shards. Unset: 4."""
-    prefetch: int = 2
+    prefetch: int = field(default=2, metadata=FREELY)
     """Batches kept ready ahead of the training step."""
-    cache: str | None = None
+    cache: str | None = field(default=None, metadata=FREELY)
     """Folder on local disk for shards of a bucket, shared by all runs; unset: ~/.cache/moco-fast/shards."""
-    cache_gib: float | None = None
+    cache_gib: float | None = field(default=None, metadata=FREELY)
     """Size of that folder; what was used least recently makes room. Unset: four fifths of what the disk has left."""
-    hw_decoder_load: float | None = None
+    hw_decoder_load: float | None = field(default=None, metadata=FREELY)
     """`dali`: share of the JPEGs that the GPU's own engines decode; CUDA decodes the others. Unset: 0.9 where there are
     several engines (H100), 0.65 where there is one (A100)."""
     stream_samples: int | None = None

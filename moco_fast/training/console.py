@@ -13,11 +13,12 @@ from moco_fast import __version__
 from moco_fast.config import Config
 from moco_fast.methods.shuffle import resolve_policy
 from moco_fast.training.build import Parts
+from moco_fast.training.continuing import Changes
 from moco_fast.training.runtime import Runtime
 from moco_fast.training.schedule import describe_lr
 from shards.ground.units import counted
 
-__all__ = ["advice_on_launches", "environment", "print_closing", "print_notes", "print_opening"]
+__all__ = ["advice_on_launches", "environment", "print_changes", "print_closing", "print_notes", "print_opening"]
 
 _SMALL_BATCH = 48
 """Images per GPU. Launching the kernels of a ResNet-50 step takes 15 to 20 ms of host time; running them takes 13 ms at
@@ -72,6 +73,14 @@ def print_opening(
         print_notes(init_from["notes"])
     if step:
         _say(f"continuing {config.run.out} from step {step}")
+
+
+def print_changes(changes: Changes) -> None:
+    """Print what differs from the last start of the run."""
+    for line in changes.allowed:
+        _say(f"changed, as --run.allow-changes says: {line}")
+    for line in changes.noted:
+        _say(f"changed: {line}")
 
 
 def print_notes(notes: Iterable[str]) -> None:

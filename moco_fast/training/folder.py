@@ -2,39 +2,27 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from moco_fast.checkpoint import find_newest
-from moco_fast.config import Config, differences, from_dict, to_dict
+from moco_fast.checkpoint import find_newest, read_numbers
+from moco_fast.config import Config, from_dict, to_dict
+from moco_fast.training.continuing import Changes, allowing, compare
 from shards.ground.errors import InUseError
 from shards.ground.files import write_whole
 from shards.ground.locks import take_lock
 
 __all__ = ["RunFolder", "open_folder"]
 
-# Options that may change between two starts of the same run: none of them affects what is trained.
-_FREE = (
-    "--run.out",
-    "--run.device",
-    "--run.timeout-s",
-    "--data.num-threads",
-    "--data.hw-decoder-load",
-    "--data.prefetch",
-    "--data.read-threads",
-    "--data.cache",
-    "--optim.published",
-    "--eval.every-steps",
-    "--checkpoint.",
-    "--log.",
-)
-
 
 class RunFolder:
     """Folder of a run, locked against a second run for the lifetime of this object; held by the first rank."""
 
-    def __init__(self, path: Path, lock: IO[bytes]):
+    def __init__(self, path: Path, lock: IO[bytes], changes: Changes | None):
         self.path = path
+        self.changes = changes
+        """What differs from the last start; None: nothing was trained yet."""
         self._lock = lock
 
     def write_config(self, config: Config) -> None:
@@ -45,6 +33,14 @@ class RunFolder:
         """Write environment.json."""
         _write(self.path / "environment.json", facts)
 
+    def note_changes(self, step: int) -> None:
+        """Add what differs from the last start, if anything does, to changes.jsonl."""
+        found = self.changes
+        if found is None or not (found.allowed or found.noted):
+            return
+        with (self.path / "changes.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "allowed": found.allowed, "noted": found.noted}) + "\n")
+
     def write_outcome(self, outcome: str, **facts: Any) -> None:
         """Write the run's status: `running`, `finished`, `stopped` or `failed`."""
         _write(self.path / "outcome.json", {"outcome": outcome, **facts})
@@ -54,11 +50,16 @@ class RunFolder:
         self._lock.close()
 
 
-def open_folder(config: Config) -> RunFolder:
+def open_folder(config: Config, data: Mapping[str, Mapping[str, Any]]) -> RunFolder:
     """Create or reopen `config.run.out`.
 
+    Args:
+        config: of the run.
+        data: what its sets hold (`identity_of`).
+
     Raises:
-        ValueError: another run uses the folder, it holds a run with other settings, or it cannot be written to.
+        ValueError: another run uses the folder, it holds a run with other settings or samples, or it cannot be written
+            to.
     """
     path = Path(config.run.out)
     try:
@@ -69,24 +70,26 @@ def open_folder(config: Config) -> RunFolder:
     except OSError as error:
         raise ValueError(f"--run.out {path} cannot be used: {error.strerror}") from None
     try:
-        _refuse_other_settings(path, config)
+        changes = _changes(path, config, data)
     except ValueError:
         lock.close()
         raise
-    return RunFolder(path, lock)
+    return RunFolder(path, lock, changes)
 
 
-def _refuse_other_settings(path: Path, config: Config) -> None:
+def _changes(path: Path, config: Config, data: Mapping[str, Mapping[str, Any]]) -> Changes | None:
     # Without a checkpoint there is nothing to continue: the run starts from the beginning, with any settings.
-    if find_newest(path / "checkpoints") is None or not (path / "config.json").exists():
-        return
+    newest = find_newest(path / "checkpoints")
+    if newest is None or not (path / "config.json").exists():
+        return None
     before = from_dict(json.loads((path / "config.json").read_text()))
-    changed = [line for line in differences(before, config) if not line.startswith(_FREE)]
-    if changed:
+    found = compare(before, config, read_numbers(newest).get("data", {}), data)
+    if found.refused:
         raise ValueError(
-            f"--run.out {path} holds a run with other settings ({'; '.join(changed)}): use the same settings to "
-            "continue it, or another folder"
+            f"--run.out {path} holds a run with other settings ({'; '.join(found.refused)}): use the same settings to "
+            f"continue it, another folder, or {allowing(found.refused)}"
         )
+    return found
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

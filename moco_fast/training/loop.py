@@ -3,8 +3,8 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from moco_fast.stop import StopSignal
 from moco_fast.training import console
 from moco_fast.training.best import Best, best_of
 from moco_fast.training.build import Parts, build, open_sets
+from moco_fast.training.continuing import identity_of
 from moco_fast.training.folder import RunFolder, open_folder
 from moco_fast.training.metrics import Average, MetricsFile, Pending
 from moco_fast.training.runtime import Runtime, start
@@ -58,6 +59,8 @@ class Progress:
     """Line of metrics whose values are still being copied from the device."""
     best: Best | None = None
     """Of the figure that --checkpoint.keep-best names."""
+    data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    """What the sets hold (`identity_of`)."""
     init_from: dict[str, Any] | None = None
     """Of the weights that the run started from, if they were not random (`InitialWeights.facts`)."""
 
@@ -82,9 +85,11 @@ def train(config: Config) -> int:
         initial = _open_initial(config, runtime)
         if runtime.rank == 0 and evaluation is not None:
             console.print_notes(evaluation.notes)
-        folder = _open_folder(config, runtime)
+        data = identity_of(sets)
+        folder = _open_folder(config, runtime, data)
         parts = build(config, runtime, sets.training, initial=initial and initial.tensors)
-        return _run(config, runtime, folder, parts, evaluation, best, initial and initial.facts)
+        progress = _begin(config, runtime, best, data, initial)
+        return _run(config, runtime, folder, parts, evaluation, progress)
     except ValueError:
         raise  # The start was refused: what the folder records about an earlier start remains true.
     except BaseException as error:
@@ -97,11 +102,11 @@ def train(config: Config) -> int:
         runtime.close()
 
 
-def _open_folder(config: Config, runtime: Runtime) -> RunFolder | None:
+def _open_folder(config: Config, runtime: Runtime, data: Mapping[str, Mapping[str, Any]]) -> RunFolder | None:
     """Open the run's folder on the first rank; if that fails, every rank raises the same error."""
 
     def opened() -> RunFolder:
-        folder = open_folder(config)
+        folder = open_folder(config, data)
         checkpoint.sweep(_checkpoints(config))
         return folder
 
@@ -130,29 +135,40 @@ def _on_first_rank(runtime: Runtime, make: Callable[[], T]) -> T | None:
     return made
 
 
+def _begin(
+    config: Config,
+    runtime: Runtime,
+    best: Best | None,
+    data: Mapping[str, Mapping[str, Any]],
+    initial: InitialWeights | None,
+) -> Progress:
+    # In float16 a gradient may overflow: its step is skipped, and only the run's scale is lowered.
+    may_overflow = ("grad_norm",) if runtime.precision == "fp16" else ()
+    watched = ("loss", *config.method.watched, "grad_norm")
+    averages = Average(watched, runtime.device, may_overflow=may_overflow)
+    return Progress(averages=averages, best=best, data=data, init_from=initial and initial.facts)
+
+
 def _run(
     config: Config,
     runtime: Runtime,
     folder: RunFolder | None,
     parts: Parts,
     evaluation: Evaluation | None,
-    best: Best | None,
-    init_from: dict[str, Any] | None,
+    progress: Progress,
 ) -> int:
     try:
-        # In float16 a gradient may overflow: its step is skipped, and only the run's scale is lowered.
-        may_overflow = ("grad_norm",) if runtime.precision == "fp16" else ()
-        watched = ("loss", *config.method.watched, "grad_norm")
-        averages = Average(watched, runtime.device, may_overflow=may_overflow)
-        progress = Progress(averages=averages, best=best, init_from=init_from)
         restore(config, runtime, parts, progress)
         metrics = None
         if folder is not None:
             folder.write_config(config)
             facts = {"learning_rate": describe_lr(config), "init_from": progress.init_from}
             folder.write_environment(console.environment(runtime, parts) | facts)
+            folder.note_changes(progress.step)
             folder.write_outcome("running")
             console.print_opening(config, runtime, parts, progress.step, init_from=progress.init_from)
+            if folder.changes is not None:
+                console.print_changes(folder.changes)
             metrics = MetricsFile(folder.path, step=progress.step, tensorboard=config.log.tensorboard)
         run = RunLoop(config, runtime, parts, progress, metrics, evaluation)
         try:
@@ -165,7 +181,7 @@ def _run(
         parts.loader.close()
     if folder is not None:
         outcome = "stopped" if stopped_by else "finished"
-        found = {} if best is None else {"best": best.state_dict()}
+        found = {} if progress.best is None else {"best": progress.best.state_dict()}
         folder.write_outcome(outcome, step=progress.step, num_steps=parts.num_steps, time_s=progress.time_s, **found)
         console.print_closing(config, outcome, progress.step, parts.num_steps, best=found.get("best"))
     return 128 + stopped_by if stopped_by else 0
@@ -190,7 +206,7 @@ def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) 
     for name, module in parts.modules.items():
         module.load_state_dict(checkpoint.part(saved.model, name))
     load_optimizer_tensors(parts.optimizer, parts.query, saved.optimizer)
-    parts.loader.load_state_dict(saved.numbers["loader"])
+    parts.loader.load_state_dict(_position(saved.numbers, progress.data))
     runtime.load_scaler_state(saved.numbers["scaler"])
     progress.step = saved.step
     progress.time_s = saved.numbers["time_s"]
@@ -199,6 +215,14 @@ def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) 
     if progress.best is not None:
         progress.best.load_state_dict(saved.numbers.get("best", {}))
     checkpoint.set_generator_states(saved.rng, runtime.rank, runtime.device)
+
+
+def _position(numbers: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, int]:
+    """Return where the loader goes on; samples that are not those of before begin with an epoch of their own."""
+    before, now = (found.get("data.shards") for found in (numbers.get("data", {}), data))
+    if before is None or now is None or before["digest"] == now["digest"]:
+        return numbers["loader"]
+    return {"epoch": numbers["loader"]["epoch"] + 1, "step": 0}
 
 
 class RunLoop:
@@ -304,6 +328,7 @@ class RunLoop:
                 "scaler": runtime.scaler_state(),
                 "time_s": progress.time_s + progress.interval_s,
                 "best": {} if progress.best is None else progress.best.state_dict(),
+                "data": progress.data,
                 "init_from": progress.init_from,
             }
             saved = Checkpoint(

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, cast
 
+from shards.ground.digests import digest
 from shards.images.jpeg import ENGINE_KINDS
 from shards.storage.file_kinds import MANIFEST_NAME
 
@@ -83,6 +84,12 @@ class Manifest:
     """Packed samples by kind, as far as known."""
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     """Every option that decides what the shards hold."""
+
+    @property
+    def identity(self) -> str:
+        """Digest of the samples and their labels; the same wherever the set lies and whatever is noted about it."""
+        facts = [(shard.num_samples, shard.digests.get(".tar")) for shard in self.shards]
+        return digest(json.dumps([facts, self.class_names]).encode())
 
     @property
     def num_unknown_jpegs(self) -> int:
