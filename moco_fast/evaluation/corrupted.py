@@ -44,34 +44,42 @@ class CorruptedFolder:
     path: Path
     class_names: Sequence[str]
 
-    def images(self, kind: str, severity: int, workers: Workers) -> "FolderImages":
-        """Return the images of a kind at a severity.
+    def classes(self, kind: str, severity: int) -> list[tuple[Path, int]]:
+        """Return the folders of classes of a kind at a severity, with their labels.
 
         Raises:
-            ValueError: there are none, or they have classes that are not known.
+            ValueError: there are none, or some that are not known.
         """
         place = f"{kind}/{severity}"
-        folder = next(
-            (each for each in (self.path / place, *sorted(self.path.glob(f"*/{place}"))) if each.is_dir()), None
-        )
+        places = (self.path / place, *sorted(self.path.glob(f"*/{place}")))
+        folder = next((each for each in places if each.is_dir()), None)
         if folder is None:
             raise ValueError(
                 f"--corrupted {self.path} has no folder {place}: give KIND/SEVERITY/CLASS/IMAGE, or leave kinds "
                 "and severities out with --corruptions and --severities"
             )
         labels = {name: label for label, name in enumerate(self.class_names)}
-        files: list[tuple[Path, int]] = []
-        for of_class in sorted(each for each in folder.iterdir() if each.is_dir()):
-            if of_class.name not in labels:
-                raise ValueError(
-                    f"{folder} has a class {of_class.name!r} that the test set lacks: its folders must have the "
-                    "names of the classes"
-                )
-            found = sorted(path for path in of_class.iterdir() if path.suffix.lower() in _ENDINGS)
-            files += [(path, labels[of_class.name]) for path in found]
+        found = sorted(each for each in folder.iterdir() if each.is_dir())
+        if odd := [each.name for each in found if each.name not in labels]:
+            raise ValueError(
+                f"{folder} has a class {odd[0]!r} that the test set lacks: folders must have the names of classes"
+            )
+        if not found:
+            raise ValueError(f"{folder} holds no folders of classes: give KIND/SEVERITY/CLASS/IMAGE")
+        return [(each, labels[each.name]) for each in found]
+
+    def images(self, kind: str, severity: int, workers: Workers) -> "FolderImages":
+        """Return the images of a kind at a severity. Raises ValueError: there are none; see `classes`."""
+        classes = self.classes(kind, severity)
+        files = [
+            (path, label)
+            for folder, label in classes
+            for path in sorted(folder.iterdir())
+            if path.suffix.lower() in _ENDINGS
+        ]
         if not files:
-            raise ValueError(f"{folder} holds no images in folders of classes")
-        return FolderImages(folder=folder, files=files, workers=workers)
+            raise ValueError(f"{classes[0][0].parent} holds no images in its folders of classes: restore them")
+        return FolderImages(folder=classes[0][0].parent, files=files, workers=workers)
 
 
 @dataclass(frozen=True, kw_only=True)

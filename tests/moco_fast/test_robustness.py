@@ -216,15 +216,22 @@ def test_a_folder_of_corrupted_images_is_read_as_it_is(
     assert count.images == 72
 
 
-def test_a_folder_that_lacks_something_is_refused(subject: Subject, folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_lacks_something_is_refused_before_the_encoder_runs(
+    encoder: Encoder, subject: Subject, folder: Path, tmp_path: Path
+) -> None:
+    count = Count(encoder)
     task = replace(TASK, corruptions=("contrast",), severities=(1,), corrupted=str(folder))
     with pytest.raises(ValueError, match="has no folder fog/1"):
-        run(subject, tmp_path / "cache", replace(task, corruptions=("fog",)))
+        run(subject, tmp_path / "cache", replace(task, corruptions=("contrast", "fog")))
     (folder / "contrast" / "1" / "unicorn").mkdir()
     with pytest.raises(ValueError, match="a class 'unicorn' that the test set lacks"):
         run(subject, tmp_path / "cache", task)
     (folder / "contrast" / "3").mkdir()
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="holds no folders of classes"):
+        run(subject, tmp_path / "cache", replace(task, severities=(3,)))
+    assert count.images == 0
+    (folder / "contrast" / "3" / subject.sets["test"].class_names[0]).mkdir()
+    with pytest.raises(ValueError, match="holds no images in its folders of classes"):
         run(subject, tmp_path / "cache", replace(task, severities=(3,)))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from moco_fast.encoders.layers import check_layer
-from moco_fast.evaluation.base import FigureInfo, Inputs, Outcome, Task, Want, refuse_unless_above
+from moco_fast.evaluation.base import FigureInfo, Inputs, Known, Outcome, Task, Want, refuse_unless_above
 from moco_fast.evaluation.strengths import COMMON, EXTRA, Strengths
 from moco_fast.evaluation.tasks.linear import Linear
 
@@ -106,6 +106,20 @@ class Robustness(Task):
         """Settle the seed of corruptions, which no seed of the measurement changes."""
         del run, is_transformer
         return self if self.corrupted is not None else replace(self, corruption_seed=self.corruption_seed or 0)
+
+    def why_not(self, known: Known) -> str | None:
+        """Say what a folder of corrupted images lacks."""
+        if self.corrupted is None:
+            return None
+        from moco_fast.evaluation.corrupted import CorruptedFolder
+
+        folder = CorruptedFolder(path=Path(self.corrupted), class_names=known.class_names("test"))
+        try:
+            for kind, severity in product(self.corruptions, self.severities):
+                folder.classes(kind, severity)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def wants(self) -> tuple[Want, ...]:
         """Clean images of both sets."""
