@@ -1,5 +1,6 @@
 """The front of all tasks: sets that tasks name, and what is left when a task cannot be measured."""
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from moco_fast.evaluation.base import FigureInfo, Inputs, Known, Measured, Outco
 from moco_fast.evaluation.front import Plan, evaluate
 from moco_fast.evaluation.inputs import Subject
 from moco_fast.evaluation.labels import label_counts
+from moco_fast.evaluation.live import measure
 from moco_fast.evaluation.registry import TASKS
 from moco_fast.evaluation.result import Result, read_results
 from moco_fast.evaluation.tasks.cluster import Cluster
@@ -204,6 +206,16 @@ def test_a_task_looks_at_as_many_sets_as_it_names(subject: Subject, packed_demo:
     }
 
 
+def test_a_live_encoder_is_measured_as_a_cached_one(subject: Subject, tmp_path: Path) -> None:
+    tasks = (FewShot(split="both", shots=(2,), queries=2, episodes=20), Retrieval(), Cluster(num_init=1))
+    assert all(task.live for task in tasks)
+    cached = run(subject, tmp_path, *tasks)
+    live = measure(tasks, subject, at_most={})
+    for result, outcome in zip(cached, live, strict=True):
+        values = {name: figure.value for name, figure in result.figures.items()}
+        assert values == pytest.approx({name: measured.value for name, measured in outcome.figures.items()})
+
+
 # The command -----------------------------------------------------------------------------------------------------
 
 
@@ -261,3 +273,33 @@ def test_a_name_is_that_of_one_set(name: str, finished_run: Path, packed_demo: A
     tasks = [Sum(more=(f"far={packed_demo.val}",)), Sum(more=(f"{name}={packed_demo.train}",))]
     with pytest.raises(ValueError, match=f"{name} is the name of another set already"):
         measure_all(options, tasks, {"train": None, "test": None})
+
+
+def test_options_of_a_task_s_own_name_sets_and_pairs(
+    finished_run: Path, packed_demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out, pairs = tmp_path / "out.json", tmp_path / "pairs.jsonl"
+    shard = open_set(packed_demo.val).manifest.shards[0]
+    names = [
+        "/".join(Path(line).parts[-2:])
+        for line in (packed_demo.val / f"{shard.stem}.sources.txt").read_text().splitlines()
+    ]
+    pairs.write_text(json.dumps({"query": names[0], "relevant": names[1:3]}) + "\n")
+
+    def asked(*words: str) -> Result:
+        assert main(["eval", *words, "--encoder", str(finished_run), "--device", "cpu", "--out", str(out)]) == 0
+        [result] = read_results(out)
+        return result
+
+    far = f"far={packed_demo.val}"
+    domains = asked("domains", "--domains", far, f"near={packed_demo.train}", "--epochs", "2")
+    assert list(domains.figures) == ["mean", "in_domain", "top1_far", "top1_near"]
+    assert domains.figures["top1_far"].value == domains.figures["in_domain"].value
+    assert domains.data["near"]["num_samples"] == 288
+    of_pairs = asked("retrieval", "--pairs", str(pairs), "--database", "test")
+    assert (of_pairs.protocol, of_pairs.facts) == ("pairs", {"num_queries": 1, "num_database": 72})
+    words = ["--split", "test", "--shots", "1", "--queries", "3", "--episodes", "10"]
+    few = asked("few-shot", "--test", str(packed_demo.val), *words)
+    assert list(few.data) == ["test"]
+    assert few.headline.interval is not None
