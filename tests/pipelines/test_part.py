@@ -43,6 +43,17 @@ def test_epochs_and_seeds_differ_and_repeat():
     assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
 
 
+def test_the_golden_order_has_not_moved():
+    plan = PartPlan(samples=np.arange(100, 110), seed=7, batch_size=5)
+    steps = [plan.order(epoch).rank_step(step, 0, 1).tolist() for epoch in (0, 1) for step in (0, 1)]
+    assert steps == [
+        [104, 108, 107, 106, 102],
+        [109, 101, 100, 103, 105],
+        [101, 106, 104, 102, 107],
+        [105, 103, 100, 109, 108],
+    ]
+
+
 def test_too_few_samples_for_a_batch_are_refused_with_what_would_work():
     with pytest.raises(ValueError, match=r"3 samples are chosen, less than one batch of 4: .* at most 3"):
         PartPlan(samples=np.arange(3), seed=0, batch_size=4)
