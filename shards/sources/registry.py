@@ -50,6 +50,11 @@ def open_source(path: str, options: SourceOptions) -> Source:
     Raises:
         ValueError: there is nothing there, or nothing that can be listed; or an option means nothing for it.
     """
+    if options.image_root is not None and not path.lower().endswith((*LISTS, ".json")):
+        raise ValueError(
+            f"--image-root {options.image_root} means nothing for {path}, which is not a list of images: leave it out, "
+            "or pack this source apart"
+        )
     for kind in LAYOUTS:
         recognize: Callable[[str, SourceOptions], Source | None] = getattr(_class_of(kind), "recognize")  # noqa: B009
         source = recognize(path, options)

@@ -129,7 +129,7 @@ def members(file: ByteFile, is_remote: bool) -> Iterator[_TarEntry]:
     Raises:
         TarError: damaged, or cut short.
     """
-    reader = SeekableFile(file, 4 << 20 if is_remote else 1 << 16)
+    reader = SeekableFile(file, 4 << 20 if is_remote else 1 << 12)
     at, extended = 0, dict[bytes, bytes]()
     while True:
         try:

@@ -24,6 +24,7 @@ from shards.packing.pack import pack
 from shards.packing.plan import ShardTask
 from shards.packing.write import WriteShard
 from shards.storage.target import LocalTarget
+from tests.shards.benchmark_files import cifar_files, voc_files, write_files
 from tests.shards.pictures import contents, encoded, picture
 
 pytestmark = pytest.mark.faults
@@ -144,6 +145,23 @@ def test_interrupted_on_a_cluster_it_can_go_on_anywhere(cluster, source, tmp_pat
     wait_until(lambda: not any(title.startswith("ray::_write") for title in members(cluster[2]).values()))
     pack(PackConfig(sources=(str(source / "in"),), out=str(tmp_path / "out"), shard_samples=3, workers=1))
     assert contents(tmp_path / "out") == contents(source / "one")
+
+
+@pytest.mark.slow
+def test_a_cluster_packs_the_usual_data_sets_as_one_process_does(cluster, tmp_path):
+    # What is beside their plan: pixels of one, sets of labels of the other.
+    signs = {str(i): (1, -1, i % 2) for i in range(6)}
+    write_files(tmp_path, voc_files({"train": list(signs)}, signs))
+    write_files(tmp_path / "cifar-10-batches-py", cifar_files(10, "python")[0])
+    for name in ("VOCdevkit", "cifar-10-batches-py"):
+        options = {"sources": (str(tmp_path / name),), "subset": "train", "shard_samples": 3}
+        pack(PackConfig(out=str(tmp_path / "one" / name), workers=1, **options))
+        arguments = ["pack", str(tmp_path / name), "--subset", "train", "--shard-samples", "3"]
+        arguments += ["--out", str(tmp_path / "ray" / name), "--executor", "ray", "--ray-address", cluster[0]]
+        subprocess.run(
+            [sys.executable, "-m", "shards.cli", *arguments], env=cluster[1], check=True, capture_output=True
+        )
+        assert contents(tmp_path / "ray" / name) == contents(tmp_path / "one" / name)
 
 
 @pytest.fixture

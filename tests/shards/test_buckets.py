@@ -17,6 +17,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shards.cli import main
@@ -29,8 +30,10 @@ from shards.packing.listing import make_plan
 from shards.packing.pack import pack
 from shards.packing.plan import ShardTask
 from shards.packing.write import WriteShard
+from shards.sets import open_set
 from shards.storage import stores as storage
 from shards.storage.target import BucketTarget
+from tests.shards.benchmark_files import cifar_files, tar_of, voc_files, write_coco, write_files, write_imagenet
 from tests.shards.pictures import contents, fill, jpeg
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -204,6 +207,50 @@ def test_archives_lists_and_inventories_in_a_bucket(bucket, tmp_path):
     (tmp_path / "inventory.csv.gz").write_bytes(gzip.compress(storage.Folder(bucket).read("inventory.csv")))
     pack(config(tmp_path / "inventory.csv.gz", out=tmp_path / "downloaded", max_rejected=1.0))
     assert shard_bytes(contents(tmp_path / "downloaded")) == shard_bytes(contents(tmp_path / "inventory.csv"))
+
+
+def test_the_usual_data_sets_are_read_from_a_bucket(bucket, tmp_path):
+    write_imagenet(tmp_path / "in")
+    voc = voc_files({"val": ["1", "2"]}, {"1": (1, -1, 0), "2": (1, 1, -1)})
+    (tmp_path / "in" / "VOCtrainval_x.tar").write_bytes(tar_of(voc))
+    (tmp_path / "in" / "cifar-10-binary.tar.gz").write_bytes(tar_of(cifar_files(10, "binary")[0], "w:gz"))
+    write_coco(tmp_path / "in" / "json", {"a/1.jpg": [1], "2.jpg": [2]}, {1: "cat", 2: "dog"})
+    upload(bucket + "/in", contents(tmp_path / "in"))
+    sources = {
+        "ILSVRC2012_img_train.tar": None,
+        "ILSVRC2012_img_val.tar": None,
+        "VOCtrainval_x.tar": "val",
+        "cifar-10-binary.tar.gz": "test",
+        "json/train.json": None,
+    }
+    for source, subset in sources.items():
+        places = {"local": tmp_path / "in", "remote": f"{bucket}/in"}
+        local, remote = (
+            pack(config(f"{places[name]}/{source}", out=tmp_path / name / source, subset=subset))[""] for name in places
+        )
+        assert shard_bytes(contents(tmp_path / "local" / source)) == shard_bytes(contents(tmp_path / "remote" / source))
+        assert local.class_names == remote.class_names != ()
+
+
+def test_sets_of_labels_and_pixels_beside_the_plan_travel_through_a_bucket(bucket, tmp_path):
+    signs = {str(i): (1, -1, i % 2) for i in range(6)}
+    write_files(tmp_path, voc_files({"val": list(signs)}, signs))
+    write_files(tmp_path / "cifar-10-batches-py", cifar_files(10, "python")[0])
+    for source, subset in ((tmp_path / "VOCdevkit", "val"), (tmp_path / "cifar-10-batches-py", "train")):
+        out, local = f"{bucket}/{subset}", tmp_path / f"local-{subset}"
+        pack(config(source, out=local, subset=subset))
+        for i in (1, 0):
+            (tmp_path / f"machine{i}").mkdir(exist_ok=True)
+            work = str(tmp_path / f"machine{i}")
+            pack(config(source, out=out, subset=subset, part=f"{i}/2", work_folder=work))
+        finish(out, work_folder=str(tmp_path))
+        assert objects(out) == contents(local)
+    there, here = open_set(f"{bucket}/val"), open_set(tmp_path / "local-val")
+    for shard in range(here.num_shards):
+        assert np.array_equal(there.label_sets(shard), here.label_sets(shard))
+    upload(f"{bucket}/val", {"shard-000000.labels.npy": b"changed"})
+    with pytest.raises(ValueError, match=r"shard-000000\.labels\.npy has changed since it was packed"):
+        there.label_sets(0)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

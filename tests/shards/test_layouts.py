@@ -377,6 +377,8 @@ def test_a_list_s_images_may_be_elsewhere(tmp_path):
     (tmp_path / "train.csv").write_text("filename,label\n" + "".join(f"{i:04d}.jpg,n{i % 2:08d}\n" for i in range(4)))
     shards = packed(tmp_path, tmp_path / "train.csv", image_root=str(tmp_path / "images"))
     assert names_of(shards) == {jpeg(i): f"n{i % 2:08d}" for i in range(4)}
+    with pytest.raises(ValueError, match=r"--image-root x means nothing for .*images, which is not a list"):
+        packed(tmp_path, tmp_path / "images", image_root="x", out="other")
 
 
 # Executors -------------------------------------------------------------------------------------------------------
