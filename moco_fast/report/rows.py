@@ -34,7 +34,7 @@ def row_pictures(index: Index, rows: Sequence[Row]) -> tuple[dict[int, Picture],
     files = {str(Path(source).absolute()): row.row for row in rows if (source := row.source)}
     there = sorted(path for path in files if Path(path).is_file())
     gone = len(files) - len(there)
-    note = "1 image is no longer in its place" if gone == 1 else f"{gone} images are no longer in their place"
+    note = "1 image is not a file in its place" if gone == 1 else f"{gone} images are not files in their places"
     note = note if gone else ""
     if not there:
         return {}, note

@@ -128,7 +128,7 @@ def test_pictures_of_a_folder_are_shown_as_far_as_they_are_there(
     names[-1].unlink()
     assert main(words) == 0
     assert page.read_text().count('<img src="data:image/') == 1 + 3
-    assert "1 image is no longer in its place" in page.read_text()
+    assert "1 image is not a file in its place" in page.read_text()
 
 
 @pytest.mark.parametrize(
