@@ -115,7 +115,8 @@ def _write_keep(path: Path, rows: Iterable[Row], explored: Explored, *, has_labe
                 missing = row.name
                 continue
             label = row.class_name if row.class_name is not None or row.label is None else str(row.label)
-            write({"path": str(Path(row.source).absolute()), "label": label})
+            entry = {"path": str(Path(row.source).absolute())}
+            write(entry | {"label": label} if has_labels else entry)
     if missing:
         remove(path)
         return f"{missing} is not a file of its own (any more), and make-shards takes lists of files"

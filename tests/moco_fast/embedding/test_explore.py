@@ -118,6 +118,18 @@ def test_the_lists_lead_to_a_set_without_near_duplicates(
     assert (again.num_samples, again.class_names) == (13, ("day", "night"))
 
 
+def test_without_labels_the_list_of_what_to_keep_has_paths_alone(
+    photos: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    vectors, out = tmp_path / "x.parquet", tmp_path / "explored"
+    assert main(["embed", str(finished_run), str(photos / "day"), "--out", str(vectors), "--device", "cpu"]) == 0
+    assert main(["explore", str(vectors), "--out", str(out), "--device", "cpu", "--threshold", "0.99999"]) == 0
+    kept = read(out / "keep.csv")
+    assert sorted(each["path"] for each in kept) == sorted(str(path) for path in (photos / "day").iterdir())
+    assert all(list(each) == ["path"] for each in kept)
+    assert not (out / "labels.csv").exists()
+
+
 def test_the_page_shows_each_of_them_and_needs_nothing_else(embedded: Path, tmp_path: Path) -> None:
     out = tmp_path / "explored"
     words = ["explore", str(embedded), "--out", str(out), "--device", "cpu", "--threshold", "0.99999", "-k", "3"]
