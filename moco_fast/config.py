@@ -186,6 +186,11 @@ class EvalConfig:
     """Held-out shards, with labels for all tasks but health. Unset: no evaluation, unless --eval.tasks is health."""
     every_steps: int = field(default=5000, metadata=FREELY)
     """Optimizer steps between evaluations; one is always done before the first step and after the last."""
+    online_probe: bool = False
+    """Train a linear classifier beside the run, on detached features of the labeled training samples' first views: its
+    accuracy is logged as probe/top1, and measured on held-out samples. Nothing else changes by it."""
+    probe_lr: float = 1e-3
+    """Learning rate of that classifier, of AdamW."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +242,7 @@ def validate(config: Config) -> None:
         "eval.temperature": config.eval.temperature,
         "eval.max_bank": config.eval.max_bank,
         "eval.max_held_out": config.eval.max_held_out,
+        "eval.probe_lr": config.eval.probe_lr,
         "log.every_steps": config.log.every_steps,
     }
     for name, value in positive.items():

@@ -68,6 +68,10 @@ def _without_evaluation(config: Config) -> str | None:
     return "no --eval.shards" if config.eval.shards is None and not config.eval.tasks else None
 
 
+def _without_probe(config: Config) -> str | None:
+    return None if config.eval.online_probe else "no --eval.online-probe"
+
+
 def _local_shards(config: Config) -> str | None:
     is_remote = any("://" in shards for shards in (config.data.shards, config.eval.shards or ""))
     return None if is_remote else f"--data.shards {config.data.shards}, which is on this machine"
@@ -90,6 +94,7 @@ _RULES = (
         "use --optim.schedule exponential",
     ),
     _Rule(("run.epochs",), _other_length, "add --run.steps None --run.samples None"),
+    _Rule(("eval.probe_lr",), _without_probe, "add --eval.online-probe"),
     _Rule(("eval.every_steps", "eval.max_held_out"), _without_evaluation, "name held-out shards"),
     _Rule(("data.cache", "data.cache_gib"), _local_shards, "name shards in a bucket"),
     _Rule(("data.lanes", "data.window_shards"), _streamed, "index the tars (make-shards index)"),

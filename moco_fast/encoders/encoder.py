@@ -79,11 +79,21 @@ class Encoder(nn.Module):
         self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
         self.register_buffer("pixel_shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
 
-    def forward(self, images: Tensor, *, with_projection: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Pixels (B, 3, H, W) uint8 to (B, dim), not of length 1; `with_projection` also gives what the head makes."""
-        projected = self.features(images, "head")
+    def forward(
+        self, images: Tensor, *, with_projection: bool = False, with_features: bool = False
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Pixels (B, 3, H, W) uint8 to (B, dim), not of length 1.
+
+        Args:
+            images: pixels.
+            with_projection: also give what the head makes, (B, dim).
+            with_features: also give what the backbone makes, (B, feature_dim), without gradient.
+        """
+        features = self.backbone(self.normalize(images))
+        projected = self.head(features)
         predicted = projected if self.predictor is None else self.predictor(projected)
-        return (predicted, projected) if with_projection else predicted
+        more = (*((projected,) if with_projection else ()), *((features.detach(),) if with_features else ()))
+        return (predicted, *more) if more else predicted
 
     def features(self, images: Tensor, layer: Layer) -> Tensor:
         """Pixels (B, 3, H, W) uint8 to what comes out of a layer: (B, feature_dim) or (B, dim), not of length 1."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
+    from torch import nn
 
     from moco_fast.config import Config
     from moco_fast.encoders.encoder import Encoder
@@ -371,13 +372,16 @@ class Evaluation(Protocol):
         """Return what can be measured, by the names in metrics.jsonl; what the data does not have is left out later."""
         ...
 
-    def figures(self, encoder: "Encoder", *, device: "torch.device", world: "World") -> dict[str, float]:
+    def figures(
+        self, encoder: "Encoder", *, device: "torch.device", world: "World", probe: "nn.Module | None" = None
+    ) -> dict[str, float]:
         """Evaluate an encoder; collective: every rank calls it and gets the figures.
 
         Args:
             encoder: on `device`; its modes are left as they were.
             device: where to compute.
             world: this process and how many take part.
+            probe: classifier that the run trains beside itself, if it does (--eval.online-probe).
 
         Returns:
             figures by their names in metrics.jsonl, such as `knn/top1`.

@@ -1,9 +1,10 @@
 """Tasks as the evaluation that a run does at intervals, on features of the encoder as it is at that step."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from moco_fast.config import Config
 from moco_fast.encoders.encoder import Encoder
@@ -11,6 +12,7 @@ from moco_fast.evaluation.base import FigureInfo, Outcome, RunSets, Split, Task
 from moco_fast.evaluation.front import why_not
 from moco_fast.evaluation.inputs import LiveFeatures, Subject, TaskInputs, measure_on
 from moco_fast.evaluation.labels import common_classes, may_have_labels
+from moco_fast.evaluation.online import HeldOutProbe
 from pipelines.world import World
 from shards.sets import ShardSet
 
@@ -54,9 +56,12 @@ class RunEvaluation:
         """All tasks' figures."""
         return {f"{task.name}/{name}": info for task in self.tasks for name, info in task.figures().items()}
 
-    def figures(self, encoder: Encoder, *, device: torch.device, world: World) -> dict[str, float]:
+    def figures(
+        self, encoder: Encoder, *, device: torch.device, world: World, probe: nn.Module | None = None
+    ) -> dict[str, float]:
         """Measure; collective."""
         config = self.config
+        tasks = [replace(task, probe=probe) if isinstance(task, HeldOutProbe) else task for task in self.tasks]
         subject = Subject(
             encoder=encoder,
             sets=self.sets,
@@ -68,7 +73,7 @@ class RunEvaluation:
         )
         bounds: dict[Split, int] = {"train": config.eval.max_bank, "test": config.eval.max_held_out}
         found: dict[str, float] = {}
-        for task, outcome in zip(self.tasks, measure(self.tasks, subject, at_most=bounds), strict=True):
+        for task, outcome in zip(tasks, measure(tasks, subject, at_most=bounds), strict=True):
             figures = {name: measured.value for name, measured in outcome.figures.items()}
             found |= {f"{task.name}/{name}": value for name, value in (figures | dict(outcome.facts)).items()}
         return found

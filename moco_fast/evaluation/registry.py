@@ -27,6 +27,14 @@ TASKS = {
     "robustness": "moco_fast.evaluation.tasks.robustness:Robustness",
 }
 """Name -> module:class. The modules import torch only when they measure."""
+_PROBE = Score(
+    name="online probe top-1",
+    title="Online probe",
+    caption="Share of held-out samples that a linear classifier names, trained beside the run on detached features.",
+    curves={"probe/held_out_top1": ""},
+    best="highest",
+    percent=True,
+)
 _WITH_LABELS, _WITHOUT_LABELS = "knn", "health"  # what a run measures unless --eval.tasks says otherwise
 
 
@@ -60,6 +68,16 @@ def open_evaluation(config: "Config", sets: RunSets) -> Evaluation | None:
         ValueError: a set does not fit.
     """
     tasks = _asked(config)
+    if config.eval.online_probe:
+        from moco_fast.evaluation.labels import may_have_labels
+        from moco_fast.evaluation.online import HeldOutProbe
+
+        if sets.training is None or not may_have_labels(sets.training):
+            raise ValueError(
+                f"--eval.online-probe learns from the labels of training samples, but nothing tells those of "
+                f"{config.data.shards}: leave it out, or pack them with labels"
+            )
+        tasks += [HeldOutProbe()] if tasks and sets.held_out is not None else []
     if not tasks:
         return None
     from moco_fast.evaluation.live import open_tasks
@@ -73,7 +91,7 @@ def find_scores(config: "Config") -> tuple[Score, ...]:
     Of tasks that need no labels, which watch the encoder's health, all figures have a chart; of others the first.
     """
     tasks = {task.name: task for task in (*_asked(config), _without_labels(config))}
-    return tuple(
+    scores = [
         Score(
             name=info.title,
             title=info.title,
@@ -86,7 +104,8 @@ def find_scores(config: "Config") -> tuple[Score, ...]:
         )
         for task in tasks.values()
         for number, (name, info) in enumerate(islice(task.figures().items(), 1 if task.needs_labels else None))
-    )
+    ]
+    return (*scores, *((_PROBE,) if config.eval.online_probe else ()))
 
 
 def _asked(config: "Config") -> list[Task]:

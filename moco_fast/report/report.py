@@ -132,6 +132,13 @@ def _count_right(queries: list[Query], which: str) -> tuple[int, int]:
 _LEARNING_RATE = Chart(
     title="Learning rate", caption="The value that the optimizer used.", curves={"lr": ""}, from_zero=True
 )
+_PROBE = Chart(
+    title="Online probe on training views",
+    caption="Share of the labeled samples of a batch that the classifier names which is trained beside the run.",
+    curves={"probe/top1": ""},
+    percent=True,
+    from_zero=True,
+)
 _SPEED = (
     Chart(
         title="Samples per second",
@@ -157,7 +164,7 @@ def _charts(record: RunRecord, about: str) -> list[DrawnChart]:
         level = Level(value=untrained[0], label=record.start) if untrained else None
         figures += _drawn(record, [score], about, level=level, points=True)
     of_method = record.config.method.charts(record.config.data.batch_size, record.config.views.num_small)
-    return figures + _drawn(record, [*of_method, _LEARNING_RATE], about)
+    return figures + _drawn(record, [*of_method, _PROBE, _LEARNING_RATE], about)
 
 
 def _result_curves(results: Sequence[Result]) -> list[DrawnChart]:

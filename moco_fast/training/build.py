@@ -15,6 +15,8 @@ from moco_fast.config import Config
 from moco_fast.distributed import broadcast_
 from moco_fast.encoders.encoder import Encoder, build_encoder, check_image_size
 from moco_fast.evaluation.base import RunSets
+from moco_fast.evaluation.labels import label_counts
+from moco_fast.evaluation.online import OnlineProbe
 from moco_fast.methods.base import Objective, Setting
 from moco_fast.methods.batchnorm import convert_batch_norm
 from moco_fast.methods.shuffle import build_policy
@@ -42,11 +44,13 @@ class Parts:
     train_step: TrainStep
     loader: Loader
     num_steps: int
+    probe: OnlineProbe | None = None
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """Modules that a checkpoint keeps, by the prefix of their tensors' names."""
-        return {"query": self.query, **self.objective.modules}
+        probe = {} if self.probe is None else {"probe": self.probe}
+        return {"query": self.query, **self.objective.modules, **probe}
 
 
 def open_sets(config: Config) -> RunSets:
@@ -97,6 +101,7 @@ def build(
     loader = open_run_loader(config, runtime, shards)
     objective = config.method.build(_setting(config, runtime, query, num_samples=loader.num_samples))
     _compile(query, runtime)
+    probe = _build_probe(config, runtime, query, shards)
     train_step = TrainStep(
         query=runtime.wrap_model(query, backwards_per_step=config.optim.accumulate * objective.num_passes),
         objective=objective,
@@ -105,6 +110,7 @@ def build(
         autocast=runtime.autocast,
         backward=runtime.backward,
         unscale=runtime.unscale,
+        probe=probe,
     )
     return Parts(
         query=query,
@@ -113,6 +119,7 @@ def build(
         train_step=train_step,
         loader=loader,
         num_steps=run_length(config, batches_per_epoch=len(loader)),
+        probe=probe,
     )
 
 
@@ -125,6 +132,19 @@ def open_run_loader(config: Config, runtime: Runtime, shards: ShardSet | None = 
     views = config.method.views_of(config.views)
     return open_loader(
         config.data, views, seed=config.run.seed, device=runtime.device, world=runtime.world, shards=shards
+    )
+
+
+def _build_probe(config: Config, runtime: Runtime, query: Encoder, shards: ShardSet | None) -> OnlineProbe | None:
+    if not config.eval.online_probe:
+        return None
+    shards = shards or open_set(config.data.shards)
+    return OnlineProbe(
+        query.feature_dim,
+        len(shards.class_names) or len(label_counts(shards)),
+        lr=config.eval.probe_lr,
+        seed=config.run.seed,
+        device=runtime.device,
     )
 
 

@@ -145,6 +145,9 @@ def _begin(
     # In float16 a gradient may overflow: its step is skipped, and only the run's scale is lowered.
     may_overflow = ("grad_norm",) if runtime.precision == "fp16" else ()
     watched = ("loss", *config.method.watched, "grad_norm")
+    if config.eval.online_probe:
+        # A batch without labels has no accuracy.
+        watched, may_overflow = (*watched, "probe/top1"), (*may_overflow, "probe/top1")
     averages = Average(watched, runtime.device, may_overflow=may_overflow)
     return Progress(averages=averages, best=best, data=data, init_from=initial and initial.facts)
 
@@ -205,7 +208,11 @@ def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) 
     saved = checkpoint.load(newest)
     for name, module in parts.modules.items():
         module.load_state_dict(checkpoint.part(saved.model, name))
-    load_optimizer_tensors(parts.optimizer, parts.query, saved.optimizer)
+    of_probe = checkpoint.part(saved.optimizer, "probe")
+    of_query = {name: each for name, each in saved.optimizer.items() if not name.startswith("probe.")}
+    load_optimizer_tensors(parts.optimizer, parts.query, of_query)
+    if parts.probe is not None:
+        load_optimizer_tensors(parts.probe.optimizer, parts.probe, of_probe)
     parts.loader.load_state_dict(_position(saved.numbers, progress.data))
     runtime.load_scaler_state(saved.numbers["scaler"])
     progress.step = saved.step
@@ -298,7 +305,9 @@ class RunLoop:
         if self._evaluation is None:
             return False
         average_batch_statistics(self.parts.query)
-        figures = self._evaluation.figures(self.parts.query, device=self.runtime.device, world=self.runtime.world)
+        figures = self._evaluation.figures(
+            self.parts.query, device=self.runtime.device, world=self.runtime.world, probe=self.parts.probe
+        )
         self._write(figures)
         if self._metrics is not None:
             self._bar.write(f"step {self.progress.step}: {self._evaluation.line(figures)}", file=sys.stderr)
@@ -335,7 +344,7 @@ class RunLoop:
                 step=progress.step,
                 config=to_dict(config),
                 model=model | {"watched.sums": sums},
-                optimizer=optimizer_tensors(parts.optimizer, parts.query),
+                optimizer=_optimizer_tensors(parts),
                 rng=rng,
                 numbers=numbers,
             )
@@ -385,8 +394,9 @@ class RunLoop:
         line |= pending.wait()
         if not math.isfinite(line["loss"]):
             raise FloatingPointError(_NOT_A_NUMBER.format(step=line["step"]))
-        if math.isnan(line["grad_norm"]):
-            del line["grad_norm"]  # Every step of the interval was skipped.
+        # Every step of the interval was skipped, or no sample in it had a label.
+        for name in [name for name in ("grad_norm", "probe/top1") if math.isnan(line.get(name, 0))]:
+            del line[name]
         self._bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['samples_per_s']:.0f} samples/s", refresh=False)
         if self._metrics is not None:
             self._metrics.write(line)
@@ -408,6 +418,12 @@ class RunLoop:
 
 def _checkpoints(config: Config) -> Path:
     return Path(config.run.out) / "checkpoints"
+
+
+def _optimizer_tensors(parts: Parts) -> dict[str, Tensor]:
+    of_probe = {} if parts.probe is None else optimizer_tensors(parts.probe.optimizer, parts.probe)
+    of_query = optimizer_tensors(parts.optimizer, parts.query)
+    return of_query | {f"probe.{name}": each for name, each in of_probe.items()}
 
 
 def _rng_of_all_ranks(runtime: Runtime) -> dict[str, Tensor]:

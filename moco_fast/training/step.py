@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from moco_fast.evaluation.online import OnlineProbe
 from moco_fast.methods.base import Autocast, Objective
 from pipelines.batch import Batch
 
@@ -33,6 +34,8 @@ class TrainStep:
     """Backpropagates a loss (and scales it, if float16 needs that)."""
     unscale: Callable[[Optimizer], object] = lambda _: None
     """Divides gradients by the loss scale that `backward` applied."""
+    probe: OnlineProbe | None = None
+    """Learns from the features of each batch's first view, after its backward passes; None: there is none."""
 
     def __call__(self, batches: Sequence[Batch], *, lr: float, scheduled: Mapping[str, float]) -> dict[str, Tensor]:
         """Step once on the mean gradient of `batches`; the objective processes each batch separately.
@@ -63,7 +66,8 @@ class TrainStep:
 
     def _accumulate(self, batch: Batch, weight: float, *, last: bool) -> dict[str, Tensor]:
         """Add `weight` times the gradient of one batch; gradients are averaged over ranks only with the last batch."""
-        encode = _EncodeForStep(self.query, self.autocast)
+        tap = None if self.probe is None else _Tap(batch.views[0])
+        encode = _EncodeForStep(self.query, self.autocast, tap)
         losses: list[Tensor] = []
         watched: list[Mapping[str, Tensor]] = []
         afterwards: list[Callable[[], object]] = []
@@ -77,7 +81,11 @@ class TrainStep:
             afterwards.append(made.afterwards)
         for take_in in afterwards:
             take_in()
-        return _mean(watched) | {"loss": torch.stack(losses).sum()}
+        of_batch = _mean(watched) | {"loss": torch.stack(losses).sum()}
+        if self.probe is not None and tap is not None:
+            assert tap.features is not None, "the first view was not encoded as it is"
+            of_batch["probe/top1"] = self.probe.step(tap.features, batch.label)
+        return of_batch
 
     def _averaging(self, wanted: bool) -> AbstractContextManager[object]:
         """Return a context whose backward pass averages gradients over ranks, or accumulates them on each rank."""
@@ -94,18 +102,41 @@ class TrainStep:
         return norm
 
 
+@dataclass
+class _Tap:
+    """Keeps the features of one of the views."""
+
+    view: Tensor
+    features: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class _EncodeForStep:
     query: nn.Module
     autocast: Autocast
+    tap: _Tap | None = None
 
     def __call__(self, images: Tensor, /) -> Tensor:
-        with self.autocast():
-            return self.query(images)
+        if self.tap is None:
+            with self.autocast():
+                return self.query(images)
+        [queries] = self._tapped(images, self.tap)
+        return queries
 
     def with_projection(self, images: Tensor, /) -> tuple[Tensor, Tensor]:
+        if self.tap is None:
+            with self.autocast():
+                return self.query(images, with_projection=True)
+        predicted, projected = self._tapped(images, self.tap, with_projection=True)
+        return predicted, projected
+
+    def _tapped(self, images: Tensor, tap: _Tap, **options: bool) -> tuple[Tensor, ...]:
+        # All views, so that a compiled encoder has one graph.
         with self.autocast():
-            return self.query(images, with_projection=True)
+            *outputs, features = self.query(images, with_features=True, **options)
+        if images is tap.view:
+            tap.features = features
+        return tuple(outputs)
 
 
 def _mean(watched: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -137,7 +137,7 @@ def test_another_network_is_refused_before_the_folder_is_claimed(
 def test_the_same_shapes_in_another_network_are_refused(packed_demo: Any, tmp_path: Path) -> None:
     config = configuration(packed_demo.train, tmp_path / "run")
     vit = dataclasses.replace(config, model=ModelConfig(encoder="test_vit"))
-    encoder = build_encoder(vit.model, vit.method)
+    encoder = build_encoder(vit.model, vit.method, image_size=vit.views.size)
     encoder.backbone.blocks[1].attn.num_heads = 4  # pyright: ignore
     with pytest.MonkeyPatch.context() as patch:
         opened = dataclasses.replace(_opened_like(encoder), where="x")
