@@ -12,6 +12,7 @@ from moco_fast.evaluation.linear import train_cached
 from moco_fast.evaluation.regression import fit_chosen
 from moco_fast.evaluation.tasks.linear import Linear
 from moco_fast.evaluation.tasks.logistic import Logistic
+from shards.ground.units import counted
 
 if TYPE_CHECKING:
     from moco_fast.evaluation.tasks.domains import Domains
@@ -35,7 +36,8 @@ def measure(task: "Domains", inputs: Inputs) -> Outcome:
         labels = numbers_of(inputs, name)[found.labels]
         known = labels >= 0
         if not bool(known.all()):
-            notes.append(f"{int((~known).sum())} samples of {name} are left out: the training set lacks their classes")
+            left_out = counted(int((~known).sum()), "sample")
+            notes.append(f"left out: {left_out} of {name}, of classes that the training set lacks")
         if not bool(known.any()):
             raise ValueError(f"no sample of {name} has a class of the training set, so there is nothing to test")
         among = labels[known].unique()

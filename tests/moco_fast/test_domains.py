@@ -56,7 +56,7 @@ def test_classes_are_found_by_name_and_compete_among_themselves() -> None:
     assert {name: figure.value for name, figure in outcome.figures.items()} == pytest.approx(expected)
     assert outcome.chosen == {"lr": chosen["lr"]}
     num_unknown = int((far_labels == 3).sum())
-    assert outcome.notes == (f"{num_unknown} samples of far are left out: the training set lacks their classes",)
+    assert outcome.notes == (f"left out: {num_unknown} samples of far, of classes that the training set lacks",)
     assert outcome.facts == {"num_test": 120, "num_far": 80 - num_unknown, "num_same": 50}
     unrestricted = (of_far.argmax(axis=1) == far_labels)[far_labels < 3].mean()
     assert expected["top1_far"] > unrestricted

@@ -117,7 +117,7 @@ def test_the_task_s_figures_are_those_of_plain_loops(database: Literal["train", 
     assert outcome.figures["recall_at_4"].value == pytest.approx(np.mean([of[:4].any() for of in hits]))
     assert outcome.figures["recall_at_4"].num_trials == 29
     assert outcome.facts == {"num_queries": 29, "num_database": 60 if database == "train" else 30}
-    assert outcome.notes == ("1 queries are left out: nothing in the database is relevant to them",)
+    assert outcome.notes == ("left out: 1 query, to which nothing in the database is relevant",)
 
 
 def test_labels_that_do_not_meet_are_a_reason_against_it() -> None:
@@ -183,7 +183,7 @@ def test_pairs_name_images_as_they_were_packed(buildings: ShardSet, tmp_path: Pa
     ]
     assert outcome.figures["map"].value == pytest.approx(np.mean(expected))
     assert outcome.facts == {"num_queries": 2, "num_database": 6}
-    assert outcome.notes[0].startswith("1 queries are left out")
+    assert outcome.notes[0].startswith("left out: 1 query,")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from moco_fast.encoders.layers import check_layer
 from moco_fast.evaluation.base import FigureInfo, Inputs, Known, Measured, Outcome, Task, Want, refuse_unless_above
+from shards.ground.units import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +128,8 @@ class Retrieval(Task):
         for k, hits in zip(self.k, of_k.sum(dim=0).tolist(), strict=True):
             figures[f"recall_at_{k}"] = Measured(value=hits / num, num_trials=num)
         num_left_out += len(queries) - num
-        note = f"{num_left_out} queries are left out: nothing in the database is relevant to them"
+        left_out = counted(num_left_out, "query", plural="queries")
+        note = f"left out: {left_out}, to which nothing in the database is relevant"
         return Outcome(
             figures=figures,
             facts={"num_queries": num, "num_database": len(of_database)},
