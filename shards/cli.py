@@ -20,7 +20,7 @@ __all__ = ["main"]
 class PackCommand(PackConfig):
     """Pack images into shards. After an interrupt, the same command continues where it stopped."""
 
-    sources: tyro.conf.Positional[tuple[str, ...]]
+    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE...")]
     """Folders, tar and zip archives, WebDataset shards, Parquet or Arrow files, lists (.txt, .csv, .tsv, .jsonl);
     local, or s3:// gs:// az:// http(s):// addresses. Recognized: ImageNet's tars, CIFAR, PASCAL VOC, COCO's and
     iNaturalist's .json."""
@@ -30,7 +30,7 @@ class PackCommand(PackConfig):
 class VerifyCommand:
     """Check that a set of shards is unchanged since it was packed."""
 
-    folder: tyro.conf.Positional[str]
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     """Folder that holds manifest.json, local or s3:// gs:// az:// http(s)://, or a .beton."""
     decode: bool = False
     """Also decode every pixel."""
@@ -47,7 +47,7 @@ class IndexCommand:
     For a set that an earlier version packed: note in its manifest what kinds of JPEG it holds.
     """
 
-    folder: tyro.conf.Positional[str]
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     """Folder of the tars, local or s3:// gs:// az://."""
     workers: int | None = None
     """Worker processes; unset: one per CPU that this process may use."""
@@ -59,7 +59,7 @@ class IndexCommand:
 class InspectCommand:
     """Print what a set of shards holds."""
 
-    folder: tyro.conf.Positional[str]
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     """Folder that holds manifest.json, local or s3:// gs:// az:// http(s)://, or a .beton; several with commas."""
     sheet: str | None = None
     """Write a sheet of pictures to this PNG file."""
@@ -69,7 +69,7 @@ class InspectCommand:
 class BetonCommand:
     """Write a set of shards as one file in FFCV's format, for the ffcv backend."""
 
-    folder: tyro.conf.Positional[str]
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     """Folder that holds manifest.json."""
     out: str
     """The file to write; its name ends in .beton."""
@@ -81,7 +81,7 @@ class BetonCommand:
 class FinishCommand:
     """Write the manifest of a set whose parts (pack --part I/N) are all done."""
 
-    folder: tyro.conf.Positional[str]
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     """The folder that was given as --out."""
     work_folder: str = WORK_FOLDER
     """For a target in a bucket: local folder for the plan."""

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -23,10 +23,10 @@ class Embed:
     The same command continues after a stop. Several GPUs: accelerate launch -m moco_fast.cli embed ...
     """
 
-    encoder: tyro.conf.Positional[str]
+    encoder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENCODER")]
     """Folder of a run (its newest checkpoint counts), one of its checkpoints/step-*, a file of weights, a folder of
     timm's or transformers', timm:NAME or torchvision:NAME."""
-    images: tyro.conf.Positional[str]
+    images: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IMAGES")]
     """Shards (a folder, an address in a bucket, a .beton, several with commas between them), or a folder of images,
     which is packed beside --out first."""
     out: str

@@ -33,12 +33,12 @@ class _Written(EvalOptions):
         """Print the table, and write the results where they are wanted; the first rank does."""
         if not is_first_rank():
             return
-        from moco_fast.evaluation.result import aligned, as_json, table, write_results
+        from moco_fast.evaluation.result import as_json, as_text, write_results
 
         if self.out == "-":
             print(as_json(results), end="")
             return
-        print(aligned(table(results)))
+        print(as_text(results))
         for note in dict.fromkeys(note for result in results for note in result.notes):
             print(f"note: {note}", file=sys.stderr)
         path = self._place(name)
@@ -95,7 +95,8 @@ class EvalTask(_Written, Generic[T]):
         for split, path in given.items():
             if path is not None and split not in self.task.with_sets(there).splits:
                 raise ValueError(
-                    f"--{split} {path} means nothing here: {self.task.name}, as it is asked for, does not look at it"
+                    f"--{split} {path} means nothing here: {self.task.name}, as it is asked for, does not look at it; "
+                    "leave it out"
                 )
         results = measure_all(self, [self.task], given)
         self._write(results, f"{self.task.name}-{self.task.preset}".rstrip("-"))
@@ -152,7 +153,7 @@ class EvalSuite(_Written):
 class EvalPaper:
     """Print results beside the published figures of the same benchmark, with their sources."""
 
-    results: tyro.conf.Positional[tuple[str, ...]]
+    results: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RESULT.json...]")]
     """Files that `moco-fast eval ... --out` wrote; none: the published figures alone."""
 
     def execute(self) -> int:

@@ -22,7 +22,7 @@ __all__ = ["Explore"]
 class Explore:
     """Look for near-duplicates, outliers and suspicious labels in a set of images: a page of pictures, and lists."""
 
-    vectors: tyro.conf.Positional[str]
+    vectors: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VECTORS|RUN")]
     """File or folder that `moco-fast embed` wrote. Or the folder of a run: its training images are embedded first, into
     OUT/vectors.npy."""
     out: str

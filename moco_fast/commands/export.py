@@ -14,7 +14,7 @@ __all__ = ["Export"]
 class Export:
     """Write an encoder in another library's format, load it again, and compare its outputs with the encoder's."""
 
-    encoder: tyro.conf.Positional[str]
+    encoder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENCODER")]
     """Folder of a run (its newest checkpoint is used), one of its checkpoints/step-*, a file of the MoCo authors, or
     anything else that docs/encoders.md lists."""
     out: str

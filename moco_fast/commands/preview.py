@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -17,7 +17,7 @@ __all__ = ["Preview"]
 class Preview:
     """Draw the views of some samples exactly as training sees them."""
 
-    shards: tyro.conf.Positional[str]
+    shards: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SHARDS")]
     """Folder that `make-shards pack` wrote."""
     out: str
     """Image to write (.png, .jpg or .webp)."""

@@ -1,6 +1,7 @@
 """Command `moco-fast report`."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -13,7 +14,7 @@ __all__ = ["Report"]
 class Report:
     """Write report.html into a run's folder: curves, views and neighbors on one page. The run may still be running."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder of a run."""
     num_samples: int = 8
     """Number of training samples, and of held-out samples, that are shown."""

@@ -19,9 +19,9 @@ class Search:
     By the index of faiss where `moco-fast embed --index faiss` wrote one, else by all vectors.
     """
 
-    index: tyro.conf.Positional[str]
+    index: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VECTORS")]
     """File or folder that `moco-fast embed` wrote."""
-    queries: tyro.conf.Positional[tuple[str, ...]]
+    queries: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE...")]
     """Images to look for: files."""
     k: Annotated[int, tyro.conf.arg(aliases=("-k",))] = 10
     """Images to find for each query."""

@@ -14,6 +14,9 @@ from shards.ground.files import write_whole
 __all__ = [
     "Figure",
     "Result",
+    "aligned",
+    "as_json",
+    "as_text",
     "average_curves",
     "read_results",
     "summarize",
@@ -114,7 +117,8 @@ def wilson_interval(share: float, num_trials: int) -> tuple[float, float]:
     z2 = _Z**2 / num_trials
     center = (share + z2 / 2) / (1 + z2)
     half = _Z / (1 + z2) * math.sqrt(share * (1 - share) / num_trials + z2 / num_trials / 4)
-    return center - half, center + half
+    # Rounding takes the bounds of a share of 0 or 1 beyond it, which would be printed as -0.00%.
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def summarize(infos: Mapping[str, FigureInfo], outcomes: Sequence[Outcome]) -> dict[str, Figure]:
@@ -207,6 +211,17 @@ def table(results: Sequence[Result]) -> list[list[str]]:
             rows.setdefault((task, figure.title), {})[result.encoder["name"]] = _with_interval(figure)
     lines = [["task", "figure", *encoders]]
     return lines + [[*key, *(cells.get(encoder, "-") for encoder in encoders)] for key, cells in rows.items()]
+
+
+def as_text(results: Sequence[Result]) -> str:
+    """Return the table as text for a terminal: what an encoder is stands above it, its column has the short name."""
+    heading, *lines = table(results)
+    encoders = heading[2:]
+    short = [encoder.partition(" (")[0] for encoder in encoders]
+    if len(set(short)) < len(short):
+        return aligned([heading, *lines])
+    described = [name.replace(" (", ": ", 1).removesuffix(")") for name in encoders if " (" in name]
+    return "\n".join([*described, aligned([[*heading[:2], *short], *lines])])
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -36,6 +36,8 @@ sys.exit(f"loaded {{heavy}}" if heavy else code)
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: moco-fast" in done.stdout
+    unnamed = [line for line in done.stdout.splitlines() if line.startswith(("│ STR", "│ [[STR", "│ [STR"))]
+    assert not unnamed, "arguments that the usage line does not name"
 
 
 @pytest.mark.parametrize("program", ["moco_fast.cli", "moco_fast.cli train", "moco_fast.train", "shards.cli"])

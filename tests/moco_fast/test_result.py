@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from moco_fast.evaluation.result import (
     Figure,
     Result,
     aligned,
+    as_text,
     read_results,
     summarize,
     table,
@@ -54,6 +56,7 @@ def test_the_interval_of_a_share_is_wilson_s(hits: int, misses: int) -> None:
         return
     expected = binomtest(hits, num).proportion_ci(method="wilson")
     assert wilson_interval(hits / num, num) == pytest.approx((expected.low, expected.high), abs=1e-7)
+    assert all(0 <= bound <= 1 and math.copysign(1, bound) == 1 for bound in wilson_interval(hits / num, num))
 
 
 def test_figures_keep_the_order_of_the_task_and_intervals_of_their_own() -> None:
@@ -107,6 +110,17 @@ def test_the_table_has_a_line_per_figure_and_a_column_per_encoder() -> None:
         "linear v2  top-1   68.10% (67.70% to 68.50%)  5.00%",
         "linear v2  size    12.35                      -",
     ]
+
+
+def test_a_terminal_shows_what_an_encoder_is_above_the_table() -> None:
+    run = result(encoder={"name": "first (resnet50, query encoder)", "digest": "a"})
+    untrained = result(encoder={"name": "untrained", "digest": "u"})
+    assert as_text([run, untrained]).splitlines()[:2] == [
+        "first: resnet50, query encoder",
+        "task       figure  first                      untrained",
+    ]
+    key = result(encoder={"name": "first (resnet50, key encoder)", "digest": "k"})
+    assert as_text([run, key]).splitlines()[0].endswith("first (resnet50, key encoder)")
 
 
 # Published figures -----------------------------------------------------------------------------------------------

@@ -77,15 +77,16 @@ class Knn(Task):
 
     def figures(self) -> Mapping[str, FigureInfo]:
         """Accuracy, and the same of every other setting."""
-        assert self.k is not None
         caption = "Share of test samples whose {k} nearest training samples vote for the right class."
+        settings = self._settings()
+        first = f"kNN top-1, {self._words(settings[0])}" if settings[1:] else "kNN top-1"
         infos = {
-            "top1": FigureInfo(title="kNN top-1", caption=caption.format(k=self.k[0])),
+            "top1": FigureInfo(title=first, caption=caption.format(k=settings[0][0])),
             "mean_per_class": FigureInfo(
                 title="kNN mean per class", caption="Mean over the classes of the share that is classified rightly."
             ),
         }
-        for setting in self._settings()[1:]:
+        for setting in settings[1:]:
             title = f"kNN top-1, {self._words(setting)}"
             infos[self._figure(setting)] = FigureInfo(title=title, caption=caption.format(k=setting[0]))
         return infos

@@ -132,7 +132,7 @@ class Robustness(Task):
     def _errors(self) -> dict[str, FigureInfo]:
         found = {
             "corruption_error": (
-                "mean corruption error",
+                "error on corrupted images",
                 "Share of corrupted images that are classified wrongly, mean over kinds; the extra kinds do not count.",
             ),
             "mce": ("mCE", "The error of each kind divided by AlexNet's on ImageNet-C, mean over the 15 kinds."),
