@@ -25,6 +25,7 @@ from pipelines.reading.reader import READ_THREADS
 from pipelines.world import World
 from shards.ground.arrays import Indices
 from shards.ground.cpus import available_cpus
+from shards.ground.units import counted
 from shards.sets import ShardSet, open_set
 from shards.sets.manifest import describe_jpegs
 
@@ -377,7 +378,7 @@ class _Decoding:
     def describe(self, num_lanes: int) -> str:
         """Say in one line what runs, and why."""
         text = f"{self.name} ({self.reason}), {self.job.num_threads} {BACKENDS[self.name].workers} per rank"
-        text += f", {num_lanes} lanes"
+        text += f", {counted(num_lanes, 'lane')}"
         if self.engines is not None:
             text += f"; {describe_engines(self.engines, self.job.hw_decoder_load)}"
             if self.engines.count:

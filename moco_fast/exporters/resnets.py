@@ -36,8 +36,8 @@ class ResNetFile:
             )
         if model.stem != "imagenet":
             return (
-                f"{self.library} has no {model.encoder} with a {model.stem} stem: load the checkpoint's "
-                "model.safetensors directly"
+                f"{self.library} has no {model.encoder} with a {model.stem} stem: export it with --format onnx or "
+                "torch-export, which take every network"
             )
         if model.encoder not in self.networks():
             return f"{self.library} has no {model.encoder} with these parameter names: export it with --format timm"

@@ -28,7 +28,10 @@ class TimmExporter:
             return "timm cannot take a network that only its own library builds: export it with --format onnx"
         if model.stem == "imagenet":
             return None
-        return f"timm has no {model.encoder} with a {model.stem} stem: load the checkpoint's model.safetensors directly"
+        return (
+            f"timm has no {model.encoder} with a {model.stem} stem: export it with --format onnx or torch-export, "
+            "which take every network"
+        )
 
     def check(self, out: Path) -> None:
         """Accept a new folder, or one that holds only an earlier export."""
