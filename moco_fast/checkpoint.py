@@ -38,6 +38,7 @@ __all__ = [
     "read_numbers",
     "save",
     "set_generator_states",
+    "step_of",
     "sweep",
 ]
 
@@ -189,10 +190,7 @@ def load_encoder(path: str | Path, *, which: Literal["query", "key"] = "query") 
     """
     from moco_fast.encoders.encoder import build_encoder
 
-    path = Path(path)
-    found = path if (path / "state.json").is_file() else find_newest(path / "checkpoints")
-    if found is None:
-        raise ValueError(f"{path} holds no checkpoint: give a run's folder or one of its checkpoints/step-*")
+    found = _find(Path(path))
     checkpoint = load(found)
     config = from_dict(checkpoint.config)
     weights = part(checkpoint.model, which)
@@ -203,6 +201,18 @@ def load_encoder(path: str | Path, *, which: Literal["query", "key"] = "query") 
         encoder.predictor = None
     encoder.load_state_dict(weights)
     return config, encoder.eval()
+
+
+def step_of(path: str | Path) -> int:
+    """Return the steps that the encoder of `load_encoder` was trained. Raises ValueError: as that does."""
+    return int(_read_state(_find(Path(path)))["step"])
+
+
+def _find(path: Path) -> Path:
+    found = path if (path / "state.json").is_file() else find_newest(path / "checkpoints")
+    if found is None:
+        raise ValueError(f"{path} holds no checkpoint: give a run's folder or one of its checkpoints/step-*")
+    return found
 
 
 def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from moco_fast.evaluation.registry import TASKS, task_class
 if TYPE_CHECKING:
     from moco_fast.evaluation.result import Result
 
-__all__ = ["EvalPaper", "EvalSuite", "EvalTask", "eval_commands"]
+__all__ = ["EvalPaper", "EvalSuite", "EvalTask", "add_to_tensorboard", "eval_commands"]
 
 T = TypeVar("T", bound=Task)
 
@@ -46,6 +46,9 @@ class _Written(EvalOptions):
             path.parent.mkdir(exist_ok=True)
             write_results(path, results)
             print(f"written to {path}", file=sys.stderr)
+        run = run_folder(self.encoder)
+        if run is not None and (run / "tensorboard").is_dir():
+            add_to_tensorboard(run / "tensorboard", results)
 
     def _place(self, name: str) -> Path | None:
         if self.out is not None:
@@ -57,6 +60,22 @@ class _Written(EvalOptions):
         """Refuse, before any work, a place that cannot be written to."""
         if self.out not in (None, "-") and not Path(str(self.out)).resolve().parent.is_dir():
             raise ValueError(f"--out {self.out}: there is no such folder to write to")
+
+
+def add_to_tensorboard(folder: Path, results: "Sequence[Result]") -> None:
+    """Add the figures of a run's encoders to its TensorBoard events, at the steps after which the run had them.
+
+    Args:
+        folder: the run's. What is added has a folder of its own in it, since a run that goes on writes to its own.
+        results: of the run's encoder, and of what was measured beside it: what is not of the run is left out.
+    """
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    with SummaryWriter(str(folder / "eval")) as board:
+        for result in results:
+            tag = f"{result.task}-{result.protocol}".rstrip("-")
+            for name, figure in result.figures.items() if result.step is not None else ():
+                board.add_scalar(f"{tag}/{name}", figure.value, result.step)
 
 
 def _quick_tasks() -> list[str]:

@@ -92,9 +92,9 @@ def measure_all(
         raise ValueError(f"{opened.name} has no training shards of its own: name some with --train (suite: --data)")
     with place(opened.config, device=options.device, precision=options.precision) as (device, world, precision):
         results: list[Result] = []
-        for name, encoder, digest in _encoders(options, opened):
+        for name, encoder, digest, step in _encoders(options, opened):
             subject = _subject(options, opened, encoder.to(device), digest, sets, device, world, precision)
-            results += _measure_one(options, opened.config, subject, name, tasks, leave_out=leave_out)
+            results += _measure_one(options, opened.config, subject, name, step, tasks, leave_out=leave_out)
         return results
 
 
@@ -142,6 +142,7 @@ def _measure_one(
     run: "Config | None",
     subject: "Subject",
     name: str,
+    step: int | None,
     tasks: Sequence[Task],
     *,
     leave_out: bool,
@@ -157,6 +158,7 @@ def _measure_one(
     plan = Plan(
         subject=subject,
         name=name,
+        step=step,
         tasks=[task.settled(run, is_transformer=is_transformer) for task in tasks],
         seeds=options.seeds,
         cache=_cache(options),
@@ -167,21 +169,21 @@ def _measure_one(
     return evaluate(plan)
 
 
-def _encoders(options: EvalOptions, opened: "OpenedEncoder") -> "list[tuple[str, Encoder, str]]":
-    """Return name, encoder and digest of what is measured."""
+def _encoders(options: EvalOptions, opened: "OpenedEncoder") -> "list[tuple[str, Encoder, str, int | None]]":
+    """Return name, encoder, digest and number of training steps of what is measured."""
     from moco_fast.encoders.formats.base import digest_of
     from moco_fast.evaluation.baselines import raw_pixels
     from moco_fast.evaluation.untrained import untrained_twin
 
-    found = [(opened.name, opened.encoder, opened.digest)]
+    found: list[tuple[str, Encoder, str, int | None]] = [(opened.name, opened.encoder, opened.digest, opened.step)]
     for baseline in options.beside:
         if baseline == "untrained":
             if opened.config is None:
                 raise ValueError(f"--beside untrained needs a run, which says how {opened.name} was before training")
-            other = untrained_twin(opened.config)
+            other, step = untrained_twin(opened.config), 0
         else:
-            other = raw_pixels(opened.encoder)
-        found.append((baseline, other, digest_of(other)))
+            other, step = raw_pixels(opened.encoder), None
+        found.append((baseline, other, digest_of(other), step))
     return found
 
 

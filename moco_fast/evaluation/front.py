@@ -29,6 +29,8 @@ class Plan:
     subject: Subject
     name: str
     """Of the encoder, for people."""
+    step: int | None = None
+    """Optimizer steps after which a run had it."""
     tasks: Sequence[Task]
     """Settled ones."""
     seeds: int = 1
@@ -116,6 +118,7 @@ def _measure(plan: Plan, task: Task, source: CachedFeatures) -> Result:
         protocol=task.preset,
         settings=settings_of(task),
         encoder={"name": plan.name, "digest": subject.digest},
+        step=plan.step,
         data={split: _describe(shards) for split, shards in subject.sets.items() if split in task.splits},
         view={"size": subject.size, "crop": subject.crop, "backend": subject.data.backend},
         precision=subject.precision,

@@ -62,6 +62,8 @@ class Result:
     """Every option of the task, as it was used."""
     encoder: dict[str, str]
     """`name` and `digest`."""
+    step: int | None = None
+    """Optimizer steps after which a run had this encoder."""
     data: dict[str, dict[str, Any]]
     """Of each set: where, digest, num_samples, num_classes."""
     view: dict[str, Any]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -374,6 +375,35 @@ def test_a_result_says_everything_that_repeats_it(
     assert values["encoder"]["digest"] == digest_of(load_encoder(finished_run)[1])
     assert len(values["chosen"]) == 2
     assert Result.from_dict(values).figures["top1"].interval_of == "2 seeds (Student's t)"
+
+
+def test_figures_of_a_run_are_rows_of_its_tensorboard(finished_run: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    words = [
+        "eval",
+        "knn",
+        "--encoder",
+        str(run),
+        "--beside",
+        "untrained",
+        "pixels",
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
+    assert main(words) == 0
+    assert not (run / "tensorboard").exists()  # this run does not write there
+    (run / "tensorboard").mkdir()
+    assert main(words) == 0
+    of_run, untrained, _ = json.loads((run / "evaluations" / "knn.json").read_text())["results"]
+    events = EventAccumulator(str(run / "tensorboard" / "eval"))
+    events.Reload()
+    rows = {event.step: event.value for event in events.Scalars("knn/top1")}
+    step = int(max(path.name for path in (run / "checkpoints").glob("step-*")).removeprefix("step-"))
+    wanted = {step: of_run["figures"]["top1"]["value"], 0: untrained["figures"]["top1"]["value"]}
+    assert rows == pytest.approx(wanted)
 
 
 def test_the_suite_leaves_slow_tasks_to_those_who_name_them(monkeypatch: pytest.MonkeyPatch) -> None:

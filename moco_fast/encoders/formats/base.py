@@ -55,6 +55,8 @@ class OpenedEncoder:
     """Whose head it has; None: it has none."""
     left_out: tuple[str, ...]
     """Names of the tensors that were there and are no part of it, such as a classifier or the other encoder."""
+    step: int | None = None
+    """Optimizer steps that a run of ours had done."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def opened(
     model: ModelConfig | None = None,
     method: Method | None = None,
     left_out: tuple[str, ...] = (),
+    step: int | None = None,
 ) -> OpenedEncoder:
     """Return an encoder with its digest."""
     encoder = encoder.float().eval()
@@ -163,6 +166,7 @@ def opened(
         model=model,
         method=method,
         left_out=left_out,
+        step=step,
     )
 
 

@@ -1,6 +1,6 @@
 """Format of this project: a run's folder, or one of its checkpoints."""
 
-from moco_fast.checkpoint import load_encoder
+from moco_fast.checkpoint import load_encoder, step_of
 from moco_fast.encoders.formats.base import OpenedEncoder, Place, Which, opened
 
 __all__ = ["Run"]
@@ -19,5 +19,6 @@ class Run:
         """Load the newest checkpoint's encoder."""
         assert place.path is not None
         config, encoder = load_encoder(place.path, which=which)
+        step = step_of(place.path)
         name = f"{place.where} ({config.model.encoder}, {config.method.name}, {which} encoder)"
-        return opened(encoder, place.where, name, config=config, model=config.model, method=config.method)
+        return opened(encoder, place.where, name, config=config, model=config.model, method=config.method, step=step)
