@@ -56,8 +56,8 @@ def open_source(path: str, options: SourceOptions) -> Source:
             "or pack this source apart"
         )
     for kind in LAYOUTS:
-        recognize: Callable[[str, SourceOptions], Source | None] = getattr(_class_of(kind), "recognize")  # noqa: B009
-        source = recognize(path, options)
+        layout: Any = _class_of(kind)
+        source: Source | None = layout.recognize(path, options)
         if source is not None:
             return source
     if options.subset is not None:

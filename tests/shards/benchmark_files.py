@@ -20,7 +20,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as tar:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:
         for name, data in files.items():
             add(tar, name, data)
     return buffer.getvalue()

@@ -138,7 +138,8 @@ def test_the_same_shapes_in_another_network_are_refused(packed_demo: Any, tmp_pa
     config = configuration(packed_demo.train, tmp_path / "run")
     vit = dataclasses.replace(config, model=ModelConfig(encoder="test_vit"))
     encoder = build_encoder(vit.model, vit.method, image_size=vit.views.size)
-    encoder.backbone.blocks[1].attn.num_heads = 4  # pyright: ignore
+    attention: Any = encoder.get_submodule("backbone.blocks.1.attn")
+    attention.num_heads = 4
     with pytest.MonkeyPatch.context() as patch:
         opened = dataclasses.replace(_opened_like(encoder), where="x")
         patch.setattr("moco_fast.encoders.initial.open_encoder", lambda _, image_size: opened)
