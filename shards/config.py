@@ -36,7 +36,7 @@ class EncodeConfig:
     """How an image is encoded."""
 
     resize: int | None = None
-    """Pixels of the side that `resize_mode` names, after shrinking; unset: no image is resized."""
+    """Pixels of the side that --resize-mode names, after shrinking; unset: no image is resized."""
     resize_mode: Literal["shorter", "longer", "exact"] = "shorter"
     """`shorter`, `longer`: that side is shrunk to `resize`, never enlarged. `exact`: both sides become `resize`."""
     quality: int = 90
@@ -82,7 +82,7 @@ class PackConfig(EncodeConfig):
     seed: int = 0
     """Seed of the shuffle."""
     shard_samples: int | None = None
-    """Inputs per shard; unset: as many as give `shard_bytes`, at most 10,000."""
+    """Inputs per shard; unset: as many as give --shard-bytes, at most 10,000."""
     shard_bytes: int = 512 << 20
     """Approximate size of a shard in bytes; turned into a number of inputs by packing a few of them."""
     max_rejected: float = 0.05

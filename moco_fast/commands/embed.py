@@ -52,7 +52,7 @@ class Embed:
     batch_size: int = 256
     """Images that each rank computes at once."""
     precision: Precision | None = None
-    """That the encoder computes in. Unset: the run's --run.precision, or auto: bf16 on a GPU that has it, else fp32."""
+    """Precision of the encoder. Unset: the run's --run.precision, or auto: bf16 on a GPU that has it, else fp32."""
     device: Device = "auto"
     """`auto`: a GPU where there is one."""
 

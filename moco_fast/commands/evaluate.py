@@ -100,7 +100,7 @@ class EvalTask(_Written, Generic[T]):
     """Labeled shards to learn from, or a folder with a folder of images for each class, which is packed into the cache;
     unset: the run's training shards."""
     test: str | None = None
-    """Held-out ones with the same classes; unset: the run's --eval.shards."""
+    """Held-out samples of the same classes, as shards or class folders; unset: the run's --eval.shards."""
 
     def execute(self) -> int:
         """Measure, print and write; return the exit code."""

@@ -38,7 +38,7 @@ class Explore:
     exact: bool = False
     """Compare all pairs, even where `moco-fast embed --index faiss` wrote an index that is faster and not exact."""
     format: Literal["csv", "jsonl", "parquet"] = "csv"
-    """Of the lists."""
+    """Format of the lists."""
     device: Device = "auto"
     """`auto`: a GPU where there is one."""
 

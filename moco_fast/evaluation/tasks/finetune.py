@@ -120,7 +120,7 @@ class Finetune(Task):
     batch_size: int | None = None
     """Samples in a step, over all ranks. Unset: 256 (semi, full), 64 (transfer), 1024 (transformers)."""
     optimizer: Literal["sgd", "adamw"] | None = None
-    """Unset: sgd; transformers adamw (full, transfer)."""
+    """Optimizer. Unset: sgd; for transformers adamw (full, transfer)."""
     momentum: float | None = None
     """Momentum of SGD; unset: 0.9."""
     nesterov: bool | None = None
@@ -142,7 +142,7 @@ class Finetune(Task):
     mixup: float | None = None
     """Parameter of mixup's Beta distribution, 0: none. Unset: 0.8 (transformers), otherwise 0."""
     cutmix: float | None = None
-    """That of CutMix. Unset: 1 (transformers), otherwise 0."""
+    """Parameter of CutMix's Beta distribution, 0: none. Unset: 1 (transformers), otherwise 0."""
     drop_path: float | None = None
     """Probability that a transformer's last block is left out. Unset: 0.1 (transformers), otherwise 0."""
     crop_scale: tuple[float, float] = (0.08, 1.0)

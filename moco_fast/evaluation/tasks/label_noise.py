@@ -52,9 +52,9 @@ class LabelNoise(Task):
     lr: float | None = None
     """Learning rate of `finetune` and `scratch`; unset: 0.02 for 128 samples."""
     weight_decay: float = 5e-4
-    """Of `finetune` and `scratch`."""
+    """Weight decay of `finetune` and `scratch`."""
     momentum: float = 0.9
-    """Of SGD, in all ways."""
+    """Momentum of SGD, in all ways."""
     milestones: tuple[float, ...] = (0.5,)
     """Shares of `finetune` and `scratch` after which the learning rate drops to a tenth."""
     crop_scale: tuple[float, float] = (0.08, 1.0)

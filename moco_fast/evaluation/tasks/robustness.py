@@ -40,7 +40,7 @@ class Robustness(Task):
     """Folder with images that are corrupted already, as KIND/SEVERITY/CLASS/IMAGE, such as ImageNet-C; unset: the test
     images are corrupted on the way."""
     corruption_seed: int | None = None
-    """Of what corruptions draw, so that all encoders see the same images; unset: 0."""
+    """Seed of the corruptions, the same for all encoders, so that they see the same images; unset: 0."""
     max_images: int | None = None
     """At most this many test images for each corruption, evenly spread; unset: all."""
     attacks: tuple[Literal["fgsm", "pgd"], ...] = ("fgsm", "pgd")

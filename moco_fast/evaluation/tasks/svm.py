@@ -81,7 +81,9 @@ class Svm(Task):
         infos = {
             "map": FigureInfo(title="SVM mAP", caption=caption.format("")),
             "top1": FigureInfo(
-                title="SVM top-1", caption="Share of test samples whose class scores highest, if they have one each."
+                title="SVM top-1",
+                caption="Share of test samples whose class scores highest, if they have one each. Costs are chosen for "
+                "each class alone, so scores of classes compare badly: `linear` measures accuracy.",
             ),
         }
         for shots in self.shots or ():
