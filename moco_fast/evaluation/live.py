@@ -79,10 +79,10 @@ class RunEvaluation:
         return found
 
     def line(self, figures: Mapping[str, float]) -> str:
-        """Give the first figure of each task."""
+        """Give the first figure of each task that these samples have, as few-shot may lack its first."""
         words: list[str] = []
         for task in self.tasks:
-            name, info = next(iter(task.figures().items()))
+            name, info = next(item for item in task.figures().items() if f"{task.name}/{item[0]}" in figures)
             value = figures[f"{task.name}/{name}"]
             words.append(f"{info.title} {100 * value:.1f}%" if info.unit == "share" else f"{info.title} {value:.4g}")
         return ", ".join(words)

@@ -13,7 +13,9 @@ from moco_fast import distributed
 from moco_fast.config import Config, EvalConfig, ModelConfig
 from moco_fast.encoders.encoder import build_encoder
 from moco_fast.evaluation.base import Evaluation, FigureInfo, Inputs, Measured, Outcome, Task, Want
+from moco_fast.evaluation.live import RunEvaluation
 from moco_fast.evaluation.registry import TASKS, check_tasks, open_evaluation
+from moco_fast.evaluation.tasks.few_shot import FewShot
 from moco_fast.methods.momentum_contrast import MomentumContrast
 from moco_fast.presets import PRESETS
 from moco_fast.report.record import read_run
@@ -22,6 +24,7 @@ from moco_fast.report.words import tiles
 from moco_fast.training.build import open_sets
 from moco_fast.training.loop import train
 from pipelines.world import World
+from shards.sets import open_set
 from shards.sets.manifest import MANIFEST_NAME, Manifest
 
 
@@ -179,6 +182,18 @@ def test_ranks_together_measure_what_one_does(run_ranks: Any, packed_demo: Any) 
     assert first == second
     assert first == pytest.approx(alone, rel=1e-4)
     assert (by_first, by_second) == (num_seen // 2, num_seen // 2)
+
+
+def test_a_task_that_lacks_its_first_figure_shows_the_next(packed_demo: Any, tmp_path: Path) -> None:
+    _, evaluation = evaluation_of(packed_demo.train, packed_demo.val, tmp_path / "run", tasks=("health",))
+    assert isinstance(evaluation, RunEvaluation)
+    task = FewShot(split="train", shots=(5, 1), episodes=2)  # 16 samples of a class, 15 of which are queries
+    evaluation = dataclasses.replace(evaluation, tasks=(task,), sets={"train": open_set(str(packed_demo.train))})
+    torch.manual_seed(0)
+    encoder = build_encoder(ModelConfig(encoder="resnet18_quarter"), MomentumContrast(dim=8), image_size=32, crop=1.0)
+    figures = evaluation.figures(encoder.eval(), device=torch.device("cpu"), world=World())
+    assert "few-shot/centroid_5_shot" not in figures
+    assert evaluation.line(figures).startswith("5-way 1-shot, nearest centroid ")
 
 
 def test_held_out_samples_are_bounded_too(packed_demo: Any) -> None:

@@ -163,6 +163,17 @@ def test_classes_with_too_few_samples_are_left_out_and_named() -> None:
         hard.measure(inputs)
 
 
+def test_samples_of_classes_without_names_are_counted_over_both_sets() -> None:
+    values, _ = blobs(60)
+    labels = torch.tensor([0] * 20 + [1] * 20 + [2] * 12 + [3] * 8)
+    two = (values[:40], labels[:40])
+    inputs = MadeUp(train=(values, labels), test=two, num_classes=4, names={"train": (), "test": ()})
+    assert [len(inputs.label_counts(split)) for split in ("train", "test")] == [4, 2]
+    task = FewShot(way=3, shots=(2,), queries=10).with_sets({"train", "test"})
+    assert task.why_not(inputs) is None
+    assert replace(task, shots=(3,)).why_not(inputs) == "3 classes need 13 samples each, and 2 have so many"
+
+
 def test_mini_imagenet_s_list_and_class_folders_make_the_same_set(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     lines = ["filename,label"]

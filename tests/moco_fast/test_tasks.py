@@ -96,6 +96,21 @@ def test_knn_of_a_small_bank_lets_all_vote_and_leaves_out_the_rest() -> None:
     assert "the bank holds 300" in outcome.notes[0]
 
 
+@pytest.mark.parametrize("num_bank", [10, 20, 100])
+def test_a_bank_as_large_as_one_of_the_usual_k_is_measured_once_and_shown_twice(num_bank: int) -> None:
+    task = Knn().settled(None)
+    figures = task.measure(made_up(train=blobs(num_bank))).figures
+    assert figures["top1"] == figures[f"top1_k{num_bank}"]
+    alone = Knn(k=(num_bank,)).settled(None).measure(made_up(train=blobs(num_bank)))
+    assert figures["top1"] == alone.figures["top1"]
+
+
+def test_a_k_that_is_named_twice_is_measured_once() -> None:
+    once, twice = (Knn(k=k, temperature=(0.07,)).settled(None) for k in ((20, 5), (20, 20, 5)))
+    assert twice.figures() == once.figures()
+    assert twice.measure(made_up()).figures == once.measure(made_up()).figures
+
+
 # Linear ----------------------------------------------------------------------------------------------------------
 
 

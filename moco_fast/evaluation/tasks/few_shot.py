@@ -7,6 +7,7 @@ Episodes and nearest centroids are those of few_shot.py of ssl-transfer (Ericsso
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from moco_fast.encoders.layers import check_layer
@@ -68,9 +69,10 @@ class FewShot(Task):
 
     def why_not(self, known: Known) -> str | None:
         """Count the classes that have enough samples for the easiest episodes."""
-        first, *others = (known.label_counts(want.split) for want in self.wants())
+        # Classes that have no names are as many as labels ask for, which may differ from set to set.
+        counts = zip_longest(*(known.label_counts(want.split).tolist() for want in self.wants()), fillvalue=0)
         needed = min(self.shots) + self.queries
-        return self._too_few(int((sum(others, first) >= needed).sum()), needed)
+        return self._too_few(sum(sum(of_class) >= needed for of_class in counts), needed)
 
     def wants(self) -> tuple[Want, ...]:
         """One set or both."""

@@ -101,7 +101,9 @@ class Knn(Task):
 
         bank, queries = map(inputs.features, self.wants())
         first, *others = self._settings()
-        asked = [(min(first[0], len(bank)), first[1]), *(setting for setting in others if setting[0] <= len(bank))]
+        of_first = (min(first[0], len(bank)), first[1])
+        # What a first one of fewer neighbors is measured by may be asked for beside it.
+        asked = {first: of_first} | {setting: setting for setting in others if setting[0] <= len(bank)}
         num_classes, world = inputs.num_classes, inputs.world
         mine = slice(*(len(queries) * rank // world.world_size for rank in (world.rank, world.rank + 1)))
         labels = queries.labels[mine].to(inputs.device)
@@ -110,15 +112,17 @@ class Knn(Task):
             bank.labels.to(inputs.device),
             queries.values[mine],
             num_classes=num_classes,
-            settings=asked,
+            settings=list(asked.values()),
         )
-        right = torch.stack([labels[found == labels].bincount(minlength=num_classes) for found in predictions.values()])
+        right = torch.stack(
+            [labels[predictions[how] == labels].bincount(minlength=num_classes) for how in asked.values()]
+        )
         if world.world_size > 1:
             distributed.leave_together()
             dist.all_reduce(right)
         total = queries.labels.bincount(minlength=num_classes)
         figures: dict[str, Measured] = {}
-        for setting, of_class in zip((first, *asked[1:]), right.cpu(), strict=True):
+        for setting, of_class in zip(asked, right.cpu(), strict=True):
             top1 = of_class.sum().item() / len(queries)
             figures[self._figure(setting)] = Measured(value=top1, num_trials=len(queries))
         there = total > 0
@@ -134,7 +138,7 @@ class Knn(Task):
     def _settings(self) -> list[tuple[int, float]]:
         assert self.k is not None
         assert self.temperature is not None
-        return list(product(self.k, self.temperature))
+        return list(dict.fromkeys(product(self.k, self.temperature)))
 
     def _figure(self, setting: tuple[int, float]) -> str:
         """Name the figure of (k, temperature)."""
