@@ -67,6 +67,8 @@ def why_not(task: Task, inputs: TaskInputs) -> str | None:
         shapes = layer_shapes(subject.encoder, [want.layer for want in task.wants()], size=subject.size)
     except ValueError as error:
         return str(error)
+    if task.needs_labels and "train" in task.splits and (inputs.label_counts("train") > 0).sum() == 1:
+        return f"{sets['train'].where} has samples of one class, so there is nothing to tell apart: give two at least"
     if places := [layer for layer, shape in shapes.items() if len(shape) > 1]:
         return f"--layer {places[0]} gives a vector for each place of an image, but images are compared by one vector"
     return task.why_not(inputs)

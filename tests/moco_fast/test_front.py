@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from moco_fast import distributed
 from moco_fast.cli import main
@@ -19,6 +20,7 @@ from moco_fast.evaluation.front import Plan, evaluate
 from moco_fast.evaluation.inputs import Subject
 from moco_fast.evaluation.labels import label_counts
 from moco_fast.evaluation.live import measure
+from moco_fast.evaluation.packed import open_data
 from moco_fast.evaluation.registry import TASKS
 from moco_fast.evaluation.result import Result, read_results
 from moco_fast.evaluation.tasks.cluster import Cluster
@@ -26,7 +28,10 @@ from moco_fast.evaluation.tasks.domains import Domains
 from moco_fast.evaluation.tasks.few_shot import FewShot
 from moco_fast.evaluation.tasks.health import Health
 from moco_fast.evaluation.tasks.knn import Knn
+from moco_fast.evaluation.tasks.linear import Linear
+from moco_fast.evaluation.tasks.logistic import Logistic
 from moco_fast.evaluation.tasks.retrieval import Retrieval
+from moco_fast.evaluation.tasks.svm import Svm
 from pipelines.world import World
 from shards.sets import open_set
 from tests.moco_fast.test_eval import small_encoder, subject_of
@@ -103,6 +108,17 @@ def test_labels_are_counted_class_by_class(packed_demo: Any) -> None:
     nameless = open_set(packed_demo.val)
     nameless.manifest = replace(nameless.manifest, class_names=())
     assert label_counts(nameless).tolist() == [4] * 18
+
+
+@pytest.mark.parametrize("task", [Knn(), Linear(), Logistic(), Svm()])
+def test_one_class_is_nothing_to_tell_apart(task: Task, subject: Subject, tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        (tmp_path / name / "only").mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (32, 32), (50 * number, 0, 0)).save(tmp_path / name / "only" / f"{number}.png")
+    sets = {name: open_data(str(tmp_path / name), cache=tmp_path / "cache") for name in ("train", "test")}
+    with pytest.raises(ValueError, match="samples of one class, so there is nothing to tell apart"):
+        run(replace(subject, sets=sets), tmp_path / "cache", task)
 
 
 def test_a_task_that_fails_leaves_the_others_their_results(subject: Subject, tmp_path: Path) -> None:
