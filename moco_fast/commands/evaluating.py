@@ -1,5 +1,6 @@
 """What the commands and the Python API share: options of an evaluation, and tasks measured as they say."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -133,6 +134,14 @@ def _validate(options: EvalOptions) -> None:
     positive("save-every-steps", options.save_every_steps)
     if options.cache_gib is not None:
         positive("cache-gib", options.cache_gib)
+    cache = _cache(options)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        problem = "" if os.access(cache, os.W_OK) else "it may not be written to"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise ValueError(f"{cache} cannot hold features ({problem}): name another folder with --cache")
     if options.crop is not None and not 0 < options.crop <= 1:
         raise ValueError(f"--crop is {options.crop}, but must be a share of the image: above 0, at most 1")
 

@@ -10,7 +10,7 @@ more than a batch. What was used least recently, a file or a set, makes room whe
 import json
 import os
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -152,9 +152,10 @@ class FeatureCache:
                 if file.metadata() != key.metadata:
                     return None  # Two keys whose short digests are the same.
                 found = {name: file.get_tensor(name) for name in ("values", "labels", "index")}
-        except SafetensorError:
-            return None  # Cut off or overwritten by someone else: it is made again.
-        os.utime(path)
+        except (SafetensorError, FileNotFoundError):
+            return None  # Cut off, overwritten or removed by someone else: it is made again.
+        with suppress(OSError):  # Another user's, or removed meanwhile: what is mapped stays.
+            os.utime(path)
         return Features(**found)
 
     @contextmanager

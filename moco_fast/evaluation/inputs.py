@@ -214,6 +214,8 @@ class CachedFeatures:
     subject: Subject
     cache: FeatureCache
     _digests: dict[Split, str] = field(default_factory=dict[Split, str])
+    _mapped: dict[FeatureKey, Features] = field(default_factory=dict[FeatureKey, Features])
+    """Files that were prepared: what is mapped stays, even where room is made for the next set."""
 
     def prepare(self, wants: Iterable[Want]) -> None:
         """Compute what the cache lacks, all layers of a set in one pass; collective.
@@ -260,13 +262,16 @@ class CachedFeatures:
         return self._look_up(self._key(want), self.subject.samples(want.split, want.at_most))
 
     def _look_up(self, key: FeatureKey, samples: np.ndarray) -> Features | None:
-        found = self.cache.find(key)
+        found = self._map(key)
         if found is not None or key.at_most is None:
             return found
-        whole = self.cache.find(key.whole())
+        whole = self._map(key.whole())
         if whole is None:
             return None
         return whole.rows(torch.from_numpy(samples))
+
+    def _map(self, key: FeatureKey) -> Features | None:
+        return self._mapped[key] if key in self._mapped else self.cache.find(key)
 
     def _key_of(self, made: PerImage) -> FeatureKey:
         key = self._key(self._settled(Want(split=made.split, layer=made.name, at_most=made.at_most)))
@@ -300,9 +305,18 @@ class CachedFeatures:
             missing = distributed.tell_all([want for want in wants if self._find(want) is None])
             self._compute(split, at_most, missing, stack)
 
-        self._fill(
-            [self._key(want) for want in wants], lambda: any(self._find(want) is None for want in wants), compute
-        )
+        keys = [self._key(want) for want in wants]
+        self._fill(keys, lambda: any(self._find(want) is None for want in wants), compute)
+        for key in keys:
+            for each in dict.fromkeys((key, key.whole())):
+                if (found := self._map(each)) is not None:
+                    self._mapped[each] = found
+                    break
+            else:
+                raise ValueError(
+                    f"features of the {split} set are not in {self.cache.folder} any more: another process made room "
+                    "there, so give more of it with --cache-gib, or another folder with --cache"
+                )
 
     def _fill(
         self, keys: Sequence[FeatureKey], is_missing: Callable[[], bool], compute: Callable[[ExitStack], None]

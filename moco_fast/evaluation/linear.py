@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -102,14 +102,26 @@ def measure_live(task: "Linear", inputs: Inputs) -> Outcome:
     what = {"task": asdict(task), "seed": inputs.seed}
     saved = SavedTraining(inputs.saving, f"linear {task.protocol}", what, world=inputs.world, device=inputs.device)
     with saved.held():
+        if (record := saved.record()) is not None:
+            return _outcome(record)
         num_train = _train_live(task, inputs, trained, set() if held_out is None else held_out.numbers, saved)
-        saved.forget()
-    if digest_of(inputs.encoder) != before:
-        raise RuntimeError("training the linear classifier changed the backbone, so its figures mean nothing: a bug")
-    layer, rate = task.layer[0], task.lr[0]
-    if held_out is not None:
-        layer, rate = _choose(task, trained, held_out.values, held_out.labels)
-    return _test(inputs, trained[layer], task.lr.index(rate), {"layer": layer, "lr": rate}, num_train=num_train)
+        if digest_of(inputs.encoder) != before:
+            raise RuntimeError(
+                "training the linear classifier changed the backbone, so its figures mean nothing: a bug"
+            )
+        layer, rate = task.layer[0], task.lr[0]
+        if held_out is not None:
+            layer, rate = _choose(task, trained, held_out.values, held_out.labels)
+        chosen = {"layer": layer, "lr": rate}
+        found = _test(inputs, trained[layer], task.lr.index(rate), chosen, num_train=num_train)
+        saved.finish(asdict(found))
+    return found
+
+
+def _outcome(record: Mapping[str, Any]) -> Outcome:
+    """Return what a training found that was finished earlier."""
+    figures = {name: Measured(**values) for name, values in record["figures"].items()}
+    return Outcome(figures=figures, chosen=record["chosen"], facts=record["facts"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,11 +39,15 @@ def make_room(cache: Path, needed_bytes: int, *, limit_gib: float | None) -> Non
     """
     _sweep(cache / SETS_FOLDER)
     # Not deeper: trainings keep their state there (saving.py).
-    features = {path: path.stat() for path in cache.glob(f"*/[!.]*{FEATURES_SUFFIX}")}
-    found = [(status.st_mtime, status.st_size, path) for path, status in features.items()]
+    found: list[tuple[float, int, Path]] = []
+    for path in cache.glob(f"*/[!.]*{FEATURES_SUFFIX}"):
+        with suppress(FileNotFoundError):  # Another process makes room too.
+            status = path.stat()
+            found.append((status.st_mtime, status.st_size, path))
     for manifest in cache.glob(f"{SETS_FOLDER}/[!.]*/{MANIFEST_NAME}"):
-        size = sum(file.stat().st_size for file in manifest.parent.iterdir())
-        found.append((manifest.stat().st_mtime, size, manifest.parent))
+        with suppress(FileNotFoundError):
+            size = sum(file.stat().st_size for file in manifest.parent.iterdir())
+            found.append((manifest.stat().st_mtime, size, manifest.parent))
     used = sum(size for _, size, _ in found)
     limit = 0.8 * (shutil.disk_usage(cache).free + used) if limit_gib is None else limit_gib * 2**30
     for _, size, path in sorted(found):

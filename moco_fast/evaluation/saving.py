@@ -109,12 +109,6 @@ class SavedTraining:
             self._remove()
         self._tell_all(None)
 
-    def forget(self) -> None:
-        """Remove the states without a record."""
-        if self._saving is not None and self._world.rank == 0:
-            self._remove()
-        self._tell_all(None)
-
     @property
     def _record(self) -> Path:
         return self._beside("json")

@@ -172,6 +172,29 @@ def test_the_oldest_features_make_room(subject: Subject, tmp_path: Path) -> None
     assert len(left) == 2
 
 
+def test_what_an_evaluation_uses_stays_however_little_room_there_is(
+    encoder: Encoder, subject: Subject, tmp_path: Path
+) -> None:
+    [expected] = run(subject, tmp_path / "wide", Knn(k=(5,)))
+    count = Count(encoder)
+    plan = Plan(
+        subject=subject, name="small", tasks=[Knn(k=(5,)).settled(None)], cache=tmp_path / "narrow", cache_gib=1e-9
+    )
+    [found] = evaluate(plan)
+    assert found.figures == expected.figures
+    assert count.images == 288 + 72
+
+
+def test_features_that_another_process_removes_are_used_to_the_end(subject: Subject, tmp_path: Path) -> None:
+    source = CachedFeatures(subject=subject, cache=FeatureCache(tmp_path))
+    wants = [Want(split="test"), Want(split="train", at_most=50)]
+    source.prepare(wants)
+    before = [source.get(want).values.clone() for want in wants]
+    for path in tmp_path.rglob("*.safetensors"):
+        path.unlink()
+    assert all(torch.equal(source.get(want).values, values) for want, values in zip(wants, before, strict=True))
+
+
 def killed_while_writing(train: str, test: str, cache: str) -> None:
     encoder = small_encoder()
     seen = 0
@@ -239,6 +262,19 @@ def test_the_published_protocol_leaves_the_backbone_alone(encoder: Encoder, subj
     assert result.facts == {"num_train": 288 - 36, "num_test": 72}
     assert result.chosen[0]["lr"] in (0.1, 1.0)
     assert result.headline.value > 2 / 18
+
+
+def test_a_linear_training_that_was_finished_is_not_done_again(
+    encoder: Encoder, subject: Subject, tmp_path: Path
+) -> None:
+    task = Linear(protocol="v1", lr=(0.1,), batch_size=32, epochs=1)
+    [first] = run(subject, tmp_path, task)
+    count = Count(encoder)
+    [both] = run(subject, tmp_path, task, seeds=2)  # as after a kill in the second seed's training
+    assert count.images == 288
+    assert both.headline.by_seed[0] == first.headline.value
+    assert first.facts == both.facts
+    assert run(subject, tmp_path, task)[0].figures == first.figures
 
 
 def test_a_backbone_that_changes_is_noticed(encoder: Encoder, subject: Subject, tmp_path: Path) -> None:
