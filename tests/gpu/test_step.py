@@ -1,7 +1,6 @@
 """The training step on the device; with DEVICE=cpu, all but the device."""
 
 import copy
-import gc
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,6 +24,7 @@ from moco_fast.training.runtime import allow_tf32, start
 from moco_fast.training.step import TrainStep
 from tests.batches import random_batch
 from tests.gpu.waiting import ABOUT_TF32, no_host_sync
+from tests.leaks import NewTensors
 
 pytestmark = pytest.mark.gpu
 
@@ -175,15 +175,14 @@ def test_half_precision_follows_full_precision(device, dtype):
 def test_memory_does_not_grow(device):
     training = Training(device)
     training.run(3)
-    used = []
+    used, new = [], NewTensors()
     for number in range(3, 8):
         training.run(1, start=number)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             used.append(torch.cuda.memory_allocated(device))
         else:
-            gc.collect()
-            used.append(sum(each.nbytes for each in gc.get_objects() if issubclass(type(each), torch.Tensor)))
+            used.append(new.count()[1])
     assert len(set(used)) == 1, used
 
 

@@ -46,8 +46,8 @@ TINY = {
     "resnet50": TinyCnn,
     "resnet18_half": TinyCnn,
     "resnet18": lambda: ResNet(BasicBlock, (1, 1, 1, 1), num_classes=0, channels=(4, 4, 8, 8), stem_width=4),
-    "vit_small": lambda: VisionTransformer(
-        img_size=SIZE, patch_size=16, embed_dim=12, depth=1, num_heads=2, num_classes=0
+    "vit_small": lambda img_size: VisionTransformer(
+        img_size=img_size, patch_size=16, embed_dim=12, depth=1, num_heads=2, num_classes=0
     ),
 }
 TINY["vit_base"] = TINY["vit_small"]

@@ -1,7 +1,6 @@
 """The step against a naive restatement of the paper's algorithm 1 for a world of several ranks, in one process."""
 
 import copy
-import gc
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from moco_fast.optimizers.optim import build_optimizer, load_optimizer_tensors, 
 from moco_fast.training.step import TrainStep
 from pipelines.batch import Batch
 from tests.batches import random_batch
+from tests.leaks import NewTensors
 
 MODEL = ModelConfig(encoder="resnet18_quarter", stem="cifar")
 DIM = 8
@@ -245,11 +245,9 @@ def test_half_precision_keeps_the_key_encoder_and_the_loss_in_float32():
 @pytest.mark.parametrize("num_passes", [1, 2])
 def test_steps_leave_nothing_behind(num_passes):
     parts = make_step(Together(), num_passes=num_passes)
-    alive = []
+    alive, new = [], NewTensors()
     for step in range(5):
         parts.step([make_batch(step, 0)], lr=0.1, scheduled={"momentum": MOMENTUM})
-        gc.collect()
-        tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
-        alive.append((len(tensors), sum(each.nbytes for each in tensors)))
+        alive.append(new.count())
     # The first step has made what there is one of for good.
     assert len(set(alive[1:])) == 1, alive
