@@ -107,7 +107,7 @@ def explore(
         labels=labels,
         group=group,
         group_sizes=np.bincount(group)[group],
-        likeness=similarities.mean(axis=1),
+        likeness=similarities.mean(axis=1, dtype=np.float32),
         majority=majority,
         share=share,
     )
