@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 
 from shards.ground.digests import digest
 from shards.images.jpeg import ENGINE_KINDS
-from shards.storage.file_kinds import MANIFEST_NAME
+from shards.storage.file_kinds import LABEL_SETS_SUFFIX, MANIFEST_NAME
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "ShardEntry", "find_tars"]
 
@@ -88,7 +88,11 @@ class Manifest:
     @property
     def identity(self) -> str:
         """Digest of the samples and their labels; the same wherever the set lies and whatever is noted about it."""
-        facts = [(shard.num_samples, shard.digests.get(".tar")) for shard in self.shards]
+        # Labels of sets with several for an image are beside the tar, all others in it.
+        facts = [
+            (shard.num_samples, shard.digests.get(".tar"), shard.digests.get(LABEL_SETS_SUFFIX))
+            for shard in self.shards
+        ]
         return digest(json.dumps([facts, self.class_names]).encode())
 
     @property

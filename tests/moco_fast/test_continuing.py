@@ -73,8 +73,11 @@ def test_the_identity_of_a_set_is_that_of_its_samples_and_labels(packed_demo: An
     manifest = Manifest.read(packed_demo.train)
     same = [{"jpegs": {}}, {"settings": {"seed": 1}}, {"max_width": 1}]
     assert {dataclasses.replace(manifest, **other).identity for other in same} == {manifest.identity}
-    shard = dataclasses.replace(manifest.shards[0], digests={**manifest.shards[0].digests, ".tar": "0" * 32})
-    others = [{"shards": (shard, *manifest.shards[1:])}, {"class_names": manifest.class_names[::-1]}]
+    first, *rest = manifest.shards
+    changed = [
+        dataclasses.replace(first, digests={**first.digests, suffix: "0" * 32}) for suffix in (".tar", ".labels.npy")
+    ]
+    others = [*({"shards": (shard, *rest)} for shard in changed), {"class_names": manifest.class_names[::-1]}]
     assert manifest.identity not in {dataclasses.replace(manifest, **other).identity for other in others}
 
 
