@@ -17,7 +17,6 @@ from moco_fast.evaluation.live import RunEvaluation
 from moco_fast.evaluation.registry import TASKS, check_tasks, open_evaluation
 from moco_fast.evaluation.tasks.few_shot import FewShot
 from moco_fast.methods.momentum_contrast import MomentumContrast
-from moco_fast.presets import PRESETS
 from moco_fast.report.record import read_run
 from moco_fast.report.report import write_report
 from moco_fast.report.words import tiles
@@ -26,6 +25,7 @@ from moco_fast.training.loop import train
 from pipelines.world import World
 from shards.sets import open_set
 from shards.sets.manifest import MANIFEST_NAME, Manifest
+from tests.moco_fast.small_runs import small_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,18 +57,7 @@ class PackedSets:
 
 
 def configuration(packed_demo: Any, out: Path, **run: Any) -> Config:
-    base = PRESETS["demo"][1]
-    return dataclasses.replace(
-        base,
-        data=dataclasses.replace(
-            base.data, shards=str(packed_demo.train), batch_size=16, backend="torch", num_threads=1
-        ),
-        views=dataclasses.replace(base.views, size=32),
-        model=ModelConfig(encoder="resnet18_quarter"),
-        method=dataclasses.replace(base.method, queue_size=64),
-        run=dataclasses.replace(base.run, device="cpu", precision="fp32", steps=2, out=str(out), **run),
-        log=dataclasses.replace(base.log, every_steps=1, tensorboard=False),
-    )
+    return small_run(packed_demo.train, out, steps=2, **run)
 
 
 def test_a_new_task_is_one_class_and_one_line(

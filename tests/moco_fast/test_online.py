@@ -16,7 +16,6 @@ from moco_fast.evaluation.base import FigureInfo, Inputs, Outcome, Task, Want
 from moco_fast.evaluation.online import OnlineProbe
 from moco_fast.evaluation.registry import TASKS
 from moco_fast.methods.registry import METHODS, method_class
-from moco_fast.presets import PRESETS
 from moco_fast.report.record import read_run
 from moco_fast.report.report import write_report
 from moco_fast.training.build import build
@@ -25,6 +24,7 @@ from moco_fast.training.runtime import start
 from pipelines.batch import Batch
 from pipelines.config import DataConfig
 from tests.batches import random_batch
+from tests.moco_fast.small_runs import small_run
 
 CPU = torch.device("cpu")
 DIM, CLASSES = 6, 3
@@ -201,21 +201,12 @@ class Failing(Task):
 
 
 def run_configuration(packed_demo: Any, out: Path, *, online_probe: bool) -> Config:
-    base = PRESETS["demo"][1]
     return dataclasses.replace(
-        base,
-        data=dataclasses.replace(
-            base.data, shards=str(packed_demo.train), batch_size=16, backend="torch", num_threads=1
-        ),
-        views=dataclasses.replace(base.views, size=32),
-        model=ModelConfig(encoder="resnet18_quarter"),
-        method=dataclasses.replace(base.method, queue_size=64),
-        run=dataclasses.replace(base.run, device="cpu", precision="fp32", steps=6, out=str(out)),
+        small_run(packed_demo.train, out, steps=6),
         checkpoint=CheckpointConfig(every_steps=2, keep=1),
         eval=EvalConfig(
             shards=str(packed_demo.val), tasks=("failing",), every_steps=3, online_probe=online_probe, probe_lr=0.01
         ),
-        log=dataclasses.replace(base.log, every_steps=1, tensorboard=False),
     )
 
 
