@@ -234,7 +234,8 @@ def hue_map(turns: Floats, mean_rgb: Floats) -> Floats:
         map is continuous in both arguments. Both keep gray. A shift by 0 is the identity, bit for bit.
     """
     high, low = mean_rgb.max(axis=1), mean_rgb.min(axis=1)
-    saturation = (high - low) / np.maximum(high, 1e-6)
+    # Black is gray: below one level there is no hue to keep, and the map stays continuous down to 0.
+    saturation = (high - low) / np.maximum(high, 1.0)
     sector_map, from_edge = _sector_map(turns, mean_rgb)
     weight = np.minimum(1.0, np.minimum(4 * saturation, 20 * from_edge))[:, None, None]
     mixed = weight * sector_map + (1 - weight) * _gray_axis_rotation(turns)
@@ -266,8 +267,11 @@ def _sector_map(turns: Floats, mean_rgb: Floats) -> tuple[Floats, Floats]:
     begin: Floats = sector[:, None].astype(np.float64)
     hue_chroma: Floats = np.where(ascending, begin * chroma + rise, (begin + 1) * chroma - rise)
     shifted = hue_chroma + 6 * turns[:, None] * chroma
-    mean_chroma = np.maximum((chroma * mean_rgb).sum(axis=1), 1e-6)
-    before, after = ((hue * mean_rgb).sum(axis=1) / mean_chroma for hue in (hue_chroma, shifted))
+    means: Floats = np.take_along_axis(mean_rgb, ranked, axis=1)
+    # From differences, which are exact where channels are nearly equal: 0 to 1 for the least chroma, too.
+    part: Floats = (means[:, 1] - means[:, 2]) / np.maximum(means[:, 0] - means[:, 2], np.finfo(np.float64).tiny)
+    before: Floats = sector + np.where(sector % 2 == 0, part, 1 - part)
+    after = before + 6 * turns
     target = np.floor(after).astype(np.int64)
     ascending = (target % 2 == 0)[:, None]
     begin = target[:, None].astype(np.float64)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipelines.config import VIEWS, ViewConfig
@@ -195,7 +195,11 @@ def test_the_hue_of_a_saturated_mean_color_is_shifted_as_in_hsv(mean, turns):
 
 
 # Ties, zeros and colors next to them are where a map that is made of pieces can break.
-CHANNEL = st.one_of(st.sampled_from([0.0, 60.0, 85.0, 139.0, 190.0, 200.0, 255.0]), st.floats(0, 255))
+CHANNEL = st.one_of(
+    st.sampled_from([0.0, 60.0, 85.0, 139.0, 190.0, 200.0, 255.0]),
+    st.floats(0, 255),
+    st.floats(-320, 0).map(lambda exponent: 10**exponent),
+)
 MEANS = st.one_of(st.tuples(CHANNEL, CHANNEL, CHANNEL), CHANNEL.map(lambda gray: (gray, gray, gray)))
 
 
@@ -222,6 +226,7 @@ def test_no_change_is_the_identity_bit_for_bit(mean, factors, order, grayscale_f
 
 @settings(deadline=None, max_examples=500)
 @given(MEANS, st.floats(-0.5, 0.5), st.floats(-1e-3, 1e-3))
+@example((0.0, 0.0, 1e-7), 0.0, 1e-7)
 def test_a_small_shift_of_hue_is_a_small_change(mean, turns, step):
     before, after = hue_map(np.array([turns, turns + step]), np.array([mean, mean]))
     # A sector's map moves by up to 6 per turn, its weight by up to 120; the two maps differ by up to 2.
