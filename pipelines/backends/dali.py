@@ -7,9 +7,10 @@ the torch backend does them.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,13 +21,15 @@ from nvidia.dali import fn as untyped_fn
 from nvidia.dali import types as untyped_types
 from nvidia.dali.backend import TensorCPU
 from nvidia.dali.pipeline import Pipeline, pipeline_def
+from simplejpeg import encode_jpeg
 
 from pipelines.backends.base import Job, Made
+from pipelines.backends.undecodable import Undecodable
 from pipelines.plan.augment import ViewTable
 from pipelines.plan.steps import Steps
 from pipelines.reading.read_process import ReadingSpec
 from pipelines.reading.readahead import EncodedBatch, ReadAhead
-from pipelines.reading.reader import DamagedSampleError, name_sample
+from shards.ground.arrays import Encoded
 from shards.ground.channel import Channel, ChannelClosed
 from shards.sets.manifest import Manifest
 
@@ -52,6 +55,7 @@ class DaliViews:
     def __init__(self, job: Job, steps: Steps) -> None:
         self._job = job
         on_gpu = job.device.type == "cuda"
+        self._undecodable = Undecodable(job, partial(_can_decode, job=job), decoder="DALI")
         self._closing = ExitStack()
         self._finish = (
             _finishing_on_gpu(job.device) if on_gpu else self._closing.enter_context(_finishing_on_cpu(job.num_threads))
@@ -87,25 +91,32 @@ class DaliViews:
         try:
             # The first `schedule_run` starts as many runs as DALI's queue is long: there must be input for all of them.
             under_way = deque(islice(self._batches, self._job.prefetch))
-            pipe = _build(self._job, depth=len(under_way)) if under_way else None
-            if pipe is not None:
-                for batch in under_way:
-                    self._feed(pipe, batch)
-                pipe.schedule_run()
-                self._hand_over_all(pipe, under_way)
+            if under_way:
+                self._hand_over_all(under_way)
             self._out.fail(StopIteration())
         except ChannelClosed:
             pass
         except BaseException as error:
             self._out.fail(error)
 
-    def _hand_over_all(self, pipe: Pipeline, under_way: deque[EncodedBatch]) -> None:
+    def _hand_over_all(self, under_way: deque[EncodedBatch]) -> None:
+        pipe = self._start(under_way)
         while under_way:
-            outputs = self._outputs(pipe, under_way)
+            try:
+                outputs = pipe.outputs()
+            except RuntimeError:
+                # A pipeline that has failed is of no more use.
+                del pipe
+                if not self._undecodable.find(under_way):
+                    raise
+                under_way = deque(map(self._undecodable.replace, under_way))
+                pipe = self._start(under_way)
+                continue
             # DALI reads the encoded bytes where they lie: a batch is kept until its views are out.
             done = under_way.popleft()
             batch = next(self._batches, None)
             if batch is not None:
+                batch = self._undecodable.replace(batch)
                 self._feed(pipe, batch)
                 pipe.schedule_run()
                 under_way.append(batch)
@@ -114,19 +125,12 @@ class DaliViews:
             channels_last = tuple(view.permute(0, 3, 1, 2) for view in views)
             self._out.put(Made(samples=done.samples, labels=done.labels, views=channels_last, replaced=done.replaced))
 
-    def _outputs(self, pipe: Pipeline, under_way: deque[EncodedBatch]) -> Any:
-        try:
-            return pipe.outputs()
-        except RuntimeError as error:
-            # DALI says that a batch failed, and seldom which sample of it.
-            for batch in under_way:
-                for sample, key, encoded in zip(
-                    batch.samples.tolist(), batch.keys.tolist(), batch.encoded, strict=True
-                ):
-                    if not _can_decode(encoded, self._job):
-                        name = name_sample(self._job.shards, sample, key)
-                        raise DamagedSampleError(f"{name} cannot be decoded by DALI") from error
-            raise
+    def _start(self, under_way: deque[EncodedBatch]) -> Pipeline:
+        pipe = _build(self._job, depth=len(under_way))
+        for batch in under_way:
+            self._feed(pipe, batch)
+        pipe.schedule_run()
+        return pipe
 
     def _feed(self, pipe: Pipeline, batch: EncodedBatch) -> None:
         for name, data in inputs_of(batch).items():
@@ -208,21 +212,31 @@ def size_hints(manifest: Manifest, batch_size: int) -> dict[str, int]:
     return {"preallocate_width_hint": manifest.max_width, "preallocate_height_hint": manifest.max_height}
 
 
-def _can_decode(encoded: npt.NDArray[np.uint8], job: Job) -> bool:
-    """Whether DALI decodes one image, tried in a pipeline of its own: one that has failed is of no more use."""
+def _can_decode(encoded: Sequence[Encoded], job: Job) -> bool:
+    """Whether DALI decodes all of some images.
+
+    Raises:
+        RuntimeError: DALI decodes nothing at all: it's the machine, and not the images.
+    """
+    try:
+        _decode(encoded, job)
+    except RuntimeError:
+        _decode([np.frombuffer(encode_jpeg(np.zeros((16, 16, 3), dtype=np.uint8)), dtype=np.uint8)], job)
+        return False
+    return True
+
+
+def _decode(encoded: Sequence[Encoded], job: Job) -> None:
+    """Decode images in a pipeline of their own. Raises RuntimeError where DALI can't."""
     on_gpu = job.device.type == "cuda"
     pipe = _decoded(
         "mixed" if on_gpu else "cpu",
-        batch_size=1,
-        num_threads=1,
+        batch_size=len(encoded),
+        num_threads=job.num_threads,
         device_id=(job.device.index or 0) if on_gpu else None,
         prefetch_queue_depth=1,
     )
-    try:
-        pipe.run(encoded=[encoded])
-    except RuntimeError:
-        return False
-    return True
+    pipe.run(encoded=list(encoded))
 
 
 @pipeline_def

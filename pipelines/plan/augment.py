@@ -95,6 +95,17 @@ class ViewTable:
             values[field.name] = value[rows] if np.ndim(value) else value
         return ViewTable(**values)
 
+    def with_row(self, row: int, other: "ViewTable") -> "ViewTable":
+        """Return the same with what another table of the same recipe, of one sample, does in place of a row."""
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value: Any = getattr(self, field.name)
+            values[field.name] = value
+            if np.ndim(value):
+                values[field.name] = value.copy()
+                values[field.name][row] = getattr(other, field.name)[0]
+        return ViewTable(**values)
+
 
 def draw_view(
     config: ViewConfig,

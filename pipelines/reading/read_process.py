@@ -78,6 +78,7 @@ class Filled:
 class Content:
     """A batch but for its images."""
 
+    epoch: int
     samples: Indices
     labels: Indices
     keys: Indices
@@ -221,6 +222,7 @@ class _Reading:
             slot.array[begin:end] = taken.images[place]
         tables = self._spec.draw(drawn.epoch, taken.samples, taken.records) if others else drawn.tables
         content = Content(
+            epoch=drawn.epoch,
             samples=taken.samples,
             labels=taken.records["label"].astype(np.int64),
             keys=taken.records["position"].astype(np.int64),

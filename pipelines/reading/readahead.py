@@ -26,6 +26,7 @@ __all__ = ["EncodedBatch", "ReadAhead"]
 class EncodedBatch:
     """A rank's share of a step before decoding."""
 
+    epoch: int
     samples: Indices
     """(B,) dense sample numbers."""
     labels: Indices
@@ -75,6 +76,7 @@ class ReadAhead(Iterator[EncodedBatch]):
         lent = lend(slot, partial(self._free.append, filled.slot))
         ends = content.begins + content.sizes
         return EncodedBatch(
+            epoch=content.epoch,
             samples=content.samples,
             labels=content.labels,
             keys=content.keys,

@@ -85,7 +85,7 @@ class PendingSamples:
         stay the same for any number of them.
 
         Raises:
-            DamagedSampleError: without `skip`, or when 1,000 samples in a row are damaged.
+            DamagedSampleError: without `skip`, or when all samples are damaged, or 1,000 in a row.
         """
         for place, outcome in enumerate(self._bytes.outcomes()):
             sample, record = int(self.samples[place]), self.records[place : place + 1]
@@ -121,7 +121,7 @@ class PendingSamples:
         self, sample: int, convert: Callable[[npt.NDArray[np.uint8]], Image]
     ) -> tuple[int, Image | DamagedSampleError]:
         converted: Image | DamagedSampleError = DamagedSampleError("")
-        for _ in range(_LONGEST_SEARCH):
+        for _ in range(min(_LONGEST_SEARCH, self._reader.num_samples)):
             sample = (sample + 1) % self._reader.num_samples
             one = np.array([sample])
             records = self._reader.records(one)

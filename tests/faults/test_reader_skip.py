@@ -81,14 +81,52 @@ def test_a_replacement_is_seen_as_itself(flipped, backend):
     assert len(views) == 27
 
 
-def test_an_image_that_cannot_be_decoded_is_replaced_or_named(images, tmp_path):
+@pytest.fixture
+def undecodable(images, tmp_path):
+    """Samples 4, 5, 17 and 29 are as they were packed, and no decoder takes them."""
     images[4] = images[4][:200]
     images[5] = b"no image at all" * 20
-    folder = write_shards(tmp_path / "undecodable", images)
-    steps, num_replaced = samples_of_an_epoch(folder, backend="torch")
-    assert num_replaced == 2
-    assert joined(steps).count(6) == 3
-    data = DataConfig(shards=str(folder), batch_size=30, num_threads=1, backend="dali", on_bad_sample="skip")
+    images[17] = images[17][: len(images[17]) * 3 // 4]
+    images[29] = images[29][:300]
+    return write_shards(tmp_path / "undecodable", images)
+
+
+@pytest.mark.parametrize(("backend", "batch_size"), [("dali", 3), ("dali", 30), ("torch", 10)])
+def test_images_that_cannot_be_decoded_are_replaced(undecodable, backend, batch_size):
+    data = DataConfig(
+        shards=str(undecodable), batch_size=batch_size, num_threads=1, backend=backend, on_bad_sample="skip"
+    )
+    views, epochs = {}, []
+    with open_loader(data, ViewsConfig(size=16), seed=1, device=CPU) as loader:
+        for _ in range(2):
+            epochs.append([])
+            for batch in loader:
+                epochs[-1] += batch.index.tolist()
+                for sample, view in zip(batch.index.tolist(), batch.views[0], strict=True):
+                    # A replacement has the parameters, and so the pixels, of its own place in the epoch.
+                    assert torch.equal(views.setdefault((len(epochs), sample), view.clone()), view)
+        num_replaced = loader.num_replaced
+    expected = sorted([*(set(range(30)) - {4, 5, 17, 29}), 6, 6, 18, 0])
+    assert [sorted(epoch) for epoch in epochs] == [expected, expected]
+    assert num_replaced == 8
+
+
+def test_dali_replaces_what_torch_replaces_in_the_same_order(undecodable):
+    by_dali, by_torch = (samples_of_an_epoch(undecodable, backend=backend)[0] for backend in ("dali", "torch"))
+    assert by_dali == by_torch
+
+
+def test_ranks_agree_on_what_cannot_be_decoded(undecodable):
+    [whole, _] = samples_of_an_epoch(undecodable, backend="dali")
+    shares = [
+        samples_of_an_epoch(undecodable, backend="dali", world=World(rank=rank, world_size=2))[0] for rank in range(2)
+    ]
+    for step, parts in enumerate(zip(*shares, strict=True)):
+        assert sorted(joined(parts)) == sorted(whole[step])
+
+
+def test_without_skip_an_image_that_cannot_be_decoded_is_named(undecodable):
+    data = DataConfig(shards=str(undecodable), batch_size=30, num_threads=1, backend="dali")
     with (
         open_loader(data, ViewsConfig(size=16), seed=1, device=CPU) as loader,
         pytest.raises(DamagedSampleError, match=r"shard-000000\.tar: sample (4|5) .*cannot be decoded by DALI"),
@@ -96,11 +134,22 @@ def test_an_image_that_cannot_be_decoded_is_replaced_or_named(images, tmp_path):
         next(iter(loader))
 
 
-def test_a_set_without_a_good_sample_ends_with_an_error(tmp_path):
+def test_a_machine_on_which_dali_decodes_nothing_does_not_make_samples_damaged(images, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("pipelines.backends.dali._decode", fail)
+    images[4] = images[4][:200]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        samples_of_an_epoch(write_shards(tmp_path / "one", images), backend="dali")
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_a_set_without_a_good_sample_ends_with_an_error(tmp_path, backend):
     images = [b"nothing" * 10] * 12
     folder = write_shards(tmp_path / "hopeless", images)
     with pytest.raises(DamagedSampleError, match="cannot be decoded"):
-        samples_of_an_epoch(folder, backend="torch")
+        samples_of_an_epoch(folder, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
