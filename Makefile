@@ -12,6 +12,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 # Idle threads of OpenMP sleep instead of spinning: DALI, torch and the other ranks share the cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+HAS_BROWSER = $(shell command -v chromium || command -v google-chrome || command -v chromium-browser)
 HAS_GPU = $(shell $(VENV)/bin/python -c 'import torch; print("yes" if torch.cuda.is_available() else "")')
 
 .DEFAULT_GOAL := help
@@ -68,7 +69,7 @@ hadolint:
 # One thread each: the tests themselves run side by side. Files stay together, for what their tests share.
 pytest: export OMP_NUM_THREADS ?= 1
 pytest:
-	DEVICE=$(if $(HAS_GPU),cuda,cpu) python -m pytest --numprocesses auto --dist loadfile --continue-on-collection-errors --timeout 600 --cov
+	DEVICE=$(if $(HAS_GPU),cuda,cpu) python -m pytest --numprocesses auto --dist loadfile --continue-on-collection-errors --timeout 600 --cov $(if $(HAS_BROWSER),,-m 'not browser')
 
 test-matrix: setup-ffcv ## The fast tests on the oldest and the newest Python and packages
 	python tests/matrix.py $(ENVIRONMENTS)

@@ -15,6 +15,7 @@ from moco_fast.commands.explore import Explore
 from moco_fast.commands.export import Export
 from moco_fast.commands.preview import Preview
 from moco_fast.commands.report import Report
+from moco_fast.commands.runs import Runs
 from moco_fast.commands.search import Search
 from moco_fast.evaluation.base import StoppedError
 from moco_fast.meaning import refuse_renamed
@@ -71,6 +72,7 @@ _Commands = (
     | Annotated[Explore, tyro.conf.subcommand("explore")]
     | Annotated[Preview, tyro.conf.subcommand("preview")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Runs, tyro.conf.subcommand("runs")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
 )

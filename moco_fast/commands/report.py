@@ -1,6 +1,7 @@
 """Command `moco-fast report`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -9,34 +10,62 @@ from moco_fast.commands.common import Device, choose_device, positive
 
 __all__ = ["Report"]
 
+_COMPARISON = "comparison.html"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write report.html into a run's folder: curves, views and neighbors on one page. The run may still be running."""
+    """Write a run's report as one HTML page: curves, views, neighbors. Or a page that compares several runs.
 
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """Folder of a run."""
+    Runs may still be running.
+    """
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN...")]
+    """Folders of runs. One: its report is written. More: they are compared, with differences from the first."""
+    out: str | None = None
+    """File to write. Unset: report.html in the run's folder, or comparison.html in the working directory."""
     num_samples: int = 8
-    """Number of training samples, and of held-out samples, that are shown."""
+    """One run: number of training samples, and of held-out samples, that are shown."""
     max_bank: int = 2000
-    """Number of training samples to search for neighbors."""
+    """One run: number of training samples to search for neighbors."""
+    price_per_hour: float | None = None
+    """Price of one GPU for an hour (where there is none: of one rank), by which cost is counted; unset: hours are."""
     device: Device = "auto"
-    """`auto`: a GPU if there is one."""
+    """One run: where its encoder computes. `auto`: a GPU if there is one."""
 
     def execute(self) -> int:
-        """Write the report; return the exit code."""
+        """Write the page; return the exit code."""
+        if not self.runs:
+            raise ValueError("no run is named: give the folder of one for its report, or of several to compare them")
+        if self.price_per_hour is not None:
+            positive("price-per-hour", self.price_per_hour)
+        out = None if self.out is None else Path(self.out)
+        if out is not None and not out.absolute().parent.is_dir():
+            raise ValueError(f"--out {out}: there is no such folder to write to")
+        return self._report(out) if len(self.runs) == 1 else self._compare(out or Path(_COMPARISON))
+
+    def _report(self, out: Path | None) -> int:
         from moco_fast.report.commands import next_commands
         from moco_fast.report.record import read_run
         from moco_fast.report.report import write_report
 
+        (run,) = self.runs
         page = write_report(
-            self.run,
+            run,
+            out=out,
             device=choose_device(self.device),
             num_samples=positive("num-samples", self.num_samples),
             max_bank=positive("max-bank", self.max_bank),
+            price_per_hour=self.price_per_hour,
         )
         print("Next:")
-        for proposal in next_commands(read_run(self.run)):
+        for proposal in next_commands(read_run(run)):
             print(f"  # {proposal.purpose}\n  {proposal.line}")
         print(f"\nReport: {page}")
+        return 0
+
+    def _compare(self, out: Path) -> int:
+        from moco_fast.report.compare import write_comparison
+
+        print(f"Comparison: {write_comparison(self.runs, out, price_per_hour=self.price_per_hour)}")
         return 0

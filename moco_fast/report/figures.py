@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import matplotlib as mpl
 import numpy as np
@@ -15,13 +16,31 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from moco_fast.methods.base import Level
 
-__all__ = ["Curve", "draw_curves", "draw_histogram", "thin_out"]
+__all__ = [
+    "NUM_STYLES",
+    "Curve",
+    "RunCurve",
+    "draw_curves",
+    "draw_histogram",
+    "draw_runs",
+    "line_style",
+    "spread_apart",
+    "thin_out",
+]
 
 _INK, _FAINT = "#010101", "#020202"
 _SERIES = ("#030303", "#040404")
+_NUM_COLORS = 8
+_DASHES: tuple[tuple[float, ...], ...] = ((), (6, 2), (2, 2), (8, 2, 2, 2))
+_RUNS = tuple(f"#0505{number:02x}" for number in range(_NUM_COLORS))
 # Placeholder colors that no curve would have otherwise, each replaced by a variable of the page.
-_VARIABLES = {_INK: "var(--muted)", _FAINT: "var(--line)", _SERIES[0]: "var(--query)", _SERIES[1]: "var(--key)"}
+_VARIABLES = {_INK: "var(--muted)", _FAINT: "var(--line)", _SERIES[0]: "var(--query)", _SERIES[1]: "var(--key)"} | {
+    color: f"var(--run-{number})" for number, color in enumerate(_RUNS)
+}
 _MAX_POINTS = 400
+_INCHES = 5.4  # of a chart's width
+NUM_STYLES = 26
+"""Runs that one chart can tell apart: each has a letter, a color and dashes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +52,22 @@ class Curve:
     label: str = ""
     points: bool = False
     """Mark each value: for quantities measured only a few times."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCurve:
+    """Quantity of one of several runs that are drawn into one chart."""
+
+    run: int
+    """Number of the run, which decides letter, color and dashes."""
+    x: Sequence[float]
+    values: Sequence[float]
+
+
+def line_style(run: int) -> tuple[str, int, tuple[float, ...]]:
+    """Return the letter, the number of the page's color and the dashes (on, off, ... in points) of a run's curves."""
+    # Runs that have the same color have other dashes, and so have neighbors.
+    return chr(ord("A") + run), run % _NUM_COLORS, _DASHES[(run + run // _NUM_COLORS) % len(_DASHES)]
 
 
 def draw_curves(
@@ -111,13 +146,109 @@ def draw_histogram(
     return written()
 
 
+def draw_runs(
+    curves: Sequence[RunCurve],
+    *,
+    alt: str,
+    x_max: float,
+    level: Level | None = None,
+    points: bool = False,
+    percent: bool = False,
+    from_zero: bool = False,
+    height: float = 2.5,
+) -> str:
+    """Draw the same quantity of several runs into one SVG element, each curve with its letter at its end.
+
+    The page can hide a run's curve by the class `of-run-N`. `data-x` and `data-y` say which values the ends of the axes
+    have, and where they are: low, high, place of low, place of high.
+
+    Args:
+        curves: at most one for each run.
+        alt: description of the chart in words.
+        x_max: end of the horizontal axis, the same in all charts that are to be compared.
+        level: reference value.
+        points: mark each value: for quantities measured only a few times.
+        percent: values are fractions; write them as percentages.
+        from_zero: the vertical axis starts at 0.
+        height: in inches at a width of 5.4; the page scales both.
+    """
+    left, right, bottom, top = 0.115, 0.95, 0.28 / height, 1 - 0.09 / height
+    scale = ""
+    with _drawing(alt, height, places=(left, bottom, right - left, top - bottom)) as (axes, written):
+        ends: list[tuple[RunCurve, float, float]] = []
+        for curve in curves:
+            _, color, dashes = line_style(curve.run)
+            x, values = thin_out(curve.x, curve.values)
+            style = (0, dashes) if dashes else "solid"
+            marker = "o" if points else ""
+            [line] = axes.plot(x, values, color=_RUNS[color], linewidth=1.7, linestyle=style, marker=marker)
+            line.set(markersize=4.5, clip_on=not points, gid=f"of-run-{curve.run}")
+            ends.append((curve, float(x[-1]), float(values[-1])))
+        if level is not None:
+            axes.axhline(level.value, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+        _dress(axes, percent=percent)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        axes.set_xlim(0, x_max or 1)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        if level is not None:
+            _write_level(axes, level)
+        _write_letters(axes, ends, points_high=72 * height * (top - bottom))
+        low, high = axes.get_ylim()
+        wide, tall = 72 * _INCHES, 72 * height
+        scale = f' data-x="0 {x_max or 1:.8g} {wide * left:.2f} {wide * right:.2f}"'
+        scale += f' data-y="{low:.8g} {high:.8g} {tall * (1 - bottom):.2f} {tall * (1 - top):.2f}"'
+    return written().replace("<svg", f"<svg{scale}", 1)
+
+
+def _write_letters(axes: Axes, ends: Sequence[tuple[RunCurve, float, float]], *, points_high: float) -> None:
+    """Write each run's letter at the end of its curve, moved up or down where letters would cover each other."""
+    low, high = axes.get_ylim()
+    apart = 10.5 * (high - low) / points_high  # a letter's height
+    places: dict[int, float] = {}
+    for _, group in groupby(sorted(ends, key=lambda end: end[1:]), key=lambda end: end[1]):
+        runs, heights = zip(*((curve.run, y) for curve, _, y in group), strict=True)
+        places |= zip(runs, spread_apart(heights, apart=apart, highest=high), strict=True)
+    for curve, x, _ in ends:
+        letter, color, _ = line_style(curve.run)
+        text = axes.annotate(
+            letter,
+            (x, places[curve.run]),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            color=_RUNS[color],
+            fontweight="bold",
+            annotation_clip=False,
+        )
+        text.set_gid(f"of-run-{curve.run}")
+
+
+def spread_apart(heights: Sequence[float], *, apart: float, highest: float) -> list[float]:
+    """Move heights, in rising order, so that neighbors are `apart` and none is above `highest`."""
+    places: list[float] = []
+    for height in heights:
+        places.append(max(height, places[-1] + apart) if places else height)
+    for number in reversed(range(len(places))):
+        above = highest if number == len(places) - 1 else places[number + 1] - apart
+        places[number] = min(places[number], above)
+    return places
+
+
 @contextmanager
-def _drawing(alt: str, height: float) -> Generator[tuple[Axes, Callable[[], str]]]:
-    """Give axes to draw on, and what returns the SVG element after the block."""
+def _drawing(
+    alt: str, height: float, *, places: tuple[float, float, float, float] | None = None
+) -> Generator[tuple[Axes, Callable[[], str]]]:
+    """Give axes to draw on, and what returns the SVG element after the block.
+
+    `places` are left, bottom, width and height of the axes as shares of the whole; None: as its words need.
+    """
     out = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": alt, "font.size": 10.5}):
-        figure = Figure(figsize=(5.4, height), layout="constrained", facecolor="none")
-        yield figure.add_subplot(facecolor="none"), lambda: _for_page(out.getvalue(), alt)
+        figure = Figure(figsize=(_INCHES, height), layout="constrained" if places is None else None, facecolor="none")
+        axes = figure.add_subplot(facecolor="none") if places is None else figure.add_axes(places, facecolor="none")
+        yield axes, lambda: _for_page(out.getvalue(), alt)
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
 
 
@@ -180,6 +311,7 @@ def _for_page(svg: str, alt: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{alt}"', svg, count=1)
     svg = re.sub(r"font-family: [^;\"]+;? ?", "", svg)
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<g/>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<g id=\"(of-run-\d+)\"", r'<g class="\1"', svg)
     svg = re.sub(r"<g id=\"[^\"]*\"", "<g", svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
     for color, variable in _VARIABLES.items():

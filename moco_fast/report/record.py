@@ -2,14 +2,17 @@
 
 import json
 import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from moco_fast.config import Config, differences, from_dict
 from moco_fast.evaluation.result import Result, read_results
 from moco_fast.presets import PRESETS
+from moco_fast.training.state import RunState, last_seen, read_outcome, run_state
 
 __all__ = ["RunRecord", "read_run"]
 
@@ -21,6 +24,7 @@ class RunRecord:
     path: Path
     config: Config
     environment: dict[str, Any]
+    status: RunState
     outcome: dict[str, Any]
     training: list[dict[str, float]]
     """Lines of metrics with a loss, ordered by step."""
@@ -28,25 +32,30 @@ class RunRecord:
     """Lines of metrics with figures of an evaluation, ordered by step."""
     results: list[Result]
     """Results that `moco-fast eval` wrote into the folder, newest last."""
+    starts: list[dict[str, Any]]
+    """Every start of the run, the first one first: the step that it began with, when, on what (starts.jsonl)."""
+    changed: list[dict[str, Any]]
+    """What was other than before when the run was continued (changes.jsonl)."""
+    seen: float | None
+    """When the run last showed that it was alive, in seconds since the epoch."""
 
     @property
     def recipe(self) -> str:
         """Preset that the run was started with, or the one nearest to its settings."""
-        words: list[str] = self.environment.get("command", [])
-        # The recipe is the first match: a later word may be an option's value.
-        named = words[words.index("moco_fast.train") + 1].replace("_", "-") if "moco_fast.train" in words[:-1] else None
+        program, words = _of_program(self.environment.get("command", []))
+        named = words[0].replace("_", "-") if words and program[-1] in ("moco_fast.train", "train") else None
         return named if named in PRESETS else min(PRESETS, key=lambda name: len(self.changes(name)))
 
     @property
     def command(self) -> str:
-        """Command that started the training, without the interpreter's path; empty if unknown."""
-        words: list[str] = self.environment.get("command", [])
-        return shlex.join(["python", *words[words.index("-m") :]]) if "-m" in words else ""
-
-    @property
-    def status(self) -> str:
-        """`finished`, `stopped`, `failed` or `running`."""
-        return self.outcome.get("outcome", "running")
+        """Command that started the run, the launcher's if there was one, without the interpreter; empty if unknown."""
+        launcher: list[str] = self.environment.get("launch", {}).get("command") or []
+        if "launch" in launcher:
+            return shlex.join(["accelerate", *launcher[launcher.index("launch") :]])
+        if "accelerate.commands.launch" in launcher:
+            return shlex.join(["accelerate", "launch", *launcher[launcher.index("accelerate.commands.launch") + 1 :]])
+        program, words = _of_program(self.environment.get("command", []))
+        return shlex.join([*program, *words])
 
     @property
     def start(self) -> str:
@@ -84,16 +93,33 @@ def read_run(path: str | Path) -> RunRecord:
         config = from_dict(json.loads((path / "config.json").read_text()))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}/config.json is damaged ({error}): restore it") from None
+    except ValueError as error:
+        raise ValueError(f"{path}/config.json: {error}") from None
     lines = sorted(_read_lines(path / "metrics.jsonl"), key=lambda line: line["step"])
     return RunRecord(
         path=path,
         config=config,
         environment=_read_json(path / "environment.json"),
-        outcome=_read_json(path / "outcome.json"),
+        status=run_state(path),
+        outcome=read_outcome(path),
         training=[line for line in lines if "loss" in line],
         evaluations=[line for line in lines if "loss" not in line],
         results=_read_results(path / "evaluations"),
+        starts=_read_lines(path / "starts.jsonl"),
+        changed=_read_lines(path / "changes.jsonl"),
+        seen=last_seen(path),
     )
+
+
+def _of_program(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide a process's command line into how training is called, without the interpreter, and its words."""
+    # The first match counts: a later word may be an option's value.
+    for place, (word, following) in enumerate(pairwise(words)):
+        if word == "-m":
+            return ["python", "-m", following], list(words[place + 2 :])
+        if Path(word).name == "moco-fast" and following == "train":
+            return ["moco-fast", "train"], list(words[place + 2 :])
+    return [], []
 
 
 def _read_results(folder: Path) -> list[Result]:

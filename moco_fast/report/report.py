@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from moco_fast import __version__
 from moco_fast.checkpoint import load_encoder
+from moco_fast.config import Config
 from moco_fast.evaluation.base import FigureCurve
 from moco_fast.evaluation.registry import find_scores
 from moco_fast.evaluation.result import Result, table
@@ -19,13 +20,14 @@ from moco_fast.evaluation.untrained import untrained_twin
 from moco_fast.methods.base import Chart, Level
 from moco_fast.report.commands import next_commands
 from moco_fast.report.figures import Curve, draw_curves
+from moco_fast.report.launch import hours_tile, launch_table, starts_table
 from moco_fast.report.neighbors import Query, find_neighbors
 from moco_fast.report.pictures import show_views
 from moco_fast.report.record import RunRecord, read_run
 from moco_fast.report.words import configuration_table, environment_table, headline, tiles
 from shards.ground.files import write_whole
 
-__all__ = ["open_template", "write_report"]
+__all__ = ["SPEED_CHARTS", "DrawnChart", "charts_of", "open_template", "write_report"]
 
 _NUM_NEIGHBORS = 6
 T = TypeVar("T")
@@ -41,15 +43,23 @@ class DrawnChart:
 
 
 def write_report(
-    run: str | Path, *, device: torch.device | None = None, num_samples: int = 8, max_bank: int = 2000
+    run: str | Path,
+    *,
+    out: Path | None = None,
+    device: torch.device | None = None,
+    num_samples: int = 8,
+    max_bank: int = 2000,
+    price_per_hour: float | None = None,
 ) -> Path:
-    """Write `report.html` into a run's folder, whatever the run's status; the page says what is still missing.
+    """Write a run's report, whatever the run's status; the page says what is still missing.
 
     Args:
         run: the run's folder.
+        out: file to write; None: `report.html` in the run's folder.
         device: device of the encoder; default: a GPU if there is one.
         num_samples: number of training samples, and of held-out samples, that are shown.
         max_bank: number of training samples to search for neighbors.
+        price_per_hour: of one GPU, or of one rank where there is none; None: the page has no cost.
 
     Returns:
         path of the page.
@@ -66,12 +76,12 @@ def write_report(
     page = open_template("report.html").render(
         record=record,
         headline=headline(record),
-        tiles=tiles(record),
+        tiles=[*tiles(record), *hours_tile(record, price_per_hour)],
         learning=_charts(record, "learning"),
         worth=table(record.results) if record.results else [],
         worth_curves=_result_curves(record.results),
         health=_charts(record, "health"),
-        speed=_drawn(record, _SPEED),
+        speed=_drawn(record, SPEED_CHARTS),
         epoch=epoch,
         samples=samples,
         no_samples=no_samples,
@@ -80,11 +90,13 @@ def write_report(
         num_right={"trained": _count_right(queries, "trained"), "untrained": _count_right(queries, "untrained")},
         configuration=configuration_table(record),
         environment=environment_table(record),
+        launch=launch_table(record),
+        starts=starts_table(record),
         commands=next_commands(record),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
     )
-    path = record.path / "report.html"
+    path = out or record.path / "report.html"
     write_whole(path, page, durable=False)
     return path
 
@@ -139,7 +151,7 @@ _PROBE = Chart(
     percent=True,
     from_zero=True,
 )
-_SPEED = (
+SPEED_CHARTS = (
     Chart(
         title="Samples per second",
         caption="Over all ranks, each sample with all its views. Evaluation and saving are not counted.",
@@ -163,8 +175,12 @@ def _charts(record: RunRecord, about: str) -> list[DrawnChart]:
         untrained = [value for step, value in record.curve(score.figure) if step == 0]
         level = Level(value=untrained[0], label=record.start) if untrained else None
         figures += _drawn(record, [score], about, level=level, points=True)
-    of_method = record.config.method.charts(record.config.data.batch_size, record.config.views.num_small)
-    return figures + _drawn(record, [*of_method, _PROBE, _LEARNING_RATE], about)
+    return figures + _drawn(record, charts_of(record.config), about)
+
+
+def charts_of(config: Config) -> tuple[Chart, ...]:
+    """Return the charts of what a run's metrics hold besides its evaluations and its speed."""
+    return (*config.method.charts(config.data.batch_size, config.views.num_small), _PROBE, _LEARNING_RATE)
 
 
 def _result_curves(results: Sequence[Result]) -> list[DrawnChart]:

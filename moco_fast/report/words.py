@@ -13,7 +13,7 @@ from moco_fast.presets import PRESETS
 from moco_fast.report.record import RunRecord
 from shards.ground.units import format_duration
 
-__all__ = ["Option", "Tile", "configuration_table", "environment_table", "headline", "tiles"]
+__all__ = ["Option", "Tile", "configuration_table", "environment_table", "headline", "tiles", "written_option"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,8 @@ def headline(record: RunRecord) -> str:
         return f"Stopped and saved after {done}; the same command continues."
     if record.status == "failed":
         return f"Failed after {done}: {record.outcome.get('error', 'no reason was recorded')}"
+    if record.status == "killed":
+        return f"Killed, or its machine was lost, after {done}; the same command continues."
     return f"Running: {done} so far."
 
 
@@ -119,7 +121,9 @@ def configuration_table(record: RunRecord) -> list[Option]:
     recipe = _options(PRESETS[record.recipe][1])
     return [
         Option(
-            name=name, value=_written(value), recipe=None if recipe.get(name) == value else _written(recipe.get(name))
+            name=name,
+            value=written_option(value),
+            recipe=None if recipe.get(name) == value else written_option(recipe.get(name)),
         )
         for name, value in _options(record.config).items()
     ]
@@ -142,18 +146,19 @@ def environment_table(record: RunRecord) -> list[tuple[str, str]]:
         "python": "Python",
     }
     found = [(title, record.environment.get(name)) for name, title in names.items()]
-    return [(title, _written(value)) for title, value in found if value is not None]
+    return [(title, written_option(value)) for title, value in found if value is not None]
 
 
 def _options(config: Config) -> dict[str, Any]:
     return {f"--{option_name(name)}": value for name, value in flatten(to_dict(config)).items()}
 
 
-def _written(value: Any) -> str:
+def written_option(value: Any) -> str:
+    """Write an option's value."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, tuple):
-        return " ".join(_written(item) for item in value)
+    if isinstance(value, tuple | list):
+        return " ".join(written_option(item) for item in value)
     if isinstance(value, float):
         return f"{value:.6g}"
     # A recipe has no value for an option that the user must give.

@@ -43,6 +43,7 @@ def environment(runtime: Runtime, parts: Parts) -> dict[str, Any]:
         "loader": parts.loader.description,
         "num_samples": parts.loader.num_samples,
         "steps_per_epoch": len(parts.loader),
+        "num_steps": parts.num_steps,
     }
 
 

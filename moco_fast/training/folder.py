@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -9,6 +10,7 @@ from typing import IO, Any
 from moco_fast.checkpoint import find_newest, read_numbers
 from moco_fast.config import Config, from_dict, to_dict
 from moco_fast.training.continuing import Changes, allowing, compare
+from moco_fast.training.state import last_seen
 from shards.ground.errors import InUseError
 from shards.ground.files import write_whole
 from shards.ground.locks import take_lock
@@ -41,9 +43,15 @@ class RunFolder:
         with (self.path / "changes.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "allowed": found.allowed, "noted": found.noted}) + "\n")
 
+    def note_start(self, step: int, time_s: float, facts: Mapping[str, Any]) -> None:
+        """Add this start to starts.jsonl: from which step on, when, and when the one before was last seen alive."""
+        line = {"step": step, "time_s": time_s, "at": time.time(), "before_seen": last_seen(self.path), **facts}
+        with (self.path / "starts.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
     def write_outcome(self, outcome: str, **facts: Any) -> None:
         """Write the run's status: `running`, `finished`, `stopped` or `failed`."""
-        _write(self.path / "outcome.json", {"outcome": outcome, **facts})
+        _write(self.path / "outcome.json", {"outcome": outcome, "at": time.time(), **facts})
 
     def close(self) -> None:
         """Release the lock."""

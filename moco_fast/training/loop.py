@@ -1,6 +1,7 @@
 """Training loop of a run: load, step, log, evaluate, save."""
 
 import math
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ from moco_fast.training.best import Best, best_of
 from moco_fast.training.build import Parts, build, open_sets
 from moco_fast.training.continuing import identity_of
 from moco_fast.training.folder import RunFolder, open_folder
+from moco_fast.training.launch import launch_facts
 from moco_fast.training.metrics import Average, MetricsFile, Pending
 from moco_fast.training.runtime import Runtime, start
 from moco_fast.training.schedule import describe_lr, lr_at
@@ -163,10 +165,14 @@ def _run(
     try:
         restore(config, runtime, parts, progress)
         metrics = None
+        hosts = runtime.gather(platform.node())
         if folder is not None:
+            environment = console.environment(runtime, parts) | {"hosts": hosts, "launch": launch_facts()}
+            # Before anything else is written: until then the files tell when the last start was alive.
+            folder.note_start(progress.step, progress.time_s, environment)
             folder.write_config(config)
             facts = {"learning_rate": describe_lr(config), "init_from": progress.init_from}
-            folder.write_environment(console.environment(runtime, parts) | facts)
+            folder.write_environment(environment | facts)
             folder.note_changes(progress.step)
             folder.write_outcome("running")
             console.print_opening(config, runtime, parts, progress.step, init_from=progress.init_from)

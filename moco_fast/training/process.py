@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["prepare"]
+__all__ = ["command_of", "is_launcher", "prepare"]
 
 _PR_SET_PDEATHSIG = 1
 
@@ -17,7 +17,7 @@ def prepare() -> None:
     # Idle OpenMP threads spin by default: beside a loader, or on cores shared with others, a step then takes several
     # times as long. OpenMP reads the variable when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if sys.platform == "linux" and is_launcher(_command_of(os.getppid())):
+    if sys.platform == "linux" and is_launcher(command_of(os.getppid())):
         _end_with_parent()
 
 
@@ -29,9 +29,10 @@ def is_launcher(command: Sequence[str]) -> bool:
     )
 
 
-def _command_of(pid: int) -> list[str]:
+def command_of(pid: int) -> list[str]:
+    """Return the command line of a process; empty if it cannot be read."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").removesuffix("\0").split("\0")
     except OSError:
         return []
 

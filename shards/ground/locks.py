@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shards.ground.errors import InUseError
 
-__all__ = ["locked", "open_locked", "remove_unlocked", "take_lock"]
+__all__ = ["is_locked", "locked", "open_locked", "remove_unlocked", "take_lock"]
 
 
 @contextmanager
@@ -59,6 +59,25 @@ def open_locked(path: Path, *, holder: str, shared: bool = False, wait: bool = F
         except FileNotFoundError:
             pass
         os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether someone holds a lock file alone; one that is not there is held by no one.
+
+    Raises:
+        OSError: the file cannot be opened, or its file system has no locks.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def remove_unlocked(path: Path) -> bool:

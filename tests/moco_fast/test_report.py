@@ -34,6 +34,7 @@ from moco_fast.report.record import read_run
 from moco_fast.report.report import write_report
 from moco_fast.report.words import configuration_table, headline
 from pipelines.loader import open_loader
+from shards.ground.locks import locked
 from shards.sets import open_set
 
 VOID = {"meta", "link", "img", "br", "hr", "input", "image", "rect", "path", "use", "circle", "line"}
@@ -207,8 +208,16 @@ def test_a_run_that_still_goes_on(run: Path) -> None:
     (run / "outcome.json").write_text(json.dumps({"outcome": "running"}))
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
-    page = write(run, num_samples=2)
+    with locked(run / "lock", holder="the run"):
+        page = write(run, num_samples=2)
     assert "Running: 20 steps" in page.text
+    assert "Continue this run" in page.text
+
+
+def test_a_run_that_was_killed(run: Path) -> None:
+    (run / "outcome.json").write_text(json.dumps({"outcome": "running"}))
+    page = write(run, num_samples=1)
+    assert "Killed, or its machine was lost, after 40 steps" in page.text
     assert "Continue this run" in page.text
 
 
