@@ -27,7 +27,6 @@ from moco_fast.embedding.formats import EmbeddingFormat, format_of
 from moco_fast.embedding.images import are_shards, pack_images, rejected
 from moco_fast.embedding.index import find_header
 from moco_fast.embedding.stream import Rows, Vectors, divide, embed_parts
-from moco_fast.evaluation.cache import data_digest
 from shards.ground.digests import digest
 from shards.ground.files import remove, write_whole
 from shards.ground.locks import locked
@@ -180,7 +179,7 @@ def _settings(order: Order, shards: ShardSet) -> dict[str, Any]:
     row_bytes = vectors.dim() * np.dtype(vectors.dtype).itemsize
     parts = divide(shards.num_samples, row_bytes=row_bytes, batch_size=vectors.batch_size)
     return _of_encoder(order) | {
-        "images": data_digest(shards),
+        "images": shards.manifest.identity,
         "backend": vectors.decoder(shards),
         "part_samples": len(parts[0]),
     }

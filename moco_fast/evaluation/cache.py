@@ -22,12 +22,11 @@ from torch import Tensor
 
 from moco_fast.evaluation.features import Features
 from moco_fast.evaluation.room import FEATURES_SUFFIX, make_room
-from shards.ground.digests import digest, short_digest
+from shards.ground.digests import short_digest
 from shards.ground.files import appearing, aside_of
 from shards.ground.locks import locked
-from shards.sets import ShardSet
 
-__all__ = ["FeatureCache", "FeatureKey", "RowsFile", "data_digest", "default_folder"]
+__all__ = ["FeatureCache", "FeatureKey", "RowsFile", "default_folder"]
 
 _FORMAT = 1
 
@@ -37,11 +36,6 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moco-fast" / "features"
 
 
-def data_digest(shards: ShardSet) -> str:
-    """Return a digest of what a set of shards holds: its manifest, which has the digest of every file."""
-    return digest(shards.manifest.to_json().encode())
-
-
 @dataclass(frozen=True, kw_only=True)
 class FeatureKey:
     """Everything that decides what features are."""
@@ -49,7 +43,7 @@ class FeatureKey:
     encoder: str
     """Digest of the encoder."""
     data: str
-    """Digest of the set."""
+    """Identity of the set's samples (shards.sets.manifest)."""
     size: int
     """Height and width of the images in pixels."""
     crop: float

@@ -8,7 +8,6 @@ import numpy as np
 
 from moco_fast.embedding.images import Origins, pack_files
 from moco_fast.embedding.index import Index, Row
-from moco_fast.evaluation.cache import data_digest
 from moco_fast.report.neighbors import sample_pictures
 from moco_fast.report.pictures import Picture
 from pipelines.config import DataConfig
@@ -27,7 +26,7 @@ def row_pictures(index: Index, rows: Sequence[Row]) -> tuple[dict[int, Picture],
             shards = open_set(index.header["images"])
         except (ValueError, OSError) as error:
             return {}, str(error)
-        if data_digest(shards) != index.settings["images"]:
+        if shards.manifest.identity != index.settings["images"]:
             return {}, f"{index.header['images']} holds other images than it did when they were embedded"
         pictures = pictures_of(shards, sorted(samples))
         return {samples[sample]: picture for sample, picture in pictures.items()}, ""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -85,9 +86,12 @@ class Manifest:
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     """Every option that decides what the shards hold."""
 
-    @property
+    @cached_property
     def identity(self) -> str:
-        """Digest of the samples and their labels; the same wherever the set lies and whatever is noted about it."""
+        """Digest of the samples and their labels; the same wherever the set lies and whatever is noted about it.
+
+        Runs, caches of features, results and embeddings all know a set by it.
+        """
         # Labels of sets with several for an image are beside the tar, all others in it.
         facts = [
             (shard.num_samples, shard.digests.get(".tar"), shard.digests.get(LABEL_SETS_SUFFIX))
@@ -156,7 +160,7 @@ class Manifest:
         entries = [asdict(shard) for shard in self.shards]
         del values["shards"]
         if not self.has_label_sets:
-            del values["has_label_sets"]  # as earlier versions wrote it: the digest of a set is that of this text
+            del values["has_label_sets"]  # as earlier versions wrote it
         head = json.dumps(values, indent=1, ensure_ascii=False, sort_keys=False)
         lines = ",\n".join("  " + json.dumps(entry, ensure_ascii=False) for entry in entries)
         return f'{head[:-2]},\n "shards": [\n{lines}\n ]\n}}\n'
