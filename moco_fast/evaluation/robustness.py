@@ -25,14 +25,14 @@ from moco_fast.evaluation.features import Features
 from moco_fast.evaluation.heads import Classifier
 from moco_fast.evaluation.inputs import PerImage
 from moco_fast.evaluation.linear import train_cached
-from moco_fast.evaluation.strengths import ALEXNET, COMMON, strengths_for
+from moco_fast.evaluation.strengths import ALEXNET, ALEXNET_CLEAN, COMMON, strengths_for
 from pipelines.batch import Batch
 from shards.ground.cpus import available_cpus
 
 if TYPE_CHECKING:
     from moco_fast.evaluation.tasks.robustness import Robustness
 
-__all__ = ["corruption_errors", "is_imagenet", "masking_notes", "measure"]
+__all__ = ["corruption_errors", "is_imagenet", "masking_notes", "measure", "relative_corruption_errors"]
 
 _ROWS = 8192  # features that are classified at once
 _VERSION = 1
@@ -114,7 +114,9 @@ def _corrupted(tested: _Tested) -> Outcome:
     figures["corruption_error"] = Measured(value=fmean(by_severity.values()))
     notes: tuple[str, ...] = ()
     if (mce := corruption_errors(errors)) is not None and is_imagenet(inputs.class_names("test")):
-        figures["mce"] = Measured(value=mce)
+        relative = relative_corruption_errors(errors, clean_error=clean_error)
+        assert relative is not None
+        figures |= {"mce": Measured(value=mce), "relative_mce": Measured(value=relative)}
         if task.corrupted is None:
             notes = ("mCE is of images that were corrupted here, published figures of ImageNet-C's (--corrupted)",)
     return Outcome(
@@ -172,13 +174,25 @@ def _corruption_pass(task: "Robustness", inputs: Inputs, kind: str, severity: in
 
 
 def corruption_errors(errors: Errors) -> float | None:
-    """Return mCE: errors relative to AlexNet's (Hendrycks & Dietterich 2019, section 4.2); None: some are missing.
+    """Return mCE: errors as shares of AlexNet's (Hendrycks & Dietterich 2019, section 4.2); None: some are missing.
 
     Averages over the severities of a kind are divided, not the errors one by one.
     """
+    return _beside_alexnet(errors, clean=0.0, clean_of_alexnet=0.0)
+
+
+def relative_corruption_errors(errors: Errors, *, clean_error: float) -> float | None:
+    """Return the relative mCE: the same of what corruptions add to the error on clean images, AlexNet's likewise.
+
+    Source: Hendrycks & Dietterich 2019, section 4.2.
+    """
+    return _beside_alexnet(errors, clean=clean_error, clean_of_alexnet=ALEXNET_CLEAN)
+
+
+def _beside_alexnet(errors: Errors, *, clean: float, clean_of_alexnet: float) -> float | None:
     if not all(set(errors.get(kind, {})) == {1, 2, 3, 4, 5} for kind in COMMON):
         return None
-    return fmean(fmean(errors[kind].values()) / ALEXNET[kind] for kind in COMMON)
+    return fmean((fmean(errors[kind].values()) - clean) / (ALEXNET[kind] - clean_of_alexnet) for kind in COMMON)
 
 
 def is_imagenet(class_names: tuple[str, ...]) -> bool:

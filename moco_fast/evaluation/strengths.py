@@ -7,7 +7,17 @@ make_imagenet_c.py, make_tinyimagenet_c.py and make_cifar_c.py in ImageNet-C/cre
 from math import log
 from typing import Any, Literal, get_args
 
-__all__ = ["ALEXNET", "COMMON", "EXTRA", "FAMILIES", "SIDES", "STRENGTHS", "Strengths", "strengths_for"]
+__all__ = [
+    "ALEXNET",
+    "ALEXNET_CLEAN",
+    "COMMON",
+    "EXTRA",
+    "FAMILIES",
+    "SIDES",
+    "STRENGTHS",
+    "Strengths",
+    "strengths_for",
+]
 
 Strengths = Literal["imagenet", "tiny-imagenet", "cifar"]
 
@@ -44,6 +54,8 @@ ALEXNET = {
     "jpeg_compression": 0.606500,
 }
 """Error of AlexNet on ImageNet-C by kind, averaged over the severities."""
+ALEXNET_CLEAN = 1 - 0.56522
+"""Error of the same AlexNet, torchvision's, on ImageNet (torchvision, AlexNet_Weights.IMAGENET1K_V1)."""
 
 
 def strengths_for(size: int) -> Strengths:

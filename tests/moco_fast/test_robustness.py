@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import AlexNet_Weights
 
 from moco_fast import distributed
 from moco_fast.encoders.encoder import Encoder
@@ -21,8 +22,8 @@ from moco_fast.evaluation.inputs import CachedFeatures, Subject, TaskInputs
 from moco_fast.evaluation.linear import train_cached
 from moco_fast.evaluation.live import measure
 from moco_fast.evaluation.result import read_results, write_results
-from moco_fast.evaluation.robustness import corruption_errors, is_imagenet, masking_notes
-from moco_fast.evaluation.strengths import ALEXNET, COMMON
+from moco_fast.evaluation.robustness import corruption_errors, is_imagenet, masking_notes, relative_corruption_errors
+from moco_fast.evaluation.strengths import ALEXNET, ALEXNET_CLEAN, COMMON
 from moco_fast.evaluation.tasks.robustness import Robustness
 from pipelines.world import World
 from tests.moco_fast.test_eval import Count, run, small_encoder, subject_of
@@ -247,6 +248,25 @@ def test_mce_divides_the_mean_error_of_each_kind_by_alexnet_s() -> None:
     del errors["fog"][3]
     assert corruption_errors(errors) is None
     assert corruption_errors({kind: errors[kind] for kind in COMMON[1:]}) is None
+
+
+def test_relative_mce_compares_what_corruptions_add_to_the_clean_error() -> None:
+    weights = AlexNet_Weights.IMAGENET1K_V1
+    assert pytest.approx(weights.meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100) == 1 - ALEXNET_CLEAN
+    errors = {kind: dict.fromkeys(range(1, 6), error) for kind, error in ALEXNET.items()}
+    assert relative_corruption_errors(errors, clean_error=ALEXNET_CLEAN) == pytest.approx(1)
+    # A clean error that is 0.1 lower, and as much that each kind adds.
+    shifted = {kind: {severity: error - 0.1 for severity, error in of.items()} for kind, of in errors.items()}
+    assert relative_corruption_errors(shifted, clean_error=ALEXNET_CLEAN - 0.1) == pytest.approx(1)
+    shares = [80, 82, 83, 75, 89, 78, 80, 78, 75, 66, 57, 71, 85, 77, 77]
+    resnet50 = {
+        kind: dict.fromkeys(range(1, 6), share / 100 * ALEXNET[kind])
+        for kind, share in zip(COMMON, shares, strict=True)
+    }
+    # Published for a ResNet-50: 105.0, with kinds rounded to a hundredth of AlexNet's error.
+    assert relative_corruption_errors(resnet50, clean_error=0.2387) == pytest.approx(1.05, abs=0.01)
+    del errors["fog"][3]
+    assert relative_corruption_errors(errors, clean_error=0.4) is None
 
 
 def test_imagenet_is_told_by_its_classes() -> None:

@@ -27,6 +27,7 @@ class Robustness(Task):
     """
 
     name: ClassVar[str] = "robustness"
+    classifies: ClassVar[bool] = True
     slow: ClassVar[bool] = True
 
     corruptions: tuple[str, ...] = COMMON
@@ -136,6 +137,10 @@ class Robustness(Task):
                 "Share of corrupted images that are classified wrongly, mean over kinds; the extra kinds do not count.",
             ),
             "mce": ("mCE", "The error of each kind divided by AlexNet's on ImageNet-C, mean over the 15 kinds."),
+            "relative_mce": (
+                "relative mCE",
+                "What each kind adds to the clean error, divided by what it adds to AlexNet's, mean over the 15 kinds.",
+            ),
             "clean_error": ("clean error", "Share of test images, as they are, that are classified wrongly."),
         }
         caption = "Mean over the severities of the share of images that are classified wrongly."
