@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moco_fast.evaluation.features import near, rows_at_once
+from moco_fast.evaluation.features import evenly, near, rows_at_once
 from moco_fast.evaluation.labels import choice_split
 
-__all__ = ["Fitted", "fit_chosen", "fit_logistic", "fit_path"]
+__all__ = ["Axes", "Fitted", "fit_chosen", "fit_logistic", "fit_path", "principal_axes"]
+
+_MIN_ROWS = 8192  # by which the axes of features are found, where there are so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,60 @@ class Fitted:
         return torch.cat([classes[self.scores(part.to(device))[:, picked].argmax(dim=1).cpu()] for part in parts])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """Principal axes of features: along each, a step whose length fits the curvature there leads to the minimum.
+
+    L-BFGS needs several times as many iterations without them where variances differ by orders of magnitude, as those
+    of raw pixels do.
+    """
+
+    mean: Tensor
+    """(D,)"""
+    directions: Tensor
+    """(D, D): one in each column."""
+    deviations: Tensor
+    """(D,) of the features along each."""
+
+    def fit(self, theta: Tensor, *, penalty: float) -> Fitted:
+        """Return the regression for numbers in which the objective is curved by about 1 in every direction.
+
+        Args:
+            theta: (C, D + 1), those of the axes and, last, the bias of centered features.
+            penalty: curvature that the penalty adds.
+        """
+        root = len(theta) ** 0.5
+        weight = (theta[:, :-1] / self._curvatures(root, penalty)) @ self.directions.T
+        return Fitted(weight=weight, bias=theta[:, -1] * root - weight @ self.mean)
+
+    def theta(self, fit: Fitted, *, penalty: float) -> Tensor:
+        """Return the numbers for which `fit` returns a regression."""
+        root = len(fit.bias) ** 0.5
+        along = fit.weight @ self.directions * self._curvatures(root, penalty)
+        return torch.cat([along, (fit.bias + fit.weight @ self.mean)[:, None] / root], dim=1)
+
+    def _curvatures(self, root: float, penalty: float) -> Tensor:
+        """Return the roots of the curvatures; that of a softmax over C classes is about 1 / C at the start."""
+        return torch.hypot(self.deviations / root, self.deviations.new_tensor(penalty**0.5))
+
+
+def principal_axes(features: Tensor, *, device: torch.device) -> Axes:
+    """Find the principal axes of (N, D) features, by rows that are evenly spread over them: good ones are enough.
+
+    In float64, in which the squares of large features are finite.
+    """
+    num, dim = features.shape
+    chosen = torch.from_numpy(evenly(num, min(num, max(_MIN_ROWS, 2 * dim))))
+    values = features[chosen.to(features.device)].to(device).double()
+    mean = values.mean(dim=0)
+    values -= mean
+    variances, directions = torch.linalg.eigh(values.T @ values / len(values))
+    # What hardly varies has no part in the scores; a long step along it would only amplify rounding.
+    deviations = variances.clamp(min=1e-6 * float(variances[-1]) + 1e-30).sqrt()
+    mean, directions, deviations = (each.to(features.dtype) for each in (mean, directions, deviations))
+    return Axes(mean=mean, directions=directions, deviations=deviations)
+
+
 def fit_logistic(
     features: Tensor,
     labels: Tensor,
@@ -48,6 +104,7 @@ def fit_logistic(
     max_iter: int,
     tolerance: float = 1e-4,
     start: Fitted | None = None,
+    axes: Axes | None = None,
 ) -> Fitted:
     """Minimize C * sum of the cross-entropies + |weight|^2 / 2, as scikit-learn's LogisticRegression does.
 
@@ -61,15 +118,21 @@ def fit_logistic(
         max_iter: of L-BFGS.
         tolerance: largest gradient of the objective per sample at which it ends; the default is scikit-learn's.
         start: where to start; None: at zero.
+        axes: of the features, to take fewer iterations; without leading dimensions only.
+
+    Raises:
+        ValueError: features are so large that the objective is not a number.
     """
     num, dim = features.shape[-2:]
     theta = features.new_zeros(*features.shape[:-2], num_classes, dim + 1, device=labels.device)
     rows = rows_at_once(features, labels.device, dim=-2)
-    if start is not None:
-        theta[..., :dim], theta[..., dim] = start.weight, start.bias
-    theta.requires_grad_(True)
     # The objective divided by C * N: its size does not depend on either, nor does when to stop.
     penalty = 0.5 / (c * num)
+    if start is not None and axes is not None:
+        theta.copy_(axes.theta(start, penalty=2 * penalty))
+    elif start is not None:
+        theta[..., :dim], theta[..., dim] = start.weight, start.bias
+    theta.requires_grad_(True)
     optimizer = torch.optim.LBFGS(
         [theta],
         lr=1,
@@ -81,13 +144,17 @@ def fit_logistic(
         line_search_fn="strong_wolfe",
     )
 
+    def fit() -> Fitted:
+        if axes is not None:
+            return axes.fit(theta, penalty=2 * penalty)
+        return Fitted(weight=theta[..., :dim], bias=theta[..., dim])
+
     def closure() -> Tensor:
         optimizer.zero_grad()
-        total = penalty * theta[..., :dim].square().sum()
+        total = penalty * fit().weight.square().sum()
         total.backward()
         for values, targets in zip(features.split(rows, dim=-2), labels.split(rows, dim=-1), strict=True):
-            fit = Fitted(weight=theta[..., :dim], bias=theta[..., dim])
-            scores = fit.scores(values.to(labels.device)).flatten(0, -2)
+            scores = fit().scores(values.to(labels.device)).flatten(0, -2)
             loss = torch.nn.functional.cross_entropy(scores, targets.flatten(), reduction="sum") / num
             loss.backward()
             total = total + loss.detach()
@@ -95,8 +162,14 @@ def fit_logistic(
 
     with torch.enable_grad():
         optimizer.step(closure)
-    found = theta.detach()
-    return Fitted(weight=found[..., :dim], bias=found[..., dim])
+    found = fit()
+    if not bool(found.weight.isfinite().all()):
+        largest = float(features.abs().max())
+        raise ValueError(
+            f"logistic regression finds no numbers: features reach {largest:.1e}, so evaluate another layer, or an "
+            "earlier checkpoint"
+        )
+    return Fitted(weight=found.weight.detach(), bias=found.bias.detach())
 
 
 def fit_path(
@@ -107,6 +180,7 @@ def fit_path(
     cs: Sequence[float],
     max_iter: int,
     tolerance: float = 1e-4,
+    axes: Axes | None = None,
 ) -> list[Fitted]:
     """Fit with every C, given in rising order, each from where the one before ended."""
     found: list[Fitted] = []
@@ -120,6 +194,7 @@ def fit_path(
                 max_iter=max_iter,
                 tolerance=tolerance,
                 start=found[-1] if found else None,
+                axes=axes,
             )
         )
     return found
@@ -155,9 +230,12 @@ def fit_chosen(
     fits, decides = choice_split(labels, share=share, seed=seed)
     fitted, deciding = (features[rows.to(features.device)] for rows in (fits, decides))
     cs: list[float] = torch.logspace(-6, 5, num_c, dtype=torch.float64).tolist()
-    path = fit_path(fitted, labels[fits].to(device), num_classes=num_classes, cs=cs, max_iter=max_iter)
+    axes = principal_axes(fitted, device=device)
+    path = fit_path(fitted, labels[fits].to(device), num_classes=num_classes, cs=cs, max_iter=max_iter, axes=axes)
     right = [int((fit.predict(deciding) == labels[decides]).sum()) for fit in path]
     best = max(range(num_c), key=lambda number: right[number])  # of several, the one with the strongest penalty
     labels = labels.to(device)
-    fit = fit_logistic(features, labels, num_classes=num_classes, c=cs[best], max_iter=max_iter, start=path[best])
+    fit = fit_logistic(
+        features, labels, num_classes=num_classes, c=cs[best], max_iter=max_iter, start=path[best], axes=axes
+    )
     return fit, cs[best]
