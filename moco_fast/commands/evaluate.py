@@ -33,6 +33,7 @@ class _Written(EvalOptions):
         """Print the table, and write the results where they are wanted; the first rank does."""
         if not is_first_rank():
             return
+        from moco_fast.evaluation.kept import partial_of
         from moco_fast.evaluation.result import as_json, as_text, write_results
 
         if self.out == "-":
@@ -45,6 +46,7 @@ class _Written(EvalOptions):
         if path is not None:
             path.parent.mkdir(exist_ok=True)
             write_results(path, results)
+            partial_of(path).unlink(missing_ok=True)
             print(f"written to {path}", file=sys.stderr)
         run = run_folder(self.encoder)
         if run is not None and (run / "tensorboard").is_dir():
@@ -52,7 +54,7 @@ class _Written(EvalOptions):
 
     def _place(self, name: str) -> Path | None:
         if self.out is not None:
-            return Path(self.out)
+            return None if self.out == "-" else Path(self.out)
         run = run_folder(self.encoder)
         return None if run is None else run / "evaluations" / f"{name}.json"
 
@@ -117,8 +119,8 @@ class EvalTask(_Written, Generic[T]):
                     f"--{split} {path} means nothing here: {self.task.name}, as it is asked for, does not look at it; "
                     "leave it out"
                 )
-        results = measure_all(self, [self.task], given)
-        self._write(results, f"{self.task.name}-{self.task.preset}".rstrip("-"))
+        name = f"{self.task.name}-{self.task.preset}".rstrip("-")
+        self._write(measure_all(self, [self.task], given, out=self._place(name)), name)
         return 0
 
 
@@ -137,7 +139,7 @@ class EvalSuite(_Written):
         self._refuse_out()
         domains = self._domains()
         tasks = [task_class(name).for_suite(domains) for name in self.tasks or _quick_tasks()]
-        results = measure_all(self, tasks, self._sets(), leave_out=not self.tasks)
+        results = measure_all(self, tasks, self._sets(), leave_out=not self.tasks, out=self._place("suite"))
         if not results:
             raise ValueError(
                 f"nothing can be measured of {self.encoder}: every task was left out, for the reasons above"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moco_fast.encoders.encoder import Encoder
     from moco_fast.encoders.open import OpenedEncoder
     from moco_fast.evaluation.inputs import Subject
+    from moco_fast.evaluation.kept import KeptResults
     from moco_fast.evaluation.result import Result
     from pipelines.world import World
     from shards.sets import ShardSet
@@ -62,7 +63,12 @@ class EvalOptions:
 
 
 def measure_all(
-    options: EvalOptions, tasks: Sequence[Task], given: Mapping[Split, str | None], *, leave_out: bool = False
+    options: EvalOptions,
+    tasks: Sequence[Task],
+    given: Mapping[Split, str | None],
+    *,
+    leave_out: bool = False,
+    out: Path | None = None,
 ) -> "list[Result]":
     """Measure tasks; collective, where `accelerate launch` started several processes.
 
@@ -71,6 +77,7 @@ def measure_all(
         tasks: not settled yet.
         given: the sets; None: those of the encoder's run.
         leave_out: leave out tasks that cannot be measured, with a line that says why; otherwise they are an error.
+        out: file that the results are for; what there is of them is kept beside it meanwhile.
 
     Returns:
         the results of the encoder and of what is measured beside it, on every rank.
@@ -92,10 +99,13 @@ def measure_all(
     if "train" in needed and "train" not in sets:
         raise ValueError(f"{opened.name} has no training shards of its own: name some with --train (suite: --data)")
     with place(opened.config, device=options.device, precision=options.precision) as (device, world, precision):
+        from moco_fast.evaluation.kept import KeptResults
+
+        kept = KeptResults(out)
         results: list[Result] = []
         for name, encoder, digest, step in _encoders(options, opened):
             subject = _subject(options, opened, encoder.to(device), digest, sets, device, world, precision)
-            results += _measure_one(options, opened.config, subject, name, step, tasks, leave_out=leave_out)
+            results += _measure_one(options, opened.config, subject, name, step, tasks, kept, leave_out=leave_out)
         return results
 
 
@@ -153,6 +163,7 @@ def _measure_one(
     name: str,
     step: int | None,
     tasks: Sequence[Task],
+    kept: "KeptResults",
     *,
     leave_out: bool,
 ) -> "list[Result]":
@@ -174,6 +185,7 @@ def _measure_one(
         cache_gib=options.cache_gib,
         save_every_steps=options.save_every_steps,
         leave_out=say if leave_out else None,
+        kept=kept,
     )
     return evaluate(plan)
 

@@ -44,6 +44,7 @@ __all__ = [
     "StoppedError",
     "Task",
     "Want",
+    "refuse_crop_scale",
     "refuse_unless_above",
 ]
 
@@ -140,12 +141,7 @@ class StoppedError(Exception):
 
 
 class Known(Protocol):
-    """What is known of encoder and sets before anything is computed."""
-
-    @property
-    def encoder(self) -> "Encoder":
-        """The encoder, on the device."""
-        ...
+    """What is known of sets before anything is computed."""
 
     def set_of(self, split: Split) -> "ShardSet":
         """Return the set of shards that is open for a split."""
@@ -169,6 +165,11 @@ class Known(Protocol):
 
 class Inputs(Known, Protocol):
     """What a task is given: features, labels, and for tasks that look at images themselves, encoder and sets."""
+
+    @property
+    def encoder(self) -> "Encoder":
+        """The encoder, on the device."""
+        ...
 
     @property
     def device(self) -> "torch.device":
@@ -246,6 +247,8 @@ class Task(ABC):
     """Whether a sample may have several classes."""
     draws: ClassVar[bool] = True
     """Whether figures depend on the seed."""
+    classifies: ClassVar[bool] = False
+    """Whether it learns the training set's classes and names one for each test sample."""
     live: ClassVar[bool] = False
     """Whether a run can measure it at intervals: from the features that it wants, within minutes."""
     slow: ClassVar[bool] = False
@@ -305,7 +308,7 @@ class Task(ABC):
         """Refuse options that cannot work. Raises ValueError: with the option, its value and what would work."""
 
     def why_not(self, known: Known) -> str | None:
-        """Say why encoder or sets do not allow the settled task, before anything is computed; None: they do.
+        """Say why sets do not allow the settled task, before anything is computed; None: they do.
 
         Its sets are there, labeled if it needs labels, and training and test set have the same classes.
         """
@@ -394,6 +397,15 @@ class Evaluation(Protocol):
     def line(self, figures: Mapping[str, float]) -> str:
         """Say the most important figure of each task in a few words, for the terminal."""
         ...
+
+
+def refuse_crop_scale(scale: tuple[float, float] | None) -> None:
+    """Refuse an area of random crops that there cannot be; None is not given. Raises ValueError."""
+    if scale is not None and not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(
+            f"--crop-scale is {scale[0]:g} {scale[1]:g}, but must be two shares of the image, the smaller one first: "
+            "above 0, at most 1"
+        )
 
 
 def refuse_unless_above(least: float, **options: float | tuple[float, ...] | None) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 from moco_fast import distributed
 from moco_fast.encoders.layers import layer_shapes
 from moco_fast.evaluation.base import Saving, Task
-from moco_fast.evaluation.cache import FeatureCache, data_digest, default_folder
+from moco_fast.evaluation.cache import FeatureCache, default_folder
 from moco_fast.evaluation.inputs import CachedFeatures, Subject, TaskInputs, measure_on
-from moco_fast.evaluation.labels import may_have_labels
+from moco_fast.evaluation.kept import KeptResults
+from moco_fast.evaluation.known import notes_on, why_sets_do_not_allow
 from moco_fast.evaluation.result import Result, average_curves, settings_of, summarize
 from shards.ground.digests import digest
 from shards.sets import ShardSet
@@ -41,37 +42,22 @@ class Plan:
     """Steps after which a task that trains saves its state."""
     leave_out: Callable[[Task, str], None] | None = None
     """Takes each task that cannot be measured, and why; the others are measured. None: that is an error."""
+    kept: KeptResults = field(default_factory=KeptResults)
+    """Results of an earlier start of the same command, and where those of this one are kept."""
 
 
 def why_not(task: Task, inputs: TaskInputs) -> str | None:
     """Say why encoder or sets do not allow a settled task; None: they do."""
     subject = inputs.subject
-    sets = subject.sets
-    if absent := task.splits - sets.keys():
-        return f"it needs a {'training' if 'train' in absent else 'test'} set"
-    looked_at = [shards for split, shards in sets.items() if split in task.splits]
-    several = [shards.where for shards in looked_at if shards.manifest.has_label_sets]
-    if task.needs_labels and not task.takes_label_sets and several:
-        return (
-            f"{several[0]} has a set of classes for each sample, where {task.name} needs one class: "
-            "such sets are measured by svm"
-        )
-    unlabeled = [shards.where for shards in looked_at if not may_have_labels(shards)]
-    if task.needs_labels and unlabeled and not several:
-        return f"{unlabeled[0]} holds no labeled sample, so there is nothing to compare: pack it with labels"
-    if several and len(several) < len(looked_at):
-        return f"{several[0]} has a set of classes for each sample, and another set has one class: take two of a kind"
+    if reason := why_sets_do_not_allow(task, inputs):
+        return reason
     try:
-        if task.needs_labels and task.splits >= {"train", "test"}:
-            inputs.refuse_other_classes()
         shapes = layer_shapes(subject.encoder, [want.layer for want in task.wants()], size=subject.size)
     except ValueError as error:
         return str(error)
-    if task.needs_labels and "train" in task.splits and (inputs.label_counts("train") > 0).sum() == 1:
-        return f"{sets['train'].where} has samples of one class, so there is nothing to tell apart: give two at least"
     if places := [layer for layer, shape in shapes.items() if len(shape) > 1]:
         return f"--layer {places[0]} gives a vector for each place of an image, but images are compared by one vector"
-    return task.why_not(inputs)
+    return None
 
 
 def evaluate(plan: Plan) -> list[Result]:
@@ -95,26 +81,26 @@ def evaluate(plan: Plan) -> list[Result]:
             plan.leave_out(task, reason)
         else:
             possible.append(task)
+    asked = [(task, _asked(plan, task)) for task in possible]
+    found = {number: each for number, (_, result) in enumerate(asked) if (each := plan.kept.earlier(result))}
     with distributed.leaving_together():
-        source.prepare(want for task in possible for want in task.wants())
+        source.prepare(want for number, task in enumerate(possible) if number not in found for want in task.wants())
     results: list[Result] = []
-    for task in possible:
+    for number, (task, result) in enumerate(asked):
         try:
-            results.append(_measure(plan, task, source))
+            results.append(found.get(number) or _measure(plan, task, result, source))
         except ValueError as error:
             if plan.leave_out is None:
                 raise
             plan.leave_out(task, str(error))
+        else:
+            plan.kept.add(results[-1])
     return results
 
 
-def _measure(plan: Plan, task: Task, source: CachedFeatures) -> Result:
+def _asked(plan: Plan, task: Task) -> Result:
+    """Return the result of a task without what is measured."""
     subject = plan.subject
-    begin = time.perf_counter()
-    seeds = tuple(range(plan.seeds)) if task.draws else (0,)
-    inputs = TaskInputs(subject=subject, source=source, world=subject.world, saving=_saving(plan))
-    outcomes = [measure_on(task, replace(inputs, seed=seed)) for seed in seeds]
-    chosen = tuple(dict(outcome.chosen) for outcome in outcomes)
     return Result(
         task=task.name,
         protocol=task.preset,
@@ -126,13 +112,25 @@ def _measure(plan: Plan, task: Task, source: CachedFeatures) -> Result:
         precision=subject.precision,
         device=str(subject.device),
         world_size=subject.world.world_size,
-        seeds=seeds,
+        seeds=tuple(range(plan.seeds)) if task.draws else (0,),
+        figures={},
+        versions=_versions(),
+    )
+
+
+def _measure(plan: Plan, task: Task, asked: Result, source: CachedFeatures) -> Result:
+    begin = time.perf_counter()
+    inputs = TaskInputs(subject=plan.subject, source=source, world=plan.subject.world, saving=_saving(plan))
+    outcomes = [measure_on(task, replace(inputs, seed=seed)) for seed in asked.seeds]
+    chosen = tuple(dict(outcome.chosen) for outcome in outcomes)
+    notes = (*notes_on(task, inputs), *(note for outcome in outcomes for note in outcome.notes))
+    return replace(
+        asked,
         figures=summarize(task.figures(), outcomes),
         curves=average_curves(outcomes),
         chosen=chosen if any(chosen) else (),
         facts=dict(outcomes[0].facts),
-        notes=tuple(dict.fromkeys(note for outcome in outcomes for note in outcome.notes)),
-        versions=_versions(),
+        notes=tuple(dict.fromkeys(notes)),
         time_s=round(time.perf_counter() - begin, 3),
     )
 
@@ -141,7 +139,7 @@ def _saving(plan: Plan) -> Saving:
     subject = plan.subject
     known = {
         "encoder": subject.digest,
-        "data": {split: data_digest(shards) for split, shards in subject.sets.items() if split in ("train", "test")},
+        "data": {split: subject.sets[split].manifest.identity for split in ("train", "test") if split in subject.sets},
         "view": [subject.size, subject.crop, subject.data.backend],
         "precision": subject.precision,
     }
@@ -155,7 +153,7 @@ def _saving(plan: Plan) -> Saving:
 def _describe(shards: ShardSet) -> dict[str, Any]:
     return {
         "where": shards.where,
-        "digest": data_digest(shards),
+        "digest": shards.manifest.identity,
         "num_samples": shards.num_samples,
         "num_classes": len(shards.class_names),
     }

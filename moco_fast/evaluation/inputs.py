@@ -16,7 +16,7 @@ from moco_fast import distributed
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.encoders.layers import layer_shapes
 from moco_fast.evaluation.base import Outcome, Saving, Split, Task, Want
-from moco_fast.evaluation.cache import FeatureCache, FeatureKey, RowsFile, data_digest
+from moco_fast.evaluation.cache import FeatureCache, FeatureKey, RowsFile
 from moco_fast.evaluation.features import (
     Features,
     eval_mode,
@@ -28,7 +28,7 @@ from moco_fast.evaluation.features import (
     spread,
     with_progress,
 )
-from moco_fast.evaluation.labels import common_classes, label_counts
+from moco_fast.evaluation.known import KnownSets
 from pipelines.backends.registry import choose
 from pipelines.batch import Batch
 from pipelines.config import DataConfig, central_crop
@@ -213,7 +213,6 @@ class CachedFeatures:
 
     subject: Subject
     cache: FeatureCache
-    _digests: dict[Split, str] = field(default_factory=dict[Split, str])
     _mapped: dict[FeatureKey, Features] = field(default_factory=dict[FeatureKey, Features])
     """Files that were prepared: what is mapped stays, even where room is made for the next set."""
 
@@ -283,13 +282,11 @@ class CachedFeatures:
     def _key(self, want: Want) -> FeatureKey:
         subject = self.subject
         shards = subject.sets[want.split]
-        digest = self._digests.setdefault(want.split, "") or data_digest(shards)
-        self._digests[want.split] = digest
         backend = suited_to(subject.data, shards).backend
         decoder, _ = choose(backend, device=subject.device, size=subject.size, kind=shards.kind)
         return FeatureKey(
             encoder=subject.digest,
-            data=digest,
+            data=shards.manifest.identity,
             size=subject.size,
             crop=subject.crop,
             decoder=f"{decoder} on {subject.device.type}",
@@ -387,7 +384,7 @@ class CachedFeatures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskInputs:
+class TaskInputs(KnownSets):
     """What a task is given; see moco_fast.evaluation.base.Inputs."""
 
     subject: Subject
@@ -423,33 +420,9 @@ class TaskInputs:
         return self.subject.precision
 
     @property
-    def num_classes(self) -> int:
-        """Classes that have names; of shards that others wrote, whose classes have none, as many as labels ask for."""
-        sets = self.subject.sets
-        return max(_num_classes(sets[split]) for split in ("train", "test") if split in sets)
-
-    def refuse_other_classes(self) -> None:
-        """Refuse a training and a test set that number their classes differently. Raises ValueError."""
-        common_classes(self.subject.sets["train"], self.subject.sets["test"])
-
-    def class_names(self, split: Split) -> tuple[str, ...]:
-        """Return the name of each label of a set; see Known."""
-        return self.subject.sets[split].class_names
-
-    def label_sets(self, split: Split) -> npt.NDArray[np.int8] | None:
-        """Return the classes of each sample of a set; see Known."""
-        shards = self.subject.sets[split]
-        if not shards.manifest.has_label_sets:
-            return None
-        return np.concatenate([shards.label_sets(shard) for shard in range(shards.num_shards)])
-
-    def label_counts(self, split: Split) -> npt.NDArray[np.int64]:
-        """Return how many samples of a set have each label; see Known."""
-        return label_counts(self.subject.sets[split])
-
-    def set_of(self, split: Split) -> ShardSet:
-        """Return the set of a split."""
-        return self.subject.sets[split]
+    def sets(self) -> Mapping[Split, ShardSet]:
+        """The sets of the subject."""
+        return self.subject.sets
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context in which the encoder computes in the evaluation's precision."""
@@ -513,10 +486,6 @@ def _batches(subject: Subject, made: PerImage, samples: np.ndarray) -> Generator
     with loader as batches, eval_mode(subject.encoder), torch.no_grad():
         for batch in with_progress(batches, title):
             yield made.function(batch).float(), batch
-
-
-def _num_classes(shards: ShardSet) -> int:
-    return len(shards.class_names) or len(label_counts(shards))
 
 
 def measure_on(task: Task, inputs: TaskInputs) -> Outcome:

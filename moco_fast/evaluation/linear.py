@@ -3,10 +3,12 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from math import isnan
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from moco_fast import distributed
@@ -24,11 +26,11 @@ from pipelines.loader import open_loader, suited_to
 if TYPE_CHECKING:
     from moco_fast.evaluation.tasks.linear import Linear
 
-__all__ = ["TrainedHeads", "measure_cached", "measure_live", "train_cached"]
+__all__ = ["TrainedHeads", "best_of", "measure_cached", "measure_live", "train_cached"]
+
+Option = TypeVar("Option")
 
 _ROWS = 8192  # features that are classified at once
-# The authors': RandomResizedCrop with torchvision's scale, and RandomHorizontalFlip.
-_AUGMENTED = ViewConfig(crop_scale=(0.08, 1.0), jitter_p=0.0, grayscale_p=0.0, blur_p=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,17 @@ class TrainedHeads:
         """Return the classes with the highest scores of every head, best first; see LinearHeads.ranked."""
         return self.heads.ranked((self.scaled(part) for part in values.split(_ROWS)), top=top, among=among)
 
-    def accuracies(self, values: Tensor, labels: Tensor) -> list[float]:
-        """Return the share of samples that each head classifies rightly."""
-        return (self.ranked(values, top=1)[:, :, 0] == labels[:, None]).double().mean(dim=0).tolist()
+    def scores_on(self, values: Tensor, labels: Tensor) -> list[tuple[float, float]]:
+        """Return the share of samples that each head classifies rightly, and its mean cross-entropy."""
+        right: list[Tensor] = []
+        losses: list[Tensor] = []
+        for rows, wanted in zip(values.split(_ROWS), labels.split(_ROWS), strict=True):
+            logits = self.heads.logits(self.scaled(rows))  # (B, H, C)
+            targets = wanted.to(logits.device)[:, None].expand(-1, logits.shape[1])
+            right.append(logits.argmax(dim=2) == targets)
+            losses.append(cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
+        shares, means = (torch.cat(parts).double().mean(dim=0).tolist() for parts in (right, losses))
+        return list(zip(shares, means, strict=True))
 
 
 def measure_cached(task: "Linear", inputs: Inputs) -> Outcome:
@@ -204,9 +214,12 @@ def _train_live(
     """
     assert task.epochs is not None
     assert task.batch_size is not None
+    assert task.crop_scale is not None
     shards, world = inputs.set_of("train"), inputs.world
     data = suited_to(replace(inputs.data, batch_size=task.batch_size), shards)
-    views = (ViewSpec(size=inputs.size, recipe=_AUGMENTED),)
+    # The authors': RandomResizedCrop and RandomHorizontalFlip.
+    recipe = ViewConfig(crop_scale=task.crop_scale, jitter_p=0.0, grayscale_p=0.0, blur_p=0.0)
+    views = (ViewSpec(size=inputs.size, recipe=recipe),)
     schedule = cosine if task.protocol == "v3" else steps_down((0.6, 0.8))
     bar = tqdm(
         total=task.epochs,
@@ -249,14 +262,31 @@ def _train_live(
 def _choose(
     task: "Linear", trained: Mapping[str, TrainedHeads], held_out: Mapping[str, Tensor], labels: Tensor
 ) -> tuple[str, float]:
-    """Return layer and learning rate of the head that is right most often; of several, the first."""
+    """Return layer and learning rate of the head that is best on samples that no head has learned from."""
     assert task.lr is not None
-    shares = {
-        (layer, rate): share
+    found = {
+        (layer, rate): scores
         for layer, heads in trained.items()
-        for rate, share in zip(task.lr, heads.accuracies(held_out[layer], labels), strict=True)
+        for rate, scores in zip(task.lr, heads.scores_on(held_out[layer], labels), strict=True)
     }
-    return max(shares, key=lambda option: shares[option])
+    return best_of(found, num_samples=len(labels))
+
+
+def best_of(scores: Mapping[Option, tuple[float, float]], *, num_samples: int) -> Option:
+    """Return the option that classifies best on samples it was not fitted to; of several, the first.
+
+    Shares that differ by less than a standard error say nothing on so few samples. Among such options the lowest
+    cross-entropy decides, which depends less on which samples were drawn.
+
+    Args:
+        scores: of each option, the share of samples that are classified rightly and their mean cross-entropy.
+        num_samples: on which they were found.
+    """
+    best = max(share for share, _ in scores.values())
+    error = (best * (1 - best) / num_samples) ** 0.5
+    near = {option: loss for option, (share, loss) in scores.items() if share >= best - error}
+    # A loss that is not a number is never the lowest.
+    return min(near, key=lambda option: (isnan(near[option]), near[option]))
 
 
 def _test(

@@ -11,7 +11,8 @@ from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.base import FigureInfo, Outcome, RunSets, Split, Task
 from moco_fast.evaluation.front import why_not
 from moco_fast.evaluation.inputs import LiveFeatures, Subject, TaskInputs, measure_on
-from moco_fast.evaluation.labels import common_classes, may_have_labels
+from moco_fast.evaluation.known import OpenSets, notes_on, why_sets_do_not_allow
+from moco_fast.evaluation.labels import may_have_labels
 from moco_fast.evaluation.online import HeldOutProbe
 from pipelines.world import World
 from shards.sets import ShardSet
@@ -98,7 +99,7 @@ def open_tasks(tasks: Sequence[Task], config: Config, sets: RunSets, *, without_
         without_labels: what is measured if no task can be, for lack of labels.
 
     Raises:
-        ValueError: nothing tells the training samples, or the sets number their classes differently.
+        ValueError: nothing tells the training samples, or sets do not allow a task.
     """
     opened: dict[Split, ShardSet] = {}
     if sets.training is not None:
@@ -115,9 +116,12 @@ def open_tasks(tasks: Sequence[Task], config: Config, sets: RunSets, *, without_
             f"`make-shards index {config.data.shards}` does, or leave out --eval.shards"
         )
     kept: dict[Split, ShardSet] = {split: shards for split, shards in opened.items() if split in needed}
-    if len(kept) > 1 and any(task.needs_labels for task in possible):
-        common_classes(*kept.values())
-    notes = (_about(left_out, possible, unlabeled),) if left_out else ()
+    known = OpenSets(opened=kept)
+    for task in possible:
+        if reason := why_sets_do_not_allow(task, known):
+            raise ValueError(f"--eval.tasks {task.name} cannot be measured: {reason}")
+    about_sets = dict.fromkeys(f"evaluation: {note}" for task in possible for note in notes_on(task, known))
+    notes = (*((_about(left_out, possible, unlabeled),) if left_out else ()), *about_sets)
     return RunEvaluation(tasks=tuple(possible), sets=kept, config=config, notes=notes)
 
 

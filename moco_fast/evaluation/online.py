@@ -84,6 +84,7 @@ class HeldOutProbe(Task):
     """Test the classifier that a run trains beside itself on held-out samples."""
 
     name: ClassVar[str] = "probe"
+    classifies: ClassVar[bool] = True
     draws: ClassVar[bool] = False
 
     probe: OnlineProbe | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,14 +16,14 @@ from moco_fast import distributed
 from moco_fast.cli import main
 from moco_fast.commands import evaluate as commands
 from moco_fast.evaluation import registry, retrieval
-from moco_fast.evaluation.base import FigureInfo, Inputs, Known, Measured, Outcome, Task, Want
+from moco_fast.evaluation.base import FigureInfo, Inputs, Known, Measured, Outcome, RunSets, Task, Want
 from moco_fast.evaluation.front import Plan, evaluate
 from moco_fast.evaluation.inputs import Subject
 from moco_fast.evaluation.labels import label_counts
-from moco_fast.evaluation.live import measure
+from moco_fast.evaluation.live import measure, open_tasks
 from moco_fast.evaluation.packed import open_data
 from moco_fast.evaluation.registry import TASKS
-from moco_fast.evaluation.result import Result, read_results
+from moco_fast.evaluation.result import Result, read_results, write_results
 from moco_fast.evaluation.tasks.cluster import Cluster
 from moco_fast.evaluation.tasks.domains import Domains
 from moco_fast.evaluation.tasks.few_shot import FewShot
@@ -32,8 +33,11 @@ from moco_fast.evaluation.tasks.linear import Linear
 from moco_fast.evaluation.tasks.logistic import Logistic
 from moco_fast.evaluation.tasks.retrieval import Retrieval
 from moco_fast.evaluation.tasks.svm import Svm
+from moco_fast.presets import PRESETS
 from pipelines.world import World
+from shards.ground.arrays import Records
 from shards.sets import open_set
+from shards.sets.local import LocalShardSet
 from tests.moco_fast.test_eval import small_encoder, subject_of
 
 
@@ -119,6 +123,57 @@ def test_one_class_is_nothing_to_tell_apart(task: Task, subject: Subject, tmp_pa
     sets = {name: open_data(str(tmp_path / name), cache=tmp_path / "cache") for name in ("train", "test")}
     with pytest.raises(ValueError, match="samples of one class, so there is nothing to tell apart"):
         run(replace(subject, sets=sets), tmp_path / "cache", task)
+
+
+class Relabeled(LocalShardSet):
+    """A set with other labels in this process."""
+
+    labels_of: Callable[[np.ndarray], np.ndarray]
+
+    def __reduce__(self) -> Any:
+        return (LocalShardSet, (self.path, self.manifest))
+
+    def index(self, shard: int) -> Records:
+        records = np.array(super().index(shard))
+        records["label"] = self.labels_of(records["label"])
+        return records
+
+
+def relabeled(path: Path, labels_of: Callable[[np.ndarray], np.ndarray]) -> Relabeled:
+    found = Relabeled.open(path)
+    found.labels_of = labels_of
+    return found
+
+
+def test_classes_that_cannot_be_learned_are_noted_once(packed_demo: Any, subject: Subject, tmp_path: Path) -> None:
+    sets = {**subject.sets, "train": relabeled(packed_demo.train, lambda labels: np.where(labels < 4, -1, labels))}
+    names = subject.sets["test"].class_names
+    found = run(replace(subject, sets=sets), tmp_path, Knn(k=(5,)), Linear(epochs=1, batch_size=32), Retrieval())
+    listed = f"{', '.join(names[:3])} and 1 more"
+    note = (
+        f"4 classes of {packed_demo.val} without a training sample ({listed}): 16 test samples of them count as wrong"
+    )
+    assert [result.notes for result in found[:2]] == [(note,), (note,)]
+    assert not any("count as wrong" in note for note in found[2].notes)
+    assert run(subject, tmp_path, Knn(k=(5,)))[0].notes == ()
+    opened = open_tasks(
+        (Knn(k=(5,)).settled(None),),
+        PRESETS["demo"][1],
+        RunSets(training=sets["train"], held_out=sets["test"]),
+        without_labels=Health(),
+    )
+    assert opened.notes == (f"evaluation: {note}",)
+
+
+def test_a_run_is_not_begun_with_a_task_that_its_sets_do_not_allow(packed_demo: Any) -> None:
+    training = relabeled(packed_demo.train, lambda labels: np.full_like(labels, 3))
+    for task, held_out, says in (
+        (Knn(k=(5,)), open_set(packed_demo.val), "--eval.tasks knn cannot be measured: .* samples of one class"),
+        (FewShot(split="test", shots=(50,)), open_set(packed_demo.val), "--eval.tasks few-shot cannot be measured"),
+    ):
+        sets = RunSets(training=training, held_out=held_out)
+        with pytest.raises(ValueError, match=says):
+            open_tasks((task.settled(None),), PRESETS["demo"][1], sets, without_labels=Health())
 
 
 def test_a_task_that_fails_leaves_the_others_their_results(subject: Subject, tmp_path: Path) -> None:
@@ -278,6 +333,53 @@ def test_the_suite_names_the_domains_of_its_folder_to_tasks_and_leaves_out_what_
     del two_tasks["health"]
     assert suite(finished_run, data, "--out", str(out)) == 2
     assert "every task was left out" in capsys.readouterr().err
+
+
+def test_a_suite_that_was_ended_goes_on_with_what_it_had(
+    two_tasks: dict[str, str],
+    finished_run: Path,
+    packed_demo: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data, out, partial = tmp_path / "data", tmp_path / "out.json", tmp_path / "out.partial.json"
+    data.mkdir()
+    for name, folder in (("train", packed_demo.train), ("val", packed_demo.val)):
+        (data / name).symlink_to(folder)
+
+    def end(*_: Any) -> Outcome:
+        raise RuntimeError("killed")
+
+    def go_on(*words: str) -> tuple[list[Result], str]:
+        assert suite(finished_run, data, "--out", str(out), *words) == 0
+        assert not partial.exists()
+        return read_results(out), capsys.readouterr().err
+
+    expected, said = go_on("--beside", "untrained")
+    assert "earlier start" not in said
+    with monkeypatch.context() as patched:
+        patched.setattr(Sum, "measure", end)
+        with pytest.raises(RuntimeError, match="killed"):
+            suite(finished_run, data, "--out", str(out), "--beside", "untrained")
+    assert [each.task for each in read_results(partial)] == ["health"]
+    # A file of results that is whole stays what it was until another one is.
+    assert read_results(out) == expected
+    with monkeypatch.context() as patched:
+        patched.setattr(Health, "measure", end)
+        with pytest.raises(RuntimeError, match="killed"):
+            suite(finished_run, data, "--out", str(out), "--beside", "untrained")
+    assert [each.task for each in read_results(partial)] == ["health", "sum"]
+    found, said = go_on("--beside", "untrained")
+    assert said.count("measured by an earlier start of this command") == 2
+    assert [(each.task, each.figures, each.encoder) for each in found] == [
+        (each.task, each.figures, each.encoder) for each in expected
+    ]
+    # What was asked otherwise is measured.
+    write_results(partial, expected)
+    assert "earlier start" not in go_on("--crop", "0.5")[1]
+    partial.write_text("{")
+    assert "earlier start" not in go_on()[1]
 
 
 @pytest.mark.usefixtures("two_tasks")

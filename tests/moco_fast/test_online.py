@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from moco_fast import checkpoint, distributed
@@ -116,17 +119,27 @@ def batch(number: int) -> Batch:
     return dataclasses.replace(made, label=torch.arange(number, number + 8) % 18 - (number % 2))
 
 
-def outcome(config: Config, *, accumulate: int) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """What steps report, and all that is left of them."""
-    runtime = start(config.run, env={})
+def own_rows(made: Batch) -> Batch:
+    def own(rows: torch.Tensor) -> torch.Tensor:
+        return rows.chunk(distributed.world_size())[distributed.rank()]
+
+    return dataclasses.replace(made, views=tuple(map(own, made.views)), index=own(made.index), label=own(made.label))
+
+
+def outcome(
+    config: Config, *, accumulate: int, env: Mapping[str, str] | None = None
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """What steps report, and all that is left of them; of several ranks, each takes its rows of a batch."""
+    runtime = start(config.run, env={} if env is None else env)
     parts = build(config, runtime)
     parts.loader.close()
     reported = []
     for step in range(3):
-        batches = [batch(10 * step + number) for number in range(accumulate)]
+        batches = [own_rows(batch(10 * step + number)) for number in range(accumulate)]
         scheduled = config.method.scheduled(step, 10)
         reported.append(parts.train_step(batches, lr=0.1, scheduled=scheduled))
-    runtime.close()
+    if env is None:
+        runtime.close()
     left = {f"{name}.{key}": each for name, part in parts.modules.items() for key, each in part.state_dict().items()}
     return reported, left | {"rng": torch.get_rng_state()}
 
@@ -152,6 +165,31 @@ def test_no_bit_of_a_method_depends_on_it(packed_demo: Any, monkeypatch: pytest.
         ]
         assert_bit_equal(*results)
         assert results[1][1]["probe.weight"].shape == (18, 4)
+
+
+def with_and_without_on_this_rank(shards: str) -> list[Any]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(ENCODERS, "small", Small)
+        patched.setenv("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+        found = []
+        for online_probe in (False, True):
+            config = small("momentum-contrast", Path(shards), online_probe=online_probe, precision="fp32")
+            try:
+                found.append(outcome(config, accumulate=1, env=os.environ))
+            finally:
+                AcceleratorState._reset_state(reset_partial_state=True)
+    return found
+
+
+def test_nor_of_two_ranks_which_have_one_probe(run_ranks: Any, packed_demo: Any) -> None:
+    ranks = run_ranks(with_and_without_on_this_rank, str(packed_demo.train))
+    for without, beside in ranks:
+        assert_bit_equal(without, beside)
+    (_, first), (_, second) = (beside for _, beside in ranks)
+    for name in ("probe.weight", "probe.bias"):
+        assert torch.equal(first[name], second[name])
+    fresh = OnlineProbe(4, 18, lr=0.1, seed=0, device=CPU)
+    assert not torch.equal(first["probe.weight"], fresh.weight)
 
 
 @pytest.mark.usefixtures("fresh_accelerator")

@@ -19,6 +19,7 @@ class Domains(Task):
     """Train a linear head on one set, and test it on others that share its class names, such as ImageNet-R."""
 
     name: ClassVar[str] = "domains"
+    classifies: ClassVar[bool] = True
 
     domains: tuple[str, ...] = ()
     """Sets that the head is tested on besides --test, as NAME=SHARDS. Their class names are among those of --train."""

@@ -5,7 +5,16 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from moco_fast.evaluation.base import FigureInfo, Inputs, Outcome, Split, Task, Want, refuse_unless_above
+from moco_fast.evaluation.base import (
+    FigureInfo,
+    Inputs,
+    Outcome,
+    Split,
+    Task,
+    Want,
+    refuse_crop_scale,
+    refuse_unless_above,
+)
 
 if TYPE_CHECKING:
     from moco_fast.config import Config
@@ -91,6 +100,7 @@ class Finetune(Task):
     """Train backbone and classifier together on augmented images; takes hours, and resumes where it was killed."""
 
     name: ClassVar[str] = "finetune"
+    classifies: ClassVar[bool] = True
     slow: ClassVar[bool] = True
 
     protocol: Protocol = "full"
@@ -202,6 +212,7 @@ class Finetune(Task):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be between 0 and 1")
+        refuse_crop_scale(self.crop_scale)
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"--epochs {self.epochs} and --steps {self.steps} both say how long to train: give one")
         if self.labels_file is not None and self.share is not None:

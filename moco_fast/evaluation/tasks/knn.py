@@ -22,6 +22,7 @@ class Knn(Task):
     """Classify test samples by a vote of their nearest training samples; nothing is trained."""
 
     name: ClassVar[str] = "knn"
+    classifies: ClassVar[bool] = True
     draws: ClassVar[bool] = False
     live: ClassVar[bool] = True
 

@@ -4,7 +4,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from moco_fast.evaluation.base import FigureInfo, Inputs, Outcome, Split, Task, Want, refuse_unless_above
+from moco_fast.evaluation.base import (
+    FigureInfo,
+    Inputs,
+    Outcome,
+    Split,
+    Task,
+    Want,
+    refuse_crop_scale,
+    refuse_unless_above,
+)
 
 if TYPE_CHECKING:
     from moco_fast.config import Config
@@ -37,6 +46,7 @@ class LabelNoise(Task):
     """Learn from training labels of which a share is wrong; takes many hours, and resumes where it was killed."""
 
     name: ClassVar[str] = "label-noise"
+    classifies: ClassVar[bool] = True
     slow: ClassVar[bool] = True
 
     symmetric: tuple[float, ...] = (0.2, 0.5, 0.8, 0.9, 0.95)
@@ -92,6 +102,7 @@ class LabelNoise(Task):
     def validate(self) -> None:
         """Refuse numbers that cannot be."""
         refuse_unless_above(0, epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, linear_lr=self.linear_lr)
+        refuse_crop_scale(self.crop_scale)
         if not self.ways:
             raise ValueError("--ways names nothing: give one way at least")
         if not self.noises:

@@ -5,7 +5,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from moco_fast.encoders.layers import check_layer
-from moco_fast.evaluation.base import FigureInfo, Inputs, Outcome, Split, Task, Want, refuse_unless_above
+from moco_fast.evaluation.base import (
+    FigureInfo,
+    Inputs,
+    Outcome,
+    Split,
+    Task,
+    Want,
+    refuse_crop_scale,
+    refuse_unless_above,
+)
 
 if TYPE_CHECKING:
     from moco_fast.config import Config
@@ -16,6 +25,7 @@ __all__ = ["Linear"]
 # classifiers that begin at nearly nothing bear, and need, larger steps than its unscaled tokens.
 _FAST_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _MIN_STEPS = 1000
+_CROP_SCALE = (0.08, 1.0)  # The authors': that of torchvision's RandomResizedCrop.
 
 Protocol = Literal["fast", "v1", "v2", "v3"]
 
@@ -25,12 +35,13 @@ class Linear(Task):
     """Train a linear classifier on frozen features; nothing of the backbone may change."""
 
     name: ClassVar[str] = "linear"
+    classifies: ClassVar[bool] = True
     live: ClassVar[bool] = True
 
     protocol: Protocol = "fast"
     """`fast`: many learning rates at once on cached features without augmentation, the best chosen on a tenth of the
-    training set. `v1`, `v2`: the authors' for MoCo v1 and v2 on augmented images. `v3`: that of MoCo
-    v3."""
+    training set (by cross-entropy, of those that accuracy does not tell apart). `v1`, `v2`: the authors' for MoCo v1
+    and v2 on augmented images. `v3`: that of MoCo v3."""
     layer: tuple[str, ...] = ("backbone",)
     """Whose output is classified: backbone, head, or another layer (docs/evaluation.md); of several, the best is
     chosen."""
@@ -47,6 +58,9 @@ class Linear(Task):
     """Momentum of SGD."""
     weight_decay: float = 0.0
     """Weight decay of SGD."""
+    crop_scale: tuple[float, float] | None = None
+    """`v1`, `v2`, `v3`: area of the random crop as a share of the image's. Unset: 0.08 1, the authors'; images of few
+    pixels bear less (docs/evaluation.md)."""
 
     @property
     def splits(self) -> frozenset[Split]:
@@ -78,6 +92,7 @@ class Linear(Task):
             batch_size=batch_size,
             lr=rates if self.lr is None else self.lr,
             epochs=epochs if self.epochs is None else self.epochs,
+            crop_scale=_CROP_SCALE if self.shared and self.crop_scale is None else self.crop_scale,
             min_steps=self.min_steps
             if self.min_steps is not None or self.protocol != "fast" or self.epochs
             else _MIN_STEPS,
@@ -91,6 +106,12 @@ class Linear(Task):
                 f"--min-steps {self.min_steps} means nothing beside --protocol {self.protocol}, which counts epochs: "
                 "leave it out, or give --epochs"
             )
+        if not self.shared and self.crop_scale is not None:
+            raise ValueError(
+                "--crop-scale means nothing beside --protocol fast, which has no random crops: leave it out, or name a "
+                "protocol"
+            )
+        refuse_crop_scale(self.crop_scale)
         if not self.layer:
             raise ValueError("--layer names nothing: give one layer at least")
         for layer in self.layer:

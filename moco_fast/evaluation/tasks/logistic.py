@@ -15,6 +15,7 @@ class Logistic(Task):
     """Fit a logistic regression to frozen features by L-BFGS (Ericsson et al. 2021, linear.py of ssl-transfer)."""
 
     name: ClassVar[str] = "logistic"
+    classifies: ClassVar[bool] = True
     live: ClassVar[bool] = True
 
     layer: str = "backbone"

@@ -15,6 +15,7 @@ class Stages(Task):
     """Train a linear classifier on each stage of a ResNet, by the fast protocol of `linear`."""
 
     name: ClassVar[str] = "stages"
+    classifies: ClassVar[bool] = True
     live: ClassVar[bool] = True
 
     at_most: int | None = None

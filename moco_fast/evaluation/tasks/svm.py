@@ -28,6 +28,7 @@ class Svm(Task):
     """Train a linear support vector machine for each class on frozen features, as for VOC07 (Goyal et al. 2019)."""
 
     name: ClassVar[str] = "svm"
+    classifies: ClassVar[bool] = True
     takes_label_sets: ClassVar[bool] = True
     live: ClassVar[bool] = True
 
