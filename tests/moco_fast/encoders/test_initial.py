@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from accelerate.state import AcceleratorState
+from timm.models import save_for_hf
 from torch import nn
 
 from moco_fast import checkpoint
@@ -24,6 +26,7 @@ from moco_fast.training.build import build
 from moco_fast.training.loop import train
 from moco_fast.training.runtime import start
 from tests.moco_fast.encoders.layouts import as_if_trained
+from tests.moco_fast.encoders.test_transformers import RESNET18, save
 
 
 def configuration(shards: Path | str, init_from: Path | str | None, out: Path | str = "run", **sections: Any) -> Config:
@@ -114,6 +117,34 @@ def test_files_of_others_are_taken(packed_demo: Any, tmp_path: Path, layout: str
     encoder.load_state_dict(weights.tensors, strict=False)
     name = "layer4.1.conv2.weight"
     assert torch.equal(encoder.backbone.state_dict()[name], network.state_dict()[name])
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize("layout", ["timm's file", "timm's folder", "transformers' folder"])
+def test_a_run_begins_with_weights_of_other_libraries(packed_demo: Any, tmp_path: Path, layout: str) -> None:
+    name, where = "layer4.1.conv2.weight", tmp_path / "weights"
+    with torch.random.fork_rng():
+        network = as_if_trained(timm.create_model("resnet18", num_classes=5))
+    expected, given = network.state_dict()[name], str(where)
+    if layout == "timm's file":
+        torch.save(network.state_dict(), where)
+        given = f"timm:resnet18@{where}"
+    elif layout == "timm's folder":
+        save_for_hf(network, where)
+    else:
+        network = save(where, "ResNetModel", RESNET18)
+        expected = network.state_dict()["encoder.stages.3.layers.1.layer.1.convolution.weight"]
+    config = configuration(packed_demo.train, given, tmp_path / "run")
+    config = dataclasses.replace(config, model=ModelConfig(encoder="resnet18"))
+    weights = initial_weights(config)
+    assert weights is not None
+    assert weights.facts["parts"] == ["backbone"]
+    runtime = start(config.run, env={})
+    parts = build(config, runtime, initial=weights.tensors)
+    parts.loader.close()
+    runtime.close()
+    for encoder in (parts.query, parts.modules["key"]):
+        assert torch.equal(encoder.get_parameter(f"backbone.{name}"), expected)
 
 
 @pytest.mark.parametrize(
