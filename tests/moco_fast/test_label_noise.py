@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from moco_fast import distributed
 from moco_fast.evaluation.draws import flip_labels
 from moco_fast.evaluation.features import extract
 from moco_fast.evaluation.heads import permuted_batches
 from moco_fast.evaluation.tasks.label_noise import LabelNoise
 from moco_fast.evaluation.training import Scores, Training, Trainings
+from pipelines.world import World
 from tests.moco_fast.trained_task import CPU, colored, run, subject_of
 
 QUICK = LabelNoise(symmetric=(0.5,), asymmetric=(1.0,), epochs=2, batch_size=12, lr=0.02, linear_lr=(0.3,))
@@ -92,6 +94,22 @@ def test_wrong_labels_are_learned_from_resumably_and_hurt(sets: tuple[Path, Path
     assert result.figures["linear_sym0"].value > 0.8 > 0.2 > result.figures["linear_asym100"].value
     assert len(list((tmp_path / "trainings").glob("*.json"))) == 2
     assert run(subject_of(*sets), tmp_path, task).figures == result.figures
+
+
+def learned_on_this_rank(train: str, test: str, cache: str) -> dict[str, float]:
+    world = World(rank=distributed.rank(), world_size=distributed.world_size())
+    task = replace(QUICK, asymmetric=(), epochs=1, ways=("linear", "finetune"))
+    figures = run(subject_of(train, test, world=world), cache, task).figures
+    return {name: figure.value for name, figure in figures.items()}
+
+
+def test_two_ranks_learn_what_one_learns(run_ranks: Any, sets: tuple[Path, Path], tmp_path: Path) -> None:
+    places = [str(each) for each in sets]
+    [alone] = run_ranks(learned_on_this_rank, *places, str(tmp_path / "one"), world_size=1)
+    first, second = run_ranks(learned_on_this_rank, *places, str(tmp_path / "two"))
+    assert first == second
+    # Rounding may turn a sample of 24.
+    assert first == pytest.approx(alone, abs=1.5 / 24)
 
 
 def test_the_linear_rate_is_chosen_without_the_test_set(
