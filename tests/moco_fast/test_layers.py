@@ -67,8 +67,28 @@ def test_patches_of_a_transformer_are_its_tokens_but_the_class_token() -> None:
         layer_features(encoder, pixels, ["stage2"])
 
 
+def test_the_last_blocks_of_a_transformer_give_their_class_tokens_side_by_side() -> None:
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, depth=5)
+    encoder, pixels = encoder_of(vit, 192, 32), images(32)
+    with torch.no_grad():
+        found = layer_features(encoder, pixels, ["last4", "patches", "last1", "backbone"])
+        theirs = vit.get_intermediate_layers(encoder.normalize(pixels), n=4, norm=True, return_prefix_tokens=True)
+    torch.testing.assert_close(found["last4"], torch.cat([prefix[:, 0] for _, prefix in theirs], dim=1))
+    torch.testing.assert_close(found["last1"], found["backbone"])
+    assert layer_shapes(encoder, ["last4"], size=32) == {"last4": (4 * 192,)}
+    with pytest.raises(ValueError, match="the encoder has 5 blocks, so it has no last6"):
+        layer_features(encoder, pixels, ["last6"])
+    averaging = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, num_classes=0, class_token=False, global_pool="avg", depth=2
+    )
+    for other in (averaging, nn.Flatten()):
+        with pytest.raises(ValueError, match="not a vision transformer with a class token, so it has no last2"):
+            layer_features(encoder_of(other, 192, 32), pixels, ["last2"])
+
+
 def test_a_layer_that_no_encoder_has_is_refused() -> None:
-    for name in ("stage6", "stage0", "stage1/0", "stage1/x", "fc", ""):
+    for name in ("stage6", "stage0", "stage1/0", "stage1/x", "last0", "last", "fc", ""):
         with pytest.raises(ValueError, match="there is no layer"):
             check_layer(name)
     flat = encoder_of(nn.Flatten(), 3 * 8 * 8, 8)
