@@ -115,8 +115,8 @@ def test_the_suite_s_page_has_the_table_and_what_was_compared():
         )
         for name, value, time_s in (("run", 0.5, 3.0), ("pixels", 0.25, 4.0))
     ]
-    page = suite.as_markdown(results, 60.0, {"fast": 0.5, "v1": 0.505})
+    page = suite.as_markdown(results, 60.0, {"fast": 0.5, "v1": 0.505}, resumed=True)
     assert "| task | figure | run | pixels |\n| --- | --- | --- | --- |\n" in page
     assert "| linear fast | linear top-1 | 50.00% | 25.00% |" in page
-    assert "took 60 s in all; of the first encoder: linear 3 s." in page
+    assert "took 60 s (its last start); of the first encoder: linear 3 s." in page
     assert "fast 50.00%, v1 50.50%" in page

@@ -22,7 +22,7 @@ _NOT_ASKED = frozenset({"figures", "curves", "chosen", "facts", "notes", "time_s
 
 def partial_of(path: Path) -> Path:
     """Return where the results for a file are kept until it is whole."""
-    return path.with_suffix(".partial.json")
+    return path.with_name(f"{path.name.removesuffix('.json')}.partial.json")
 
 
 class KeptResults:

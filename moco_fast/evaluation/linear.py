@@ -1,7 +1,7 @@
 """Training of linear classifiers: on cached features, or on live ones of augmented images."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isnan
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,16 +21,17 @@ from moco_fast.evaluation.heads import Classifier, LinearHeads, Scaler, cosine, 
 from moco_fast.evaluation.labels import choice_split, mean_per_class
 from moco_fast.evaluation.saving import SavedTraining
 from pipelines.config import ViewConfig, ViewSpec
-from pipelines.loader import open_loader, suited_to
+from pipelines.loader import Loader, open_loader, suited_to
 
 if TYPE_CHECKING:
     from moco_fast.evaluation.tasks.linear import Linear
 
-__all__ = ["TrainedHeads", "best_of", "measure_cached", "measure_live", "train_cached"]
+__all__ = ["TrainedHeads", "best_option", "measure_cached", "measure_live", "train_cached"]
 
 Option = TypeVar("Option")
 
 _ROWS = 8192  # features that are classified at once
+_STEPS_TOGETHER = 50  # after which ranks ask each other whether one of them cannot go on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,25 +239,66 @@ def _train_live(
             num_train, first = newest.numbers["num_train"], newest.step // len(loader)
             bar.update(first)
         for epoch in range(first, task.epochs):
-            num_learned = 0
+            heads = {layer: each.heads for layer, each in trained.items()}
             with inputs.autocast():
-                for features, batch in feature_batches(inputs.encoder, loader, device=inputs.device, layers=task.layer):
-                    numbers = batch.index.tolist()
-                    keep = torch.tensor([number not in held_out for number in numbers])
-                    own = torch.where(keep, batch.label, -1)
-                    num_learned += int((own >= 0).sum())
-                    distributed.leave_together()
-                    labels = distributed.all_gather_rows(own.to(inputs.device))
-                    for layer, values in features.items():
-                        rows = distributed.all_gather_rows(values)
-                        trained[layer].heads.step(rows, labels, schedule=schedule(epoch / task.epochs))
+                shares = _shares(task, inputs, loader, held_out)
+                num_learned = _train_epoch(heads, shares, inputs, task, len(loader), schedule(epoch / task.epochs))
             bar.update()
-            distributed.leave_together()
             num_train = int(distributed.all_gather_rows(torch.tensor([num_learned], device=inputs.device)).sum())
             model = {f"{name}.{key}": t for name, each in trained.items() for key, t in each.heads.tensors().items()}
             numbers = {"loader": loader.state_dict(), "num_train": num_train}
             saved.save((epoch + 1) * len(loader), model=model, optimizer={}, numbers=numbers)
     return num_train
+
+
+Share = tuple[Mapping[str, Tensor], Tensor]
+"""This rank's share of a step: (B, D) of each layer, and (B,) labels on the host, -1 where there is none."""
+
+
+def _shares(task: "Linear", inputs: Inputs, loader: Loader, held_out: set[int]) -> Iterator[Share]:
+    for features, batch in feature_batches(inputs.encoder, loader, device=inputs.device, layers=task.layer):
+        keep = torch.tensor([number not in held_out for number in batch.index.tolist()])
+        yield features, torch.where(keep, batch.label, -1)
+
+
+def _train_epoch(
+    heads: Mapping[str, LinearHeads],
+    shares: Iterator[Share],
+    inputs: Inputs,
+    task: "Linear",
+    num_steps: int,
+    schedule: float,
+) -> int:
+    """Take the steps of an epoch with the shares of all ranks; collective.
+
+    Ranks ask each other only now and then whether one cannot go on; until then, that one hands over shares without
+    labels, which nothing is learned from.
+
+    Returns:
+        how many labeled samples of this rank were learned from.
+    """
+    assert task.batch_size is not None
+    num_learned, failure = 0, None
+    num_rows = task.batch_size // inputs.world.world_size
+    blank = {layer: each.weight.new_zeros(num_rows, each.weight.shape[2]) for layer, each in heads.items()}
+    for step in range(1, num_steps + 1):
+        features, own = blank, torch.full((num_rows,), -1)
+        if failure is None:
+            try:
+                features, own = next(shares)
+            except (ValueError, OSError) as error:
+                if inputs.world.world_size == 1:
+                    raise
+                failure = error
+        num_learned += int((own >= 0).sum())
+        labels = distributed.all_gather_rows(own.to(inputs.device))
+        for layer, values in features.items():
+            heads[layer].step(distributed.all_gather_rows(values), labels, schedule=schedule)
+        if step % _STEPS_TOGETHER == 0 or step == num_steps:
+            if failure is not None:
+                raise failure
+            distributed.leave_together()
+    return num_learned
 
 
 def _choose(
@@ -269,10 +311,10 @@ def _choose(
         for layer, heads in trained.items()
         for rate, scores in zip(task.lr, heads.scores_on(held_out[layer], labels), strict=True)
     }
-    return best_of(found, num_samples=len(labels))
+    return best_option(found, num_samples=len(labels))
 
 
-def best_of(scores: Mapping[Option, tuple[float, float]], *, num_samples: int) -> Option:
+def best_option(scores: Mapping[Option, tuple[float, float]], *, num_samples: int) -> Option:
     """Return the option that classifies best on samples it was not fitted to; of several, the first.
 
     Shares that differ by less than a standard error say nothing on so few samples. Among such options the lowest

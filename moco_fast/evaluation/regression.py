@@ -124,14 +124,11 @@ def fit_logistic(
         ValueError: features are so large that the objective is not a number.
     """
     num, dim = features.shape[-2:]
-    theta = features.new_zeros(*features.shape[:-2], num_classes, dim + 1, device=labels.device)
-    rows = rows_at_once(features, labels.device, dim=-2)
     # The objective divided by C * N: its size does not depend on either, nor does when to stop.
-    penalty = 0.5 / (c * num)
-    if start is not None and axes is not None:
-        theta.copy_(axes.theta(start, penalty=2 * penalty))
-    elif start is not None:
-        theta[..., :dim], theta[..., dim] = start.weight, start.bias
+    loss = _PenalizedLoss(features=features, labels=labels, penalty=0.5 / (c * num), axes=axes)
+    theta = features.new_zeros(*features.shape[:-2], num_classes, dim + 1, device=labels.device)
+    if start is not None:
+        theta.copy_(loss.theta(start))
     theta.requires_grad_(True)
     optimizer = torch.optim.LBFGS(
         [theta],
@@ -144,32 +141,52 @@ def fit_logistic(
         line_search_fn="strong_wolfe",
     )
 
-    def fit() -> Fitted:
-        if axes is not None:
-            return axes.fit(theta, penalty=2 * penalty)
-        return Fitted(weight=theta[..., :dim], bias=theta[..., dim])
-
     def closure() -> Tensor:
         optimizer.zero_grad()
-        total = penalty * fit().weight.square().sum()
+        return loss.differentiate(theta)
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    found = loss.fit(theta.detach())
+    if not bool(found.weight.isfinite().all()):
+        raise ValueError(
+            f"logistic regression finds no numbers: features reach {float(features.abs().max()):.1e}, so evaluate "
+            "another layer, or an earlier checkpoint"
+        )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PenalizedLoss:
+    """What is minimized, as a function of (..., C, D + 1) numbers theta."""
+
+    features: Tensor
+    labels: Tensor
+    penalty: float
+    axes: Axes | None
+
+    def fit(self, theta: Tensor) -> Fitted:
+        if self.axes is not None:
+            return self.axes.fit(theta, penalty=2 * self.penalty)
+        return Fitted(weight=theta[..., :-1], bias=theta[..., -1])
+
+    def theta(self, fit: Fitted) -> Tensor:
+        if self.axes is not None:
+            return self.axes.theta(fit, penalty=2 * self.penalty)
+        return torch.cat([fit.weight, fit.bias[..., None]], dim=-1)
+
+    def differentiate(self, theta: Tensor) -> Tensor:
+        """Add the gradient to that of theta, part of the features by part, and return the value."""
+        total = self.penalty * self.fit(theta).weight.square().sum()
         total.backward()
-        for values, targets in zip(features.split(rows, dim=-2), labels.split(rows, dim=-1), strict=True):
-            scores = fit().scores(values.to(labels.device)).flatten(0, -2)
+        device, num = self.labels.device, self.features.shape[-2]
+        rows = rows_at_once(self.features, device, dim=-2)
+        for values, targets in zip(self.features.split(rows, dim=-2), self.labels.split(rows, dim=-1), strict=True):
+            scores = self.fit(theta).scores(values.to(device)).flatten(0, -2)
             loss = torch.nn.functional.cross_entropy(scores, targets.flatten(), reduction="sum") / num
             loss.backward()
             total = total + loss.detach()
         return total.detach()
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    found = fit()
-    if not bool(found.weight.isfinite().all()):
-        largest = float(features.abs().max())
-        raise ValueError(
-            f"logistic regression finds no numbers: features reach {largest:.1e}, so evaluate another layer, or an "
-            "earlier checkpoint"
-        )
-    return Fitted(weight=found.weight.detach(), bias=found.bias.detach())
 
 
 def fit_path(

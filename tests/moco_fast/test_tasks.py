@@ -16,7 +16,7 @@ from moco_fast.evaluation import regression
 from moco_fast.evaluation.base import Task
 from moco_fast.evaluation.heads import LinearHeads, Scaler, cosine, permuted_batches, steps_down
 from moco_fast.evaluation.labels import choice_split, mean_per_class
-from moco_fast.evaluation.linear import TrainedHeads, best_of
+from moco_fast.evaluation.linear import TrainedHeads, best_option
 from moco_fast.evaluation.registry import TASKS, task_class
 from moco_fast.evaluation.regression import Fitted, fit_logistic, fit_path, principal_axes
 from moco_fast.evaluation.svm import average_precision, fit_all, fit_few, mean_average_precision, one_hot, scores_of
@@ -212,11 +212,11 @@ def test_linear_chooses_the_layer_that_tells_the_classes() -> None:
 
 def test_of_heads_that_samples_cannot_tell_apart_cross_entropy_chooses() -> None:
     # On 100 samples a standard error of 0.8 is 0.04.
-    assert best_of({"a": (0.8, 0.9), "b": (0.77, 0.5), "c": (0.75, 0.1)}, num_samples=100) == "b"
-    assert best_of({"a": (0.8, 0.9), "b": (0.77, 0.5)}, num_samples=10_000) == "a"
-    assert best_of({"a": (0.8, 0.5), "b": (0.8, 0.5)}, num_samples=100) == "a"
-    assert best_of({"a": (0.5, float("nan")), "b": (0.5, 2.0)}, num_samples=100) == "b"
-    assert best_of({"a": (0.0, float("nan")), "b": (0.0, float("nan"))}, num_samples=1) == "a"
+    assert best_option({"a": (0.8, 0.9), "b": (0.77, 0.5), "c": (0.75, 0.1)}, num_samples=100) == "b"
+    assert best_option({"a": (0.8, 0.9), "b": (0.77, 0.5)}, num_samples=10_000) == "a"
+    assert best_option({"a": (0.8, 0.5), "b": (0.8, 0.5)}, num_samples=100) == "a"
+    assert best_option({"a": (0.5, float("nan")), "b": (0.5, 2.0)}, num_samples=100) == "b"
+    assert best_option({"a": (0.0, float("nan")), "b": (0.0, float("nan"))}, num_samples=1) == "a"
 
 
 def test_heads_are_scored_as_torch_scores_each() -> None:
