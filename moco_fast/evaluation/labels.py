@@ -1,5 +1,7 @@
 """Labels of evaluations: classes that sets share, and the part of a training set on which options are chosen."""
 
+from weakref import WeakKeyDictionary
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -10,8 +12,20 @@ from shards.sets import ShardSet
 __all__ = ["choice_split", "common_classes", "label_counts", "may_have_labels", "mean_per_class"]
 
 
+_COUNTED: WeakKeyDictionary[ShardSet, npt.NDArray[np.int64]] = WeakKeyDictionary()
+
+
 def label_counts(shards: ShardSet) -> npt.NDArray[np.int64]:
-    """Return how many samples of a set have each label, (C,): as many classes as have names, or as labels ask for."""
+    """Return how many samples of a set have each label, (C,): as many classes as have names, or as labels ask for.
+
+    A set is counted once: every task asks, and the indexes of a billion samples take minutes.
+    """
+    if shards not in _COUNTED:
+        _COUNTED[shards] = _count(shards)
+    return _COUNTED[shards]
+
+
+def _count(shards: ShardSet) -> npt.NDArray[np.int64]:
     counts = np.zeros(len(shards.class_names), dtype=np.int64)
     for shard in range(shards.num_shards):
         labels = shards.index(shard)["label"]
