@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from shards.config import WORK_FOLDER, PackConfig
+from shards.config import WORK_FOLDER, PackConfig, SourceOptions
 from shards.ground.errors import PackError
 from shards.ground.units import counted
 from shards.storage.file_kinds import BETON_SUFFIX
@@ -49,6 +49,9 @@ class IndexCommand:
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     """Folder of the tars, local or s3:// gs:// az://."""
+    members: tuple[str, ...] = ()
+    """Extensions of the members that are samples, where several images have one name, such as `jpg` for 0001.jpg beside
+    0001.seg.png; `all`: every image; unset: two images in a sample are refused."""
     workers: int | None = None
     """Worker processes; unset: one per CPU that this process may use."""
     work_folder: str = WORK_FOLDER
@@ -125,7 +128,10 @@ def _index(command: IndexCommand) -> int:
         manifest = note_kinds(command.folder, workers=workers, progress=ProgressBars())
         print(f"{command.folder}: {describe_jpegs(manifest)}")
         return 0
-    indexed = index_folder(command.folder, workers=workers, work_folder=work_folder, progress=ProgressBars())
+    options = SourceOptions(members=command.members)
+    indexed = index_folder(
+        command.folder, workers=workers, work_folder=work_folder, options=options, progress=ProgressBars()
+    )
     manifest = indexed.manifest
     samples = counted(manifest.num_samples, "sample")
     print(f"{command.folder}: indexed {samples} in {counted(len(manifest.shards), 'tar')}")

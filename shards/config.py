@@ -9,6 +9,8 @@ __all__ = ["WORK_FOLDER", "Columns", "EncodeConfig", "PackConfig", "SourceOption
 WORK_FOLDER = "/tmp"  # noqa: S108 - a default that the user sees and may change
 """Where unfinished work for a bucket is kept on this machine."""
 
+_LABELS = re.compile(r"auto|none|column|folder|path(?::[1-9]\d*)?|json:.+|txt")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
@@ -27,8 +29,15 @@ class SourceOptions:
     """Part of a data set that comes in several."""
     image_root: str | None = None
     """Folder or address that the relative paths of lists begin at; None: where the list is."""
-    labeled: bool = True
-    """Labels will be used."""
+    labels: str = "auto"
+    """Which labels are wanted, as in PackConfig."""
+    members: tuple[str, ...] = ()
+    """Extensions of the files that are inputs; empty: images, of which a sample may have one."""
+
+    @property
+    def labeled(self) -> bool:
+        """Whether labels will be used."""
+        return self.labels != "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +74,14 @@ class PackConfig(EncodeConfig):
     iNaturalist's .json."""
     out: str
     """Folder for the shards. Running the same command again continues an unfinished one."""
-    labels: Literal["auto", "none", "folder", "column"] = "auto"
-    """`folder`: an image's label is the name of the folder that holds it. `column`: the label that the source itself
-    carries: a list's or table's column, WebDataset's .cls. `auto`: the source's own, else the folder's, if there are at
-    least two."""
+    labels: str = "auto"
+    """`auto`: labels that the source itself carries (a column, WebDataset's .cls, a usual key of .json), else the names
+    of folders; what is ambiguous is refused with the choices. `column`: the source's own alone. `folder`: the name of
+    the folder that holds an image. `path`: all folders of its path. `path:N`: the Nth of them. `json:KEY`, `txt`: in
+    WebDataset samples, that key of the .json, or the text of the .txt. `none`."""
+    members: tuple[str, ...] = ()
+    """Extensions of the files that are packed, where samples hold several images, such as `jpg` for 0001.jpg beside
+    0001.seg.png; `all`: every image; unset: two images in a sample are refused."""
     image_column: str | None = None
     """Column of lists and tables that holds the image or its path; unset: found by its usual names."""
     label_column: str | None = None
@@ -125,6 +138,12 @@ class PackConfig(EncodeConfig):
             raise ValueError(f"--quality {self.quality} must be between 1 and 100 (90 keeps what training can see)")
         if not 0 <= self.max_rejected <= 1:
             raise ValueError(f"--max-rejected {self.max_rejected} must be a share between 0 and 1")
+        if _LABELS.fullmatch(self.labels) is None:
+            raise ValueError(
+                f"--labels {self.labels} must be auto, none, column, folder, path, path:N (from 1 on), json:KEY or txt"
+            )
+        if any(not extension.strip(".") for extension in self.members):
+            raise ValueError(f"--members {' '.join(self.members)}: give extensions, such as jpg, or all")
         if self.max_aspect is not None and self.max_aspect < 1:
             raise ValueError(f"--max-aspect {self.max_aspect} rejects every image: use 1 or more")
 
@@ -168,7 +187,8 @@ class PackConfig(EncodeConfig):
             columns=Columns(image=self.image_column, label=self.label_column),
             subset=self.subset,
             image_root=self.image_root,
-            labeled=self.labels != "none",
+            labels=self.labels,
+            members=tuple(extension.lower().strip(".") for extension in self.members),
         )
 
     def encoding(self) -> EncodeConfig:
@@ -183,4 +203,5 @@ class PackConfig(EncodeConfig):
             del values[name]
         values["sources"] = list(self.sources)
         values["split"] = list(self.split)
+        values["members"] = list(self.members)
         return values

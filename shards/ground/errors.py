@@ -3,7 +3,7 @@
 import pickle
 import traceback
 
-__all__ = ["InUseError", "PackError", "RefusedError", "Rejected", "portable"]
+__all__ = ["AmbiguousLabelsError", "InUseError", "PackError", "RefusedError", "Rejected", "portable"]
 
 
 class Rejected(Exception):  # noqa: N818 - an outcome of packing, not an error
@@ -22,6 +22,10 @@ class Rejected(Exception):  # noqa: N818 - an outcome of packing, not an error
 
 class PackError(ValueError):
     """Packing cannot continue; finished shards are kept, and the same command continues from there."""
+
+
+class AmbiguousLabelsError(ValueError):
+    """Which labels are wanted has to be chosen; the message names the choices."""
 
 
 class InUseError(PackError):

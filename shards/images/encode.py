@@ -14,10 +14,15 @@ from shards.ground.arrays import Pixels
 from shards.ground.errors import Rejected
 from shards.images.jpeg import JpegError, JpegHeader, is_jpeg, parse_jpeg
 from shards.images.libraries import decode_jpeg, encode_jpeg, shrink, sum_channels
+from shards.images.sniff import SNIFFED_BYTES, container
 from shards.images.transcode import transcode_jpeg, transcoder
 
-__all__ = ["PackedImage", "encode"]
+__all__ = ["ARCHIVE", "PackedImage", "encode"]
 
+ARCHIVE = "archive"
+"""Reason of an input that holds other files: never a matter of one in many, whatever share may be rejected."""
+
+_ARCHIVES = frozenset({"tar", "zip", "7-Zip", "RAR", "cpio", "Parquet"})
 _MAX_JPEG_SIDE = 65500
 # These hand their bytes to another program, or do not hold a still image.
 _REFUSED_FORMATS = frozenset({"EPS", "WMF", "MPEG", "PDF", "HDF5", "GRIB", "BUFR", "FITS", "FPX", "MIC"})
@@ -272,7 +277,9 @@ def _decode_with_pillow(data: bytes, config: EncodeConfig) -> tuple[Pixels, list
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise Rejected("too many pixels", _first_line(error)) from None
     except Image.UnidentifiedImageError:
-        raise Rejected("not an image", f"begins with {data[:8].hex(' ')}") from None
+        kind = container(data[:SNIFFED_BYTES])
+        what = f"begins with {data[:8].hex(' ')}{f', as {kind} does' if kind is not None else ''}"
+        raise Rejected(ARCHIVE if kind in _ARCHIVES else "not an image", what) from None
     except MemoryError:
         raise
     # Pillow's plugins raise whatever their parsing runs into: struct.error, IndexError, SyntaxError, zlib.error ...

@@ -9,14 +9,14 @@ from typing import Any
 from shards.config import WORK_FOLDER
 from shards.ground.errors import PackError
 from shards.ground.locks import locked
+from shards.packing.aside import read_counts
 from shards.packing.plan import PackPlan, ShardTask
 from shards.packing.write import record_name, shard_stem
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from shards.storage.file_kinds import ASIDE_NAME, REJECTED_NAME
 from shards.storage.target import WORK_NAME, Target, open_target, path_in
 
-__all__ = ["REJECTED_NAME", "entry_of", "finish", "plan_folder", "read_manifest", "write_manifests"]
-
-REJECTED_NAME = "rejected.jsonl"
+__all__ = ["entry_of", "finish", "plan_folder", "read_manifest", "write_manifests"]
 
 
 def finish(out: str, *, work_folder: str = WORK_FOLDER) -> dict[str, Manifest]:
@@ -97,10 +97,13 @@ def write_manifests(plan: PackPlan, target: Target) -> dict[str, Manifest]:
     manifests: dict[str, Manifest] = {}
     for number, split in enumerate(plan.splits):
         shards = tuple(entry for task, entry in entries.items() if entry is not None and task.split == number)
-        manifest = _manifest(plan, shards, num_duplicates=plan.num_duplicates(number))
+        left_aside = read_counts(plan.folder) if number == 0 else {}
+        manifest = _manifest(plan, shards, num_duplicates=plan.num_duplicates(number), left_aside=left_aside)
         assert manifest.num_inputs == split.num_positions + plan.num_duplicates(number)
         rejected = "".join(_rejected_lines(plan, number, target))
         target.put(path_in(split.name, REJECTED_NAME), rejected.encode())
+        if left_aside:
+            target.put(path_in(split.name, ASIDE_NAME), (plan.folder / ASIDE_NAME).read_bytes())
         target.put(path_in(split.name, MANIFEST_NAME), manifest.to_json().encode())
         manifests[split.name] = manifest
     return manifests
@@ -119,7 +122,9 @@ def _line(values: dict[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-def _manifest(plan: PackPlan, shards: tuple[ShardEntry, ...], *, num_duplicates: int) -> Manifest:
+def _manifest(
+    plan: PackPlan, shards: tuple[ShardEntry, ...], *, num_duplicates: int, left_aside: dict[str, int]
+) -> Manifest:
     outcomes: Counter[str] = Counter()
     rejections: Counter[str] = Counter()
     jpegs: Counter[str] = Counter()
@@ -142,6 +147,7 @@ def _manifest(plan: PackPlan, shards: tuple[ShardEntry, ...], *, num_duplicates:
         max_bytes=max((s.max_bytes for s in shards), default=0),
         outcomes=dict(sorted(outcomes.items())),
         rejections=dict(sorted(rejections.items())),
+        left_aside=left_aside,
         jpegs=dict(sorted(jpegs.items())),
         settings=plan.settings,
     )

@@ -1,6 +1,5 @@
 """Listing of the sources, from which the plan is made."""
 
-from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +13,13 @@ from shards.ground.errors import Rejected
 from shards.ground.files import appearing, remove
 from shards.ground.progress import ProgressBars
 from shards.images.encode import encode
+from shards.packing.aside import LeftAside
 from shards.packing.content import digest_contents, first_of_each, split_of
 from shards.packing.inputs import read_inputs
+from shards.packing.labels import InputLabels
 from shards.packing.plan import (
     LABEL_SETS_NAME,
     ROW,
-    ClassTable,
     Duplicates,
     Header,
     PackPlan,
@@ -28,7 +28,7 @@ from shards.packing.plan import (
     TableWriter,
     shuffled,
 )
-from shards.sources import Found, Input, LabelSet, Source, open_source
+from shards.sources import Aside, Found, Input, Source, open_source
 
 __all__ = ["make_plan"]
 
@@ -68,40 +68,36 @@ def _build_plan(config: PackConfig, sources: list[Source], folder: Path, progres
     replace(header, splits=[replace(split, shard_samples=shard_samples) for split in splits]).write(folder)
 
 
-def _own_or_folder(item: Input) -> str | int | LabelSet | None:
-    return item.folder if item.label is None else item.label
-
-
-_LABEL_OF: dict[str, Callable[[Input], str | int | LabelSet | None]] = {
-    "auto": _own_or_folder,
-    "folder": lambda item: item.folder,
-    "column": lambda item: item.label,
-}
-
-
 def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progress: ProgressBars) -> tuple[str, ...]:
-    """Write rows.bin and names.bin; returns the class names."""
-    classes = ClassTable()
-    labeled, pick = config.labels != "none", _LABEL_OF.get(config.labels, _own_or_folder)
+    """Write rows.bin, names.bin and left-aside.jsonl; returns the class names."""
+    labels, aside = InputLabels(config.labels, config.sources), LeftAside()
+    # Of each source, the number of the one that the user named.
+    named = list(range(len(sources)))
     with TableWriter(folder) as table, progress.stage("listing", unit=" inputs") as tick:
         # The list grows while it is walked: by the archives that folders hold.
         for number, source in enumerate(sources):
             for item in source.inputs(folder / f"spool-{number}"):
                 if isinstance(item, Input):
-                    label = classes.number(pick(item)) if labeled else -1
-                    table.add(number, label, item.name, item.offset, item.size)
+                    table.add(number, labels.number(named[number], item), item.name, item.offset, item.size)
                     tick(1)
+                elif isinstance(item, Aside):
+                    aside.add(source, item)
                 elif isinstance(item, Found):
                     progress.say(item.what)
-                    if labeled and config.labels != "folder":
-                        classes.declare(item.class_names)
+                    if config.labels in ("auto", "column"):
+                        labels.table.declare(item.class_names)
                 else:
                     sources.append(item)
+                    named.append(named[number])
+    aside.write(folder)
     if not table.num_rows:
-        raise ValueError(f"no files in {', '.join(config.sources)}: is this the right folder?")
-    class_names, final = classes.resolve(need_two=config.labels == "auto")
-    if classes.has_sets:
-        np.save(folder / LABEL_SETS_NAME, classes.label_sets())
+        left = f" ({aside.describe()})" if aside.counts else ""
+        raise ValueError(f"no images in {', '.join(config.sources)}{left}: is this the right folder?")
+    class_names, final = labels.resolve()
+    for line in labels.say(class_names):
+        progress.say(line)
+    if labels.table.has_sets:
+        np.save(folder / LABEL_SETS_NAME, labels.table.label_sets())
     if len(final):
         rows = np.memmap(folder / "rows.bin", dtype=ROW, mode="r+")
         provisional = rows["label"]

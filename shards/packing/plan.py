@@ -5,13 +5,14 @@
     .pack/plan/names.bin    the names that the rows point into
     .pack/plan/order.bin    the row at each planned position, split after split (<u8)
     .pack/plan/dropped.bin  inputs that have no position since an earlier one has the same content (DROPPED)
+    .pack/plan/left-aside.jsonl  what of the sources is not an input
     .pack/plan/label-sets.npy    where inputs have sets of classes: every different one; a row's label is its number
 
 Any process that has the plan can write any of its shards, in any order, with the same bytes.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,12 +23,11 @@ from numpy.typing import NDArray
 
 from shards.ground.arrays import LabelSets
 from shards.ground.errors import PackError
-from shards.sources import LabelSet, Source, reopen_source
+from shards.sources import Source, reopen_source
 
 __all__ = [
     "LABEL_SETS_NAME",
     "ROW",
-    "ClassTable",
     "Duplicates",
     "Header",
     "PackPlan",
@@ -261,74 +261,6 @@ class Duplicates:
     def write(self, folder: Path) -> None:
         """Write dropped.bin."""
         self.dropped.tofile(folder / "dropped.bin")
-
-
-class ClassTable:
-    """Numbers class names as they are met, and gives the final labels once all are known."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str | int | LabelSet, int] = {}
-        self._declared: dict[str, None] = {}
-
-    def number(self, label: str | int | LabelSet | None) -> int:
-        """Return the provisional number of a label; -1 for none."""
-        return -1 if label is None else self._numbers.setdefault(label, len(self._numbers))
-
-    def declare(self, names: Sequence[str]) -> None:
-        """Number classes that may have no input."""
-        self._declared |= dict.fromkeys(names)
-
-    @property
-    def has_sets(self) -> bool:
-        """Whether a label is a set of classes."""
-        return any(isinstance(label, LabelSet) for label in self._numbers)
-
-    def label_sets(self) -> LabelSets:
-        """Return each different set, (S, C)."""
-        column = {name: i for i, name in enumerate(self._sorted_names())}
-        found = np.zeros((len(self._numbers), len(column)), dtype=np.int8)
-        for row, label in zip(found, self._numbers, strict=True):
-            assert isinstance(label, LabelSet)
-            row[[column[name] for name in label.unsure]] = -1
-            row[[column[name] for name in label.present]] = 1
-        return found
-
-    def resolve(self, *, need_two: bool) -> tuple[tuple[str, ...], NDArray[np.int32]]:
-        """Return the class names, sorted, and the final label, or number of the set, of each provisional number.
-
-        Args:
-            need_two: a single class means no labels.
-        """
-        known = list(self._numbers)
-        sets = [label for label in known if isinstance(label, LabelSet)]
-        if not known or (need_two and not sets and len({**self._numbers, **self._declared}) < 2):
-            return (), np.full(len(known), -1, dtype=np.int32)
-        if sets and len(sets) < len(known):
-            raise PackError(
-                "some inputs have one label and some a set of labels: pack these sources apart, or use --labels none"
-            )
-        names = [label for label in known if isinstance(label, str)]
-        if sets or len(names) == len(known):
-            final = {name: i for i, name in enumerate(self._sorted_names())}
-            printable = tuple(
-                name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for name in final
-            )
-            return printable, np.array([final[name] for name in names] or range(len(sets)), dtype=np.int32)
-        if names or self._declared:
-            raise PackError(
-                f"some labels are names ({[*names, *self._declared][0]!r}) and some are bare numbers: pack these "
-                "sources apart, or use --labels none"
-            )
-        numbers = cast("list[int]", known)
-        return tuple(str(i) for i in range(max(numbers) + 1)), np.array(numbers, dtype=np.int32)
-
-    def _sorted_names(self) -> list[str]:
-        """Return the names of all classes, in the order of their labels."""
-        names = dict(self._declared)
-        for label in self._numbers:
-            of_label = (*label.present, *label.unsure) if isinstance(label, LabelSet) else (label,)
-            names |= dict.fromkeys(cast("tuple[str, ...]", of_label))
-        return sorted(names, key=lambda name: name.encode("utf-8", "surrogateescape"))
 
 
 def shuffled(num_rows: int, seed: int) -> NDArray[np.uint64]:

@@ -1,9 +1,13 @@
 """Summary that `pack` prints when it is done."""
 
 import sys
+from collections import Counter
 
 from shards.ground.units import counted, format_bytes
+from shards.images.encode import ARCHIVE
+from shards.packing.aside import describe_aside
 from shards.sets.manifest import Manifest
+from shards.storage.file_kinds import ASIDE_NAME, REJECTED_NAME
 
 __all__ = ["summarize"]
 
@@ -19,6 +23,9 @@ def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> 
         print(f", {'sets of ' if manifest.has_label_sets else ''}{classes}" if manifest.class_names else ", no labels")
         if manifest.outcomes:
             print("  " + ", ".join(f"{what} {count:,}" for what, count in manifest.outcomes.items()))
+    left_aside = sum((Counter(manifest.left_aside) for manifest in manifests.values()), Counter[str]())
+    if left_aside:
+        print(f"  {describe_aside(left_aside)}: see {ASIDE_NAME}")
     inputs = sum(manifest.num_inputs for manifest in manifests.values())
     rejected = sum(manifest.num_rejected for manifest in manifests.values())
     if not rejected:
@@ -28,7 +35,16 @@ def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> 
         for reason, count in manifest.rejections.items():
             reasons[reason] = reasons.get(reason, 0) + count
     tally = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
-    print(f"  rejected {rejected:,} of {inputs:,} ({tally}): see rejected.jsonl")
+    print(f"  rejected {rejected:,} of {inputs:,} ({tally}): see {REJECTED_NAME}")
+    archives = reasons.get(ARCHIVE, 0)
+    if archives:
+        print(
+            f"make-shards: {counted(archives, 'archive')} among the inputs could not be opened, so their images are "
+            f"missing: the shards are whole, but look for {ARCHIVE!r} in {REJECTED_NAME}: unpack them, or move them "
+            "away",
+            file=sys.stderr,
+        )
+        return 3
     # Duplicates were left out on purpose.
     rejected -= reasons.get("duplicate", 0)
     if rejected <= max_rejected * inputs:

@@ -81,6 +81,9 @@ class Manifest:
     """Packed samples by what was done to them."""
     rejections: dict[str, int] = field(default_factory=dict[str, int])
     """Rejected inputs by reason."""
+    left_aside: dict[str, int] = field(default_factory=dict[str, int])
+    """What of the sources is not an input, by kind; listed in left-aside.jsonl. Where the inputs were split into
+    several sets, the first of these has it."""
     jpegs: dict[str, int] = field(default_factory=dict[str, int])
     """Packed samples by kind, as far as known."""
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -161,6 +164,8 @@ class Manifest:
         del values["shards"]
         if not self.has_label_sets:
             del values["has_label_sets"]  # as earlier versions wrote it
+        if not self.left_aside:
+            del values["left_aside"]
         head = json.dumps(values, indent=1, ensure_ascii=False, sort_keys=False)
         lines = ",\n".join("  " + json.dumps(entry, ensure_ascii=False) for entry in entries)
         return f'{head[:-2]},\n "shards": [\n{lines}\n ]\n}}\n'
@@ -178,7 +183,7 @@ def describe_jpegs(manifest: Manifest) -> str:
 
 def _known(cls: type[ShardEntry | Manifest], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a class; what earlier versions did not write is empty."""
-    later = ("jpegs", "has_label_sets")
+    later = ("jpegs", "has_label_sets", "left_aside")
     found = {f.name: values[f.name] for f in fields(cls) if f.name not in later}
     return found | {f.name: values[f.name] for f in fields(cls) if f.name in later and f.name in values}
 

@@ -97,6 +97,7 @@ def _merge(manifests: list[Manifest]) -> Manifest:
         num_inputs=sum(manifest.num_inputs for manifest in manifests),
         num_samples=sum(manifest.num_samples for manifest in manifests),
         num_rejected=sum(manifest.num_rejected for manifest in manifests),
+        left_aside=dict(sum((Counter(manifest.left_aside) for manifest in manifests), Counter[str]())),
         max_width=max(manifest.max_width for manifest in manifests),
         max_height=max(manifest.max_height for manifest in manifests),
         max_bytes=max(manifest.max_bytes for manifest in manifests),

@@ -33,7 +33,7 @@ class ShardFolder:
         if is_url(self.where):
             names = (name for name, _ in open_folder(self._url).objects() if "/" not in name)
         else:
-            names = (path.name for path in Path(self.where).glob("*"))
+            names = (path.name for path in Path(self.where).glob("*.tar") if path.is_file())
         return sorted(name for name in names if name.endswith(".tar"))
 
     def manifest(self) -> Manifest:

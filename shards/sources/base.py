@@ -1,10 +1,11 @@
 """Sources of images as the packer sees them: the protocol, and what it lists."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-__all__ = ["Found", "Input", "LabelSet", "Source", "printable"]
+__all__ = ["Aside", "Found", "Input", "LabelSet", "Source", "folder_of", "printable"]
 
 
 class LabelSet(NamedTuple):
@@ -24,38 +25,52 @@ class Found(NamedTuple):
     """Every class, of which some may have no input here."""
 
 
+class Aside(NamedTuple):
+    """A file that is not an input: it describes images, or is litter, or was not chosen."""
+
+    kind: str
+    """For tallies: its extension, or what it is."""
+    name: bytes
+    """Finds it inside its source."""
+
+
 class Input(NamedTuple):
     """One listed input."""
 
     name: bytes
     """Finds it inside its source."""
     folder: str | None = None
-    """Name of the folder that holds it."""
+    """The folders that hold it, from the source on, with / between; None or empty: none."""
     label: str | int | LabelSet | None = None
     """Class that the source itself gives: a name, a bare number, or several."""
     offset: int = -1
     """First byte inside an archive, or what else the source needs to find it."""
     size: int = -1
     """Bytes there; -1: unknown until it is read."""
+    label_from: str = ""
+    """Where in the source `label` was found, such as `column label`."""
 
 
 class Source(Protocol):
     """Lists its inputs in an order that depends only on its content, and reads any one of them."""
 
-    is_remote: bool
-    """Reading waits for a network: many inputs should be read at a time."""
+    @property
+    def is_remote(self) -> bool:
+        """Whether reading waits for a network: many inputs should be read at a time."""
+        ...
 
     def spec(self) -> dict[str, Any]:
         """Return what `reopen_source` needs to open it again in another process, after `inputs` was exhausted."""
         ...
 
-    def inputs(self, spool: Path) -> Iterator["Input | Source | Found"]:
-        """List every input, sources found inside this one, and what it was recognized as.
+    def inputs(self, spool: Path) -> Iterator["Input | Source | Found | Aside"]:
+        """List every input, sources found inside this one, what it was recognized as, and what is left aside.
 
         Args:
             spool: a file that the source may write, for what cannot be read by ranges where it is.
 
         Raises:
+            ValueError: it must be said first what is wanted of it.
             PackError: the source as a whole cannot be read.
         """
         ...
@@ -72,6 +87,11 @@ class Source(Protocol):
     def describe(self, name: bytes) -> str:
         """Return where the input came from, for messages: one line of valid UTF-8."""
         ...
+
+
+def folder_of(name: bytes) -> str | None:
+    """Return the folders of a name, as `Input.folder`."""
+    return os.fsdecode(name.rpartition(b"/")[0]) or None
 
 
 def printable(name: bytes) -> str:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, cast
 from shards.config import SourceOptions
 from shards.ground.errors import PackError
 from shards.ground.units import counted
-from shards.sources.base import Found, Input, LabelSet, Source
+from shards.sources.base import Aside, Found, Input, LabelSet, Source, folder_of
 from shards.sources.lists import ListSource
 from shards.storage.stores import is_url, open_bytes
 
@@ -36,9 +36,9 @@ class CocoSource(ListSource):
             return None
         if options.subset is not None:
             raise ValueError(f"--subset {options.subset} means nothing for {path}: give the .json file of the subset")
-        return cls(path, images=options.image_root)
+        return cls(path, options)
 
-    def inputs(self, spool: Path) -> Iterator[Input | Source | Found]:
+    def inputs(self, spool: Path) -> Iterator[Input | Source | Found | Aside]:
         """List the images in the file's order."""
         del spool
         images, annotations, names = self._load()
@@ -56,8 +56,8 @@ class CocoSource(ListSource):
         for image in images:
             labels, path = sorted(of_image[image["id"]]), str(image["file_name"])
             label = LabelSet(tuple(labels)) if has_sets else next(iter(labels), None)
-            folder = path.rpartition("/")[0].rpartition("/")[2] or None
-            yield Input(path.encode("utf-8", "surrogateescape"), folder, label)
+            name = path.encode("utf-8", "surrogateescape")
+            yield Input(name, folder_of(name), label, label_from="annotations")
         what = f"each with a set of {len(names)} categories" if has_sets else f"of {len(names)} categories"
         yield Found(f"{self.path}: COCO's layout, {counted(len(images), 'image')}, {what}", tuple(names.values()))
 

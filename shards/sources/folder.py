@@ -7,11 +7,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from shards.config import Columns
+from shards.config import SourceOptions
 from shards.ground.errors import PackError, Rejected
-from shards.sources.base import Input, Source, printable
+from shards.sources.base import Aside, Input, Source, printable
 from shards.sources.registry import nested_source
-from shards.storage.file_kinds import ARCHIVES
+from shards.sources.samples import SeveralImages, sifted
+from shards.storage.file_kinds import (
+    ASIDE_NAME,
+    LABEL_SETS_SUFFIX,
+    MANIFEST_NAME,
+    REJECTED_NAME,
+    SHARD_SUFFIXES,
+    litter,
+    may_be_archive,
+)
 from shards.storage.stores import absolute
 
 __all__ = ["FolderSource", "read_file"]
@@ -19,9 +28,6 @@ __all__ = ["FolderSource", "read_file"]
 # Errors of the disk or the network, not of one file.
 _SOURCE_IS_GONE = frozenset({errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV})
 _MAX_FILE_BYTES = 1 << 30
-# gzip, bzip2, xz, zip (and an empty one), Parquet, Arrow files, Arrow streams.
-_ARCHIVE_STARTS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\3\4", b"PK\5\6", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
-_ARCHIVE_SUFFIXES = tuple(suffix.encode() for suffix in ARCHIVES)
 
 
 class FolderSource:
@@ -29,15 +35,15 @@ class FolderSource:
 
     Args:
         path: the folder, as the user wrote it.
-        columns: for tables among the files.
+        options: what is wanted.
         root: the same from the root; found from `path` if empty.
     """
 
     is_remote = False
 
-    def __init__(self, path: str, columns: Columns | None = None, root: str = "") -> None:
+    def __init__(self, path: str, options: SourceOptions | None = None, root: str = "") -> None:
         self.path = path
-        self._columns = columns or Columns()
+        self._options = options or SourceOptions()
         self._root = os.fsencode(root or absolute(path))
         self._real_root: bytes | None = None
 
@@ -45,50 +51,66 @@ class FolderSource:
         """Return what `reopen_source` needs."""
         return {"kind": "folder", "path": self.path, "root": os.fsdecode(self._root)}
 
-    def inputs(self, spool: Path) -> Iterator[Input | Source]:
+    def inputs(self, spool: Path) -> Iterator[Input | Source | Aside]:
         """List everything that is not a folder, sorted by name within each folder, subfolders after files.
 
         Archives and tables among the files are sources of their own.
         """
         del spool
         nested: list[Source] = []
-        folders = [b""]
+        folders, several = [b""], SeveralImages()
         while folders:
             folder = folders.pop()
-            files: list[bytes] = []
-            subfolders: list[bytes] = []
-            try:
-                with os.scandir(self._path(folder)) as entries:
-                    for entry in entries:
-                        (subfolders if entry.is_dir(follow_symlinks=False) else files).append(entry.name)
-            except OSError as error:
-                raise PackError(
-                    f"cannot list {printable(self._path(folder))} ({error.strerror}): "
-                    "its images would be lost silently; make it readable, or move it away"
-                ) from error
-            files.sort()
-            label = os.fsdecode(folder.rpartition(b"/")[2]) or None
-            prefix = folder + b"/" if folder else b""
-            for name in files:
-                source = self._nested(prefix + name) if name.lower().endswith(_ARCHIVE_SUFFIXES) else None
-                if source is None:
-                    yield Input(prefix + name, label)
-                else:
+            files, subfolders = self._scanned(folder)
+            label = os.fsdecode(folder) or None
+            of_set = _files_of_set(files)
+            for item in sifted(files, self._options.members, several):
+                source = self._nested(item) if isinstance(item, bytes) else None
+                if source is not None:
                     nested.append(source)
-            subfolders.sort(reverse=True)
-            folders += [prefix + name for name in subfolders]
+                elif isinstance(item, Aside):
+                    yield item
+                else:
+                    yield Aside("of a set of shards", item) if item in of_set else Input(item, label)
+            for name in reversed(subfolders):
+                kind = litter(name + b"/")
+                if kind is None:
+                    folders.append(name)
+                else:
+                    yield Aside(kind, name)
+        several.refuse(self.path)
         yield from nested
+
+    def _scanned(self, folder: bytes) -> tuple[list[bytes], list[bytes]]:
+        """Return the files and the folders right in a folder, each sorted, from the source on."""
+        files: list[bytes] = []
+        subfolders: list[bytes] = []
+        prefix = folder + b"/" if folder else b""
+        try:
+            with os.scandir(self._path(folder)) as entries:
+                for entry in entries:
+                    (subfolders if entry.is_dir(follow_symlinks=False) else files).append(prefix + entry.name)
+        except OSError as error:
+            raise PackError(
+                f"cannot list {printable(self._path(folder))} ({error.strerror}): "
+                "its images would be lost silently; make it readable, or move it away"
+            ) from error
+        return sorted(files), sorted(subfolders)
 
     def _path(self, name: bytes) -> bytes:
         return self._root + b"/" + name if name else self._root
 
     def _nested(self, name: bytes) -> Source | None:
-        # A link may lead out of the folder; like any link, it is looked at when it is read. What only bears the name
-        # of an archive is an input like any other.
-        path = self._path(name)
-        if not stat.S_ISREG(os.lstat(path).st_mode) or not _is_archive(path):
+        # A link may lead out of the folder; like any link, it is looked at when it is read.
+        if not may_be_archive(name) or not stat.S_ISREG(os.lstat(self._path(name)).st_mode):
             return None
-        return nested_source(f"{self.path.rstrip('/')}/{os.fsdecode(name)}", self._columns)
+        try:
+            return nested_source(f"{self.path.rstrip('/')}/{os.fsdecode(name)}", self._options)
+        except OSError as error:
+            raise PackError(
+                f"cannot read {printable(self._path(name))} ({error.strerror}): its images would be lost silently; "
+                "make it readable, or move it away"
+            ) from error
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:
         """Return the bytes of a file; `offset` and `size` are not used."""
@@ -117,10 +139,19 @@ class FolderSource:
         return printable(os.fsencode(self.path).rstrip(b"/") + b"/" + name)
 
 
-def _is_archive(path: bytes) -> bool:
-    with Path(os.fsdecode(path)).open("rb") as file:
-        head = file.read(512)
-    return head.startswith(_ARCHIVE_STARTS) or head[257:262] == b"ustar"
+def _files_of_set(files: list[bytes]) -> set[bytes]:
+    """Return the files of a set of shards that lie beside its tars in a folder."""
+    if not any(name.rpartition(b"/")[2] == MANIFEST_NAME.encode() for name in files):
+        return set()
+    bases = {name.rpartition(b"/")[2]: name for name in files}
+    if not any(base.endswith(b".tar") for base in bases):
+        return set()
+    suffixes = (*SHARD_SUFFIXES[1:], LABEL_SETS_SUFFIX)
+    beside = (
+        base.removesuffix(b".tar") + suffix.encode() for base in bases if base.endswith(b".tar") for suffix in suffixes
+    )
+    own = (name.encode() for name in (MANIFEST_NAME, REJECTED_NAME, ASIDE_NAME))
+    return {bases[base] for base in (*beside, *own) if base in bases}
 
 
 def read_file(path: bytes, *, follow: Callable[[bytes], bytes] = os.path.realpath) -> bytes:

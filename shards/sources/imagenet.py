@@ -20,10 +20,11 @@ from shards.config import SourceOptions
 from shards.ground.errors import PackError
 from shards.sources.base import Found, Input, Source, printable
 from shards.sources.parts import chosen_part
-from shards.sources.tarfiles import TarSource, members
+from shards.sources.tarfiles import TarSource
 from shards.storage.small_files import small_files
 from shards.storage.stores import ByteFile, is_url, open_bytes
 from shards.storage.tar import BLOCK, EndOfTar, TarError, parse_header
+from shards.storage.tar_reading import members, tar_reader
 
 __all__ = ["ImageNetSource"]
 
@@ -95,15 +96,15 @@ class ImageNetSource(TarSource):
 
     def _train(self) -> Iterator[Input | Found]:
         file, classes, num_images = self._file(), set[str](), 0
-        for entry in members(file, self.is_remote):
+        for entry in members(tar_reader(file, self.is_remote)):
             name = _CLASS_TAR.fullmatch(entry.name.rpartition(b"/")[2])
             if name is None:
-                yield Input(entry.name, None, None, entry.offset, entry.size if entry.is_file else -1)
+                yield Input(entry.name, None, None, entry.offset, entry.size)
                 continue
             label = name[1].decode()
             classes.add(label)
-            for image in members(_Window(file, entry.offset, entry.size), self.is_remote):
-                offset, size = entry.offset + image.offset, image.size if image.is_file else -1
+            for image in members(tar_reader(_Window(file, entry.offset, entry.size), self.is_remote)):
+                offset, size = entry.offset + image.offset if image.is_file else -1, image.size
                 yield Input(entry.name + b"/" + image.name, label, label, offset, size)
                 num_images += 1
         yield Found(f"{self.path}: ImageNet's training images, {num_images:,} of {len(classes):,} WordNet ids")
@@ -111,7 +112,7 @@ class ImageNetSource(TarSource):
     def _flat(self) -> Iterator[Input | Found]:
         truth = None if self._devkit is None else _ground_truth(self._devkit)
         num_images = 0
-        for entry in members(self._file(), self.is_remote):
+        for entry in members(tar_reader(self._file(), self.is_remote)):
             number = _VAL_IMAGE.fullmatch(entry.name.rpartition(b"/")[2])
             label = None
             if truth is not None and number is not None:
@@ -122,7 +123,7 @@ class ImageNetSource(TarSource):
                     )
                 label = truth[int(number[1]) - 1]
             num_images += number is not None or truth is None
-            yield Input(entry.name, None, label, entry.offset, entry.size if entry.is_file else -1)
+            yield Input(entry.name, None, label, entry.offset, entry.size)
         if truth is not None and num_images != len(truth):
             raise PackError(
                 f"{self.path} holds {num_images:,} images, but {self._devkit} names the classes of {len(truth):,}: "

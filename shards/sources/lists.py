@@ -6,16 +6,18 @@ import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, ClassVar, cast
 from urllib.parse import unquote
 
-from shards.config import Columns
+from shards.config import SourceOptions
 from shards.ground.errors import PackError, RefusedError, Rejected
-from shards.sources.base import Found, Input, Source, printable
+from shards.sources.base import Aside, Found, Input, Source, folder_of, printable
 from shards.sources.folder import read_file
+from shards.sources.values import as_label
 from shards.storage.stores import SeekableFile, absolute, is_url, open_bytes, open_folder, split_url
 
 __all__ = ["ListSource"]
@@ -29,10 +31,10 @@ class ListSource:
 
     Args:
         path: path or URL of the list.
-        columns: which columns hold path and label.
+        options: what is wanted.
         root: absolute path, for other processes.
         is_remote: some of the images are not on this machine.
-        images: folder or address that relative paths begin at; None: where the list is.
+        images: folder or address that relative paths begin at; None: that of the options, or where the list is.
     """
 
     kind: ClassVar[str] = "list"
@@ -40,16 +42,20 @@ class ListSource:
     def __init__(
         self,
         path: str,
-        columns: Columns | None = None,
+        options: SourceOptions | None = None,
         root: str = "",
         is_remote: bool | None = None,
         images: str | None = None,
     ) -> None:
         self.path = path
-        self._columns = columns or Columns()
+        options = options or SourceOptions()
+        self._columns = options.columns
+        self._labeled = options.labeled
         self._root = root or absolute(path)
+        images = images or options.image_root
         self._base = split_url(self._root)[0] if images is None else absolute(images).rstrip("/")
         self.is_remote = is_url(self._base) if is_remote is None else is_remote
+        self._label_from = ""
 
     def spec(self) -> dict[str, Any]:
         """Return what `reopen_source` needs."""
@@ -61,7 +67,7 @@ class ListSource:
             "images": self._base,
         }
 
-    def inputs(self, spool: Path) -> Iterator[Input | Source | Found]:
+    def inputs(self, spool: Path) -> Iterator[Input | Source | Found | Aside]:
         """List what the list names, in its order."""
         del spool
         try:
@@ -69,55 +75,72 @@ class ListSource:
             if self._root.lower().endswith(".gz"):
                 raw = cast("IO[bytes]", gzip.GzipFile(fileobj=raw))
             with raw:
-                for path, label in self._entries(raw):
+                for number, path, value in self._entries(raw):
                     self.is_remote = self.is_remote or is_url(path)
-                    folder = path.rpartition("/")[0].rpartition("/")[2] or None
-                    yield Input(path.encode("utf-8", "surrogateescape"), folder, label)
-        except (OSError, EOFError, csv.Error, UnicodeDecodeError) as error:
+                    try:
+                        label = as_label(value) if self._labeled else None
+                    except ValueError as error:
+                        raise ValueError(
+                            f"{self.path}, line {number}: {error}; name the column of labels with --label-column, or "
+                            "use --labels none"
+                        ) from None
+                    name = path.encode("utf-8", "surrogateescape")
+                    yield Input(name, folder_of(name), label, label_from=self._label_from)
+        except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
             raise PackError(f"cannot read {self.path} to its end: {error}") from error
 
-    def _entries(self, raw: IO[bytes]) -> Iterator[tuple[str, str | int | None]]:
+    def _entries(self, raw: IO[bytes]) -> Iterator[tuple[int, str, Any]]:
+        """Return number of the line, path and label of each entry."""
         kind = self.path.lower().removesuffix(".gz").rpartition(".")[2]
-        text = io.TextIOWrapper(cast("Any", raw), encoding="utf-8", errors="surrogateescape", newline="")
+        # Spreadsheets write a mark of the encoding in front.
+        text = io.TextIOWrapper(cast("Any", raw), encoding="utf-8-sig", errors="surrogateescape", newline="")
         if kind == "jsonl":
             return self._json_entries(text)
         if kind == "txt":
+            self._label_from = "text behind a tab"
             return _text_entries(text)
         return self._csv_entries(csv.reader(text, delimiter="\t" if kind == "tsv" else ","))
 
-    def _json_entries(self, text: Iterator[str]) -> Iterator[tuple[str, str | int | None]]:
+    def _json_entries(self, text: Iterator[str]) -> Iterator[tuple[int, str, Any]]:
         for number, line in enumerate(text, 1):
             if not line.strip():
                 continue
             try:
                 values: Any = json.loads(line)
-                names = list(cast("dict[str, Any]", values))
-            except (ValueError, TypeError):
+                names = list(cast("dict[str, Any]", values).keys())
+            except (ValueError, AttributeError):
                 raise PackError(f"{self.path}, line {number}: not a JSON object") from None
             path, label = self._find(names)
             if path is None:
                 raise PackError(f"{self.path}, line {number}: has no {_wanted(self._columns.image, _PATHS)}")
-            value = values.get(label) if label is not None else None
-            yield str(values[path]), value if isinstance(value, str | int) else None
+            if not isinstance(values[path], str | int) or values[path] == "":
+                raise PackError(f"{self.path}, line {number}: {path} is {str(values[path])[:60]!r}, not a path")
+            yield number, str(values[path]), values.get(label) if label is not None else None
 
-    def _csv_entries(self, rows: Iterator[list[str]]) -> Iterator[tuple[str, str | int | None]]:
+    def _csv_entries(self, rows: Any) -> Iterator[tuple[int, str, Any]]:
         first: list[str] = next(rows, list[str]())
         path, label = self._find(first)
+        at, label_at = 0, None
         if path is not None:
             at, label_at = first.index(path), None if label is None else first.index(label)
         elif self._columns.image is not None:
             raise PackError(f"{self.path} has no column {self._columns.image!r}: it has {', '.join(first)}")
         elif self._is_inventory(first):
             for bucket, key, *_ in chain([first], rows):
-                yield f"s3://{bucket}/{unquote(key)}", None
+                yield rows.line_num, f"s3://{bucket}/{unquote(key)}", None
             return
-        else:
-            at, label_at = 0, 1 if len(first) > 1 else None
-            if first:
-                yield first[0], None if label_at is None else _number_or_name(first[1])
-        for row in rows:
-            if row:
-                yield row[at], None if label_at is None or label_at >= len(row) else _number_or_name(row[label_at])
+        elif first:
+            label_at, self._label_from = (1, "second column") if len(first) > 1 else (None, "")
+        for row in rows if path is not None else chain([first], rows):
+            if not any(row):
+                continue
+            if at >= len(row) or not row[at]:
+                raise PackError(
+                    f"{self.path}, line {rows.line_num}: {', '.join(row)[:80]!r} has no path in column {at + 1}: "
+                    "repair the list, or remove the line"
+                )
+            value = None if label_at is None or label_at >= len(row) else _number_or_name(row[label_at])
+            yield rows.line_num, row[at], value
 
     def _is_inventory(self, first: list[str]) -> bool:
         """Return whether a list without a header line is S3's: bucket, key (quoted as in URLs), and more."""
@@ -129,6 +152,7 @@ class ListSource:
         """Return the columns of path and label among some names."""
         path = next((n for n in ([self._columns.image] if self._columns.image else _PATHS) if n in names), None)
         label = next((n for n in ([self._columns.label] if self._columns.label else _LABELS) if n in names), None)
+        self._label_from = f"column {label}"
         return path, label
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:
@@ -163,8 +187,8 @@ def _number_or_name(text: str) -> str | int | None:
     return int(text) if text.isdecimal() else text or None
 
 
-def _text_entries(text: Iterator[str]) -> Iterator[tuple[str, str | int | None]]:
-    for line in text:
+def _text_entries(text: Iterator[str]) -> Iterator[tuple[int, str, str | int | None]]:
+    for number, line in enumerate(text, 1):
         path, tab, label = line.rstrip("\r\n").partition("\t")
         if path:
-            yield path, _number_or_name(label) if tab else None
+            yield number, path, _number_or_name(label) if tab else None

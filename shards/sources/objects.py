@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shards.config import Columns
+from shards.config import SourceOptions
 from shards.ground.errors import Rejected
-from shards.sources.base import Input, Source, printable
+from shards.sources.base import Aside, Input, Source, folder_of, printable
 from shards.sources.registry import nested_source
+from shards.sources.samples import SeveralImages, sifted
 from shards.storage.stores import Folder, open_folder
 
 __all__ = ["ObjectsSource"]
@@ -19,14 +20,14 @@ class ObjectsSource:
 
     Args:
         path: the URL.
-        columns: for tables among the objects.
+        options: what is wanted.
     """
 
     is_remote = True
 
-    def __init__(self, path: str, columns: Columns | None = None) -> None:
+    def __init__(self, path: str, options: SourceOptions | None = None) -> None:
         self.path = path
-        self._columns = columns or Columns()
+        self._options = options or SourceOptions()
 
     def spec(self) -> dict[str, Any]:
         """Return what `reopen_source` needs."""
@@ -35,16 +36,20 @@ class ObjectsSource:
     def _folder(self) -> Folder:
         return open_folder(self.path.rstrip("/"))
 
-    def inputs(self, spool: Path) -> Iterator[Input | Source]:
+    def inputs(self, spool: Path) -> Iterator[Input | Source | Aside]:
         """List all objects, sorted by name; archives and tables among them are sources of their own."""
         del spool
         nested: list[Source] = []
-        for name, size in sorted(self._folder().objects()):
-            source = nested_source(f"{self.path.rstrip('/')}/{name}", self._columns)
+        sizes, several = dict(sorted(self._folder().objects())), SeveralImages()
+        for item in sifted(map(os.fsencode, sizes), self._options.members, several):
+            name = os.fsdecode(item.name if isinstance(item, Aside) else item)
+            is_input = isinstance(item, bytes)
+            source = nested_source(f"{self.path.rstrip('/')}/{name}", self._options) if is_input else None
             if source is not None:
                 nested.append(source)
             else:
-                yield Input(os.fsencode(name), name.rpartition("/")[0].rpartition("/")[2] or None, None, -1, size)
+                yield Input(item, folder_of(item), None, -1, sizes[name]) if isinstance(item, bytes) else item
+        several.refuse(self.path)
         yield from nested
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:

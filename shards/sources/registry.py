@@ -6,10 +6,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from shards.config import Columns, SourceOptions
+from shards.config import SourceOptions
+from shards.ground.errors import PackError
+from shards.images.sniff import SNIFFED_BYTES, container, is_image
 from shards.sources.base import Source
-from shards.storage.file_kinds import ARCHIVES, LISTS, kind_of_archive
-from shards.storage.stores import check_url, is_url
+from shards.storage.file_kinds import ARCHIVES, COMPRESSED, LISTS, OTHER_ARCHIVES, kind_of_archive
+from shards.storage.stores import check_url, is_url, open_bytes
+from shards.storage.unpacking import COMPRESSIONS, UnpackError, unpacked_head
 
 __all__ = ["SOURCES", "nested_source", "open_source", "reopen_source"]
 
@@ -27,6 +30,10 @@ SOURCES: dict[str, str] = {
 }
 """Where the class of each kind of source is; it is imported when it is needed."""
 
+_BY_CONTENT = frozenset({"tar", "zip", "table"})
+_CONTAINERS = {"tar": "tar", **dict.fromkeys(COMPRESSIONS, "tar"), "zip": "zip", "Parquet": "table", "Arrow": "table"}
+"""The kind of source that reads each container of shards.images.sniff."""
+
 LAYOUTS = ("imagenet", "cifar", "voc", "coco")
 """Kinds that recognize the layout of a usual data set in a path: `recognize(path, options)` gives a source, or None."""
 
@@ -36,12 +43,61 @@ def _class_of(name: str) -> Callable[..., Source]:
     return getattr(import_module(module), attribute)
 
 
-def nested_source(path: str, columns: Columns) -> Source | None:
-    """Return the source that a file inside a folder is, by its name: an archive or a table; None for other files."""
-    kind = kind_of_archive(path)
-    if kind is None:
+def nested_source(path: str, options: SourceOptions) -> Source | None:
+    """Return the source that a file among others is: an archive or a table. None for other files.
+
+    Its name says that it may be one, its content which; an image may be called anything.
+
+    Raises:
+        PackError: it is called one and is not, or one that cannot be read: its images would be lost.
+    """
+    lower, kind = path.lower(), kind_of_archive(path)
+    if kind is None and not lower.endswith((*OTHER_ARCHIVES, *COMPRESSED)):
         return None
-    return _class_of(kind)(path, **({"columns": columns} if kind == "table" else {}))
+    if kind is not None and kind not in _BY_CONTENT:
+        return _class_of(kind)(path, options)
+    found = _archive_by_content(path, options)
+    may_be_else = kind is None and not lower.endswith(OTHER_ARCHIVES)
+    if found is None and not may_be_else and not is_image(_head(path)):
+        head = _head(path)[:8]
+        begins = f"begins with {head.hex(' ')}" if head else "is empty"
+        raise PackError(
+            f"{path} is called an archive, but {begins}, which is none that is read: its images would be lost "
+            "silently. Get it again, unpack it, or move it away"
+        )
+    return found
+
+
+def _archive_by_content(path: str, options: SourceOptions) -> Source | None:
+    """Return the archive or table that a file is by its content; None for other files.
+
+    Raises:
+        PackError: it is an archive that is not read.
+    """
+    head = _head(path)
+    found = "tar" if head == bytes(SNIFFED_BYTES) and kind_of_archive(path) == "tar" else container(head)
+    kind = _CONTAINERS.get(found or "")
+    if found in COMPRESSIONS and not _unpacks_to_tar(path, found):
+        return None
+    if kind is None and path.lower().endswith(OTHER_ARCHIVES) and found is not None:
+        raise PackError(
+            f"{path} is {found}, which is not read: its images would be lost silently. Unpack it, write it again as "
+            ".tar, .tar.zst, .zip or .parquet, or move it away"
+        )
+    return None if kind is None else _class_of(kind)(path, options)
+
+
+def _unpacks_to_tar(path: str, compression: str) -> bool:
+    """Whether what is compressed in a file is a tar; what is cut or damaged cannot yet be told from one."""
+    try:
+        head = unpacked_head(open_bytes(path), compression, SNIFFED_BYTES)
+    except UnpackError:
+        return True
+    return container(head) == "tar" or not head.strip(b"\0")
+
+
+def _head(path: str) -> bytes:
+    return open_bytes(path).read(0, SNIFFED_BYTES)
 
 
 def open_source(path: str, options: SourceOptions) -> Source:
@@ -69,20 +125,25 @@ def open_source(path: str, options: SourceOptions) -> Source:
 
 
 def _open_any(path: str, options: SourceOptions) -> Source:
-    remote, columns = is_url(path), options.columns
+    remote = is_url(path)
     if remote:
         check_url(path)
     elif os.path.isdir(path):  # noqa: PTH112 - the text that the user gave is kept as it is
-        return _class_of("folder")(path, columns=columns)
+        return _class_of("folder")(path, options)
     elif not os.path.exists(path):  # noqa: PTH110 - the same
         raise ValueError(f"{path} does not exist: give a folder, an archive, a table, a list, or the URL of one")
-    nested = nested_source(path, columns)
+    kind = kind_of_archive(path)
+    # What is not on this machine is first looked at when it is listed.
+    nested = nested_source(path, options) if not remote else None if kind is None else _class_of(kind)(path, options)
     if nested is not None:
         return nested
     if path.lower().endswith(LISTS):
-        return _class_of("list")(path, columns=columns, images=options.image_root)
+        return _class_of("list")(path, options)
     if remote and not path.startswith("http"):
-        return _class_of("objects")(path, columns=columns)
+        return _class_of("objects")(path, options)
+    found = None if remote else _archive_by_content(path, options)
+    if found is not None:
+        return found
     raise ValueError(
         f"{path} is not a source: give a folder, or a file that ends in {' '.join(ARCHIVES)} {' '.join(LISTS[:4])}"
     )

@@ -1,91 +1,144 @@
 """Tar archives, plain or compressed: of folders of images, or WebDataset shards."""
 
-import bz2
-import gzip
-import io
-import lzma
 import os
-import shutil
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any
 
 import numpy as np
 
+from shards.config import SourceOptions
 from shards.ground.arrays import LabelSets
 from shards.ground.errors import PackError, Rejected
+from shards.images.sniff import SNIFFED_BYTES, container, is_image
 from shards.sets.local import LocalShardSet
 from shards.sets.manifest import MANIFEST_NAME, Manifest
-from shards.sources.base import Found, Input, LabelSet, Source, printable
-from shards.storage.file_kinds import IMAGE_SUFFIXES
+from shards.sources.base import Aside, Found, Input, LabelSet, Source, folder_of, printable
+from shards.sources.companions import Companions, Seen
+from shards.sources.samples import ALL_MEMBERS, Named, SeveralImages, extension, is_chosen, split_name
+from shards.storage.file_kinds import IMAGE_SUFFIXES, litter
 from shards.storage.stores import ByteFile, SeekableFile, absolute, is_url, open_bytes
-from shards.storage.tar import BLOCK, EndOfTar, TarError, parse_header
+from shards.storage.tar import TarError
+from shards.storage.tar_reading import TarEntry, members, read_member, tar_reader
+from shards.storage.unpacking import COMPRESSIONS, UnpackError, unpack
 
-__all__ = ["TarSource", "members"]
+__all__ = ["TarSource"]
 
-_OPENERS = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_MAX_EXTENSION_BYTES = 1 << 20
-_MAX_LABEL_BYTES = 1 << 10
-_REGULAR = (b"0", b"\0", b"7")
-
-
-class _TarEntry(NamedTuple):
-    name: bytes
-    offset: int
-    size: int
-    is_file: bool
+_HEAD_BYTES = 64
+_MAX_FILE_BYTES = 1 << 30
+_MOST_IN_RUN = 4096
 
 
 class TarSource:
-    """Members of one tar.
+    """Members of one or several tars in one file.
 
-    Members next to each other whose names agree up to the first dot of the last part are one sample, as in WebDataset:
-    those with an image's extension are inputs, `.cls` is their label, the rest is left aside. A member that stands
-    alone is an input whatever its extension.
+    Members next to each other that have a name's first part in common are looked at together. Those of one key
+    (shards.sources.samples) are a sample: images are inputs, whatever they are called, `.cls` or what else was chosen
+    is their label, the rest is left aside. A member that stands alone is an input.
 
     Args:
         path: path or URL.
+        options: what is wanted.
         spool: the unpacked tar, if `path` is compressed.
         root: absolute path, for other processes.
     """
 
-    def __init__(self, path: str, spool: Path | None = None, root: str = "") -> None:
+    def __init__(
+        self, path: str, options: SourceOptions | None = None, spool: Path | None = None, root: str = ""
+    ) -> None:
         self.path = path
+        self._options = options or SourceOptions()
         self._root = root or absolute(path)
         self._spool = spool
-        self._opener = next((opener for suffix, opener in _OPENERS.items() if path.lower().endswith(suffix)), None)
-        self.is_remote = is_url(path) and self._opener is None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether members are read over a network."""
+        return is_url(self._root) and self._spool is None
+
+    @property
+    def is_unpacked(self) -> bool:
+        """Whether what is read is a local copy, since the archive is compressed."""
+        return self._spool is not None
 
     def spec(self) -> dict[str, Any]:
         """Return what `reopen_source` needs."""
         spool = {} if self._spool is None else {"spool": self._spool.name}
         return {"kind": "tar", "path": self.path, "root": self._root, **spool}
 
-    def inputs(self, spool: Path) -> Iterator[Input | Source | Found]:
+    def inputs(self, spool: Path) -> Iterator[Input | Source | Found | Aside]:
         """List the members that are images or stand alone, in the archive's order."""
         manifest = self._manifest()
         names = () if manifest is None else manifest.class_names
         try:
-            if self._opener is not None:
-                self._unpack(spool)
-                self._spool = spool
-            file = self._file()
+            self._unpack(spool)
             sets = None if manifest is None or not manifest.has_label_sets else self._label_sets(manifest)
-            for number, group in enumerate(_samples(members(file, self.is_remote))):
-                own = None if sets is None else _set_of(sets[number], names)
-                yield from _inputs_of(group, file, names, own)
-        except (OSError, EOFError, lzma.LZMAError, zlib.error, TarError) as error:
+            companions, several = Companions(self.path, self._options, names), SeveralImages()
+            number = 0
+            for run in _runs(self._listed(companions)):
+                for item in self._sort_out(run, companions, several):
+                    if isinstance(item, Input) and sets is not None:
+                        item, number = item._replace(label=_set_of(sets[number], names)), number + 1
+                    yield item
+            companions.refuse_without()
+            several.refuse(self.path)
+        except (OSError, UnpackError, TarError) as error:
             raise PackError(
                 f"{self.path} cannot be read to its end ({error}): its images would be lost silently; "
                 "get the whole archive, or leave it out"
             ) from error
 
+    def _listed(self, companions: Companions) -> Iterator[Seen]:
+        """Return each member with what its first bytes say; small ones that may hold labels are read."""
+        reader = tar_reader(self._file(), self.is_remote)
+        for entry in members(reader):
+            wanted = companions.num_wanted(entry)
+            if entry.is_file:
+                # Right behind its header: over a network, that is already here.
+                count = min(entry.size, max(wanted, _HEAD_BYTES))
+                data = reader.read_at(entry.offset, count) if count >= 0 else _with_holes(reader, entry)
+                yield Seen(entry, is_image(data[:_HEAD_BYTES]), data if wanted else b"")
+            else:
+                yield Seen(entry, False, b"")
+
+    def _sort_out(self, run: list[Seen], companions: Companions, several: SeveralImages) -> Iterator[Input | Aside]:
+        """Return each member of a run as an input or as left aside."""
+        samples: dict[bytes, list[Seen]] = {}
+        for seen in run:
+            samples.setdefault(split_name(seen.entry.name).key or seen.entry.name, []).append(seen)
+        with_images = [key for key, own in samples.items() if any(seen.is_image for seen in own)]
+        for key, own in samples.items():
+            inputs = self._images_of(own, belongs=any(_is_part(each, key) for each in with_images))
+            if len(inputs) > 1 and not self._options.members:
+                several.note([seen.entry.name for seen in inputs if seen.is_image])
+            label, label_from = companions.label(key, samples) if inputs and len(run) > 1 else (None, "")
+            for seen in own:
+                entry, kind = seen.entry, None if seen.is_image else litter(seen.entry.name)
+                if kind is not None or seen not in inputs:
+                    yield Aside(kind or extension(entry.name), entry.name)
+                else:
+                    yield Input(entry.name, folder_of(entry.name), label, entry.offset, entry.size, label_from)
+
+    def _images_of(self, own: list[Seen], *, belongs: bool) -> list[Seen]:
+        """Return the members of a sample that are inputs.
+
+        Args:
+            own: its members.
+            belongs: some of them, or of the samples whose key begins with theirs, are images.
+        """
+        chosen = self._options.members
+        if chosen and ALL_MEMBERS not in chosen:
+            return [seen for seen in own if is_chosen(seen.entry.name, chosen)]
+        images = [seen for seen in own if seen.is_image or _is_called_image(seen.entry.name)]
+        return images if images or belongs else own
+
     def _unpack(self, spool: Path) -> None:
-        assert self._opener is not None
-        raw: IO[bytes] = io.BufferedReader(SeekableFile(open_bytes(self._root)))
-        with self._opener(raw, "rb") as unpacked, spool.open("wb") as target:
-            shutil.copyfileobj(cast("IO[bytes]", unpacked), target, 1 << 20)
+        raw = open_bytes(self._root)
+        kind = container(raw.read(0, SNIFFED_BYTES))
+        if kind in COMPRESSIONS:
+            with spool.open("wb") as target:
+                unpack(raw, kind, target)
+            self._spool = spool
 
     def _manifest(self) -> Manifest | None:
         """Return what says what labels mean, if this is a shard that make-shards wrote."""
@@ -108,13 +161,17 @@ class TarSource:
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:
         """Return the bytes of a member."""
-        if size < 0:
-            raise Rejected("not a file", "a link or a device inside the archive")
+        if offset < 0:
+            raise Rejected("not a file", "a link, a device or the like inside the archive")
+        if size > _MAX_FILE_BYTES:
+            raise Rejected("too many bytes", f"{size} bytes, more than {_MAX_FILE_BYTES}")
         try:
-            data = self._file().read(offset, size)
+            data = read_member(self._file(), offset, size)
         except OSError as error:
             raise PackError(f"cannot read {self.path} ({error.strerror}): is it still there?") from error
-        if len(data) != size:
+        except TarError as error:
+            raise Rejected("damaged", str(error)) from None
+        if size >= 0 and len(data) != size:
             raise PackError(f"{self.path} is shorter than when it was listed: {printable(name)} is cut")
         return data
 
@@ -123,96 +180,43 @@ class TarSource:
         return f"{printable(os.fsencode(self.path))}/{printable(name)}"
 
 
-def members(file: ByteFile, is_remote: bool) -> Iterator[_TarEntry]:
-    """Return every member but folders, with GNU's and PAX's long names.
+def _runs(listing: Iterator[Seen]) -> Iterator[list[Seen]]:
+    """Return members next to each other whose names agree up to the first dot of the last part.
 
-    Raises:
-        TarError: damaged, or cut short.
+    A name that comes again begins another run: as where archives were joined.
     """
-    reader = SeekableFile(file, 4 << 20 if is_remote else 1 << 12)
-    at, extended = 0, dict[bytes, bytes]()
-    while True:
-        try:
-            header = parse_header(reader.read_at(at, BLOCK))
-        except EndOfTar:
-            return
-        except TarError as error:
-            raise TarError(f"{error}, at byte {at}") from None
-        start = at + BLOCK
-        size = int(extended.get(b"size", header.size))
-        if start + size > file.size:
-            raise TarError(f"{printable(header.name)} at byte {at} is cut short")
-        at = start + size + -size % BLOCK
-        if header.type in (b"L", b"K", b"x", b"X", b"g"):
-            if size > _MAX_EXTENSION_BYTES:
-                raise TarError(f"a header of {size} bytes at byte {start}")
-            extended.update(_extension(header.type, reader.read_at(start, size)))
-            continue
-        name = extended.get(b"path", header.name)
-        extended.clear()
-        if header.type != b"5" and not name.endswith(b"/"):
-            yield _TarEntry(name, start, size, header.type in _REGULAR)
-
-
-def _extension(kind: bytes, data: bytes) -> dict[bytes, bytes]:
-    """Return the fields of the next member that an extended header overrides."""
-    if kind == b"L":
-        return {b"path": data.rstrip(b"\0")}
-    fields: dict[bytes, bytes] = {}
-    while kind in (b"x", b"X") and data:
-        length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
-            raise TarError("a damaged PAX header")
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        data = data[int(length) :]
-        if key in (b"path", b"size"):
-            fields[key] = value
-    return fields
-
-
-def _key(name: bytes) -> bytes:
-    folder, slash, base = name.rpartition(b"/")
-    return folder + slash + base.partition(b".")[0]
-
-
-def _samples(listing: Iterator[_TarEntry]) -> Iterator[list[_TarEntry]]:
-    group: list[_TarEntry] = []
-    key = None
-    for member in listing:
+    run: list[Seen] = []
+    names, last = set[bytes](), Named(b"", b"", b"")
+    for seen in listing:
+        name, now = seen.entry.name, split_name(seen.entry.name)
+        agrees = now.folder == last.folder and now.key.partition(b".")[0] == last.key.partition(b".")[0]
         # Hidden names have no key; each stands alone.
-        own = _key(member.name)
-        if group and (own != key or not own.rpartition(b"/")[2]):
-            yield group
-            group = []
-        group.append(member)
-        key = own
-    if group:
-        yield group
+        is_other = not agrees or not now.key or name in names or (len(run) >= _MOST_IN_RUN and now.key != last.key)
+        if run and is_other:
+            yield run
+            run, names = [], set[bytes]()
+        run.append(seen)
+        names.add(name)
+        last = now
+    if run:
+        yield run
+
+
+def _with_holes(reader: SeekableFile, entry: TarEntry) -> bytes:
+    try:
+        return read_member(reader.file, entry.offset, entry.size)
+    except TarError:
+        return b""  # why not is said when it is packed
+
+
+def _is_part(key: bytes, of: bytes) -> bool:
+    return key == of or key.startswith(of + b".")
+
+
+def _is_called_image(name: bytes) -> bool:
+    return name.rpartition(b".")[2].decode("ascii", "replace").lower() in IMAGE_SUFFIXES
 
 
 def _set_of(row: LabelSets, names: tuple[str, ...]) -> LabelSet:
     present, unsure = (tuple(names[i] for i in np.flatnonzero(row == value)) for value in (1, -1))
     return LabelSet(present, unsure)
-
-
-def _inputs_of(
-    group: list[_TarEntry], file: ByteFile, names: tuple[str, ...], label: LabelSet | str | int | None
-) -> Iterator[Input]:
-    suffixes = [member.name.rpartition(b".")[2].decode("ascii", "replace").lower() for member in group]
-    images = [member for member, suffix in zip(group, suffixes, strict=True) if suffix in IMAGE_SUFFIXES]
-    for member, suffix in zip(group, suffixes, strict=True):
-        if suffix == "cls" and 0 < member.size <= _MAX_LABEL_BYTES:
-            label = _label(file.read(member.offset, member.size), names)
-    for member in images or group:
-        folder = os.fsdecode(member.name.rpartition(b"/")[0].rpartition(b"/")[2]) or None
-        yield Input(member.name, folder, label, member.offset, member.size if member.is_file else -1)
-
-
-def _label(data: bytes, names: tuple[str, ...]) -> str | int | None:
-    text = data.decode("utf-8", "backslashreplace").strip()
-    if not text.isdecimal():
-        return text or None
-    number = int(text)
-    if names:
-        return names[number] if number < len(names) else None
-    return number

@@ -20,8 +20,8 @@ from shards.ground.units import counted
 from shards.sources.base import Found, Input, LabelSet, Source, printable
 from shards.sources.folder import read_file
 from shards.sources.parts import chosen_part
-from shards.sources.tarfiles import members
 from shards.storage.stores import ByteFile, absolute, is_url, open_bytes
+from shards.storage.tar_reading import members, read_member, tar_reader
 
 __all__ = ["VocSource"]
 
@@ -107,10 +107,10 @@ class VocSource:
         """Return the bytes of an image."""
         if not self._is_tar:
             return read_file(os.fsencode(self._root) + b"/" + name)
-        if size < 0:
+        if offset < 0:
             raise Rejected("unreadable", "not in the archive")
-        data = self._file().read(offset, size)
-        if len(data) != size:
+        data = read_member(self._file(), offset, size)
+        if size >= 0 and len(data) != size:
             raise PackError(f"{self.path} is shorter than when it was listed: {printable(name)} is cut")
         return data
 
@@ -125,7 +125,7 @@ class VocSource:
         """Return the lists of images, by name without `.txt`."""
         if self._is_tar:
             places = self._places(_MAIN)
-            found = {name: self._file().read(*place).decode() for name, place in places.items()}
+            found = {name: read_member(self._file(), *place).decode() for name, place in places.items()}
         else:
             found = {path.name: path.read_text() for path in (Path(self._root) / _MAIN).glob("*.txt")}
         return {name.removesuffix(".txt"): text for name, text in found.items() if name.endswith(".txt")}
@@ -133,7 +133,7 @@ class VocSource:
     def _places(self, folder: str) -> dict[str, _Span]:
         """Return where the files of a folder are in the tar, by name."""
         if not self._found:
-            for entry in members(self._file(), self.is_remote):
+            for entry in members(tar_reader(self._file(), self.is_remote)):
                 inside, _, name = f"/{os.fsdecode(entry.name)}".rpartition("/")
                 for wanted in (_MAIN, _IMAGES):
                     if entry.is_file and inside.endswith(f"/{wanted.rstrip('/')}"):

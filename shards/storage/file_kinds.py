@@ -1,14 +1,22 @@
-"""File kinds by the ending of their names: what `make-shards` reads, and what it writes beside a shard."""
+"""File kinds by their names: what `make-shards` reads, what it writes beside a shard, and what systems leave behind."""
+
+import re
 
 __all__ = [
     "ARCHIVES",
+    "ASIDE_NAME",
     "BETON_SUFFIX",
+    "COMPRESSED",
     "IMAGE_SUFFIXES",
     "LABEL_SETS_SUFFIX",
     "LISTS",
     "MANIFEST_NAME",
+    "OTHER_ARCHIVES",
+    "REJECTED_NAME",
     "SHARD_SUFFIXES",
     "kind_of_archive",
+    "litter",
+    "may_be_archive",
 ]
 
 ARCHIVES = {
@@ -16,19 +24,36 @@ ARCHIVES = {
     ".tar.gz": "tar",
     ".tgz": "tar",
     ".tar.bz2": "tar",
+    ".tbz2": "tar",
     ".tar.xz": "tar",
+    ".txz": "tar",
+    ".tar.zst": "tar",
+    ".tzst": "tar",
     ".zip": "zip",
     ".parquet": "table",
     ".arrow": "table",
 }
 """Files that hold images: the kind of source that reads them (shards.sources.registry)."""
 
+OTHER_ARCHIVES = (
+    *(".7z", ".rar", ".cpio", ".tar.lz4", ".tar.lz", ".tar.lzma", ".tar.z"),
+    *(".tfrecord", ".tfrecords", ".mds", ".mds.zstd", ".lmdb", ".mdb", ".rec"),
+)
+"""Files that may hold images and are not read: to pass over them would lose those."""
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+"""Files that may be a tar inside."""
+
 LISTS = (".txt", ".csv", ".tsv", ".jsonl", ".txt.gz", ".csv.gz", ".tsv.gz", ".jsonl.gz")
 """Files that name images."""
 
-_IMAGES = "avif avifs bmp dib gif icns ico j2c j2k jp2 jpc jpe jpeg jpf jpg jpx pcx pgm png pnm ppm tga tif tiff webp"
+# heic and jxl: rejected with a reason, but images.
+_IMAGES = (
+    "avif avifs bmp dib gif heic heif icns ico j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx jxl pcx pgm png pnm ppm tga "
+    "tif tiff webp"
+)
 IMAGE_SUFFIXES = frozenset(_IMAGES.split(" "))
-"""Members of a WebDataset sample that are images."""
+"""Endings of images. Content decides what is one; what only has such a name is a damaged one, not something else."""
 
 SHARD_SUFFIXES = (".tar", ".index.npy", ".sources.txt", ".idx")
 """The files of a shard, each after its stem."""
@@ -39,8 +64,45 @@ LABEL_SETS_SUFFIX = ".labels.npy"
 MANIFEST_NAME = "manifest.json"
 """The file that makes a folder of shards a set."""
 
+REJECTED_NAME = "rejected.jsonl"
+"""The file of a set that lists its rejected inputs."""
+
+ASIDE_NAME = "left-aside.jsonl"
+"""The file of a set that lists what of its sources was left aside."""
+
 BETON_SUFFIX = ".beton"
 """FFCV's file format."""
+
+
+_LITTER_FILES = re.compile(
+    rb"\._.*|\.DS_Store|\.localized|Icon\r|\.apdisk|\.VolumeIcon\.icns|(?:eh)?thumbs\.db|desktop\.ini|\.directory|"
+    rb"\.?picasa\.ini|\.nomedia|\.BridgeSort|\.bridgecache.*|\.nfs[0-9a-f]+|\.fuse_hidden.*",
+    re.IGNORECASE | re.DOTALL,
+)
+_LITTER_FOLDERS = frozenset(
+    b"__MACOSX .AppleDouble .Spotlight-V100 .Trashes .fseventsd .TemporaryItems .DocumentRevisions-V100 @eaDir "
+    b"#recycle $RECYCLE.BIN .ipynb_checkpoints .thumbnails lost+found".split(b" ")
+) | {b"System Volume Information"}
+
+
+def litter(name: bytes) -> str | None:
+    """Return what a file is by its name that systems and tools leave beside images; None for others.
+
+    Args:
+        name: with its folders.
+    """
+    *folders, base = name.split(b"/")
+    folder = next((each for each in folders if each in _LITTER_FOLDERS), None)
+    if folder is not None:
+        return f"litter ({folder.decode('ascii')})"
+    if _LITTER_FILES.fullmatch(base) is None:
+        return None
+    return "litter (._*)" if base.startswith(b"._") else f"litter ({base.decode('ascii', 'replace').strip()})"
+
+
+def may_be_archive(name: bytes) -> bool:
+    """Return whether a file is called an archive, a table, or something compressed."""
+    return name.lower().endswith(tuple(suffix.encode() for suffix in (*ARCHIVES, *OTHER_ARCHIVES, *COMPRESSED)))
 
 
 def kind_of_archive(name: str) -> str | None:

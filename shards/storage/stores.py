@@ -146,7 +146,7 @@ class SeekableFile(io.RawIOBase):
 
     def __init__(self, file: ByteFile, window: int = _WINDOW_BYTES) -> None:
         super().__init__()
-        self._file = file
+        self.file = file
         self._window = window
         self._at = 0
         self._start, self._buffer = 0, b""
@@ -165,7 +165,7 @@ class SeekableFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move to an offset."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.file.size}[whence]
         self._at = max(0, base + offset)
         return self._at
 
@@ -182,7 +182,7 @@ class SeekableFile(io.RawIOBase):
         inside = start - self._start
         if inside < 0 or inside + count > len(self._buffer):
             self._start, inside = start, 0
-            self._buffer = self._file.read(start, max(count, self._window))
+            self._buffer = self.file.read(start, max(count, self._window))
         return self._buffer[inside : inside + count]
 
 

@@ -40,6 +40,8 @@ class Member(NamedTuple):
     size: int
     type: bytes
     """One byte: `0` or NUL for a file, `L`, `x`, `g` and so on for what describes the next member."""
+    link: bytes = b""
+    """What a link leads to."""
 
 
 def make_header(name: bytes, size: int) -> bytes:
@@ -63,17 +65,18 @@ def padding(size: int) -> bytes:
 
 def _number(field: bytes) -> int:
     if field[0] & 0x80:
-        # GNU's extension: big-endian binary, for members above 8 GiB.
+        # GNU's and star's extension: big-endian binary, for members above 8 GiB.
+        if field[0] & 0x40:
+            raise TarError(f"{field!r} is a negative number")
         return int.from_bytes(field, "big") & ~(1 << (8 * len(field) - 1))
-    text = field.strip(b"\0 ")
-    try:
-        return int(text, 8) if text else 0
-    except ValueError:
-        raise TarError(f"{field!r} is not an octal number") from None
+    text = field.lstrip(b" \0").partition(b"\0")[0].strip(b" ")
+    if text.strip(b"01234567"):
+        raise TarError(f"{field!r} is not an octal number")
+    return int(text, 8) if text else 0
 
 
 def parse_header(block: bytes) -> Member:
-    """Read one header.
+    """Read one header: v7, ustar, GNU or star.
 
     Raises:
         EndOfTar: the block is all zeros.
@@ -83,11 +86,15 @@ def parse_header(block: bytes) -> Member:
         raise TarError(f"cut after {len(block)} of {BLOCK} bytes of a header")
     if block == _ZEROS:
         raise EndOfTar
-    if _number(block[148:156]) != sum(block) - sum(block[148:156]) + 8 * 0x20:
+    found, bytes_sum = _number(block[148:156]), sum(block) - sum(block[148:156]) + 8 * 0x20
+    # Old writers summed signed characters.
+    if found != bytes_sum and found != bytes_sum - 256 * sum(byte >> 7 for byte in block[:148] + block[156:]):
         raise TarError("a header's checksum does not match")
-    name = block[:100].split(b"\0", 1)[0]
-    prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
-    return Member(prefix + b"/" + name if prefix else name, _number(block[124:136]), block[156:157])
+    name, link = (field.split(b"\0", 1)[0] for field in (block[:100], block[157:257]))
+    # Behind a shorter prefix, star keeps times; GNU has other things there.
+    prefix = block[345 : 476 if block[508:] == b"tar\0" else 500] if block[257:263] == b"ustar\0" else b""
+    prefix = prefix.split(b"\0", 1)[0]
+    return Member(prefix + b"/" + name if prefix else name, _number(block[124:136]), block[156:157], link)
 
 
 def _sync_and_forget(fd: int, num_bytes: int) -> None:

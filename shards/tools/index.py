@@ -1,9 +1,11 @@
 """Command `index`: index and manifest for WebDataset tars that someone else wrote, which stay as they are."""
 
 import io
+import json
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,20 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from shards.config import WORK_FOLDER
+from shards.config import WORK_FOLDER, SourceOptions
 from shards.ground.digests import crc32c, digest, digest_file
-from shards.ground.errors import PackError
+from shards.ground.errors import PackError, Rejected
 from shards.ground.pool import Tick, run_tasks
 from shards.ground.progress import ProgressBars
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
-from shards.packing.plan import ClassTable
+from shards.packing.aside import LeftAside, describe_aside
+from shards.packing.labels import ClassTable
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from shards.sets.record import INDEXED, RECORD, Flag, flag_name, npy_header
 from shards.sets.shard_folder import ShardFolder
-from shards.sources.base import Input, LabelSet, printable
+from shards.sources.base import Aside, Input, LabelSet, printable
 from shards.sources.tarfiles import TarSource
-from shards.storage.stores import open_bytes
+from shards.storage.file_kinds import ASIDE_NAME, REJECTED_NAME
 from shards.storage.tar import TarError
+from shards.storage.tar_reading import SPARSE
 
 __all__ = ["Indexed", "advice", "index_folder"]
 
@@ -55,43 +59,85 @@ class _Shard:
     labels: list[str | int | None]
     names: list[str]
     idx: list[str]
+    rejected: list[dict[str, str]]
+    """Lines of rejected.jsonl."""
+    aside: LeftAside
 
 
 @dataclass(frozen=True)
 class _IndexTar:
     folder: ShardFolder
+    options: SourceOptions
 
     def __call__(self, name: str, tick: Tick) -> _Shard:
         with self.folder.local([name]) as local:
             return self._index(local / name, tick)
 
     def _index(self, path: Path, tick: Tick) -> _Shard:
-        records: list[tuple[Any, ...]] = []
-        labels: list[str | int | None] = []
-        names: list[str] = []
-        idx: list[str] = []
-        kinds: Counter[str] = Counter()
-        file = open_bytes(str(path))
-        for item in TarSource(f"{self.folder.where.rstrip('/')}/{path.name}", root=str(path)).inputs(path):
-            assert isinstance(item, Input)
-            # Sets of classes are known of shards of ours alone, which have an index.
-            assert not isinstance(item.label, LabelSet)
-            if item.size < 0:
-                continue
-            data = file.read(item.offset, item.size)
+        found = _Looked()
+        source = TarSource(f"{self.folder.where.rstrip('/')}/{path.name}", self.options, root=str(path))
+        with tempfile.TemporaryDirectory(dir=self.folder.work_folder) as spool:
+            for item in source.inputs(Path(spool) / "unpacked"):
+                if isinstance(item, Aside):
+                    found.aside.add(source, item)
+                elif isinstance(item, Input):
+                    found.look_at(source, item)
+                    tick(1)
+            if source.is_unpacked:
+                raise PackError(
+                    f"{source.path} is compressed: its images cannot be read where they are. Pack it with "
+                    "`make-shards pack`, or decompress it first"
+                )
+        records = np.array(found.records, dtype=RECORD)
+        return _Shard(
+            entry=_entry(path, records, found),
+            records=records,
+            labels=found.labels,
+            names=found.names,
+            idx=found.idx,
+            rejected=found.rejected,
+            aside=found.aside,
+        )
+
+
+class _Looked:
+    """What was found in a tar so far."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[Any, ...]] = []
+        self.labels: list[str | int | None] = []
+        self.names: list[str] = []
+        self.idx: list[str] = []
+        self.kinds: Counter[str] = Counter()
+        self.rejected: list[dict[str, str]] = []
+        self.rejections: Counter[str] = Counter()
+        self.aside = LeftAside()
+
+    def look_at(self, source: TarSource, item: Input) -> None:
+        """Add a sample, or a line that says why it is none."""
+        # Sets of classes are known of shards of ours alone, which have an index.
+        assert not isinstance(item.label, LabelSet)
+        try:
+            data = source.read(item.name, item.offset, item.size)
+            if item.size == SPARSE:
+                raise Rejected("sparse file", "its bytes are not in one piece in the archive")
+            if not data:
+                raise Rejected("empty")
             width, height, flags, kind = _look_at(data)
             if flags & Flag.NOT_JPEG and flags & Flag.DAMAGED:
-                continue
-            crc = crc32c(data)
-            records.append((0, item.offset, item.size, width, height, -1, crc, (0, 0, 0), int(flags)))
-            kinds[kind] += 1
-            labels.append(item.label)
-            names.append(printable(item.name))
-            base = os.fsdecode(item.name.rpartition(b"/")[2])
-            idx.append(f"{base.partition('.')[2]} {item.offset} {item.size} {names[-1]}\n")
-            tick(1)
-        table = np.array(records, dtype=RECORD)
-        return _Shard(entry=_entry(path, table, kinds), records=table, labels=labels, names=names, idx=idx)
+                raise Rejected("not an image", f"begins with {data[:8].hex(' ')}")
+        except Rejected as rejected:
+            where = source.describe(item.name)
+            self.rejected.append({"source": where, "reason": rejected.reason, "detail": rejected.detail})
+            self.rejections[rejected.reason] += 1
+            return
+        crc = crc32c(data)
+        self.records.append((0, item.offset, item.size, width, height, -1, crc, (0, 0, 0), int(flags)))
+        self.kinds[kind] += 1
+        self.labels.append(item.label)
+        self.names.append(printable(item.name))
+        base = os.fsdecode(item.name.rpartition(b"/")[2])
+        self.idx.append(f"{base.partition('.')[2]} {item.offset} {item.size} {self.names[-1]}\n")
 
 
 def _look_at(data: bytes) -> tuple[int, int, Flag, str]:
@@ -119,19 +165,19 @@ def _look_at(data: bytes) -> tuple[int, int, Flag, str]:
         return 0, 0, Flag.NOT_JPEG | Flag.DAMAGED, "not JPEG"
 
 
-def _entry(path: Path, records: NDArray[np.void], kinds: Counter[str]) -> ShardEntry:
+def _entry(path: Path, records: NDArray[np.void], found: _Looked) -> ShardEntry:
     return ShardEntry(
         name=path.name,
         num_samples=len(records),
-        num_rejected=0,
+        num_rejected=len(found.rejected),
         num_bytes=path.stat().st_size,
         digests={".tar": digest_file(path)},
         max_width=int(records["width"].max(initial=0)),
         max_height=int(records["height"].max(initial=0)),
         max_bytes=int(records["size"].max(initial=0)),
         outcomes=_outcomes(records),
-        rejections={},
-        jpegs=dict(sorted(kinds.items())),
+        rejections=dict(sorted(found.rejections.items())),
+        jpegs=dict(sorted(found.kinds.items())),
     )
 
 
@@ -146,6 +192,7 @@ def index_folder(
     *,
     workers: int,
     work_folder: str = WORK_FOLDER,
+    options: SourceOptions | None = None,
     progress: ProgressBars | None = None,
 ) -> Indexed:
     """Write indexes and a manifest beside the tars of a folder. The tars are only read.
@@ -154,10 +201,11 @@ def index_folder(
         folder: path, or address of a bucket's folder.
         workers: processes.
         work_folder: local folder for the tars of a bucket, one for each worker at a time.
+        options: which members are samples, and what their labels are.
         progress: draws a bar.
 
     Raises:
-        ValueError: no tars there, or they are described already.
+        ValueError: no tars there, or they are described already; or samples hold several images.
         PackError: a tar cannot be read to its end.
     """
     described = ShardFolder(where=folder, work_folder=work_folder)
@@ -169,7 +217,7 @@ def index_folder(
     found: dict[str, _Shard] = {}
     with (progress or ProgressBars(enabled=False)).stage("indexing", unit=" images") as tick:
         try:
-            found.update(run_tasks(_IndexTar(described), names, workers=workers, tick=tick))
+            found.update(run_tasks(_IndexTar(described, options or SourceOptions()), names, workers=workers, tick=tick))
         except TarError as error:
             raise PackError(str(error)) from error
     shards = [found[name] for name in names]
@@ -178,7 +226,12 @@ def index_folder(
     class_names, final = classes.resolve(need_two=False)
     labels = [np.where(p < 0, -1, final[p]) if len(final) else np.full(len(p), -1) for p in provisional]
     entries = list(_write(described, shards, labels))
-    manifest = _manifest(entries, class_names)
+    aside = "".join(shard.aside.text() for shard in shards)
+    rejected = "".join(json.dumps(line, ensure_ascii=False) + "\n" for shard in shards for line in shard.rejected)
+    for name, text in ((REJECTED_NAME, rejected), (ASIDE_NAME, aside)):
+        if text:
+            described.put(name, text.encode())
+    manifest = _manifest(entries, class_names, sum((Counter(s.aside.counts) for s in shards), Counter[str]()))
     described.put(MANIFEST_NAME, manifest.to_json().encode())
     return _summary(manifest, shards, labels)
 
@@ -201,21 +254,30 @@ def _write(folder: ShardFolder, shards: list[_Shard], labels: list[NDArray[np.in
         yield replace(shard.entry, digests={**shard.entry.digests, **digests})
 
 
-def _manifest(entries: list[ShardEntry], class_names: tuple[str, ...]) -> Manifest:
-    num_samples = sum(entry.num_samples for entry in entries)
+def _manifest(entries: list[ShardEntry], class_names: tuple[str, ...], aside: Counter[str]) -> Manifest:
+    num_samples, num_rejected = (
+        sum(entry.num_samples for entry in entries),
+        sum(entry.num_rejected for entry in entries),
+    )
     return Manifest(
         shards=tuple(entries),
         class_names=class_names,
-        num_inputs=num_samples,
+        num_inputs=num_samples + num_rejected,
         num_samples=num_samples,
-        num_rejected=0,
+        num_rejected=num_rejected,
         max_width=max(entry.max_width for entry in entries),
         max_height=max(entry.max_height for entry in entries),
         max_bytes=max(entry.max_bytes for entry in entries),
-        outcomes=dict(sum((Counter(entry.outcomes) for entry in entries), Counter[str]())),
-        jpegs=dict(sum((Counter(entry.jpegs) for entry in entries), Counter[str]())),
+        outcomes=_sum(entry.outcomes for entry in entries),
+        rejections=_sum(entry.rejections for entry in entries),
+        left_aside=dict(sorted(aside.items())),
+        jpegs=_sum(entry.jpegs for entry in entries),
         settings={INDEXED: True},
     )
+
+
+def _sum(tallies: Iterable[dict[str, int]]) -> dict[str, int]:
+    return dict(sum(map(Counter, tallies), Counter[str]()))
 
 
 def _summary(manifest: Manifest, shards: list[_Shard], labels: list[NDArray[np.int64]]) -> Indexed:
@@ -241,7 +303,13 @@ def _longest_run(labels: NDArray[np.int64]) -> int:
 
 
 def advice(indexed: Indexed, folder: str) -> Iterator[str]:
-    """Return lines of advice about tars that training cannot read as well as it could."""
+    """Return lines about what is not a sample, and about tars that training cannot read as well as it could."""
+    manifest = indexed.manifest
+    if manifest.num_rejected:
+        tally = ", ".join(f"{reason} {count:,}" for reason, count in manifest.rejections.items())
+        yield f"  rejected {manifest.num_rejected:,} of {manifest.num_inputs:,} ({tally}): see {REJECTED_NAME}"
+    if manifest.left_aside:
+        yield f"  {describe_aside(manifest.left_aside)}: see {ASIDE_NAME}"
     for kind, count in indexed.flagged.items():
         yield f"  {kind}: {count:,} samples, such as {', '.join(indexed.examples[kind])}"
     samples = indexed.manifest.num_samples

@@ -35,7 +35,11 @@ def describe(shards: ShardSet, *, where: str | None = None) -> Iterator[str]:
         f"{counted(shards.num_samples, 'sample')} in {counted(shards.num_shards, 'shard')}, {format_bytes(num_bytes)}"
     )
     yield f"{where or shards.where}: {size}"
-    for title, tally in (("packed", manifest.outcomes), ("rejected", manifest.rejections)):
+    for title, tally in (
+        ("packed", manifest.outcomes),
+        ("rejected", manifest.rejections),
+        ("left aside", manifest.left_aside),
+    ):
         if tally:
             yield f"{title}: " + ", ".join(f"{what} {count:,}" for what, count in tally.items())
     if not shards.num_samples:

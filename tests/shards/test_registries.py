@@ -25,7 +25,7 @@ class TwinSource:
 
     is_remote = False
 
-    def __init__(self, path):
+    def __init__(self, path, options=None):
         self.path = path
 
     def spec(self):

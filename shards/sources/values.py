@@ -1,0 +1,63 @@
+"""Labels out of values: of columns of lists and tables, of keys in JSON, of text beside an image."""
+
+import math
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any, cast
+
+from shards.sources.base import LabelSet
+
+__all__ = ["USUAL_LABELS", "as_label", "text_label"]
+
+USUAL_LABELS = ("label", "class", "cls", "target", "class_name", "category", "label_name", "fine_label", "labels")
+"""What columns and keys with labels are usually called."""
+
+
+def as_label(value: Any, names: Sequence[str] = ()) -> LabelSet | str | int | None:
+    """Return the label that a value is: a number, a name, or for a list a set of classes; None where there is none.
+
+    Args:
+        value: of a cell; a number that is missing in a column of floats is NaN, one below 0 no label.
+        names: of classes that numbers stand for.
+
+    Raises:
+        ValueError: the value cannot be a class.
+    """
+    if value is None or value == "":
+        return None
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "backslashreplace")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float | Decimal):
+        if math.isnan(value):
+            return None
+        if not math.isfinite(value) or value != int(value):
+            raise ValueError(f"{value} is not a class")
+        value = int(value)
+    if isinstance(value, int):
+        if value < 0 or (names and value >= len(names)):
+            return None
+        return names[value] if names else int(value)
+    if isinstance(value, list | tuple):
+        values = cast("Sequence[Any]", value)
+        found = [as_label(each, names) for each in values]
+        if any(isinstance(each, LabelSet) for each in found):
+            raise ValueError(f"{str(values)[:60]} is not a set of classes")
+        return LabelSet(tuple(sorted({str(each) for each in found if each is not None})))
+    raise ValueError(f"{str(value)[:60]} is not a class")
+
+
+def text_label(data: bytes, names: Sequence[str] = ()) -> str | int | None:
+    """Return the label that a text is: a number or a name.
+
+    Args:
+        data: the text.
+        names: of classes that numbers stand for.
+    """
+    text = data.decode("utf-8", "backslashreplace").strip()
+    if not text.isdecimal():
+        return text or None
+    label = as_label(int(text), names)
+    assert not isinstance(label, LabelSet)
+    return label
