@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import numpy as np
 
 from shards.config import PackConfig
 from shards.ground.arrays import Indices
+from shards.ground.errors import AmbiguousLabelsError
 from shards.ground.progress import ProgressBars
 from shards.packing.pack import pack
 from shards.sets import ShardSet, open_set
+from shards.sets.manifest import MANIFEST_NAME
 from shards.sets.registry import may_be_set
 from shards.storage.stores import open_folder
+from shards.storage.target import WORK_NAME
 
 __all__ = ["Origins", "are_shards", "pack_files", "pack_images", "rejected"]
 
@@ -24,13 +28,33 @@ def are_shards(images: str) -> bool:
 
 
 def pack_images(images: str, folder: Path, progress: ProgressBars | None = None) -> ShardSet:
-    """Pack what `make-shards pack` takes into a folder, in its order; continues what was begun there.
+    """Pack every image of what `make-shards pack` takes into a folder, in its order; continues what was begun there.
+
+    Where it is not clear what the labels are, there are none.
 
     Raises:
         ValueError: there are no such images, or none that can be read.
     """
-    pack(PackConfig(sources=(images,), out=str(folder), shuffle=False, mean_rgb=False), progress)
+    config = PackConfig(
+        sources=(images,),
+        out=str(folder),
+        shuffle=False,
+        mean_rgb=False,
+        labels=_labels_of_begun(folder),
+        members=("all",),
+    )
+    try:
+        pack(config, progress)
+    except AmbiguousLabelsError:
+        pack(replace(config, labels="none"), progress)
     return _with_samples(folder, images)
+
+
+def _labels_of_begun(folder: Path) -> str:
+    for path in (folder / MANIFEST_NAME, folder / WORK_NAME / "plan" / "plan.json"):
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))["settings"]["labels"]
+    return "auto"
 
 
 def pack_files(paths: Sequence[str], folder: Path) -> ShardSet:

@@ -85,7 +85,9 @@ class ListSource:
                             "use --labels none"
                         ) from None
                     name = path.encode("utf-8", "surrogateescape")
-                    yield Input(name, folder_of(name), label, label_from=self._label_from)
+                    # A bucket or a server is not a folder.
+                    inside = name.partition(b"://")[2].partition(b"/")[2] if is_url(path) else name
+                    yield Input(name, folder_of(inside), label, label_from=self._label_from)
         except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
             raise PackError(f"cannot read {self.path} to its end: {error}") from error
 

@@ -74,8 +74,7 @@ def _archive_by_content(path: str, options: SourceOptions) -> Source | None:
     Raises:
         PackError: it is an archive that is not read.
     """
-    head = _head(path)
-    found = "tar" if head == bytes(SNIFFED_BYTES) and kind_of_archive(path) == "tar" else container(head)
+    found = _found_container(path)
     kind = _CONTAINERS.get(found or "")
     if found in COMPRESSIONS and not _unpacks_to_tar(path, found):
         return None
@@ -85,6 +84,16 @@ def _archive_by_content(path: str, options: SourceOptions) -> Source | None:
             ".tar, .tar.zst, .zip or .parquet, or move it away"
         )
     return None if kind is None else _class_of(kind)(path, options)
+
+
+def _found_container(path: str) -> str | None:
+    head, called = _head(path), kind_of_archive(path)
+    if called == "tar" and head == bytes(SNIFFED_BYTES):
+        return "tar"  # an empty one
+    file = open_bytes(path)
+    if called == "zip" and container(head) is None and b"PK\5\6" in file.read(max(0, file.size - (1 << 16)), 1 << 16):
+        return "zip"  # behind a program that unpacks it
+    return container(head)
 
 
 def _unpacks_to_tar(path: str, compression: str) -> bool:

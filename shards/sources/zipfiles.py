@@ -105,11 +105,17 @@ class ZipSource:
                 raise Rejected("damaged", "the archive has no member at this place")
             skip = 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
             data = file.read(offset + skip, size)
+            # Written where the sizes were not known before: a mark that may be missing, then the checksum.
+            behind = file.read(offset + skip + size, 8) if head[6] & 8 else b""
         except OSError as error:
             raise PackError(f"cannot read {self.path} ({error.strerror}): is it still there?") from error
         if len(data) != size:
             raise PackError(f"{self.path} is shorter than when it was listed: {printable(name)} is cut")
-        return _unpacked(data, flags=head[6], method=int.from_bytes(head[8:10], "little"))
+        unpacked = _unpacked(data, flags=head[6], method=int.from_bytes(head[8:10], "little"))
+        checksum = behind.removeprefix(b"PK\7\x08")[:4] if head[6] & 8 else head[14:18]
+        if zlib.crc32(unpacked) != int.from_bytes(checksum, "little"):
+            raise Rejected("damaged", "its checksum in the archive does not match")
+        return unpacked
 
     def describe(self, name: bytes) -> str:
         """Return the path of the archive and of the member in it."""
