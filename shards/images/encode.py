@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 from shards.config import EncodeConfig
 from shards.ground.arrays import Pixels
 from shards.ground.errors import Rejected
-from shards.images.jpeg import JpegError, JpegHeader, is_jpeg, parse_jpeg
-from shards.images.libraries import decode_jpeg, encode_jpeg, shrink, sum_channels
+from shards.images.jpeg import JpegError, JpegHeader, is_jpeg, parse_jpeg, with_sound_scan
+from shards.images.libraries import CodecError, decode_jpeg, encode_jpeg, reads_sampling, shrink, sum_channels
 from shards.images.sniff import SNIFFED_BYTES, container
 from shards.images.transcode import transcode_jpeg, transcoder
 
@@ -47,10 +47,18 @@ def encode(data: bytes, config: EncodeConfig) -> PackedImage:
     """Turn the bytes of any still image into a baseline JPEG, RGB or gray, upright.
 
     Raises:
-        Rejected: not an image, damaged, or outside the limits.
+        Rejected: not an image, damaged, or outside the limits; or a library failed at it, which the detail names.
+        ValueError: a library that the settings need is not installed.
     """
     if not data:
         raise Rejected("empty")
+    try:
+        return _encode(data, config)
+    except CodecError as error:
+        raise Rejected("codec failed", str(error)) from None
+
+
+def _encode(data: bytes, config: EncodeConfig) -> PackedImage:
     if is_jpeg(data):
         try:
             header = parse_jpeg(data)
@@ -94,27 +102,32 @@ def _reduction(size: tuple[int, int], target: tuple[int, int]) -> int:
     return next(fits, 1)
 
 
-def _encode_jpeg(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage:
+def _encode_jpeg(original: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage:
+    if header.precision != 8:
+        raise Rejected("unsupported", f"a JPEG of {header.precision} bits, which none of the libraries here reads")
+    data = with_sound_scan(original, header)
+    is_known = header.has_usual_sampling or reads_sampling(data)
     upright = header.orientation == 1
     turned = header.orientation >= 5
     size = (header.height, header.width) if turned else (header.width, header.height)
     target = _target_size(*size, config)
-    if header.is_baseline and header.is_ycbcr_or_gray and upright and target == size:
+    if header.is_baseline and header.is_ycbcr_or_gray and upright and target == size and is_known:
         copied = _copy(data, header, config)
         if copied is not None:
-            return copied
+            return copied if data is original else copied._replace(outcomes=("repaired",))
     if config.progressive == "transcode" and header.is_progressive and upright and target == size:
         transcoded = _transcode(data, header, config)
         if transcoded is not None:
             return transcoded
     outcomes: list[str] = []
-    if header.num_components in (1, 3) and header.precision == 8:
+    if header.num_components in (1, 3) and is_known:
         pixels, repaired = _decode_jpeg(data, _reduction(size, target), gray=header.num_components == 1)
-        outcomes += ["repaired"] if repaired else []
+        outcomes += ["repaired"] if repaired or data is not original else []
         pixels = _orient(pixels, header.orientation)
     else:
-        # CMYK and similar; Pillow also turns them upright.
+        # CMYK, odd sampling factors and similar; Pillow also turns them upright.
         pixels, _ = _decode_with_pillow(data, config)
+        outcomes += ["resampled"] if not is_known else []
     if not header.is_ycbcr_or_gray:
         outcomes.append("recolored")
     if not header.is_baseline:
@@ -136,6 +149,8 @@ def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage 
         return PackedImage(data, header.width, header.height, None, (outcome,), header.kind)
     try:
         small = _decode_small(data, header)
+    except CodecError:
+        raise
     except ValueError as error:
         if "extraneous" in str(error):
             return None
@@ -186,6 +201,8 @@ def _decode_jpeg(data: bytes, reduce: int, *, gray: bool) -> tuple[Pixels, bool]
     """
     try:
         return decode_jpeg(data, gray=gray, reduce=reduce), False
+    except CodecError:
+        raise
     except ValueError as error:
         if "extraneous" not in str(error):
             raise Rejected("damaged", str(error)) from None

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-__all__ = ["ENGINE_KINDS", "JpegError", "JpegHeader", "is_jpeg", "parse_jpeg"]
+__all__ = ["ENGINE_KINDS", "JpegError", "JpegHeader", "is_jpeg", "parse_jpeg", "with_sound_scan"]
 
 _SOI = b"\xff\xd8\xff"
 _SOF_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -18,6 +18,8 @@ _SUBSAMPLINGS: dict[tuple[float, float], str] = {
     (4, 1): "4:1:1",
     (4, 2): "4:1:0",
 }
+
+_USUAL_SAMPLINGS = frozenset(bytes((luminance, 0x11, 0x11)) for luminance in (0x11, 0x21, 0x22, 0x12, 0x41))
 
 ENGINE_KINDS = frozenset({"4:4:4", "4:2:2", "4:2:0", "4:4:0", "gray"})
 """Kinds of JPEG that a GPU's JPEG engine decodes: baseline in one scan, neither 4:1:0 nor 4:1:1 (nvjpeg.h,
@@ -48,6 +50,13 @@ class JpegHeader(NamedTuple):
     """Sampling factors of each component: 16 times the horizontal one, plus the vertical one."""
     num_scan_components: int
     """Components in the first scan."""
+    scan_at: int
+    """Where the first scan's header begins."""
+
+    @property
+    def has_usual_sampling(self) -> bool:
+        """Whether its sampling factors are those of 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1 or gray as is usual."""
+        return self.num_components == 1 or self.sampling in _USUAL_SAMPLINGS
 
     @property
     def is_baseline(self) -> bool:
@@ -133,7 +142,19 @@ def parse_jpeg(data: bytes) -> JpegHeader:
         has_rgb_ids,
         sampling,
         num_scan_components,
+        position,
     )
+
+
+def with_sound_scan(data: bytes, header: JpegHeader) -> bytes:
+    """Return a JPEG whose first scan says that it has all coefficients, where it is sequential and says otherwise.
+
+    Some phones write other numbers there, which mean something for progressive ones alone (ITU T.81, B.2.3).
+    """
+    at = header.scan_at + 3 + 2 * header.num_scan_components
+    if header.sof not in (0xC0, 0xC1) or data[at : at + 3] == b"\0\x3f\0":
+        return data
+    return data[:at] + b"\0\x3f\0" + data[at + 3 :]
 
 
 def _next_marker(data: bytes, position: int) -> tuple[int, int]:

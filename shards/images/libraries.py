@@ -1,17 +1,35 @@
 """Compiled libraries that packing uses, with the types that they lack."""
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import simplejpeg  # pyright: ignore[reportMissingTypeStubs] - it has none
 
 from shards.ground.arrays import Pixels
+from shards.images.jpeg import parse_jpeg
 
-__all__ = ["decode_jpeg", "encode_jpeg", "shrink", "sum_channels"]
+__all__ = ["CodecError", "codec", "decode_jpeg", "encode_jpeg", "reads_sampling", "shrink", "sum_channels"]
 
 # Shrinking a side by less than this is done by a Gaussian of three taps and cubic interpolation.
 _FAR = 1.7
+
+
+class CodecError(ValueError):
+    """A library failed in a way of its own; the message names it."""
+
+
+@contextmanager
+def codec(name: str) -> Generator[None]:
+    """Turn whatever a library raises beyond ValueError into a CodecError: one image must not end a packing."""
+    try:
+        yield
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:
+        raise CodecError(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}") from error
 
 
 def decode_jpeg(data: bytes, *, gray: bool = False, reduce: int = 1, strict: bool = True) -> Pixels:
@@ -28,18 +46,31 @@ def decode_jpeg(data: bytes, *, gray: bool = False, reduce: int = 1, strict: boo
     """
     space = "GRAY" if gray else "RGB"
     if reduce == 1:
-        return simplejpeg.decode_jpeg(data, space, strict=strict)
+        with codec("simplejpeg"):
+            return simplejpeg.decode_jpeg(data, space, strict=strict)
     # Of all scales above the least sides, the library takes the smallest.
-    header = simplejpeg.decode_jpeg_header(data, strict=strict)
-    height, width = -(-int(header[0]) // reduce), -(-int(header[1]) // reduce)
-    return simplejpeg.decode_jpeg(data, space, min_width=width, min_height=height, min_factor=reduce, strict=strict)
+    header = parse_jpeg(data)
+    height, width = -(-header.height // reduce), -(-header.width // reduce)
+    with codec("simplejpeg"):
+        return simplejpeg.decode_jpeg(data, space, min_width=width, min_height=height, min_factor=reduce, strict=strict)
+
+
+def reads_sampling(data: bytes) -> bool:
+    """Return whether `decode_jpeg` knows a JPEG's sampling factors."""
+    try:
+        simplejpeg.decode_jpeg_header(data, strict=False)
+    # For factors that it has no name for, the library fails with a KeyError.
+    except Exception:
+        return False
+    return True
 
 
 def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
-    """Encode C-contiguous pixels as a baseline JPEG; color is subsampled 4:2:0."""
-    if pixels.shape[2] == 1:
-        return simplejpeg.encode_jpeg(pixels, quality, "GRAY", "Gray")
-    return simplejpeg.encode_jpeg(pixels, quality, "RGB", "420")
+    """Encode C-contiguous pixels as a baseline JPEG; color is subsampled 4:2:0. Raises CodecError."""
+    with codec("simplejpeg"):
+        if pixels.shape[2] == 1:
+            return simplejpeg.encode_jpeg(pixels, quality, "GRAY", "Gray")
+        return simplejpeg.encode_jpeg(pixels, quality, "RGB", "420")
 
 
 def shrink(pixels: Pixels, size: tuple[int, int]) -> Pixels:
@@ -47,8 +78,13 @@ def shrink(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 
     Areas are averaged where that is a long way. Else a Gaussian takes away what the new grid cannot hold, and cubic
     interpolation places the rest: closer to a Lanczos filter than averaging (SSIM, `benchmarks/pack.py`), in half the
-    time.
+    time. Raises CodecError.
     """
+    with codec("OpenCV"):
+        return _shrink(pixels, size)
+
+
+def _shrink(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     cv2 = _opencv()
     factors = [old / new for old, new in zip((pixels.shape[1], pixels.shape[0]), size, strict=True)]
     if max(factors) < _FAR:

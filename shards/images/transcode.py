@@ -4,6 +4,8 @@ import os
 from importlib import import_module
 from typing import Any
 
+from shards.images.libraries import codec
+
 __all__ = ["transcode_jpeg", "transcoder"]
 
 
@@ -20,14 +22,14 @@ def transcode_jpeg(data: bytes) -> bytes:
     source, target = os.memfd_create("source", os.MFD_CLOEXEC), os.memfd_create("target", os.MFD_CLOEXEC)
     try:
         os.write(source, data)
-        image = transcoder().read(f"/proc/self/fd/{source}")
-        image.progressive_mode = False
-        # The tables of a progressive JPEG lack codes that a sequential one needs.
-        image.optimize_coding = True
-        image.write(f"/proc/self/fd/{target}")
+        library = transcoder()
+        with codec("pyjpegio"):
+            image = library.read(f"/proc/self/fd/{source}")
+            image.progressive_mode = False
+            # The tables of a progressive JPEG lack codes that a sequential one needs.
+            image.optimize_coding = True
+            image.write(f"/proc/self/fd/{target}")
         return os.pread(target, os.fstat(target).st_size, 0)
-    except RuntimeError as error:
-        raise ValueError(str(error)) from None
     finally:
         os.close(source)
         os.close(target)

@@ -1,10 +1,12 @@
 import io
+import json
 import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -14,8 +16,9 @@ from shards.config import EncodeConfig
 from shards.ground.errors import Rejected
 from shards.images.encode import encode
 from shards.images.jpeg import parse_jpeg
-from shards.images.libraries import decode_jpeg
-from tests.shards.pictures import encoded, jpeg, picture
+from shards.images.libraries import decode_jpeg, reads_sampling
+from tests.shards.flat_jpegs import flat_jpeg, halves
+from tests.shards.pictures import encoded, fill, jpeg, picture
 
 DEFAULT = EncodeConfig()
 
@@ -288,3 +291,71 @@ def test_reduced_decoding_gives_the_size_asked_for(reduce, size):
     width, height = size
     pixels = decode_jpeg(encoded(picture(0, width, height)), reduce=reduce)
     assert pixels.shape == (-(-height // reduce), -(-width // reduce), 3)
+
+
+FACTORS = [
+    ((1, 4), (1, 1), (1, 1)),
+    ((2, 2), (1, 2), (2, 1)),
+    ((4, 2), (1, 1), (1, 1)),
+    ((3, 1), (1, 1), (1, 1)),
+    ((1, 2), (1, 2), (1, 2)),
+    ((2, 2), (2, 1), (2, 1)),
+    ((2, 1), (2, 1), (2, 1)),
+    ((1, 1), (2, 2), (2, 2)),
+    ((2, 2), (1, 1), (1, 1)),
+    ((4, 1), (1, 1), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("mean_rgb", [True, False])
+@pytest.mark.parametrize("mcus", [2, 18])
+@pytest.mark.parametrize("factors", FACTORS)
+def test_any_sampling_factors_are_packed_with_the_right_pixels(factors, mcus, mean_rgb):
+    image = encode(flat_jpeg(factors, mcus=mcus), EncodeConfig(mean_rgb=mean_rgb, quality=98))
+    assert image.outcomes in (("copied",), ("resampled",))
+    decoded = decode_jpeg(image.data).astype(float)
+    assert np.abs(decoded - halves(image.width, image.height)).mean() < (3 if mcus > 2 else 8)
+    # Of what is copied, training's decoder knows the factors.
+    assert reads_sampling(image.data)
+
+
+@pytest.mark.parametrize("mean_rgb", [True, False])
+@pytest.mark.parametrize("scan", [b"\0\0\0", b"\1\x3f\0", b"\0\x3f\x11"])
+def test_a_scan_header_as_some_phones_write_it_is_repaired(scan, mean_rgb):
+    sound = flat_jpeg(((2, 2), (1, 1), (1, 1)))
+    image = encode(flat_jpeg(((2, 2), (1, 1), (1, 1)), scan=scan), EncodeConfig(mean_rgb=mean_rgb))
+    assert (image.data, image.outcomes) == (sound, ("repaired",))
+    with pytest.raises(Rejected, match="damaged"):
+        encode(flat_jpeg(((2, 2), (1, 1), (1, 1)), scan=scan)[:-20], DEFAULT)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError(6), ZeroDivisionError("zero"), SystemError("bad call"), RuntimeError("x\ny")]
+)
+def test_whatever_a_codec_raises_is_a_rejection_that_names_file_and_codec(tmp_path, monkeypatch, error):
+    source = fill(tmp_path / "in", 3)
+    whole = simplejpeg.decode_jpeg
+    hit = jpeg(1)
+
+    def decode(data, *arguments, **options):
+        if data.startswith(hit):
+            raise error
+        return whole(data, *arguments, **options)
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", decode)
+    out = tmp_path / "out"
+    assert (
+        main(["pack", str(source), "--out", str(out), "--workers", "1", "--max-rejected", "1", "--shard-samples", "9"])
+        == 0
+    )
+    [line] = map(json.loads, (out / "rejected.jsonl").read_text().splitlines())
+    assert line["source"] == f"{source}/0001.jpg"
+    assert (line["reason"], line["detail"].startswith(f"simplejpeg: {type(error).__name__}")) == ("codec failed", True)
+
+
+def test_twelve_bits_are_named(tmp_path):
+    data = bytearray(jpeg())
+    at = data.index(b"\xff\xc0") + 4
+    data[at] = 12
+    with pytest.raises(Rejected, match="a JPEG of 12 bits"):
+        encode(bytes(data), DEFAULT)
