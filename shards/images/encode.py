@@ -144,7 +144,7 @@ def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage 
     outcome = "copied"
     if not config.mean_rgb:
         # Trailing bytes after the end are common and harmless; no end at all means that bytes are missing.
-        if _EOI not in data[-4096:] and data.rfind(_EOI) < 0:
+        if data.rfind(_EOI) < header.scan_at:
             raise Rejected("damaged", "cut short: has no end marker")
         return PackedImage(data, header.width, header.height, None, (outcome,), header.kind)
     try:

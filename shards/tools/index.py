@@ -148,7 +148,8 @@ def _look_at(data: bytes) -> tuple[int, int, Flag, str]:
             header = parse_jpeg(data)
         except JpegError:
             return 0, 0, Flag.DAMAGED, "damaged"
-        if data.rfind(b"\xff\xd9") < 0:
+        # A thumbnail in front of the scan has an end marker too.
+        if data.rfind(b"\xff\xd9") < header.scan_at:
             flags |= Flag.DAMAGED
         if header.orientation != 1:
             flags |= Flag.NEEDS_ORIENTATION

@@ -33,6 +33,7 @@ from shards.packing.write import WriteShard
 from shards.sets import open_set
 from shards.storage import stores as storage
 from shards.storage.target import BucketTarget
+from shards.tools.index import index_folder
 from tests.shards.benchmark_files import cifar_files, tar_of, voc_files, write_coco, write_files, write_imagenet
 from tests.shards.pictures import contents, fill, jpeg
 
@@ -207,6 +208,26 @@ def test_archives_lists_and_inventories_in_a_bucket(bucket, tmp_path):
     (tmp_path / "inventory.csv.gz").write_bytes(gzip.compress(storage.Folder(bucket).read("inventory.csv")))
     pack(config(tmp_path / "inventory.csv.gz", out=tmp_path / "downloaded", max_rejected=1.0))
     assert shard_bytes(contents(tmp_path / "downloaded")) == shard_bytes(contents(tmp_path / "inventory.csv"))
+
+
+def test_nothing_of_a_bucket_is_lost_in_silence(bucket, tmp_path):
+    first, second = (tar_of({f"{i}.jpg": jpeg(i) for i in some}) for some in (range(2), range(2, 6)))
+    # Content says what is an archive and what is an image.
+    files = {"x/joined.tar": first + second, "x/y.tgz": first, "x/photo.tar": jpeg(8), "x/._1.jpg": b"\0\5\26\7"}
+    upload(bucket, files | {"x/scan.0001.jpg": jpeg(10), "x/scan.0002": jpeg(11)})
+    manifest = pack(config(f"{bucket}/x", out=tmp_path / "out"))[""]
+    assert (manifest.num_samples, manifest.num_rejected, manifest.left_aside) == (11, 0, {"litter (._*)": 1})
+    upload(bucket, {"bad/x.tar": first + b"more", "bad/0.jpg": jpeg(0), "tar/x.tar": first + second, "7z/x.7z": b"7z"})
+    with pytest.raises(
+        PackError, match=rf"{bucket}/bad/x.tar .* the 4 bytes from byte {len(first)} on are not another one"
+    ):
+        pack(config(f"{bucket}/bad", out=tmp_path / "bad"))
+    with pytest.raises(PackError, match=rf"{bucket}/7z/x.7z is called an archive"):
+        pack(config(f"{bucket}/7z", out=tmp_path / "7z"))
+    assert index_folder(f"{bucket}/tar", workers=1, work_folder=str(tmp_path)).manifest.num_samples == 6
+    upload(bucket, {"masks/0.jpg": jpeg(0), "masks/0.seg.png": jpeg(1)})
+    with pytest.raises(ValueError, match=r"has 1 sample of several images"):
+        pack(config(f"{bucket}/masks", out=tmp_path / "masks"))
 
 
 def test_the_usual_data_sets_are_read_from_a_bucket(bucket, tmp_path):

@@ -6,7 +6,9 @@ import pytest
 from PIL import Image
 
 from shards.cli import main
-from shards.ground.errors import PackError
+from shards.config import EncodeConfig
+from shards.ground.errors import PackError, Rejected
+from shards.images.encode import encode
 from shards.sets import open_set
 from shards.sets.record import Flag
 from shards.tools.index import advice, index_folder
@@ -79,6 +81,16 @@ def test_tars_are_described_and_left_as_they_are(tars):
     assert indexed.flagged["damaged"] == 2
     assert indexed.examples["needs orientation"] == ["b.tar/x/1.jpeg"]
     assert "make-shards pack" in list(advice(indexed, str(tars)))[-1]
+
+
+def test_a_cut_image_is_damaged_though_its_thumbnail_is_whole(tmp_path):
+    whole = encoded(picture(1, 200, 160), exif=b"Exif\0\0" + jpeg(2))
+    assert whole.count(b"\xff\xd9") == 2
+    write(tmp_path / "x.tar", {"0.jpg": whole, "1.jpg": whole[:-300]})
+    assert index_folder(str(tmp_path), workers=1).flagged == {"damaged": 1}
+    assert encode(whole, EncodeConfig(mean_rgb=False)).data == whole
+    with pytest.raises(Rejected, match="has no end marker"):
+        encode(whole[:-300], EncodeConfig(mean_rgb=False))
 
 
 def test_verify_knows_foreign_shards(tars):
