@@ -11,9 +11,14 @@ __all__ = ["LeftAside", "describe_aside", "read_counts"]
 
 
 class LeftAside:
-    """Counts what is left aside: a line for each kind and source, so that captions of millions of images take few."""
+    """Counts what is left aside: a line for each kind and source, so that captions of millions of images take few.
 
-    def __init__(self) -> None:
+    Args:
+        root: folder that places are told from; empty: as sources tell them.
+    """
+
+    def __init__(self, root: str = "") -> None:
+        self._root = root
         self._counts: Counter[tuple[int, str]] = Counter()
         self._first: dict[tuple[int, str], str] = {}
 
@@ -22,7 +27,7 @@ class LeftAside:
         kind = item.kind or "without extension"
         key = (id(source), kind)
         if key not in self._counts:
-            self._first[key] = source.describe(item.name)
+            self._first[key] = source.describe(item.name).removeprefix(self._root)
         self._counts[key] += 1
 
     @property
@@ -46,8 +51,9 @@ class LeftAside:
         return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
     def write(self, folder: Path) -> None:
-        """Write left-aside.jsonl."""
-        (folder / ASIDE_NAME).write_text(self.text(), encoding="utf-8")
+        """Write left-aside.jsonl, if anything was."""
+        if self._counts:
+            (folder / ASIDE_NAME).write_text(self.text(), encoding="utf-8")
 
 
 def describe_aside(counts: dict[str, int]) -> str:
@@ -57,8 +63,10 @@ def describe_aside(counts: dict[str, int]) -> str:
 
 
 def read_counts(folder: Path) -> dict[str, int]:
-    """Return the counts of a plan's left-aside.jsonl."""
+    """Return the counts of a plan's left-aside.jsonl, which there is if anything was left aside."""
     tally: Counter[str] = Counter()
+    if not (folder / ASIDE_NAME).exists():
+        return {}
     for line in (folder / ASIDE_NAME).read_text(encoding="utf-8").splitlines():
         values = json.loads(line)
         tally[values["kind"]] += values["count"]

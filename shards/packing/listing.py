@@ -92,7 +92,7 @@ def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progre
     aside.write(folder)
     if not table.num_rows:
         left = f" ({aside.describe()})" if aside.counts else ""
-        raise ValueError(f"no images in {', '.join(config.sources)}{left}: is this the right folder?")
+        raise ValueError(f"no files in {', '.join(config.sources)}{left}: is this the right folder?")
     class_names, final = labels.resolve()
     for line in labels.say(class_names):
         progress.say(line)

@@ -74,8 +74,9 @@ class _IndexTar:
             return self._index(local / name, tick)
 
     def _index(self, path: Path, tick: Tick) -> _Shard:
-        found = _Looked()
-        source = TarSource(f"{self.folder.where.rstrip('/')}/{path.name}", self.options, root=str(path))
+        root = f"{self.folder.where.rstrip('/')}/"
+        found = _Looked(printable(os.fsencode(root)))
+        source = TarSource(f"{root}{path.name}", self.options, root=str(path))
         with tempfile.TemporaryDirectory(dir=self.folder.work_folder) as spool:
             for item in source.inputs(Path(spool) / "unpacked"):
                 if isinstance(item, Aside):
@@ -101,9 +102,13 @@ class _IndexTar:
 
 
 class _Looked:
-    """What was found in a tar so far."""
+    """What was found in a tar so far.
 
-    def __init__(self) -> None:
+    Args:
+        root: address of the folder with a slash, which places are told from: they are the same wherever the set lies.
+    """
+
+    def __init__(self, root: str) -> None:
         self.records: list[tuple[Any, ...]] = []
         self.labels: list[str | int | None] = []
         self.names: list[str] = []
@@ -111,7 +116,8 @@ class _Looked:
         self.kinds: Counter[str] = Counter()
         self.rejected: list[dict[str, str]] = []
         self.rejections: Counter[str] = Counter()
-        self.aside = LeftAside()
+        self.aside = LeftAside(root)
+        self._root = root
 
     def look_at(self, source: TarSource, item: Input) -> None:
         """Add a sample, or a line that says why it is none."""
@@ -127,7 +133,7 @@ class _Looked:
             if flags & Flag.NOT_JPEG and flags & Flag.DAMAGED:
                 raise Rejected("not an image", f"begins with {data[:8].hex(' ')}")
         except Rejected as rejected:
-            where = source.describe(item.name)
+            where = source.describe(item.name).removeprefix(self._root)
             self.rejected.append({"source": where, "reason": rejected.reason, "detail": rejected.detail})
             self.rejections[rejected.reason] += 1
             return
