@@ -67,10 +67,15 @@ def evaluate(plan: Plan) -> list[Result]:
     cache has. Which rank does what does not show in the results.
 
     Raises:
-        ValueError: a task does not fit the encoder or the sets, and `plan.leave_out` is not given.
+        ValueError: a task does not fit the encoder or the sets, and `plan.leave_out` is not given; or the encoder's
+            weights are not finite.
         OSError: the cache's disk is full.
     """
     subject = plan.subject
+    if not all(bool(value.isfinite().all()) for value in subject.encoder.state_dict().values()):
+        raise ValueError(
+            f"the weights of {plan.name} are not finite: it has diverged, so evaluate an earlier checkpoint"
+        )
     source = CachedFeatures(subject=subject, cache=FeatureCache(plan.cache, limit_gib=plan.cache_gib))
     inputs = TaskInputs(subject=subject, source=source, world=subject.world)
     possible: list[Task] = []

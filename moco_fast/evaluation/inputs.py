@@ -47,7 +47,10 @@ __all__ = [
     "measure_on",
 ]
 
-_BROKEN = "the encoder's features are not finite: it has diverged, evaluate an earlier checkpoint"
+_LARGEST = 1e18  # of which squares can still be added up in float32
+_BROKEN = (
+    "the encoder's features are not finite, or larger than 1e18: it has diverged, so evaluate an earlier checkpoint"
+)
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -183,7 +186,7 @@ class LiveFeatures:
                 )
             for layer, features in of_rank.items():
                 self._found[split, layer] = found = gather(features)
-                if not bool(found.values.isfinite().all()):
+                if bool(_are_broken(found.values).any()):
                     raise ValueError(_BROKEN)
 
     def get(self, want: Want) -> Features:
@@ -359,7 +362,7 @@ class CachedFeatures:
         distributed.leave_together()  # All ranks see the files.
         for found, batch in batches:
             for name, values in found.items():
-                num_broken += (~values.isfinite()).sum()
+                num_broken += _are_broken(values).sum()
                 files[name].write(row, values, batch.label, batch.index)
             row += len(batch.index)
         for file in files.values():
@@ -458,6 +461,10 @@ def _by_split(wants: Iterable[Want]) -> dict[Split, list[Want]]:
     for want in dict.fromkeys(wants):
         found.setdefault(want.split, []).append(want)
     return found
+
+
+def _are_broken(values: Tensor) -> Tensor:
+    return ~(values.abs() <= _LARGEST)
 
 
 def _labeled(features: Features) -> Features:

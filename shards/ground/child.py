@@ -157,8 +157,10 @@ def serve(module: str, descriptor: int, memory: int) -> None:
         descriptor: of the child's end of the connection.
         memory: descriptor of the shared memory that holds the spec.
     """
-    # Ctrl-C reaches the whole group of processes: the parent decides when its children end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C, `timeout` and job schedulers signal the whole group of processes: the parent, which saves its state upon
+    # that, needs its children until then, and they end with it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     connection: Connection[Any, Any] = Connection(descriptor)
     main = import_module(module).main
     with mmap.mmap(memory, 0, access=mmap.ACCESS_READ) as pickled:

@@ -29,6 +29,7 @@ from moco_fast.evaluation.front import Plan, evaluate
 from moco_fast.evaluation.inputs import CachedFeatures, Subject
 from moco_fast.evaluation.live import measure
 from moco_fast.evaluation.result import Result, read_results
+from moco_fast.evaluation.tasks.finetune import Finetune
 from moco_fast.evaluation.tasks.health import Health
 from moco_fast.evaluation.tasks.knn import Knn
 from moco_fast.evaluation.tasks.linear import Linear
@@ -224,12 +225,24 @@ def test_a_kill_while_features_are_written_leaves_none(encoder: Encoder, packed_
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_features_that_are_not_finite_are_refused_and_not_kept(subject: Subject, tmp_path: Path) -> None:
-    with torch.no_grad():
-        next(subject.encoder.parameters()).fill_(torch.nan)
-    with pytest.raises(ValueError, match="not finite"):
+@pytest.mark.parametrize("times", [torch.inf, 1e25])
+def test_features_that_are_not_finite_or_huge_are_refused_and_not_kept(
+    subject: Subject, tmp_path: Path, times: float
+) -> None:
+    subject.encoder.backbone.register_forward_hook(lambda _module, _inputs, features: times * features)
+    with pytest.raises(ValueError, match="features are not finite, or larger than 1e18"):
         run(subject, tmp_path, Knn(k=(5,)))
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def test_an_encoder_that_has_diverged_is_not_trained_further(
+    encoder: Encoder, subject: Subject, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        next(encoder.parameters()).fill_(torch.nan)
+    for task in (Knn(k=(5,)), Finetune()):
+        with pytest.raises(ValueError, match="the weights of small are not finite: it has diverged"):
+            run(subject, tmp_path, task)
 
 
 def run_on_this_rank(train: str, test: str, cache: str) -> list[dict[str, Any]]:

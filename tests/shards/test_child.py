@@ -35,6 +35,14 @@ def test_children_share_one_spec_and_end_with_their_connection():
     assert [child.process.returncode for child in children] == [0, 0]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_the_whole_group_are_the_parent_s(child, number):
+    child.receive()
+    child.process.send_signal(number)
+    child.send("threads")
+    assert child.receive() >= 1
+
+
 def test_an_error_is_raised_with_the_traceback_of_its_process(child):
     child.receive()
     child.send("such thing")
