@@ -12,6 +12,7 @@ A folder with its final name is complete; the next run removes all others.
 
 import json
 import shutil
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moco_fast.config import Config, from_dict
-from shards.ground.digests import digest, digest_file
-from shards.ground.files import appearing, aside_of, remove, sync
+from shards.ground.digests import digest, digest_file, running_digest
+from shards.ground.files import appearing, aside_of, remove, sync, uncache
 
 if TYPE_CHECKING:
     from moco_fast.encoders.encoder import Encoder
@@ -39,6 +40,7 @@ __all__ = [
     "save",
     "set_generator_states",
     "step_of",
+    "superfluous",
     "sweep",
 ]
 
@@ -62,8 +64,16 @@ class Checkpoint:
     """Numbers of the run: the loader's position, seconds trained, the loss scaler's state."""
 
 
-def save(folder: Path, checkpoint: Checkpoint, *, keep: int, best: int | None = None) -> Path:
-    """Write `folder/step-NNNNNNNN` completely or not at all, then remove all but the newest `keep` and the best one.
+def save(
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    keep: int,
+    keep_every: int | None = None,
+    best: int | None = None,
+    spared: Collection[str] = (),
+) -> Path:
+    """Write `folder/step-NNNNNNNN` completely or not at all, then remove those that need not be kept.
 
     Called by one rank only. Returns the new checkpoint's folder.
 
@@ -71,36 +81,98 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int, best: int | None = 
         folder: of the run's checkpoints.
         checkpoint: to write.
         keep: number of newest checkpoints to keep.
+        keep_every: steps of which a checkpoint is kept, too (`superfluous`).
         best: step of the best checkpoint, which may be this one; None: what was the best one stays.
+        spared: names of checkpoints that are kept this time, since they are being read.
 
     Raises:
-        OSError: the disk is full or not writable; earlier checkpoints are not affected.
+        OSError: the disk is full, not writable, or does not give back what was written; earlier checkpoints are not
+            affected.
     """
     final = folder / _name_of(checkpoint.step)
     if not final.exists():  # else a run that stops immediately after it was resumed
         _write(final, checkpoint)
     if best is not None and (folder / _name_of(best)).is_dir():
         _link_best(folder, _name_of(best))
-    for old in _whole(folder)[:-keep]:
-        if old.name != _best_name(folder):
-            # A kill while files are deleted one by one must not leave some under the name of a complete checkpoint.
-            shutil.rmtree(old.rename(aside_of(old)))
+    steps = [int(path.name.removeprefix("step-")) for path in _whole(folder)]
+    names = {_name_of(step) for step in superfluous(steps, keep=keep, keep_every=keep_every)}
+    _remove(folder, names - {_best_name(folder), *spared})
     return final
+
+
+def superfluous(steps: Sequence[int], *, keep: int, keep_every: int | None = None) -> list[int]:
+    """Return which checkpoints need not be kept: not the newest `keep`, nor the first at or after a multiple of steps.
+
+    A checkpoint that is kept stays kept as others are removed and added.
+
+    Args:
+        steps: of all checkpoints.
+        keep: number of newest ones.
+        keep_every: of its multiples, from itself on; None: only the newest are kept.
+    """
+    firsts: dict[int, int] = {}
+    for step in sorted(steps):
+        if keep_every is not None and step >= keep_every:
+            firsts.setdefault(step // keep_every, step)
+    return [step for step in sorted(steps)[:-keep] if step not in firsts.values()]
+
+
+def _remove(folder: Path, names: Collection[str]) -> None:
+    """Remove checkpoints. A kill or a power cut leaves none with some of its files under its name."""
+    if not names:
+        return
+    asides = [path.rename(aside_of(path)) for path in (folder / name for name in sorted(names))]
+    sync(folder)
+    for aside in asides:
+        shutil.rmtree(aside)
 
 
 def _write(final: Path, checkpoint: Checkpoint) -> None:
     with appearing(final, durable=True) as aside:
         aside.mkdir(parents=True)
-        for name in _TENSOR_FILES:
-            save_file(_on_cpu(getattr(checkpoint, name)), aside / f"{name}.safetensors")
         state = {
             "version": VERSION,
             "step": checkpoint.step,
             "config": checkpoint.config,
             "numbers": checkpoint.numbers,
-            "files": {f"{name}.safetensors": _fingerprint(aside / f"{name}.safetensors") for name in _TENSOR_FILES},
+            "files": {
+                f"{name}.safetensors": _write_tensors(aside / f"{name}.safetensors", getattr(checkpoint, name))
+                for name in _TENSOR_FILES
+            },
         }
         (aside / "state.json").write_text(json.dumps(state | {"digest": _digest_of(state)}, indent=2))
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write tensors, read the file back from the disk, and return its fingerprint.
+
+    Raises:
+        OSError: it cannot be written, or is not what is in memory.
+    """
+    # safetensors keeps no strides: channels_last weights are stored in their logical order.
+    on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    save_file(on_cpu, path)
+    meant = _digest_in_memory(path, on_cpu)
+    sync(path)
+    uncache(path)
+    written = _fingerprint(path)
+    uncache(path)  # Training reads shards through the same memory.
+    if written["xxh3_128"] != meant:
+        raise OSError(f"{path} is not what was written when it is read back: check the disk")
+    return written
+
+
+def _digest_in_memory(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Return the digest that a file of these tensors has to have; only its header is read from it."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+    layout = json.loads(header)
+    whole = running_digest()
+    whole.update(length + header)
+    for name in sorted(tensors, key=lambda name: layout[name]["data_offsets"]):
+        whole.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()
 
 
 def _name_of(step: int) -> str:
@@ -234,11 +306,6 @@ def _read_state(path: Path) -> dict[str, Any]:
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}/state.json cannot be read ({error}): delete {path}") from None
     return state
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors keeps no strides: channels_last weights are stored in their logical order.
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
 def _digest_of(state: dict[str, Any]) -> str:

@@ -28,8 +28,8 @@ class RunFolder:
         self._lock = lock
 
     def write_config(self, config: Config) -> None:
-        """Write config.json."""
-        _write(self.path / "config.json", to_dict(config))
+        """Write config.json, which decides whether the run may go on: it is synced."""
+        _write(self.path / "config.json", to_dict(config), durable=True)
 
     def write_environment(self, facts: dict[str, Any]) -> None:
         """Write environment.json."""
@@ -100,5 +100,5 @@ def _changes(path: Path, config: Config, data: Mapping[str, Mapping[str, Any]]) 
     return found
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(content, indent=2) + "\n", durable=False)
+def _write(path: Path, content: dict[str, Any], *, durable: bool = False) -> None:
+    write_whole(path, json.dumps(content, indent=2) + "\n", durable=durable)

@@ -1,6 +1,7 @@
 """Metrics of a run: averaged on the device, read without blocking it, written as JSON lines and TensorBoard events."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,10 @@ class MetricsFile:
                 if name != "step":
                     self._board.add_scalar(name if "/" in name else f"train/{name}", value, line["step"])
 
+    def sync(self) -> None:
+        """Wait until the lines written so far are on the disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush and close both."""
         self._file.close()
@@ -100,4 +105,4 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(text + "\n")
         except (json.JSONDecodeError, KeyError):
             continue
-    write_whole(path, "".join(kept), durable=False)
+    write_whole(path, "".join(kept), durable=True)

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["appearing", "aside_of", "publish", "remove", "sync", "write_synced", "write_whole"]
+__all__ = ["appearing", "aside_of", "publish", "remove", "sync", "uncache", "write_synced", "write_whole"]
 
 
 def aside_of(final: Path) -> Path:
@@ -66,6 +66,15 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def uncache(path: Path) -> None:
+    """Let the kernel forget a synced file's bytes, so that whoever reads it next reads the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 
