@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moco_fast.config import Config, from_dict
+from shards.ground.arrays import Encoded
 from shards.ground.digests import digest, digest_file, running_digest
 from shards.ground.files import appearing, aside_of, remove, sync, uncache
 
@@ -33,6 +34,7 @@ __all__ = [
     "best_step",
     "find_newest",
     "generator_states",
+    "link_best",
     "load",
     "load_encoder",
     "part",
@@ -93,7 +95,7 @@ def save(
     if not final.exists():  # else a run that stops immediately after it was resumed
         _write(final, checkpoint)
     if best is not None and (folder / _name_of(best)).is_dir():
-        _link_best(folder, _name_of(best))
+        link_best(folder, _name_of(best))
     steps = [int(path.name.removeprefix("step-")) for path in _whole(folder)]
     names = {_name_of(step) for step in superfluous(steps, keep=keep, keep_every=keep_every)}
     _remove(folder, names - {_best_name(folder), *spared})
@@ -171,7 +173,8 @@ def _digest_in_memory(path: Path, tensors: dict[str, Tensor]) -> str:
     whole = running_digest()
     whole.update(length + header)
     for name in sorted(tensors, key=lambda name: layout[name]["data_offsets"]):
-        whole.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        array: Encoded = tensors[name].reshape(-1).view(torch.uint8).numpy()
+        whole.update(array.data)
     return whole.hexdigest()
 
 
@@ -179,7 +182,7 @@ def _name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _link_best(folder: Path, name: str) -> None:
+def link_best(folder: Path, name: str) -> None:
     """Make `folder/best` a link to a checkpoint in place of another, so that there is one at any moment."""
     if _best_name(folder) != name:
         with appearing(folder / _BEST, durable=False) as aside:

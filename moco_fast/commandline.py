@@ -15,7 +15,7 @@ from moco_fast.meaning import refuse_meaningless, refuse_renamed, refuse_without
 from moco_fast.presets import PRESETS
 from moco_fast.training import process
 from pipelines.config import tars_to_stream
-from shards.storage.stores import split_sets
+from shards.storage.stores import check_url, is_url, split_sets
 
 __all__ = ["Chosen", "Recipe", "check", "is_first_rank", "main", "parse"]
 
@@ -104,6 +104,7 @@ def check(config: Config, base: Config) -> None:
     validate(config)
     refuse_meaningless(config, base)
     check_tasks(config)
+    check_mirror(config.checkpoint.mirror)
     tars_to_stream(config.data)
     for option, shards in (("--data.shards", config.data.shards), ("--eval.shards", config.eval.shards)):
         is_streamed = option == "--data.shards" and config.data.stream_samples is not None
@@ -114,6 +115,18 @@ def check(config: Config, base: Config) -> None:
             raise ValueError(
                 f"{option} {path} has no manifest.json: give the folder that `make-shards pack` wrote{tars}"
             )
+
+
+def check_mirror(address: str | None) -> None:
+    """Check --checkpoint.mirror, if there is one. Raises ValueError: it is not the address of a bucket."""
+    if address is None:
+        return
+    if not is_url(address) or address.startswith("http"):
+        raise ValueError(
+            f"--checkpoint.mirror {address} is not the address of a bucket: give s3://, gs:// or az://; a folder that "
+            "outlives the machine can be --run.out itself"
+        )
+    check_url(address)
 
 
 def is_first_rank() -> bool:

@@ -153,13 +153,25 @@ class RunConfig:
 class CheckpointConfig:
     """Checkpoints of the run."""
 
-    every_steps: int = field(default=1000, metadata=FREELY)
-    """Optimizer steps between checkpoints; one is always written at the end."""
+    every: Literal["given", "auto"] = field(default="given", metadata=FREELY)
+    """`given`: as every_steps and every_minutes say. `auto`: as often as costs least, by the measured cost of a save
+    and failure_hours (Young 1974, Daly 2006)."""
+    every_steps: int | None = field(default=1000, metadata=FREELY)
+    """Optimizer steps between checkpoints; one is always written at the end. None: not by steps."""
+    every_minutes: float | None = field(default=None, metadata=FREELY)
+    """Minutes between checkpoints, by the first rank's clock. Unset: not by time."""
+    failure_hours: float = field(default=24.0, metadata=FREELY)
+    """`auto`: mean hours between two failures of the run, on all its machines together."""
     keep: int = field(default=2, metadata=FREELY)
     """Number of newest checkpoints to keep."""
+    keep_every: int | None = field(default=None, metadata=FREELY)
+    """Steps of which a checkpoint is kept for good: the first from each multiple on. Unset: the newest ones only."""
     keep_best: str | None = field(default=None, metadata=FREELY)
     """Figure of an evaluation, such as knn/top1: the checkpoint with its best value is kept, too, as checkpoints/best.
     Unset: no such checkpoint."""
+    mirror: str | None = field(default=None, metadata=FREELY)
+    """Address (s3:// gs:// az://) to which each checkpoint is uploaded, with the run's configuration and metrics. A run
+    whose folder is empty, as on another machine, goes on from there. Unset: the run's folder only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +238,10 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: an option cannot work; the message gives its value and what would work.
     """
+
+    def given(value: float | None) -> float:
+        return 1 if value is None else value
+
     positive = {
         "bn.num_groups": config.bn.num_groups,
         "optim.lr": config.optim.lr,
@@ -235,8 +251,11 @@ def validate(config: Config) -> None:
         "optim.decay_every": config.optim.decay_every,
         "run.epochs": config.run.epochs,
         "run.timeout_s": config.run.timeout_s,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.every_steps": given(config.checkpoint.every_steps),
+        "checkpoint.every_minutes": given(config.checkpoint.every_minutes),
+        "checkpoint.failure_hours": config.checkpoint.failure_hours,
         "checkpoint.keep": config.checkpoint.keep,
+        "checkpoint.keep_every": given(config.checkpoint.keep_every),
         "eval.every_steps": config.eval.every_steps,
         "eval.k": config.eval.k,
         "eval.temperature": config.eval.temperature,

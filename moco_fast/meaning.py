@@ -94,6 +94,12 @@ _RULES = (
         "use --optim.schedule exponential",
     ),
     _Rule(("run.epochs",), _other_length, "add --run.steps None --run.samples None"),
+    _Rule(("checkpoint.failure_hours",), _unless("checkpoint.every", "auto"), "add --checkpoint.every auto"),
+    _Rule(
+        ("checkpoint.every_steps", "checkpoint.every_minutes"),
+        _unless("checkpoint.every", "given"),
+        "leave out --checkpoint.every auto",
+    ),
     _Rule(("eval.probe_lr",), _without_probe, "add --eval.online-probe"),
     _Rule(("eval.every_steps", "eval.max_held_out"), _without_evaluation, "name held-out shards"),
     _Rule(("data.cache", "data.cache_gib"), _local_shards, "name shards in a bucket"),

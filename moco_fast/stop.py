@@ -15,7 +15,7 @@ class StopSignal:
     """Listens for SIGTERM, SIGUSR1 and SIGINT, and agrees with the other ranks on when to stop.
 
     `poll` is called once per step on every rank. It returns what the ranks agreed on in the previous call, so the
-    exchange (one integer over gloo, on the host) overlaps the step and nothing waits for the GPU. A second SIGINT
+    exchange (two integers over gloo, on the host) overlaps the step and nothing waits for the GPU. A second SIGINT
     interrupts immediately.
     """
 
@@ -29,18 +29,33 @@ class StopSignal:
             # new_group returns a number to ranks outside the group, but this group contains all ranks.
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
-        self._agreed = torch.zeros(1, dtype=torch.int32)
+        self._asked = self._granted = 0
+        self._agreed = torch.zeros(2, dtype=torch.int32)  # a signal, and what was asked for
         self._exchange: dist.Work | None = None
         self._before: dict[int, Any] = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
 
     def poll(self) -> int:
         """Return the signal that all ranks have agreed to stop for, or 0."""
         if self._group is None:
+            self._granted, self._asked = max(self._granted, self._asked), 0
             return self._received
         agreed = self._wait()
-        self._agreed.fill_(self._received)
+        self._agreed[0], self._agreed[1], self._asked = self._received, self._asked, 0
         self._exchange = dist.all_reduce(self._agreed, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
+
+    def ask(self, what: int) -> None:
+        """Ask all ranks to do something after the same step; they know by `granted`, as they know of a signal.
+
+        Args:
+            what: a number above 0; of several the highest counts.
+        """
+        self._asked = max(self._asked, what)
+
+    def granted(self) -> int:
+        """Return, once, what all ranks know by now that one of them asked for; or 0."""
+        granted, self._granted = self._granted, 0
+        return granted
 
     def close(self) -> None:
         """Restore the previous signal handlers."""
@@ -53,7 +68,9 @@ class StopSignal:
             return 0
         self._exchange.wait()
         self._exchange = None
-        return int(self._agreed.item())
+        agreed, granted = self._agreed.tolist()
+        self._granted = max(self._granted, granted)
+        return agreed
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._received:

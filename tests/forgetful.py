@@ -65,7 +65,7 @@ class ForgetfulDisk:
             how = os.O_DIRECTORY if is_folder else os.O_PATH | os.O_NOFOLLOW
             self._handles[status.st_ino] = os.open(path, how | os.O_CLOEXEC)
             if stat.S_ISLNK(status.st_mode):
-                self._links[status.st_ino] = os.readlink(path)
+                self._links[status.st_ino] = str(path.readlink())
         return status.st_ino
 
     def _keep(self, path: Path) -> None:
@@ -77,7 +77,8 @@ class ForgetfulDisk:
 
     def _names_now(self, folder: int) -> dict[str, int]:
         handle = self._handles[folder]
-        return {name: self._hold(Path(f"/proc/self/fd/{handle}/{name}")) for name in os.listdir(handle)}
+        names = os.listdir(handle)  # noqa: PTH208 - of a folder that may have no path by now
+        return {name: self._hold(Path(f"/proc/self/fd/{handle}/{name}")) for name in names}
 
     def _restore(self, inode: int, to: Path, names: Names) -> None:
         if inode in self._links:

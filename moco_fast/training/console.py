@@ -12,6 +12,7 @@ import torch
 from moco_fast import __version__
 from moco_fast.config import Config
 from moco_fast.methods.shuffle import resolve_policy
+from moco_fast.saving.due import describe
 from moco_fast.training.build import Parts
 from moco_fast.training.continuing import Changes
 from moco_fast.training.runtime import Runtime
@@ -72,6 +73,7 @@ def print_opening(
     if init_from is not None:
         _say(f"started from {' and '.join(init_from['parts'])} of {init_from['name']}, digest {init_from['digest']}")
         print_notes(init_from["notes"])
+    _say(describe(config.checkpoint))
     if step:
         _say(f"continuing {config.run.out} from step {step}")
 

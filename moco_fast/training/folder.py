@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from moco_fast.checkpoint import find_newest, read_numbers
 from moco_fast.config import Config, from_dict, to_dict
+from moco_fast.saving.mirror import Mirror, open_mirror
 from moco_fast.training.continuing import Changes, allowing, compare
 from moco_fast.training.state import last_seen
 from shards.ground.errors import InUseError
@@ -21,8 +22,9 @@ __all__ = ["RunFolder", "open_folder"]
 class RunFolder:
     """Folder of a run, locked against a second run for the lifetime of this object; held by the first rank."""
 
-    def __init__(self, path: Path, lock: IO[bytes], changes: Changes | None):
+    def __init__(self, path: Path, lock: IO[bytes], changes: Changes | None, mirror: Mirror | None = None):
         self.path = path
+        self.mirror = mirror
         self.changes = changes
         """What differs from the last start; None: nothing was trained yet."""
         self._lock = lock
@@ -78,11 +80,13 @@ def open_folder(config: Config, data: Mapping[str, Mapping[str, Any]]) -> RunFol
     except OSError as error:
         raise ValueError(f"--run.out {path} cannot be used: {error.strerror}") from None
     try:
+        address = config.checkpoint.mirror
+        mirror = None if address is None else open_mirror(address, path, config.checkpoint)
         changes = _changes(path, config, data)
     except ValueError:
         lock.close()
         raise
-    return RunFolder(path, lock, changes)
+    return RunFolder(path, lock, changes, mirror)
 
 
 def _changes(path: Path, config: Config, data: Mapping[str, Mapping[str, Any]]) -> Changes | None:

@@ -21,6 +21,8 @@ from moco_fast.evaluation.base import Evaluation
 from moco_fast.evaluation.registry import open_evaluation
 from moco_fast.methods.batchnorm import average_batch_statistics
 from moco_fast.optimizers.optim import load_optimizer_tensors, optimizer_tensors
+from moco_fast.saving.mirror import Mirror
+from moco_fast.saving.saver import Need, Saver
 from moco_fast.stop import StopSignal
 from moco_fast.training import console
 from moco_fast.training.best import Best, best_of
@@ -179,7 +181,7 @@ def _run(
             if folder.changes is not None:
                 console.print_changes(folder.changes)
             metrics = MetricsFile(folder.path, step=progress.step, tensorboard=config.log.tensorboard)
-        run = RunLoop(config, runtime, parts, progress, metrics, evaluation)
+        run = RunLoop(config, runtime, parts, progress, metrics, evaluation, folder and folder.mirror)
         try:
             if progress.step == 0:
                 run.evaluate()
@@ -192,6 +194,8 @@ def _run(
         outcome = "stopped" if stopped_by else "finished"
         found = {} if progress.best is None else {"best": progress.best.state_dict()}
         folder.write_outcome(outcome, step=progress.step, num_steps=parts.num_steps, time_s=progress.time_s, **found)
+        if folder.mirror is not None:
+            folder.mirror.finish()
         console.print_closing(config, outcome, progress.step, parts.num_steps, best=found.get("best"))
     return 128 + stopped_by if stopped_by else 0
 
@@ -249,11 +253,21 @@ class RunLoop:
         progress: Progress,
         metrics: MetricsFile | None,
         evaluation: Evaluation | None,
+        mirror: Mirror | None = None,
     ):
         self.config, self.runtime, self.parts, self.progress = config, runtime, parts, progress
         self._metrics = metrics
         self._evaluation = evaluation
         self._stop = StopSignal(timeout_s=config.run.timeout_s)
+        self._saver = Saver(
+            _checkpoints(config),
+            config.checkpoint,
+            runtime.device,
+            timeout_s=config.run.timeout_s,
+            before=metrics and metrics.sync,
+            mirror=mirror,
+            say=self._say,
+        )
         self._bar = tqdm(
             total=parts.num_steps,
             initial=progress.step,
@@ -295,16 +309,32 @@ class RunLoop:
             if progress.step % config.log.every_steps == 0:
                 self._log({"lr": lr, **scheduled})
             last = progress.step == num_steps
-            stopped_by = 0 if last else self._stop.poll()
+            stopped_by, is_asked = (0, False) if last else self._poll()
             # Before saving: a run that is killed in between evaluates again after resuming, so no result is missing.
             is_due = not stopped_by and (last or progress.step % config.eval.every_steps == 0)
             is_best = is_due and self.evaluate()
-            if stopped_by or last or is_best or progress.step % config.checkpoint.every_steps == 0:
+            if stopped_by or last or is_best or is_asked or self._saver.is_due(progress.step):
                 self.save()
+            if stopped_by or last:
+                self._saver.finish()
             if stopped_by:
                 return stopped_by
             clock = time.perf_counter()  # The time since the step was not spent on training.
         return 0
+
+    def _poll(self) -> tuple[int, bool]:
+        """Return the signal that all ranks stop for, or 0, and whether one asked for a checkpoint.
+
+        Raises:
+            OSError, FloatingPointError: a checkpoint could not be written.
+        """
+        if self._metrics is not None:
+            self._stop.ask(self._saver.needs())
+        stopped_by = self._stop.poll()
+        need = self._stop.granted()
+        if need == Need.END:
+            self._saver.end()
+        return stopped_by, need == Need.SAVE
 
     def evaluate(self) -> bool:
         """Do the configured evaluation and write its figures; return whether its checkpoint is the best one so far."""
@@ -322,45 +352,46 @@ class RunLoop:
         return best is not None and best.takes(figures, step=self.progress.step)
 
     def save(self) -> None:
-        """Write a checkpoint of all ranks' state; the first rank writes it.
+        """Save all ranks' state; the first rank writes it, while training goes on.
 
         Raises:
             FloatingPointError: the loss is not finite.
         """
         self._settle()
-        config, runtime, parts, progress = self.config, self.runtime, self.parts, self.progress
-        average_batch_statistics(parts.query)
+        average_batch_statistics(self.parts.query)
         # The checkpoint has one sum for all ranks, so values that they have not yet combined are averaged.
-        sums = progress.averages.sums.clone()
+        sums = self.progress.averages.sums.clone()
         distributed.average_([sums])
-        if not sums.isfinite().all():
-            raise FloatingPointError(_NOT_A_NUMBER.format(step=progress.step))
-        rng = _rng_of_all_ranks(runtime)
-        if self._metrics is not None:
-            model = {f"{name}.{k}": v for name, module in parts.modules.items() for k, v in module.state_dict().items()}
-            numbers = {
-                "loader": parts.loader.state_dict(),
-                "scaler": runtime.scaler_state(),
-                "time_s": progress.time_s + progress.interval_s,
-                "best": {} if progress.best is None else progress.best.state_dict(),
-                "data": progress.data,
-                "init_from": progress.init_from,
-            }
-            saved = Checkpoint(
-                step=progress.step,
-                config=to_dict(config),
-                model=model | {"watched.sums": sums},
-                optimizer=_optimizer_tensors(parts),
-                rng=rng,
-                numbers=numbers,
-            )
-            best = progress.best and progress.best.step
-            checkpoint.save(_checkpoints(config), saved, keep=config.checkpoint.keep, best=best)
-        runtime.wait_for_all()
+        best = self.progress.best and self.progress.best.step
+        self._saver.save(None if self._metrics is None else self._state(sums), best=best)
+
+    def _state(self, sums: Tensor) -> Checkpoint:
+        config, runtime, parts, progress = self.config, self.runtime, self.parts, self.progress
+        model = {f"{name}.{k}": v for name, module in parts.modules.items() for k, v in module.state_dict().items()}
+        numbers = {
+            "loader": parts.loader.state_dict(),
+            "scaler": runtime.scaler_state(),
+            "time_s": progress.time_s + progress.interval_s,
+            "best": {} if progress.best is None else progress.best.state_dict(),
+            "data": progress.data,
+            "init_from": progress.init_from,
+        }
+        return Checkpoint(
+            step=progress.step,
+            config=to_dict(config),
+            model=model | {"watched.sums": sums},
+            optimizer=_optimizer_tensors(parts),
+            rng={},
+            numbers=numbers,
+        )
+
+    def _say(self, line: str) -> None:
+        self._bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
         """Close the progress bar and the metrics, and restore the signal handlers."""
         self._bar.close()
+        self._saver.close()
         self._stop.close()
         if self._metrics is not None:
             self._metrics.close()
@@ -430,8 +461,3 @@ def _optimizer_tensors(parts: Parts) -> dict[str, Tensor]:
     of_probe = {} if parts.probe is None else optimizer_tensors(parts.probe.optimizer, parts.probe)
     of_query = optimizer_tensors(parts.optimizer, parts.query)
     return of_query | {f"probe.{name}": each for name, each in of_probe.items()}
-
-
-def _rng_of_all_ranks(runtime: Runtime) -> dict[str, Tensor]:
-    states = checkpoint.generator_states(runtime.rank, runtime.device)
-    return {name: state for rank_states in runtime.gather(states) for name, state in rank_states.items()}

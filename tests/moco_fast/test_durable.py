@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.faults
 
 
 @contextmanager
-def cut_anywhere(root: Path, scratch: Path, check: Callable[[Path], None]) -> Iterator[Callable[[], None]]:
-    """Call `check` with what a cut would leave of `root`, after every change within the block; gives one more such cut."""
+def cut_anywhere(root: Path, scratch: Path, check: Callable[[Path], None]) -> Generator[Callable[[], None]]:
+    """Call `check` with what a cut would leave of `root`, after every change within the block; gives one more cut."""
     disk, is_checking = ForgetfulDisk(root), False
 
     def cut() -> None:

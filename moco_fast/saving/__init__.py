@@ -1,0 +1,1 @@
+"""Saving of a run: when, from which memory, by which thread, and where else."""
