@@ -201,14 +201,19 @@ def best_step(folder: Path) -> int | None:
     return None if name is None or not (folder / name).is_dir() else int(name.removeprefix("step-"))
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, *, is_checked: bool = False) -> Checkpoint:
     """Read a checkpoint folder, with tensors on the CPU.
+
+    Args:
+        path: of the folder.
+        is_checked: another process of this machine has just compared the digests: they are not computed again, and the
+            tensors are mapped, read only as they are used.
 
     Raises:
         ValueError: a file is missing, changed or from another version; the message names it.
     """
     state = _read_state(path)
-    for name, fingerprint in state["files"].items():
+    for name, fingerprint in () if is_checked else state["files"].items():
         if not (path / name).is_file():
             raise ValueError(f"{path / name} is missing: the checkpoint cannot be used, delete {path}")
         if _fingerprint(path / name) != fingerprint:

@@ -21,6 +21,7 @@ from torch import Tensor
 from moco_fast import checkpoint, distributed
 from moco_fast.checkpoint import Checkpoint
 from moco_fast.evaluation.base import Saving
+from moco_fast.saving.reading import load_together
 from pipelines.world import World
 from shards.ground.digests import short_digest
 from shards.ground.files import write_whole
@@ -82,7 +83,7 @@ class SavedTraining:
             return None
         if found is None or found.name != of_first:
             raise ValueError(f"rank {self._world.rank} does not see {self._folder}/{of_first}: --cache must be shared")
-        state = checkpoint.load(found)
+        state = load_together(found, is_first_of_node=self._world.rank % self._world.local_world_size == 0)
         checkpoint.set_generator_states(state.rng, self._world.rank, self._device)
         return state
 

@@ -22,6 +22,7 @@ from moco_fast.evaluation.registry import open_evaluation
 from moco_fast.methods.batchnorm import average_batch_statistics
 from moco_fast.optimizers.optim import load_optimizer_tensors, optimizer_tensors
 from moco_fast.saving.mirror import Mirror
+from moco_fast.saving.reading import load_together
 from moco_fast.saving.saver import Need, Saver
 from moco_fast.stop import StopSignal
 from moco_fast.training import console
@@ -215,7 +216,7 @@ def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) 
         )
     if newest is None:
         return
-    saved = checkpoint.load(newest)
+    saved = load_together(newest, is_first_of_node=runtime.local_rank == 0)
     for name, module in parts.modules.items():
         module.load_state_dict(checkpoint.part(saved.model, name))
     of_probe = checkpoint.part(saved.optimizer, "probe")
