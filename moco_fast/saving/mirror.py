@@ -63,7 +63,8 @@ class Mirror:
         self._token = uuid.uuid4().hex
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mirror")
         self._lock = threading.Lock()
-        self._uploading: Future[None] | None = None
+        self.uploading: Future[None] | None = None
+        """The last uploads, under way or done."""
         self._is_offered = False
         self._read: str | None = None
         self._warnings: list[str] = []
@@ -107,8 +108,8 @@ class Mirror:
         """Upload what the folder has and the mirror lacks, as soon as the upload before is done."""
         with self._lock:
             self._is_offered = True
-            if self._uploading is None or self._uploading.done():
-                self._uploading = self._pool.submit(self._upload_all)
+            if self.uploading is None or self.uploading.done():
+                self.uploading = self._pool.submit(self._upload_all)
 
     def being_read(self) -> tuple[str, ...]:
         """Return the names of checkpoints that must not be removed now."""
@@ -123,7 +124,7 @@ class Mirror:
     def wait(self) -> None:
         """Wait for what was offered; `lost` says afterwards if it is not all in the mirror."""
         with self._lock:
-            uploading = self._uploading
+            uploading = self.uploading
         if uploading is not None:
             uploading.exception()
         if self._error is not None and self.lost is None:

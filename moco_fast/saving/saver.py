@@ -70,7 +70,8 @@ class Saver:
         self._due = Due(config)
         self._staging = Staging(device)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._writing: Future[float] | None = None
+        self.writing: Future[float] | None = None
+        """Of the first rank: the last write, under way or done."""
         self._states: _States | None = None
         self._step = 0
         self._cost_s = 0.0
@@ -83,12 +84,12 @@ class Saver:
 
     def needs(self) -> Need:
         """Return what all ranks should be asked for; called by the first one, after each step."""
-        if self._writing is not None and self._writing.done():
-            if self._writing.exception() is not None:
+        if self.writing is not None and self.writing.done():
+            if self.writing.exception() is not None:
                 return Need.END
             if not self._is_measured:
                 self._is_measured = True
-                if words := self._due.measured(cost_s=self._cost_s, write_s=self._writing.result()):
+                if words := self._due.measured(cost_s=self._cost_s, write_s=self.writing.result()):
                     self._say(words)
         if self._mirror is not None:
             if self._mirror.lost is not None:
@@ -119,14 +120,14 @@ class Saver:
             copies = self._staging.copy({f"{part}.{name}": each for (part, name), each in tensors.items()})
         except NoRoomError as error:
             self._say_once(f"checkpoints: training waits while they are written, since {error}")
-            self._writing = _done_now(lambda: self._write(state, states, best))
+            self.writing = _done_now(lambda: self._write(state, states, best))
         else:
             of_parts = {
                 wanted: {name: copies[f"{part}.{name}"] for part, name in tensors if part == wanted}
                 for wanted in ("model", "optimizer")
             }
             copied = dataclasses.replace(state, **of_parts)
-            self._writing = self._pool.submit(self._write, copied, states, best, wait=self._staging.wait)
+            self.writing = self._pool.submit(self._write, copied, states, best, wait=self._staging.wait)
         self._cost_s = time.perf_counter() - began
 
     def finish(self) -> None:
@@ -137,8 +138,8 @@ class Saver:
         """
         if self._states is not None:
             self._states.wait()
-        if self._writing is not None:
-            self._writing.exception()
+        if self.writing is not None:
+            self.writing.exception()
         if self._mirror is not None:
             self._mirror.wait()
         self.end()
@@ -183,17 +184,17 @@ class Saver:
     def _wait_for_the_one_before(self) -> None:
         if self._states is not None:
             self._states.wait()
-        if self._writing is None or self._writing.done():
+        if self.writing is None or self.writing.done():
             return
         began = time.perf_counter()
-        self._writing.exception()
+        self.writing.exception()
         self._say_once(
             f"checkpoints: the one before was still being written, and training waited "
             f"{time.perf_counter() - began:.1f} s for it: save less often, or to a faster disk"
         )
 
     def _failure(self) -> BaseException | None:
-        if self._writing is not None and self._writing.done() and (error := self._writing.exception()):
+        if self.writing is not None and self.writing.done() and (error := self.writing.exception()):
             return error
         return None if self._mirror is None else self._mirror.lost
 

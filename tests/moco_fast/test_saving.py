@@ -202,8 +202,8 @@ def test_a_kill_at_any_operation_of_the_thread_leaves_a_whole_checkpoint(
         for name in ("fsync", "mkdir", "open", "rename", "replace", "rmdir", "symlink", "unlink"):
             patch.setattr(os, name, killing(getattr(os, name)))
         saver.save(state_of(2, 2.0), best=2)
-        assert saver._writing is not None
-        error = saver._writing.exception()
+        assert saver.writing is not None
+        error = saver.writing.exception()
     saver.close()
     assert isinstance(error, KilledError) == (calls > number)
     assert error is not None or number > 20
@@ -306,7 +306,7 @@ def save_on_two_ranks(folder: str, fails: bool) -> dict[str, Any]:
                 waited = gate.opened.is_set()
                 gate.opened.set()
                 if fails and rank == 0:
-                    saver._writing.exception()  # pyright: ignore[reportOptionalMemberAccess] - it has just begun
+                    saver.writing.exception()  # pyright: ignore[reportOptionalMemberAccess] - it has just begun
         saver.finish()
     except FloatingPointError as caught:
         error = str(caught)

@@ -40,16 +40,6 @@ from tests.shards.pictures import contents, fill, jpeg
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def server():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
 class Faults(http.server.BaseHTTPRequestHandler):
     """Hands requests on to the S3 server, but the first `remaining` of a kind go wrong as `fault` says."""
 
@@ -134,25 +124,6 @@ def proxy(server):
     proxy.shutdown()
     proxy.server_close()
     thread.join()
-
-
-@pytest.fixture
-def bucket(server, monkeypatch, request):
-    """A fresh bucket; gives a function that lists what is in it."""
-    name = f"bucket-{abs(hash(request.node.name)) % 10**9}"
-    for key, value in {
-        "AWS_ENDPOINT_URL": server,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(key, value)
-    urllib.request.urlopen(urllib.request.Request(f"{server}/{name}", method="PUT")).close()
-    for cached in (storage.open_folder, storage._open_remote):
-        cached.cache_clear()
-    yield f"s3://{name}"
-    for cached in (storage.open_folder, storage._open_remote):
-        cached.cache_clear()
 
 
 def upload(url, files):
