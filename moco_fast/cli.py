@@ -20,6 +20,7 @@ from moco_fast.commands.search import Search
 from moco_fast.evaluation.base import StoppedError
 from moco_fast.meaning import refuse_renamed
 from moco_fast.training import process
+from shards.storage.addresses import refuse_addresses
 
 __all__ = ["main"]
 
@@ -102,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Train, evaluate, embed, export. `moco-fast --version` prints the version.",
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
         )
+        refuse_addresses(command, taken_by=commandline.TAKE_ADDRESSES, ways_out=commandline.INSTEAD_OF_ADDRESSES)
         return command.execute()
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

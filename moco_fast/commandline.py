@@ -15,9 +15,24 @@ from moco_fast.meaning import refuse_meaningless, refuse_renamed, refuse_without
 from moco_fast.presets import PRESETS
 from moco_fast.training import process
 from pipelines.config import tars_to_stream
+from shards.storage.addresses import refuse_addresses
 from shards.storage.stores import check_url, is_url, split_sets
 
-__all__ = ["Chosen", "Recipe", "check", "is_first_rank", "main", "parse"]
+__all__ = ["INSTEAD_OF_ADDRESSES", "TAKE_ADDRESSES", "Chosen", "Recipe", "check", "is_first_rank", "main", "parse"]
+
+TAKE_ADDRESSES = frozenset(
+    {
+        *("DataConfig.shards", "EvalConfig.shards", "CheckpointConfig.mirror"),
+        *("EvalTask.train", "EvalTask.test", "Domains.domains", "Embed.images", "Preview.shards"),
+    }
+)
+"""Options of training and of `moco-fast` that take addresses."""
+
+INSTEAD_OF_ADDRESSES = {
+    "RunConfig.out": "give a folder on this machine, and the address as --checkpoint.mirror",
+    "DataConfig.cache": "give a folder on this machine: it holds copies of what is read from addresses",
+}
+"""What to do in place of giving an address."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +117,7 @@ def check(config: Config, base: Config) -> None:
     from shards.sets.registry import may_be_set
 
     validate(config)
+    refuse_addresses(config, taken_by=TAKE_ADDRESSES, ways_out=INSTEAD_OF_ADDRESSES)
     refuse_meaningless(config, base)
     check_tasks(config)
     check_mirror(config.checkpoint.mirror)

@@ -11,9 +11,10 @@ import tyro
 from shards.config import WORK_FOLDER, PackConfig, SourceOptions
 from shards.ground.errors import PackError
 from shards.ground.units import counted
+from shards.storage.addresses import refuse_addresses
 from shards.storage.file_kinds import BETON_SUFFIX
 
-__all__ = ["main"]
+__all__ = ["TAKE_ADDRESSES", "main"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +212,14 @@ _RUN: dict[type, Callable[[Any], int]] = {
     BetonCommand: _beton,
 }
 
+TAKE_ADDRESSES = frozenset(
+    {
+        *(f"PackCommand.{name}" for name in ("sources", "out", "image_root", "ray_address")),
+        *(f"{name}Command.folder" for name in ("Verify", "Index", "Inspect", "Beton", "Finish")),
+    }
+)
+"""Options that take addresses."""
+
 _Commands = (
     Annotated[PackCommand, tyro.conf.subcommand("pack")]
     | Annotated[VerifyCommand, tyro.conf.subcommand("verify")]
@@ -239,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             description="Images in, shards out: what MoCo training reads. `make-shards --version` prints the version.",
             config=(tyro.conf.OmitSubcommandPrefixes,),
         )
+        refuse_addresses(command, taken_by=TAKE_ADDRESSES)
         return _RUN[type(command)](command)
     except PackError as error:
         return _fail(str(error), 1)
