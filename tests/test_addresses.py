@@ -100,7 +100,7 @@ def test_what_is_not_an_address_is_left_alone(text: str) -> None:
         (["train", "demo", "--data.shards", "{set}", "--run.out", "s3://b/r"], "--run.out s3://b/r"),
         (["export", "{set}", "--out", "s3://b/r"], "--out s3://b/r"),
         (["eval", "knn", "--encoder", "s3://b/r"], "--encoder s3://b/r"),
-        (["report", "gs://b/r"], "--run gs://b/r"),
+        (["report", "gs://b/r"], "gs://b/r"),
         (["bench", "demo", "--data.shards", "{set}", "--data.cache", "s3://b/r"], "--data.cache s3://b/r"),
     ],
 )
