@@ -17,7 +17,7 @@ HAS_GPU = $(shell $(VENV)/bin/python -c 'import torch; print("yes" if torch.cuda
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup setup-ffcv demo test test-matrix format lock gpu-check docs image image-rehearsal clean \
+.PHONY: help setup setup-ffcv demo test test-long test-matrix format lock gpu-check docs image image-rehearsal clean \
 	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint bench demo-steps
 
 help: ## This list
@@ -66,10 +66,15 @@ lint-imports:
 hadolint:
 	hadolint Dockerfile
 
-# One thread each: the tests themselves run side by side. Files stay together, for what their tests share.
+# One thread each: the tests themselves run side by side. Files stay together, for what their tests share. Without a
+# GPU, tests/test_fake_cuda.py runs what compares one with the CPU.
 pytest: export OMP_NUM_THREADS ?= 1
 pytest:
-	DEVICE=$(if $(HAS_GPU),cuda,cpu) python -m pytest --numprocesses auto --dist loadfile --continue-on-collection-errors --timeout 600 --cov $(if $(HAS_BROWSER),,-m 'not browser')
+	DEVICE=$(if $(HAS_GPU),cuda,cpu) python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --continue-on-collection-errors --timeout 600 --cov \
+		-m "not long$(if $(HAS_GPU),, and not gpu)$(if $(HAS_BROWSER),, and not browser)"
+
+test-long: setup-ffcv ## What takes minutes and proves something rare, such as every family of timm
+	OMP_NUM_THREADS=1 DEVICE=$(if $(HAS_GPU),cuda,cpu) python -m pytest -m long
 
 test-matrix: setup-ffcv ## The fast tests on the oldest and the newest Python and packages
 	python tests/matrix.py $(ENVIRONMENTS)

@@ -160,10 +160,15 @@ def cifar10(device: str, archive: Path | None, seconds: float) -> Part:
     return Part(name="cifar10", kind="cifar10", limit_s=seconds + 120, options=options)
 
 
+def job(part: Part, device: str, out: Path, data: Path, photos: Path | None) -> str:
+    """Return what gpu_parts.py is told of a part."""
+    told = {"kind": part.kind, "options": part.options, "device": device, "data": str(data)}
+    told |= {"photos": str(photos.resolve()) if photos else None, "out": str(_file(out, part))}
+    return json.dumps(told)
+
+
 def run(part: Part, device: str, out: Path, data: Path, photos: Path | None, limit_s: float) -> str:
     """Run a part in a process; return how it ended: done, failed (with the last line it said) or out of time."""
-    job = {"kind": part.kind, "options": part.options, "device": device, "data": str(data)}
-    job |= {"photos": str(photos.resolve()) if photos else None, "out": str(out / f"{part.name}.json")}
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
         "DEVICE": device,
@@ -173,7 +178,7 @@ def run(part: Part, device: str, out: Path, data: Path, photos: Path | None, lim
     log = out / f"{part.name}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("gpu_parts.py")), json.dumps(job)],
+            [sys.executable, str(Path(__file__).with_name("gpu_parts.py")), job(part, device, out, data, photos)],
             cwd=ROOT,
             env=environment,
             stdout=file,

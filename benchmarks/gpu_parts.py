@@ -3,7 +3,6 @@
 Every part gives rows for the table of its kind, notes in Markdown, figures, and whether all is well.
 """
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -135,10 +134,10 @@ def data(job: Job) -> Outcome:
 
 
 def tests(job: Job, *, paths: list[str], select: str) -> Outcome:
-    """The tests that are marked for the GPU, those that `select` (pytest's -k) names."""
+    """The tests of files, those that `select` (pytest's -k) names."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "tests.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *paths]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
         command += ["-k", select] if select else []
         subprocess.run([*command, "--junitxml", str(results)], cwd=ROOT, check=False)
         cases = list(ElementTree.parse(results).iter("testcase"))
@@ -489,15 +488,13 @@ KINDS: dict[str, Callable[..., Outcome]] = {
 }
 
 
-def main() -> None:
-    """Do one part, and write its file whole or not at all."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", help="JSON: kind, options, device, data, photos, out")
-    wanted = json.loads(parser.parse_args().job)
+def do(job: str) -> None:
+    """Do one part, and write its file whole or not at all; `job`: JSON of kind, options, device, data, photos, out."""
+    wanted = json.loads(job)
     out = Path(wanted["out"])
     photos = Path(wanted["photos"]) if wanted["photos"] else None
-    job = Job(name=out.stem, device=wanted["device"], data=Path(wanted["data"]), photos=photos)
-    outcome = KINDS[wanted["kind"]](job, **wanted["options"])
+    part = Job(name=out.stem, device=wanted["device"], data=Path(wanted["data"]), photos=photos)
+    outcome = KINDS[wanted["kind"]](part, **wanted["options"])
     # Of this process and of those that it has waited for: a loader's reader, a part's own processes.
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu_s = sum(each.ru_utime + each.ru_stime for each in used)
@@ -507,4 +504,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    do(sys.argv[1])

@@ -1,17 +1,18 @@
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from contextlib import suppress
-from multiprocessing import Pipe
-from multiprocessing.connection import wait
+from multiprocessing.connection import Listener, wait
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.warm import WarmPython
+
+ROOT = Path(__file__).parent.parent
 
 # No test has a threshold of time: a busy machine would fail it.
 settings.register_profile("untimed", deadline=None)
@@ -20,6 +21,14 @@ settings.load_profile("untimed")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that runs the tests in the background makes them ignore it, and the commands that they start inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Begun first, so that all workers end at about the same time.
+LONGEST_FILES = ("test_fake_cuda", "test_gpu_check", "test_loop", "test_export")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST_FILES)
 
 
 class RankFailedError(Exception):
@@ -37,8 +46,9 @@ _CONNECTING_TRIES = 3
 class Ranks:
     """Processes that are ranks of gloo worlds on this machine; they are started once and used by many tests."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, python):
         self._folder = folder
+        self._python = python
         self._workers = []
         self._num_jobs = 0
 
@@ -94,17 +104,11 @@ class Ranks:
             return "error", "the process died"
 
     def _start(self):
-        ours, theirs = Pipe()
-        worker = Path(__file__).with_name("rank_worker.py")
         one_thread = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        # -P: the folder of the worker's file holds folders with our packages' names.
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(worker), str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env=os.environ | one_thread,
-        )
-        theirs.close()
-        return process, ours
+        with Listener() as listener:
+            env = os.environ | one_thread
+            process = self._python.start("-m", "tests.rank_worker", listener.address, env=env, cwd=ROOT)
+            return process, listener.accept()
 
     @staticmethod
     def _stop(process, connection):
@@ -119,11 +123,19 @@ class Ranks:
 
 
 @pytest.fixture(scope="session")
-def run_ranks(tmp_path_factory):
+def run_ranks(tmp_path_factory, warm_python):
     """Run a function on several gloo ranks: `run_ranks(function, *arguments, world_size=2)`."""
-    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"), warm_python)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """Run Python in processes that have torch already: `warm_python.run("-m", module, *words)`, or `start`."""
+    python = WarmPython()
+    yield python
+    python.close()
 
 
 @pytest.fixture

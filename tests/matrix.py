@@ -71,10 +71,15 @@ def make(environment: Environment) -> Path:
 
 def test(environment: Environment, python: Path) -> EnvironmentOutcome:
     """Run the fast tests."""
-    words = ("-m", "pytest", "-m", "not slow", "--numprocesses", "auto", "--dist", "loadfile", "--timeout", "600")
+    words = ("-m", "pytest", "-m", "not slow and not long", "--numprocesses", "auto", "--dist", "loadfile")
     variables = {"PATH": f"{python.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DEVICE": "cpu"}
     run = subprocess.Popen(
-        [python, *words], cwd=ROOT, env=os.environ | variables, stdout=subprocess.PIPE, text=True, bufsize=1
+        [python, *words, "--timeout", "600"],
+        cwd=ROOT,
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
     )
     assert run.stdout is not None
     line = ""

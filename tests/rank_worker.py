@@ -8,7 +8,7 @@ import traceback
 import warnings
 from datetime import timedelta
 from functools import cache
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,7 @@ def run(job):
 
 
 def main():
-    connection = Connection(int(sys.argv[1]))
+    connection = Client(sys.argv[1])
     warnings.simplefilter("error")
     while True:
         job = pickle.loads(connection.recv_bytes())

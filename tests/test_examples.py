@@ -1,8 +1,8 @@
 """Every script of examples/ does what its docstring says."""
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import shards
+from tests.warm import WarmPython
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -27,11 +28,17 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, name: str, *words: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *words], cwd=folder, env=environment, capture_output=True, text=True
-    )
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(packed: Path, warm_python: WarmPython) -> Run:
+    return partial(run_example, warm_python, packed)
+
+
+def run_example(python: WarmPython, folder: Path, name: str, *words: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = python.run(EXAMPLES / name, *words, cwd=folder, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -41,23 +48,23 @@ def test_every_example_is_run_here() -> None:
     assert [path.name for path in sorted(EXAMPLES.glob("*.py")) if f'"{path.name}"' not in here] == []
 
 
-def test_a_plain_loop_learns(packed: Path) -> None:
-    printed = run(packed, "plain_loop.py", "shards", "8").splitlines()
+def test_a_plain_loop_learns(run: Run) -> None:
+    printed = run("plain_loop.py", "shards", "8").splitlines()
     assert len(printed) == 5  # an epoch of 160 samples has five steps of 32
     assert printed[0].startswith("step 0: loss ")
 
 
 @pytest.mark.slow
-def test_lightning_takes_the_loader(packed: Path) -> None:
-    assert "after 5 steps" in run(packed, "with_lightning.py", "shards", "5")
+def test_lightning_takes_the_loader(run: Run) -> None:
+    assert "after 5 steps" in run("with_lightning.py", "shards", "5")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["custom_encoder.py", "custom_views.py"])
-def test_a_custom_part_trains_and_embeds(name: str, packed: Path) -> None:
-    run(packed, name, "shards", f"run-{name}", "2")
+def test_a_custom_part_trains_and_embeds(name: str, packed: Path, run: Run) -> None:
+    run(name, "shards", f"run-{name}", "2")
     assert (packed / f"run-{name}" / "outcome.json").read_text().count('"finished"') == 1
     if name == "custom_views.py":
-        printed = run(packed, "embed_folder.py", f"run-{name}", "images")
+        printed = run("embed_folder.py", f"run-{name}", "images")
         assert "160 images, 256 numbers each; 0 could not be read" in printed
         assert len(printed.splitlines()) == 7

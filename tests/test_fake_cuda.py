@@ -12,7 +12,7 @@ import torch
 from tests.gpu.waiting import no_host_sync
 
 ROOT = Path(__file__).parent.parent
-LONG = "memory_stays_flat or small_steps or demo or resume"
+LONG = "memory_stays_flat"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_parts.py on the GPU that is not there; processes that it spawns begin here, too."""
+"""Any parts of benchmarks/gpu_parts.py on the GPU that is not there; processes that they spawn begin here, too."""
 
 import sys
 from pathlib import Path
@@ -13,4 +13,5 @@ fake_cuda.install()
 if __name__ == "__main__":
     import gpu_parts
 
-    gpu_parts.main()
+    for job in sys.argv[1:]:
+        gpu_parts.do(job)

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -9,10 +7,10 @@ from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
 pytestmark = pytest.mark.faults
 
 SCRIPT = """
-import hashlib, json, sys, torch
+import hashlib, json, os, signal, sys, torch
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.loader import open_loader
-shards, backend, state = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+shards, backend, state, left = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
 loader = open_loader(DataConfig(shards=shards, batch_size=12, backend=backend, num_threads=1), ViewsConfig(size=24),
                      seed=9, device=torch.device("cpu"))
 loader.load_state_dict(state)
@@ -20,6 +18,9 @@ while loader.state_dict()["epoch"] < 3:
     for batch in loader:
         content = b"".join(t.contiguous().numpy().tobytes() for t in (*batch.views, batch.index))
         print(json.dumps([hashlib.sha256(content).hexdigest(), loader.state_dict()]), flush=True)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -32,29 +33,21 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("resume"), images)
 
 
-def batches(shards, backend, state, *, kill_after=None):
+def batches(python, shards, backend, state, *, kill_after=-1):
     """[digest, state after it] of every batch up to the end of the third epoch, or to the kill."""
-    command = [sys.executable, "-c", SCRIPT, str(shards), backend, json.dumps(state)]
-    found = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            found.append(json.loads(line))
-            if len(found) == kill_after:
-                process.kill()
-                break
-        process.stdout.read()
-    assert process.returncode == (0 if kill_after is None else -9)
-    return found
+    done = python.run("-c", SCRIPT, shards, backend, json.dumps(state), kill_after)
+    assert done.returncode == (0 if kill_after < 0 else -9), done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["dali", "torch"])
-def test_batches_after_a_kill_are_those_of_an_uninterrupted_run_to_the_bit(shards, backend):
+def test_batches_after_a_kill_are_those_of_an_uninterrupted_run_to_the_bit(warm_python, shards, backend):
     start = {"epoch": 0, "step": 0}
-    whole = batches(shards, backend, start)
+    whole = batches(warm_python, shards, backend, start)
     assert len(whole) == len({digest for digest, _ in whole}) == 9
     # In mid-epoch, and right after an epoch's end.
-    first = batches(shards, backend, start, kill_after=2)
-    second = batches(shards, backend, first[-1][1], kill_after=4)
-    third = batches(shards, backend, second[-1][1])
+    first = batches(warm_python, shards, backend, start, kill_after=2)
+    second = batches(warm_python, shards, backend, first[-1][1], kill_after=4)
+    third = batches(warm_python, shards, backend, second[-1][1])
     assert first + second + third == whole

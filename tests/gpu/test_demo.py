@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
 
 ROOT = Path(__file__).parent.parent.parent
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

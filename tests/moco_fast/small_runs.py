@@ -15,7 +15,7 @@ def small_run(shards: Path, out: Path, *, steps: int, **run: Any) -> Config:
     base = PRESETS["demo"][1]
     return dataclasses.replace(
         base,
-        data=dataclasses.replace(base.data, shards=str(shards), batch_size=16, backend="torch", num_threads=1),
+        data=dataclasses.replace(base.data, shards=str(shards), batch_size=16, backend="dali", num_threads=1),
         views=dataclasses.replace(base.views, size=32),
         model=ModelConfig(encoder="resnet18_quarter"),
         method=dataclasses.replace(base.method, queue_size=64),

@@ -129,7 +129,7 @@ def prescribe(values: dict[int, float]) -> None:
 
 def configuration(packed_demo: Any, out: Path, keep_best: str | None = "prescribed/error") -> Config:
     base = PRESETS["demo"][1]
-    data = dataclasses.replace(base.data, shards=str(packed_demo.train), batch_size=16, backend="torch", num_threads=1)
+    data = dataclasses.replace(base.data, shards=str(packed_demo.train), batch_size=16, backend="dali", num_threads=1)
     return dataclasses.replace(
         base,
         data=data,

@@ -63,7 +63,7 @@ def tiny(preset: Config, shards: str) -> Config:
     encoder = "resnet18" if preset.model.zero_init_residual else preset.model.encoder
     return replace(
         preset,
-        data=replace(preset.data, shards=shards, batch_size=BATCH, backend="torch", num_threads=1),
+        data=replace(preset.data, shards=shards, batch_size=BATCH, backend="dali", num_threads=1),
         views=replace(preset.views, size=SIZE),
         model=replace(preset.model, encoder=encoder),
         method=small(preset.method),

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +37,7 @@ from moco_fast.methods.momentum_contrast import MomentumContrast
 from pipelines.config import DataConfig
 from pipelines.world import World
 from shards.sets import ShardSet, open_set
+from tests.warm import WarmPython
 
 CPU = torch.device("cpu")
 LAYERS = ("backbone", "head", "stage2")
@@ -211,10 +210,12 @@ def killed_while_writing(train: str, test: str, cache: str) -> None:
 
 
 @pytest.mark.faults
-def test_a_kill_while_features_are_written_leaves_none(encoder: Encoder, packed_demo: Any, tmp_path: Path) -> None:
+def test_a_kill_while_features_are_written_leaves_none(
+    encoder: Encoder, packed_demo: Any, tmp_path: Path, warm_python: WarmPython
+) -> None:
     words = [str(packed_demo.train), str(packed_demo.val), str(tmp_path)]
     program = f"from tests.moco_fast.test_eval import killed_while_writing; killed_while_writing(*{words!r})"
-    killed = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    killed = warm_python.run("-c", program)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     [partial] = tmp_path.rglob("*.partial")
     assert partial.stat().st_size > 288 * 128 * 4

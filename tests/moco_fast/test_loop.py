@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from moco_fast import checkpoint
+from tests.warm import WarmPython
 
 pytestmark = pytest.mark.slow
 
@@ -25,16 +27,24 @@ EXACT = ("loss", "accuracy", "similarity_positive", "similarity_negative", "feat
 
 
 class Training:
-    """One start of a run, small enough for a test."""
+    """One start of a run, small enough for a test; without a launcher, in a process that has torch already."""
 
-    def __init__(self, demo, out: Path, *options: str, launcher: tuple[str, ...] = PYTHON):
+    python: WarmPython
+
+    def __init__(
+        self, demo, out: Path, *options: str, launcher: tuple[str, ...] = (), world: dict[str, str] | None = None
+    ):
         self.out = out
         command = [*launcher, "demo", "--data.shards", str(demo.train), "--run.out", str(out)]
         command += ["--model.encoder", "resnet18_quarter", "--data.batch-size", "32", "--data.lanes", "8"]
         command += ["--bn.num-groups", "4", "--method.queue-size", "128", "--run.steps", "20", "--log.every-steps", "1"]
-        command += ["--checkpoint.every-steps", "5", "--run.device", "cpu", *options]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
+        command += ["--checkpoint.every-steps", "5", "--run.device", "cpu", "--data.backend", "dali", *options]
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | (world or {})
+        if launcher:
+            pipe, null = subprocess.PIPE, subprocess.DEVNULL
+            self.process = subprocess.Popen(command, stderr=pipe, stdout=null, text=True, env=env)
+        else:
+            self.process = self.python.start("-m", "moco_fast.train", *command, env=env)
 
     def finish(self, expected_code: int = 0) -> str:
         """Wait for the end; return what it said."""
@@ -49,6 +59,17 @@ class Training:
                 return
             time.sleep(0.01)
         raise AssertionError(self.process.communicate()[1])
+
+
+def train_on_two_ranks(demo, out: Path, *options: str) -> None:
+    """Train to the end as a launcher's ranks do, without the launcher."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world |= {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [Training(demo, out, *options, world=world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    for rank in ranks:
+        rank.finish()
 
 
 def read_metrics(out: Path) -> list[dict]:
@@ -80,10 +101,15 @@ def assert_same_end(one: Path, other: Path, *, world_size: int = 1) -> None:
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
+@pytest.fixture(scope="module", autouse=True)
+def python(warm_python):
+    Training.python = warm_python
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(packed_demo, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "uninterrupted"
-    Training(packed_demo, out).finish()
+    Training(packed_demo, out, launcher=PYTHON).finish()
     return out
 
 
@@ -197,21 +223,18 @@ def test_a_loss_that_is_no_number_stops_the_run(packed_demo, tmp_path):
 
 @pytest.mark.faults
 def test_two_ranks_train_and_continue_after_a_stop(packed_demo, tmp_path):
-    def start(name: str) -> Training:
-        options = ("--run.steps", "40", "--eval.shards", str(packed_demo.val), "--eval.every-steps", "1000")
-        return Training(packed_demo, tmp_path / name, *options, launcher=TWO_RANKS)
-
-    start("whole").finish()
+    options = ("--run.steps", "40", "--eval.shards", str(packed_demo.val), "--eval.every-steps", "1000")
+    train_on_two_ranks(packed_demo, tmp_path / "whole", *options)
     environment = json.loads((tmp_path / "whole" / "environment.json").read_text())
     assert environment["world_size"] == 2
     assert environment["steps_per_epoch"] == packed_demo.num_train // 32
     assert [line["samples"] for line in read_metrics(tmp_path / "whole") if "loss" in line][-1] == 40 * 32
-    cut = start("cut")
+    cut = Training(packed_demo, tmp_path / "cut", *options, launcher=TWO_RANKS)
     cut.wait_for_step(2)
     cut.process.send_signal(signal.SIGTERM)  # the launcher passes it on to its ranks
     assert "stopped and saved at step" in cut.finish(expected_code=1)  # the launcher's code, whatever the ranks return
     assert json.loads((tmp_path / "cut" / "outcome.json").read_text())["step"] < 40
-    start("cut").finish()
+    train_on_two_ranks(packed_demo, tmp_path / "cut", *options)
     assert_same_end(tmp_path / "whole", tmp_path / "cut", world_size=2)
 
 

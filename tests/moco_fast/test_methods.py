@@ -196,7 +196,7 @@ def test_a_new_method_is_one_class_and_one_line(packed_demo, tmp_path, monkeypat
     config = dataclasses.replace(
         base,
         data=dataclasses.replace(
-            base.data, shards=str(packed_demo.train), batch_size=16, backend="torch", num_threads=1
+            base.data, shards=str(packed_demo.train), batch_size=16, backend="dali", num_threads=1
         ),
         views=dataclasses.replace(base.views, size=32),
         model=ModelConfig(encoder="resnet18_quarter"),

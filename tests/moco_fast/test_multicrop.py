@@ -237,7 +237,7 @@ def small_run(packed_demo, out, **sections):
     base = PRESETS["moco-v2-multicrop"][1]
     config = replace(
         base,
-        data=replace(base.data, shards=str(packed_demo.train), batch_size=16, lanes=8, num_threads=1, backend="torch"),
+        data=replace(base.data, shards=str(packed_demo.train), batch_size=16, lanes=8, num_threads=1, backend="dali"),
         views=replace(base.views, size=64, small_size=32, num_small=2),
         model=ModelConfig(encoder="resnet18_quarter"),
         method=replace(base.method, dim=8, queue_size=100),

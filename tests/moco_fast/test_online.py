@@ -28,6 +28,7 @@ from pipelines.batch import Batch
 from pipelines.config import DataConfig
 from tests.batches import random_batch
 from tests.moco_fast.small_runs import small_run
+from tests.moco_fast.tiny_encoder import TinyEncoder
 
 CPU = torch.device("cpu")
 DIM, CLASSES = 6, 3
@@ -88,13 +89,6 @@ def test_two_ranks_have_the_same_classifier_as_one(run_ranks: Any) -> None:
 # In a step -------------------------------------------------------------------------------------------------------
 
 
-class Small(nn.Sequential):
-    num_features = 4
-
-    def __init__(self) -> None:
-        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
 SMALL = {"dim": 4, "mlp_dim": 6, "predictor_dim": 3, "queue_size": 16, "num_negatives": 12}
 
 
@@ -104,7 +98,7 @@ def small(name: str, shards: Path, *, online_probe: bool, **run: Any) -> Config:
     method = cls(**{option: value for option, value in SMALL.items() if option in names})
     synchronized = "auto" not in method.bn_policies
     return Config(
-        data=DataConfig(shards=str(shards), batch_size=8, backend="torch", num_threads=1),
+        data=DataConfig(shards=str(shards), batch_size=8, backend="dali", num_threads=1),
         model=ModelConfig(encoder="small"),
         method=method,
         bn=BatchNormConfig(policy="sync") if synchronized else BatchNormConfig(num_groups=2),
@@ -157,7 +151,7 @@ def assert_bit_equal(without: Any, beside: Any) -> None:
 @pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("name", METHODS)
 def test_no_bit_of_a_method_depends_on_it(packed_demo: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setitem(ENCODERS, "small", Small)
+    monkeypatch.setitem(ENCODERS, "small", TinyEncoder)
     for accumulate in (1, 2):
         results = [
             outcome(small(name, packed_demo.train, online_probe=each, precision="fp32"), accumulate=accumulate)
@@ -169,7 +163,7 @@ def test_no_bit_of_a_method_depends_on_it(packed_demo: Any, monkeypatch: pytest.
 
 def with_and_without_on_this_rank(shards: str) -> list[Any]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(ENCODERS, "small", Small)
+        patched.setitem(ENCODERS, "small", TinyEncoder)
         patched.setenv("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
         found = []
         for online_probe in (False, True):
@@ -194,7 +188,7 @@ def test_nor_of_two_ranks_which_have_one_probe(run_ranks: Any, packed_demo: Any)
 
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_nor_in_half_precision(packed_demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ENCODERS, "small", Small)
+    monkeypatch.setitem(ENCODERS, "small", TinyEncoder)
     configs = [small("momentum-contrast", packed_demo.train, online_probe=each, precision="bf16") for each in (0, 1)]
     assert_bit_equal(*(outcome(config, accumulate=1) for config in configs))
 
@@ -203,7 +197,7 @@ def test_nor_in_half_precision(packed_demo: Any, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("name", ["momentum-contrast", "simsiam"])
 def test_nor_of_a_compiled_encoder(packed_demo: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setitem(ENCODERS, "small", Small)
+    monkeypatch.setitem(ENCODERS, "small", TinyEncoder)
     results = []
     for each in (False, True):
         torch.compiler.reset()

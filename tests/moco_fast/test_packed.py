@@ -4,8 +4,6 @@ import gc
 import io
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -22,6 +20,7 @@ from moco_fast.evaluation.packed import open_data
 from moco_fast.evaluation.room import SETS_FOLDER, make_room
 from shards.images.libraries import decode_jpeg
 from tests.shards.pictures import encoded, fill, jpeg, picture
+from tests.warm import WarmPython
 
 
 @pytest.fixture
@@ -154,10 +153,10 @@ def pack_and_die(folder: str, cache: str) -> None:
 
 
 @pytest.mark.faults
-def test_a_kill_while_packing_leaves_no_set(folder: Path, tmp_path: Path) -> None:
+def test_a_kill_while_packing_leaves_no_set(folder: Path, tmp_path: Path, warm_python: WarmPython) -> None:
     cache = tmp_path / "cache"
     program = f"from tests.moco_fast.test_packed import pack_and_die; pack_and_die({str(folder)!r}, {str(cache)!r})"
-    killed = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    killed = warm_python.run("-c", program)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert sets_in(cache) == []
     assert list((cache / SETS_FOLDER).glob(".*.partial"))

@@ -122,8 +122,26 @@ OF_ONE_SIZE = {
 """Networks that do not take images of 64 pixels, and the size that they take."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", list_modules())
+QUICK = {
+    "byobnet",
+    "convnext",
+    "efficientnet",
+    "efficientvit_mit",
+    "inception_v3",
+    "mambaout",
+    "maxxvit",
+    "mobilenetv3",
+    "nfnet",
+    "resnet",
+    "vgg",
+    "vision_transformer",
+    "vision_transformer_relpos",
+}
+"""Families of every shape: features wider than `num_features`, positions, one size alone, no pooling of their own."""
+FAMILIES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in list_modules()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains(family: str) -> None:
     name = SMALL.get(family) or min(timm.list_models(module=family), key=len)
     size = OF_ONE_SIZE.get(name, 64)

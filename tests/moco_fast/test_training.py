@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +26,7 @@ from pipelines.config import ViewConfig, ViewSpec
 from pipelines.loader import open_loader
 from pipelines.world import World
 from tests.moco_fast.trained_task import colored, run, subject_of, tiny_encoder
+from tests.warm import WarmPython
 
 QUICK = Finetune(batch_size=12, epochs=4, lr=(0.05,), head_multiplier=(10.0,))
 
@@ -121,11 +120,11 @@ def killed_in_training(train: str, test: str, cache: str) -> None:
 
 @pytest.mark.faults
 def test_after_a_kill_the_same_command_goes_on_and_ends_bit_for_bit_alike(
-    sets: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sets: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_python: WarmPython
 ) -> None:
     words = [*map(str, sets), str(tmp_path / "killed")]
     program = f"from tests.moco_fast.test_training import killed_in_training; killed_in_training(*{words!r})"
-    killed = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    killed = warm_python.run("-c", program)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     [state] = (tmp_path / "killed" / "trainings").glob("*/step-*")
     assert state.name == "step-00000008"
@@ -182,11 +181,11 @@ LINEAR = Linear(protocol="v1", lr=(0.5,), batch_size=12, epochs=4)
 
 @pytest.mark.faults
 def test_augmented_linear_goes_on_after_a_kill_from_the_last_epoch(
-    sets: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sets: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_python: WarmPython
 ) -> None:
     words = [*map(str, sets), str(tmp_path / "killed")]
     program = f"from tests.moco_fast.test_training import killed_in_linear; killed_in_linear(*{words!r})"
-    killed = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    killed = warm_python.run("-c", program)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     heads: list[LinearHeads] = []
     plain = LinearHeads.step

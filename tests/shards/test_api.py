@@ -28,7 +28,7 @@ def test_the_example_of_each_docstring_runs(tmp_path, monkeypatch, capsys, name)
         shards.pack(shards.PackConfig(sources=("photos",), out="packed", workers=1))
     code = examples(shards if name == "shards" else getattr(shards, name))
     assert "shards." in code
-    exec(compile(code, name, "exec"), {})
+    exec(compile(code, f"<{name}>", "exec"), {})
     said = capsys.readouterr().out
     assert {"shards": "12 ('class0', 'class1')", "open": "shard-000000.tar", "verify": ""}.get(name, "") in said
     if name == "finish":

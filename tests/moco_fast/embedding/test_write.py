@@ -33,6 +33,7 @@ from pipelines.world import World
 from shards.sets import open_set
 from tests.moco_fast.embedding.written import photos_of_noise
 from tests.pipelines.shard_files import damaged_copy
+from tests.warm import WarmPython
 
 
 def order_of(run: Path | str, images: Path | str, out: Path | str, *, world: World = World(), **changes: Any) -> Order:
@@ -210,6 +211,7 @@ def test_after_a_kill_the_same_command_writes_the_same_files(
     where: str,
     name: str,
     computed: list[int] | None,
+    warm_python: WarmPython,
     finished_run: Path,
     packed_demo: Any,
     tmp_path: Path,
@@ -220,7 +222,7 @@ def test_after_a_kill_the_same_command_writes_the_same_files(
         (tmp_path / folder).mkdir()
     assert main(command(finished_run, packed_demo.val, tmp_path / "whole" / name)) == 0
     words = command(finished_run, packed_demo.val, tmp_path / "killed" / name)
-    killed = subprocess.run([sys.executable, "-c", KILLED, where, *words], check=False, capture_output=True, text=True)
+    killed = warm_python.run("-c", KILLED, where, *words)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (tmp_path / "killed" / name).exists() == (computed is None)
     written: list[int] = []

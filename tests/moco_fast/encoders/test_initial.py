@@ -33,7 +33,7 @@ def configuration(shards: Path | str, init_from: Path | str | None, out: Path | 
     base = PRESETS["demo"][1]
     config = dataclasses.replace(
         base,
-        data=dataclasses.replace(base.data, shards=str(shards), batch_size=16, backend="torch", num_threads=1),
+        data=dataclasses.replace(base.data, shards=str(shards), batch_size=16, backend="dali", num_threads=1),
         views=dataclasses.replace(base.views, size=32),
         model=ModelConfig(encoder="resnet18_quarter", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)),
         method=MomentumContrast(dim=16, queue_size=64),
