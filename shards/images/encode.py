@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from shards.config import EncodeConfig
 from shards.ground.arrays import Pixels
 from shards.ground.errors import Rejected
 from shards.images.jpeg import JpegError, JpegHeader, is_jpeg, parse_jpeg, with_sound_scan
 from shards.images.libraries import CodecError, decode_jpeg, encode_jpeg, reads_sampling, shrink, sum_channels
-from shards.images.sniff import SNIFFED_BYTES, container
+from shards.images.sniff import SNIFFED_BYTES, container, is_image, unread_image
 from shards.images.transcode import transcode_jpeg, transcoder
 
 __all__ = ["ARCHIVE", "PackedImage", "encode"]
@@ -24,6 +24,7 @@ ARCHIVE = "archive"
 
 _ARCHIVES = frozenset({"tar", "zip", "7-Zip", "RAR", "cpio", "Parquet"})
 _MAX_JPEG_SIDE = 65500
+_MAX_TEXT_BYTES = 1 << 28
 # These hand their bytes to another program, or do not hold a still image.
 _REFUSED_FORMATS = frozenset({"EPS", "WMF", "MPEG", "PDF", "HDF5", "GRIB", "BUFR", "FITS", "FPX", "MIC"})
 _EOI = b"\xff\xd9"
@@ -267,15 +268,17 @@ def _orient(pixels: Pixels, orientation: int) -> Pixels:
 @contextmanager
 def _pillow_limits(max_pixels: int) -> Generator[None]:
     """Let Pillow refuse images above the limit wherever they are (an icon may hold a PNG), and warn of nothing else."""
-    before = Image.MAX_IMAGE_PIXELS
+    before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
     Image.MAX_IMAGE_PIXELS = max_pixels
+    # Long texts and profiles are no damage.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _MAX_TEXT_BYTES
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     finally:
-        Image.MAX_IMAGE_PIXELS = before
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = before
 
 
 def _allowed_formats() -> list[str]:
@@ -294,7 +297,12 @@ def _decode_with_pillow(data: bytes, config: EncodeConfig) -> tuple[Pixels, list
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise Rejected("too many pixels", _first_line(error)) from None
     except Image.UnidentifiedImageError:
-        kind = container(data[:SNIFFED_BYTES])
+        head = data[:SNIFFED_BYTES]
+        if unread_image(head) is not None:
+            raise Rejected("unsupported", f"{unread_image(head)}: convert it to another format first") from None
+        if is_image(head):
+            raise Rejected("damaged", "begins as an image, but Pillow cannot read its header") from None
+        kind = container(head)
         what = f"begins with {data[:8].hex(' ')}{f', as {kind} does' if kind is not None else ''}"
         raise Rejected(ARCHIVE if kind in _ARCHIVES else "not an image", what) from None
     except MemoryError:

@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["SNIFFED_BYTES", "container", "is_image"]
+__all__ = ["SNIFFED_BYTES", "container", "is_image", "unread_image"]
 
 SNIFFED_BYTES = 512
 """How many first bytes tell a kind."""
@@ -29,7 +29,8 @@ _IMAGE_STARTS = (
     b"\x59\xa6\x6a\x95",  # Sun raster
 )
 _BITMAP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
-_HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+_HEIF_BRANDS = (b"avif", b"avis", *_HEIC_BRANDS)
 _PNM = re.compile(
     rb"P(?:[1-6f]\s+(?:#[^\n]*\n\s*)*\d+\s+(?:#[^\n]*\n\s*)*\d+\s|7\n(?:#|WIDTH|HEIGHT|DEPTH|MAXVAL))", re.IGNORECASE
 )
@@ -76,6 +77,13 @@ def is_image(head: bytes) -> bool:
         # Texts begin so too.
         return int.from_bytes(head[14:18], "little") in _BITMAP_HEADERS
     return any(pattern.match(head) is not None for pattern in (_PNM, _ICON, _PCX))
+
+
+def unread_image(head: bytes) -> str | None:
+    """Return the name of an image's format that Pillow does not read by itself; None for others."""
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
+        return "HEIC"
+    return "JPEG XL" if head.startswith((b"\0\0\0\x0cJXL ", b"\xff\x0a")) else None
 
 
 def container(head: bytes) -> str | None:

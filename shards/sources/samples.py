@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from shards.ground.units import counted
@@ -28,6 +29,7 @@ class Named(NamedTuple):
     """The rest, without the dot between."""
 
 
+@lru_cache(maxsize=4096)  # each name is looked at several times, one after the other
 def split_name(name: bytes) -> Named:
     """Split a name as WebDataset does, but for numbers: the key of `a/scan.0001.seg.png` is scan.0001."""
     folder, slash, base = name.rpartition(b"/")
@@ -38,6 +40,7 @@ def split_name(name: bytes) -> Named:
     return Named(folder + slash, b".".join(parts[:at]), b".".join(parts[at:]))
 
 
+@lru_cache(maxsize=4096)
 def extension(name: bytes) -> str:
     """Return what follows a name's key, in lower case."""
     return split_name(name).extension.decode("ascii").lower()

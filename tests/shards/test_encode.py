@@ -9,7 +9,7 @@ import pytest
 import simplejpeg
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from shards.cli import main
 from shards.config import EncodeConfig
@@ -359,3 +359,27 @@ def test_twelve_bits_are_named(tmp_path):
     data[at] = 12
     with pytest.raises(Rejected, match="a JPEG of 12 bits"):
         encode(bytes(data), DEFAULT)
+
+
+def test_long_texts_in_a_png_are_no_damage():
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("one", "x" * (3 << 20), zip=True)
+    texts.add_text("two", "y" * (70 << 20), zip=True)
+    assert encode(encoded(picture(), "PNG", pnginfo=texts), DEFAULT).outcomes == ("converted",)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason", "detail"),
+    [
+        (b"\0\0\0\x18ftypheic" + bytes(100), "unsupported", "HEIC: convert"),
+        (b"\xff\x0a" + bytes(100), "unsupported", "JPEG XL: convert"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "damaged", "begins as an image"),
+        (b"<html>" + bytes(100), "not an image", "begins with 3c 68 74 6d"),
+        (b"Rar!\x1a\7\1\0" + bytes(100), "archive", "as RAR does"),
+    ],
+)
+def test_what_is_not_read_is_named(data, reason, detail):
+    with pytest.raises(Rejected) as rejected:
+        encode(data, DEFAULT)
+    assert rejected.value.reason == reason
+    assert detail in rejected.value.detail
