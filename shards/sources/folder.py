@@ -28,6 +28,8 @@ __all__ = ["FolderSource", "read_file"]
 # Errors of the disk or the network, not of one file.
 _SOURCE_IS_GONE = frozenset({errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV})
 _MAX_FILE_BYTES = 1 << 30
+# img2dataset writes this beside each tar, and a table of what was tried.
+_STATISTICS = b"_stats.json"
 
 
 class FolderSource:
@@ -65,13 +67,12 @@ class FolderSource:
             label = os.fsdecode(folder) or None
             of_set = _files_of_set(files)
             for item in sifted(files, self._options.members, several):
-                source = self._nested(item) if isinstance(item, bytes) else None
-                if source is not None:
+                if isinstance(item, Aside) or item in of_set:
+                    yield item if isinstance(item, Aside) else Aside("of a set of shards", item)
+                elif (source := self._nested(item)) is not None:
                     nested.append(source)
-                elif isinstance(item, Aside):
-                    yield item
                 else:
-                    yield Aside("of a set of shards", item) if item in of_set else Input(item, label)
+                    yield Input(item, label)
             for name in reversed(subfolders):
                 kind = litter(name + b"/")
                 if kind is None:
@@ -140,18 +141,17 @@ class FolderSource:
 
 
 def _files_of_set(files: list[bytes]) -> set[bytes]:
-    """Return the files of a set of shards that lie beside its tars in a folder."""
-    if not any(name.rpartition(b"/")[2] == MANIFEST_NAME.encode() for name in files):
+    """Return the files that describe the tars beside them in a folder: those of our own sets, and img2dataset's."""
+    stems = [name.removesuffix(b".tar") for name in files if name.endswith(b".tar")]
+    if not stems:
         return set()
-    bases = {name.rpartition(b"/")[2]: name for name in files}
-    if not any(base.endswith(b".tar") for base in bases):
-        return set()
-    suffixes = (*SHARD_SUFFIXES[1:], LABEL_SETS_SUFFIX)
-    beside = (
-        base.removesuffix(b".tar") + suffix.encode() for base in bases if base.endswith(b".tar") for suffix in suffixes
-    )
-    own = (name.encode() for name in (MANIFEST_NAME, REJECTED_NAME, ASIDE_NAME))
-    return {bases[base] for base in (*beside, *own) if base in bases}
+    names, folder = set(files), files[0].rpartition(b"/")[:2]
+    manifest = b"".join((*folder, MANIFEST_NAME.encode()))
+    beside = {stem + end for stem in stems if stem + _STATISTICS in names for end in (_STATISTICS, b".parquet")}
+    if manifest in names:
+        beside |= {stem + end.encode() for stem in stems for end in (*SHARD_SUFFIXES[1:], LABEL_SETS_SUFFIX)}
+        beside |= {b"".join((*folder, name.encode())) for name in (MANIFEST_NAME, REJECTED_NAME, ASIDE_NAME)}
+    return beside & names
 
 
 def read_file(path: bytes, *, follow: Callable[[bytes], bytes] = os.path.realpath) -> bytes:

@@ -118,6 +118,24 @@ def test_a_damaged_image_with_its_caption_is_one_rejection(tmp_path):
     assert manifest.left_aside == {"json": 2}
 
 
+def test_a_folder_of_img2dataset_is_packed_without_its_statistics(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for shard in range(2):
+        files = {}
+        for i in range(3):
+            key = f"{shard:05d}{i:04d}"
+            caption = {"caption": "a cat", "url": "https://host/x.jpg", "key": key, "status": "success", "width": 48}
+            files |= {f"{key}.jpg": jpeg(3 * shard + i), f"{key}.json": json.dumps(caption).encode()}
+            files |= {f"{key}.txt": b"a cat"}
+        write(source / f"{shard:05d}.tar", files)
+        (source / f"{shard:05d}_stats.json").write_text('{"successes": 3}')
+        (source / f"{shard:05d}.parquet").write_bytes(b"PAR1 of statistics")
+    manifest = pack_all(tmp_path, source)
+    assert (manifest.num_samples, manifest.num_rejected, manifest.class_names) == (6, 0, ())
+    assert manifest.left_aside == {"json": 6, "of a set of shards": 4, "txt": 6}
+
+
 LITTER = ("._0.jpg", ".DS_Store", "Thumbs.db", "a/desktop.ini", "__MACOSX/a/._1.jpg", "@eaDir/0.jpg/SYNOPHOTO_THUMB_M")
 
 
