@@ -166,7 +166,7 @@ _contents = st.sampled_from(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     tars=st.lists(
         st.lists(st.tuples(_names.filter(lambda name: name and not name.endswith("/")), _contents), max_size=8),
