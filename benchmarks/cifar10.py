@@ -55,7 +55,7 @@ PER_CLASS = {"train": 1000, "test": 200}
 RECIPE = (
     "--model.encoder resnet18_quarter --data.batch-size 128 --bn.num-groups 4 --method.queue-size 1024 "
     "--run.device cpu --run.precision fp32 --eval.layer backbone --eval.k 20 --eval.every-steps 1000000 "
-    "--checkpoint.every-steps 50 --checkpoint.keep 1 --log.every-steps 10 --log.no-tensorboard"
+    "--checkpoint.every-steps 50 --checkpoint.keep 1 --log.every-steps 10 --log.trackers"
 )
 
 

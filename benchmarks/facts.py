@@ -47,7 +47,7 @@ RECIPE = (
     f"--model.encoder resnet18_quarter --model.stem imagenet --method.head mlp --data.batch-size {BATCH_SIZE} "
     "--bn.num-groups 2 --method.queue-size 256 --method.momentum 0.99 --optim.lr 0.03 --run.device cpu "
     "--run.precision fp32 --eval.layer backbone --eval.k 20 --checkpoint.every-steps 500 --checkpoint.keep 1 "
-    "--log.every-steps 10 --log.no-tensorboard"
+    "--log.every-steps 10 --log.trackers"
 )
 """Small enough for some minutes on a core: the stem leaves 8 x 8 of a view of 32 x 32."""
 CHANCE = 0.1

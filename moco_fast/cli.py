@@ -14,6 +14,7 @@ from moco_fast.commands.evaluate import eval_commands
 from moco_fast.commands.explore import Explore
 from moco_fast.commands.export import Export
 from moco_fast.commands.preview import Preview
+from moco_fast.commands.replay import Replay
 from moco_fast.commands.report import Report
 from moco_fast.commands.runs import Runs
 from moco_fast.commands.search import Search
@@ -74,6 +75,7 @@ _Commands = (
     | Annotated[Preview, tyro.conf.subcommand("preview")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Runs, tyro.conf.subcommand("runs")]
+    | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
 )

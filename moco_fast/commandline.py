@@ -114,6 +114,7 @@ def check(config: Config, base: Config) -> None:
     """
     # Imported here because sets load numpy.
     from moco_fast.evaluation.registry import check_tasks
+    from moco_fast.training.trackers import check_installed
     from shards.sets.registry import may_be_set
 
     validate(config)
@@ -121,6 +122,7 @@ def check(config: Config, base: Config) -> None:
     refuse_meaningless(config, base)
     check_tasks(config)
     check_mirror(config.checkpoint.mirror)
+    check_installed(config.log)
     tars_to_stream(config.data)
     for option, shards in (("--data.shards", config.data.shards), ("--eval.shards", config.eval.shards)):
         is_streamed = option == "--data.shards" and config.data.stream_samples is not None

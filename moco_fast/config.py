@@ -25,6 +25,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "RunConfig",
+    "Tracker",
     "changes",
     "differences",
     "flatten",
@@ -39,6 +40,9 @@ __all__ = [
 
 Layer = Literal["backbone", "head"]
 """Layer whose output the features are: the backbone, or the projection head (without v3's predictor)."""
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+"""Where the metrics of a run can go besides metrics.jsonl."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -211,8 +215,17 @@ class LogConfig:
 
     every_steps: int = field(default=10, metadata=FREELY)
     """Optimizer steps between lines of metrics."""
-    tensorboard: bool = field(default=True, metadata=FREELY)
-    """Also write TensorBoard events."""
+    trackers: tuple[Tracker, ...] = field(default=("tensorboard",), metadata=FREELY)
+    """Where metrics go besides metrics.jsonl, with the configuration and a picture of views. No names: nowhere."""
+    project: str = field(default="moco-fast", metadata=FREELY)
+    """Name of the project (wandb, trackio) or experiment (mlflow) that the run is part of."""
+    name: str | None = field(default=None, metadata=FREELY)
+    """Name of the run in trackers. Unset: that of its folder."""
+    tags: tuple[str, ...] = field(default=(), metadata=FREELY)
+    """Tags of the run in trackers."""
+    headspace: int | None = field(default=5000, metadata=FREELY)
+    """Optimizer steps between measurements of what loading costs a step: 12 steps are taken on batches that were
+    fetched before. Nothing of the run changes by it but its time, by less than 12 steps. None: no measurement."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +276,7 @@ def validate(config: Config) -> None:
         "eval.max_held_out": config.eval.max_held_out,
         "eval.probe_lr": config.eval.probe_lr,
         "log.every_steps": config.log.every_steps,
+        "log.headspace": 1 if config.log.headspace is None else config.log.headspace,
     }
     for name, value in positive.items():
         if not value > 0:

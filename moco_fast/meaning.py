@@ -20,6 +20,8 @@ RENAMED = {
     "--model.head": "--method.head (v3's is the head of the presets moco-v3-*)",
     "--model.dim": "--method.dim",
     "--model.mlp-dim": "--method.mlp-dim",
+    "--log.tensorboard": "--log.trackers tensorboard",
+    "--log.no-tensorboard": "--log.trackers (without a name, or with those of other trackers)",
 }
 """Old option name -> what replaces it."""
 
@@ -82,6 +84,14 @@ def _streamed(config: Config) -> str | None:
     return None if samples is None else f"--data.stream-samples {samples}"
 
 
+def _without_trackers(config: Config) -> str | None:
+    return None if config.log.trackers else "no --log.trackers"
+
+
+def _without_names(config: Config) -> str | None:
+    return None if set(config.log.trackers) - {"tensorboard"} else "no tracker that takes it"
+
+
 _RULES = (
     _Rule(("bn.num_groups",), _unless("bn.policy", "virtual", "auto"), "use --bn.policy virtual"),
     _Rule(("optim.momentum",), _unless("optim.name", "sgd", "lars"), "use --optim.name sgd or lars"),
@@ -102,6 +112,8 @@ _RULES = (
     ),
     _Rule(("eval.probe_lr",), _without_probe, "add --eval.online-probe"),
     _Rule(("eval.every_steps", "eval.max_held_out"), _without_evaluation, "name held-out shards"),
+    _Rule(("log.name", "log.tags"), _without_trackers, "name some"),
+    _Rule(("log.project",), _without_names, "add --log.trackers wandb, mlflow or trackio"),
     _Rule(("data.cache", "data.cache_gib"), _local_shards, "name shards in a bucket"),
     _Rule(("data.lanes", "data.window_shards"), _streamed, "index the tars (make-shards index)"),
 )

@@ -1,5 +1,6 @@
 """`moco-fast eval`: one subcommand for each task, all of them as a suite, and what was published beside results."""
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from moco_fast.evaluation.registry import TASKS, task_class
 if TYPE_CHECKING:
     from moco_fast.evaluation.result import Result
 
-__all__ = ["EvalPaper", "EvalSuite", "EvalTask", "add_to_tensorboard", "eval_commands"]
+__all__ = ["EvalPaper", "EvalSuite", "EvalTask", "eval_commands"]
 
 T = TypeVar("T", bound=Task)
 
@@ -49,8 +50,8 @@ class _Written(EvalOptions):
             partial_of(path).unlink(missing_ok=True)
             print(f"written to {path}", file=sys.stderr)
         run = run_folder(self.encoder)
-        if run is not None and (run / "tensorboard").is_dir():
-            add_to_tensorboard(run / "tensorboard", results)
+        if run is not None:
+            _add_to_trackers(run, results)
 
     def _place(self, name: str) -> Path | None:
         if self.out is not None:
@@ -64,20 +65,23 @@ class _Written(EvalOptions):
             raise ValueError(f"--out {self.out}: there is no such folder to write to")
 
 
-def add_to_tensorboard(folder: Path, results: "Sequence[Result]") -> None:
-    """Add the figures of a run's encoders to its TensorBoard events, at the steps after which the run had them.
+def _add_to_trackers(run: Path, results: "Sequence[Result]") -> None:
+    """Add the figures of a run's encoders to its trackers, at the steps after which the run had them.
 
     Args:
-        folder: the run's. What is added has a folder of its own in it, since a run that goes on writes to its own.
+        run: its folder.
         results: of the run's encoder, and of what was measured beside it: what is not of the run is left out.
     """
-    from torch.utils.tensorboard.writer import SummaryWriter
+    from moco_fast.config import from_dict
+    from moco_fast.training.trackers import About, add_rows
 
-    with SummaryWriter(str(folder / "eval")) as board:
-        for result in results:
-            tag = f"{result.task}-{result.protocol}".rstrip("-")
-            for name, figure in result.figures.items() if result.step is not None else ():
-                board.add_scalar(f"{tag}/{name}", figure.value, result.step)
+    rows: list[tuple[int, dict[str, float]]] = []
+    for result in results:
+        tag = f"{result.task}-{result.protocol}".rstrip("-")
+        if result.step is not None:
+            rows.append((result.step, {f"{tag}/{name}": figure.value for name, figure in result.figures.items()}))
+    config = from_dict(json.loads((run / "config.json").read_text()))
+    add_rows(About.run(config, run), rows, say=lambda line: print(line, file=sys.stderr))
 
 
 def _quick_tasks() -> list[str]:

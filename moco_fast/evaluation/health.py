@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Spectrum", "alignment", "rankme", "spectrum", "spread", "uniformity"]
+__all__ = ["Spectrum", "alignment", "lidar", "rankme", "spectrum", "spread", "uniformity", "view_alignment"]
 
 _CHUNK_ELEMENTS = 1 << 25  # similarities held at once: 128 MiB of float32
 _EPSILON = 1e-7  # RankMe's, for float32
@@ -109,6 +109,41 @@ def alignment(values: Tensor, labels: Tensor) -> float | None:
     num_pairs = float((counts * (counts - 1)).sum())
     # Over ordered pairs of a class: the sum of x.y is |sum of x|^2 less the n terms x.x = 1.
     return 2 - 2 * float(sums.square().sum().cpu() - counts.sum()) / num_pairs if num_pairs else None
+
+
+def view_alignment(values: Tensor) -> float:
+    """Return the mean of |x - y|^2 over all pairs of views of the same sample (Wang & Isola 2020).
+
+    Args:
+        values: (N, V, D) float32, vectors of length 1, at least two views.
+    """
+    num_views = values.shape[1]
+    # The sum of x.y over ordered pairs of a sample's views is |sum of x|^2 less the V terms x.x = 1.
+    products = values.double().sum(dim=1).square().sum(dim=1) - num_views  # (N,)
+    return 2 - 2 * float(products.mean()) / (num_views * (num_views - 1))
+
+
+def lidar(values: Tensor, *, delta: float = 1e-4) -> float:
+    """Return LiDAR, the effective rank of the matrix that tells samples apart by their views (Thilak et al. 2023).
+
+    Equations 3 to 5 of arXiv:2312.04000: exp of the entropy of the normalized eigenvalues of
+    W^(-1/2) B W^(-1/2), B the scatter of the samples' means and W, with `delta` on its diagonal, that of their views.
+
+    Args:
+        values: (N, V, D) floating point, V views of each of N samples.
+        delta: keeps W invertible where there are fewer views than numbers.
+    """
+    rows = values.double()
+    means = rows.mean(dim=1)  # (N, D)
+    within = (rows - means[:, None]).flatten(0, 1)  # (N * V, D)
+    between = means - means.mean(dim=0)
+    scatter = within.T @ within / len(within)
+    scatter.diagonal().add_(delta)
+    strengths, directions = torch.linalg.eigh(scatter)
+    whitened = (between @ directions) * strengths.rsqrt()  # B as D x D is its second moment: the same eigenvalues
+    eigenvalues = torch.linalg.eigvalsh(whitened.T @ whitened / len(whitened)).clamp(min=0)
+    shares = eigenvalues / eigenvalues.sum() + _EPSILON
+    return float((-shares * shares.log()).sum().exp())
 
 
 def spread(values: Tensor) -> float:

@@ -195,6 +195,21 @@ class Method(ABC):
         """Backward passes per batch."""
         return 1
 
+    @property
+    def dictionary_size(self) -> int | None:
+        """Keys of earlier batches that a query is compared with; None: there are none."""
+        return None
+
+    def queue_age(self, batch_size: int, /) -> float | None:
+        """Return the steps that a key stays in the queue, with so many samples per step; None: there is no queue."""
+        del batch_size
+        return None
+
+    @property
+    def num_encoded(self) -> tuple[int, int]:
+        """Large views of a sample that the query encoder computes, with gradient, and the key encoder, without."""
+        return self.backward_passes, 0
+
     def validate(self) -> None:
         """Check the options. Raises ValueError: an option cannot work; the message says which values do."""
         refuse_unless_above_zero({"dim": self.dim})

@@ -17,6 +17,11 @@ class EndToEnd(PlainHead):
     # `gather` carries no gradients, which the keys need.
     bn_policies: ClassVar[tuple[BatchStatistics, ...]] = ("auto", "exchange", "virtual", "sync", "none")
 
+    @property
+    def num_encoded(self) -> tuple[int, int]:
+        """Return the query and its key, which has a gradient, too."""
+        return 2, 0
+
     def num_choices(self, batch_size: int, /) -> int:
         """Return the number of keys in the batch."""
         return batch_size

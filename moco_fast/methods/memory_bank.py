@@ -36,6 +36,11 @@ class MemoryBank(PlainHead):
         refuse_unless_above_zero({"num_negatives": self.num_negatives})
         refuse_unless_average("momentum", self.momentum)
 
+    @property
+    def dictionary_size(self) -> int | None:
+        """Return the number of keys that are drawn."""
+        return self.num_negatives
+
     def num_choices(self, batch_size: int, /) -> int:
         """Return the number of drawn keys plus the query's own."""
         del batch_size

@@ -38,6 +38,20 @@ class MomentumContrast(PlainHead):
         """Return 1, or 2 for both directions."""
         return 1 + self.symmetric
 
+    @property
+    def dictionary_size(self) -> int | None:
+        """Return the size of the queue."""
+        return self.queue_size
+
+    def queue_age(self, batch_size: int, /) -> float | None:
+        """Return the steps until the queue is filled again; each direction of a symmetric loss enqueues its keys."""
+        return self.queue_size / (batch_size * self.backward_passes)
+
+    @property
+    def num_encoded(self) -> tuple[int, int]:
+        """Return a query and a key for each direction."""
+        return self.backward_passes, self.backward_passes
+
     def validate(self) -> None:
         """Check the options. Raises ValueError: an option cannot work; the message says which values do."""
         super().validate()
@@ -100,6 +114,11 @@ class MomentumContrastV3(Contrastive):
     def loss_scale(self) -> float:
         """Return 2 * temperature (algorithm 1)."""
         return 2 * self.temperature
+
+    @property
+    def num_encoded(self) -> tuple[int, int]:
+        """Return a query and a key for each direction."""
+        return self.backward_passes, self.backward_passes
 
     def validate(self) -> None:
         """Check the options. Raises ValueError: an option cannot work; the message says which values do."""

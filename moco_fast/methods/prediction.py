@@ -89,6 +89,11 @@ class Byol(_Prediction):
         """Return 2, one per direction."""
         return 2
 
+    @property
+    def num_encoded(self) -> tuple[int, int]:
+        """Return a prediction and a target for each direction."""
+        return self.backward_passes, self.backward_passes
+
     def validate(self) -> None:
         """Check the options. Raises ValueError: an option cannot work; the message says which values do."""
         super().validate()
@@ -130,6 +135,11 @@ class SimSiam(_Prediction):
     """Size of a projection."""
     predictor_dim: int = 512
     """Width of the predictor's hidden layer."""
+
+    @property
+    def num_encoded(self) -> tuple[int, int]:
+        """Return both views, in one backward pass."""
+        return 2, 0
 
     def validate(self) -> None:
         """Check the options. Raises ValueError: an option cannot work; the message says which values do."""

@@ -39,7 +39,7 @@ def next_commands(record: RunRecord) -> list[NextCommand]:
         out = find_exporter(formats[0]).place
         line = f"moco-fast export {quote(run)} --format {formats[0]} --out {out}"
         proposals[f"Use the encoder with {formats[0]}"] = line
-    if config.log.tensorboard:
+    if "tensorboard" in config.log.trackers:
         proposals["Watch the numbers in TensorBoard"] = f"tensorboard --logdir {quote(f'{run}/tensorboard')}"
     return [NextCommand(purpose=purpose, line=line) for purpose, line in proposals.items()]
 

@@ -20,6 +20,7 @@ from moco_fast.evaluation.untrained import untrained_twin
 from moco_fast.methods.base import Chart, Level
 from moco_fast.report.commands import next_commands
 from moco_fast.report.figures import Curve, draw_curves
+from moco_fast.report.gauged import HEALTH_CHARTS, SPEED_CHARTS
 from moco_fast.report.launch import hours_tile, launch_table, starts_table
 from moco_fast.report.neighbors import Query, find_neighbors
 from moco_fast.report.pictures import show_views
@@ -151,21 +152,6 @@ _PROBE = Chart(
     percent=True,
     from_zero=True,
 )
-SPEED_CHARTS = (
-    Chart(
-        title="Samples per second",
-        caption="Over all ranks, each sample with all its views. Evaluation and saving are not counted.",
-        curves={"samples_per_s": ""},
-        from_zero=True,
-    ),
-    Chart(
-        title="Waiting for data",
-        caption="Share of the time that the training step spent waiting for its next batch.",
-        curves={"data_wait_share": ""},
-        percent=True,
-        from_zero=True,
-    ),
-)
 
 
 def _charts(record: RunRecord, about: str) -> list[DrawnChart]:
@@ -180,7 +166,8 @@ def _charts(record: RunRecord, about: str) -> list[DrawnChart]:
 
 def charts_of(config: Config) -> tuple[Chart, ...]:
     """Return the charts of what a run's metrics hold besides its evaluations and its speed."""
-    return (*config.method.charts(config.data.batch_size, config.views.num_small), _PROBE, _LEARNING_RATE)
+    of_method = config.method.charts(config.data.batch_size, config.views.num_small)
+    return (*of_method, *HEALTH_CHARTS, _PROBE, _LEARNING_RATE)
 
 
 def _result_curves(results: Sequence[Result]) -> list[DrawnChart]:

@@ -8,18 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from moco_fast import __version__
 from moco_fast.config import Config
 from moco_fast.methods.shuffle import resolve_policy
 from moco_fast.saving.due import describe
+from moco_fast.training.alarms import describe_queue
 from moco_fast.training.build import Parts
 from moco_fast.training.continuing import Changes
 from moco_fast.training.runtime import Runtime
 from moco_fast.training.schedule import describe_lr
-from shards.ground.units import counted
+from shards.ground.units import counted, format_duration
 
-__all__ = ["advice_on_launches", "environment", "print_changes", "print_closing", "print_notes", "print_opening"]
+__all__ = [
+    "ProgressLine",
+    "advice_on_launches",
+    "environment",
+    "print_changes",
+    "print_closing",
+    "print_notes",
+    "print_opening",
+    "say",
+]
 
 _SMALL_BATCH = 48
 """Images per GPU. Launching the kernels of a ResNet-50 step takes 15 to 20 ms of host time; running them takes 13 ms at
@@ -54,42 +65,44 @@ def print_opening(
     """Print what is about to run and what was decided on the user's behalf."""
     ranks = counted(runtime.world_size, "rank")
     steps = f"{counted(parts.num_steps, 'step')} of {config.data.batch_size}"
-    _say(f"{config.model.encoder}, {ranks} on {runtime.device.type}, {steps}")
+    say(f"{config.model.encoder}, {ranks} on {runtime.device.type}, {steps}")
     samples, steps = counted(parts.loader.num_samples, "sample"), counted(len(parts.loader), "step")
-    _say(f"data: {samples} in {config.data.shards}, {steps} per epoch")
-    _say(describe_lr(config))
-    _say(f"loader: {parts.loader.description}")
+    say(f"data: {samples} in {config.data.shards}, {steps} per epoch")
+    say(describe_lr(config))
+    say(f"loader: {parts.loader.description}")
     for note in runtime.notes:
-        _say(note)
+        say(note)
     on_gpu = runtime.device.type == "cuda"
     # The launcher may also have requested compilation.
     if not runtime.compile and (note := advice_on_launches(config, on_gpu=on_gpu, world_size=runtime.world_size)):
-        _say(note)
+        say(note)
     policy = resolve_policy(config.bn)
-    _say(f"batch norm: {policy}" + (f", {config.bn.num_groups} groups" if policy == "virtual" else ""))
+    say(f"batch norm: {policy}" + (f", {config.bn.num_groups} groups" if policy == "virtual" else ""))
+    if said := describe_queue(config, parts.num_steps):
+        say(said)
     if config.optim.accumulate > 1:
         batches = f"{config.optim.accumulate} batches"
-        _say(f"accumulation: {batches} per step, each with its own loss, so this is not one large batch")
+        say(f"accumulation: {batches} per step, each with its own loss, so this is not one large batch")
     if init_from is not None:
-        _say(f"started from {' and '.join(init_from['parts'])} of {init_from['name']}, digest {init_from['digest']}")
+        say(f"started from {' and '.join(init_from['parts'])} of {init_from['name']}, digest {init_from['digest']}")
         print_notes(init_from["notes"])
-    _say(describe(config.checkpoint))
+    say(describe(config.checkpoint))
     if step:
-        _say(f"continuing {config.run.out} from step {step}")
+        say(f"continuing {config.run.out} from step {step}")
 
 
 def print_changes(changes: Changes) -> None:
     """Print what differs from the last start of the run."""
     for line in changes.allowed:
-        _say(f"changed, as --run.allow-changes says: {line}")
+        say(f"changed, as --run.allow-changes says: {line}")
     for line in changes.noted:
-        _say(f"changed: {line}")
+        say(f"changed: {line}")
 
 
 def print_notes(notes: Iterable[str]) -> None:
     """Print what was decided before the run's folder was touched."""
     for note in notes:
-        _say(note)
+        say(note)
 
 
 def advice_on_launches(config: Config, *, on_gpu: bool, world_size: int) -> str | None:
@@ -107,15 +120,57 @@ def print_closing(
 ) -> None:
     """Print how the run ended and what to do next."""
     if best:
-        _say(f"best {best['figure']}: {best['value']:.4g} at step {best['step']}, in {config.run.out}/checkpoints/best")
+        say(f"best {best['figure']}: {best['value']:.4g} at step {best['step']}, in {config.run.out}/checkpoints/best")
     if outcome == "stopped":
-        _say(f"stopped and saved at step {step} of {num_steps}; the same command continues from there")
+        say(f"stopped and saved at step {step} of {num_steps}; the same command continues from there")
     else:
-        _say(f"finished {counted(num_steps, 'step')}; encoder, metrics and configuration are in {config.run.out}")
+        say(f"finished {counted(num_steps, 'step')}; encoder, metrics and configuration are in {config.run.out}")
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def say(line: str) -> None:
+    """Print a line of the run; a progress bar stays below it."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
+class ProgressLine:
+    """Progress of a run: a bar on a terminal, else a line for each interval, without control characters.
+
+    Args:
+        num_steps: of the whole run.
+        step: that it begins with.
+        shown: whether this process shows it.
+    """
+
+    def __init__(self, num_steps: int, step: int, *, shown: bool):
+        self._num_steps, self._shown = num_steps, shown
+        on_terminal = shown and sys.stderr.isatty()
+        self._bar = tqdm(
+            total=num_steps, initial=step, unit="step", desc="train", disable=not on_terminal, mininterval=0.5
+        )
+
+    def step(self) -> None:
+        """Count a step."""
+        self._bar.update()
+
+    def interval(self, line: Mapping[str, float]) -> None:
+        """Show a line of metrics."""
+        words = [f"loss {line['loss']:.3f}", f"{line['samples_per_s']:,.0f} samples/s"]
+        if not self._bar.disable:
+            self._bar.set_postfix_str(", ".join(words), refresh=False)
+        elif self._shown:
+            words.append(f"{100 * line['data_wait_share']:.0f}% waiting for data")
+            if (left_s := line.get("time_left_s")) is not None:
+                words.append(f"{format_duration(left_s)} left")
+            say(f"step {line['step']:,} of {self._num_steps:,}: {', '.join(words)}")
+
+    def unpause(self) -> None:
+        """Leave the time since the last step out of the bar's pace."""
+        self._bar.unpause()
+
+    def close(self) -> None:
+        """End it."""
+        self._bar.close()
 
 
 def _processor() -> str:

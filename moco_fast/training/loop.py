@@ -2,16 +2,14 @@
 
 import math
 import platform
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
-from tqdm import tqdm
 
 from moco_fast import checkpoint, distributed
 from moco_fast.checkpoint import Checkpoint
@@ -25,25 +23,33 @@ from moco_fast.saving.mirror import Mirror
 from moco_fast.saving.reading import load_together
 from moco_fast.saving.saver import Need, Saver
 from moco_fast.stop import StopSignal
-from moco_fast.training import console
+from moco_fast.training import console, headspace
+from moco_fast.training.alarms import Alarms, key_lag
 from moco_fast.training.best import Best, best_of
 from moco_fast.training.build import Parts, build, open_sets
+from moco_fast.training.capture import RecentSteps, write_capture
 from moco_fast.training.continuing import identity_of
+from moco_fast.training.flops import count_flops
 from moco_fast.training.folder import RunFolder, open_folder
+from moco_fast.training.gauges import Gauges, PendingGauges
+from moco_fast.training.headspace import Headspace, PendingHeadspace
 from moco_fast.training.launch import launch_facts
 from moco_fast.training.metrics import Average, MetricsFile, Pending
 from moco_fast.training.runtime import Runtime, start
 from moco_fast.training.schedule import describe_lr, lr_at
-from pipelines.batch import Batch
+from moco_fast.training.supply import Supply
+from moco_fast.training.trackers import About, Trackers, open_trackers
 
-__all__ = ["train"]
+__all__ = ["begin", "restore", "train"]
 
 T = TypeVar("T")
 
+_LINES_PER_LAG = 10
 _NOT_A_NUMBER = (
     "the loss is no longer a number around step {step}, so the run stops; its checkpoints were written before that. "
     "Lower --optim.lr, or try --run.precision fp32"
 )
+_CAPTURED = "; `moco-fast replay {path}` repeats the step and names the first value that is not finite"
 
 
 @dataclass(kw_only=True)
@@ -60,8 +66,10 @@ class Progress:
     """Seconds spent since the last line of metrics; `data_wait_s` of them waiting for data."""
     data_wait_s: float = 0.0
     interval_steps: int = 0
-    pending: tuple[dict[str, Any], Pending] | None = None
+    pending: tuple[dict[str, Any], tuple[Pending | PendingGauges | PendingHeadspace, ...]] | None = None
     """Line of metrics whose values are still being copied from the device."""
+    headspace: PendingHeadspace | None = None
+    """Measurement since the last line of metrics."""
     best: Best | None = None
     """Of the figure that --checkpoint.keep-best names."""
     data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
@@ -93,7 +101,7 @@ def train(config: Config) -> int:
         data = identity_of(sets)
         folder = _open_folder(config, runtime, data)
         parts = build(config, runtime, sets.training, initial=initial and initial.tensors)
-        progress = _begin(config, runtime, best, data, initial)
+        progress = begin(config, runtime, best, data, initial)
         return _run(config, runtime, folder, parts, evaluation, progress)
     except ValueError:
         raise  # The start was refused: what the folder records about an earlier start remains true.
@@ -140,13 +148,14 @@ def _on_first_rank(runtime: Runtime, make: Callable[[], T]) -> T | None:
     return made
 
 
-def _begin(
+def begin(
     config: Config,
     runtime: Runtime,
     best: Best | None,
     data: Mapping[str, Mapping[str, Any]],
     initial: InitialWeights | None,
 ) -> Progress:
+    """Return the progress of a run that has not begun; `restore` brings it to where the run is."""
     # In float16 a gradient may overflow: its step is skipped, and only the run's scale is lowered.
     may_overflow = ("grad_norm",) if runtime.precision == "fp16" else ()
     watched = ("loss", *config.method.watched, "grad_norm")
@@ -169,6 +178,7 @@ def _run(
         restore(config, runtime, parts, progress)
         metrics = None
         hosts = runtime.gather(platform.node())
+        trackers = _on_first_rank(runtime, lambda: _open_trackers(config, progress))
         if folder is not None:
             environment = console.environment(runtime, parts) | {"hosts": hosts, "launch": launch_facts()}
             # Before anything else is written: until then the files tell when the last start was alive.
@@ -181,7 +191,7 @@ def _run(
             console.print_opening(config, runtime, parts, progress.step, init_from=progress.init_from)
             if folder.changes is not None:
                 console.print_changes(folder.changes)
-            metrics = MetricsFile(folder.path, step=progress.step, tensorboard=config.log.tensorboard)
+            metrics = MetricsFile(folder.path, step=progress.step, trackers=trackers or Trackers())
         run = RunLoop(config, runtime, parts, progress, metrics, evaluation, folder and folder.mirror)
         try:
             if progress.step == 0:
@@ -199,6 +209,11 @@ def _run(
             folder.mirror.finish()
         console.print_closing(config, outcome, progress.step, parts.num_steps, best=found.get("best"))
     return 128 + stopped_by if stopped_by else 0
+
+
+def _open_trackers(config: Config, progress: Progress) -> Trackers:
+    about = About.run(config, Path(config.run.out), step=progress.step)
+    return open_trackers(config.log.trackers, about, say=console.say)
 
 
 def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) -> None:
@@ -267,15 +282,17 @@ class RunLoop:
             timeout_s=config.run.timeout_s,
             before=metrics and metrics.sync,
             mirror=mirror,
-            say=self._say,
+            say=console.say,
         )
-        self._bar = tqdm(
-            total=parts.num_steps,
-            initial=progress.step,
-            unit="step",
-            desc="train",
-            disable=metrics is None,
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        self._bar = console.ProgressLine(parts.num_steps, progress.step, shown=metrics is not None)
+        self._supply = Supply(parts.loader)
+        self._gauges = Gauges(runtime.device, num_steps=parts.num_steps, flops=count_flops(config, runtime, parts))
+        self._alarms = Alarms(
+            Path(config.run.out), config, num_samples=parts.loader.num_samples, num_steps=parts.num_steps
+        )
+        self._recent = RecentSteps(runtime, may_overflow=runtime.precision == "fp16")
+        self._headspace = Headspace(
+            config.log.headspace, config.optim.accumulate, self._gauges.clock, self._supply, runtime.device
         )
 
     def loop(self) -> int:
@@ -289,24 +306,37 @@ class RunLoop:
             return self._loop()
         except ValueError as error:
             raise RuntimeError(f"training failed after step {self.progress.step}: {error}") from error
+        except FloatingPointError as error:
+            out = Path(self.config.run.out)
+            if self._saver.writing is not None:
+                self._saver.writing.exception()  # What is being written may be the checkpoint to go on from.
+            path = write_capture(out, self._recent, self.runtime, self.config, self.progress.data)
+            raise FloatingPointError(f"{error}{'' if path is None else _CAPTURED.format(path=path)}") from None
 
     def _loop(self) -> int:
         config, progress, num_steps = self.config, self.progress, self.parts.num_steps
-        batches = self._batches()
+        for said in self._alarms.at_start() if self._metrics is not None else ():
+            console.say(said)
         clock = time.perf_counter()
         while progress.step < num_steps:
-            step_batches = list(islice(batches, config.optim.accumulate))
+            self._gauges.clock.begin()
+            self._recent.begin(self._supply.state_dict())
+            step_batches = list(islice(self._supply, config.optim.accumulate))
             progress.data_wait_s += time.perf_counter() - clock
+            if progress.step == 0 and self._metrics is not None:
+                self._metrics.show(step_batches[0].views, step=0)
             lr = lr_at(progress.step, num_steps, config.optim)
             scheduled = config.method.scheduled(progress.step, num_steps)
             watched = self.parts.train_step(step_batches, lr=lr, scheduled=scheduled)
             progress.averages.add(watched)
+            self._gauges.clock.end()
             progress.step += 1
+            self._recent.end(progress.step, step_batches, watched)
             progress.interval_steps += 1
             now = time.perf_counter()
             progress.interval_s += now - clock
             clock = now
-            self._bar.update()
+            self._bar.step()
             if progress.step % config.log.every_steps == 0:
                 self._log({"lr": lr, **scheduled})
             last = progress.step == num_steps
@@ -320,6 +350,7 @@ class RunLoop:
                 self._saver.finish()
             if stopped_by:
                 return stopped_by
+            progress.headspace = self._headspace.after(progress.step) or progress.headspace
             clock = time.perf_counter()  # The time since the step was not spent on training.
         return 0
 
@@ -347,7 +378,7 @@ class RunLoop:
         )
         self._write(figures)
         if self._metrics is not None:
-            self._bar.write(f"step {self.progress.step}: {self._evaluation.line(figures)}", file=sys.stderr)
+            console.say(f"step {self.progress.step}: {self._evaluation.line(figures)}")
         self._bar.unpause()
         best = self.progress.best
         return best is not None and best.takes(figures, step=self.progress.step)
@@ -370,7 +401,7 @@ class RunLoop:
         config, runtime, parts, progress = self.config, self.runtime, self.parts, self.progress
         model = {f"{name}.{k}": v for name, module in parts.modules.items() for k, v in module.state_dict().items()}
         numbers = {
-            "loader": parts.loader.state_dict(),
+            "loader": self._supply.state_dict(),
             "scaler": runtime.scaler_state(),
             "time_s": progress.time_s + progress.interval_s,
             "best": {} if progress.best is None else progress.best.state_dict(),
@@ -386,9 +417,6 @@ class RunLoop:
             numbers=numbers,
         )
 
-    def _say(self, line: str) -> None:
-        self._bar.write(line, file=sys.stderr)
-
     def close(self) -> None:
         """Close the progress bar and the metrics, and restore the signal handlers."""
         self._bar.close()
@@ -396,11 +424,6 @@ class RunLoop:
         self._stop.close()
         if self._metrics is not None:
             self._metrics.close()
-
-    def _batches(self) -> Iterator[Batch]:
-        """Yield batches from the loader's current position, epoch after epoch."""
-        while True:
-            yield from self.parts.loader
 
     def _log(self, scheduled: dict[str, float]) -> None:
         """Write the last interval's line, and start copying this one's values; `scheduled` values are added."""
@@ -415,9 +438,19 @@ class RunLoop:
             "data_wait_share": progress.data_wait_s / progress.interval_s,
             "num_replaced": self.parts.loader.num_replaced,
         }
-        progress.pending = (line, progress.averages.take())
+        gauged = (self._gauges.take(progress.step), *filter(None, [progress.headspace, self._key_lag()]))
+        progress.pending = (line, (progress.averages.take(), *gauged))
+        progress.headspace = None
         progress.data_wait_s = progress.interval_s = 0.0
         progress.interval_steps = 0
+
+    def _key_lag(self) -> Pending | None:
+        key = self.parts.objective.modules.get("key")
+        # Where a step is short, all weights take a part of it: not for every line.
+        is_due = self.progress.step // self.config.log.every_steps % _LINES_PER_LAG == 0
+        if key is None or self._metrics is None or not is_due:
+            return None
+        return Pending(("key_lag",), key_lag(self.parts.query, key))
 
     def _settle(self) -> None:
         """Write the line whose values have been copied.
@@ -429,15 +462,19 @@ class RunLoop:
             return
         line, pending = self.progress.pending
         self.progress.pending = None
-        line |= pending.wait()
+        for each in pending:
+            line |= each.wait()
         if not math.isfinite(line["loss"]):
             raise FloatingPointError(_NOT_A_NUMBER.format(step=line["step"]))
+        self._recent.settle(line["step"])
         # Every step of the interval was skipped, or no sample in it had a label.
         for name in [name for name in ("grad_norm", "probe/top1") if math.isnan(line.get(name, 0))]:
             del line[name]
-        self._bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['samples_per_s']:.0f} samples/s", refresh=False)
+        self._bar.interval(line)
         if self._metrics is not None:
             self._metrics.write(line)
+            for said in (*filter(None, [headspace.describe(line)]), *self._alarms.look(line)):
+                console.say(f"step {line['step']:,}: {said}")
 
     def _write(self, numbers: dict[str, float]) -> None:
         self._settle()

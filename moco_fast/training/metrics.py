@@ -1,17 +1,20 @@
-"""Metrics of a run: averaged on the device, read without blocking it, written as JSON lines and TensorBoard events."""
+"""Metrics of a run: averaged on the device, read without blocking it, written as JSON lines and sent to trackers."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moco_fast.training.trackers import Trackers
 from shards.ground.files import write_whole
 
-__all__ = ["Average", "MetricsFile"]
+__all__ = ["Average", "MetricsFile", "Pending", "sheet_of"]
 
 
 class Average:
@@ -63,35 +66,43 @@ class Pending:
 
 
 class MetricsFile:
-    """Writer of `metrics.jsonl` and TensorBoard events; lines after the step that a run resumes from are dropped."""
+    """Writer of `metrics.jsonl` and of trackers; lines after the step that a run resumes from are dropped."""
 
-    def __init__(self, folder: Path, *, step: int, tensorboard: bool):
+    def __init__(self, folder: Path, *, step: int, trackers: Trackers):
         self._path = folder / "metrics.jsonl"
         _keep_until(self._path, step)
         self._file = self._path.open("a", buffering=1)
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._trackers = trackers
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line, which must contain `step`."""
         self._file.write(json.dumps(line) + "\n")
-        if self._board is not None:
-            for name, value in line.items():
-                if name != "step":
-                    self._board.add_scalar(name if "/" in name else f"train/{name}", value, line["step"])
+        self._trackers.log(line)
+
+    def show(self, views: tuple[Tensor, ...], *, step: int) -> None:
+        """Send a picture of the first samples' views, (B, 3, H, W) uint8, to the trackers; waits for the device."""
+        if self._trackers:
+            self._trackers.show("views", sheet_of(views), step=step)
 
     def sync(self) -> None:
         """Wait until the lines written so far are on the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close all, within a limit."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
+
+
+def sheet_of(views: tuple[Tensor, ...], *, num_samples: int = 8) -> npt.NDArray[np.uint8]:
+    """Return one picture (H, W, 3): a row for each of the first samples, a column for each view, black where small."""
+    side = max(view.shape[-1] for view in views)
+    shown = [view[:num_samples].to("cpu", copy=True).permute(0, 2, 3, 1).numpy() for view in views]
+    sheet = np.zeros((len(shown[0]), side, len(shown), side, 3), dtype=np.uint8)
+    for column, of_view in enumerate(shown):
+        height, width = of_view.shape[1:3]
+        sheet[:, :height, column, :width] = of_view
+    return sheet.reshape(len(shown[0]) * side, len(shown) * side, 3)
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -30,7 +30,7 @@ def train(shards, out, device) -> str:
     words = ["moco-v2", "--data.shards", shards, "--data.batch-size", 16, "--data.lanes", 2, "--views.size", 32]
     words += ["--model.encoder", "resnet18_quarter", "--method.queue-size", 64, "--data.backend", "dali"]
     words += ["--run.out", out, "--run.steps", 5, "--run.device", device.type, "--run.precision", "fp32"]
-    words += ["--checkpoint.every-steps", 2, "--checkpoint.keep", 3, "--log.every-steps", 1, "--log.no-tensorboard"]
+    words += ["--checkpoint.every-steps", 2, "--checkpoint.keep", 3, "--log.every-steps", 1, "--log.trackers"]
     words += ["--run.deterministic"]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(

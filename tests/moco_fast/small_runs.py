@@ -20,5 +20,5 @@ def small_run(shards: Path, out: Path, *, steps: int, **run: Any) -> Config:
         model=ModelConfig(encoder="resnet18_quarter"),
         method=dataclasses.replace(base.method, queue_size=64),
         run=dataclasses.replace(base.run, device="cpu", precision="fp32", steps=steps, out=str(out), **run),
-        log=dataclasses.replace(base.log, every_steps=1, tensorboard=False),
+        log=dataclasses.replace(base.log, every_steps=1, trackers=()),
     )

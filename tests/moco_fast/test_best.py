@@ -140,7 +140,7 @@ def configuration(packed_demo: Any, out: Path, keep_best: str | None = "prescrib
         run=dataclasses.replace(base.run, device="cpu", precision="fp32", steps=6, out=str(out)),
         checkpoint=CheckpointConfig(every_steps=100, keep=1, keep_best=keep_best),
         eval=EvalConfig(tasks=("prescribed",) if keep_best else (), every_steps=1),
-        log=dataclasses.replace(base.log, every_steps=1, tensorboard=False),
+        log=dataclasses.replace(base.log, every_steps=1, trackers=()),
     )
 
 

@@ -87,7 +87,7 @@ def test_a_run_does_not_go_on_with_other_samples_unless_it_is_told_to(
 ) -> None:
     def start(shards: Path, **options: Any) -> None:
         small = {"model.encoder": "resnet18_quarter", "data.batch_size": 24, "views.size": 16, "bn.num_groups": 4}
-        small |= {"method.queue_size": 48, "run.device": "cpu", "log.tensorboard": False, "data.backend": "dali"}
+        small |= {"method.queue_size": 48, "run.device": "cpu", "log.trackers": (), "data.backend": "dali"}
         small |= {"data.num_threads": 1, "run.out": str(tmp_path / "run"), "run.steps": 2}
         train(demo(**(small | {"data.shards": str(shards)} | options)))
 

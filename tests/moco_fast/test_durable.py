@@ -14,6 +14,7 @@ from moco_fast.checkpoint import Checkpoint
 from moco_fast.config import to_dict
 from moco_fast.training.folder import RunFolder
 from moco_fast.training.metrics import MetricsFile
+from moco_fast.training.trackers import Trackers
 from shards.ground import files
 from tests.forgetful import NAMES, ForgetfulDisk
 from tests.moco_fast.small_runs import small_run
@@ -120,7 +121,7 @@ def test_configuration_and_history_survive_a_power_cut(tmp_path: Path) -> None:
     with cut_anywhere(root, tmp_path / "left", check) as cut:
         folder = RunFolder(root, (root / "lock").open("wb"), None)
         folder.write_config(config)
-        metrics = MetricsFile(root, step=4, tensorboard=False)
+        metrics = MetricsFile(root, step=4, trackers=Trackers())
         cut()
         metrics.write({"step": 5, "loss": 2.0})
         metrics.sync()

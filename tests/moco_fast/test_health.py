@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
+from moco_fast.api import evaluate
 from moco_fast.evaluation import health
-from moco_fast.evaluation.health import alignment, rankme, spectrum, spread, uniformity
+from moco_fast.evaluation.health import alignment, lidar, rankme, spectrum, spread, uniformity, view_alignment
 from moco_fast.evaluation.tasks.health import Health
 from tests.moco_fast.task_inputs import MadeUp, blobs
 
@@ -69,6 +71,48 @@ def test_alignment_is_the_mean_over_all_pairs_of_a_class() -> None:
     assert alignment(values, labels) == pytest.approx(np.mean(pairs), rel=1e-6)
     assert alignment(values, torch.arange(40)) is None
     assert alignment(values, torch.full((40,), -1)) is None
+
+
+def test_views_of_a_sample_are_compared_pair_by_pair() -> None:
+    values = normalize(drawn(7 * 4, 6)).view(7, 4, 6)
+    plain = values.double().numpy()
+    pairs = [
+        np.square(of_sample[one] - of_sample[other]).sum()
+        for of_sample in plain
+        for one in range(4)
+        for other in range(one)
+    ]
+    assert view_alignment(values) == pytest.approx(np.mean(pairs), rel=1e-6)
+
+
+def test_lidar_is_the_published_one_by_the_matrices_themselves() -> None:
+    values = drawn(30 * 5, 6).view(30, 5, 6) + drawn(30, 6, seed=1)[:, None]
+    plain = values.double().numpy()
+    means = plain.mean(axis=1)
+    between = sum(np.outer(each - means.mean(axis=0), each - means.mean(axis=0)) for each in means) / 30
+    within = sum(np.outer(x - mean, x - mean) for mean, of_sample in zip(means, plain, strict=True) for x in of_sample)
+    strengths, directions = np.linalg.eigh(within / 150 + 1e-4 * np.eye(6))
+    root = directions @ np.diag(strengths**-0.5) @ directions.T
+    eigenvalues = np.linalg.eigvalsh(root @ between @ root)
+    shares = eigenvalues / eigenvalues.sum() + 1e-7
+    assert lidar(values) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-6)
+
+
+@given(rank=st.integers(1, 5))
+def test_lidar_counts_directions_that_tell_samples_apart_and_not_those_of_views(rank: int) -> None:
+    # Samples at +-1 along each of `rank` directions, views apart along another one.
+    centers = torch.cat([torch.eye(rank, 8), -torch.eye(rank, 8)])
+    views = 5 * torch.tensor([-1.0, 1.0])[:, None] * torch.eye(8)[7]
+    assert lidar(centers[:, None] + views) == pytest.approx(rank, rel=1e-3)
+
+
+def test_a_set_of_images_has_lidar(finished_run: Path, tmp_path: Path) -> None:
+    settings = {"views": 3, "view_samples": 12, "max_samples": 12}
+    options = {"device": "cpu", "backend": "dali", "encode_batch_size": 12, "cache": str(tmp_path)}
+    result = evaluate("health", finished_run, settings=settings, options=options)
+    assert 1 <= result.figures["lidar"].value <= 12
+    assert 0 < result.figures["view_alignment"].value < 4
+    assert next(iter(result.figures)) == "rankme"
 
 
 def test_spread_is_one_on_the_sphere_and_nothing_at_a_point() -> None:

@@ -202,7 +202,7 @@ def test_a_new_method_is_one_class_and_one_line(packed_demo, tmp_path, monkeypat
         model=ModelConfig(encoder="resnet18_quarter"),
         method=Toy(strength=2.0),
         run=dataclasses.replace(base.run, device="cpu", precision="fp32", steps=2, out=str(tmp_path / "run")),
-        log=dataclasses.replace(base.log, every_steps=1, tensorboard=False),
+        log=dataclasses.replace(base.log, every_steps=1, trackers=()),
     )
     validate(config)
     assert from_dict(to_dict(config)) == config

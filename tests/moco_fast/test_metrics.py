@@ -2,9 +2,9 @@ import json
 import math
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moco_fast.training.metrics import Average, MetricsFile
+from moco_fast.training.metrics import Average, MetricsFile, sheet_of
+from moco_fast.training.trackers import Trackers
 
 
 def test_average_over_steps_starts_anew_after_each_reading():
@@ -36,24 +36,44 @@ def steps(folder):
 
 
 def test_a_resume_drops_later_lines_and_a_torn_one(tmp_path):
-    first = MetricsFile(tmp_path, step=0, tensorboard=False)
+    first = MetricsFile(tmp_path, step=0, trackers=Trackers())
     for step in (5, 10, 15):
         first.write({"step": step, "loss": 1.0})
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "lo')
-    second = MetricsFile(tmp_path, step=10, tensorboard=False)
+    second = MetricsFile(tmp_path, step=10, trackers=Trackers())
     second.write({"step": 15, "loss": 2.0})
     second.close()
     assert steps(tmp_path) == [5, 10, 15]
 
 
-def test_tensorboard_holds_the_same_numbers(tmp_path):
-    metrics = MetricsFile(tmp_path, step=0, tensorboard=True)
+def test_trackers_get_every_line_and_a_picture_of_the_first_views(tmp_path):
+    sent = []
+
+    class Told(Trackers):
+        def log(self, line):
+            sent.append(line)
+
+        def show(self, name, pixels, *, step):
+            sent.append((name, pixels.shape, step))
+
+        def __bool__(self):
+            return True
+
+    metrics = MetricsFile(tmp_path, step=0, trackers=Told())
+    metrics.show((torch.zeros(4, 3, 6, 6, dtype=torch.uint8),), step=0)
     metrics.write({"step": 3, "loss": 1.5})
-    metrics.write({"step": 3, "knn/top1": 0.25})
     metrics.close()
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(3, 1.5)]
-    assert [(event.step, event.value) for event in board.Scalars("knn/top1")] == [(3, 0.25)]
+    assert sent == [("views", (24, 6, 3), 0), {"step": 3, "loss": 1.5}]
+
+
+def test_a_sheet_has_a_row_for_each_sample_and_a_column_for_each_view():
+    large = torch.arange(10 * 3 * 4 * 4, dtype=torch.int64).remainder(256).to(torch.uint8).view(10, 3, 4, 4)
+    small = torch.full((10, 3, 2, 2), 9, dtype=torch.uint8)
+    sheet = sheet_of((large, small), num_samples=8)
+    assert sheet.shape == (8 * 4, 2 * 4, 3)
+    assert (sheet[12:16, :4] == large[3].permute(1, 2, 0).numpy()).all()
+    assert (sheet[12:14, 4:6] == 9).all()
+    assert not sheet[14:16, 4:].any()
+    assert not sheet[12:16, 6:].any()

@@ -244,7 +244,7 @@ def small_run(packed_demo, out, **sections):
         bn=BatchNormConfig(num_groups=2),
         run=replace(base.run, device="cpu", precision="fp32", steps=4, out=str(out)),
         checkpoint=replace(base.checkpoint, every_steps=2, keep=2),
-        log=replace(base.log, every_steps=1, tensorboard=False),
+        log=replace(base.log, every_steps=1, trackers=()),
     )
     return replace(config, **sections)
 

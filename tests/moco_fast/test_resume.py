@@ -42,7 +42,7 @@ def configuration(name: str, shards: Path, out: Path) -> Config:
         bn=BatchNormConfig(num_groups=2) if grouped else BatchNormConfig(policy="sync"),
         run=RunConfig(device="cpu", precision="fp32", steps=NUM_STEPS, out=str(out)),
         checkpoint=CheckpointConfig(every_steps=CUT_AFTER, keep=3),
-        log=LogConfig(every_steps=1, tensorboard=False),
+        log=LogConfig(every_steps=1, trackers=()),
     )
 
 

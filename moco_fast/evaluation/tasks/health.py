@@ -5,13 +5,15 @@ spread is what Chen & He (2021, section 4.1) watch for collapse.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from moco_fast.encoders.layers import check_layer
 from moco_fast.evaluation.base import FigureInfo, Inputs, Measured, Outcome, Task, Want, refuse_unless_above
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from moco_fast.config import Config
 
 __all__ = ["Health"]
@@ -31,6 +33,11 @@ class Health(Task):
     """Whose output they are: backbone, head, or another layer (docs/evaluation.md)."""
     max_samples: int = 25_600
     """At most this many samples, evenly spread over the set."""
+    views: int = 0
+    """Views of a sample, augmented as in MoCo v2, for LiDAR and the alignment of views, which are left out with 0; the
+    authors take 50."""
+    view_samples: int = 1000
+    """At most this many samples whose views are compared."""
 
     @classmethod
     def for_run(cls, config: "Config") -> Self:
@@ -44,7 +51,9 @@ class Health(Task):
 
     def validate(self) -> None:
         """Refuse numbers that cannot be."""
-        refuse_unless_above(1, max_samples=self.max_samples)
+        refuse_unless_above(1, max_samples=self.max_samples, view_samples=self.view_samples)
+        if self.views:
+            refuse_unless_above(1, views=self.views)
         check_layer(self.layer)
 
     def wants(self) -> tuple[Want, ...]:
@@ -53,6 +62,22 @@ class Health(Task):
 
     def figures(self) -> Mapping[str, FigureInfo]:
         """Effective rank, then what explains it."""
+        of_views = {
+            "lidar": FigureInfo(
+                title="LiDAR",
+                caption="Effective rank of what tells samples apart, measured by how far apart their views are.",
+                unit="number",
+            ),
+            "view_alignment": FigureInfo(
+                title="alignment of views",
+                caption="Mean of |x - y|^2 over all pairs of views of the same sample, features of length 1.",
+                unit="number",
+                best="lowest",
+            ),
+        }
+        return self._of_samples() | (of_views if self.views else {})
+
+    def _of_samples(self) -> dict[str, FigureInfo]:
         return {
             "rankme": FigureInfo(
                 title="RankMe",
@@ -124,7 +149,41 @@ class Health(Task):
             "norm": norms.mean().item(),
             "norm_variation": (norms.std(correction=0) / norms.mean()).item(),
         }
+        if self.views:
+            figures |= self._compare_views(inputs)
         return Outcome(
             figures={name: Measured(value=value) for name, value in figures.items() if value is not None},
             facts={"num_samples": len(features), "dim": values.shape[1]},
         )
+
+    def _compare_views(self, inputs: Inputs) -> dict[str, float]:
+        """Compute the features of augmented views, and compare those of a sample with those of others."""
+        from torch.nn.functional import normalize
+
+        from moco_fast.evaluation.health import lidar, view_alignment
+
+        values = _features_of_views(inputs, self.split, self.layer, self.views, self.view_samples)
+        return {"lidar": lidar(values), "view_alignment": view_alignment(normalize(values, dim=2))}
+
+
+def _features_of_views(inputs: Inputs, split: str, layer: str, num_views: int, num_samples: int) -> "Tensor":
+    """Return features (N, V, D) of augmented views of samples that are evenly spread over a set."""
+    import torch
+
+    from moco_fast.encoders.layers import layer_features
+    from moco_fast.evaluation.features import eval_mode, evenly
+    from pipelines.config import VIEWS, ViewSpec
+    from pipelines.loader import open_loader, suited_to
+
+    shards = inputs.set_of(split)
+    samples = evenly(shards.num_samples, min(num_samples, shards.num_samples))
+    views = (ViewSpec(size=inputs.size, recipe=VIEWS["moco-v2"].query),) * num_views
+    data = replace(suited_to(inputs.data, shards), batch_size=max(1, inputs.data.batch_size // num_views))
+    rows: list[Tensor] = []
+    # This rank's alone: a task on features is measured by the first one.
+    loader = open_loader(data, views, samples=samples, device=inputs.device, shards=shards, divided=False)
+    with loader, eval_mode(inputs.encoder), torch.no_grad(), inputs.autocast():
+        for batch in loader:
+            of_views = [layer_features(inputs.encoder, view, [layer])[layer].float() for view in batch.views]
+            rows.append(torch.stack(of_views, dim=1))
+    return torch.cat(rows)

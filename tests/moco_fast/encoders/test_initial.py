@@ -37,7 +37,7 @@ def configuration(shards: Path | str, init_from: Path | str | None, out: Path | 
         views=dataclasses.replace(base.views, size=32),
         model=ModelConfig(encoder="resnet18_quarter", mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)),
         method=MomentumContrast(dim=16, queue_size=64),
-        log=dataclasses.replace(base.log, every_steps=1, tensorboard=False),
+        log=dataclasses.replace(base.log, every_steps=1, trackers=()),
         **sections,
     )
     source = None if init_from is None else str(init_from)
