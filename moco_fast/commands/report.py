@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -30,6 +30,10 @@ class Report:
     """One run: number of training samples to search for neighbors."""
     price_per_hour: float | None = None
     """Price of one GPU for an hour (where there is none: of one rank), by which cost is counted; unset: hours are."""
+    map: bool = False
+    """One run: compute the features of its map of embeddings, where the cache of `moco-fast eval` lacks them."""
+    map_method: Literal["pca", "tsne"] = "pca"
+    """One run: `pca`: the plane of the two largest principal components; `tsne`: neighbors stay neighbors, slower."""
     device: Device = "auto"
     """One run: where its encoder computes. `auto`: a GPU if there is one."""
 
@@ -57,6 +61,8 @@ class Report:
             num_samples=positive("num-samples", self.num_samples),
             max_bank=positive("max-bank", self.max_bank),
             price_per_hour=self.price_per_hour,
+            with_map=self.map,
+            map_method=self.map_method,
         )
         print("Next:")
         for proposal in next_commands(read_run(run)):

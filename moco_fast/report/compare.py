@@ -17,9 +17,10 @@ from moco_fast.evaluation.registry import find_scores
 from moco_fast.methods.base import Chart
 from moco_fast.report.differences import ABSENT, Cell, ComparedRow, environment_rows, figure_rows, setting_rows
 from moco_fast.report.figures import NUM_STYLES, RunCurve, draw_runs, line_style
+from moco_fast.report.gauged import SPEED_CHARTS
 from moco_fast.report.hours import name_of_hours, rank_hours, rank_hours_at
 from moco_fast.report.record import RunRecord, read_run
-from moco_fast.report.report import SPEED_CHARTS, charts_of, open_template
+from moco_fast.report.report import charts_of, open_template
 from moco_fast.report.words import headline
 from shards.ground.files import write_whole
 from shards.ground.units import format_duration

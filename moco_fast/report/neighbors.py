@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from moco_fast.config import Config
@@ -17,7 +18,7 @@ from pipelines.loader import open_loader, suited_to
 from shards.ground.arrays import Indices
 from shards.sets import ShardSet, open_set
 
-__all__ = ["Neighbor", "Query", "find_neighbors", "sample_pictures"]
+__all__ = ["Neighbor", "Query", "find_neighbors", "sample_pictures", "sample_pixels"]
 
 
 _PICTURE_SIDE = 96  # pixels
@@ -160,15 +161,23 @@ def _first_of_each_class(shards: ShardSet, wanted: int) -> tuple[Indices, Indice
 def sample_pictures(
     shards: ShardSet, samples: Indices, *, side: int, crop: float, data: DataConfig
 ) -> dict[int, Picture]:
-    """Return the central squares of some samples, by dense sample number."""
-    pictures: dict[int, Picture] = {}
+    """Return the central squares of some samples as pictures, by dense sample number."""
+    pixels = sample_pixels(shards, samples, side=side, crop=crop, data=data)
+    return {sample: to_picture(image) for sample, image in pixels.items()}
+
+
+def sample_pixels(
+    shards: ShardSet, samples: Indices, *, side: int, crop: float, data: DataConfig
+) -> dict[int, npt.NDArray[np.uint8]]:
+    """Return the central squares of some samples, (side, side, 3), by dense sample number."""
+    found: dict[int, npt.NDArray[np.uint8]] = {}
     with open_loader(
         replace(suited_to(data, shards), batch_size=64), central_crop(side, side=crop), samples=samples, shards=shards
     ) as loader:
         for batch in loader:
-            pixels = batch.views[0].permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
-            pictures |= {int(sample): to_picture(image) for sample, image in zip(batch.index, pixels, strict=True)}
-    return pictures
+            pixels = batch.views[0].permute(0, 2, 3, 1).numpy().copy()  # (B, H, W, 3); the loader uses its memory again
+            found |= dict(zip(batch.index.tolist(), pixels, strict=True))
+    return found
 
 
 def _show(row: "list[_Near]", *, label: int, pictures: dict[int, Picture], names: tuple[str, ...]) -> list[Neighbor]:

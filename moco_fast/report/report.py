@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
@@ -22,13 +22,14 @@ from moco_fast.report.commands import next_commands
 from moco_fast.report.figures import Curve, draw_curves
 from moco_fast.report.gauged import HEALTH_CHARTS, SPEED_CHARTS
 from moco_fast.report.launch import hours_tile, launch_table, starts_table
+from moco_fast.report.map import MapMethod, draw_map
 from moco_fast.report.neighbors import Query, find_neighbors
 from moco_fast.report.pictures import show_views
 from moco_fast.report.record import RunRecord, read_run
 from moco_fast.report.words import configuration_table, environment_table, headline, tiles
 from shards.ground.files import write_whole
 
-__all__ = ["SPEED_CHARTS", "DrawnChart", "charts_of", "open_template", "write_report"]
+__all__ = ["DrawnChart", "charts_of", "open_template", "write_report"]
 
 _NUM_NEIGHBORS = 6
 T = TypeVar("T")
@@ -51,6 +52,9 @@ def write_report(
     num_samples: int = 8,
     max_bank: int = 2000,
     price_per_hour: float | None = None,
+    with_map: bool = False,
+    map_method: MapMethod = "pca",
+    cache: Path | None = None,
 ) -> Path:
     """Write a run's report, whatever the run's status; the page says what is still missing.
 
@@ -61,6 +65,9 @@ def write_report(
         num_samples: number of training samples, and of held-out samples, that are shown.
         max_bank: number of training samples to search for neighbors.
         price_per_hour: of one GPU, or of one rank where there is none; None: the page has no cost.
+        with_map: compute what the map of embeddings needs; otherwise there is one where the cache has all that.
+        map_method: how embeddings become points in a plane.
+        cache: folder of the features that evaluations cache; None: the user's.
 
     Returns:
         path of the page.
@@ -70,10 +77,9 @@ def write_report(
     """
     record = read_run(run)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # The last finished epoch: every sample shown has been used in training with these views.
-    epoch = max(int(record.last["epoch"]) - 1, 0)
-    samples, no_samples = _unless_missing(lambda: show_views(record.config, epoch=epoch, num_samples=num_samples))
-    queries, no_queries = _unless_missing(lambda: _neighbors(record, device, num_samples, max_bank))
+    maps, no_map = _unless_missing(
+        lambda: [draw_map(record, device=device, method=map_method, compute=with_map, cache=cache)]
+    )
     page = open_template("report.html").render(
         record=record,
         headline=headline(record),
@@ -83,12 +89,9 @@ def write_report(
         worth_curves=_result_curves(record.results),
         health=_charts(record, "health"),
         speed=_drawn(record, SPEED_CHARTS),
-        epoch=epoch,
-        samples=samples,
-        no_samples=no_samples,
-        queries=queries,
-        no_queries=no_queries,
-        num_right={"trained": _count_right(queries, "trained"), "untrained": _count_right(queries, "untrained")},
+        **_pictures(record, device, num_samples, max_bank),
+        map=maps[0] if maps else None,
+        no_map=no_map,
         configuration=configuration_table(record),
         environment=environment_table(record),
         launch=launch_table(record),
@@ -112,6 +115,22 @@ def open_template(name: str) -> Template:
         lstrip_blocks=True,
     )
     return pages.get_template(name)
+
+
+def _pictures(record: RunRecord, device: torch.device, num_samples: int, max_bank: int) -> dict[str, Any]:
+    """Return what the page shows of views and neighbors, or why it cannot."""
+    # The last finished epoch: every sample shown has been used in training with these views.
+    epoch = max(int(record.last["epoch"]) - 1, 0)
+    samples, no_samples = _unless_missing(lambda: show_views(record.config, epoch=epoch, num_samples=num_samples))
+    queries, no_queries = _unless_missing(lambda: _neighbors(record, device, num_samples, max_bank))
+    return {
+        "epoch": epoch,
+        "samples": samples,
+        "no_samples": no_samples,
+        "queries": queries,
+        "no_queries": no_queries,
+        "num_right": {which: _count_right(queries, which) for which in ("trained", "untrained")},
+    }
 
 
 def _unless_missing(make: Callable[[], list[T]]) -> tuple[list[T], str]:

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import math
 import re
 import shutil
 from itertools import pairwise
@@ -19,6 +18,9 @@ from moco_fast.report.differences import difference, environment_rows, figure_ro
 from moco_fast.report.figures import NUM_STYLES, RunCurve, draw_runs, line_style, spread_apart
 from moco_fast.report.hours import rank_hours, rank_hours_at
 from moco_fast.report.record import read_run
+
+SHOWN = ("step", "epoch", "samples", "time_s", "loss", "accuracy", "samples_per_s", "knn/top1")
+"""What these tests look at: a chart is drawn for each value and axis."""
 
 
 def rewrite(run: Path, name: str, change: Any) -> None:
@@ -64,6 +66,8 @@ def pair(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         rewrite(run, "config.json", lambda config, lr=lr: config | {"optim": config["optim"] | {"lr": lr}})
     rewrite(second, "environment.json", lambda known: known | {"device": "H100", "cuda": "13.2", "world_size": 8})
     rewrite(second, "metrics.jsonl", lambda line: {name: 0.5 * value for name, value in line.items()})
+    for run in (first, second):
+        rewrite(run, "metrics.jsonl", lambda line: {name: value for name, value in line.items() if name in SHOWN})
     return first, second
 
 
@@ -254,13 +258,12 @@ def test_what_cannot_be_compared_is_refused(finished_run: Path, tmp_path: Path) 
     assert not (tmp_path / "page.html").exists()
 
 
-def test_charts_without_a_number_in_one_run_show_the_others(finished_run: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(finished_run, tmp_path / "other"))
+def test_charts_without_a_number_in_one_run_show_the_others(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    other = Path(shutil.copytree(pair[0], tmp_path / "other"))
     rewrite(other, "metrics.jsonl", lambda line: {k: v for k, v in line.items() if k not in ("accuracy", "knn/top1")})
-    page = write_comparison([finished_run, other], tmp_path / "page.html").read_text()
+    page = write_comparison([pair[0], other], tmp_path / "page.html").read_text()
     shown = page.partition('aria-label="Contrastive accuracy over steps"')[2].partition("</svg>")[0]
     assert ("of-run-0" in shown, "of-run-1" in shown) == (True, False)
-    assert math.isfinite(len(shown))
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=26), st.floats(0.1, 20))

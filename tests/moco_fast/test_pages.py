@@ -23,8 +23,11 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def report(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("report") / "report.html"
-    return write_report(finished_run, out=out, device=torch.device("cpu"), num_samples=2)
+    folder = tmp_path_factory.mktemp("report")
+    cpu = torch.device("cpu")
+    return write_report(
+        finished_run, out=folder / "report.html", device=cpu, num_samples=2, with_map=True, cache=folder / "cache"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +36,11 @@ def comparison(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     runs = [
         Path(shutil.copytree(finished_run, folder / name)) for name in ("a-name-that-is-long-" * 3, "other", "third")
     ]
-    lines = (runs[1] / "metrics.jsonl").read_text().splitlines()
-    halved = [{name: value / 2 for name, value in json.loads(line).items()} for line in lines]
-    (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in halved))
+    shown = ("step", "epoch", "samples", "time_s", "loss", "knn/top1")
+    for number, run in enumerate(runs):
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        kept = [{name: line[name] / (1 + (number == 1)) for name in shown if name in line} for line in lines]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     return write_comparison(runs, folder / "comparison.html")
 
 
@@ -125,3 +130,51 @@ def test_dark_pages_are_dark(browser: Browser, comparison: Path) -> None:
         colors[dark] = sum(map(int, text.strip("rgb()").split(","))) / 3
     assert colors[False] > 200
     assert colors[True] < 60
+
+
+MAP = "figure.map canvas[tabindex]"
+
+
+def card(browser: Browser) -> str:
+    return browser.run("document.querySelector('.map .card:not([hidden])')?.innerText ?? ''")
+
+
+def test_samples_of_the_map_are_seen_where_one_points_and_with_the_keyboard(browser: Browser, report: Path) -> None:
+    browser.open(report, DESK)
+    x, y = browser.center_of(MAP)
+    ink = (
+        "(() => { const c = document.querySelector('figure.map canvas'), p = c.getContext('2d')"
+        ".getImageData(0, 0, c.width, c.height).data; return p.filter((v, i) => i % 4 === 3 && v > 0).length })()"
+    )
+    assert browser.run(ink) > 72
+    assert card(browser) == ""
+    browser.run(f"document.querySelector({MAP!r}).focus()")
+    browser.press("+")
+    # The one that is nearest to the middle.
+    seen = card(browser)
+    assert "key " in seen
+    assert "sample " in seen
+    browser.press("Escape")
+    assert card(browser) == ""
+    browser.press("0")
+    assert card(browser) != ""
+    browser.press("Escape")
+    for place in range(0, 900, 9):
+        browser.move(x - 450 + place, y)
+        if card(browser):
+            break
+    assert "key " in card(browser)
+    assert browser.complaints == []
+
+
+def test_a_class_can_be_highlighted(browser: Browser, report: Path) -> None:
+    browser.open(report, DESK)
+    name = browser.run("document.querySelector('[data-group]').dataset.name")
+    pressed = "[...document.querySelectorAll('[data-group][aria-pressed=true]')].map(e => e.dataset.name)"
+    browser.click(*browser.center_of("[data-group]"))
+    assert browser.run(pressed) == [name]
+    browser.run(f"document.querySelector({MAP!r}).focus()")
+    browser.press("+")
+    assert card(browser).startswith(name)
+    browser.click(*browser.center_of("[data-group]"))
+    assert browser.run(pressed) == []
