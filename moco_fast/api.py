@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import tyro
 
@@ -13,6 +12,7 @@ from moco_fast.commandline import check
 from moco_fast.commands.evaluating import EvalOptions, measure_all
 from moco_fast.config import Config, option_name
 from moco_fast.presets import PRESETS
+from shards.ground.option_files import fitted
 
 if TYPE_CHECKING:
     from moco_fast.evaluation.result import Result
@@ -116,32 +116,9 @@ def _changed(section: Section, path: list[str], value: object, name: str) -> Sec
         if not dataclasses.is_dataclass(hints[first]):
             raise ValueError(f"there is no option {name!r}: {first!r} is a single value")
         value = _changed(getattr(section, first), rest, value, name)
-    elif not _fits(value, hints[first]):
-        raise ValueError(f"{name!r} is {value!r}, but must be {_describe(hints[first])}")
+    else:
+        try:
+            value = fitted(value, hints[first])
+        except ValueError as error:
+            raise ValueError(f"{name!r} is {value!r}, but must be {error}") from None
     return replace(section, **{first: value})
-
-
-def _fits(value: object, hint: Any) -> bool:
-    """Return whether a value has a field's type; integers are accepted for floats."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if arguments[1:] == (...,):
-            return all(_fits(each, arguments[0]) for each in value)
-        return len(value) == len(arguments) and all(map(_fits, value, arguments))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return " or ".join(map(repr, get_args(hint)))
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

@@ -9,6 +9,7 @@ import tyro
 
 from moco_fast import __version__, commandline
 from moco_fast.bench.cli import BenchConfig
+from moco_fast.commandline import Recipe
 from moco_fast.commands.embed import Embed
 from moco_fast.commands.evaluate import eval_commands
 from moco_fast.commands.explore import Explore
@@ -21,6 +22,7 @@ from moco_fast.commands.search import Search
 from moco_fast.evaluation.base import StoppedError
 from moco_fast.meaning import refuse_renamed
 from moco_fast.training import process
+from shards.ground.options import ending_quietly, parse_words
 from shards.storage.addresses import refuse_addresses
 
 __all__ = ["main"]
@@ -66,9 +68,15 @@ class Eval:
         return self.task.execute()
 
 
-_Commands = (
-    Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Eval, tyro.conf.subcommand("eval")]
+@dataclass(frozen=True, kw_only=True)
+class _TrainWithOptions:
+    """Pretrain an encoder in one process."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+
+
+_Others = (
+    Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Explore, tyro.conf.subcommand("explore")]
@@ -79,6 +87,10 @@ _Commands = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
 )
+_Commands = Annotated[Train, tyro.conf.subcommand("train")] | _Others
+_Completed = Annotated[_TrainWithOptions, tyro.conf.subcommand("train")] | _Others
+
+_COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,6 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         128 + signal when one stopped it and its state was saved.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    return ending_quietly(lambda: _run(words))
+
+
+def _run(words: Sequence[str]) -> int:
     if words == ["--version"]:
         print(f"moco-fast {__version__}")
         return 0
@@ -98,15 +114,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     process.prepare()
     try:
         refuse_renamed(words)
-        command: Any = tyro.cli(
-            _Commands,
+        command: Any = parse_words(
+            _Completed if any(word in _COMPLETION for word in words) else _Commands,
+            words,
             prog="moco-fast",
-            args=words,
             description="Train, evaluate, embed, export. `moco-fast --version` prints the version.",
             config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
         )
         refuse_addresses(command, taken_by=commandline.TAKE_ADDRESSES, ways_out=commandline.INSTEAD_OF_ADDRESSES)
         return command.execute()
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -2,10 +2,10 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -15,10 +15,12 @@ from moco_fast.meaning import refuse_meaningless, refuse_renamed, refuse_without
 from moco_fast.presets import PRESETS
 from moco_fast.training import process
 from pipelines.config import tars_to_stream
+from shards.ground.option_files import changed, read_option_file, take_option
+from shards.ground.options import ending_quietly, parse_words
 from shards.storage.addresses import refuse_addresses
 from shards.storage.stores import check_url, is_url, split_sets
 
-__all__ = ["INSTEAD_OF_ADDRESSES", "TAKE_ADDRESSES", "Chosen", "Recipe", "check", "is_first_rank", "main", "parse"]
+__all__ = ["INSTEAD_OF_ADDRESSES", "TAKE_ADDRESSES", "Chosen", "Recipe", "check", "config_from_file", "is_first_rank", "main", "parse"]
 
 TAKE_ADDRESSES = frozenset(
     {
@@ -40,23 +42,30 @@ class Chosen:
     """Parsed command line: a preset, and the configuration with its options applied."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    preset: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress]
-    """The preset's name, filled in by the parser: a word of the command line may also be an option's value."""
 
     @property
     def base(self) -> Config:
         """The preset without options."""
-        return PRESETS[self.preset][1]
+        return PRESETS[self.config.recipe][1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ChosenForTraining(Chosen):
+    file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
+    """File of options, YAML or the config.json of a run, which those of the command line override. It may name the
+    recipe (`recipe: moco-v2`), in place of the command line."""
+
+
+def _form_of(chosen: Mapping[str, Chosen]) -> Any:
+    """Return the union of the presets' subcommands, for tyro."""
+    lines = {name: line for name, (line, _) in PRESETS.items()}
+    return tyro.extras.subcommand_type_from_defaults(dict(chosen), lines, prefix_names=False)
 
 
 if TYPE_CHECKING:
     Recipe = Chosen
 else:
-    Recipe = tyro.extras.subcommand_type_from_defaults(
-        {name: Chosen(config=config, preset=name) for name, (_, config) in PRESETS.items()},
-        {name: line for name, (line, _) in PRESETS.items()},
-        prefix_names=False,
-    )
+    Recipe = _form_of({name: Chosen(config=config) for name, (_, config) in PRESETS.items()})
 
 
 def parse(argv: Sequence[str] | None = None, *, prog: str = "moco_fast.train") -> Config:
@@ -68,25 +77,70 @@ def parse(argv: Sequence[str] | None = None, *, prog: str = "moco_fast.train") -
 
     Raises:
         SystemExit: 2 when an option is wrong (the message is on stderr), 0 after `--help`.
-        ValueError: the options cannot work together, or a folder does not exist.
+        ValueError: the options cannot work together, a folder does not exist, or the file of options is wrong.
     """
     words = sys.argv[1:] if argv is None else argv
+    words, path = take_option(words)
     refuse_renamed(words)
-    refuse_without_section(words, (config for _, config in PRESETS.values()))
-    chosen = tyro.cli(
-        Recipe,
+    named = words[0] if words and words[0] in PRESETS else None
+    if path is not None:
+        config = config_from_file(path, recipe=named)
+        recipes = {config.recipe: config}
+        words = words if named else [config.recipe, *words]
+    else:
+        recipes = {name: config for name, (_, config) in PRESETS.items() if named in (None, name)}
+    refuse_without_section(words, recipes.values())
+    chosen = parse_words(
+        _form_of({name: _ChosenForTraining(config=config, file=path) for name, config in recipes.items()}),
+        words,
         prog=prog,
         description="Pretrain an image encoder without labels. For several processes, use `accelerate launch`.",
-        args=words,
         console_outputs=is_first_rank(),
     )
     check(chosen.config, chosen.base)
     return chosen.config
 
 
+def config_from_file(path: str, *, recipe: str | None = None) -> Config:
+    """Return a recipe with the values of a file, not validated yet.
+
+    Args:
+        path: of the file: YAML, or JSON such as a run's config.json.
+        recipe: name of the recipe, where it is known without the file.
+
+    Raises:
+        ValueError: the file names no recipe or another one, or has an option that does not exist or does not fit.
+    """
+    file = read_option_file(path)
+    values = dict(file.values)
+    in_file = values.pop("recipe", None) or recipe
+    if in_file not in PRESETS:
+        raise ValueError(
+            f"{file.place('recipe')}: there is no recipe {in_file!r}: choose {', '.join(PRESETS)}"
+            if in_file
+            else f"{path} names no recipe: write `recipe: moco-v2` into it, or name one before --config"
+        )
+    if recipe not in (None, in_file):
+        raise ValueError(f"{file.place('recipe')}: the recipe is {in_file}, but the command names {recipe}: name one")
+    base = PRESETS[in_file][1]
+    if isinstance(method := values.get("method"), dict):
+        own = {"name": base.method.name} | method
+        if own.pop("name") != base.method.name:
+            raise ValueError(
+                f"{file.place('method.name')}: method.name is {method['name']!r}, but {in_file} trains by "
+                f"{base.method.name}: the recipe chooses the method, so name another recipe"
+            )
+        values["method"] = own
+    return changed(base, values, file)
+
+
 def main(argv: Sequence[str] | None = None, *, prog: str = "moco_fast.train") -> int:
     """Train and return the exit code: 0 finished, 2 refused, 128 + signal when a signal stopped it."""
     words = sys.argv[1:] if argv is None else argv
+    return ending_quietly(lambda: _run(words, prog))
+
+
+def _run(words: Sequence[str], prog: str) -> int:
     if list(words) == ["--version"]:
         print(f"{prog} {__version__}")
         return 0

@@ -5,7 +5,7 @@ Does not import torch, so that `--help` is fast.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_type_hints
 
 import tyro
 
@@ -58,9 +58,9 @@ class ModelConfig:
     """`cifar`: a 3x3 first convolution with stride 1 and no pooling, for images of about 32 pixels."""
     zero_init_residual: bool = False
     """ResNets: start each residual block as the identity, the scale of its last batch norm at zero (MoCo v3)."""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    mean: tuple[float, float, float] = field(default=IMAGENET_MEAN, metadata={"metavar": "R G B"})
     """Mean per channel, subtracted from pixels in 0..1."""
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[float, float, float] = field(default=IMAGENET_STD, metadata={"metavar": "R G B"})
     """Standard deviation per channel, by which pixels are then divided."""
     freeze_patch_projection: bool = False
     """Vision transformers: keep the patch projection as it was initialized (MoCo v3)."""
@@ -95,7 +95,7 @@ class OptimConfig:
     """Pairs of global batch size and learning rate in the recipe's source. A run with another pair logs a note."""
     momentum: float = 0.9
     """Momentum of SGD and LARS."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata={"metavar": "BETA1 BETA2"})
     """Decay rates of the first and second moments of AdamW and LAMB."""
     trust: float = 0.001
     """Trust coefficient of LARS."""
@@ -131,7 +131,7 @@ class RunConfig:
     """Number of samples, each counted as often as it is seen; rounded up to whole steps."""
     seed: int = 0
     """Seed of weights, sample order and augmentation."""
-    init_from: str | None = None
+    init_from: str | None = field(default=None, metadata={"metavar": "ENCODER"})
     """Start from the weights of another encoder: a value of `moco-fast eval --encoder`, such as a run's folder, a file,
     timm:NAME or torchvision:NAME. Unset: random weights."""
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=FREELY)
@@ -148,7 +148,7 @@ class RunConfig:
     """Use only kernels with bit-reproducible results: slower, but a resumed run is bit-equal on a GPU, too."""
     timeout_s: float = field(default=600.0, metadata=FREELY)
     """Seconds that a rank waits for the others before the run fails."""
-    allow_changes: tuple[str, ...] = field(default=(), metadata=FREELY)
+    allow_changes: tuple[str, ...] = field(default=(), metadata=FREELY | {"metavar": "OPTION..."})
     """Options, such as run.steps, that a run which continues may have other than before, although they decide what is
     trained; data.shards and eval.shards: sets may hold other samples."""
 
@@ -170,7 +170,7 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep."""
     keep_every: int | None = field(default=None, metadata=FREELY)
     """Steps of which a checkpoint is kept for good: the first from each multiple on. Unset: the newest ones only."""
-    keep_best: str | None = field(default=None, metadata=FREELY)
+    keep_best: str | None = field(default=None, metadata=FREELY | {"metavar": "FIGURE"})
     """Figure of an evaluation, such as knn/top1: the checkpoint with its best value is kept, too, as checkpoints/best.
     Unset: no such checkpoint."""
     mirror: str | None = field(default=None, metadata=FREELY)
@@ -182,7 +182,7 @@ class CheckpointConfig:
 class EvalConfig:
     """Evaluation during the run."""
 
-    tasks: tuple[str, ...] = field(default=(), metadata=WITH_NOTE)
+    tasks: tuple[str, ...] = field(default=(), metadata=WITH_NOTE | {"metavar": "TASK..."})
     """Tasks of `moco-fast eval` to measure, of those on frozen features, such as knn, linear and health. Unset: knn, or
     health where shards have no labels."""
     k: int = field(default=200, metadata=WITH_NOTE)
@@ -232,6 +232,8 @@ class LogConfig:
 class Config:
     """Configuration of a whole run."""
 
+    recipe: Annotated[str, tyro.conf.Fixed, tyro.conf.Suppress] = field(default="", metadata=FREELY)
+    """Name of the preset that it was made from; empty: of none."""
     data: DataConfig
     views: ViewsConfig = field(default_factory=ViewsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -24,6 +24,7 @@ import tyro
 from PIL import Image
 
 from shards.ground.files import appearing
+from shards.ground.options import parse_words
 
 __all__ = ["PHOTOGRAPHS", "DemoConfig", "cut_positions", "main", "write_images"]
 
@@ -153,7 +154,8 @@ def _read_settings(out: Path) -> dict[str, object] | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    config = tyro.cli(DemoConfig, prog="python -m moco_fast.demo", args=argv)
+    words = sys.argv[1:] if argv is None else argv
+    config = parse_words(DemoConfig, words, prog="python -m moco_fast.demo")
     try:
         written = write_images(config)
     except (ValueError, OSError) as error:

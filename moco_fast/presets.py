@@ -136,7 +136,7 @@ _DEMO = Config(
     log=LogConfig(every_steps=5),
 )
 
-PRESETS: dict[str, tuple[str, Config]] = {
+_ALL: dict[str, tuple[str, Config]] = {
     "moco-v1": ("MoCo v1: ResNet-50, linear head, step schedule; 200 epochs at batch 256 (He et al. 2020)", _MOCO_V1),
     "moco-v1-1b": ("MoCo v1 for a billion images: batch 1,024, 1.25 million steps (He et al. 2020)", _MOCO_V1_1B),
     "moco-v2": ("MoCo v2: v1 with an MLP head, blur and a cosine schedule (Chen et al. 2020)", _MOCO_V2),
@@ -158,4 +158,6 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "cifar10": ("The authors' CIFAR-10 demo: ResNet-18 for 32-pixel images, 8 virtual BN groups", _CIFAR10),
     "demo": ("MoCo v2 with a small encoder, as in `make demo`; minutes on two CPU cores", _DEMO),
 }
+
+PRESETS = {name: (line, replace(config, recipe=name)) for name, (line, config) in _ALL.items()}
 """Name -> (one line for `--help`, configuration)."""

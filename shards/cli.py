@@ -10,6 +10,8 @@ import tyro
 
 from shards.config import WORK_FOLDER, PackConfig, SourceOptions
 from shards.ground.errors import PackError
+from shards.ground.option_files import changed, read_option_file, take_option
+from shards.ground.options import ending_quietly, parse_words
 from shards.ground.units import counted
 from shards.storage.addresses import refuse_addresses
 from shards.storage.file_kinds import BETON_SUFFIX
@@ -25,6 +27,12 @@ class PackCommand(PackConfig):
     """Folders, tar and zip archives, WebDataset shards, Parquet or Arrow files, lists (.txt, .csv, .tsv, .jsonl);
     local, or s3:// gs:// az:// http(s):// addresses. Recognized: ImageNet's tars, CIFAR, PASCAL VOC, COCO's and
     iNaturalist's .json."""
+    config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """File of options, YAML or JSON, which those of the command line override."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options that decide what the shards hold."""
+        return {name: value for name, value in super().settings().items() if name != "config"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +73,7 @@ class InspectCommand:
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     """Folder that holds manifest.json, local or s3:// gs:// az:// http(s)://, or a .beton; several with commas."""
-    sheet: str | None = None
+    sheet: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Write a sheet of pictures to this PNG file."""
 
 
@@ -75,7 +83,7 @@ class BetonCommand:
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
     """Folder that holds manifest.json."""
-    out: str
+    out: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """The file to write; its name ends in .beton."""
     workers: int | None = None
     """Worker processes; unset: one per CPU that this process may use."""
@@ -203,7 +211,7 @@ def _verify(command: VerifyCommand) -> int:
     return 1 if problems else 0
 
 
-_RUN: dict[type, Callable[[Any], int]] = {
+_ACTIONS: dict[type, Callable[[Any], int]] = {
     PackCommand: _pack,
     VerifyCommand: _verify,
     FinishCommand: _finish,
@@ -237,23 +245,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inputs were rejected. 130: interrupted.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
+    return ending_quietly(lambda: _run(words))
+
+
+def _with_file(words: Sequence[str]) -> tuple[list[str], Any]:
+    """Return a command line without `pack --config FILE`, and what the file says of the options."""
+    if words[:1] != ["pack"]:
+        return list(words), tyro.MISSING_NONPROP
+    rest, path = take_option(words)
+    if path is None:
+        return rest, tyro.MISSING_NONPROP
+    file = read_option_file(path)
+    # In the options that a run of the packer has: the file cannot name another.
+    values = changed(PackConfig(sources=tyro.MISSING, out=tyro.MISSING), file.values, file)
+    return rest, PackCommand(**vars(values))
+
+
+def _run(words: Sequence[str]) -> int:
     if words == ["--version"]:
         print(f"make-shards {version('moco-fast')}")
         return 0
     try:
-        command: Any = tyro.cli(
+        words, default = _with_file(words)
+        command: Any = parse_words(
             _Commands,
+            words,
             prog="make-shards",
-            args=words,
+            default=default,
             description="Images in, shards out: what MoCo training reads. `make-shards --version` prints the version.",
             config=(tyro.conf.OmitSubcommandPrefixes,),
         )
         refuse_addresses(command, taken_by=TAKE_ADDRESSES)
-        return _RUN[type(command)](command)
+        return _ACTIONS[type(command)](command)
     except PackError as error:
         return _fail(str(error), 1)
     except ValueError as error:
         return _fail(str(error), 2)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(

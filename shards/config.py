@@ -1,7 +1,7 @@
 """Options of packing. Free of numpy and Pillow, so that `--help` costs nothing."""
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 __all__ = ["WORK_FOLDER", "Columns", "EncodeConfig", "PackConfig", "SourceOptions"]
@@ -44,7 +44,7 @@ class SourceOptions:
 class EncodeConfig:
     """How an image is encoded."""
 
-    resize: int | None = None
+    resize: int | None = field(default=None, metadata={"metavar": "PIXELS"})
     """Pixels of the side that --resize-mode names, after shrinking; unset: no image is resized."""
     resize_mode: Literal["shorter", "longer", "exact"] = "shorter"
     """`shorter`, `longer`: that side is shrunk to `resize`, never enlarged. `exact`: both sides become `resize`."""
@@ -94,7 +94,7 @@ class PackConfig(EncodeConfig):
     """Shuffle all inputs together before they are cut into shards."""
     seed: int = 0
     """Seed of the shuffle."""
-    shard_samples: int | None = None
+    shard_samples: int | None = field(default=None, metadata={"metavar": "INPUTS"})
     """Inputs per shard; unset: as many as give --shard-bytes, at most 10,000."""
     shard_bytes: int = 512 << 20
     """Approximate size of a shard in bytes; turned into a number of inputs by packing a few of them."""
@@ -103,13 +103,13 @@ class PackConfig(EncodeConfig):
     val_fraction: float = 0.0
     """Share of the inputs that becomes a held-out set: OUT/train and OUT/val are written. An image's content decides
     where it goes, so it is always in the same set."""
-    split: tuple[str, ...] = ()
+    split: tuple[str, ...] = field(default=(), metadata={"metavar": "NAME=SHARE..."})
     """Several held-out sets, as NAME=SHARE, such as `val=0.01 test=0.01`; OUT/train takes the rest."""
     dedup: bool = False
     """Leave out inputs that have the same bytes as an earlier one (reads everything once before packing)."""
     dry_run: bool = False
     """Write nothing: list the inputs, try a few, and print counts, sizes, time and how fast the result will decode."""
-    part: str | None = None
+    part: str | None = field(default=None, metadata={"metavar": "I/N"})
     """I/N: write only part I (from 0) of N, for array jobs that share OUT; then `make-shards finish OUT`."""
     work_folder: str = WORK_FOLDER
     """For a target in a bucket: local folder for the plan and for shards that are being written."""
@@ -117,7 +117,7 @@ class PackConfig(EncodeConfig):
     """Worker processes; unset: one per CPU that this process may use, or that the Ray cluster has."""
     executor: Literal["local", "ray"] = "local"
     """Who writes the shards: worker processes of this machine, or an existing Ray cluster (listing stays here)."""
-    ray_address: str = "auto"
+    ray_address: str = field(default="auto", metadata={"metavar": "HOST:PORT"})
     """Address of the Ray cluster, HOST:PORT; `auto`: the one of this machine, or of RAY_ADDRESS."""
 
     def __post_init__(self) -> None:

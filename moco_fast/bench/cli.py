@@ -16,6 +16,7 @@ import tyro
 from moco_fast.bench.result import BenchResult, table, verdict
 from moco_fast.commandline import Recipe, check, is_first_rank
 from moco_fast.meaning import refuse_renamed
+from shards.ground.options import parse_words
 
 __all__ = ["BenchConfig", "main"]
 
@@ -30,7 +31,7 @@ class BenchConfig:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     seconds: float = 60.0
     """Approximate seconds of measuring, not including start and warm-up."""
-    json: str | None = None
+    json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """JSON file to which the figures are also written."""
 
     def execute(self) -> int:
@@ -58,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line in one of several processes; return the exit code."""
     try:
         refuse_renamed(sys.argv[1:] if argv is None else argv)
-        config = tyro.cli(
+        config = parse_words(
             BenchConfig,
+            sys.argv[1:] if argv is None else argv,
             prog="moco_fast.bench",
-            args=argv,
             config=(tyro.conf.CascadeSubcommandArgs,),
             console_outputs=is_first_rank(),
         )

@@ -29,7 +29,7 @@ class Embed:
     images: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IMAGES")]
     """Shards (a folder, an address in a bucket, a .beton, several with commas between them), or a folder of images,
     which is packed beside --out first."""
-    out: str
+    out: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """File to write: .parquet, .npy or .safetensors. A name without an ending: a folder of Parquet files, for sets
     whose vectors fill hundreds of gigabytes."""
     layer: str = "backbone"

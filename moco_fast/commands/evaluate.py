@@ -26,7 +26,7 @@ T = TypeVar("T", bound=Task)
 class _Written(EvalOptions):
     """Options of every evaluation that a command has beside those of the Python API."""
 
-    out: str | None = None
+    out: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """File for the result as JSON, `-` for the output. Unset: evaluations/TASK.json in the run's folder, if the encoder
     is that of a run."""
 
@@ -102,10 +102,10 @@ class EvalTask(_Written, Generic[T]):
     """A task of `moco-fast eval`: its own options beside those of all."""
 
     task: Annotated[T, tyro.conf.arg(name="")]
-    train: str | None = None
+    train: Annotated[str | None, tyro.conf.arg(metavar="SHARDS")] = None
     """Labeled shards to learn from, or a folder with a folder of images for each class, which is packed into the cache;
     unset: the run's training shards."""
-    test: str | None = None
+    test: Annotated[str | None, tyro.conf.arg(metavar="SHARDS")] = None
     """Held-out samples of the same classes, as shards or class folders; unset: the run's --eval.shards."""
 
     def execute(self) -> int:
@@ -132,7 +132,7 @@ class EvalTask(_Written, Generic[T]):
 class EvalSuite(_Written):
     """Measure every task that the data allows, with its defaults, from features that are computed once."""
 
-    data: str | None = None
+    data: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder with the sets `train` and `test` (or `val`), and sets in a folder `domains` that heads are tested on too;
     each is shards or a folder of class folders. Unset: the run's own shards."""
     tasks: Annotated[tuple[str, ...], tyro.conf.arg(metavar=f"{{{','.join(TASKS)}}}")] = ()

@@ -17,7 +17,7 @@ class Export:
     encoder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ENCODER")]
     """Folder of a run (its newest checkpoint is used), one of its checkpoints/step-*, a file of the MoCo authors, or
     anything else that docs/encoders.md lists."""
-    out: str
+    out: Annotated[str, tyro.conf.arg(metavar="FILE|FOLDER")]
     """timm, huggingface: folder to write; otherwise: file to write (torchvision: .safetensors, onnx: .onnx,
     torch-export: .pt2, detectron2, mmdet: .pth)."""
     format: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(EXPORTERS)}}}")] = "timm"

@@ -19,9 +19,9 @@ class Preview:
 
     shards: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SHARDS")]
     """Folder that `make-shards pack` wrote."""
-    out: str
+    out: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """Image to write (.png, .jpg or .webp)."""
-    views: str = "moco-v2"
+    views: Annotated[str, tyro.conf.arg(metavar="RECIPE")] = "moco-v2"
     """Recipe of training (moco-v1, byol, demo, ...), or of views (moco-v3-vit, multi-crop, ...)."""
     size: int | None = None
     """Height and width of a view in pixels; unset: the recipe's."""

@@ -31,7 +31,7 @@ class Search:
     """Look at all vectors, whether there is an index or not."""
     json: bool = False
     """Print JSON in place of a table."""
-    html: str | None = None
+    html: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Page of pictures to write, which needs nothing else."""
     device: Device = "auto"
     """`auto`: a GPU where there is one."""

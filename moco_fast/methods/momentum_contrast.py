@@ -1,6 +1,6 @@
 """Momentum contrast: MoCo v1 and v2 with a queue (arXiv:1911.05722, 2003.04297), v3 without one (2104.02057)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from moco_fast.methods.base import (
@@ -24,7 +24,7 @@ class MomentumContrast(PlainHead):
 
     name: ClassVar[str] = "momentum-contrast"
     takes_small_views: ClassVar[bool] = True
-    queue_size: int = 65536
+    queue_size: int = field(default=65536, metadata={"metavar": "KEYS"})
     """Number of keys of past batches in the queue, the negatives of a query (the paper's K)."""
     momentum: float = 0.999
     """Momentum of the key encoder (the paper's m)."""

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -38,6 +39,18 @@ sys.exit(f"loaded {{heavy}}" if heavy else code)
     assert "usage: moco-fast" in done.stdout
     unnamed = [line for line in done.stdout.splitlines() if line.startswith(("│ STR", "│ [[STR", "│ [STR"))]
     assert not unnamed, "arguments that the usage line does not name"
+    assert not {"STR", "INT", "FLOAT", "PATH"} & set(re.split(r"[\s|\[\]]+", done.stdout))
+
+
+def test_completion_in_bash_knows_the_options_of_training(tmp_path: Path) -> None:
+    script = tmp_path / "completion"
+    words = [sys.executable, "-m", "moco_fast.cli", "--tyro-print-completion", "bash"]
+    script.write_text(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    asked = f"source {script}; COMP_WORDS=(moco-fast train demo --data.sha); COMP_CWORD=3; _tyro_moco_fast"
+    answer = subprocess.run(
+        ["bash", "-c", f"{asked}; echo ${{COMPREPLY[@]}}"], check=True, capture_output=True, text=True
+    )
+    assert answer.stdout == "--data.shards\n"
 
 
 @pytest.mark.parametrize("program", ["moco_fast.cli", "moco_fast.cli train", "moco_fast.train", "shards.cli"])

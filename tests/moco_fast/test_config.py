@@ -1,8 +1,11 @@
 import dataclasses
+import json
 import subprocess
 import sys
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moco_fast.commandline import main, parse
 from moco_fast.config import Config, differences, from_dict, to_dict, validate
@@ -24,8 +27,89 @@ def shards(tmp_path):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_parses_validates_and_survives_json(name, shards):
     parsed = parse([name, "--data.shards", shards])
-    assert parsed.data.shards == shards
+    assert (parsed.recipe, parsed.data.shards) == (name, shards)
     assert from_dict(to_dict(parsed)) == parsed
+
+
+def options():
+    """Options of every kind that all recipes take."""
+    number = st.floats(1e-8, 10).map(repr)
+    options = {
+        "--run.steps": st.integers(1, 10**12).map(str),
+        "--optim.lr": number,
+        "--optim.weight-decay": number,
+        "--run.out": st.text("ab /é,#:'\"😀", min_size=1, max_size=6).map(lambda text: f"x{text}"),
+        "--views.query.crop-scale": st.floats(0.01, 0.5).map(lambda low: f"{low!r} 0.75"),
+        "--run.allow-changes": st.sampled_from(["run.steps", "run.steps data.shards"]),
+        "--optim.clip-norm": st.sampled_from(["None", "1e-05", "3"]),
+    }
+    return st.fixed_dictionaries({}, optional=options)
+
+
+def feed_back(resolved, folder):
+    """The run of another run's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(to_dict(resolved)))
+    assert parse(["--config", str(file)]) == resolved
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_config_of_a_run_fed_back_is_the_same_run(name, shards, tmp_path):
+    feed_back(parse([name, "--data.shards", shards, "--optim.lr", "1e-05"]), tmp_path)
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(name=st.sampled_from([*PRESETS]), options=options())
+def test_it_is_with_any_options(name, options, shards, tmp_path):
+    words = [name, "--data.shards", shards]
+    for option, value in options.items():
+        words += [option, *([value] if option == "--run.out" else value.split())]
+    feed_back(parse(words), tmp_path)
+
+
+def test_options_override_the_file_which_overrides_the_recipe(shards, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"# a comment\nrecipe: simsiam\ndata: {{shards: {shards}, batch-size: 64}}\noptim:\n  lr: 1e-2\n"
+        "method:\n  predictor_dim: 32\n"
+    )
+    found = parse(["--config", str(file), "--data.batch-size", "32"])
+    recipe = PRESETS["simsiam"][1]
+    assert (found.data.batch_size, found.optim.lr, found.method.predictor_dim) == (32, 0.01, 32)
+    assert found.run == recipe.run
+    assert parse(["simsiam", f"--config={file}"]).data.batch_size == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "says"),
+    [
+        ("data: {shards: here}", [], "names no recipe"),
+        ("recipe: moco-v9", [], "line 1: there is no recipe 'moco-v9': choose moco-v1"),
+        ("recipe: moco-v2", ["moco-v1"], "the recipe is moco-v2, but the command names moco-v1"),
+        ("recipe: moco-v2\nmethod: {name: byol}", [], "line 2: method.name is 'byol', but moco-v2 trains by"),
+        ("recipe: moco-v2\noptim: {lrr: 1}", [], "line 2: there is no option optim.lrr: did you mean optim.lr?"),
+        ("recipe: moco-v2\nbatch_size: 1", [], "there is no option batch_size: did you mean data.batch_size?"),
+        ("recipe: moco-v2\noptim: {lr: [1]}", [], "line 2: optim.lr is [1], but must be a number"),
+        ("recipe: moco-v2\ndata: {batch_size: 0}", [], "run.yaml: data.batch_size is 0"),
+        ("recipe: moco-v2\ndata: {shards: here}\nrun: {steps: 3, epochs: 4}", [], "--run.epochs 4.0 means nothing"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_one_line(text, words, says, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert main([*words, "--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_without_shards_leaves_them_to_the_options(shards, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("recipe: moco-v2\nrun: {steps: 3}")
+    assert parse(["--config", str(file), "--data.shards", shards]).run.steps == 3
+    with pytest.raises(SystemExit, match="2"):
+        main(["--config", str(file)])
+    assert "--data.shards" in capsys.readouterr().err
 
 
 # The published numbers, from the papers and the authors' code.

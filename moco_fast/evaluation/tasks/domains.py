@@ -5,7 +5,7 @@ by their names (WordNet ids, say), and then only these compete.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
 from moco_fast.encoders.layers import check_layer
@@ -21,7 +21,7 @@ class Domains(Task):
     name: ClassVar[str] = "domains"
     classifies: ClassVar[bool] = True
 
-    domains: tuple[str, ...] = ()
+    domains: tuple[str, ...] = field(default=(), metadata={"metavar": "NAME=SHARDS..."})
     """Sets that the head is tested on besides --test, as NAME=SHARDS. Their class names are among those of --train."""
     head: Literal["linear", "logistic"] = "linear"
     """The head of `linear`, by its fast protocol, or that of `logistic`, each with its defaults."""

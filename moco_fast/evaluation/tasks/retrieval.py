@@ -1,7 +1,7 @@
 """Retrieval as a task: each test sample is a query, and what is relevant should come first in a database."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from moco_fast.encoders.layers import check_layer
@@ -26,7 +26,7 @@ class Retrieval(Task):
 
     database: Literal["train", "test"] = "train"
     """Set that is sorted: the training set, or the test set without the query."""
-    pairs: str | None = None
+    pairs: str | None = field(default=None, metadata={"metavar": "FILE"})
     """File of JSON lines that says by names of images what is relevant to which query (docs/evaluation.md). Unset:
     samples of the same class."""
     k: tuple[int, ...] = (1, 5, 10)

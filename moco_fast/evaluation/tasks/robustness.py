@@ -1,7 +1,7 @@
 """Robustness as a task: errors of a linear head on corrupted images, and its accuracy under adversarial attacks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -37,7 +37,7 @@ class Robustness(Task):
     """Their severities."""
     strengths: Strengths | None = None
     """Strengths of ImageNet-C, Tiny ImageNet-C or CIFAR-10-C; unset: those for the images nearest in size."""
-    corrupted: str | None = None
+    corrupted: str | None = field(default=None, metadata={"metavar": "FOLDER"})
     """Folder with images that are corrupted already, as KIND/SEVERITY/CLASS/IMAGE, such as ImageNet-C; unset: the test
     images are corrupted on the way."""
     corruption_seed: int | None = None
