@@ -27,7 +27,7 @@ RUN PIP_CONSTRAINT='' python -m pip install --quiet --root-user-action ignore --
 # the home directory, which is anyone's to write: --user can be another, and a read-only container mounts a volume there.
 RUN useradd --no-create-home --home-dir /var/cache/moco --uid 10001 moco \
     && install --directory --mode 1777 /var/cache/moco && install --directory --owner moco /moco
-COPY --chown=moco deploy/accelerate /moco/deploy/accelerate
+COPY --chown=moco moco_fast/launch /moco/deploy/accelerate
 USER 10001
 WORKDIR /moco
 

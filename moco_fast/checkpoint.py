@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "best_step",
+    "copy",
     "find_newest",
     "generator_states",
     "link_best",
     "load",
     "load_encoder",
     "part",
+    "read_config",
     "read_numbers",
     "save",
     "set_generator_states",
@@ -225,6 +227,34 @@ def load(path: Path, *, is_checked: bool = False) -> Checkpoint:
 def read_numbers(path: Path) -> dict[str, Any]:
     """Return the numbers of a checkpoint (`Checkpoint.numbers`). Raises ValueError: its state.json is damaged."""
     return _read_state(path)["numbers"]
+
+
+def read_config(path: Path) -> Config:
+    """Return the configuration of a checkpoint's run. Raises ValueError: its state.json is damaged."""
+    return from_dict(_read_state(path)["config"])
+
+
+def copy(source: Path, folder: Path, **numbers: Any) -> Path:
+    """Copy a checkpoint into another run's folder of checkpoints, completely or not at all.
+
+    Args:
+        source: the checkpoint, which is only read.
+        folder: of the other run's checkpoints.
+        numbers: in place of some of the checkpoint's own (`Checkpoint.numbers`).
+
+    Raises:
+        OSError: the disk is full or not writable.
+        ValueError: its state.json is damaged.
+    """
+    state = _read_state(source)
+    state["numbers"] = {**state["numbers"], **numbers}
+    final = folder / _name_of(state["step"])
+    with appearing(final, durable=True) as aside:
+        aside.mkdir(parents=True)
+        for name in state["files"]:
+            shutil.copyfile(source / name, aside / name)
+        (aside / "state.json").write_text(json.dumps(state | {"digest": _digest_of(state)}, indent=2))
+    return final
 
 
 def find_newest(folder: Path) -> Path | None:

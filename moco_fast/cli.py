@@ -10,6 +10,7 @@ import tyro
 from moco_fast import __version__, commandline
 from moco_fast.bench.cli import BenchConfig
 from moco_fast.commandline import Recipe
+from moco_fast.commands.config_path import ConfigPath
 from moco_fast.commands.embed import Embed
 from moco_fast.commands.evaluate import eval_commands
 from moco_fast.commands.explore import Explore
@@ -21,6 +22,7 @@ from moco_fast.commands.runs import Runs
 from moco_fast.commands.search import Search
 from moco_fast.evaluation.base import StoppedError
 from moco_fast.meaning import refuse_renamed
+from moco_fast.needs import how_to_install
 from moco_fast.training import process
 from shards.ground.options import ending_quietly, parse_words
 from shards.storage.addresses import refuse_addresses
@@ -86,6 +88,7 @@ _Others = (
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
+    | Annotated[ConfigPath, tyro.conf.subcommand("config-path")]
 )
 _Commands = Annotated[Train, tyro.conf.subcommand("train")] | _Others
 _Completed = Annotated[_TrainWithOptions, tyro.conf.subcommand("train")] | _Others
@@ -125,6 +128,9 @@ def _run(words: Sequence[str]) -> int:
         return command.execute()
     except BrokenPipeError:
         raise
+    except ModuleNotFoundError as error:
+        print(f"error: {how_to_install(error)}", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

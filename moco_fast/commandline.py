@@ -12,6 +12,7 @@ import tyro
 from moco_fast import __version__
 from moco_fast.config import Config, validate
 from moco_fast.meaning import refuse_meaningless, refuse_renamed, refuse_without_section
+from moco_fast.needs import how_to_install
 from moco_fast.presets import PRESETS
 from moco_fast.training import process
 from pipelines.config import tars_to_stream
@@ -150,6 +151,10 @@ def _run(words: Sequence[str], prog: str) -> int:
         from moco_fast.training.loop import train
 
         return train(config)
+    except ModuleNotFoundError as error:
+        if is_first_rank():
+            print(f"error: {how_to_install(error)}", file=sys.stderr)
+        return 2
     except ValueError as error:
         if is_first_rank():
             print(f"error: {error}", file=sys.stderr)

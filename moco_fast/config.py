@@ -134,6 +134,9 @@ class RunConfig:
     init_from: str | None = field(default=None, metadata={"metavar": "ENCODER"})
     """Start from the weights of another encoder: a value of `moco-fast eval --encoder`, such as a run's folder, a file,
     timm:NAME or torchvision:NAME. Unset: random weights."""
+    branch_from: str | None = field(default=None, metadata=FREELY | {"metavar": "RUN[@STEP]"})
+    """Begin with everything in a checkpoint of another run: its newest one, RUN@1000 or RUN@best. The other run is only
+    read. What shall differ from it, --run.allow-changes has to name."""
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=FREELY)
     """`auto`: a GPU if there is one, unless `accelerate launch --cpu` is used."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"

@@ -124,7 +124,7 @@ _CIFAR10 = Config(
 # steps fill, and a key encoder that follows within the run.
 _DEMO_VIEW = replace(VIEWS["moco-v2"].query, blur_sigma=(0.1, 0.6))
 _DEMO = Config(
-    data=replace(_DATA, batch_size=128, backend="dali"),
+    data=replace(_DATA, batch_size=128),
     views=ViewsConfig(size=64, query=_DEMO_VIEW, key=_DEMO_VIEW),
     model=ModelConfig(encoder="resnet18_half"),
     method=MomentumContrast(queue_size=1024, momentum=0.99, temperature=0.1),

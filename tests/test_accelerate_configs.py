@@ -1,4 +1,4 @@
-"""The files of deploy/accelerate do what their comments say, with the accelerate that is installed."""
+"""The files of moco_fast/launch do what their comments say, with the accelerate that is installed."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-CONFIGS = Path(__file__).parent.parent / "deploy" / "accelerate"
+CONFIGS = Path(__file__).parent.parent / "moco_fast" / "launch"
 
 # Every rank says what it sees, in a file of its own: the ranks' lines on stdout may run into each other.
 REPORT = """

@@ -83,7 +83,7 @@ def test_lock_follows_pyproject():
     project = tomllib.loads(texts()["pyproject.toml"])
     extras = project["project"]["optional-dependencies"].values()
     wanted = sum(extras, project["project"]["dependencies"] + project["dependency-groups"]["dev"])
-    names = {re.match(r"[\w.-]+", line)[0].lower() for line in wanted}
+    names = {re.match(r"[\w.-]+", line)[0].lower() for line in wanted if not line.startswith("moco-fast[")}
     pinned, of_ffcv = (
         set(re.findall(r"^([\w.-]+)(?:\[[\w,-]+\])?==", texts()[name], flags=re.MULTILINE))
         for name in ("requirements.lock", "requirements-ffcv.lock")

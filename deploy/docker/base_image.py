@@ -27,7 +27,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = ("demo", "parquet")
+EXTRAS = ("demo", "gpu", "parquet", "train")
 KEPT = re.compile(r"torch|torchvision|apex|numpy|triton|pytorch-triton|nvidia-.*")
 NEVER_ADDED = ("torch", "torchvision")
 DALI = re.compile(r"nvidia-dali-cuda\d+")
@@ -237,9 +237,9 @@ def install(record: Path) -> None:
         ValueError: the base lacks what it must bring, or does not fit.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    dependencies: list[str] = sum(
-        (project["optional-dependencies"][extra] for extra in EXTRAS), project["dependencies"]
-    )
+    wanted: list[str] = sum((project["optional-dependencies"][extra] for extra in EXTRAS), project["dependencies"])
+    # An extra that names another one of ours brings nothing of its own.
+    dependencies = [line for line in wanted if not line.startswith(f"{project['name']}[")]
     base = installed()
     versions = {name: package.version for name, package in base.items()}
     failed = failing_imports((*NEEDED_IMPORTS, *OPTIONAL_IMPORTS))

@@ -42,6 +42,8 @@ class RunRecord:
     @property
     def recipe(self) -> str:
         """Preset that the run was started with, or the one nearest to its settings."""
+        if self.config.recipe in PRESETS:
+            return self.config.recipe
         program, words = _of_program(self.environment.get("command", []))
         named = words[0].replace("_", "-") if words and program[-1] in ("moco_fast.train", "train") else None
         return named if named in PRESETS else min(PRESETS, key=lambda name: len(self.changes(name)))
@@ -99,7 +101,8 @@ def read_run(path: str | Path) -> RunRecord:
     return RunRecord(
         path=path,
         config=config,
-        environment=_read_json(path / "environment.json"),
+        environment=_read_json(path / "environment.json")
+        | {"branch": _read_json(path / "branch.json").get("reference")},
         status=run_state(path),
         outcome=read_outcome(path),
         training=[line for line in lines if "loss" in line],

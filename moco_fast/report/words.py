@@ -144,13 +144,14 @@ def environment_table(record: RunRecord) -> list[tuple[str, str]]:
         "torch": "torch",
         "cuda": "CUDA",
         "python": "Python",
+        "branch": "Branch of",
     }
     found = [(title, record.environment.get(name)) for name, title in names.items()]
     return [(title, written_option(value)) for title, value in found if value is not None]
 
 
 def _options(config: Config) -> dict[str, Any]:
-    return {f"--{option_name(name)}": value for name, value in flatten(to_dict(config)).items()}
+    return {f"--{option_name(name)}": value for name, value in flatten(to_dict(config)).items() if "." in name}
 
 
 def written_option(value: Any) -> str:

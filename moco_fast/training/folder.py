@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from moco_fast.checkpoint import find_newest, read_numbers
+from moco_fast.checkpoint import find_newest, read_config, read_numbers
 from moco_fast.config import Config, from_dict, to_dict
 from moco_fast.saving.mirror import Mirror, open_mirror
+from moco_fast.training.branching import Branch
 from moco_fast.training.continuing import Changes, allowing, compare
 from moco_fast.training.state import last_seen
 from shards.ground.errors import InUseError
@@ -60,12 +61,13 @@ class RunFolder:
         self._lock.close()
 
 
-def open_folder(config: Config, data: Mapping[str, Mapping[str, Any]]) -> RunFolder:
+def open_folder(config: Config, data: Mapping[str, Mapping[str, Any]], branch: Branch | None = None) -> RunFolder:
     """Create or reopen `config.run.out`.
 
     Args:
         config: of the run.
         data: what its sets hold (`identity_of`).
+        branch: what a new run begins with.
 
     Raises:
         ValueError: another run uses the folder, it holds a run with other settings or samples, or it cannot be written
@@ -82,6 +84,8 @@ def open_folder(config: Config, data: Mapping[str, Mapping[str, Any]]) -> RunFol
     try:
         address = config.checkpoint.mirror
         mirror = None if address is None else open_mirror(address, path, config.checkpoint)
+        if branch is not None and find_newest(path / "checkpoints") is None:
+            branch.copy_into(path)
         changes = _changes(path, config, data)
     except ValueError:
         lock.close()
@@ -92,9 +96,10 @@ def open_folder(config: Config, data: Mapping[str, Mapping[str, Any]]) -> RunFol
 def _changes(path: Path, config: Config, data: Mapping[str, Mapping[str, Any]]) -> Changes | None:
     # Without a checkpoint there is nothing to continue: the run starts from the beginning, with any settings.
     newest = find_newest(path / "checkpoints")
-    if newest is None or not (path / "config.json").exists():
+    if newest is None:
         return None
-    before = from_dict(json.loads((path / "config.json").read_text()))
+    own = path / "config.json"
+    before = from_dict(json.loads(own.read_text())) if own.exists() else read_config(newest)
     found = compare(before, config, read_numbers(newest).get("data", {}), data)
     if found.refused:
         raise ValueError(

@@ -26,6 +26,7 @@ from moco_fast.stop import StopSignal
 from moco_fast.training import console, headspace
 from moco_fast.training.alarms import Alarms, key_lag
 from moco_fast.training.best import Best, best_of
+from moco_fast.training.branching import find_branch
 from moco_fast.training.build import Parts, build, open_sets
 from moco_fast.training.capture import RecentSteps, write_capture
 from moco_fast.training.continuing import identity_of
@@ -119,7 +120,10 @@ def _open_folder(config: Config, runtime: Runtime, data: Mapping[str, Mapping[st
     """Open the run's folder on the first rank; if that fails, every rank raises the same error."""
 
     def opened() -> RunFolder:
-        folder = open_folder(config, data)
+        branch = find_branch(config, data)
+        folder = open_folder(config, data, branch)
+        if branch is not None:
+            console.print_notes([branch.line])
         checkpoint.sweep(_checkpoints(config))
         return folder
 

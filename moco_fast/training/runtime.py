@@ -171,7 +171,7 @@ def start(config: RunConfig, *, env: Mapping[str, str] = os.environ) -> Runtime:
     if accelerator.num_processes != meant:
         raise ValueError(
             f"{meant} processes were started, but this one sees {accelerator.num_processes} and would train alone: "
-            "launch with one of deploy/accelerate/*.yaml"
+            "launch with --config_file $(moco-fast config-path gpu-8) or another of them"
         )
     if not on_cpu:
         # Before anything is built: DDP remembers the stream that was current when it was given the parameters.
@@ -262,13 +262,13 @@ def alone_by_mistake(env: Mapping[str, str]) -> str | None:
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return (
             f"srun started {env['SLURM_STEP_NUM_TASKS']} processes, but none knows the others, so each would train "
-            "alone: start one `accelerate launch` per node (see deploy/accelerate/multi-node.yaml)"
+            "alone: start one `accelerate launch` per node (see `moco-fast config-path multi-node`)"
         )
     # For one process, accelerate exports no address. For several on CPUs without MPI it does, but starts only one.
     if "ACCELERATE_MIXED_PRECISION" in env and "MASTER_ADDR" in env:
         return (
             "accelerate launch was configured for several processes but started one, which would train alone: on CPUs "
-            "use deploy/accelerate/cpu-2.yaml (or unset MASTER_ADDR to train with one process)"
+            "use --config_file $(moco-fast config-path cpu-2) (or unset MASTER_ADDR to train with one process)"
         )
     return None
 

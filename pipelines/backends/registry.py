@@ -31,7 +31,7 @@ class BackendEntry:
     needs: tuple[str, ...]
     """Modules without which it cannot be imported."""
     how: str = ""
-    """Where to read how to install them."""
+    """How to install them, or where to read it."""
     workers: str = "threads"
     """What it decodes in."""
     unused: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -68,6 +68,7 @@ BACKENDS: dict[Backend, BackendEntry] = {
     "dali": BackendEntry(
         start=_start_dali,
         needs=("nvidia.dali",),
+        how=" (pip install 'moco-fast[gpu]')",
         decodes_on_gpu=True,
         # Each thread of DALI's decoder holds 16 MiB on the device and twice 8 MiB of pinned memory
         # (device_memory_padding, host_memory_padding of fn.decoders.image): 3 GiB each for the 192 CPUs of a large
@@ -178,9 +179,16 @@ def _choose_for(device: "torch.device", size: int, kind: "SetKind | None") -> tu
         return name, reason
     other: Backend = "dali" if name == "torch" else "torch"
     if _missing(other):
-        raise ValueError(f"no backend is installed: {name} needs {', '.join(_missing(name))}")
-    return other, f"{' and '.join(_missing(name))} is not installed"
+        raise ValueError(f"no backend is installed: {name} needs {', '.join(_missing(name))}{BACKENDS[name].how}")
+    return other, f"{' and '.join(_missing(name))} is not installed{BACKENDS[name].how}"
 
 
 def _missing(backend: Backend) -> list[str]:
-    return [module for module in BACKENDS[backend].needs if find_spec(module) is None]
+    return [module for module in BACKENDS[backend].needs if not _is_installed(module)]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False  # not even what it is in, such as `nvidia`

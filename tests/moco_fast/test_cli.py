@@ -2,9 +2,10 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,14 +13,17 @@ from PIL import Image
 
 import moco_fast
 from moco_fast.cli import main
+from moco_fast.commands.config_path import LaunchConfig
 from moco_fast.commands.preview import Preview
 from moco_fast.commands.report import Report
 from moco_fast.evaluation.registry import TASKS
+from moco_fast.needs import OF_TRAINING
 from moco_fast.presets import PRESETS
 from pipelines.config import VIEWS, Color
 
 COMMANDS = ("eval", *(f"eval {task}" for task in (*TASKS, "suite", "paper")))
 COMMANDS += ("train", "train demo", "embed", "search", "explore", "preview", "report", "runs", "export", "bench")
+COMMANDS += ("config-path",)
 
 
 @pytest.mark.parametrize("words", ["", *COMMANDS])
@@ -51,6 +55,15 @@ def test_completion_in_bash_knows_the_options_of_training(tmp_path: Path) -> Non
         ["bash", "-c", f"{asked}; echo ${{COMPREPLY[@]}}"], check=True, capture_output=True, text=True
     )
     assert answer.stdout == "--data.shards\n"
+
+
+@pytest.mark.parametrize("name", get_args(LaunchConfig))
+def test_a_configuration_of_accelerate_is_where_it_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config-path", name]) == 0
+    path = Path(capsys.readouterr().out.strip())
+    assert path.is_absolute()
+    assert "compute_environment" in path.read_text()
+    assert sorted(each.stem for each in path.parent.iterdir()) == sorted(get_args(LaunchConfig))
 
 
 @pytest.mark.parametrize("program", ["moco_fast.cli", "moco_fast.cli train", "moco_fast.train", "shards.cli"])
@@ -159,6 +172,40 @@ def test_preview_writes_a_sheet(
 def test_preview_takes_recipes_of_views_and_of_training(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a folder"):
         Preview(shards=str(tmp_path / "nowhere"), out=str(tmp_path / "x.png"), views=name).execute()
+
+
+@pytest.mark.parametrize("words", ["train demo --data.shards {shards}", "export {shards} --out x", "report {run}"])
+def test_what_is_not_installed_is_named(words: str, packed_demo: Any, finished_run: Path) -> None:
+    program = f"""
+import sys
+sys.modules["torch"] = sys.modules["jinja2"] = None
+from moco_fast.cli import main
+sys.exit(main({words.format(shards=packed_demo.train, run=finished_run).split()!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"error: (torch|jinja2) is not installed: pip install 'moco-fast\[gpu\]'.*\n", done.stderr)
+
+
+def test_the_packer_needs_nothing_of_training(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    program = f"""
+import sys
+from moco_fast.needs import OF_TRAINING
+sys.modules |= dict.fromkeys([*OF_TRAINING, "nvidia"])
+from shards.cli import main
+sys.exit(main(["pack", {str(tmp_path / "one.png")!r}, "--out", {str(tmp_path / "out")!r}, "--workers", "1"]))
+"""
+    (tmp_path / "list.txt").write_text("one.png\n")
+    program = program.replace("one.png", "list.txt")
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_extra_for_training_is_what_is_named() -> None:
+    project = tomllib.loads((Path(moco_fast.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extra = [re.split(r"[<>=\[]", line)[0] for line in project["optional-dependencies"]["train"]]
+    assert [{"scikit-learn": "sklearn"}.get(name, name) for name in extra] == list(OF_TRAINING)
 
 
 def test_export_writes_and_tells_how_to_load(

@@ -151,7 +151,10 @@ def test_auto_takes_what_is_installed(without):
     with pytest.raises(ValueError, match="the torch backend needs cv2: install it"):
         choose("torch", device=CPU, size=224)
     without("nvidia.dali")
-    assert choose("auto", device=GPU, size=224) == ("torch", "nvidia.dali is not installed")
+    assert choose("auto", device=GPU, size=224) == (
+        "torch",
+        "nvidia.dali is not installed (pip install 'moco-fast[gpu]')",
+    )
     without("nvidia.dali", "simplejpeg")
     with pytest.raises(ValueError, match=r"no backend is installed: dali needs nvidia\.dali"):
         choose("auto", device=GPU, size=224)
