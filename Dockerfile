@@ -14,7 +14,7 @@ COPY deploy/docker/base_image.py deploy/docker/
 RUN python deploy/docker/base_image.py install base.json
 
 # PIP_CONSTRAINT is the base's own list; it would also bind the throw-away environment that builds the wheel.
-COPY README.md LICENSE ./
+COPY LICENSE ./
 COPY shards shards
 COPY pipelines pipelines
 COPY moco_fast moco_fast

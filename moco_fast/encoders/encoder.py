@@ -270,7 +270,8 @@ def build_backbone(name: str, *, image_size: int = 224) -> nn.Module:
     network, _, tag = name.partition(".")
     if tag and timm.is_model(network):
         raise ValueError(
-            f"encoder {name!r} names pretrained weights, but training starts from random ones: use {network!r}"
+            f"encoder {name!r} names pretrained weights, but training starts from random ones: use {network!r}, "
+            f"and --run.init-from timm:{name} to start from these"
         )
     if not (name in ENCODERS or timm.is_model(name)):
         near = timm.list_models(f"*{name}*")[:3]
