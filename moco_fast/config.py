@@ -56,6 +56,8 @@ class ModelConfig:
     """Name of the encoder: one of moco_fast.encoders.encoder.ENCODERS, or any model name of timm."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """`cifar`: a 3x3 first convolution with stride 1 and no pooling, for images of about 32 pixels."""
+    channels: int = 3
+    """Channels of the first layer. 1: for gray images; images in color count as their gray value."""
     zero_init_residual: bool = False
     """ResNets: start each residual block as the identity, the scale of its last batch norm at zero (MoCo v3)."""
     mean: tuple[float, float, float] = field(default=IMAGENET_MEAN, metadata={"metavar": "R G B"})
@@ -286,6 +288,11 @@ def validate(config: Config) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise ValueError(f"--{option_name(name)} is {value}, but must be above 0")
+    if config.model.channels not in (1, 3):
+        raise ValueError(
+            f"--model.channels is {config.model.channels}, but shards hold JPEGs, whose pixels are gray or RGB: use 1 "
+            "or 3"
+        )
     if not all(value > 0 for value in config.model.std) or not all(0 <= value <= 1 for value in config.model.mean):
         raise ValueError(
             f"--model.mean {config.model.mean} and --model.std {config.model.std} are for pixels in 0..1: a mean "

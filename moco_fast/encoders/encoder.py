@@ -49,10 +49,12 @@ class Encoder(nn.Module):
         std: of each channel, divides what is left.
         image_size: height and width of the images that it is for, in pixels.
         crop: side of the central square that is evaluated, as a share of the shorter side.
+        channels: of what the backbone takes; 1: the gray values of the normalized channels.
     """
 
     pixel_scale: Tensor
     pixel_shift: Tensor
+    gray: Tensor
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class Encoder(nn.Module):
         std: tuple[float, float, float] = IMAGENET_STD,
         image_size: int = 224,
         crop: float = 0.875,
+        channels: int = 3,
     ):
         super().__init__()
         self.backbone = backbone
@@ -75,9 +78,13 @@ class Encoder(nn.Module):
         self.dim = dim
         self.image_size = image_size
         self.crop = crop
+        self.channels = channels
         # Not in the state dict: the configuration holds them, and a checkpoint holds the configuration.
         self.register_buffer("pixel_scale", 1 / (255 * torch.tensor(std)), persistent=False)
         self.register_buffer("pixel_shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
+        if channels == 1:
+            # ITU-R 601-2, as Pillow and torchvision have it; channels of a gray image differ by one level at most.
+            self.register_buffer("gray", torch.tensor((0.299, 0.587, 0.114)), persistent=False)
 
     def forward(
         self, images: Tensor, *, with_projection: bool = False, with_features: bool = False
@@ -101,10 +108,16 @@ class Encoder(nn.Module):
         return features if layer == "backbone" else self.head(features)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Pixels in 0..255 to what the backbone takes: (B, 3, H, W) uint8 -> float32, in the same memory format.
+        """Pixels in 0..255 to what the backbone takes: (B, 3, H, W) uint8 -> (B, channels, H, W) float32.
 
-        Pixels may be of a floating type, too, with gradient.
+        The memory format stays. Pixels may be of a floating type, too, with gradient.
         """
+        normalized = self._normalize(images)
+        if self.channels == 3:
+            return normalized
+        return (normalized * self.gray.view(3, 1, 1)).sum(1, keepdim=True)
+
+    def _normalize(self, images: Tensor) -> Tensor:
         if images.requires_grad:
             return torch.addcmul(self.pixel_shift.view(3, 1, 1), images, self.pixel_scale.view(3, 1, 1))
         dtype = torch.promote_types(images.dtype, self.pixel_scale.dtype)
@@ -133,7 +146,7 @@ def build_encoder(model: ModelConfig, method: Method, *, image_size: int = 224, 
         ValueError: an encoder that neither we nor timm know, one that takes no images of this size, or one without the
             stem that was asked for.
     """
-    backbone = build_backbone(model.encoder, image_size=image_size)
+    backbone = build_backbone(model.encoder, image_size=image_size, channels=model.channels)
     if model.stem == "cifar":
         _use_cifar_stem(backbone, model.encoder)
     if model.zero_init_residual:
@@ -152,6 +165,7 @@ def build_encoder(model: ModelConfig, method: Method, *, image_size: int = 224, 
         std=model.std,
         image_size=image_size,
         crop=crop,
+        channels=model.channels,
     )
 
 
@@ -179,7 +193,8 @@ def check_image_size(encoder: Encoder, name: str, size: int, *, option: str = "-
     try:
         # Shapes alone: on this device nothing is computed, and no generator advances.
         with torch.device("meta"):
-            build_backbone(name, image_size=encoder.image_size)(torch.zeros(2, 3, size, size))
+            backbone = build_backbone(name, image_size=encoder.image_size, channels=encoder.channels)
+            backbone(torch.zeros(2, encoder.channels, size, size))
     except (AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -257,12 +272,13 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
 ResNet-18 at half and a quarter of the channels for CPUs. Builders of backbones without a classifier."""
 
 
-def build_backbone(name: str, *, image_size: int = 224) -> nn.Module:
+def build_backbone(name: str, *, image_size: int = 224, channels: int = 3) -> nn.Module:
     """Build a backbone without classifier, by a name of ours or of timm's.
 
     Args:
         name: of the network; its weights are random.
         image_size: height and width of the images in pixels, for networks that are built for one size.
+        channels: of the images.
 
     Raises:
         ValueError: neither we nor timm know the name, it names pretrained weights, or no such network takes the images.
@@ -277,12 +293,14 @@ def build_backbone(name: str, *, image_size: int = 224) -> nn.Module:
         near = timm.list_models(f"*{name}*")[:3]
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(ENCODERS)} or a timm model"
         raise ValueError(f"encoder {name!r} is unknown, so there is nothing to train: {hint}")
-    options = {"img_size": image_size} if _is_of_one_size(name) else {}
+    options: dict[str, Any] = {"img_size": image_size} if _is_of_one_size(name) else {}
+    if channels != 3:
+        options["in_chans"] = channels
     try:
         if name in ENCODERS:
             return ENCODERS[name](**options)
         if timm.model_entrypoint(name).__module__ == "timm.models.resnet":
-            return _timm_resnet(name)
+            return _timm_resnet(name, **options)
         return _sized(name, **options)
     except AssertionError as error:
         raise ValueError(f"encoder {name!r} takes no images of {image_size} pixels: {error}") from error
@@ -302,7 +320,7 @@ def _sized(name: str, **options: Any) -> nn.Module:
         if "img_size" not in str(error):
             raise
         assert options["img_size"] == _own_size(name), f"it is built for {_own_size(name)} pixels alone"
-        return timm.create_model(name, num_classes=0)
+        return timm.create_model(name, num_classes=0, **{key: options[key] for key in options if key != "img_size"})
 
 
 def _own_size(name: str) -> int | None:
@@ -324,7 +342,9 @@ def _use_cifar_stem(backbone: nn.Module, name: str) -> None:
         )
     # The demo leaves this convolution at torch's default initialization.
     width = int(backbone.bn1.num_features)  # pyright: ignore[reportArgumentType] - timm does not declare it
-    backbone.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
+    first: Any = backbone.conv1  # of one layer, or several
+    channels = next(each.in_channels for each in first.modules() if isinstance(each, nn.Conv2d))
+    backbone.conv1 = nn.Conv2d(channels, width, 3, stride=1, padding=1, bias=False)
     backbone.maxpool = nn.Identity()
 
 

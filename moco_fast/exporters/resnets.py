@@ -34,6 +34,8 @@ class ResNetFile:
             return (
                 f"{self.library} cannot take a network that only its own library builds: export it with --format onnx"
             )
+        if model.channels != 3:
+            return f"{self.library} takes RGB alone: export this one with --format onnx or torch-export"
         if model.stem != "imagenet":
             return (
                 f"{self.library} has no {model.encoder} with a {model.stem} stem: export it with --format onnx or "

@@ -26,6 +26,8 @@ class TimmExporter:
         """Refuse networks with a stem that timm lacks, and those that timm does not build."""
         if model is None:
             return "timm cannot take a network that only its own library builds: export it with --format onnx"
+        if model.channels != 3:
+            return "its folder is read with three channels: export this one with --format onnx or torch-export"
         if model.stem == "imagenet":
             return None
         return (

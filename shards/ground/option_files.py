@@ -198,10 +198,10 @@ def _read_json(path: str, text: str) -> object:
 def _read_yaml(path: str, text: str, lines: dict[str, int]) -> object:
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class _Yaml(yaml.SafeLoader):
         """YAML's safe one, for which 1e-4 is a number, as for everyone who writes it."""
 
-    cast("Any", Loader).add_implicit_resolver(
+    cast("Any", _Yaml).add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
     )
 
@@ -220,7 +220,7 @@ def _read_yaml(path: str, text: str, lines: dict[str, int]) -> object:
             found[key] = value_of(value_node, f"{prefix}{key}.", depth + 1)
         return found
 
-    loader: Any = Loader(text)
+    loader: Any = _Yaml(text)
     try:
         node = loader.get_single_node()
         return {} if node is None else value_of(node, "", 0)

@@ -67,7 +67,7 @@ def test_every_default_has_the_type_of_its_field() -> None:
     from moco_fast.api import _changed
 
     for _, config in PRESETS.values():
-        for section in vars(config):
+        for section in set(vars(config)) - {"recipe"}:
             for name, value in vars(getattr(config, section)).items():
                 if name != "shards":
                     assert _changed(config, [section, name], value, name) == config

@@ -178,7 +178,11 @@ def test_preview_takes_recipes_of_views_and_of_training(name: str, tmp_path: Pat
 def test_what_is_not_installed_is_named(words: str, packed_demo: Any, finished_run: Path) -> None:
     program = f"""
 import sys
-sys.modules["torch"] = sys.modules["jinja2"] = None
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "jinja2"):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
 from moco_fast.cli import main
 sys.exit(main({words.format(shards=packed_demo.train, run=finished_run).split()!r}))
 """
@@ -192,7 +196,11 @@ def test_the_packer_needs_nothing_of_training(tmp_path: Path) -> None:
     program = f"""
 import sys
 from moco_fast.needs import OF_TRAINING
-sys.modules |= dict.fromkeys([*OF_TRAINING, "nvidia"])
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in (*OF_TRAINING, "nvidia"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
 from shards.cli import main
 sys.exit(main(["pack", {str(tmp_path / "one.png")!r}, "--out", {str(tmp_path / "out")!r}, "--workers", "1"]))
 """

@@ -85,6 +85,20 @@ def test_views_are_what_the_reference_says(backend, name, folder):
     compare(views, tables, made, [jpeg(photo(each)) for each in NAMES], inside=backend != "dali")
 
 
+@pytest.mark.parametrize("recipe", VIEWS)
+@pytest.mark.parametrize("backend", ["dali", "torch", "ffcv"])
+def test_views_of_gray_images_are_gray(backend, recipe, tmp_path):
+    gray = [jpeg(np.asarray(photo(name)).mean(axis=2).astype(np.uint8)) for name in NAMES[:4]]
+    folder = write_shards(tmp_path / "shards", gray)
+    if backend == "ffcv":
+        folder = write_beton(folder, tmp_path / "set.beton", workers=1, progress=ProgressBars(enabled=False)).path
+    views = tuple(replace(spec, size=32) for spec in VIEWS[recipe].specs[:3])
+    for made in make_views(open_set(folder), np.arange(4), views, seed=1, epoch=0, backend=backend):
+        apart = made.int() - made[:, :1].int()
+        assert apart.abs().max() <= 1  # saturation rounds each channel
+        assert made.float().std() > 1
+
+
 @pytest.mark.parametrize("name", ["one labeled", "multi-crop"])
 def test_streamed_views_are_what_the_reference_says(name, folder):
     views, num = SETS[name], len(NAMES)
