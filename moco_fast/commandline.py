@@ -21,7 +21,17 @@ from shards.ground.options import ending_quietly, parse_words
 from shards.storage.addresses import refuse_addresses
 from shards.storage.stores import check_url, is_url, split_sets
 
-__all__ = ["INSTEAD_OF_ADDRESSES", "TAKE_ADDRESSES", "Chosen", "Recipe", "check", "config_from_file", "is_first_rank", "main", "parse"]
+__all__ = [
+    "INSTEAD_OF_ADDRESSES",
+    "TAKE_ADDRESSES",
+    "Chosen",
+    "Recipe",
+    "check",
+    "config_from_file",
+    "is_first_rank",
+    "main",
+    "parse",
+]
 
 TAKE_ADDRESSES = frozenset(
     {

@@ -288,16 +288,7 @@ def validate(config: Config) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise ValueError(f"--{option_name(name)} is {value}, but must be above 0")
-    if config.model.channels not in (1, 3):
-        raise ValueError(
-            f"--model.channels is {config.model.channels}, but shards hold JPEGs, whose pixels are gray or RGB: use 1 "
-            "or 3"
-        )
-    if not all(value > 0 for value in config.model.std) or not all(0 <= value <= 1 for value in config.model.mean):
-        raise ValueError(
-            f"--model.mean {config.model.mean} and --model.std {config.model.std} are for pixels in 0..1: a mean "
-            "must be between 0 and 1, a standard deviation above 0"
-        )
+    _validate_pixels(config.model)
     _validate_length(config.run)
     if config.optim.clip_norm is not None and not config.optim.clip_norm > 0:
         raise ValueError(
@@ -331,6 +322,18 @@ def _validate_graphs(config: Config) -> None:
                 f"--run.cuda-graphs keeps the gradient of one backward pass, but {reason}: leave one of them out "
                 "(--run.compile alone works with both)"
             )
+
+
+def _validate_pixels(model: ModelConfig) -> None:
+    if model.channels not in (1, 3):
+        raise ValueError(
+            f"--model.channels is {model.channels}, but shards hold JPEGs, whose pixels are gray or RGB: use 1 or 3"
+        )
+    if not all(value > 0 for value in model.std) or not all(0 <= value <= 1 for value in model.mean):
+        raise ValueError(
+            f"--model.mean {model.mean} and --model.std {model.std} are for pixels in 0..1: a mean "
+            "must be between 0 and 1, a standard deviation above 0"
+        )
 
 
 def _validate_length(run: RunConfig) -> None:
