@@ -149,7 +149,7 @@ def refuse_renamed(words: Sequence[str]) -> None:
 
 def refuse_without_section(words: Sequence[str], recipes: Iterable[Config]) -> None:
     """Refuse an option that is given without its section. Raises ValueError: the message has the whole name."""
-    names = dict.fromkeys(option_name(name) for config in recipes for name in flatten(to_dict(config)))
+    names = dict.fromkeys(option_name(name) for config in recipes for name in flatten(to_dict(config)) if "." in name)
     sections: dict[str, list[str]] = {name.rpartition(".")[2]: [] for name in names}
     for name in names:
         section, _, last = name.rpartition(".")

@@ -26,7 +26,7 @@ def demo(**options: Any) -> Config:
     for name, value in values.items():
         section, _, last = name.rpartition(".")
         place = nested
-        for part in section.split("."):
+        for part in filter(None, section.split(".")):
             place = place.setdefault(part, {})
         place[last] = value
     return from_dict(nested)
