@@ -3,10 +3,11 @@
     python benchmarks/soak.py --steps 10000 [--minutes 10] [--backends torch dali] [--plot FILE]
 
 Trains a tiny encoder on small photographs for so many steps, or until the time is over, with evaluations, checkpoints
-and many epochs, all backends side by side, and samples all processes of each run once a second. Memory is PSS (shared
-pages count once); shared memory is what their descriptors hold of it, in /dev/shm or without a name. A figure holds if
-the line through its samples, without the first quarter of the steps, grows over 10,000 steps by less than a hundredth
-of its level: modules that are imported late and buffers that grow to the largest image belong to the beginning.
+and many epochs, all backends side by side, and samples all processes of each run once a second. PSS counts pages that
+processes share once, and leaves out those of files, which depend on who else runs; shared memory is what descriptors
+hold of it, in /dev/shm or without a name. A figure holds if the line through its samples (Theil-Sen), without the first
+quarter of the steps, grows over 10,000 steps by less than a hundredth of its level: modules that are imported late and
+buffers that grow to the largest image belong to the beginning.
 """
 
 import argparse
@@ -27,11 +28,12 @@ import matplotlib as mpl
 import numpy as np
 from alternating import header
 from photographs import photograph_shards
+from scipy.stats import theilslopes
 
 ROOT = Path(__file__).resolve().parent.parent
 
 FIGURES = {
-    "PSS, MiB": "memory of all processes",
+    "PSS, MiB": "memory of all processes, without files",
     "RSS, MiB": "memory of the training process",
     "file descriptors": "of all processes",
     "threads": "of all processes",
@@ -68,8 +70,7 @@ class Samples:
         """Return the slope of a line through the samples behind the beginning, per 10,000 steps."""
         steps, values = np.array(self.steps, dtype=float), np.array(self.values[figure])
         later = steps >= LEFT_OUT * steps[-1]
-        slope, _ = np.polyfit(steps[later], values[later], 1)
-        return float(slope * PER_STEPS)
+        return float(theilslopes(values[later], steps[later]).slope * PER_STEPS)
 
     def level(self, figure: str) -> float:
         """Return the median behind the beginning."""
@@ -100,7 +101,8 @@ def soak(backend: str, shards: Path, folder: Path, num_steps: int, seconds: floa
             time.sleep(1)
             if time.monotonic() > deadline:
                 run.send_signal(signal.SIGTERM)
-                deadline = float("inf")
+                run.wait()
+                break
             with suppress(OSError):  # a process has just ended
                 step, found = last_step(out / "metrics.jsonl"), look_at(run.pid)
                 if step:
@@ -128,7 +130,8 @@ def look_at(pid: int) -> dict[str, float]:
     """Return the figures of a process and all that it has started."""
     tree = [pid, *descendants(pid)]
     return {
-        "PSS, MiB": sum(kilobytes(each, "smaps_rollup", "Pss") for each in tree) / 1024,
+        "PSS, MiB": sum(kilobytes(each, "smaps_rollup", kind) for each in tree for kind in ("Pss_Anon", "Pss_Shmem"))
+        / 1024,
         "RSS, MiB": kilobytes(pid, "status", "VmRSS") / 1024,
         "file descriptors": sum(len(list(Path(f"/proc/{each}/fd").iterdir())) for each in tree),
         "threads": sum(len(list(Path(f"/proc/{each}/task").iterdir())) for each in tree),

@@ -286,9 +286,13 @@ def _replace_dali():
 def _interpret_kernels():
     """Triton's kernels run on the CPU, in fewer and larger blocks, for a block takes the interpreter milliseconds."""
     os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime.interpreter import InterpretedFunction
+
     from pipelines.backends import color_kernels
 
     color_kernels._BLOCK = 1 << 14
+    # It would prepare its language for every call within a kernel, as it did for the kernel: a third of the time.
+    InterpretedFunction.__call__ = lambda self, *args, **options: self.rewrite()(*args, **options)
 
 
 def _replace_the_profiler():
