@@ -1,5 +1,6 @@
 """JPEG headers: what a file says about itself, read from its markers without decoding anything."""
 
+import re
 from typing import NamedTuple
 
 __all__ = ["ENGINE_KINDS", "JpegError", "JpegHeader", "is_jpeg", "parse_jpeg", "with_sound_scan"]
@@ -8,6 +9,8 @@ _SOI = b"\xff\xd8\xff"
 _SOF_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})
 _ORIENTATION_TAG = 0x0112
+_XMP = b"http://ns.adobe.com/xap/1.0/\0"
+_XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:\s*=\s*[\"']|>\s*)([1-8])\b")
 
 # Luminance samples for one of chrominance, horizontally and vertically.
 _SUBSAMPLINGS: dict[tuple[float, float], str] = {
@@ -41,7 +44,7 @@ class JpegHeader(NamedTuple):
     sof: int
     """Low byte of the frame marker: 0xC0 is baseline, 0xC2 progressive."""
     orientation: int
-    """EXIF orientation, 1 to 8; 1 is upright, and stands for none."""
+    """Orientation by EXIF, else by XMP, 1 to 8; 1 is upright, and stands for none."""
     color_transform: int
     """Adobe's transform: 0 none (RGB or CMYK), 1 YCbCr, 2 YCCK; -1 where there is no Adobe marker."""
     has_rgb_ids: bool
@@ -103,7 +106,7 @@ def parse_jpeg(data: bytes) -> JpegHeader:
     Raises:
         JpegError: cut short, no frame before the scan, or a frame without a size.
     """
-    position, orientation, transform = 2, 1, -1
+    position, orientation, in_xmp, transform = 2, 1, 1, -1
     frame: tuple[int, int, int, int, int, bool, bytes] | None = None
     try:
         while True:
@@ -121,6 +124,8 @@ def parse_jpeg(data: bytes) -> JpegHeader:
                 frame = _parse_frame(data, start, marker)
             elif marker == 0xE1 and orientation == 1 and data[start : start + 6] == b"Exif\0\0":
                 orientation = _exif_orientation(data[start + 6 : end])
+            elif marker == 0xE1 and data[start : start + len(_XMP)] == _XMP:
+                in_xmp = _xmp_orientation(data[start:end])
             elif marker == 0xEE and length >= 14 and data[start : start + 5] == b"Adobe":
                 transform = data[start + 11]
             position = end
@@ -137,7 +142,7 @@ def parse_jpeg(data: bytes) -> JpegHeader:
         num_components,
         precision,
         sof,
-        orientation,
+        orientation if orientation != 1 else in_xmp,
         transform,
         has_rgb_ids,
         sampling,
@@ -178,6 +183,12 @@ def _parse_frame(data: bytes, start: int, marker: int) -> tuple[int, int, int, i
     end = start + 6 + 3 * num_components
     has_rgb_ids = bytes(data[start + 6 : end : 3]) == b"RGB"
     return width, height, num_components, data[start], marker, has_rgb_ids, bytes(data[start + 7 : end : 3])
+
+
+def _xmp_orientation(packet: bytes) -> int:
+    """Return the orientation from an XMP packet, written as an attribute or an element; 1 where there is none."""
+    found = _XMP_ORIENTATION.search(packet)
+    return int(found[1]) if found is not None else 1
 
 
 def _exif_orientation(tiff: bytes) -> int:

@@ -383,3 +383,17 @@ def test_what_is_not_read_is_named(data, reason, detail):
         encode(data, DEFAULT)
     assert rejected.value.reason == reason
     assert detail in rejected.value.detail
+
+
+@pytest.mark.parametrize("text", ['<x tiff:Orientation="6"/>', "<tiff:Orientation>6</tiff:Orientation>"])
+@pytest.mark.parametrize("mean_rgb", [True, False])
+def test_orientation_by_xmp_alone_is_applied(text, mean_rgb):
+    data = encoded(picture(5, 64, 40), quality=95, xmp=text.encode())
+    image = encode(data, EncodeConfig(quality=98, mean_rgb=mean_rgb))
+    assert (image.outcomes, image.width, image.height) == (("turned upright",), 40, 64)
+    assert np.abs(pixels(image.data) - np.rot90(pixels(data), -1)).mean() < 4
+    assert encode(image.data, DEFAULT).outcomes == ("copied",)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    both = encoded(picture(5, 64, 40), quality=95, xmp=text.encode(), exif=exif)
+    assert encode(both, DEFAULT).width == 64

@@ -43,7 +43,7 @@ def test_junk_between_segments_is_skipped():
     data = jpeg()
     junk = data[:2] + data[2:20] + b"\x00\x12\xff\x00\xff\xff" + data[20:]
     assert data[20:21] == b"\xff"
-    assert parse_jpeg(junk) == parse_jpeg(data)
+    assert parse_jpeg(junk) == parse_jpeg(data)._replace(scan_at=parse_jpeg(data).scan_at + 6)
 
 
 @given(data=st.data())
