@@ -67,20 +67,20 @@ class Saver:
             # new_group returns a number to ranks outside the group, but this group contains all ranks.
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
-        self._due = Due(config)
+        self.due = Due(config)
         self._staging = Staging(device)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future[float] | None = None
         """Of the first rank: the last write, under way or done."""
         self._states: _States | None = None
-        self._step = 0
+        self._is_asked_for = False
         self._cost_s = 0.0
         self._is_measured = True
         self._said: set[str] = set()
 
     def is_due(self, step: int) -> bool:
         """Whether all ranks save after this step."""
-        return self._due.by_steps(step)
+        return self.due.by_steps(step)
 
     def needs(self) -> Need:
         """Return what all ranks should be asked for; called by the first one, after each step."""
@@ -89,14 +89,18 @@ class Saver:
                 return Need.END
             if not self._is_measured:
                 self._is_measured = True
-                if words := self._due.measured(cost_s=self._cost_s, write_s=self.writing.result()):
+                if words := self.due.measured(cost_s=self._cost_s, write_s=self.writing.result()):
                     self._say(words)
         if self._mirror is not None:
             if self._mirror.lost is not None:
                 return Need.END
             for line in self._mirror.take_warnings():
                 self._say(line)
-        return Need.SAVE if self._due.by_time() else Need.NOTHING
+        # Ranks answer a step later: asked twice, they would save twice.
+        if self._is_asked_for or not self.due.by_time():
+            return Need.NOTHING
+        self._is_asked_for = True
+        return Need.SAVE
 
     def save(self, state: Checkpoint | None, *, best: int | None = None) -> None:
         """Copy the run's state, and begin to write it; collective.
@@ -107,13 +111,14 @@ class Saver:
             best: step of the best checkpoint, which may be this one.
         """
         began = time.perf_counter()
-        self._due.began()
+        self.due.began()
+        self._is_asked_for = False
         states = _States(checkpoint.generator_states(distributed.rank(), self._device), self._group)
         self._wait_for_the_one_before()
         self._states = states
         if state is None or self._failure() is not None:
             return
-        self._step, self._is_measured = state.step, False
+        self._is_measured = False
         tensors = {("model", name): each for name, each in state.model.items()}
         tensors |= {("optimizer", name): each for name, each in state.optimizer.items()}
         try:

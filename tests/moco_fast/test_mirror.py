@@ -206,6 +206,7 @@ def test_a_kill_at_any_request_leaves_a_whole_checkpoint(
     assert all(files == FILES for files in whole.values())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_an_empty_folder(
     bucket: str, packed_demo: Any, tmp_path: Path, fresh_accelerator: Any
 ) -> None:

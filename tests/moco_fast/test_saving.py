@@ -283,17 +283,18 @@ def test_by_steps_and_by_time_together() -> None:
 
 
 def save_on_two_ranks(folder: str, fails: bool) -> dict[str, Any]:
-    """Train nothing for ten steps; the first rank's clock asks for a save after the third."""
+    """Train nothing for ten steps; by the first rank's clock a save is due after the third."""
     rank, stop = dist.get_rank(), StopSignal(timeout_s=60)
     torch.manual_seed(rank)
     gate = Gate()
-    saver = saver_in(Path(folder), before=gate)
-    saved, error, waited = [], "", False
+    saver = saver_in(Path(folder), before=gate, config=CheckpointConfig(every_steps=None, every_minutes=1))
+    saved, error, waited, now = [], "", False, 0.0
+    saver.due = Due(CheckpointConfig(every_minutes=1), clock=lambda: now)
     try:
         for step in range(1, 11):
             if rank == 0:
-                need = saver.needs()
-                stop.ask(max(need, Need.SAVE if step == 3 else Need.NOTHING))
+                now = 61.0 if step >= 3 else 0.0
+                stop.ask(saver.needs())
             stop.poll()
             granted = stop.granted()
             if granted == Need.END:
