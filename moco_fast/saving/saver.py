@@ -68,6 +68,7 @@ class Saver:
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
         self.due = Due(config)
+        """When; tests give it another clock."""
         self._staging = Staging(device)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.writing: Future[float] | None = None

@@ -70,7 +70,7 @@ def test_another_machine_goes_on_from_the_mirror(bucket: str, tmp_path: Path) ->
     started = Started(tmp_path / "a", address)
     for step in range(1, 8):
         started.save(step, best=3 if step >= 3 else None)
-        started.saver.writing.result()  # pyright: ignore[reportOptionalMemberAccess] - it has a saver
+        started.saver.writing.result()
         started.mirror.wait()
     started.finish()
     kept = {f"step-{step:08d}" for step in (3, 4, 6, 7)}
@@ -137,7 +137,7 @@ def test_an_upload_that_fails_is_told_and_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "put", refuse)
         started.save(1)
-        started.saver.writing.result()  # pyright: ignore[reportOptionalMemberAccess] - it has a saver
+        started.saver.writing.result()
         assert started.mirror.uploading is not None
         started.mirror.uploading.result()
         assert started.saver.needs() == Need.NOTHING
