@@ -1,4 +1,4 @@
-"""Runtime of a process: its ranks, device and precision. No other file uses accelerate.
+"""Runtime of a process: its ranks, device and precision. No other file but trackers.py uses accelerate.
 
 Where both `accelerate launch` and our options make a choice, this decides:
 
