@@ -9,6 +9,7 @@ from typing import Any
 
 from shards.config import SourceOptions
 from shards.ground.errors import PackError, Rejected
+from shards.images.sniff import SNIFFED_BYTES
 from shards.sources.base import Aside, Input, Source, printable
 from shards.sources.registry import nested_source
 from shards.sources.samples import SeveralImages, sifted
@@ -66,7 +67,7 @@ class FolderSource:
             files, subfolders = self._scanned(folder)
             label = os.fsdecode(folder) or None
             of_set = _files_of_set(files)
-            for item in sifted(files, self._options.members, several):
+            for item in sifted(files, self._options.members, several, self._begin):
                 if isinstance(item, Aside) or item in of_set:
                     yield item if isinstance(item, Aside) else Aside("of a set of shards", item)
                 elif (source := self._nested(item)) is not None:
@@ -97,6 +98,17 @@ class FolderSource:
                 "its images would be lost silently; make it readable, or move it away"
             ) from error
         return sorted(files), sorted(subfolders)
+
+    def _begin(self, name: bytes) -> bytes:
+        """Return a file's first bytes; none of what is not a file or cannot be read."""
+        path = Path(os.fsdecode(self._path(name)))
+        if not path.is_file():
+            return b""
+        try:
+            with path.open("rb") as file:
+                return file.read(SNIFFED_BYTES)
+        except OSError:
+            return b""
 
     def _path(self, name: bytes) -> bytes:
         return self._root + b"/" + name if name else self._root

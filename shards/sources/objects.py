@@ -7,10 +7,11 @@ from typing import Any
 
 from shards.config import SourceOptions
 from shards.ground.errors import Rejected
+from shards.images.sniff import SNIFFED_BYTES
 from shards.sources.base import Aside, Input, Source, folder_of, printable
 from shards.sources.registry import nested_source
 from shards.sources.samples import SeveralImages, sifted
-from shards.storage.stores import Folder, open_folder
+from shards.storage.stores import Folder, open_bytes, open_folder
 
 __all__ = ["ObjectsSource"]
 
@@ -41,7 +42,7 @@ class ObjectsSource:
         del spool
         nested: list[Source] = []
         sizes, several = dict(sorted(self._folder().objects())), SeveralImages()
-        for item in sifted(map(os.fsencode, sizes), self._options.members, several):
+        for item in sifted(map(os.fsencode, sizes), self._options.members, several, self._begin):
             name = os.fsdecode(item.name if isinstance(item, Aside) else item)
             is_input = isinstance(item, bytes)
             source = nested_source(f"{self.path.rstrip('/')}/{name}", self._options) if is_input else None
@@ -51,6 +52,9 @@ class ObjectsSource:
                 yield Input(item, folder_of(item), None, -1, sizes[name]) if isinstance(item, bytes) else item
         several.refuse(self.path)
         yield from nested
+
+    def _begin(self, name: bytes) -> bytes:
+        return open_bytes(f"{self.path.rstrip('/')}/{os.fsdecode(name)}").read(0, SNIFFED_BYTES)
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:
         """Return the bytes of an object."""

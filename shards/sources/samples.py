@@ -2,11 +2,12 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 from shards.ground.units import counted
+from shards.images.sniff import is_image
 from shards.sources.base import Aside, printable
 from shards.storage.file_kinds import IMAGE_SUFFIXES, litter, may_be_archive
 
@@ -94,17 +95,22 @@ class SeveralImages:
         )
 
 
-def sifted(names: Iterable[bytes], members: Collection[str], several: SeveralImages) -> Iterator[bytes | Aside]:
+def sifted(
+    names: Iterable[bytes], members: Collection[str], several: SeveralImages, read: Callable[[bytes], bytes]
+) -> Iterator[bytes | Aside]:
     """Return which of the files of a folder are inputs, judged by their names alone.
 
     Args:
         names: in order, those of one folder next to each other.
         members: extensions that were chosen; empty: all.
         several: notes which of them seem to be images of one sample.
+        read: gives a file's first bytes, which decide of what is called as litter is.
     """
     last, images = None, list[bytes]()
     for name in names:
         kind = litter(name)
+        if kind is not None and litter(name, is_image=True) is None and is_image(read(name)):
+            kind = None
         if kind is not None:
             yield Aside(kind, name)
         elif may_be_archive(name):

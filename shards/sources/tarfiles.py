@@ -113,7 +113,7 @@ class TarSource:
                 several.note([seen.entry.name for seen in inputs if seen.is_image])
             label, label_from = companions.label(key, samples) if inputs and len(run) > 1 else (None, "")
             for seen in own:
-                entry, kind = seen.entry, None if seen.is_image else litter(seen.entry.name)
+                entry, kind = seen.entry, litter(seen.entry.name, is_image=seen.is_image)
                 if kind is not None or seen not in inputs:
                     yield Aside(kind or extension(entry.name), entry.name)
                 else:

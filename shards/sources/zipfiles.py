@@ -59,7 +59,9 @@ class ZipSource:
         several = SeveralImages()
         entries.sort(key=lambda entry: (entry.filename, entry.header_offset))
         names = [entry.filename.encode("utf-8", "surrogateescape") for entry in entries]
-        for entry, item in zip(entries, sifted(names, self._options.members, several), strict=True):
+        places = {name: (entry.header_offset, entry.compress_size) for name, entry in zip(names, entries, strict=True)}
+        inputs = sifted(names, self._options.members, several, lambda name: self._begin(name, *places[name]))
+        for entry, item in zip(entries, inputs, strict=True):
             if isinstance(item, Aside):
                 yield item
             else:
@@ -94,6 +96,12 @@ class ZipSource:
                     f"{self.path}: {counted(len(unreadable), 'member')}, such as {unreadable[0].filename!r}, cannot "
                     f"be read: {what}{f' ({method})' if what != 'encrypted' else ''}. Unpack it, or write it by deflate"
                 )
+
+    def _begin(self, name: bytes, offset: int, size: int) -> bytes:
+        try:
+            return self.read(name, offset, size)
+        except Rejected:
+            return b""
 
     def read(self, name: bytes, offset: int, size: int) -> bytes:
         """Return the bytes of a member, unpacked."""

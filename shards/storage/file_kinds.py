@@ -85,17 +85,18 @@ _LITTER_FOLDERS = frozenset(
 ) | {b"System Volume Information"}
 
 
-def litter(name: bytes) -> str | None:
+def litter(name: bytes, *, is_image: bool = False) -> str | None:
     """Return what a file is by its name that systems and tools leave beside images; None for others.
 
     Args:
         name: with its folders.
+        is_image: by its content; then only the folders count, which systems keep thumbnails in.
     """
     *folders, base = name.split(b"/")
     folder = next((each for each in folders if each in _LITTER_FOLDERS), None)
     if folder is not None:
         return f"litter ({folder.decode('ascii')})"
-    if _LITTER_FILES.fullmatch(base) is None:
+    if is_image or _LITTER_FILES.fullmatch(base) is None:
         return None
     return "litter (._*)" if base.startswith(b"._") else f"litter ({base.decode('ascii', 'replace').strip()})"
 

@@ -158,6 +158,20 @@ def test_litter_is_counted_apart_and_never_a_class_or_a_sample(tmp_path, capsys)
         assert "litter (@eaDir) 1" in out
 
 
+def test_content_decides_of_what_is_called_as_litter_is_but_not_of_thumbnails(tmp_path):
+    files = {"._photo.jpg": jpeg(1), ".picasa.ini": jpeg(2), "@eaDir/0.jpg": jpeg(3), "0.jpg": jpeg(0)}
+    write(tmp_path / "x.tar", files)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "@eaDir").mkdir()
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+            (tmp_path / "in" / name).write_bytes(data)
+    for source in ("x.tar", "x.zip", "in"):
+        manifest = pack_all(tmp_path, tmp_path / source, out=f"{source}-out")
+        assert (manifest.num_samples, manifest.left_aside) == (3, {"litter (@eaDir)": 1})
+
+
 _names = st.from_regex(
     r"(a/|b\.c/)?[ab.]{0,2}[0-9]{0,2}(\.[0-9a]{1,3})?(\.(jpg|PNG|seg\.png|json|cls|txt|jfif))?", fullmatch=True
 )
