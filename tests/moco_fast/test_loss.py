@@ -105,3 +105,11 @@ def test_feature_std_is_the_mean_spread_over_the_batch(batch, dim, seed):
 def test_feature_std_tells_collapse_from_spread():
     assert feature_std(torch.tensor(unit(0, 1, 64)).expand(100, 64)).item() == pytest.approx(0, abs=1e-9)
     assert feature_std(torch.tensor(unit(0, 5000, 64))).item() == pytest.approx(1 / 8, rel=0.02)
+
+
+def test_an_encoder_that_gives_the_same_for_all_tells_none_apart():
+    same = torch.tensor([[1.0, 0.0]])
+    _, watched = info_nce(same.repeat(4, 1), same.repeat(4, 1), same.repeat(6, 1), 0.2)
+    assert watched["accuracy"] == 0
+    _, watched = info_nce_in_batch(same.repeat(4, 1), same.repeat(4, 1), 0, 0.2)
+    assert watched["accuracy"] <= 0.25
