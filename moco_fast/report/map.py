@@ -104,7 +104,7 @@ def draw_map(
         groups=names,
         sprite=sprite,
         # No text in it can end the script that it lies in.
-        data=Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")),  # noqa: S704
+        data=Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")),  # noqa: S704 - JSON whose < is escaped
     )
 
 
