@@ -12,6 +12,7 @@ A folder with its final name is complete; the next run removes all others.
 
 import json
 import shutil
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moco_fast.config import Config, from_dict
+from moco_fast.recovery import VERSION, candidates, digest_of, find_whole, fingerprint, read_state, verify
 from shards.ground.arrays import Encoded
-from shards.ground.digests import digest, digest_file, running_digest
+from shards.ground.digests import running_digest
 from shards.ground.files import appearing, aside_of, remove, sync, uncache
 
 if TYPE_CHECKING:
@@ -48,7 +50,6 @@ __all__ = [
     "sweep",
 ]
 
-VERSION = 1
 _TENSOR_FILES = ("model", "optimizer", "rng")
 _BEST = "best"
 
@@ -144,7 +145,7 @@ def _write(final: Path, checkpoint: Checkpoint) -> None:
                 for name in _TENSOR_FILES
             },
         }
-        (aside / "state.json").write_text(json.dumps(state | {"digest": _digest_of(state)}, indent=2))
+        (aside / "state.json").write_text(json.dumps(state | {"digest": digest_of(state)}, indent=2))
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     meant = _digest_in_memory(path, on_cpu)
     sync(path)
     uncache(path)
-    written = _fingerprint(path)
+    written = fingerprint(path)
     uncache(path)  # Training reads shards through the same memory.
     if written["xxh3_128"] != meant:
         raise OSError(f"{path} is not what was written when it is read back: check the disk")
@@ -200,7 +201,7 @@ def _best_name(folder: Path) -> str | None:
 def best_step(folder: Path) -> int | None:
     """Return the step of the best checkpoint in a run's `checkpoints` folder; None: there is none."""
     name = _best_name(folder)
-    return None if name is None or not (folder / name).is_dir() else int(name.removeprefix("step-"))
+    return next((int(path.name.removeprefix("step-")) for path in candidates(folder) if path.name == name), None)
 
 
 def load(path: Path, *, is_checked: bool = False) -> Checkpoint:
@@ -214,24 +215,19 @@ def load(path: Path, *, is_checked: bool = False) -> Checkpoint:
     Raises:
         ValueError: a file is missing, changed or from another version; the message names it.
     """
-    state = _read_state(path)
-    for name, fingerprint in () if is_checked else state["files"].items():
-        if not (path / name).is_file():
-            raise ValueError(f"{path / name} is missing: the checkpoint cannot be used, delete {path}")
-        if _fingerprint(path / name) != fingerprint:
-            raise ValueError(f"{path / name} is not what was written (its digest differs): delete {path}")
+    state = read_state(path) if is_checked else verify(path)
     tensors = {name: load_file(path / f"{name}.safetensors") for name in _TENSOR_FILES}
     return Checkpoint(step=state["step"], config=state["config"], numbers=state["numbers"], **tensors)
 
 
 def read_numbers(path: Path) -> dict[str, Any]:
     """Return the numbers of a checkpoint (`Checkpoint.numbers`). Raises ValueError: its state.json is damaged."""
-    return _read_state(path)["numbers"]
+    return read_state(path)["numbers"]
 
 
 def read_config(path: Path) -> Config:
     """Return the configuration of a checkpoint's run. Raises ValueError: its state.json is damaged."""
-    return from_dict(_read_state(path)["config"])
+    return from_dict(read_state(path)["config"])
 
 
 def copy(source: Path, folder: Path, **numbers: Any) -> Path:
@@ -246,19 +242,19 @@ def copy(source: Path, folder: Path, **numbers: Any) -> Path:
         OSError: the disk is full or not writable.
         ValueError: its state.json is damaged.
     """
-    state = _read_state(source)
+    state = read_state(source)
     state["numbers"] = {**state["numbers"], **numbers}
     final = folder / _name_of(state["step"])
     with appearing(final, durable=True) as aside:
         aside.mkdir(parents=True)
         for name in state["files"]:
             shutil.copyfile(source / name, aside / name)
-        (aside / "state.json").write_text(json.dumps(state | {"digest": _digest_of(state)}, indent=2))
+        (aside / "state.json").write_text(json.dumps(state | {"digest": digest_of(state)}, indent=2))
     return final
 
 
 def find_newest(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint in a run's `checkpoints` folder, or None."""
+    """Return the newest checkpoint in a run's `checkpoints` folder, or None; `find_whole` says whether it is whole."""
     whole = _whole(folder)
     return whole[-1] if whole else None
 
@@ -286,17 +282,17 @@ def set_generator_states(states: dict[str, Tensor], rank: int, device: torch.dev
 
 
 def load_encoder(path: str | Path, *, which: Literal["query", "key"] = "query") -> "tuple[Config, Encoder]":
-    """Load an encoder of a run (its newest checkpoint) or of one checkpoint folder.
+    """Load an encoder of a run (its newest whole checkpoint) or of one checkpoint folder.
 
     Args:
-        path: a run's folder, or one of its checkpoints: step-*, best.
+        path: a run's folder, whose newest whole checkpoint is taken, or one of its checkpoints: step-*, best.
         which: the trained query encoder, or the key encoder, its moving average, which has no predictor.
 
     Returns:
         the run's configuration and the encoder, on the CPU in fp32 and in eval mode.
 
     Raises:
-        ValueError: there is no checkpoint, it is damaged, or its method has no key encoder.
+        ValueError: there is no whole checkpoint, or its method has no key encoder.
     """
     from moco_fast.encoders.encoder import build_encoder
 
@@ -315,14 +311,18 @@ def load_encoder(path: str | Path, *, which: Literal["query", "key"] = "query") 
 
 def step_of(path: str | Path) -> int:
     """Return the steps that the encoder of `load_encoder` was trained. Raises ValueError: as that does."""
-    return int(_read_state(_find(Path(path)))["step"])
+    return int(read_state(_find(Path(path)))["step"])
 
 
 def _find(path: Path) -> Path:
-    found = path if (path / "state.json").is_file() else find_newest(path / "checkpoints")
-    if found is None:
+    if (path / "state.json").is_file():
+        return path
+    found = find_whole(path / "checkpoints")
+    if found.newest is None:
         raise ValueError(f"{path} holds no checkpoint: give a run's folder or one of its checkpoints/step-*")
-    return found
+    for _, reason in found.damaged:
+        warnings.warn(f"{reason}: {found.newest} is used in its place", stacklevel=3)
+    return found.newest
 
 
 def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -331,24 +331,4 @@ def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def _whole(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((path / "state.json").read_text())
-        if state["version"] != VERSION:
-            raise ValueError(f"{path} was written in format {state['version']}, but this version reads {VERSION}")
-        if state.pop("digest") != _digest_of(state):
-            raise ValueError(f"{path}/state.json is not what was written (its digest differs): delete {path}")
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}/state.json cannot be read ({error}): delete {path}") from None
-    return state
-
-
-def _digest_of(state: dict[str, Any]) -> str:
-    return digest(json.dumps(state, sort_keys=True).encode())
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "xxh3_128": digest_file(path)}
+    return [path for path in candidates(folder) if (path / "state.json").is_file()]

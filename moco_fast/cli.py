@@ -20,7 +20,7 @@ from moco_fast.commands.replay import Replay
 from moco_fast.commands.report import Report
 from moco_fast.commands.runs import Runs
 from moco_fast.commands.search import Search
-from moco_fast.evaluation.base import StoppedError
+from moco_fast.interrupt import StoppedError
 from moco_fast.meaning import refuse_renamed
 from moco_fast.needs import how_to_install
 from moco_fast.training import process

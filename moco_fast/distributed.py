@@ -8,8 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moco_fast.interrupt import StoppedError
+
 __all__ = [
     "LeftTogetherError",
+    "StoppedTogetherError",
     "all_gather_rows",
     "average_",
     "broadcast_",
@@ -57,7 +60,11 @@ class LeftTogetherError(ValueError):
     """What all ranks raise since one of them cannot go on; its text is that rank's reason."""
 
 
-def leave_together(reason: str = "") -> None:
+class StoppedTogetherError(StoppedError):
+    """What all ranks raise since a signal tells one of them to leave."""
+
+
+def leave_together(reason: str = "", *, stopped_by: int = 0) -> None:
     """Raise on every rank if one of them has a reason to; collective.
 
     Within `leaving_together`, a rank calls it before each of its other collectives, in which it would wait for one that
@@ -65,29 +72,36 @@ def leave_together(reason: str = "") -> None:
 
     Args:
         reason: why this rank cannot go on; empty: it can.
+        stopped_by: signal that tells this rank to leave, or 0.
 
     Raises:
+        StoppedTogetherError: with the highest signal of any rank.
         LeftTogetherError: with the reason of the first rank that has one.
     """
-    reasons = [reason]
+    of_ranks = [(reason, stopped_by)]
     if world_size() > 1:
-        reasons = [""] * world_size()
-        dist.all_gather_object(reasons, reason)
-    if first := next(filter(None, reasons), ""):
+        of_ranks *= world_size()
+        dist.all_gather_object(of_ranks, (reason, stopped_by))
+    if signal := max(number for _, number in of_ranks):
+        raise StoppedTogetherError(signal)
+    if first := next(filter(None, (reason for reason, _ in of_ranks)), ""):
         raise LeftTogetherError(first)
 
 
 @contextmanager
 def leaving_together() -> Generator[None]:
-    """Leave the block on every rank when one of them raises ValueError or OSError in it; collective at the end.
+    """Leave the block on every rank when one raises ValueError, OSError or StoppedError in it; collective at the end.
 
     Raises:
+        StoppedTogetherError: on every rank, if one of them raised StoppedError.
         LeftTogetherError: on the ranks that did not fail.
     """
     try:
         yield
-    except LeftTogetherError:
+    except (LeftTogetherError, StoppedTogetherError):
         raise
+    except StoppedError as error:
+        leave_together(stopped_by=error.number)
     except (ValueError, OSError) as error:
         with suppress(LeftTogetherError):
             leave_together(str(error) or type(error).__name__)

@@ -8,21 +8,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from moco_fast.interrupt import forget_interrupt, interrupt
+
 __all__ = ["StopSignal"]
 
 
 class StopSignal:
-    """Listens for SIGTERM, SIGUSR1 and SIGINT, and agrees with the other ranks on when to stop.
+    """Listens for SIGTERM, SIGHUP, SIGUSR1 and SIGINT, and agrees with the other ranks on when to stop.
 
     `poll` is called once per step on every rank. It returns what the ranks agreed on in the previous call, so the
     exchange (two integers over gloo, on the host) overlaps the step and nothing waits for the GPU. A second SIGINT
-    interrupts immediately.
+    interrupts immediately. SIGHUP stays ignored where it is, as under nohup.
+
+    Args:
+        timeout_s: seconds that ranks wait for each other.
+        interrupts: a signal also raises StoppedError in work that `interrupt.may_be_interrupted`.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self, *, timeout_s: float):
+    def __init__(self, *, timeout_s: float, interrupts: bool = False):
         self._received = 0
+        self._interrupts = interrupts
         self._group: dist.ProcessGroup | None = None
         if dist.is_initialized():
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -32,7 +39,9 @@ class StopSignal:
         self._asked = self._granted = 0
         self._agreed = torch.zeros(2, dtype=torch.int32)  # a signal, and what was asked for
         self._exchange: dist.Work | None = None
-        self._before: dict[int, Any] = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heard = [number for number in self.SIGNALS if not (is_ignored and number == signal.SIGHUP)]
+        self._before: dict[int, Any] = {number: signal.signal(number, self._receive) for number in heard}
 
     def poll(self) -> int:
         """Return the signal that all ranks have agreed to stop for, or 0."""
@@ -62,6 +71,7 @@ class StopSignal:
         self._wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        forget_interrupt()
 
     def _wait(self) -> int:
         if self._exchange is None:
@@ -75,4 +85,6 @@ class StopSignal:
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._received:
             raise KeyboardInterrupt
-        self._received = number
+        self._received = max(self._received, number)
+        if self._interrupts:
+            interrupt(number)

@@ -28,7 +28,8 @@ class NoProcessGroupError(Exception):
 
 
 def connect(job):
-    os.environ.update(RANK=str(job["rank"]), WORLD_SIZE=str(job["world_size"]), LOCAL_RANK=str(job["rank"]))
+    rank, world_size = str(job["rank"]), str(job["world_size"])
+    os.environ.update(RANK=rank, WORLD_SIZE=world_size, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=world_size)
     try:
         dist.init_process_group(
             "gloo",
@@ -47,7 +48,8 @@ def run(job):
         torch.manual_seed(0)
         return getattr(load(job["path"]), job["function"])(*job["arguments"])
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # The end of a run leaves the group, too.
+            dist.destroy_process_group()
 
 
 def main():

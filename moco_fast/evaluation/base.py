@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from signal import Signals
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from moco_fast.methods.base import Chart
@@ -41,7 +40,6 @@ __all__ = [
     "Saving",
     "Score",
     "Split",
-    "StoppedError",
     "Task",
     "Want",
     "refuse_crop_scale",
@@ -130,14 +128,6 @@ class Saving:
     """Steps between two states."""
     subject: str = ""
     """Digest of everything but the training itself: encoder, sets, view and precision."""
-
-
-class StoppedError(Exception):
-    """A signal ended a training, whose state was saved."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {Signals(number).name}: the same command continues from here")
-        self.number = number
 
 
 class Known(Protocol):

@@ -29,6 +29,7 @@ from moco_fast.evaluation.features import (
     with_progress,
 )
 from moco_fast.evaluation.known import KnownSets
+from moco_fast.interrupt import may_be_interrupted
 from pipelines.backends.registry import choose
 from pipelines.batch import Batch
 from pipelines.config import DataConfig, central_crop
@@ -176,18 +177,19 @@ class LiveFeatures:
             most = max(num_samples if want.at_most is None else want.at_most for want in of_split)
             samples = self.subject.samples(split, min(most, self.at_most.get(split, most)))
             layers = tuple(dict.fromkeys(want.layer for want in of_split))
-            with self.subject.loader(split, samples) as loader, self.subject.autocast():
-                of_rank = extract_layers(
-                    self.subject.encoder,
-                    loader,
-                    device=self.subject.device,
-                    layers=layers,
-                    title=self.subject.title(split),
-                )
+            with distributed.leaving_together(), may_be_interrupted():
+                of_rank = self._extract(split, samples, layers)
             for layer, features in of_rank.items():
                 self._found[split, layer] = found = gather(features)
                 if bool(_are_broken(found.values).any()):
                     raise ValueError(_BROKEN)
+
+    def _extract(self, split: Split, samples: np.ndarray, layers: Sequence[str]) -> dict[str, Features]:
+        subject = self.subject
+        with subject.loader(split, samples) as loader, subject.autocast():
+            return extract_layers(
+                subject.encoder, loader, device=subject.device, layers=layers, title=subject.title(split)
+            )
 
     def get(self, want: Want) -> Features:
         """Return what was prepared."""
@@ -503,8 +505,11 @@ def measure_on(task: Task, inputs: TaskInputs) -> Outcome:
     """
     outcome = None
     with distributed.leaving_together():
-        if task.shared or inputs.world.rank == 0:
-            outcome = task.measure(inputs if task.shared else replace(inputs, world=World()))
+        if task.shared and inputs.world.world_size > 1:
+            outcome = task.measure(inputs)  # It has collectives, in which others would wait for a rank that leaves.
+        elif inputs.world.rank == 0:
+            with may_be_interrupted():
+                outcome = task.measure(replace(inputs, world=World()))
     if not task.shared:
         outcome = distributed.tell_all(outcome)
     assert outcome is not None

@@ -66,7 +66,10 @@ class SavedTraining:
         """Return what the training found if it was finished earlier."""
         found = None
         if self._saving is not None and self._world.rank == 0 and self._record.is_file():
-            found = json.loads(self._record.read_text())
+            try:
+                found = json.loads(self._record.read_text())
+            except ValueError as error:
+                raise ValueError(f"{self._record} is damaged ({error}): remove it") from None
         return self._tell_all(found)
 
     def newest(self) -> Checkpoint | None:

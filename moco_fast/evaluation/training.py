@@ -15,12 +15,13 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from moco_fast.checkpoint import Checkpoint, part
-from moco_fast.evaluation.base import Inputs, Split, StoppedError
+from moco_fast.evaluation.base import Inputs, Split
 from moco_fast.evaluation.classifier import BackboneClassifier, build_classifier
 from moco_fast.evaluation.features import Features, gather
 from moco_fast.evaluation.labels import mean_per_class
 from moco_fast.evaluation.recipes import Recipe, build_recipe_optimizer, loss_of, mix
 from moco_fast.evaluation.saving import SavedTraining
+from moco_fast.interrupt import StoppedError
 from moco_fast.methods.batchnorm import use_statistics_of_all_ranks
 from moco_fast.optimizers.optim import load_optimizer_tensors, optimizer_tensors
 from moco_fast.stop import StopSignal

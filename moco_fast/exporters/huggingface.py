@@ -108,7 +108,6 @@ def _of_file(opened: "OpenedEncoder") -> list[str]:
 
 def _of_run(opened: "OpenedEncoder") -> list[str]:
     """Describe the training from the run's folder, or from the configuration of a single checkpoint."""
-    from moco_fast.checkpoint import find_newest
     from moco_fast.report.record import read_run
 
     config, where = opened.config, Path(opened.where)
@@ -116,8 +115,8 @@ def _of_run(opened: "OpenedEncoder") -> list[str]:
     # Only the last part of the data's path: the rest belongs to this machine.
     data = ", ".join(Path(shards).name for shards in config.data.shards.split(","))
     run = where if (where / "config.json").is_file() else where.parent.parent
-    checkpoint = find_newest(where / "checkpoints") or where
-    step = int(checkpoint.name.removeprefix("step-"))
+    step = opened.step
+    assert step is not None
     if not (run / "config.json").is_file():
         return ["## Training", "", f"- data: {data}", f"- method: {config.method.name}, step {step:,}"]
     record = read_run(run)

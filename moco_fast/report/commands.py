@@ -18,12 +18,14 @@ class NextCommand:
 
 
 def next_commands(record: RunRecord) -> list[NextCommand]:
-    """Return the commands that make sense for the run's status."""
+    """Return the commands that work, as far as the run's status and what is left of it tell."""
     config, run = record.config, str(record.path)
     proposals: dict[str, str] = {}
-    if record.command and record.status != "finished":
-        proposals["Continue this run"] = record.command
-    if config.eval.shards is not None:
+    if record.command and record.status not in ("finished", "running"):
+        again = "Begin this run again" if record.checkpoint is None else "Continue this run"
+        proposals[again] = record.command
+    has_encoder = record.checkpoint is not None
+    if config.eval.shards is not None and has_encoder:
         proposals["Compare with the untrained encoder"] = (
             f"moco-fast eval knn --encoder {quote(run)} --beside untrained"
         )
@@ -35,7 +37,7 @@ def next_commands(record: RunRecord) -> list[NextCommand]:
     preview = f"moco-fast preview {quote(config.data.shards)} --views moco-v2 --out views.png"
     proposals["See what another recipe makes of these images"] = preview
     formats = [name for name in EXPORTERS if find_exporter(name).why_not(config.model) is None]
-    if formats:
+    if formats and has_encoder:
         out = find_exporter(formats[0]).place
         line = f"moco-fast export {quote(run)} --format {formats[0]} --out {out}"
         proposals[f"Use the encoder with {formats[0]}"] = line

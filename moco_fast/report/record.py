@@ -1,6 +1,5 @@
 """Record of a run, read from its folder: configuration, environment, metrics, status. The run may still be running."""
 
-import json
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
@@ -9,12 +8,25 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from moco_fast.config import Config, differences, from_dict
+from moco_fast.config import Config, differences
 from moco_fast.evaluation.result import Result, read_results
 from moco_fast.presets import PRESETS
-from moco_fast.training.state import RunState, last_seen, read_outcome, run_state
+from moco_fast.recovery import candidates, seems_whole
+from moco_fast.training.state import (
+    Beat,
+    RunState,
+    last_seen,
+    read_beat,
+    read_config,
+    read_json,
+    read_lines,
+    read_outcome,
+    run_state,
+)
 
 __all__ = ["RunRecord", "read_run"]
+
+_WHERE = ("step", "epoch", "samples", "time_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +42,10 @@ class RunRecord:
     """Lines of metrics with a loss, ordered by step."""
     evaluations: list[dict[str, float]]
     """Lines of metrics with figures of an evaluation, ordered by step."""
+    beat: Beat | None
+    """Its last sign of life."""
+    checkpoint: int | None
+    """Step of its newest checkpoint; None: there is none to continue from."""
     results: list[Result]
     """Results that `moco-fast eval` wrote into the folder, newest last."""
     starts: list[dict[str, Any]]
@@ -91,25 +107,20 @@ def read_run(path: str | Path) -> RunRecord:
         raise ValueError(
             f"{path} has no config.json, so it is not a run's folder: give the --run.out of a training run"
         )
-    try:
-        config = from_dict(json.loads((path / "config.json").read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}/config.json is damaged ({error}): restore it") from None
-    except ValueError as error:
-        raise ValueError(f"{path}/config.json: {error}") from None
-    lines = sorted(_read_lines(path / "metrics.jsonl"), key=lambda line: line["step"])
+    lines = sorted(read_lines(path / "metrics.jsonl", needs=_WHERE), key=lambda line: line["step"])
     return RunRecord(
         path=path,
-        config=config,
-        environment=_read_json(path / "environment.json")
-        | {"branch": _read_json(path / "branch.json").get("reference")},
+        config=read_config(path / "config.json"),
+        environment=read_json(path / "environment.json") | {"branch": read_json(path / "branch.json").get("reference")},
         status=run_state(path),
         outcome=read_outcome(path),
+        beat=read_beat(path),
+        checkpoint=_newest_checkpoint(path),
         training=[line for line in lines if "loss" in line],
         evaluations=[line for line in lines if "loss" not in line],
         results=_read_results(path / "evaluations"),
-        starts=_read_lines(path / "starts.jsonl"),
-        changed=_read_lines(path / "changes.jsonl"),
+        starts=read_lines(path / "starts.jsonl"),
+        changed=read_lines(path / "changes.jsonl"),
         seen=last_seen(path),
     )
 
@@ -134,20 +145,6 @@ def _read_results(folder: Path) -> list[Result]:
     return results
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _read_lines(path: Path) -> list[dict[str, float]]:
-    """Read a file of JSON lines; a last line that is still being written is ignored."""
-    if not path.is_file():
-        return []
-    lines: list[dict[str, float]] = []
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if "step" in line:
-            lines.append(line)
-    return lines
+def _newest_checkpoint(path: Path) -> int | None:
+    whole = [each for each in candidates(path / "checkpoints") if seems_whole(each)]
+    return int(whole[-1].name.removeprefix("step-")) if whole else None

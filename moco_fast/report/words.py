@@ -1,5 +1,6 @@
 """Texts and tables of the report."""
 
+import time
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -11,9 +12,12 @@ from moco_fast.evaluation.registry import find_scores
 from moco_fast.methods.base import Level
 from moco_fast.presets import PRESETS
 from moco_fast.report.record import RunRecord
+from moco_fast.training.state import Beat
 from shards.ground.units import format_duration
 
 __all__ = ["Option", "Tile", "configuration_table", "environment_table", "headline", "tiles", "written_option"]
+
+_LONG_S = 600.0  # without a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +51,26 @@ def headline(record: RunRecord) -> str:
         done += f"; checkpoints/best, by {record.config.checkpoint.keep_best}, is of step {best:,}"
     if record.status == "finished":
         return f"Finished: {done}."
+    if record.status == "running":
+        return f"Running: {done} so far{_sign_of_life(record.beat)}."
+    if record.checkpoint is None:
+        then = "no checkpoint is there, so the same command begins again"
+    else:
+        then = f"the same command continues from step {record.checkpoint:,}"
     if record.status == "stopped":
-        return f"Stopped and saved after {done}; the same command continues."
+        return f"Stopped and saved after {done}; {then}."
     if record.status == "failed":
-        return f"Failed after {done}: {record.outcome.get('error', 'no reason was recorded')}"
-    if record.status == "killed":
-        return f"Killed, or its machine was lost, after {done}; the same command continues."
-    return f"Running: {done} so far."
+        why = record.outcome.get("error", "no reason was recorded")
+        return f"Failed after {done}: {why}; {then}."
+    return f"Ended without a word, as after a kill or on a full disk, after {done}; {then}."
+
+
+def _sign_of_life(beat: Beat | None) -> str:
+    if beat is None:
+        return ""
+    idle_s = time.time() - beat.step_time
+    idle = f", where the newest step ended {format_duration(idle_s)} ago" if idle_s > _LONG_S else ""
+    return f", process {beat.pid} on {beat.host}{idle}"
 
 
 def tiles(record: RunRecord) -> list[Tile]:

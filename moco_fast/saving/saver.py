@@ -30,6 +30,8 @@ class Need(IntEnum):
     """A checkpoint is due by time."""
     END = 2
     """The last one could not be written."""
+    LEAVE = 3
+    """There is no folder any more."""
 
 
 class Saver:

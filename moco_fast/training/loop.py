@@ -17,9 +17,10 @@ from moco_fast.config import Config, to_dict
 from moco_fast.encoders.initial import InitialWeights, initial_weights
 from moco_fast.evaluation.base import Evaluation
 from moco_fast.evaluation.registry import open_evaluation
+from moco_fast.interrupt import StoppedError
 from moco_fast.methods.batchnorm import average_batch_statistics
 from moco_fast.optimizers.optim import load_optimizer_tensors, optimizer_tensors
-from moco_fast.saving.mirror import Mirror
+from moco_fast.recovery import candidates
 from moco_fast.saving.reading import load_together
 from moco_fast.saving.saver import Need, Saver
 from moco_fast.stop import StopSignal
@@ -34,6 +35,7 @@ from moco_fast.training.flops import count_flops
 from moco_fast.training.folder import RunFolder, open_folder
 from moco_fast.training.gauges import Gauges, PendingGauges
 from moco_fast.training.headspace import Headspace, PendingHeadspace
+from moco_fast.training.heartbeat import RunLostError
 from moco_fast.training.launch import launch_facts
 from moco_fast.training.metrics import Average, MetricsFile, Pending
 from moco_fast.training.runtime import Runtime, start
@@ -71,6 +73,8 @@ class Progress:
     """Line of metrics whose values are still being copied from the device."""
     headspace: PendingHeadspace | None = None
     """Measurement since the last line of metrics."""
+    is_evaluation_due: bool = True
+    """Whether that of this step is still to be done: before the first step, and where a signal came first."""
     best: Best | None = None
     """Of the figure that --checkpoint.keep-best names."""
     data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
@@ -104,11 +108,9 @@ def train(config: Config) -> int:
         parts = build(config, runtime, sets.training, initial=initial and initial.tensors)
         progress = begin(config, runtime, best, data, initial)
         return _run(config, runtime, folder, parts, evaluation, progress)
-    except ValueError:
-        raise  # The start was refused: what the folder records about an earlier start remains true.
     except BaseException as error:
         if folder is not None:
-            folder.write_outcome("failed", error=f"{type(error).__name__}: {error}")
+            folder.note_failure(error)
         raise
     finally:
         if folder is not None:
@@ -125,6 +127,7 @@ def _open_folder(config: Config, runtime: Runtime, data: Mapping[str, Mapping[st
         if branch is not None:
             console.print_notes([branch.line])
         checkpoint.sweep(_checkpoints(config))
+        console.print_notes(folder.found.warnings)
         return folder
 
     return _on_first_rank(runtime, opened)
@@ -134,7 +137,7 @@ def _open_initial(config: Config, runtime: Runtime) -> InitialWeights | None:
     """Load on the first rank what a new run starts from; a run that continues has its own weights."""
 
     def opened() -> InitialWeights | None:
-        return initial_weights(config) if checkpoint.find_newest(_checkpoints(config)) is None else None
+        return None if candidates(_checkpoints(config)) else initial_weights(config)
 
     return _on_first_rank(runtime, opened)
 
@@ -179,7 +182,7 @@ def _run(
     progress: Progress,
 ) -> int:
     try:
-        restore(config, runtime, parts, progress)
+        restore(config, runtime, parts, progress, newest=folder and folder.found.newest)
         metrics = None
         hosts = runtime.gather(platform.node())
         trackers = _on_first_rank(runtime, lambda: _open_trackers(config, progress))
@@ -191,16 +194,14 @@ def _run(
             facts = {"learning_rate": describe_lr(config), "init_from": progress.init_from}
             folder.write_environment(environment | facts)
             folder.note_changes(progress.step)
-            folder.write_outcome("running")
+            folder.begin(progress.step)
             console.print_opening(config, runtime, parts, progress.step, init_from=progress.init_from)
             if folder.changes is not None:
                 console.print_changes(folder.changes)
             metrics = MetricsFile(folder.path, step=progress.step, trackers=trackers or Trackers())
-        run = RunLoop(config, runtime, parts, progress, metrics, evaluation, folder and folder.mirror)
+        run = RunLoop(config, runtime, parts, progress, metrics, evaluation, folder)
         try:
-            if progress.step == 0:
-                run.evaluate()
-            stopped_by = run.loop()
+            stopped_by = run.catch_up() or run.loop()
         finally:
             run.close()
     finally:
@@ -208,7 +209,7 @@ def _run(
     if folder is not None:
         outcome = "stopped" if stopped_by else "finished"
         found = {} if progress.best is None else {"best": progress.best.state_dict()}
-        folder.write_outcome(outcome, step=progress.step, num_steps=parts.num_steps, time_s=progress.time_s, **found)
+        folder.end(outcome, step=progress.step, num_steps=parts.num_steps, time_s=progress.time_s, **found)
         if folder.mirror is not None:
             folder.mirror.finish()
         console.print_closing(config, outcome, progress.step, parts.num_steps, best=found.get("best"))
@@ -220,22 +221,30 @@ def _open_trackers(config: Config, progress: Progress) -> Trackers:
     return open_trackers(config.log.trackers, about, say=console.say)
 
 
-def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) -> None:
-    """Load the newest checkpoint of the run's folder, if there is one.
+def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress, *, newest: Path | None) -> None:
+    """Load a checkpoint of the run's folder; collective.
+
+    Args:
+        config: of the run.
+        runtime: of this process.
+        parts: that get their state.
+        progress: that goes on.
+        newest: newest whole checkpoint, as the first rank found it; None: there is none, or this is another rank.
 
     Raises:
-        ValueError: the newest checkpoint is damaged, or some rank cannot read it.
+        ValueError: some rank cannot read it.
     """
-    newest = checkpoint.find_newest(_checkpoints(config))
-    of_first_rank = runtime.tell_all(newest.name if newest else None)
-    if (newest.name if newest else None) != of_first_rank:
-        raise ValueError(
-            f"rank {runtime.rank} finds {newest} where the first rank finds {of_first_rank}: --run.out must be a "
-            "folder that all nodes share"
-        )
-    if newest is None:
+    name = runtime.tell_all(newest and newest.name)
+    if name is None:
         return
-    saved = load_together(newest, is_first_of_node=runtime.local_rank == 0)
+    path = _checkpoints(config) / name
+    with distributed.leaving_together():
+        if not path.exists():
+            raise ValueError(
+                f"rank {runtime.rank} does not find {path}, which the first rank finds: --run.out must be a folder "
+                "that all nodes share"
+            )
+    saved = load_together(path, is_first_of_node=runtime.local_rank == 0)
     for name, module in parts.modules.items():
         module.load_state_dict(checkpoint.part(saved.model, name))
     of_probe = checkpoint.part(saved.optimizer, "probe")
@@ -249,6 +258,7 @@ def restore(config: Config, runtime: Runtime, parts: Parts, progress: Progress) 
     progress.time_s = saved.numbers["time_s"]
     progress.averages.sums.copy_(saved.model["watched.sums"])
     progress.init_from = saved.numbers.get("init_from")
+    progress.is_evaluation_due = saved.numbers.get("is_evaluation_due", False)
     if progress.best is not None:
         progress.best.load_state_dict(saved.numbers.get("best", {}))
     checkpoint.set_generator_states(saved.rng, runtime.rank, runtime.device)
@@ -263,7 +273,7 @@ def _position(numbers: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, 
 
 
 class RunLoop:
-    """Training loop with its periodic logging, evaluation and saving. Only the first rank has `metrics`."""
+    """Training loop with its periodic logging, evaluation and saving. `metrics` and `folder` are of the first rank."""
 
     def __init__(
         self,
@@ -273,19 +283,20 @@ class RunLoop:
         progress: Progress,
         metrics: MetricsFile | None,
         evaluation: Evaluation | None,
-        mirror: Mirror | None = None,
+        folder: RunFolder | None,
     ):
         self.config, self.runtime, self.parts, self.progress = config, runtime, parts, progress
         self._metrics = metrics
         self._evaluation = evaluation
-        self._stop = StopSignal(timeout_s=config.run.timeout_s)
+        self._heartbeat = None if folder is None else folder.heartbeat
+        self._stop = StopSignal(timeout_s=config.run.timeout_s, interrupts=True)
         self._saver = Saver(
             _checkpoints(config),
             config.checkpoint,
             runtime.device,
             timeout_s=config.run.timeout_s,
             before=metrics and metrics.sync,
-            mirror=mirror,
+            mirror=folder and folder.mirror,
             say=console.say,
         )
         self._bar = console.ProgressLine(parts.num_steps, progress.step, shown=metrics is not None)
@@ -299,12 +310,24 @@ class RunLoop:
             config.log.headspace, config.optim.accumulate, self._gauges.clock, self._supply, runtime.device
         )
 
+    def catch_up(self) -> int:
+        """Do the evaluation that is due before the next step; return the signal that interrupted it, or 0."""
+        if not self.progress.is_evaluation_due:
+            return 0
+        is_best, stopped_by = self.evaluate()
+        if is_best or stopped_by:
+            self.save()
+        if stopped_by:
+            self._saver.finish()
+        return stopped_by
+
     def loop(self) -> int:
         """Train until the last step or a signal; return the signal, or 0.
 
         Raises:
             RuntimeError: any other failure; a ValueError raised after the start is our fault, not the user's.
             FloatingPointError: the loss is not finite.
+            RunLostError: the run's folder is gone.
         """
         try:
             return self._loop()
@@ -346,8 +369,10 @@ class RunLoop:
             last = progress.step == num_steps
             stopped_by, is_asked = (0, False) if last else self._poll()
             # Before saving: a run that is killed in between evaluates again after resuming, so no result is missing.
-            is_due = not stopped_by and (last or progress.step % config.eval.every_steps == 0)
-            is_best = is_due and self.evaluate()
+            is_best = False
+            progress.is_evaluation_due = last or progress.step % config.eval.every_steps == 0
+            if progress.is_evaluation_due and not stopped_by:
+                is_best, stopped_by = self.evaluate()
             if stopped_by or last or is_best or is_asked or self._saver.is_due(progress.step):
                 self.save()
             if stopped_by or last:
@@ -363,37 +388,58 @@ class RunLoop:
 
         Raises:
             OSError, FloatingPointError: a checkpoint could not be written.
+            RunLostError: the run's folder is gone.
         """
-        if self._metrics is not None:
-            self._stop.ask(self._saver.needs())
+        if self._heartbeat is not None:
+            self._heartbeat.step = self.progress.step
+            self._stop.ask(Need.LEAVE if self._heartbeat.is_lost else self._saver.needs())
         stopped_by = self._stop.poll()
         need = self._stop.granted()
+        if need == Need.LEAVE:
+            raise RunLostError(self.config.run.out)
         if need == Need.END:
             self._saver.end()
         return stopped_by, need == Need.SAVE
 
-    def evaluate(self) -> bool:
-        """Do the configured evaluation and write its figures; return whether its checkpoint is the best one so far."""
+    def evaluate(self) -> tuple[bool, int]:
+        """Do the configured evaluation and write its figures, unless a signal interrupts it.
+
+        Returns:
+            whether its checkpoint is the best one so far, and the signal, or 0.
+        """
+        progress = self.progress
         if self._evaluation is None:
-            return False
+            progress.is_evaluation_due = False
+            return False, 0
         average_batch_statistics(self.parts.query)
-        figures = self._evaluation.figures(
-            self.parts.query, device=self.runtime.device, world=self.runtime.world, probe=self.parts.probe
-        )
+        try:
+            figures = self._evaluation.figures(
+                self.parts.query, device=self.runtime.device, world=self.runtime.world, probe=self.parts.probe
+            )
+        except StoppedError as stopped:
+            return False, stopped.number
+        progress.is_evaluation_due = False
         self._write(figures)
         if self._metrics is not None:
-            console.say(f"step {self.progress.step}: {self._evaluation.line(figures)}")
+            console.say(f"step {progress.step}: {self._evaluation.line(figures)}")
         self._bar.unpause()
-        best = self.progress.best
-        return best is not None and best.takes(figures, step=self.progress.step)
+        best = progress.best
+        return best is not None and best.takes(figures, step=progress.step), 0
 
     def save(self) -> None:
         """Save all ranks' state; the first rank writes it, while training goes on.
 
         Raises:
             FloatingPointError: the loss is not finite.
+            RunLostError: the run's folder is gone.
         """
         self._settle()
+        is_lost = False
+        if self._heartbeat is not None:
+            self._heartbeat.step = self.progress.step
+            is_lost = self._heartbeat.look()
+        if self.runtime.tell_all(is_lost):
+            raise RunLostError(self.config.run.out)
         average_batch_statistics(self.parts.query)
         # The checkpoint has one sum for all ranks, so values that they have not yet combined are averaged.
         sums = self.progress.averages.sums.clone()
@@ -411,6 +457,7 @@ class RunLoop:
             "best": {} if progress.best is None else progress.best.state_dict(),
             "data": progress.data,
             "init_from": progress.init_from,
+            "is_evaluation_due": progress.is_evaluation_due,
         }
         return Checkpoint(
             step=progress.step,

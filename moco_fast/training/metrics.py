@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moco_fast.training.state import read_lines
 from moco_fast.training.trackers import Trackers
 from shards.ground.files import write_whole
 
@@ -106,14 +107,7 @@ def sheet_of(views: tuple[Tensor, ...], *, num_samples: int = 8) -> npt.NDArray[
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and a last line that is incomplete because the run was killed."""
-    if not path.exists():
-        return
-    kept: list[str] = []
-    for text in path.read_text().splitlines():
-        try:
-            if json.loads(text)["step"] <= step:
-                kept.append(text + "\n")
-        except (json.JSONDecodeError, KeyError):
-            continue
-    write_whole(path, "".join(kept), durable=True)
+    """Drop the lines after `step`, and those that a kill or a power cut left incomplete."""
+    if path.exists():
+        kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
+        write_whole(path, "".join(kept), durable=True)

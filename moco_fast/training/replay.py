@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moco_fast import checkpoint
 from moco_fast.config import Config, from_dict
 from moco_fast.encoders.initial import initial_weights
+from moco_fast.recovery import find_whole
 from moco_fast.training.build import Parts, build, open_sets
 from moco_fast.training.capture import Capture, read_capture, read_generators
 from moco_fast.training.continuing import identity_of
@@ -137,7 +138,7 @@ def _replay(capture: Capture, config: Config, runtime: Runtime, say: Callable[[s
     parts = build(config, runtime, sets.training, initial=initial and initial.tensors)
     try:
         progress = begin(config, runtime, None, data, initial)
-        restore(config, runtime, parts, progress)
+        restore(config, runtime, parts, progress, newest=find_whole(Path(config.run.out) / "checkpoints").newest)
         if runtime.rank == 0:
             say(f"from step {progress.step} to the captured step {capture.step} on {runtime.device.type}")
         return _take_steps(capture, config, runtime, parts, progress.step)

@@ -16,7 +16,7 @@ support (and all users of "the legacy default stream") use stream 0, and must no
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,6 +36,14 @@ from torch import Tensor, nn
 
 from moco_fast.config import RunConfig
 from moco_fast.training.affinity import stay_near_gpu
+from moco_fast.training.rendezvous import (
+    INIT_METHOD,
+    address_towards,
+    choose_interface,
+    interfaces,
+    local_ranks,
+    resolve,
+)
 from pipelines.world import World
 
 __all__ = ["Runtime", "allow_tf32", "alone_by_mistake", "choose_compile", "choose_precision", "start"]
@@ -134,14 +142,17 @@ class Runtime:
             torch.cuda.set_stream(torch.cuda.default_stream(self.device))
 
 
-def start(config: RunConfig, *, env: Mapping[str, str] = os.environ) -> Runtime:
+def start(config: RunConfig, *, env: MutableMapping[str, str] = os.environ) -> Runtime:
     """Join the other processes and choose device and precision.
 
     Raises:
-        ValueError: the device does not exist, or this process would train alone although several were started.
+        ValueError: the device does not exist, this process would train alone although several were started, or it
+            cannot find the others.
     """
     if reason := alone_by_mistake(env):
         raise ValueError(reason)
+    env.update(local_ranks(env))
+    network = choose_interface(env, address_of=resolve, addresses=interfaces, towards=address_towards)
     on_cpu = _choose_cpu(config.device, env)
     has_bf16 = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
     precision, note = choose_precision(config.precision, env.get("ACCELERATE_MIXED_PRECISION"), has_bf16=has_bf16)
@@ -162,9 +173,11 @@ def start(config: RunConfig, *, env: Mapping[str, str] = os.environ) -> Runtime:
             cpu=on_cpu,
             mixed_precision=_ACCELERATE_NAMES[precision],
             dynamo_plugin=TorchDynamoPlugin(backend="no"),  # pyright: ignore[reportArgumentType] - a name will do
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s), init_method=INIT_METHOD)
+            ],
         )
-    notes = [note, *([compile_note] if compile_note else [])]
+    notes = [note, *filter(None, (compile_note, network))]
     if not on_cpu and env.get("ACCELERATE_CPU_AFFINITY", "").lower() in ("1", "true"):
         notes.append(stay_near_gpu(accelerator.device))
     meant = int(env.get("WORLD_SIZE", "1"))

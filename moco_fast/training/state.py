@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from moco_fast.config import Config, from_dict
 from shards.ground.files import write_whole
 from shards.ground.locks import is_locked
 
@@ -16,6 +17,8 @@ __all__ = [
     "RunState",
     "last_seen",
     "read_beat",
+    "read_config",
+    "read_json",
     "read_lines",
     "read_outcome",
     "run_state",
@@ -101,6 +104,28 @@ def read_outcome(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and isinstance(found.get("outcome"), str) else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file; nothing where there is none. Raises ValueError: it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it holds no JSON object): restore it")
+    return found
+
+
+def read_config(path: Path) -> Config:
+    """Return the configuration that a file holds. Raises ValueError: it is damaged, or of another version."""
+    found = read_json(path)
+    try:
+        return from_dict(found)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} holds no configuration that this version knows ({error}): restore it") from None
 
 
 def read_lines(path: Path, *, needs: tuple[str, ...] = ("step",)) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from moco_fast import distributed
+from moco_fast.interrupt import StoppedError
 
 
 def gather(batch):
@@ -102,6 +103,24 @@ def test_a_single_process_is_a_world_of_one():
     distributed.broadcast_([rows])
     assert torch.equal(rows, before)
     assert (distributed.rank(), distributed.world_size(), distributed.is_distributed()) == (0, 1, False)
+
+
+def stop(inner):
+    """Rank 1 is told to leave in the block; rank 0 is before a collective of it, or at the end."""
+    try:
+        with distributed.leaving_together():
+            if distributed.rank() == 1:
+                raise StoppedError(signal.SIGTERM)
+            if inner:
+                distributed.leave_together()
+    except StoppedError as error:
+        return error.number
+    return 0
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_signal_to_one_rank_ends_the_block_on_all(run_ranks, inner):
+    assert run_ranks(stop, inner) == [signal.SIGTERM, signal.SIGTERM]
 
 
 def fail_on_rank_1():

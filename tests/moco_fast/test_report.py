@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from moco_fast.report.neighbors import find_neighbors
 from moco_fast.report.record import read_run
 from moco_fast.report.report import write_report
 from moco_fast.report.words import configuration_table, headline
+from moco_fast.training.state import Beat, write_beat
 from pipelines.loader import open_loader
 from shards.ground.locks import locked
 from shards.sets import open_set
@@ -208,17 +210,41 @@ def test_a_run_that_still_goes_on(run: Path) -> None:
     (run / "outcome.json").write_text(json.dumps({"outcome": "running"}))
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    write_beat(run, Beat.now(step=25, step_time=time.time()))
     with locked(run / "lock", holder="the run"):
         page = write(run, num_samples=2)
     assert "Running: 20 steps" in page.text
-    assert "Continue this run" in page.text
+    assert f"so far, process {os.getpid()} on {os.uname().nodename}." in page.text
+    assert "Continue this run" not in page.text
+    assert "moco-fast export" in page.text
 
 
 def test_a_run_that_was_killed(run: Path) -> None:
     (run / "outcome.json").write_text(json.dumps({"outcome": "running"}))
-    page = write(run, num_samples=1)
-    assert "Killed, or its machine was lost, after 40 steps" in page.text
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe{"step": 50, "l\n\0\0\0\n7\n[]\n{"step": "50"}\n{"loss": 1}\n{"step": 50}\n')
+    page = write(run, num_samples=2)
+    assert "Ended without a word, as after a kill or on a full disk, after 40 steps" in page.text
+    assert "the same command continues from step 40." in page.text
     assert "Continue this run" in page.text
+    shutil.rmtree(run / "checkpoints")
+    page = write(run, num_samples=2)
+    assert "the same command begins again." in page.text
+    assert "Begin this run again" in page.text
+    for command in ("moco-fast eval", "moco-fast export"):
+        assert command not in page.text
+
+
+def test_a_damaged_file_names_itself(run: Path) -> None:
+    for name in ("environment.json", "config.json"):
+        for content in (b"", b"\0\0\0", b"[]", b"\xff"):
+            (run / name).write_bytes(content)
+            with pytest.raises(ValueError, match=f"{name} is damaged"):
+                read_run(run)
+    for content in ("{}", '{"data": 3}', '{"method": {"name": 7}}'):
+        (run / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"config\.json holds no configuration that this version knows"):
+            read_run(run)
 
 
 def test_a_run_that_has_logged_nothing_yet(run: Path) -> None:

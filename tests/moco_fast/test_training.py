@@ -15,13 +15,13 @@ from torch import nn
 
 from moco_fast import distributed
 from moco_fast.evaluation import training as training_module
-from moco_fast.evaluation.base import StoppedError
 from moco_fast.evaluation.classifier import BackboneClassifier, build_classifier
 from moco_fast.evaluation.heads import LinearHeads
 from moco_fast.evaluation.inputs import LiveFeatures, TaskInputs
 from moco_fast.evaluation.tasks.finetune import Finetune
 from moco_fast.evaluation.tasks.linear import Linear
 from moco_fast.evaluation.training import Trainings, score_classifier
+from moco_fast.interrupt import StoppedError
 from pipelines.config import ViewConfig, ViewSpec
 from pipelines.loader import open_loader
 from pipelines.world import World
