@@ -214,7 +214,8 @@ def _spent_figures(record: RunRecord, hours_name: str, price_per_hour: float | N
         "training time": format_duration(last["time_s"]),
     }
     # The first line includes the warm-up.
-    if steady := [line["samples_per_s"] for line in record.training[1:] or record.training]:
+    lines = record.training[1:] or record.training
+    if steady := [line["samples_per_s"] for line in lines if "samples_per_s" in line]:
         found["samples/s"] = f"{median(steady):,.0f}"
     hours = rank_hours(record)
     if hours is not None:
