@@ -91,7 +91,7 @@ def write_comparison(runs: Sequence[str | Path], out: Path, *, price_per_hour: f
     _refuse_what_cannot_be_compared(runs)
     records = [read_run(run) for run in runs]
     names = _short_names([record.path for record in records])
-    hours_name = name_of_hours([record for record in records if record.environment])
+    hours_name = name_of_hours([record for record in records if "world_size" in record.environment])
     axes = _axes(records, hours_name, price_per_hour)
     compared = [
         _compared(number, record, name, hours_name, price_per_hour)
