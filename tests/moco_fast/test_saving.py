@@ -169,7 +169,7 @@ def test_a_state_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
     assert checkpoint.find_newest(tmp_path) is None
 
 
-NUM_OPERATIONS = 40
+NUM_OPERATIONS = 64
 """More than a save takes."""
 
 
