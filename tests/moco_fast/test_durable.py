@@ -12,6 +12,7 @@ import torch
 from moco_fast import checkpoint
 from moco_fast.checkpoint import Checkpoint
 from moco_fast.config import to_dict
+from moco_fast.recovery import find_whole
 from moco_fast.training.folder import RunFolder
 from moco_fast.training.metrics import MetricsFile
 from moco_fast.training.trackers import Trackers
@@ -119,7 +120,7 @@ def test_configuration_and_history_survive_a_power_cut(tmp_path: Path) -> None:
         assert kept[: len(steps)] == steps
 
     with cut_anywhere(root, tmp_path / "left", check) as cut:
-        folder = RunFolder(root, (root / "lock").open("wb"), None)
+        folder = RunFolder(root, (root / "lock").open("wb"), find_whole(root / "checkpoints"), None)
         folder.write_config(config)
         metrics = MetricsFile(root, step=4, trackers=Trackers())
         cut()
