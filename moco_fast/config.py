@@ -382,6 +382,10 @@ def from_dict(data: dict[str, Any], cls: type[T] = Config) -> T:
         data = dict(data)
         cls = cast("type[T]", method_class(data.pop("name")))
     types: dict[str, type[object]] = get_type_hints(cls)
+    if cls is LogConfig and "tensorboard" in data:
+        # Runs that an earlier version began still open.
+        data = {"trackers": ("tensorboard",) if data["tensorboard"] else (), **data}
+        del data["tensorboard"]
     if unknown := sorted(set(data) - set(types)):
         raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}: the file comes from another version")
     values: dict[str, object] = {}

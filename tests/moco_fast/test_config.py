@@ -279,3 +279,11 @@ def test_the_name_of_the_preset_is_no_option(capsys):
     with pytest.raises(SystemExit):
         parse(["moco-v2", "--data.shards", "x", "--preset", "moco-v1"])
     assert "--preset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("tensorboard", "trackers"), [(True, ("tensorboard",)), (False, ())])
+def test_the_configuration_of_a_run_from_before_trackers_had_names_opens(tensorboard, trackers):
+    before = to_dict(config())
+    del before["log"]["trackers"]
+    before["log"]["tensorboard"] = tensorboard
+    assert from_dict(before).log.trackers == trackers
