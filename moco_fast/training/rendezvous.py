@@ -7,6 +7,7 @@ import socket
 import struct
 from collections.abc import Callable, Generator, Mapping, MutableMapping
 from typing import Any
+from urllib.parse import urlparse
 
 from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage] - documented there
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
@@ -28,7 +29,8 @@ def _meet(url: str, **options: Any) -> Generator[tuple[Store, int, int]]:
     Raises:
         ValueError: several nodes are restarted by the static rendezvous, which cannot bring them together again.
     """
-    for store, rank, world_size in rendezvous(url.replace(INIT_METHOD, "env://", 1), **options):
+    # torch adds rank and world size as a query, where they are given, and writes the rest in another way.
+    for store, rank, world_size in rendezvous(f"env://?{urlparse(url).query}", **options):
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")
         if restarts is not None and os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = PrefixStore(f"moco_fast/start-{restarts}", store)
