@@ -1,10 +1,20 @@
-"""How a run's processes find each other: ranks set by hand, and networks."""
+"""How a run's processes find each other: ranks set by hand, networks, and the launcher's restarts."""
 
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from moco_fast import checkpoint
 from moco_fast.training.rendezvous import address_towards, choose_interface, interfaces, local_ranks, resolve
+from moco_fast.training.state import read_lines, run_state
 
 SLURM = {"WORLD_SIZE": "11", "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}
 
@@ -85,3 +95,96 @@ def test_this_machine_has_addresses() -> None:
     assert resolve("127.0.0.1") == address_towards("127.0.0.1") == "127.0.0.1"
     assert resolve("no-such-name.invalid") is None
     assert not any(address.startswith("127.") for address in interfaces().values())
+
+
+# Restarts --------------------------------------------------------------------------------------------------------
+
+CONFIGS = Path(__file__).parents[2] / "deploy" / "accelerate"
+SMALL = (
+    *(
+        "--model.encoder",
+        "resnet18_quarter",
+        "--data.batch-size",
+        "16",
+        "--views.size",
+        "32",
+        "--data.backend",
+        "torch",
+    ),
+    *("--data.num-threads", "1", "--method.queue-size", "64", "--run.steps", "60", "--log.every-steps", "1"),
+    *("--checkpoint.every-steps", "3", "--run.device", "cpu", "--log.trackers"),
+)
+
+
+def below(pid: int) -> Iterator[int]:
+    """Give the processes that a process started, and those that these started."""
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            yield child
+            yield from below(child)
+
+
+def process_of(launcher: subprocess.Popen[str], rank: int) -> int:
+    return next(pid for pid in below(launcher.pid) if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text())
+
+
+def wait_for_step(out: Path, step: int, launchers: list[subprocess.Popen[str]]) -> None:
+    while not any(line["step"] >= step for line in read_lines(out / "metrics.jsonl")):
+        assert all(launcher.poll() is None for launcher in launchers), launchers[0].communicate()[1]
+        time.sleep(0.02)
+
+
+def launch(*command: str) -> subprocess.Popen[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
+        [sys.executable, "-m", *command], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def check_that_it_went_on(out: Path, said: str) -> None:
+    [step] = [int(line.rpartition(" ")[2]) for line in said.splitlines() if line.startswith("continuing ")]
+    assert step >= 3
+    assert step % 3 == 0
+    lines = read_lines(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert [line["samples"] for line in lines] == list(range(16, 16 * 61, 16))
+    assert run_state(out) == "finished"
+    newest = checkpoint.find_newest(out / "checkpoints")
+    assert newest is not None
+    assert checkpoint.load(newest).numbers["loader"] == {"epoch": 3, "step": 60 - 3 * 18}
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_after_a_kill_of_one_rank_the_launcher_continues_the_run(packed_demo: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ("--data.shards", str(packed_demo.train), "--run.out", str(out), *SMALL)
+    config = ("--config_file", str(CONFIGS / "cpu-2.yaml"), "--max_restarts", "1")
+    launcher = launch("accelerate.commands.launch", *config, "-m", "moco_fast.train", "demo", *options)
+    wait_for_step(out, 5, [launcher])
+    os.kill(process_of(launcher, 1), signal.SIGKILL)
+    _, said = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, said
+    check_that_it_went_on(out, said)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_after_the_loss_of_a_node_the_others_continue_the_run(packed_demo: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ("--data.shards", str(packed_demo.train), "--run.out", str(out), *SMALL)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    agents = ("--nnodes", "1:2", "--nproc_per_node", "1", "--max_restarts", "2", "--local_addr", "127.0.0.1")
+    conf = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,is_host="
+    meeting = (*agents, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_conf")
+    train = ("-m", "moco_fast.train", "demo", *options)
+    nodes = [launch("torch.distributed.run", *meeting, conf + is_host, *train) for is_host in ("true", "false")]
+    wait_for_step(out, 5, nodes)
+    left, lost = nodes
+    for pid in (lost.pid, *below(lost.pid)):
+        os.kill(pid, signal.SIGKILL)
+    lost.communicate()
+    _, said = left.communicate(timeout=240)
+    assert left.returncode == 0, said
+    check_that_it_went_on(out, said)
