@@ -382,10 +382,7 @@ def from_dict(data: dict[str, Any], cls: type[T] = Config) -> T:
         data = dict(data)
         cls = cast("type[T]", method_class(data.pop("name")))
     types: dict[str, type[object]] = get_type_hints(cls)
-    if cls is LogConfig and "tensorboard" in data:
-        # Runs that an earlier version began still open.
-        data = {"trackers": ("tensorboard",) if data["tensorboard"] else (), **data}
-        del data["tensorboard"]
+    data = _of_today(data, cls)
     if unknown := sorted(set(data) - set(types)):
         raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}: the file comes from another version")
     values: dict[str, object] = {}
@@ -396,6 +393,14 @@ def from_dict(data: dict[str, Any], cls: type[T] = Config) -> T:
         return cls(**values)
     except TypeError as error:
         raise ValueError(f"{cls.__name__}: {error}") from None
+
+
+def _of_today(data: dict[str, Any], cls: type[object]) -> dict[str, Any]:
+    """Return a section as this version writes it: runs that an earlier one began still open."""
+    if cls is LogConfig and "tensorboard" in data:
+        data = {"trackers": ("tensorboard",) if data["tensorboard"] else (), **data}
+        del data["tensorboard"]
+    return data
 
 
 def _with_tuples(value: object) -> object:

@@ -188,7 +188,6 @@ def draw_runs(
             axes.axhline(level.value, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
         _dress(axes, percent=percent)
         axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
         axes.set_xlim(0, x_max or 1)
         if from_zero:
             axes.set_ylim(bottom=0)
@@ -267,9 +266,10 @@ def _dress(axes: Axes, *, percent: bool) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=_INK, pad=6)
     axes.margins(x=0.02, y=0.12)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    # Steps, levels and bins are whole; what is varied may be a share.
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=axes.dataLim.x1 > 1))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
     if percent:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
     else:

@@ -407,6 +407,17 @@ def test_a_figure_takes_its_colors_from_the_page_and_stays_small() -> None:
     assert svg == draw_curves(curves, alt="both", level=Level(value=3, label="<level>"), from_zero=True)
 
 
+@pytest.mark.parametrize(
+    ("places", "ticks"),
+    [([0.0, 0.25, 0.8], ["0.15", "0.75"]), ([0, 7], ["2", "4"]), ([0, 12_000], ["5,000", "10,000"])],
+)
+def test_the_ticks_of_shares_are_shares_and_those_of_steps_are_whole(places: list[float], ticks: list[str]) -> None:
+    svg = draw_curves([Curve(steps=places, values=[500.5 + place for place in range(len(places))])], alt="ticks")
+    written = re.findall(r">([^<>]+)</text>", svg)
+    assert set(ticks) <= set(written)
+    assert len(set(written)) == len(written)
+
+
 def test_what_was_measured_afterwards_is_on_the_page(finished_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
