@@ -162,7 +162,8 @@ def test_an_interrupt_is_told_in_one_line(tmp_path):
     packer.send_signal(signal.SIGINT)
     _, errors = packer.communicate(timeout=10)
     assert packer.returncode == 130
-    assert errors.strip().startswith("error: interrupted")
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("error: interrupted")
 
 
 def _limit_file_size():
@@ -319,7 +320,7 @@ def bomb_jpeg():
 
 def test_a_bomb_is_refused_from_its_header(tmp_path, monkeypatch):
     source = fill(tmp_path / "in", 1)
-    (source / "bomb.png").write_bytes(bomb_png())
+    (source / "large.png").write_bytes(bomb_png())
     (source / "bomb.jpg").write_bytes(bomb_jpeg())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.monotonic()
@@ -385,10 +386,10 @@ def test_malformed_images_are_rejected_or_become_sound_jpegs(tmp_path, options):
     images = {"jpg": jpeg(), "progressive.jpg": jpeg(progressive=True), "cmyk.jpg": encoded(picture(mode="CMYK"))}
     if not options:
         images |= {kind.lower(): encoded(picture(), kind) for kind in KINDS}
-    for kind, data in images.items():
+    for number, (kind, data) in enumerate(images.items()):
         for i in range(0, len(data), max(1, len(data) // 25)):
-            (source / f"cut{i}.{kind}").write_bytes(data[:i])
-            (source / f"flip{i}.{kind}").write_bytes(data[:i] + bytes([data[i] ^ 0xFF]) + data[i + 1 :])
+            (source / f"{number}-cut{i}.{kind}").write_bytes(data[:i])
+            (source / f"{number}-flip{i}.{kind}").write_bytes(data[:i] + bytes([data[i] ^ 0xFF]) + data[i + 1 :])
     manifest = pack(config(source, tmp_path / "out", shard_samples=1000, **options))[""]
     assert manifest.num_samples + manifest.num_rejected == len(list(source.iterdir()))
     assert manifest.num_rejected > 50
