@@ -39,8 +39,9 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
 
     def start(self, step: int) -> None:
-        """Begin, after so many steps."""
+        """Write a first beat, after so many steps, and go on by itself."""
         self.step = step
+        self._beat()
         self._thread.start()
 
     @property
@@ -74,10 +75,17 @@ class Heartbeat:
             self._thread.join()
 
     def _beat_on(self) -> None:
-        while not self.look():
-            # A full disk misses a beat; what else fails of it is the loop's to say.
-            with suppress(OSError):
-                state.write_beat(self._folder, state.Beat.now(step=self._step, step_time=self._step_time))
-            if self._closing.is_set():
+        is_over = False
+        while not is_over:
+            is_over = self._closing.wait(state.BEAT_EVERY_S)
+            if not self._beat():
                 return
-            self._closing.wait(state.BEAT_EVERY_S)
+
+    def _beat(self) -> bool:
+        """Write a beat, and return whether the folder is still there."""
+        if self.look():
+            return False
+        # A full disk misses a beat; what else fails of it is the loop's to say.
+        with suppress(OSError):
+            state.write_beat(self._folder, state.Beat.now(step=self._step, step_time=self._step_time))
+        return True

@@ -144,7 +144,7 @@ def test_what_cannot_be_written_is_told_before_any_work(packed, beton, tmp_path,
 
     assert "exists: remove it" in told(packed, "--out", beton)
     assert "give a path that ends in .beton" in told(packed, "--out", tmp_path / "x")
-    assert "FFCV reads local files" in told(packed, "--out", "s3://bucket/x.beton")
+    assert "is an address, which this option does not take" in told(packed, "--out", "s3://bucket/x.beton")
     assert "absent is not a folder" in told(packed, "--out", tmp_path / "absent" / "x.beton")
     assert "is a .beton already" in told(beton, "--out", tmp_path / "x.beton")
     assert "is made of one folder on this machine" in told("s3://bucket/set", "--out", tmp_path / "x.beton")
