@@ -64,7 +64,12 @@ def installed() -> dict[str, Package]:
     importlib.invalidate_caches()
     found: dict[str, Package] = {}
     for distribution in metadata.distributions():
-        name, version = distribution.metadata.get("Name"), distribution.metadata.get("Version")
+        try:
+            told = distribution.metadata
+        except FileNotFoundError:
+            # So importlib-metadata says, which takes the place of Python's own where a package imports it.
+            continue
+        name, version = told.get("Name"), told.get("Version")
         if name and version:
             package = Package(
                 version=version,

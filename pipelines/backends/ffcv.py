@@ -185,7 +185,10 @@ class _AllViews(Operation):
                         for view in range(row["side"].shape[0]):
                             side = row["side"][view]
                             begin = row["begin"][view] + np.int64(place) * side * side * 3
-                            render(image, row, view, pixels[begin : begin + side * side * 3].reshape(side, side, 3))
+                            out = pixels[begin : begin + side * side * 3].reshape(side, side, 3)
+                            box, flip, sigma = row["box"][view], row["flip"][view], row["sigma"][view]
+                            stages, factors = row["stages"][view], row["factors"][view]
+                            render(image, box, flip, sigma, row["matrix"][view], stages, factors, out)
                         faults[place] = 0
             return faults
 

@@ -18,7 +18,9 @@ from pipelines.plan.augment import NUM_PLACES, Stage
 __all__ = ["apply_chain", "crc32c", "decode", "render"]
 
 compiled: Any = numba.njit(nogil=True, fastmath=True, error_model="numpy")
-# Kept on disk: functions that call into C cannot be.
+# Kept on disk: functions that call into C cannot be. Nor may one that takes a record: in the names by which machine
+# code is linked, numba numbers record types as a process meets them, so those of two processes may have one name, and a
+# process that reads both back from the disk runs one in place of the other.
 compiled_once: Any = numba.njit(nogil=True, fastmath=True, error_model="numpy", cache=True)
 
 # Rounds every operation as it is written: whole numbers stay whole.
@@ -58,25 +60,29 @@ def decode(encoded, image):
 
 
 @compiled_once
-def render(image, row, view, out):
-    """Write a view of an image to `out`, (S, S, 3) uint8.
+def render(image, box, flip, sigma, matrix, stages, factors, out):
+    """Write a view of an image to `out`.
 
     Args:
         image: (H, 3 * W) uint8.
-        row: parameters of the sample's views (pipelines.backends.ffcv).
-        view: number of the view.
+        box: (4,) x, y, width and height of the crop.
+        flip: whether to mirror it.
+        sigma: of the blur, in pixels of the view; 0: none.
+        matrix: (3, 4) color map.
+        stages: (NUM_PLACES,) of the color chain (pipelines.plan.augment).
+        factors: (NUM_PLACES,).
         out: (S, S, 3) uint8.
     """
     size = out.shape[0]
     pixels = np.empty((size, 3 * size), np.float32)
-    _resize(image, row["box"][view, 0], row["box"][view, 1], row["box"][view, 2], row["box"][view, 3], pixels)
-    if row["flip"][view]:
+    _resize(image, box[0], box[1], box[2], box[3], pixels)
+    if flip:
         _mirror(pixels)
-    if row["sigma"][view] > 0:
-        _blur(pixels, row["sigma"][view])
+    if sigma > 0:
+        _blur(pixels, sigma)
     planes = np.empty((3, size * size), np.float32)
-    _apply_matrix(pixels.reshape(size * size, 3), row["matrix"][view], planes)
-    apply_chain(planes, row["stages"][view], row["factors"][view])
+    _apply_matrix(pixels.reshape(size * size, 3), matrix, planes)
+    apply_chain(planes, stages, factors)
     for channel in range(3):
         out[:, :, channel] = planes[channel].reshape(size, size)
 

@@ -59,6 +59,8 @@ def of_two(shards: str, out: str, evaluated: str | None, *, on_rank: int, where:
 
 
 def told_while_it_trains(*places: Any) -> Any:
+    # Under nohup it would be ignored.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     return of_two(*places, None, on_rank=1, where=(TrainStep, "__call__", 3), do=send(signal.SIGHUP))
 
 

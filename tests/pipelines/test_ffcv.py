@@ -330,3 +330,16 @@ def test_a_process_that_never_closes_its_loader_still_ends(photos):
     command = [sys.executable, "-W", "error", "-c", SCRIPT, str(photos.path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "reached\n", "")
+
+
+def test_nothing_that_is_kept_on_disk_takes_a_record():
+    """Their names repeat between processes: one that reads two of them back runs one for the other."""
+    from numba import types
+
+    from pipelines.backends import ffcv_kernels
+
+    kept = [each for each in vars(ffcv_kernels).values() if getattr(each, "_cache", None) and each._cache.cache_path]
+    taken = [taken for function in kept for signature in function.signatures for taken in signature]
+    assert ffcv_kernels.render in kept
+    assert ffcv_kernels.render.signatures
+    assert not any(isinstance(getattr(each, "dtype", each), types.Record) for each in taken)
