@@ -143,7 +143,7 @@ def _unless_missing(make: Callable[[], list[T]]) -> tuple[list[T], str]:
 
 def _neighbors(record: RunRecord, device: torch.device, num_queries: int, max_bank: int) -> list[Query]:
     if record.config.eval.shards is None:
-        raise ValueError("the run has no held-out samples (--eval.shards)")
+        raise ValueError("the run has no held-out samples with labels (--eval.shards)")
     config, encoder = load_encoder(record.path)
     return find_neighbors(
         encoder.to(device),

@@ -263,7 +263,7 @@ def test_a_run_without_evaluation(run: Path) -> None:
     lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "knn" not in line]
     (run / "metrics.jsonl").write_text("\n".join(lines))
     page = write(run, num_samples=2)
-    assert "the run has no held-out samples" in page.text
+    assert "the run has no held-out samples with labels" in page.text
     assert "Loss over training steps" in page.html
     assert "moco-fast eval" not in page.text
 
