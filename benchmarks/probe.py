@@ -7,38 +7,20 @@ does alone. The claim is taken round by round: the probe alone against 2% of the
 differ by less than from round to round, so their ratio is printed beside it, as a check.
 """
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from alternating import alternate, claims_table, compare, header, table, write_claims
-from step import LR, MOMENTUM, Ours, Setting
+from step import LR, MOMENTUM, Ours, setting_of, step_options
 
 from moco_fast.evaluation.online import OnlineProbe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", default="resnet50")
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=32)
+    parser = step_options(__doc__, encoder="resnet50", batch=32, size=64)
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--queue", type=int, default=65536)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="where to write the claims")
     options = parser.parse_args()
-    setting = Setting(
-        encoder=options.encoder,
-        batch=options.batch,
-        size=options.size,
-        queue=options.queue,
-        device=torch.device(options.device),
-        precision=options.precision,
-        compile=False,
-    )
+    setting = setting_of(options)
     ours = Ours(setting, setting.views())
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(options.classes, (options.batch,), generator=generator)

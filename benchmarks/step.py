@@ -276,19 +276,38 @@ def shuffle_on_rank(
     dist.destroy_process_group()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", default="resnet18")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--size", type=int, default=224)
+def step_options(description: str | None, *, encoder: str, batch: int, size: int) -> argparse.ArgumentParser:
+    """Return a parser of what benchmarks of a step are told; `setting_of` makes a Setting of it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", default=encoder)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--size", type=int, default=size)
     parser.add_argument("--queue", type=int, default=65536)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=DTYPES, default="fp32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="where to write the claims")
+    return parser
+
+
+def setting_of(options: argparse.Namespace) -> Setting:
+    """Return what was asked for."""
+    return Setting(
+        encoder=options.encoder,
+        batch=options.batch,
+        size=options.size,
+        queue=options.queue,
+        device=torch.device(options.device),
+        precision=options.precision,
+        compile=getattr(options, "compile", False),
+    )
+
+
+def main() -> None:
+    parser = step_options(__doc__, encoder="resnet18", batch=64, size=224)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--shuffle", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="where to write the claims")
     parser.add_argument("--plot", type=Path, help="where to draw the times")
     options = parser.parse_args()
     if options.shuffle:
@@ -298,16 +317,7 @@ def main() -> None:
         return
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    setting = Setting(
-        encoder=options.encoder,
-        batch=options.batch,
-        size=options.size,
-        queue=options.queue,
-        device=torch.device(options.device),
-        precision=options.precision,
-        compile=options.compile,
-    )
-    compare_steps(setting, options.rounds, options.json, options.plot)
+    compare_steps(setting_of(options), options.rounds, options.json, options.plot)
 
 
 if __name__ == "__main__":

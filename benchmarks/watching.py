@@ -6,14 +6,12 @@ Alternating, in one process: ten steps of a run, and what is done beside ten ste
 of the key encoder's lag. The claim is taken round by round: the latter against 0.5% of the former.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 from alternating import alternate, claims_table, compare, header, table, write_claims
-from step import LR, MOMENTUM, Ours, Setting
+from step import LR, MOMENTUM, Ours, setting_of, step_options
 
 from moco_fast.training.alarms import key_lag
 from moco_fast.training.capture import RecentSteps
@@ -28,25 +26,9 @@ NUM_STEPS = 10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", default="resnet50")
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--queue", type=int, default=65536)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="where to write the claims")
+    parser = step_options(__doc__, encoder="resnet50", batch=32, size=64)
     options = parser.parse_args()
-    setting = Setting(
-        encoder=options.encoder,
-        batch=options.batch,
-        size=options.size,
-        queue=options.queue,
-        device=torch.device(options.device),
-        precision=options.precision,
-        compile=False,
-    )
+    setting = setting_of(options)
     ours = Ours(setting, setting.views())
     watched = ours.train_step([ours.batch], lr=LR, scheduled={"momentum": MOMENTUM})
     gauges = Gauges(setting.device, num_steps=1000)
