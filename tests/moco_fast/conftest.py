@@ -1,6 +1,8 @@
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +45,10 @@ def packed_demo(tmp_path_factory) -> PackedDemo:
 
 @pytest.fixture(scope="session")
 def finished_run(packed_demo, tmp_path_factory) -> Path:
-    """A run's folder as training leaves it: 40 steps that nobody took, and an encoder that is not the first one."""
+    """A run's folder as training leaves it: 40 steps that nobody took, and an encoder that is not the first one.
+
+    All tests of a process read it, none may write into it: `own_run` is a copy.
+    """
     import torch
 
     from moco_fast import checkpoint
@@ -85,3 +90,30 @@ def finished_run(packed_demo, tmp_path_factory) -> Path:
     saved = checkpoint.Checkpoint(step=40, config=to_dict(config), model=model, optimizer={}, rng={})
     checkpoint.save(run / "checkpoints", saved, keep=1)
     return run
+
+
+@pytest.fixture
+def own_run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run to write into."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of each file below a folder."""
+    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)): (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+
+
+@pytest.fixture(scope="session")
+def shared_contents(packed_demo: PackedDemo, finished_run: Path) -> dict[Path, dict[str, tuple[int, int]]]:
+    return {folder: contents(folder) for folder in (packed_demo.train.parent, finished_run)}
+
+
+@pytest.fixture(autouse=True)
+def shared_folders_stay_as_they_are(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test leaves in a folder that others read is what they stumble over, in some orders only."""
+    shared = {"packed_demo", "finished_run"} & set(request.fixturenames)
+    before = request.getfixturevalue("shared_contents") if shared else {}
+    yield
+    for folder, files in before.items():
+        assert contents(folder) == files, f"{folder.name} is shared: copy it, as own_run does, to write into it"

@@ -225,11 +225,11 @@ def test_export_writes_and_tells_how_to_load(
     assert f"timm.create_model('local-dir:{out}', pretrained=True)" in capsys.readouterr().out
 
 
-def test_report_prints_its_path_after_the_next_commands(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(finished_run), "--num-samples", "2", "--device", "cpu"]) == 0
+def test_report_prints_its_path_after_the_next_commands(own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(own_run), "--num-samples", "2", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1] == f"Report: {finished_run / 'report.html'}"
-    assert f"moco-fast eval knn --encoder {finished_run} --beside untrained" in printed
+    assert printed.splitlines()[-1] == f"Report: {own_run / 'report.html'}"
+    assert f"moco-fast eval knn --encoder {own_run} --beside untrained" in printed
     longer = next(line for line in printed.splitlines() if "moco_fast.train" in line)
     assert longer.count("--run.out ") == longer.count("--run.steps ") == 1
     assert longer.endswith("-steps")

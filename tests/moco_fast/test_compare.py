@@ -204,8 +204,8 @@ def start(run: Path, **facts: Any) -> None:
         file.write(json.dumps({"device": "H100"} | facts) + "\n")
 
 
-def test_hours_are_counted_over_starts_with_other_ranks(finished_run: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+def test_hours_are_counted_over_starts_with_other_ranks(own_run: Path) -> None:
+    run = own_run
     hour = 3600
     rewrite(run, "metrics.jsonl", lambda line: line | {"time_s": 9 * hour * line["step"] / 40})
     rewrite(run, "outcome.json", lambda outcome: outcome | {"at": 1e6 + 30 * hour})

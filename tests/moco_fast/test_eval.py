@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -427,11 +426,10 @@ def test_a_result_says_everything_that_repeats_it(
     assert Result.from_dict(values).figures["top1"].interval_of == "2 seeds (Student's t)"
 
 
-def test_figures_of_a_run_are_rows_of_its_tensorboard(finished_run: Path, tmp_path: Path) -> None:
+def test_figures_of_a_run_are_rows_of_its_tensorboard(own_run: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
+    run = own_run
     words = [
         "eval",
         "knn",
@@ -472,11 +470,11 @@ def test_the_suite_leaves_slow_tasks_to_those_who_name_them(monkeypatch: pytest.
 
 
 def test_the_suite_measures_what_the_data_allows_into_the_run_s_folder(
-    finished_run: Path, packed_demo: Any, cache: Path, capsys: pytest.CaptureFixture[str]
+    own_run: Path, packed_demo: Any, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["suite", "--encoder", str(finished_run), "--tasks", "knn", "logistic"]
+    words = ["suite", "--encoder", str(own_run), "--tasks", "knn", "logistic"]
     assert eval_command(*words, "--data", str(packed_demo.train.parent)) == 0
-    path = finished_run / "evaluations" / "suite.json"
+    path = own_run / "evaluations" / "suite.json"
     assert [result.task for result in read_results(path)] == ["knn", "logistic"]
     printed = capsys.readouterr()
     assert "logistic top-1" in printed.out

@@ -1,5 +1,4 @@
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +64,9 @@ def test_a_missing_configuration_file_is_named_without_its_text(monkeypatch: pyt
 
 
 @pytest.fixture
-def run(finished_run: Path, tmp_path: Path) -> Path:
+def run(own_run: Path) -> Path:
     """A run on two machines that was continued twice, once with changes."""
-    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    run = own_run
     environment = json.loads((run / "environment.json").read_text())
     variables = {"ACCELERATE_MIXED_PRECISION": "bf16"}
     command = ["/v/bin/python", "/v/bin/accelerate", "launch", "--num_processes", "3", *OURS]

@@ -210,8 +210,8 @@ def test_a_checkpoint_of_someone_else_is_passed_over(saved: Path) -> None:
     assert [reason.endswith("cannot be read (Permission denied)") for _, reason in found.damaged] == [True, True]
 
 
-def test_an_encoder_comes_from_the_newest_whole_checkpoint(finished_run: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(finished_run, tmp_path / "run")
+def test_an_encoder_comes_from_the_newest_whole_checkpoint(own_run: Path) -> None:
+    run = own_run
     whole = run / "checkpoints" / name_of(40)
     state = checkpoint.load(whole)
     checkpoint.save(

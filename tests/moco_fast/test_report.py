@@ -97,14 +97,13 @@ def pixels(url: str) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def page(finished_run: Path) -> Page:
-    return write(finished_run, num_samples=4)
+def page(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return write(Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("page") / "run")), num_samples=4)
 
 
 @pytest.fixture
-def run(finished_run: Path, tmp_path: Path) -> Path:
-    """A copy to tamper with."""
-    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+def run(own_run: Path) -> Path:
+    return own_run
 
 
 def change(run: Path, **sections: dict[str, Any]) -> None:
@@ -419,10 +418,7 @@ def test_the_ticks_of_shares_are_shares_and_those_of_steps_are_whole(places: lis
     assert len(set(written)) == len(written)
 
 
-def test_what_was_measured_afterwards_is_on_the_page(finished_run: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished_run, run)
-    shutil.rmtree(run / "evaluations", ignore_errors=True)
+def test_what_was_measured_afterwards_is_on_the_page(run: Path) -> None:
     assert "What is it worth?" not in write_report(run, device=torch.device("cpu"), num_samples=1).read_text()
     (run / "evaluations").mkdir()
     (run / "evaluations" / "broken.json").write_text("{")
