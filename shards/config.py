@@ -33,6 +33,8 @@ class SourceOptions:
     """Which labels are wanted, as in PackConfig."""
     members: tuple[str, ...] = ()
     """Extensions of the files that are inputs; empty: images, of which a sample may have one."""
+    follow_links: bool = False
+    """Whether links that leave a folder, and links to folders, are followed."""
 
     @property
     def labeled(self) -> bool:
@@ -82,6 +84,9 @@ class PackConfig(EncodeConfig):
     members: tuple[str, ...] = ()
     """Extensions of the files that are packed, where samples hold several images, such as `jpg` for 0001.jpg beside
     0001.seg.png; `all`: every image; unset: two images in a sample are refused."""
+    follow_links: bool = False
+    """Pack what links in folders lead to, under the names of the links: also folders, and what is outside of SOURCE.
+    Unset: links to files inside of it alone, and those of Hugging Face's cache."""
     image_column: str | None = None
     """Column of lists and tables that holds the image or its path; unset: found by its usual names."""
     label_column: str | None = None
@@ -189,6 +194,7 @@ class PackConfig(EncodeConfig):
             image_root=self.image_root,
             labels=self.labels,
             members=tuple(extension.lower().strip(".") for extension in self.members),
+            follow_links=self.follow_links,
         )
 
     def encoding(self) -> EncodeConfig:

@@ -7,6 +7,7 @@ from shards.ground.units import counted, format_bytes
 from shards.images.encode import ARCHIVE
 from shards.packing.aside import describe_aside
 from shards.sets.manifest import Manifest
+from shards.sources.links import LINK_REASONS
 from shards.storage.file_kinds import ASIDE_NAME, REJECTED_NAME
 
 __all__ = ["summarize"]
@@ -36,6 +37,9 @@ def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> 
             reasons[reason] = reasons.get(reason, 0) + count
     tally = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
     print(f"  rejected {rejected:,} of {inputs:,} ({tally}): see {REJECTED_NAME}")
+    links = sum(reasons.get(reason, 0) for reason in LINK_REASONS)
+    if links:
+        print(f"  {counted(links, 'link')} not followed: --follow-links packs what is there")
     archives = reasons.get(ARCHIVE, 0)
     if archives:
         print(

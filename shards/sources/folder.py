@@ -11,6 +11,7 @@ from shards.config import SourceOptions
 from shards.ground.errors import PackError, Rejected
 from shards.images.sniff import SNIFFED_BYTES
 from shards.sources.base import Aside, Input, Source, printable
+from shards.sources.links import Links, refuse_cache
 from shards.sources.registry import nested_source
 from shards.sources.samples import SeveralImages, sifted
 from shards.storage.file_kinds import (
@@ -31,28 +32,33 @@ _SOURCE_IS_GONE = frozenset({errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIM
 _MAX_FILE_BYTES = 1 << 30
 # img2dataset writes this beside each tar, and a table of what was tried.
 _STATISTICS = b"_stats.json"
+_LISTED_ALREADY = "link to a folder that is listed already"
 
 
 class FolderSource:
-    """Every file below a folder. Links to folders are not followed; links to files only where they stay inside.
+    """Every file below a folder. Links are followed as `shards.sources.links` says; what they lead to has their names.
 
     Args:
         path: the folder, as the user wrote it.
         options: what is wanted.
         root: the same from the root; found from `path` if empty.
+        follow_links: follow every link; None: as the options say.
     """
 
     is_remote = False
 
-    def __init__(self, path: str, options: SourceOptions | None = None, root: str = "") -> None:
+    def __init__(
+        self, path: str, options: SourceOptions | None = None, root: str = "", follow_links: bool | None = None
+    ) -> None:
         self.path = path
         self._options = options or SourceOptions()
         self._root = os.fsencode(root or absolute(path))
-        self._real_root: bytes | None = None
+        self._links = Links(self._root, follow=self._options.follow_links if follow_links is None else follow_links)
 
     def spec(self) -> dict[str, Any]:
         """Return what `reopen_source` needs."""
-        return {"kind": "folder", "path": self.path, "root": os.fsdecode(self._root)}
+        root = os.fsdecode(self._root)
+        return {"kind": "folder", "path": self.path, "root": root, "follow_links": self._links.follow}
 
     def inputs(self, spool: Path) -> Iterator[Input | Source | Aside]:
         """List everything that is not a folder, sorted by name within each folder, subfolders after files.
@@ -62,6 +68,7 @@ class FolderSource:
         del spool
         nested: list[Source] = []
         folders, several = [b""], SeveralImages()
+        self._links.enter(self._root, is_link=False)
         while folders:
             folder = folders.pop()
             files, subfolders = self._scanned(folder)
@@ -74,35 +81,43 @@ class FolderSource:
                     nested.append(source)
                 else:
                     yield Input(item, label)
-            for name in reversed(subfolders):
+            entered: list[bytes] = []
+            for name, is_link in sorted(subfolders.items()):
                 kind = litter(name + b"/")
-                if kind is None:
-                    folders.append(name)
+                if kind is None and self._links.enter(self._path(name), is_link=is_link):
+                    entered.append(name)
                 else:
-                    yield Aside(kind, name)
+                    yield Aside(kind or _LISTED_ALREADY, name)
+            folders += reversed(entered)
         several.refuse(self.path)
         yield from nested
 
-    def _scanned(self, folder: bytes) -> tuple[list[bytes], list[bytes]]:
-        """Return the files and the folders right in a folder, each sorted, from the source on."""
+    def _scanned(self, folder: bytes) -> tuple[list[bytes], dict[bytes, bool]]:
+        """Return the files right in a folder, sorted, and whether each of its folders is a link; from the source on."""
         files: list[bytes] = []
-        subfolders: list[bytes] = []
+        subfolders: dict[bytes, bool] = {}
         prefix = folder + b"/" if folder else b""
         try:
             with os.scandir(self._path(folder)) as entries:
                 for entry in entries:
-                    (subfolders if entry.is_dir(follow_symlinks=False) else files).append(prefix + entry.name)
+                    is_link = self._links.follow and entry.is_symlink()
+                    # A link that leads nowhere is a file that cannot be read.
+                    if os.path.isdir(entry.path) if is_link else entry.is_dir(follow_symlinks=False):  # noqa: PTH112
+                        subfolders[prefix + entry.name] = is_link
+                    else:
+                        files.append(prefix + entry.name)
         except OSError as error:
             raise PackError(
                 f"cannot list {printable(self._path(folder))} ({error.strerror}): "
                 "its images would be lost silently; make it readable, or move it away"
             ) from error
-        return sorted(files), sorted(subfolders)
+        refuse_cache(os.fsdecode(self._path(folder)), [os.fsdecode(name[len(prefix) :]) for name in subfolders])
+        return sorted(files), subfolders
 
     def _begin(self, name: bytes) -> bytes:
         """Return a file's first bytes; none of what is not a file or cannot be read."""
         path = Path(os.fsdecode(self._path(name)))
-        if not path.is_file():
+        if not path.is_file() or not self._links.may_read(self._path(name)):
             return b""
         try:
             with path.open("rb") as file:
@@ -114,8 +129,7 @@ class FolderSource:
         return self._root + b"/" + name if name else self._root
 
     def _nested(self, name: bytes) -> Source | None:
-        # A link may lead out of the folder; like any link, it is looked at when it is read.
-        if not may_be_archive(name) or not stat.S_ISREG(os.lstat(self._path(name)).st_mode):
+        if not may_be_archive(name) or not self._is_readable_file(self._path(name)):
             return None
         try:
             return nested_source(f"{self.path.rstrip('/')}/{os.fsdecode(name)}", self._options)
@@ -125,27 +139,23 @@ class FolderSource:
                 "make it readable, or move it away"
             ) from error
 
+    def _is_readable_file(self, path: bytes) -> bool:
+        """Whether a path is a regular file, or a link to one that is followed."""
+        mode = os.lstat(path).st_mode
+        return stat.S_ISREG(mode) or (
+            stat.S_ISLNK(mode) and self._links.may_read(path) and Path(os.fsdecode(path)).is_file()
+        )
+
     def read(self, name: bytes, offset: int, size: int) -> bytes:
         """Return the bytes of a file; `offset` and `size` are not used."""
         del offset, size
         path = self._path(name)
         try:
-            return read_file(path, follow=self._resolve)
+            return read_file(path, follow=self._links.target)
         except Rejected as rejected:
             if rejected.reason == "unreadable" and not Path(os.fsdecode(self._root)).is_dir():
                 raise PackError(f"cannot read {printable(path)}: is {self.path} still there?") from None
             raise
-
-    def _resolve(self, path: bytes) -> bytes:
-        """Return where a link leads, if that is inside the source."""
-        if self._real_root is None:
-            self._real_root = os.path.realpath(self._root)
-        target = os.path.realpath(path)
-        if not (target + b"/").startswith(self._real_root.rstrip(b"/") + b"/"):
-            raise Rejected("link leaves the source", printable(target))
-        if Path(os.fsdecode(target)).is_dir():
-            raise Rejected("not a file", "a link to a folder")
-        return target
 
     def describe(self, name: bytes) -> str:
         """Return the path of the file."""
