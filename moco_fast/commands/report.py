@@ -25,7 +25,7 @@ class Report:
     out: str | None = None
     """File to write. Unset: report.html in the run's folder, or comparison.html in the working directory."""
     num_samples: int = 8
-    """One run: number of training samples, and of held-out samples, that are shown."""
+    """One run: number of samples whose views, and whose neighbors, are shown."""
     max_bank: int = 2000
     """One run: number of training samples to search for neighbors."""
     price_per_hour: float | None = None

@@ -20,7 +20,7 @@ _LONGEST_PROBLEM = 100  # characters
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """List the runs below a folder: state, progress, best and last figure, time left, age and size on disk."""
+    """List the runs below a folder: state, warnings, progress, best and last figure, time left, age, size on disk."""
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")] = "."
     """Folder to look in, at any depth."""
@@ -70,7 +70,7 @@ def _table(runs: "list[ListedRun]", folder: Path, *, now: float) -> str:
     from moco_fast.evaluation.result import aligned
     from shards.ground.units import format_bytes, format_duration
 
-    lines = [["run", "state", "step", "", "figure", "best", "last", "left", "seen", "size"]]
+    lines = [["run", "state", "warnings", "step", "", "figure", "best", "last", "left", "seen", "size"]]
     for run in runs:
         of = "" if run.num_steps is None else f"of {run.num_steps:,} ({(run.step or 0) / run.num_steps:.0%})"
         best = "-" if run.best is None else f"{_value(run, run.best)} at {run.best_at:,}"
@@ -78,6 +78,7 @@ def _table(runs: "list[ListedRun]", folder: Path, *, now: float) -> str:
             [
                 str(run.path.relative_to(folder)) if run.path != folder else str(folder),
                 run.state or "?",
+                str(run.num_warnings or "-"),
                 "-" if run.step is None else f"{run.step:,}",
                 of,
                 run.title or "-",

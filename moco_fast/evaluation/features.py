@@ -28,9 +28,9 @@ __all__ = [
     "extract_layers",
     "feature_batches",
     "gather",
-    "labeled_features",
     "near",
     "rows_at_once",
+    "set_features",
     "spread",
     "with_progress",
 ]
@@ -140,7 +140,7 @@ def with_progress(batches: Iterable[Batch], title: str | None) -> Iterable[Batch
     return tqdm(batches, desc=title, disable=title is None, delay=3, mininterval=interval_s, leave=False, unit="batch")
 
 
-def labeled_features(
+def set_features(
     encoder: Encoder,
     shards: ShardSet,
     *,
@@ -153,7 +153,7 @@ def labeled_features(
     indices: np.ndarray | None = None,
     title: str | None = None,
 ) -> Features:
-    """Compute this rank's share of the features, of length 1, of the labeled samples in a set of shards.
+    """Compute this rank's share of the features, of length 1, of the samples in a set of shards.
 
     Args:
         encoder: on `device`.
@@ -172,8 +172,7 @@ def labeled_features(
     with open_loader(
         suited_to(data, shards), views, samples=samples, device=device, world=world, shards=shards
     ) as loader:
-        features = extract(encoder, loader, device=device, layer=layer, title=title if world.rank == 0 else None)
-    return features.rows(features.labels >= 0)
+        return extract(encoder, loader, device=device, layer=layer, title=title if world.rank == 0 else None)
 
 
 def gather(features: Features) -> Features:

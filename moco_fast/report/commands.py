@@ -25,9 +25,12 @@ def next_commands(record: RunRecord) -> list[NextCommand]:
         again = "Begin this run again" if record.checkpoint is None else "Continue this run"
         proposals[again] = record.command
     has_encoder = record.checkpoint is not None
-    if config.eval.shards is not None and has_encoder:
+    measured = {name.partition("/")[0] for line in record.evaluations for name in line if "/" in name}
+    # A run that measured its health alone may have no labels.
+    task = "health" if measured == {"health"} else "knn" if config.eval.shards is not None else None
+    if task is not None and has_encoder:
         proposals["Compare with the untrained encoder"] = (
-            f"moco-fast eval knn --encoder {quote(run)} --beside untrained"
+            f"moco-fast eval {task} --encoder {quote(run)} --beside untrained"
         )
     if record.command and record.status == "finished":
         steps = 2 * int(record.last["step"])

@@ -16,7 +16,7 @@ from moco_fast.config import Config, from_dict
 from moco_fast.evaluation.base import Score
 from moco_fast.evaluation.registry import find_scores
 from moco_fast.training.schedule import run_length
-from moco_fast.training.state import RunState, last_seen, read_outcome, run_state
+from moco_fast.training.state import RunState, last_seen, read_outcome, read_warnings, run_state
 
 __all__ = ["ListedRun", "list_runs"]
 
@@ -47,6 +47,8 @@ class ListedRun:
     """Seconds of training that are left, at the pace of the last lines; of running runs."""
     seen: float | None = None
     """When it was last seen alive, in seconds since the epoch."""
+    num_warnings: int = 0
+    """What it was warned of while it trained (warnings.jsonl)."""
     size_bytes: int = 0
     """On disk."""
     problems: list[str] = field(default_factory=list[str])
@@ -111,6 +113,7 @@ def _fill_state(run: ListedRun) -> None:
         _read(run.path / "outcome.json")
     outcome = read_outcome(run.path)
     run.step, run.num_steps = outcome.get("step"), outcome.get("num_steps")
+    run.num_warnings = len(read_warnings(run.path))
 
 
 def _fill_progress(run: ListedRun) -> None:

@@ -21,6 +21,7 @@ from moco_fast.training.state import (
     read_json,
     read_lines,
     read_outcome,
+    read_warnings,
     run_state,
 )
 
@@ -50,6 +51,8 @@ class RunRecord:
     """Results that `moco-fast eval` wrote into the folder, newest last."""
     starts: list[dict[str, Any]]
     """Every start of the run, the first one first: the step that it began with, when, on what (starts.jsonl)."""
+    warnings: list[dict[str, Any]]
+    """What the run was warned of, and after which step (warnings.jsonl)."""
     changed: list[dict[str, Any]]
     """What was other than before when the run was continued (changes.jsonl)."""
     seen: float | None
@@ -120,6 +123,7 @@ def read_run(path: str | Path) -> RunRecord:
         evaluations=[line for line in lines if "loss" not in line],
         results=_read_results(path / "evaluations"),
         starts=read_lines(path / "starts.jsonl"),
+        warnings=read_warnings(path),
         changed=read_lines(path / "changes.jsonl"),
         seen=last_seen(path),
     )

@@ -23,7 +23,7 @@ from moco_fast.report.figures import Curve, draw_curves
 from moco_fast.report.gauged import HEALTH_CHARTS, SPEED_CHARTS
 from moco_fast.report.launch import hours_tile, launch_table, starts_table
 from moco_fast.report.map import MapMethod, draw_map
-from moco_fast.report.neighbors import Query, find_neighbors
+from moco_fast.report.neighbors import Neighborhoods, find_neighbors
 from moco_fast.report.pictures import show_views
 from moco_fast.report.record import RunRecord, read_run
 from moco_fast.report.words import configuration_table, environment_table, headline, tiles
@@ -62,7 +62,7 @@ def write_report(
         run: the run's folder.
         out: file to write; None: `report.html` in the run's folder.
         device: device of the encoder; default: a GPU if there is one.
-        num_samples: number of training samples, and of held-out samples, that are shown.
+        num_samples: number of samples whose views, and whose neighbors, are shown.
         max_bank: number of training samples to search for neighbors.
         price_per_hour: of one GPU, or of one rank where there is none; None: the page has no cost.
         with_map: compute what the map of embeddings needs; otherwise there is one where the cache has all that.
@@ -83,6 +83,7 @@ def write_report(
     page = open_template("report.html").render(
         record=record,
         headline=headline(record),
+        warnings=[(f"{line['step']:,}", line["warning"]) for line in record.warnings],
         tiles=[*tiles(record), *hours_tile(record, price_per_hour)],
         learning=_charts(record, "learning"),
         worth=table(record.results) if record.results else [],
@@ -122,14 +123,13 @@ def _pictures(record: RunRecord, device: torch.device, num_samples: int, max_ban
     # The last finished epoch: every sample shown has been used in training with these views.
     epoch = max(int(record.last["epoch"]) - 1, 0)
     samples, no_samples = _unless_missing(lambda: show_views(record.config, epoch=epoch, num_samples=num_samples))
-    queries, no_queries = _unless_missing(lambda: _neighbors(record, device, num_samples, max_bank))
+    near, no_neighbors = _unless_missing(lambda: [_neighbors(record, device, num_samples, max_bank)])
     return {
         "epoch": epoch,
         "samples": samples,
         "no_samples": no_samples,
-        "queries": queries,
-        "no_queries": no_queries,
-        "num_right": {which: _count_right(queries, which) for which in ("trained", "untrained")},
+        "near": near[0] if near else None,
+        "no_neighbors": no_neighbors,
     }
 
 
@@ -141,24 +141,17 @@ def _unless_missing(make: Callable[[], list[T]]) -> tuple[list[T], str]:
         return [], str(error)
 
 
-def _neighbors(record: RunRecord, device: torch.device, num_queries: int, max_bank: int) -> list[Query]:
-    if record.config.eval.shards is None:
-        raise ValueError("the run has no held-out samples with labels (--eval.shards)")
+def _neighbors(record: RunRecord, device: torch.device, num_queries: int, max_bank: int) -> Neighborhoods:
     config, encoder = load_encoder(record.path)
     return find_neighbors(
         encoder.to(device),
         untrained_twin(config).to(device),
-        config,
+        record.config,  # Where sets lie, and what is evaluated, may have changed since the checkpoint.
         device=device,
         num_queries=num_queries,
         num_neighbors=_NUM_NEIGHBORS,
         max_bank=max_bank,
     )
-
-
-def _count_right(queries: list[Query], which: str) -> tuple[int, int]:
-    shown = [neighbor.is_right for query in queries for neighbor in getattr(query, which)]
-    return sum(shown), len(shown)
 
 
 _LEARNING_RATE = Chart(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moco_fast.config import Config
 from moco_fast.methods.base import Method
+from moco_fast.training.state import read_warnings
 
 __all__ = ["Alarms", "describe_queue", "key_lag", "key_start_share", "queue_drift"]
 
@@ -119,7 +120,7 @@ class Alarms:
         self._path = folder / "warnings.jsonl"
         self._config, self._num_samples, self._num_steps = config, num_samples, num_steps
         self._in_a_row: Counter[str] = Counter()
-        self._given = _names(self._path)
+        self._given = {line["about"] for line in read_warnings(folder)}
 
     def at_start(self) -> list[str]:
         """Return what the configuration tells already."""
@@ -183,14 +184,3 @@ class Alarms:
                     json.dumps({"step": step, "about": name, "warning": said}) + "\n" for name, said in new.items()
                 )
         return [f"warning: {said}" for said in new.values()]
-
-
-def _names(path: Path) -> set[str]:
-    """Return what a run was warned of; a line that a kill has cut is left out."""
-    found: set[str] = set()
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            found.add(json.loads(text)["about"])
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
-    return found

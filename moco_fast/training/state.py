@@ -21,6 +21,7 @@ __all__ = [
     "read_json",
     "read_lines",
     "read_outcome",
+    "read_warnings",
     "run_state",
     "write_beat",
 ]
@@ -155,3 +156,13 @@ def read_lines(path: Path, *, needs: tuple[str, ...] = ("step",)) -> list[dict[s
         if isinstance(line, dict) and all(isinstance(line.get(name), int | float) for name in needs):
             lines.append(line)
     return lines
+
+
+def read_warnings(folder: Path) -> list[dict[str, Any]]:
+    """Return what a run was warned of: lines of warnings.jsonl with step, about and warning.
+
+    Raises:
+        ValueError: the file is there, but cannot be read.
+    """
+    lines = read_lines(folder / "warnings.jsonl")
+    return [line for line in lines if isinstance(line.get("warning"), str) and isinstance(line.get("about"), str)]

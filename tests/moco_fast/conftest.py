@@ -18,6 +18,8 @@ class PackedDemo:
     train: Path
     val: Path
     num_train: int
+    images: Path
+    """What they were packed from: folders `train` and `val`."""
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +42,7 @@ def packed_demo(tmp_path_factory) -> PackedDemo:
             check=True,
             capture_output=True,
         )
-    return PackedDemo(train=folder / "train", val=folder / "val", num_train=18 * 16)
+    return PackedDemo(train=folder / "train", val=folder / "val", num_train=18 * 16, images=folder / "images")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import moco_fast
 from moco_fast.commandline import parse
 from moco_fast.config import ModelConfig
 from moco_fast.encoders.encoder import Encoder
-from moco_fast.evaluation.features import labeled_features
+from moco_fast.evaluation.features import set_features
 from moco_fast.presets import PRESETS
 from pipelines.config import DataConfig, ViewsConfig
 from shards.sets import open_set
@@ -74,7 +74,7 @@ def test_every_default_has_the_type_of_its_field() -> None:
 
 
 def features(encoder: Encoder, shards: Path) -> np.ndarray:
-    found = labeled_features(
+    found = set_features(
         encoder,
         open_set(shards),
         layer="backbone",

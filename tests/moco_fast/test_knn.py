@@ -20,7 +20,7 @@ from moco_fast.config import Layer, ModelConfig
 from moco_fast.encoders.encoder import Encoder, build_encoder
 from moco_fast.evaluation import knn
 from moco_fast.evaluation.base import Outcome
-from moco_fast.evaluation.features import Features, extract, gather, labeled_features, spread
+from moco_fast.evaluation.features import Features, extract, gather, set_features, spread
 from moco_fast.evaluation.inputs import Subject
 from moco_fast.evaluation.knn import classify
 from moco_fast.evaluation.live import measure
@@ -209,7 +209,7 @@ def top1(outcome: Outcome) -> float:
 @pytest.mark.parametrize(("layer", "dim"), [("backbone", 128), ("head", 8)])
 def test_evaluate_knn_agrees_with_a_plain_loop(encoder: Encoder, packed_demo: Any, layer: Layer, dim: int) -> None:
     bank, queries = (
-        labeled_features(
+        set_features(
             encoder,
             open_set(shards),
             layer=layer,
@@ -240,7 +240,7 @@ def test_features_are_the_same_whatever_decodes(
     encoder: Encoder, packed_demo: Any, beton: Path, backend: Backend
 ) -> None:
     of_dali, of_other = (
-        labeled_features(
+        set_features(
             encoder,
             open_set(shards),
             layer="backbone",

@@ -36,6 +36,8 @@ def runs(finished_run: Path, tmp_path: Path) -> Path:
     ):
         run = Path(shutil.copytree(finished_run, folder / name))
         (run / file).write_text(text)
+    line = json.dumps({"step": 0, "about": "queue", "warning": "old and new keys are hardly comparable"})
+    (folder / "failed" / "warnings.jsonl").write_text(f"{line}\n{line[:9]}\n{line}\n")
     (folder / "begun" / "checkpoints").mkdir(parents=True)
     (folder / "begun" / "lock").touch()
     # Neither is a run's: an encoder of another library, and a folder with a link back up.
@@ -78,6 +80,7 @@ def test_progress_figures_age_and_size(runs: Path) -> None:
     assert (run.last, run.best, run.best_at) == (0.65, 0.65, 40)
     assert run.seen == (runs / "finished" / "outcome.json").stat().st_mtime
     files = [path for path in (runs / "finished").rglob("*") if path.is_file() and not path.is_symlink()]
+    assert {name: run.num_warnings for name, run in found.items() if run.num_warnings} == {"failed": 2}
     assert run.size_bytes == sum(512 * path.stat().st_blocks for path in files)
     assert (found["alive"].step, found["alive"].last, found["alive"].best_at) == (30, 0.45, 20)
 
@@ -138,7 +141,7 @@ def test_the_table_and_json_say_the_same(by: str, first: str, runs: Path, capsys
     assert main(["runs", str(runs), "--sort", by]) == 0
     lines, _, problems = capsys.readouterr().out.partition("\n\n")
     heading, *rows = lines.splitlines()
-    assert heading.split() == ["run", "state", "step", "figure", "best", "last", "left", "seen", "size"]
+    assert heading.split() == ["run", "state", "warnings", "step", "figure", "best", "last", "left", "seen", "size"]
     assert [row.split()[0] for row in rows] == [str(Path(each["path"]).relative_to(runs)) for each in objects]
     assert first in rows[0]
     assert "broken/config: config.json is damaged" in problems

@@ -31,6 +31,18 @@ def report(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
+def without_labels(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a run without held-out samples that was warned of something."""
+    run = Path(shutil.copytree(finished_run, tmp_path_factory.mktemp("without-labels") / "run"))
+    config = json.loads((run / "config.json").read_text())
+    config["eval"]["shards"] = None
+    (run / "config.json").write_text(json.dumps(config))
+    warning = {"step": 1200, "about": "lag", "warning": "the key encoder lags behind: lower --method.momentum " * 4}
+    (run / "warnings.jsonl").write_text(json.dumps(warning) + "\n")
+    return write_report(run, device=torch.device("cpu"), num_samples=2)
+
+
+@pytest.fixture(scope="module")
 def comparison(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("comparison")
     runs = [
@@ -45,7 +57,7 @@ def comparison(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("size", [PHONE, DESK])
-@pytest.mark.parametrize("name", ["report", "comparison"])
+@pytest.mark.parametrize("name", ["report", "without_labels", "comparison"])
 def test_nothing_is_wrong(name: str, size: tuple[int, int], browser: Browser, request: pytest.FixtureRequest) -> None:
     page: Path = request.getfixturevalue(name)
     assert what_is_wrong(browser, page, size) == []

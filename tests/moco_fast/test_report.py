@@ -21,7 +21,7 @@ from PIL import Image
 from moco_fast.checkpoint import load_encoder
 from moco_fast.config import to_dict
 from moco_fast.evaluation.base import FigureCurve
-from moco_fast.evaluation.features import labeled_features
+from moco_fast.evaluation.features import set_features
 from moco_fast.evaluation.result import Figure, Result, write_results
 from moco_fast.evaluation.untrained import untrained_twin
 from moco_fast.methods.base import Level, Method
@@ -36,6 +36,7 @@ from moco_fast.report.report import write_report
 from moco_fast.report.words import configuration_table, headline
 from moco_fast.training.state import Beat, write_beat
 from pipelines.loader import open_loader
+from shards import PackConfig, pack
 from shards.ground.locks import locked
 from shards.sets import open_set
 
@@ -179,14 +180,15 @@ def test_neighbors_agree_with_a_plain_search(finished_run: Path) -> None:
     untrained = untrained_twin(config)
     found = find_neighbors(trained, untrained, config, device=cpu, num_queries=5, num_neighbors=4, max_bank=10_000)
     names = open_set(config.data.shards).class_names
-    assert len(found) == 5
-    assert len({query.label for query in found}) == 5
+    assert (found.are_held_out, found.are_judged) == (True, True)
+    assert len(found.queries) == 5
+    assert len({query.label for query in found.queries}) == 5
     for encoder, which in ((trained, "trained"), (untrained, "untrained")):
         bank, held_out = (
-            labeled_features(encoder, open_set(shards), layer="head", size=32, crop=1.0, data=config.data, device=cpu)
+            set_features(encoder, open_set(shards), layer="head", size=32, crop=1.0, data=config.data, device=cpu)
             for shards in (config.data.shards, config.eval.shards)
         )
-        for query in found:
+        for query in found.queries:
             row = held_out.labels.tolist().index(names.index(query.label))
             similarity = bank.values @ held_out.values[row]
             nearest = sorted(range(len(bank)), key=lambda place: -float(similarity[place]))[:4]
@@ -194,6 +196,71 @@ def test_neighbors_agree_with_a_plain_search(finished_run: Path) -> None:
             assert [n.label for n in shown] == [names[int(bank.labels[place])] for place in nearest]
             assert [n.is_right for n in shown] == [n.label == query.label for n in shown]
             assert [n.similarity for n in shown] == pytest.approx([float(similarity[p]) for p in nearest], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def unlabeled(packed_demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The held-out images without labels, in one folder."""
+    out = tmp_path_factory.mktemp("unlabeled") / "val"
+    pack(PackConfig(sources=(str(packed_demo.images / "val"),), out=str(out), labels="none", workers=1))
+    return out
+
+
+@pytest.mark.parametrize("is_held_out", [True, False])
+def test_without_labels_there_are_neighbors_without_marks(
+    is_held_out: bool, finished_run: Path, unlabeled: Path
+) -> None:
+    cpu = torch.device("cpu")
+    config, trained = load_encoder(finished_run)
+    bank_shards = config.data.shards if is_held_out else str(unlabeled)
+    asked_shards = str(unlabeled)
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, shards=bank_shards),
+        eval=dataclasses.replace(config.eval, shards=asked_shards if is_held_out else None),
+    )
+    found = find_neighbors(
+        trained, untrained_twin(config), config, device=cpu, num_queries=5, num_neighbors=4, max_bank=10_000
+    )
+    assert (found.are_held_out, found.are_judged) == (is_held_out, False)
+    assert found.num_right("trained") == (0, 20)
+    bank, asked = (
+        set_features(trained, open_set(each), layer="head", size=32, crop=1.0, data=config.data, device=cpu)
+        for each in (bank_shards, asked_shards)
+    )
+    for number, query in enumerate(found.queries):
+        row = number * 72 // 5
+        assert query.label == f"sample {row}"
+        similarity = bank.values @ asked.values[row]
+        others = [place for place in range(len(bank)) if is_held_out or place != row]
+        nearest = sorted(others, key=lambda place: -float(similarity[place]))[:4]
+        assert [n.label for n in query.trained] == [f"sample {place}" for place in nearest]
+        assert [n.similarity for n in query.trained] == pytest.approx([float(similarity[p]) for p in nearest], abs=1e-4)
+        assert {n.is_right for n in (*query.trained, *query.untrained)} == {None}
+
+
+def test_a_page_without_labels_shows_neighbors_and_says_that_nothing_judges_them(run: Path, unlabeled: Path) -> None:
+    change(run, eval={"shards": str(unlabeled)})
+    page = write(run, num_samples=2)
+    assert "Held-out samples, evenly spread over the set" in page.text
+    assert "No labels tell which are right: compare by eye." in page.text
+    assert "✓" not in page.text
+    assert "✗" not in page.text
+    assert page.html.count('<div class="hit"') == 2 * 6 * 2
+
+
+def test_warnings_are_on_the_page_and_markup_in_them_is_text(run: Path, page: Page) -> None:
+    assert "What it warned of" not in page.text
+    lines = [
+        {"step": 0, "about": "dictionary", "warning": "the dictionary of 9 keys exceeds the set"},
+        {"step": 1200, "about": "collapse", "warning": "features have <b>collapsed</b>"},
+        {"step": 1201, "about": "cut"},
+    ]
+    (run / "warnings.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step"')
+    text = write(run, num_samples=1).text
+    assert "What it warned of at the start The dictionary of 9 keys exceeds the set." in text
+    assert "step 1,200 Features have <b>collapsed</b>." in text
+    assert "1,201" not in text
 
 
 def test_right_and_wrong_are_marked_and_counted(page: Page) -> None:
@@ -262,9 +329,14 @@ def test_a_run_without_evaluation(run: Path) -> None:
     lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "knn" not in line]
     (run / "metrics.jsonl").write_text("\n".join(lines))
     page = write(run, num_samples=2)
-    assert "the run has no held-out samples with labels" in page.text
+    assert "Training samples, evenly spread over the set, and the other training samples" in page.text
+    assert len(page.images["sample 0"]) == 1  # It is no neighbor of itself.
     assert "Loss over training steps" in page.html
     assert "moco-fast eval" not in page.text
+    # With a health that was measured, that is compared.
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"step": 40, "epoch": 4, "samples": 1280, "time_s": 9, "health/rankme": 7.0}))
+    assert f"moco-fast eval health --encoder {run} --beside untrained" in write(run, num_samples=1).text
 
 
 def test_shards_that_have_moved_cost_the_pictures_only(run: Path, tmp_path: Path) -> None:
