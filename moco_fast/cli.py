@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import tyro
 
 from moco_fast import __version__, commandline
-from moco_fast.bench.cli import BenchConfig
+from moco_fast.bench import cli as bench
 from moco_fast.commandline import Recipe
 from moco_fast.commands.config_path import ConfigPath
 from moco_fast.commands.embed import Embed
@@ -87,7 +87,7 @@ _Others = (
     | Annotated[Runs, tyro.conf.subcommand("runs")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
+    | Annotated[bench.BenchConfig, tyro.conf.subcommand("bench")]
     | Annotated[ConfigPath, tyro.conf.subcommand("config-path")]
 )
 _Commands = Annotated[Train, tyro.conf.subcommand("train")] | _Others
@@ -114,6 +114,8 @@ def _run(words: Sequence[str]) -> int:
     if words[:1] == ["train"]:
         # Recipes and their options are read when they are asked for, and not by every command.
         return commandline.main(words[1:], prog="moco-fast train")
+    if words[:1] == ["bench"]:
+        return bench.main(words[1:], prog="moco-fast bench")
     process.prepare()
     try:
         refuse_renamed(words)

@@ -31,6 +31,8 @@ __all__ = [
     "is_first_rank",
     "main",
     "parse",
+    "recipe_form",
+    "take_recipes",
 ]
 
 TAKE_ADDRESSES = frozenset(
@@ -67,8 +69,12 @@ class _ChosenForTraining(Chosen):
     recipe (`recipe: moco-v2`), in place of the command line."""
 
 
+def recipe_form(recipes: Mapping[str, Config]) -> Any:
+    """Return the union of recipes' subcommands, for tyro: a `Chosen` for each name."""
+    return _form_of({name: Chosen(config=config) for name, config in recipes.items()})
+
+
 def _form_of(chosen: Mapping[str, Chosen]) -> Any:
-    """Return the union of the presets' subcommands, for tyro."""
     lines = {name: line for name, (line, _) in PRESETS.items()}
     return tyro.extras.subcommand_type_from_defaults(dict(chosen), lines, prefix_names=False)
 
@@ -76,7 +82,7 @@ def _form_of(chosen: Mapping[str, Chosen]) -> Any:
 if TYPE_CHECKING:
     Recipe = Chosen
 else:
-    Recipe = _form_of({name: Chosen(config=config) for name, (_, config) in PRESETS.items()})
+    Recipe = recipe_form({name: config for name, (_, config) in PRESETS.items()})
 
 
 def parse(argv: Sequence[str] | None = None, *, prog: str = "moco_fast.train") -> Config:
@@ -90,17 +96,7 @@ def parse(argv: Sequence[str] | None = None, *, prog: str = "moco_fast.train") -
         SystemExit: 2 when an option is wrong (the message is on stderr), 0 after `--help`.
         ValueError: the options cannot work together, a folder does not exist, or the file of options is wrong.
     """
-    words = sys.argv[1:] if argv is None else argv
-    words, path = take_option(words)
-    refuse_renamed(words)
-    named = words[0] if words and words[0] in PRESETS else None
-    if path is not None:
-        config = config_from_file(path, recipe=named)
-        recipes = {config.recipe: config}
-        words = words if named else [config.recipe, *words]
-    else:
-        recipes = {name: config for name, (_, config) in PRESETS.items() if named in (None, name)}
-    refuse_without_section(words, recipes.values())
+    words, recipes, path = take_recipes(sys.argv[1:] if argv is None else argv)
     chosen = parse_words(
         _form_of({name: _ChosenForTraining(config=config, file=path) for name, config in recipes.items()}),
         words,
@@ -110,6 +106,28 @@ def parse(argv: Sequence[str] | None = None, *, prog: str = "moco_fast.train") -
     )
     check(chosen.config, chosen.base)
     return chosen.config
+
+
+def take_recipes(words: Sequence[str]) -> tuple[list[str], dict[str, Config], str | None]:
+    """Take --config out of a command line that begins with a recipe, unless the file names it.
+
+    Returns:
+        the words, which begin with the recipe if it is known; the configurations of those that it may be; the file.
+
+    Raises:
+        ValueError: the file of options is wrong, or an option has an old name or no section.
+    """
+    rest, path = take_option(words)
+    refuse_renamed(rest)
+    named = rest[0] if rest and rest[0] in PRESETS else None
+    if path is not None:
+        config = config_from_file(path, recipe=named)
+        recipes = {config.recipe: config}
+        rest = rest if named else [config.recipe, *rest]
+    else:
+        recipes = {name: config for name, (_, config) in PRESETS.items() if named in (None, name)}
+    refuse_without_section(rest, recipes.values())
+    return rest, recipes, path
 
 
 def config_from_file(path: str, *, recipe: str | None = None) -> Config:

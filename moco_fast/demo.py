@@ -24,7 +24,7 @@ import tyro
 from PIL import Image
 
 from shards.ground.files import appearing
-from shards.ground.options import parse_words
+from shards.ground.options import ending_quietly, parse_words
 
 __all__ = ["PHOTOGRAPHS", "DemoConfig", "cut_positions", "main", "write_images"]
 
@@ -155,6 +155,10 @@ def _read_settings(out: Path) -> dict[str, object] | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     words = sys.argv[1:] if argv is None else argv
+    return ending_quietly(lambda: _run(words))
+
+
+def _run(words: Sequence[str]) -> int:
     config = parse_words(DemoConfig, words, prog="python -m moco_fast.demo")
     try:
         written = write_images(config)

@@ -7,16 +7,27 @@ accelerate launch --config_file deploy/accelerate/gpu-8.yaml -m moco_fast.bench 
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, make_dataclass
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from moco_fast.bench.result import BenchResult, table, verdict
-from moco_fast.commandline import Recipe, check, is_first_rank
-from moco_fast.meaning import refuse_renamed
-from shards.ground.options import parse_words
+from moco_fast.commandline import (
+    INSTEAD_OF_ADDRESSES,
+    TAKE_ADDRESSES,
+    Recipe,
+    check,
+    is_first_rank,
+    recipe_form,
+    take_recipes,
+)
+from moco_fast.needs import how_to_install
+from moco_fast.training import process
+from shards.ground.options import ending_quietly, parse_words
+from shards.storage.addresses import refuse_addresses
 
 __all__ = ["BenchConfig", "main"]
 
@@ -29,6 +40,8 @@ class BenchConfig:
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
+    """File of options as that of a training run, such as its config.json, which those of the command line override."""
     seconds: float = 60.0
     """Approximate seconds of measuring, not including start and warm-up."""
     json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -55,22 +68,44 @@ class BenchConfig:
         return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line in one of several processes; return the exit code."""
+def main(argv: Sequence[str] | None = None, *, prog: str = "moco_fast.bench") -> int:
+    """Run the command line, in one of several processes or alone; return the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    return ending_quietly(lambda: _run(words, prog))
+
+
+def _run(words: Sequence[str], prog: str) -> int:
+    process.prepare()
     try:
-        refuse_renamed(sys.argv[1:] if argv is None else argv)
-        config = parse_words(
-            BenchConfig,
-            sys.argv[1:] if argv is None else argv,
-            prog="moco_fast.bench",
-            config=(tyro.conf.CascadeSubcommandArgs,),
-            console_outputs=is_first_rank(),
-        )
+        config = _parse(words, prog)
+        refuse_addresses(config, taken_by=TAKE_ADDRESSES, ways_out=INSTEAD_OF_ADDRESSES)
         return config.execute()
-    except ValueError as error:
-        if is_first_rank():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+    except ModuleNotFoundError as error:
+        said = how_to_install(error)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        said = str(error)
+    except KeyboardInterrupt:
+        return 130
+    if is_first_rank():
+        print(f"error: {said}", file=sys.stderr)
+    return 2
+
+
+def _parse(words: Sequence[str], prog: str) -> BenchConfig:
+    words, recipes, _ = take_recipes(words)
+    # A recipe with the values of a file has other defaults than the one that all commands know.
+    recipe = ("recipe", Annotated[recipe_form(recipes), tyro.conf.arg(name="")])
+    form = make_dataclass("BenchConfig", [recipe], bases=(BenchConfig,), frozen=True, kw_only=True)
+    return parse_words(
+        form,
+        words,
+        prog=prog,
+        description=cleandoc(BenchConfig.__doc__ or ""),
+        config=(tyro.conf.CascadeSubcommandArgs,),
+        console_outputs=is_first_rank(),
+    )
 
 
 def _figures(result: BenchResult) -> dict[str, Any]:

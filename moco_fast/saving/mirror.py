@@ -20,11 +20,14 @@ from shards.ground.errors import PackError
 from shards.ground.files import appearing, write_whole
 from shards.storage.stores import Folder, open_folder
 
-__all__ = ["Mirror", "MirrorLostError", "open_mirror"]
+__all__ = ["Mirror", "MirrorLostError", "look_into", "open_mirror"]
 
 _STATE = "state.json"
 _ID = "mirror-id"
-_SMALL_FILES = ("config.json", "environment.json", "changes.jsonl", "metrics.jsonl", "outcome.json")
+_SMALL_FILES = (
+    *("config.json", "environment.json", "branch.json", "outcome.json"),
+    *("changes.jsonl", "metrics.jsonl", "starts.jsonl", "warnings.jsonl"),
+)
 
 
 class MirrorLostError(OSError):
@@ -44,6 +47,26 @@ def open_mirror(address: str, run: Path, config: CheckpointConfig) -> "Mirror":
     except (PackError, OSError) as error:
         raise ValueError(f"--checkpoint.mirror {address} cannot be used: {error}") from None
     return mirror
+
+
+def look_into(address: str, name: str) -> bytes | None:
+    """Return a small file of a mirror, without claiming it.
+
+    Returns:
+        its content, empty if it is not there; None: the mirror has no checkpoint to go on from.
+
+    Raises:
+        ValueError: the mirror cannot be reached.
+    """
+    try:
+        store = open_folder(address.rstrip("/"))
+        if not any(found.startswith("checkpoints/") and found.endswith(f"/{_STATE}") for found, _ in store.objects()):
+            return None
+        return store.read(name)
+    except FileNotFoundError:
+        return b""
+    except (PackError, OSError) as error:
+        raise ValueError(f"--checkpoint.mirror {address} cannot be used: {error}") from None
 
 
 class Mirror:

@@ -9,6 +9,7 @@ from typing import Any
 
 from moco_fast import checkpoint
 from moco_fast.config import Config
+from moco_fast.saving.mirror import look_into
 from moco_fast.training.continuing import allowing, compare
 from shards.ground.files import write_whole
 
@@ -57,13 +58,19 @@ def find_branch(config: Config, data: Mapping[str, Mapping[str, Any]]) -> Branch
 
     Raises:
         ValueError: there is no such checkpoint, the run has begun otherwise, or it has settings or samples that differ
-            from the source's and that --run.allow-changes does not name.
+            from the source's and that --run.allow-changes does not name; or its mirror cannot be reached.
     """
-    reference, out = config.run.branch_from, Path(config.run.out)
+    reference, out, mirror = config.run.branch_from, Path(config.run.out), config.checkpoint.mirror
     if reference is None:
         return None
     if checkpoint.find_newest(out / "checkpoints") is not None:
-        _refuse_other_beginning(out, reference)
+        begun = (out / _NAME).read_bytes() if (out / _NAME).is_file() else b""
+        _refuse_other_beginning(f"the run in --run.out {out}", begun, reference)
+        return None
+    # On another machine the run goes on from its mirror, where its source may be out of reach. The mirror of the source
+    # itself, as its config.json names it, must not be taken over.
+    if mirror is not None and (begun := look_into(mirror, _NAME)) is not None:
+        _refuse_other_beginning(f"the run in --checkpoint.mirror {mirror}", begun, reference)
         return None
     source = _resolve(reference)
     if source.resolve().is_relative_to(out.resolve()):
@@ -78,16 +85,16 @@ def find_branch(config: Config, data: Mapping[str, Mapping[str, Any]]) -> Branch
     return Branch(source=source, reference=reference, step=checkpoint.step_of(source))
 
 
-def _refuse_other_beginning(out: Path, reference: str) -> None:
+def _refuse_other_beginning(run: str, branch: bytes, reference: str) -> None:
     try:
-        begun = json.loads((out / _NAME).read_text())["reference"]
-    except (OSError, ValueError, KeyError, TypeError):
+        begun = json.loads(branch)["reference"]
+    except (ValueError, KeyError, TypeError):
         begun = None
     if begun != reference:
         how = "without another run's checkpoint" if begun is None else f"with that of {begun}"
         raise ValueError(
-            f"--run.branch-from {reference}, but the run in --run.out {out} began {how}: name another folder, or leave "
-            "--run.branch-from out to continue it"
+            f"--run.branch-from {reference}, but {run} began {how}: name another one, or continue that run without "
+            "--run.branch-from"
         )
 
 

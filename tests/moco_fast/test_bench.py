@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moco_fast import cli
 from moco_fast.bench import cli as cli_module
 from moco_fast.bench import clock as clock_module
 from moco_fast.bench import stopwatch as stopwatch_module
@@ -20,7 +21,7 @@ from moco_fast.bench.measure import _Bench, _smaller_batches
 from moco_fast.bench.parts import on_a_clock
 from moco_fast.bench.result import BenchResult, Rate, table, verdict
 from moco_fast.bench.stopwatch import Stopwatch
-from moco_fast.config import BatchNormConfig, ModelConfig, OptimConfig
+from moco_fast.config import BatchNormConfig, ModelConfig, OptimConfig, to_dict
 from moco_fast.encoders.encoder import build_encoder
 from moco_fast.methods.base import Setting
 from moco_fast.methods.end_to_end import EndToEnd
@@ -306,6 +307,30 @@ def test_an_options_value_is_not_taken_for_the_recipe(capsys, monkeypatch):
         for words in (["--json", value, name, "--data.shards", "x"], [name, "--data.shards", value, "--json", value]):
             assert main(words) == 2
             assert capsys.readouterr().err == f"error: {name}\n"
+
+
+def test_options_come_from_a_file_and_those_of_the_command_override_them(packed_demo, tmp_path, capsys, monkeypatch):
+    measured = []
+
+    def measure(config, *, seconds, tell):
+        measured.append((config, seconds))
+        return result(loader=2, step=1, end_to_end=1)
+
+    monkeypatch.setattr("moco_fast.bench.measure.measure", measure)
+    monkeypatch.setattr(cli_module, "table", lambda _: "a table")
+    file = tmp_path / "run.yaml"
+    file.write_text(f"recipe: demo\ndata: {{shards: {packed_demo.train}, batch_size: 48}}\noptim: {{lr: 0.5}}\n")
+    for words in (["--optim.lr", "0.25", "--seconds", "3"], ["demo", "--seconds", "3", "--optim.lr", "0.25"]):
+        assert cli.main(["bench", "--config", str(file), *words]) == 0
+        config, seconds = measured.pop()
+        assert (config.recipe, config.data.batch_size, config.optim.lr, seconds) == ("demo", 48, 0.25, 3)
+    # The configuration of a run, fed back.
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    assert main(["--config", str(tmp_path / "config.json")]) == 0
+    assert measured.pop()[0] == config
+    file.write_text("recipe: demo\nseconds: 3\n")
+    assert main(["--config", str(file)]) == 2
+    assert "run.yaml, line 2: there is no option seconds" in capsys.readouterr().err
 
 
 @pytest.mark.slow

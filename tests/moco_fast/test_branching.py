@@ -11,8 +11,10 @@ from moco_fast import checkpoint
 from moco_fast.config import CheckpointConfig, Config
 from moco_fast.report.record import read_run
 from moco_fast.report.words import environment_table
+from moco_fast.saving.mirror import open_mirror
 from moco_fast.training.branching import find_branch
 from moco_fast.training.continuing import identity_of
+from moco_fast.training.folder import RunFolder, open_folder
 from moco_fast.training.loop import train
 from tests.moco_fast.small_runs import small_run
 
@@ -77,7 +79,7 @@ def test_a_branch_differs_only_in_what_is_named_and_is_then_a_run_of_its_own(
     # Without its source, and without the option.
     for again in (named, {"steps": 5, "lr": 0.5}):
         assert train(run_in(branch, packed_demo.train, **again)) == 0
-    with pytest.raises(ValueError, match=r"began with that of .*first: name another folder"):
+    with pytest.raises(ValueError, match=r"began with that of .*first: name another one"):
         train(run_in(branch, packed_demo.train, **(named | {"branch_from": f"{source}@2"})))
     with pytest.raises(ValueError, match="began without another run's checkpoint"):
         train(run_in(source, packed_demo.train, branch_from=str(branch)))
@@ -113,6 +115,43 @@ def test_a_checkpoint_that_is_not_there_is_named(
         find_branch(run_in(tmp_path / "b", packed_demo.train, branch_from=reference.format(run=source)), {})
     with pytest.raises(ValueError, match=r"is in --run\.out"):
         find_branch(run_in(source.parent, packed_demo.train, branch_from=str(source)), {})
+
+
+@pytest.mark.faults
+def test_a_branch_goes_on_from_its_mirror_where_its_source_is_not(
+    source: Path, packed_demo: Any, bucket: str, tmp_path: Path
+) -> None:
+    def on(machine: str, address: str = f"{bucket}/branch", reference: str = f"{tmp_path}/first@2") -> Config:
+        config = run_in(tmp_path / machine / "branch", packed_demo.train, branch_from=reference)
+        return dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, mirror=address))
+
+    def opened(config: Config) -> RunFolder:
+        folder = open_folder(config, {}, find_branch(config, {}))
+        assert folder.mirror is not None
+        folder.mirror.offer()
+        folder.mirror.wait()
+        folder.mirror.close()
+        folder.close()
+        return folder
+
+    shutil.copytree(source, tmp_path / "first")
+    opened(on("a"))
+    # The mirror of the source, as --config first/config.json has it.
+    theirs = open_mirror(f"{bucket}/first", tmp_path / "first", CheckpointConfig())
+    theirs.offer()
+    theirs.wait()
+    theirs.close()
+    for address, reference, how in (
+        (f"{bucket}/first", f"{tmp_path}/first@2", "without another run's checkpoint"),
+        (f"{bucket}/branch", f"{tmp_path}/first@4", "with that of .*first@2"),
+    ):
+        with pytest.raises(ValueError, match=f"the run in --checkpoint.mirror {address} began {how}"):
+            find_branch(on("c", address, reference), {})
+    shutil.rmtree(tmp_path / "first")
+    for _ in range(2):  # where nothing is, and again there
+        folder = opened(on("b"))
+        assert folder.found.newest == tmp_path / "b/branch/checkpoints/step-00000002"
+        assert (folder.path / "branch.json").read_bytes() == (tmp_path / "a/branch/branch.json").read_bytes()
 
 
 def test_other_samples_are_refused(source: Path, packed_demo: Any, tmp_path: Path) -> None:

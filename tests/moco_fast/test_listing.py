@@ -2,6 +2,8 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,13 @@ def test_the_table_and_json_say_the_same(by: str, first: str, runs: Path, capsys
     assert "broken/config: config.json is damaged" in problems
     sizes = [each["size_bytes"] for each in objects]
     assert by != "size" or sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_a_list_that_is_no_longer_read_ends_quietly(words: list[str], runs: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "moco_fast.cli", "runs", str(runs), *words]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -11,7 +11,8 @@ import tyro
 from shards.cli import main
 from shards.ground.options import ending_quietly, parse_words, word_for
 
-ROOT_COMMANDS = ("make-shards", "moco-fast", "moco-fast train demo", "moco-fast train")
+ROOT_COMMANDS = ("make-shards", "moco-fast", "moco-fast train demo", "moco-fast train", "moco-fast bench demo")
+ROOT_COMMANDS += ("moco_fast.bench", "moco_fast.demo")
 MODULES = {"make-shards": "shards.cli", "moco-fast": "moco_fast.cli"}
 
 
@@ -89,7 +90,10 @@ def test_without_a_reader_a_command_ends_quietly(command: str) -> None:
     os.close(reading)
     # Like a terminal's: SIGPIPE is ignored by Python itself.
     done = subprocess.run(
-        [sys.executable, "-m", MODULES[name], *words, "--help"], stdout=writing, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", MODULES.get(name, name), *words, "--help"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
