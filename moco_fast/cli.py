@@ -20,6 +20,7 @@ from moco_fast.commands.replay import Replay
 from moco_fast.commands.report import Report
 from moco_fast.commands.runs import Runs
 from moco_fast.commands.search import Search
+from moco_fast.commands.transfer import transfer_commands
 from moco_fast.interrupt import StoppedError
 from moco_fast.meaning import refuse_renamed
 from moco_fast.needs import how_to_install
@@ -47,8 +48,9 @@ class Command(Protocol):
 
 if TYPE_CHECKING:
     _Evaluation = Command
+    _Transfer = Command
 else:
-    _Evaluation = eval_commands()
+    _Evaluation, _Transfer = eval_commands(), transfer_commands()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,17 @@ class Eval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Train detectors from an encoder's weights, as the papers compare pretraining."""
+
+    task: Annotated[_Transfer, tyro.conf.arg(name="")]
+
+    def execute(self) -> int:
+        """Do it; return the exit code."""
+        return self.task.execute()
+
+
+@dataclass(frozen=True, kw_only=True)
 class _TrainWithOptions:
     """Pretrain an encoder in one process."""
 
@@ -79,6 +92,7 @@ class _TrainWithOptions:
 
 _Others = (
     Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Transfer, tyro.conf.subcommand("transfer")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Explore, tyro.conf.subcommand("explore")]

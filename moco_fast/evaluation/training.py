@@ -28,9 +28,10 @@ from moco_fast.stop import StopSignal
 from pipelines.batch import Batch
 from pipelines.config import ViewSpec
 from pipelines.loader import Loader, open_loader, suited_to
+from pipelines.world import World
 from shards.ground.digests import digest
 
-__all__ = ["Scores", "Training", "Trainings"]
+__all__ = ["Scores", "SteppedWork", "Training", "Trainings", "on_all_ranks", "refusing_alone"]
 
 _WEEK_S = 7 * 24 * 3600.0
 
@@ -107,7 +108,39 @@ class _State:
         self.step, self.curve = saved.step, list(saved.numbers["curve"])
 
 
-class Trainings:
+class SteppedWork:
+    """Work in steps by all ranks: its stop signal and its progress bar; a context that ends both.
+
+    Args:
+        world: the ranks; the first one shows the bar.
+        num_steps: for the time left.
+    """
+
+    def __init__(self, world: World, *, num_steps: int) -> None:
+        self._rank = world.rank
+        self._stop = StopSignal(timeout_s=_WEEK_S)
+        self._bar = tqdm(
+            total=num_steps,
+            unit="step",
+            disable=world.rank > 0,
+            delay=3,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._stop.close()
+
+    def say(self, line: str) -> None:
+        """Print a line on the first rank, above the progress bar."""
+        if self._rank == 0:
+            self._bar.write(line, file=sys.stderr)
+
+
+class Trainings(SteppedWork):
     """The trainings of one task, one after the other; collective.
 
     The order of samples, their augmentation and all first weights are functions of the seed, and batch norm has the
@@ -120,22 +153,8 @@ class Trainings:
     """
 
     def __init__(self, inputs: Inputs, *, num_steps: int) -> None:
+        super().__init__(inputs.world, num_steps=num_steps)
         self._inputs = inputs
-        self._stop = StopSignal(timeout_s=_WEEK_S)
-        self._bar = tqdm(
-            total=num_steps,
-            unit="step",
-            disable=inputs.world.rank > 0,
-            delay=3,
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-        self._stop.close()
 
     def run(self, training: Training) -> Scores:
         """Train and test; what an earlier process found, or left half-finished, is taken from the cache.
@@ -153,7 +172,7 @@ class Trainings:
             record = saved.record()
             if record is None:
                 tested = self._train(training, saved)
-                with _refusing_alone(inputs):
+                with refusing_alone(inputs.world):
                     saved.finish(asdict(tested))
             else:
                 tested = replace(Scores(**record), curve=tuple(record["curve"]))
@@ -162,15 +181,10 @@ class Trainings:
         self.say(f"{training.name}: {100 * tested.top1:.2f}% of {where}")
         return tested
 
-    def say(self, line: str) -> None:
-        """Print a line on the first rank, above the progress bar."""
-        if self._inputs.world.rank == 0:
-            self._bar.write(line, file=sys.stderr)
-
     def _train(self, training: Training, saved: SavedTraining) -> Scores:
         inputs = self._inputs
         on_gpu = [inputs.device] if inputs.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=on_gpu), self._loader(training) as loader, _refusing_alone(inputs):
+        with torch.random.fork_rng(devices=on_gpu), self._loader(training) as loader, refusing_alone(inputs.world):
             state = self._begin(training)
             # Of the blocks that are left out, which ranks draw for their own samples.
             torch.manual_seed((inputs.seed << 20) + inputs.world.rank)
@@ -178,7 +192,7 @@ class Trainings:
             if newest is not None:
                 state.restore(newest, loader)
                 self._bar.update(state.step)
-            query = _on_all_ranks(state.model, inputs)
+            query = on_all_ranks(state.model, inputs.world)
             num_steps, batches = training.num_steps, _endless(loader)
             while state.step < num_steps:
                 self._step(state, query, next(batches), training)
@@ -307,9 +321,9 @@ def _synchronize(model: BackboneClassifier) -> None:
         raise ValueError(f"{problem}: train this encoder in one process") from None
 
 
-def _on_all_ranks(model: BackboneClassifier, inputs: Inputs) -> nn.Module:
-    """Average gradients over ranks."""
-    if inputs.world.world_size == 1:
+def on_all_ranks(model: nn.Module, world: World) -> nn.Module:
+    """Average gradients over ranks (DDP); alone, it is the model itself."""
+    if world.world_size == 1:
         return model
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
     parallel.broadcast_buffers = False  # Batch norm's are the same on every rank.
@@ -317,11 +331,11 @@ def _on_all_ranks(model: BackboneClassifier, inputs: Inputs) -> nn.Module:
 
 
 @contextmanager
-def _refusing_alone(inputs: Inputs) -> Generator[None]:
+def refusing_alone(world: World) -> Generator[None]:
     """Make the failure of one of several ranks end all: the others wait for it in the next step's collectives."""
     try:
         yield
     except (ValueError, OSError) as error:
-        if inputs.world.world_size == 1:
+        if world.world_size == 1:
             raise
-        raise RuntimeError(f"training failed on rank {inputs.world.rank}: {error}") from error
+        raise RuntimeError(f"training failed on rank {world.rank}: {error}") from error

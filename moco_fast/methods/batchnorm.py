@@ -49,13 +49,20 @@ def batch_norm_in_groups(layer: _BatchNorm, inputs: Tensor, num_groups: int) -> 
     return torch.cat(outputs)
 
 
-def batch_norm_over_ranks(layer: _BatchNorm, inputs: Tensor) -> Tensor:
-    """Apply batch norm with statistics of all ranks' batches, equal in size: (B, C, ...) -> (B, C, ...)."""
+def batch_norm_over_ranks(layer: _BatchNorm, inputs: Tensor, *, weighted: bool = True) -> Tensor:
+    """Apply batch norm with statistics of all ranks' batches: (B, C, ...) -> (B, C, ...).
+
+    Args:
+        layer: whose scale, shift and running statistics count.
+        inputs: of this rank. On a CPU, and if not `weighted`, they count as much as any other rank's, whatever their
+            size; on a GPU by their size.
+        weighted: see above.
+    """
     assert layer.momentum is not None, "cumulative averages are not supported"
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
     running_mean, running_var = layer.running_mean, layer.running_var
-    if inputs.is_cuda:
+    if inputs.is_cuda and weighted:
         parts = (inputs, layer.weight, layer.bias, running_mean, running_var, layer.eps, layer.momentum)
         return _CudaSyncBatchNorm.apply(*parts, dist.group.WORLD, distributed.world_size())
     num_ranks, axes = distributed.world_size(), [axis for axis in range(inputs.ndim) if axis != 1]
@@ -127,13 +134,21 @@ def use_group_statistics(encoder: nn.Module, num_groups: int) -> None:
     _convert(encoder, partial(batch_norm_in_groups, num_groups=num_groups))
 
 
-def use_statistics_of_all_ranks(encoder: nn.Module) -> None:
+def use_statistics_of_all_ranks(encoder: nn.Module, *, weighted: bool = True) -> None:
     """Make every batch norm of `encoder` use the statistics of the global batch (SyncBN), in place.
 
     Unlike torch's own conversion, it also works on the CPU and with timm's layers. See `use_group_statistics`.
+
+    Args:
+        encoder: to convert.
+        weighted: on a GPU, let ranks count by the size of what they see; otherwise each counts as much as any other, as
+            in detectron2's NaiveSyncBatchNorm.
+
+    Raises:
+        ValueError: the encoder has a batch norm of a type that cannot be converted.
     """
     # Collectives are not compiled: the graph breaks before them and resumes after them.
-    eager = torch.compiler.disable(batch_norm_over_ranks)
+    eager = partial(torch.compiler.disable(batch_norm_over_ranks), weighted=weighted)
     _convert(encoder, cast("Callable[[_BatchNorm, Tensor], Tensor]", eager))
 
 

@@ -22,7 +22,19 @@ from moco_fast.presets import PRESETS
 from pipelines.config import VIEWS, Color
 
 COMMANDS = ("eval", *(f"eval {task}" for task in (*TASKS, "suite", "paper")))
-COMMANDS += ("train", "train demo", "embed", "search", "explore", "preview", "report", "runs", "export", "bench")
+COMMANDS += (
+    "train",
+    "train demo",
+    "embed",
+    "search",
+    "explore",
+    "transfer detect",
+    "preview",
+    "report",
+    "runs",
+    "export",
+    "bench",
+)
 COMMANDS += ("config-path",)
 
 

@@ -159,7 +159,7 @@ def test_eval_paper_prints_all_that_is_published(tmp_path: Path, capsys: pytest.
     assert main(["eval", "paper"]) == 0
     printed = lines(capsys.readouterr().out)
     assert len(printed) == 1 + len(PUBLISHED)
-    assert "VOC07+12 detection C4 AP50 ResNet-50 MoCo v1, 200 epochs 81.5 authors (mean of 5 runs)" in printed
+    assert "VOC07+12 detect voc-c4 AP50 ResNet-50 MoCo v1, 200 epochs 81.5 authors (mean of 5 runs)" in printed
     write_results(tmp_path / "ours.json", [result()])
     assert main(["eval", "paper", str(tmp_path / "ours.json")]) == 0
     assert "measured here" in capsys.readouterr().out
@@ -169,5 +169,5 @@ def test_every_published_figure_is_named_once_and_has_a_source() -> None:
     keys = [(each.benchmark, each.task, each.figure, each.encoder, each.pretraining, each.source) for each in PUBLISHED]
     assert len(set(keys)) == len(keys)
     assert all(each.source and 0 < each.value < 100 for each in PUBLISHED)
-    sizes = [(each.num_classes, each.num_test) for each in BENCHMARKS.values()]
+    sizes = [(each.num_classes, each.num_test, each.num_train) for each in BENCHMARKS.values()]
     assert len(set(sizes)) == len(sizes)

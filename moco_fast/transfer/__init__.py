@@ -1,0 +1,1 @@
+"""Transfer: detectors that are trained from an encoder's weights, as the papers compare them."""

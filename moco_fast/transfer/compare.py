@@ -1,0 +1,255 @@
+"""Comparison of initial weights: a detector trained from each of them, with every seed, as results and tables."""
+
+import copy
+import csv
+import io
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import nn
+
+from moco_fast.encoders.encoder import Encoder, build_backbone, width_of
+from moco_fast.encoders.formats.base import digest_of, without_head
+from moco_fast.encoders.formats.torchvision import RESNETS
+from moco_fast.encoders.open import open_encoder
+from moco_fast.evaluation.base import FigureCurve, FigureInfo, Measured, Outcome
+from moco_fast.evaluation.classifier import randomize
+from moco_fast.evaluation.result import Figure, Result, aligned, as_text, average_curves, summarize, write_results
+from moco_fast.transfer.metrics import OVERLAPS, ClassPrecision
+from moco_fast.transfer.presets import DetectPreset
+from moco_fast.transfer.sets import DetectionSet
+from moco_fast.transfer.training import DetectorTrainings, Machine, Start, TrainedDetector
+from shards.ground.files import write_whole
+
+__all__ = ["Comparison", "as_tables", "compare", "open_inits"]
+
+_FIGURES = {
+    "AP50": FigureInfo(
+        title="AP50", caption="Mean over the classes of the average precision where boxes overlap by more than 50%."
+    ),
+    "AP": FigureInfo(title="AP", caption="Its mean over ten overlaps from 50% to 95%."),
+    "AP75": FigureInfo(title="AP75", caption="The same as AP50, at 75%."),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init:
+    """What detectors begin with."""
+
+    name: str
+    """For people."""
+    encoder: Encoder
+    step: int | None = None
+    """Optimizer steps that a run of ours had done."""
+    is_random: bool = False
+    """Whether every seed draws its weights."""
+
+    def start(self, seed: int) -> Start:
+        """Return the weights for a seed."""
+        if self.is_random:
+            randomize(self.encoder.backbone, seed=seed)
+        return Start(name=self.name.partition(" (")[0], encoder=self.encoder, digest=digest_of(self.encoder))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """What is to be compared."""
+
+    preset_name: str
+    preset: DetectPreset
+    train: DetectionSet
+    test: DetectionSet
+    inits: Sequence[Init]
+    num_seeds: int
+    out: Path
+    """Folder for everything that is written."""
+    every_steps: int
+    """Steps between two states of a training."""
+    at_most_damaged: float
+    """Share of the training images that may be undecodable."""
+    notes: tuple[str, ...] = ()
+    """On the sets."""
+
+
+def open_inits(names: Sequence[str], *, network: str) -> list[Init]:
+    """Open initial weights.
+
+    Args:
+        names: `random`, `supervised` or whatever `open_encoder` opens.
+        network: whose random or supervised weights these are where no encoder is named beside them; otherwise they are
+            of the first encoder's network.
+
+    Raises:
+        ValueError: one of them cannot be opened, or there are no supervised weights of the network.
+    """
+    opened = {name: open_encoder(name) for name in names if name not in ("random", "supervised")}
+    first = next(iter(opened.values()), None)
+    if first is not None:
+        network = network if first.model is None else first.model.encoder
+    inits: list[Init] = []
+    for name in names:
+        if name == "random":
+            encoder = _plain(network) if first is None else _headless(first.encoder)
+            inits.append(Init(name=f"random ({network})", encoder=encoder, is_random=True))
+        elif name == "supervised":
+            if network not in RESNETS:
+                raise ValueError(
+                    f"--init supervised: torchvision has no weights of {network}; name a file or timm:NAME instead"
+                )
+            # Trained by the recipe of the paper's time: later weights are of longer training with more augmentation.
+            supervised = open_encoder(f"torchvision:{network}.IMAGENET1K_V1")
+            inits.append(Init(name=f"supervised ({supervised.name})", encoder=_headless(supervised.encoder)))
+        else:
+            found = opened[name]
+            inits.append(Init(name=found.name, encoder=_headless(found.encoder), step=found.step))
+    return inits
+
+
+def _plain(network: str) -> Encoder:
+    with torch.random.fork_rng(devices=[]):
+        backbone = build_backbone(network)
+    return without_head(backbone, width_of(backbone))
+
+
+def _headless(encoder: Encoder) -> Encoder:
+    """Return a copy without projection and prediction, for which a detector has no use."""
+    encoder = copy.deepcopy(encoder)
+    encoder.head, encoder.predictor = nn.Identity(), None
+    return encoder
+
+
+def compare(comparison: Comparison, machine: Machine) -> list[Result]:
+    """Train and test a detector from every init with every seed; collective.
+
+    The results so far are written after each init. See `DetectorTrainings.run` for what is raised.
+
+    Returns:
+        a result for each init, in their order, on every rank.
+    """
+    results: list[Result] = []
+    by_class: list[tuple[str, int, ClassPrecision]] = []
+    trainings = DetectorTrainings(
+        comparison.train,
+        comparison.test,
+        comparison.preset,
+        machine,
+        folder=comparison.out,
+        every_steps=comparison.every_steps,
+        num_trainings=len(comparison.inits) * comparison.num_seeds,
+        at_most_damaged=comparison.at_most_damaged,
+    )
+    with trainings:
+        for init in comparison.inits:
+            begin = time.perf_counter()
+            trained: list[TrainedDetector] = []
+            for seed in range(comparison.num_seeds):
+                trained.append(trainings.run(init.start(seed), seed=seed))
+                by_class += [(init.name, seed, each) for each in trained[-1].precisions]
+            result = _result(comparison, machine, init, trained)
+            results.append(replace(result, time_s=round(time.perf_counter() - begin, 3)))
+            if machine.world.rank == 0:
+                write_results(comparison.out / "results.json", results)
+                write_whole(comparison.out / "per-class.csv", _as_csv(by_class), durable=False)
+    return results
+
+
+def _result(comparison: Comparison, machine: Machine, init: Init, trained: Sequence[TrainedDetector]) -> Result:
+    outcomes = [_outcome(each) for each in trained]
+    preset = comparison.preset
+    damaged = {
+        "images of the training set cannot be decoded and were replaced": max(each.num_damaged for each in trained),
+        "images of the test set cannot be decoded: nothing is found in them": max(
+            each.num_untested for each in trained
+        ),
+    }
+    sets = {"train": comparison.train.with_boxes, "test": comparison.test}
+    return Result(
+        task="detect",
+        protocol=comparison.preset_name,
+        settings=asdict(preset),
+        encoder={"name": init.name, "digest": digest_of(init.encoder)},
+        step=init.step,
+        data={
+            split: {
+                "where": each.where,
+                "digest": each.identity,
+                "num_samples": len(each),
+                "num_classes": len(each.class_names),
+            }
+            for split, each in sets.items()
+        },
+        view={"side": preset.test_side, "longest": preset.longest},
+        precision=machine.precision,
+        device=str(machine.device),
+        world_size=machine.world.world_size,
+        seeds=tuple(range(comparison.num_seeds)),
+        figures=summarize(_FIGURES, outcomes),
+        curves=average_curves(outcomes),
+        facts={"num_objects": sum(each.num_objects for each in trained[0].precisions)},
+        notes=(*comparison.notes, *(f"{number} {what}" for what, number in damaged.items() if number)),
+        versions={"python": platform.python_version()}
+        | {name: metadata.version(name) for name in ("moco-fast", "torch", "torchvision")},
+    )
+
+
+def _outcome(trained: TrainedDetector) -> Outcome:
+    at = [fmean(each.at[number] for each in trained.precisions) for number in range(len(OVERLAPS))]
+    figures = {"AP50": at[0], "AP": fmean(at), "AP75": at[OVERLAPS.index(0.75)]}
+    curve = FigureCurve(
+        title="training loss",
+        caption="Sum of the detector's losses, mean since the point before.",
+        over="step",
+        points=tuple((float(step), loss) for step, loss in trained.curve),
+        unit="number",
+    )
+    return Outcome(figures={name: Measured(value=value) for name, value in figures.items()}, curves={"loss": curve})
+
+
+def _as_csv(by_class: Sequence[tuple[str, int, ClassPrecision]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["init", "seed", "class", "objects", "AP50", "AP", "AP75"])
+    for name, seed, each in by_class:
+        figures = (each.at[0], each.mean, each.at[OVERLAPS.index(0.75)])
+        writer.writerow([name, seed, each.name, each.num_objects, *(f"{100 * value:.2f}" for value in figures)])
+    return text.getvalue()
+
+
+def as_tables(results: Sequence[Result]) -> str:
+    """Return the figures of each init, and how the others differ from the first, seed by seed."""
+    if len(results) == 1:
+        return as_text(results)
+    first, *others = results
+    lines = [[f"difference from {_short(first)}", *map(_short, others)]]
+    for name, figure in first.figures.items():
+        lines.append([figure.title, *(_difference(figure, other.figures[name]) for other in others)])
+    return f"{as_text(results)}\n\n{aligned(lines)}"
+
+
+def _short(result: Result) -> str:
+    return result.encoder["name"].partition(" (")[0]
+
+
+def _difference(first: Figure, other: Figure) -> str:
+    """Return the mean difference in points, with its 95% interval over seeds."""
+    pairs = zip(first.by_seed, other.by_seed, strict=True)
+    outcomes = [Outcome(figures={"": Measured(value=theirs - ours)}) for ours, theirs in pairs]
+    figure = summarize({"": FigureInfo(title="", caption="")}, outcomes)[""]
+    spread = ""
+    if figure.interval is not None:
+        low, high = (100 * bound for bound in figure.interval)
+        spread = f" ({low:+.2f} to {high:+.2f})"
+    return f"{100 * figure.value:+.2f}{spread}"
+
+
+def say_notes(results: Sequence[Result]) -> None:
+    """Print what is to be noted of results."""
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        print(f"note: {note}", file=sys.stderr)

@@ -1,0 +1,87 @@
+"""Presets of transfer: the published settings of a detector's training and test, as data. Imports no torch.
+
+Of the MoCo authors: detection/configs of facebookresearch/moco. What these leave open is the default of
+facebookresearch/detectron2 (config/defaults.py of early 2020), which trained them.
+"""
+
+from dataclasses import dataclass, replace
+
+__all__ = ["PRESETS", "DetectPreset", "settled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectPreset:
+    """How a detector is trained and tested."""
+
+    title: str
+    """What it is, for people."""
+    train: tuple[str, ...]
+    """Parts of the data that are trained on, such as VOC2007/trainval."""
+    test: tuple[str, ...]
+    """Those that are tested on."""
+    batch_size: int = 16
+    """Images per step, over all ranks."""
+    group: int = 2
+    """Neighboring images of a batch that all lie or all stand: as many as a rank of the authors' eight had."""
+    steps: int
+    """Optimizer steps."""
+    drops: tuple[float, ...]
+    """Shares of the training after which the learning rate is divided by 10."""
+    lr: float = 0.02
+    """Peak learning rate."""
+    warmup_steps: int = 100
+    """Steps in which the learning rate rises linearly, from a thousandth."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    """Of all parameters but those of batch norm, which have none."""
+    sides: tuple[int, ...]
+    """Shorter sides of training images in pixels, of which one is drawn for each."""
+    test_side: int = 800
+    """Shorter side of test images in pixels."""
+    longest: int = 1333
+    """Longest side of images in pixels; what would be longer has a smaller shorter side."""
+    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """Square roots of the anchors' areas in pixels."""
+    train_proposals: tuple[int, int] = (12_000, 2_000)
+    """Proposals of an image in training, before and after those that overlap are removed."""
+    test_proposals: tuple[int, int] = (6_000, 1_000)
+    """The same in a test."""
+    regions: int = 512
+    """Proposals of an image that the head is trained on."""
+    l1_beta: float = 0.0
+    """Where the loss of boxes changes from quadratic to linear; 0: it is linear."""
+    precise_batches: int = 200
+    """Batches that the statistics of batch norm are averaged over before the test."""
+
+
+_VOC_SIDES = tuple(range(480, 801, 32))
+
+PRESETS: dict[str, DetectPreset] = {
+    "voc-c4": DetectPreset(
+        title="Faster R-CNN R50-C4 on VOC 07+12 trainval, tested on VOC 07 test",
+        train=("VOC2007/trainval", "VOC2012/trainval"),
+        test=("VOC2007/test",),
+        steps=24_000,
+        drops=(18_000 / 24_000, 22_000 / 24_000),
+        sides=_VOC_SIDES,
+    ),
+}
+"""By name."""
+
+
+def settled(
+    preset: DetectPreset, *, batch_size: int | None = None, steps: int | None = None, **others: object
+) -> DetectPreset:
+    """Return a preset with what a user gives in place of its own values; None: its own.
+
+    With another batch size, learning rate and steps follow unless they are given, so that as many images are seen and
+    each counts as much (Goyal et al. 2017; `auto_scale_workers` of detectron2).
+    """
+    given = {name: value for name, value in others.items() if value is not None}
+    if batch_size is not None:
+        scale = batch_size / preset.batch_size
+        steps = steps or round(preset.steps / scale)
+        given = {"lr": preset.lr * scale, "batch_size": batch_size} | given
+    if steps is not None:
+        given["steps"] = steps
+    return replace(preset, **given)  # pyright: ignore[reportArgumentType] - of the fields' types, as options are

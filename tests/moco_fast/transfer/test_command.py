@@ -1,0 +1,141 @@
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moco_fast.cli import main
+from moco_fast.evaluation.published import beside_published
+from moco_fast.evaluation.result import read_results
+from moco_fast.transfer.compare import as_tables, open_inits
+from moco_fast.transfer.presets import PRESETS, settled
+from tests.moco_fast.transfer.shapes import write_year
+
+SMALL = (
+    *("--batch-size", "2", "--group", "1", "--steps", "2", "--sides", "48", "--test-side", "48", "--longest", "72"),
+    *("--regions", "4", "--anchor-sizes", "16", "32", "--precise-batches", "1", "--threads", "1", "--device", "cpu"),
+    *("--train", "VOC2007/trainval", "--test", "VOC2007/test"),
+)
+
+
+@pytest.fixture
+def devkit(tmp_path: Path) -> Path:
+    write_year(tmp_path / "VOCdevkit" / "VOC2007", {"trainval": 6, "test": 2})
+    return tmp_path / "VOCdevkit"
+
+
+def transfer(devkit: Path, out: Path, *words: str, init=("random",), network: str = "resnet18_quarter") -> int:
+    given = ["--data", str(devkit), "--init", *init, "--network", network, "--out", str(out)]
+    return main(["transfer", "detect", *given, *SMALL, *words])
+
+
+def test_initial_weights_are_compared_in_a_table_with_differences_and_spread(
+    devkit, finished_run, tmp_path, capsys
+) -> None:
+    out = tmp_path / "out"
+    assert transfer(devkit, out, "--seeds", "2", init=("random", str(finished_run))) == 0
+    printed = capsys.readouterr().out
+    assert "detect voc-c4  AP50" in printed
+    assert f"difference from random  {finished_run}" in printed
+    first, second = read_results(out / "results.json")
+    assert [first.encoder["name"], second.step] == ["random (resnet18_quarter)", 40]
+    assert list(first.figures) == ["AP50", "AP", "AP75"]
+    assert [len(figure.by_seed) for figure in second.figures.values()] == [2, 2, 2]
+    assert [step for step, _ in second.curves["loss"].points] == [1, 2]
+    assert first.data["train"]["num_samples"] == 6
+    assert len(list((out / "detectors").iterdir())) == 4
+    rows = list(csv.DictReader((out / "per-class.csv").read_text().splitlines()))
+    assert {row["init"] for row in rows} == {first.encoder["name"], second.encoder["name"]}
+    assert {row["seed"] for row in rows} == {"0", "1"}
+    # The same command finds all of it.
+    before = {path: path.stat().st_mtime_ns for path in (out / "detectors").iterdir()}
+    assert transfer(devkit, out, "--seeds", "2", init=("random", str(finished_run))) == 0
+    assert capsys.readouterr().out == printed
+    assert {path: path.stat().st_mtime_ns for path in (out / "detectors").iterdir()} == before
+
+
+def test_differences_are_those_of_each_seed(devkit, tmp_path) -> None:
+    transfer(devkit, tmp_path / "out", "--seeds", "2")
+    [result] = read_results(tmp_path / "out" / "results.json")
+    figures = [{"AP50": replace(result.figures["AP50"], by_seed=seeds)} for seeds in ((0.5, 0.6), (0.55, 0.66))]
+    results = [replace(result, figures=figures[0]), replace(result, figures=figures[1], encoder={"name": "b"})]
+    # Differences 5 and 6: mean 5.5, standard error 0.5, Student's t 12.706 for one degree of freedom.
+    assert as_tables(results).splitlines()[-1].split() == ["AP50", "+5.50", "(-0.85", "to", "+11.85)"]
+
+
+def test_the_preset_with_a_resnet_50_takes_two_steps_and_is_tested(devkit, tmp_path) -> None:
+    assert transfer(devkit, tmp_path / "out", network="resnet50") == 0
+    [result] = read_results(tmp_path / "out" / "results.json")
+    assert result.encoder["name"] == "random (resnet50)"
+    assert all(loss > 0 for _, loss in result.curves["loss"].points)
+    weights = next((tmp_path / "out" / "detectors").iterdir())
+    assert weights.stat().st_size > 4 * 33e6
+
+
+def test_what_is_left_out_is_noted_and_refused_above_a_share(devkit, tmp_path, capsys) -> None:
+    (devkit / "VOC2007" / "Annotations" / "trainval_0002.xml").unlink()
+    assert transfer(devkit, tmp_path / "out", "--max-malformed", "0.1") == 2
+    assert "1 of 6 images" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+WRONG = {
+    "--max-malformed is 2.0": ("--max-malformed", "2"),
+    "--steps is 0": ("--steps", "0"),
+    "--sides is -1": ("--sides", "-1"),
+    "not a multiple of --group 3": ("--group", "3"),
+    "--init random random: give one or more, each once": ("--init", "random", "random"),
+    "no VOC2012/ImageSets/Main/val.txt": ("--test", "VOC2012/val"),
+    "torchvision has no weights of resnet18_quarter": ("--init", "supervised"),
+    "are not on this machine": ("--init", "supervised", "--network", "resnet50"),
+    "does not exist: give a run's folder": ("--init", "nowhere"),
+    "--precision fp16 needs a GPU": ("--precision", "fp16"),
+}
+
+
+@pytest.mark.parametrize("reason", WRONG)
+def test_what_cannot_be_is_refused_with_a_way_out(devkit, tmp_path, capsys, reason, monkeypatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    assert transfer(devkit, tmp_path / "out", *WRONG[reason]) == 2
+    assert reason in " ".join(capsys.readouterr().err.split())
+
+
+def test_another_batch_size_takes_learning_rate_and_steps_along() -> None:
+    preset = PRESETS["voc-c4"]
+    small = settled(preset, batch_size=4)
+    assert (small.lr, small.steps, small.drops) == (0.005, 96_000, preset.drops)
+    assert settled(preset, batch_size=4, steps=10, lr=1.0).lr == 1.0
+    assert settled(preset) == preset
+
+
+def test_presets_are_shown_with_published_figures(capsys) -> None:
+    assert main(["transfer", "presets"]) == 0
+    shown = capsys.readouterr().out
+    assert "voc-c4: Faster R-CNN R50-C4" in shown
+    assert "steps: 24000" in shown
+    assert "MoCo v1, 200 epochs  AP75    62.6" in shown
+
+
+def test_a_result_of_the_benchmark_stands_beside_the_published_one(devkit, tmp_path) -> None:
+    transfer(devkit, tmp_path / "out")
+    path = tmp_path / "out" / "results.json"
+    told = json.loads(path.read_text())
+    for split, number in (("train", 16_551), ("test", 4_952)):
+        told["results"][0]["data"][split] |= {"num_samples": number, "num_classes": 20}
+    path.write_text(json.dumps(told))
+    shown = beside_published(read_results(path))
+    assert "VOC07+12   detect voc-c4  AP50" in shown
+    assert "measured here" in shown
+    assert "82.4" in shown
+
+
+def test_random_and_supervised_weights_are_of_the_network_that_they_are_compared_with(finished_run) -> None:
+    random, run = open_inits(["random", str(finished_run)], network="resnet50")
+    starts = [random.start(seed) for seed in (0, 1, 0)]
+    assert starts[0].digest == starts[2].digest != starts[1].digest
+    assert random.encoder.backbone is not run.encoder.backbone
+    assert random.encoder.state_dict().keys() == run.encoder.state_dict().keys()
+    # The pixels of the run, too.
+    assert torch.equal(random.encoder.pixel_scale, run.encoder.pixel_scale)

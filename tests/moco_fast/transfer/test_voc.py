@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moco_fast.transfer.sets import refuse_malformed
+from moco_fast.transfer.voc import VOC_CLASSES, find_parts, read_voc
+from tests.moco_fast.transfer.shapes import annotation, write_year
+
+
+@pytest.fixture
+def year(tmp_path: Path) -> Path:
+    return write_year(tmp_path / "VOC2007", {"trainval": 3, "test": 1})
+
+
+def read(year: Path, part: str = "trainval", names=None):
+    return read_voc(find_parts([str(year)], [f"{year.name}/{part}"], option="--train"), class_names=names)
+
+
+def annotate(year: Path, key: str, *args, **options) -> None:
+    (year / "Annotations" / f"{key}.xml").write_text(annotation(*args, **options))
+
+
+def test_boxes_go_from_the_first_pixel_to_the_end_of_the_last(year) -> None:
+    with Image.open(year / "JPEGImages" / "trainval_0000.jpg") as image:
+        size = image.size
+    annotate(year, "trainval_0000", *size, [("dog", (1, 1, *size)), ("cat", (11, 21, 30, 40))], difficult=1)
+    first = read(year).images[0]
+    assert (first.width, first.height) == size
+    assert first.boxes.tolist() == [[0, 0, *size], [10, 20, 30, 40]]
+    assert [VOC_CLASSES[number] for number in first.classes] == ["dog", "cat"]
+    assert first.is_difficult.tolist() == [True, True]
+
+
+def test_a_folder_of_years_is_searched_and_parts_follow_each_other(year) -> None:
+    write_year(year.parent / "VOC2012", {"trainval": 2}, seed=1)
+    parts = find_parts([str(year.parent)], ["VOC2007/trainval", "VOC2012/trainval"], option="--train")
+    keys = [image.key for image in read_voc(parts, class_names=None).images]
+    assert keys == [*(f"VOC2007/trainval_000{n}" for n in range(3)), *(f"VOC2012/trainval_000{n}" for n in range(2))]
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"), [(["VOC2007"], "a part of it"), (["VOC2007/val"], "no VOC2007/ImageSets/Main/val.txt")]
+)
+def test_a_part_that_is_not_there_is_refused(year, parts, reason) -> None:
+    with pytest.raises(ValueError, match=reason):
+        find_parts([str(year)], parts, option="--train")
+
+
+def test_a_part_in_two_places_is_refused(year, tmp_path) -> None:
+    write_year(tmp_path / "other" / "VOC2007", {"trainval": 1})
+    with pytest.raises(ValueError, match="name one of them"):
+        find_parts([str(year), str(tmp_path / "other")], ["VOC2007/trainval"], option="--train")
+
+
+def test_other_classes_than_those_of_voc_are_the_ones_that_are_marked(tmp_path) -> None:
+    year = write_year(tmp_path / "Farm", {"train": 4}, names={"hen": (250, 0, 0), "egg": (250, 250, 250)})
+    assert read(year, "train").class_names == ("egg", "hen")
+
+
+BROKEN = {
+    "has no image": lambda year, key: (year / "JPEGImages" / f"{key}.jpg").unlink(),
+    "is no image": lambda year, key: (year / "JPEGImages" / f"{key}.jpg").write_bytes(b"GIF87"),
+    "has no annotation": lambda year, key: (year / "Annotations" / f"{key}.xml").unlink(),
+    "has an annotation that is not XML": lambda year, key: (year / "Annotations" / f"{key}.xml").write_text("<a"),
+    "is of another size than its annotation says": lambda year, key: annotate(year, key, 500, 375, []),
+    "marks an object without a name": lambda year, key: annotate(year, key, 0, 0, [("", (1, 1, 9, 9))]),
+    "has a box without four numbers": lambda year, key: annotate(year, key, 0, 0, [("cat", (1, "x", 9, 9))]),
+    "has a box without an area": lambda year, key: annotate(year, key, 0, 0, [("cat", (10, 1, 9, 9))]),
+    "has a box that is not within the image": lambda year, key: annotate(year, key, 0, 0, [("cat", (1, 1, 9, 999))]),
+    "marks an unknown class, gnu": lambda year, key: annotate(year, key, 0, 0, [("gnu", (1, 1, 9, 9))]),
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_what_cannot_be_used_is_left_out_with_a_reason_and_counted(year, reason) -> None:
+    BROKEN[reason](year, "trainval_0001")
+    found = read(year, names=VOC_CLASSES)
+    assert [image.key for image in found.images] == ["VOC2007/trainval_0000", "VOC2007/trainval_0002"]
+    assert [(each.key, each.reason) for each in found.malformed] == [("VOC2007/trainval_0001", reason)]
+    [line] = refuse_malformed(found.malformed, 3, "it", at_most=0.5)
+    assert line == f"it: 1 left out, {reason}: VOC2007/trainval_0001"
+    with pytest.raises(ValueError, match=r"--max-malformed 0\.1"):
+        refuse_malformed(found.malformed, 3, "it", at_most=0.1)
+
+
+def test_images_without_boxes_are_tested_on_but_not_trained_on(year) -> None:
+    annotate(year, "trainval_0001", 0, 0, [])
+    found = read(year)
+    assert [len(found), len(found.with_boxes)] == [3, 2]
+    assert found.with_boxes.identity != found.identity == read(year).identity
+    assert np.array_equal(found.lies, [image.width > image.height for image in found.images])
