@@ -74,7 +74,7 @@ def prepare(data: Path, folder: Path) -> None:
                     content = archive.extractfile(member)
                     assert content is not None
                     path.write_bytes(content.read())
-        assert make_shards(["pack", str(images), "--out", str(shards)]) == 0
+        assert make_shards(["pack", str(images), "--out", str(shards), "--mean-rgb"]) == 0
 
 
 def color_options(contender: str) -> list[str]:

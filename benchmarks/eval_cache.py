@@ -36,7 +36,7 @@ def pack_images(folder: Path, per_class: int) -> None:
     """Cut the demo's images, a quarter as many held out, and pack them into folder/train and folder/val."""
     write_images(DemoConfig(out=str(folder / "images"), num_train=per_class, num_held_out=per_class // 4))
     for split in ("train", "val"):
-        pack(PackConfig(sources=(str(folder / "images" / split),), out=str(folder / split), workers=1, mean_rgb=False))
+        pack(PackConfig(sources=(str(folder / "images" / split),), out=str(folder / split), workers=1))
 
 
 def subject_of(folder: Path, encoder_name: str, size: int) -> Subject:

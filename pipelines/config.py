@@ -231,7 +231,8 @@ class ViewsConfig:
     """The small views."""
     color: Color = "torchvision"
     """`torchvision`: jitter and grayscale as torchvision's own operations, one by one on 8-bit values. `linear`: as one
-    matrix, made of the mean colors in the index; 2.6 to 4.1 levels away from torchvision's."""
+    matrix, made of the mean colors in the index (`make-shards pack --mean-rgb`); 3.2 to 4.1 levels away from
+    torchvision's."""
 
     def __post_init__(self) -> None:
         for name in ("size", "small_size"):

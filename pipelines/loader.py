@@ -20,7 +20,13 @@ from pipelines.plan.draw import draw_views
 from pipelines.plan.order import OrderPlan, check_ranks
 from pipelines.plan.part import PartPlan
 from pipelines.plan.steps import EpochSteps, ListedSteps, Steps
-from pipelines.reading.prepare import cache_for_evaluation, cache_for_part, cache_for_training, refuse_unreadable
+from pipelines.reading.prepare import (
+    cache_for_evaluation,
+    cache_for_part,
+    cache_for_training,
+    refuse_unreadable,
+    refuse_without_means,
+)
 from pipelines.reading.reader import READ_THREADS
 from pipelines.world import World
 from shards.ground.arrays import Indices
@@ -310,6 +316,7 @@ def open_loader(
     opened = open_set(data.shards) if shards is None else shards
     if data.on_bad_sample != "skip":
         refuse_unreadable(opened)
+    refuse_without_means(opened, asked.views)
     if samples is None:
         return _open_epochs(opened, asked, None if among is None else np.asarray(among, dtype=np.int64))
     return _open_samples(opened, asked, np.asarray(samples, dtype=np.int64), epoch, divided=divided)
@@ -499,10 +506,15 @@ def make_views(
     backend: Literal["auto", Backend] = "dali",
     device: torch.device = _CPU,
 ) -> tuple[torch.Tensor, ...]:
-    """Make the views of chosen samples as a run would: (n, 3, S, S) uint8 each, on the device."""
+    """Make the views of chosen samples as a run would: (n, 3, S, S) uint8 each, on the device.
+
+    Raises:
+        ValueError: colors are to be linear, and the set has no mean colors.
+    """
     # The set is open: its path is of no matter.
     data = DataConfig(shards="", backend=backend, num_threads=1)
     asked = _Asked(data=data, views=specs_of(views), seed=seed, device=device, world=World())
+    refuse_without_means(shards, asked.views)
     decoding = _Decoding.choose(shards, asked, max_batch=len(samples))
     with _open_list(decoding, ListedSteps(samples=samples, batch_size=len(samples), epoch=epoch)) as loader:
         # A copy of one's own: a backend may take its memory back once it is closed.

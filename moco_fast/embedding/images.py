@@ -39,7 +39,6 @@ def pack_images(images: str, folder: Path, progress: ProgressBars | None = None)
         sources=(images,),
         out=str(folder),
         shuffle=False,
-        mean_rgb=False,
         labels=_labels_of_begun(folder),
         members=("all",),
     )
@@ -61,7 +60,7 @@ def pack_files(paths: Sequence[str], folder: Path) -> ShardSet:
     """Pack files into a new folder, in their order, without labels. Raises ValueError: none can be read."""
     names = folder.with_name(f"{folder.name}.jsonl")
     names.write_text("".join(json.dumps({"path": str(Path(path).absolute())}) + "\n" for path in paths))
-    pack(PackConfig(sources=(str(names),), out=str(folder), shuffle=False, mean_rgb=False, labels="none", workers=1))
+    pack(PackConfig(sources=(str(names),), out=str(folder), shuffle=False, labels="none", workers=1))
     return _with_samples(folder, ", ".join(paths[:3]) + ("" if len(paths) < 4 else " and others"))
 
 

@@ -145,7 +145,7 @@ def _pack(where: str, files: list[_File], final: Path) -> Manifest:
     write_whole(listed, "".join(json.dumps(entry) + "\n" for entry in entries), durable=False)
     try:
         with appearing(final, durable=True) as aside:
-            config = PackConfig(sources=(str(listed),), out=str(aside), labels="column", mean_rgb=False)
+            config = PackConfig(sources=(str(listed),), out=str(aside), labels="column")
             packed = pack(config, ProgressBars(enabled=sys.stderr.isatty()))
             assert packed is not None
             manifest = packed[""]

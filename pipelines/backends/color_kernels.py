@@ -62,7 +62,8 @@ def recolor_batch(views: Sequence[torch.Tensor], tables: Sequence[ViewTable]) ->
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             raise ValueError(
                 f"the GPU's color kernels cannot be compiled or run here ({error}): Triton needs a C compiler and "
-                "Python's headers (gcc and python3-dev on Debian); or use --views.color linear"
+                "Python's headers (gcc and python3-dev on Debian); or use --views.color linear with shards that were "
+                "packed with --mean-rgb"
             ) from error
 
 

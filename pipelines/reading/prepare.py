@@ -2,11 +2,12 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from pipelines.config import DataConfig
+from pipelines.config import DataConfig, ViewConfig, ViewSpec
 from pipelines.plan.order import OrderPlan
 from pipelines.reading.cache import CacheFolder
 from pipelines.reading.fetch import STEPS_KEPT, cached, num_cached_bytes
@@ -14,9 +15,9 @@ from pipelines.world import World
 from shards.ground.arrays import Indices
 from shards.ground.units import gib
 from shards.sets import ShardSet
-from shards.sets.record import REFUSED, flag_name
+from shards.sets.record import REFUSED, Flag, flag_name
 
-__all__ = ["cache_for_evaluation", "cache_for_part", "cache_for_training", "refuse_unreadable"]
+__all__ = ["cache_for_evaluation", "cache_for_part", "cache_for_training", "refuse_unreadable", "refuse_without_means"]
 
 
 # The rest is for evaluation, which comes between a run's steps.
@@ -39,6 +40,26 @@ def refuse_unreadable(shards: ShardSet) -> None:
             f"{shards.where} --out DIR` repairs what can be repaired; or put others in their "
             "place with --data.on-bad-sample skip"
         )
+
+
+def refuse_without_means(shards: ShardSet, views: Sequence[ViewSpec]) -> None:
+    """Raise ValueError if views are to be made with mean colors that a set does not have.
+
+    All samples of a set have them or none, so the first shard of each merged set tells.
+    """
+    if not any(view.color == "linear" and isinstance(view.recipe, ViewConfig) for view in views):
+        return
+    seen: set[int] = set()
+    for shard in range(shards.num_shards):
+        part, _ = shards.part(shard)
+        if id(part) in seen or not shards.shard_sizes[shard]:
+            continue
+        seen.add(id(part))
+        if not (shards.index(shard)["flags"] & Flag.HAS_MEAN_RGB).all():
+            raise ValueError(
+                f"{part.where} has no mean colors, which linear colors are made of: use --views.color torchvision (the "
+                f"default), or `make-shards pack {part.where} --out DIR --mean-rgb`"
+            )
 
 
 def cache_for_training(shards: ShardSet, data: DataConfig, plan: OrderPlan, *, world: World) -> ShardSet:

@@ -14,6 +14,7 @@ from shards.ground.arrays import Pixels
 from shards.ground.errors import Rejected
 from shards.images.jpeg import JpegError, JpegHeader, is_jpeg, parse_jpeg, with_sound_scan
 from shards.images.libraries import CodecError, decode_jpeg, encode_jpeg, reads_sampling, shrink, sum_channels
+from shards.images.scan import looks_whole
 from shards.images.sniff import SNIFFED_BYTES, container, is_image, unread_image
 from shards.images.transcode import transcode_jpeg, transcoder
 
@@ -143,10 +144,7 @@ def _encode_jpeg(original: bytes, header: JpegHeader, config: EncodeConfig) -> P
 def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage | None:
     """Return the image as it is; None where it must be decoded after all."""
     outcome = "copied"
-    if not config.mean_rgb:
-        # Trailing bytes after the end are common and harmless; no end at all means that bytes are missing.
-        if data.rfind(_EOI) < header.scan_at:
-            raise Rejected("damaged", "cut short: has no end marker")
+    if not config.mean_rgb and looks_whole(data, header.scan_at):
         return PackedImage(data, header.width, header.height, None, (outcome,), header.kind)
     try:
         small = _decode_small(data, header)
@@ -162,7 +160,8 @@ def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage 
         except ValueError:
             raise Rejected("damaged", str(error)) from None
         data, outcome = ended, "repaired"
-    return PackedImage(data, header.width, header.height, _mean_rgb(small), (outcome,), header.kind)
+    mean = _mean_rgb(small) if config.mean_rgb else None
+    return PackedImage(data, header.width, header.height, mean, (outcome,), header.kind)
 
 
 def _transcode(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage | None:

@@ -36,6 +36,7 @@ def packed_demo(tmp_path_factory) -> PackedDemo:
             str(folder / split),
             "--workers",
             "1",
+            "--mean-rgb",  # for linear colors
         ]
         subprocess.run(
             [sys.executable, "-c", "import sys; from shards.cli import main; sys.exit(main())", *command[1:]],

@@ -1,19 +1,22 @@
 import io
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pipelines.config import DataConfig, ViewsConfig
-from pipelines.loader import open_loader
+from pipelines.config import DataConfig, ViewsConfig, central_crop
+from pipelines.loader import make_views, open_loader
+from shards.config import PackConfig
+from shards.packing.pack import pack
 from shards.sets import open_set
 from shards.sets.record import Flag
 from shards.tools.index import index_folder
 from tests.pipelines.central import open_central
 from tests.pipelines.shard_files import jpeg, smooth_image, write_shards
-from tests.shards.pictures import encoded
+from tests.shards.pictures import encoded, fill
 
 CPU = torch.device("cpu")
 UNFIT = {3: "needs orientation", 4: "not rgb", 9: "not jpeg", 10: "damaged", 19: "not jpeg"}
@@ -90,3 +93,25 @@ def test_sets_with_commas_between_them_train_as_one(tmp_path, small_shards):
         batches = list(loader)
     # Only the first set has labels: they mean nothing for both.
     assert sorted(torch.cat([batch.index for batch in batches]).tolist()) == list(range(111))
+
+
+def test_linear_colors_are_refused_without_mean_colors(tmp_path):
+    source = fill(tmp_path / "in", 6)
+    without, having = str(tmp_path / "without"), str(tmp_path / "with")
+    pack(PackConfig(sources=(str(source),), out=without, workers=1))
+    pack(PackConfig(sources=(without,), out=having, workers=1, mean_rgb=True))
+    linear, views = ViewsConfig(size=16, color="linear"), ViewsConfig(size=16)
+
+    def opened(shards: str, views: ViewsConfig):
+        data = DataConfig(shards=shards, batch_size=2, num_threads=1, backend="dali")
+        return open_loader(data, views, seed=1, device=CPU)
+
+    for refused in (without, f"{having},{without}"):
+        with pytest.raises(ValueError, match=rf"{without} has no mean colors.*torchvision.*--mean-rgb"):
+            opened(refused, linear)
+    with pytest.raises(ValueError, match="has no mean colors"):
+        make_views(open_set(without), np.arange(2), linear, seed=1, epoch=0)
+    # Crops for evaluation have no colors to compute, whatever they say.
+    crop = tuple(replace(view, color="linear") for view in central_crop(16))
+    for shards, wanted in ((having, linear), (f"{without},{having}", views), (without, crop)):
+        opened(shards, wanted).close()

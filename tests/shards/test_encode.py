@@ -21,6 +21,7 @@ from tests.shards.flat_jpegs import flat_jpeg, halves
 from tests.shards.pictures import encoded, fill, jpeg, picture
 
 DEFAULT = EncodeConfig()
+WITH_MEAN = EncodeConfig(mean_rgb=True)
 
 
 def pixels(data: bytes, mode: str = "RGB") -> np.ndarray:
@@ -40,8 +41,8 @@ def test_a_baseline_jpeg_is_copied_byte_for_byte():
 def test_the_mean_is_that_of_the_pixels():
     for data in (encoded(picture(3, 320, 240)), encoded(picture(3, 321, 245), "PNG"), encoded(picture(4, 90, 70, "L"))):
         expected = pixels(data).mean(axis=(0, 1))
-        assert np.abs(np.array(encode(data, DEFAULT).mean_rgb) - expected).max() < 1.5
-    assert encode(jpeg(), EncodeConfig(mean_rgb=False)).mean_rgb is None
+        assert np.abs(np.array(encode(data, WITH_MEAN).mean_rgb) - expected).max() < 1.5
+    assert encode(jpeg(), DEFAULT).mean_rgb is None
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
@@ -59,7 +60,7 @@ def test_orientation_is_applied_as_pillow_does(orientation, kind):
     assert np.abs(pixels(image.data) - expected).mean() < 4
 
 
-TRANSCODE = EncodeConfig(progressive="transcode")
+TRANSCODE = EncodeConfig(progressive="transcode", mean_rgb=True)
 
 
 @given(
@@ -79,7 +80,7 @@ def test_a_transcoded_progressive_jpeg_keeps_every_pixel(width, height, mode, qu
     assert parse_jpeg(image.data).is_baseline
     assert b"kept" in image.data
     assert (pixels(image.data, mode) == pixels(data, mode)).all()
-    assert image.mean_rgb == encode(data, DEFAULT).mean_rgb or width * height > 1 << 16
+    assert image.mean_rgb == encode(data, WITH_MEAN).mean_rgb or width * height > 1 << 16
     assert encode(image.data, TRANSCODE)[:5] == (*image[:4], ("copied",))
 
 
@@ -215,7 +216,7 @@ def test_resized_pixels_are_close_to_pillows():
         (b"hello, world", DEFAULT, "not an image"),
         (b"\xff\xd8\xff", DEFAULT, "damaged"),
         (jpeg()[:-30], DEFAULT, "damaged"),
-        (jpeg()[:-30], EncodeConfig(mean_rgb=False), "damaged"),
+        (jpeg()[:-30], WITH_MEAN, "damaged"),
         (jpeg()[:-30], EncodeConfig(resize=20), "damaged"),
         (encoded(picture(), "PNG")[:200], DEFAULT, "damaged"),
         (jpeg(), EncodeConfig(min_size=41), "too small"),
@@ -243,9 +244,13 @@ def test_a_missing_end_marker_is_mended_without_loss():
 
 def test_stray_bytes_before_the_end_are_repaired():
     data = jpeg()
-    image = encode(data[:-2] + b"\x01" * 300 + data[-2:], DEFAULT)
+    stray = data[:-2] + b"\x01" * 300 + data[-2:]
+    image = encode(stray, WITH_MEAN)
     assert "repaired" in image.outcomes
     assert np.abs(pixels(image.data) - pixels(data)).mean() < 4
+    # What no marker shows is copied: decoders warn of it, and give the same pixels.
+    assert encode(stray, DEFAULT).outcomes == ("copied",)
+    assert (pixels(stray) == pixels(data)).all()
 
 
 def test_a_bomb_inside_an_icon_is_refused():
@@ -344,10 +349,8 @@ def test_whatever_a_codec_raises_is_a_rejection_that_names_file_and_codec(tmp_pa
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", decode)
     out = tmp_path / "out"
-    assert (
-        main(["pack", str(source), "--out", str(out), "--workers", "1", "--max-rejected", "1", "--shard-samples", "9"])
-        == 0
-    )
+    words = f"pack {source} --out {out} --workers 1 --max-rejected 1 --shard-samples 9 --mean-rgb"
+    assert main(words.split()) == 0
     [line] = map(json.loads, (out / "rejected.jsonl").read_text().splitlines())
     assert line["source"] == f"{source}/0001.jpg"
     assert (line["reason"], line["detail"].startswith(f"simplejpeg: {type(error).__name__}")) == ("codec failed", True)
@@ -397,3 +400,49 @@ def test_orientation_by_xmp_alone_is_applied(text, mean_rgb):
     exif[0x0112] = 3
     both = encoded(picture(5, 64, 40), quality=95, xmp=text.encode(), exif=exif)
     assert encode(both, DEFAULT).width == 64
+
+
+def damaged(data: bytes, how: str, at: int) -> bytes:
+    """A JPEG's bytes as disks, downloads and editors spoil them, from a place in its scan on."""
+    rng = np.random.default_rng(at)
+    if how == "cut":
+        return data[:at]
+    if how == "zeros to the end":
+        return data[:at] + bytes(len(data) - at)
+    if how == "a block of zeros":
+        return data[:at] + bytes(1024) + data[at + 1024 :]
+    if how == "a block of something else":
+        return data[:at] + rng.bytes(4096) + data[at + 4096 :]
+    return data[:at] + b"\xff\xc4" + data[at + 2 :]
+
+
+def outcome_of(data: bytes, config: EncodeConfig) -> object:
+    """What becomes of an image: all but its mean color, or why it is rejected."""
+    try:
+        return encode(data, config)._replace(mean_rgb=None)
+    except Rejected as rejected:
+        return rejected.reason, rejected.detail
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    "how", ["cut", "zeros to the end", "a block of zeros", "a block of something else", "a marker"]
+)
+def test_damage_that_bytes_show_is_found_without_the_mean_color(how, mode):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 200, 3), dtype=np.uint8)).convert(mode)
+    data = encoded(noise, quality=90)
+    scan = parse_jpeg(data).scan_at
+    for at in range(scan + 40, len(data) - 5000, 2000):
+        spoiled = damaged(data, how, at)
+        assert outcome_of(spoiled, DEFAULT) == outcome_of(spoiled, WITH_MEAN)
+
+
+@pytest.mark.parametrize("behind", [b"", b"\0" * 2000, jpeg(2)])
+@pytest.mark.parametrize(
+    "options", [{}, {"restart_marker_rows": 1}, {"optimize": True}, {"exif": b"Exif\0\0" + jpeg(1)}]
+)
+def test_what_is_copied_without_its_mean_color_is_not_decoded(options, behind, monkeypatch):
+    whole = encoded(picture(2, 90, 70), quality=95, **options) + behind
+    monkeypatch.setattr("shards.images.encode.decode_jpeg", None)
+    image = encode(whole, DEFAULT)
+    assert (image.data, image.outcomes, image.mean_rgb) == (whole, ("copied",), None)

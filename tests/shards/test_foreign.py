@@ -88,9 +88,9 @@ def test_a_cut_image_is_damaged_though_its_thumbnail_is_whole(tmp_path):
     assert whole.count(b"\xff\xd9") == 2
     write(tmp_path / "x.tar", {"0.jpg": whole, "1.jpg": whole[:-300]})
     assert index_folder(str(tmp_path), workers=1).flagged == {"damaged": 1}
-    assert encode(whole, EncodeConfig(mean_rgb=False)).data == whole
-    with pytest.raises(Rejected, match="has no end marker"):
-        encode(whole[:-300], EncodeConfig(mean_rgb=False))
+    assert encode(whole, EncodeConfig()).data == whole
+    with pytest.raises(Rejected, match="damaged"):
+        encode(whole[:-300], EncodeConfig())
 
 
 def test_verify_knows_foreign_shards(tars):
