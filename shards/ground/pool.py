@@ -11,30 +11,29 @@ from typing import Any, TypeVar
 
 from shards.ground.child import Child, WorkerDiedError, start_children
 from shards.ground.errors import PackError, portable
+from shards.ground.progress import Tick
 
-__all__ = ["Tick", "main", "run_tasks"]
+__all__ = ["main", "run_tasks"]
 
 _TICK_S = 0.2
 TaskT = TypeVar("TaskT")
 ResultT = TypeVar("ResultT")
 
-Tick = Callable[[int], object]
-"""Called with the number of inputs that were processed."""
-
 
 @dataclass(frozen=True)
 class _Ticked:
-    """Inputs that a worker has processed since it last reported."""
+    """What a worker has done since it last reported."""
 
     count: int
+    num_bytes: int
 
 
 @dataclass(frozen=True)
 class _Done:
-    """What a job returned, and the inputs processed since the last _Ticked."""
+    """What a job returned, and what was done since the last _Ticked."""
 
     result: Any
-    count: int
+    ticked: _Ticked
 
 
 def run_tasks(
@@ -46,7 +45,7 @@ def run_tasks(
         job: does one task; it is pickled for the workers, and opens there what it needs.
         tasks: handed out in this order, one at a time per worker.
         workers: at most this many processes.
-        tick: called now and then with the number of inputs that the workers have processed.
+        tick: called now and then with the number of inputs that the workers have processed, and their bytes.
 
     Yields:
         Each task with its result, as they finish.
@@ -81,8 +80,10 @@ class _Pool:
                 for ready in wait(self._connections):
                     child = self._children[ready]
                     message = child.receive()
-                    tick(message.count)
-                    if isinstance(message, _Done):
+                    is_done = isinstance(message, _Done)
+                    ticked: _Ticked = message.ticked if is_done else message
+                    tick(ticked.count, ticked.num_bytes)
+                    if is_done:
                         task = given.pop(child)
                         _give(child, tasks, given)
                         yield task, message.result
@@ -108,19 +109,19 @@ def _give(child: Child, tasks: deque[Any], given: dict[Child, Any]) -> None:
 
 def main(connection: "Connection[Any, Any]", job: Callable[[Any, Tick], Any]) -> None:
     """Do tasks in a worker process until the parent is gone."""
-    num_ticked, ticked_s = 0, time.monotonic()
+    ticked, ticked_s = _Ticked(0, 0), time.monotonic()
 
-    def tick(count: int) -> None:
-        nonlocal num_ticked, ticked_s
-        num_ticked += count
+    def tick(count: int, num_bytes: int = 0, /) -> None:
+        nonlocal ticked, ticked_s
+        ticked = _Ticked(ticked.count + count, ticked.num_bytes + num_bytes)
         now_s = time.monotonic()
         if now_s - ticked_s >= _TICK_S:
             try:
-                connection.send(_Ticked(num_ticked))
+                connection.send(ticked)
             except OSError:
                 # The parent is gone; a job may catch what is raised here.
                 os._exit(1)
-            num_ticked, ticked_s = 0, now_s
+            ticked, ticked_s = _Ticked(0, 0), now_s
 
     while True:
         task = connection.recv()
@@ -129,5 +130,5 @@ def main(connection: "Connection[Any, Any]", job: Callable[[Any, Tick], Any]) ->
         except Exception as error:
             connection.send(portable(error, "in a worker process"))
         else:
-            connection.send(_Done(result, num_ticked))
-            num_ticked = 0
+            connection.send(_Done(result, ticked))
+            ticked = _Ticked(0, 0)

@@ -13,7 +13,15 @@ from shards.config import EncodeConfig
 from shards.ground.arrays import Pixels
 from shards.ground.errors import Rejected
 from shards.images.jpeg import JpegError, JpegHeader, is_jpeg, parse_jpeg, with_sound_scan
-from shards.images.libraries import CodecError, decode_jpeg, encode_jpeg, reads_sampling, shrink, sum_channels
+from shards.images.libraries import (
+    CodecError,
+    decode_jpeg,
+    encode_jpeg,
+    reads_header,
+    reads_sampling,
+    shrink,
+    sum_channels,
+)
 from shards.images.scan import looks_whole
 from shards.images.sniff import SNIFFED_BYTES, container, is_image, unread_image
 from shards.images.transcode import transcode_jpeg, transcoder
@@ -144,7 +152,7 @@ def _encode_jpeg(original: bytes, header: JpegHeader, config: EncodeConfig) -> P
 def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage | None:
     """Return the image as it is; None where it must be decoded after all."""
     outcome = "copied"
-    if not config.mean_rgb and looks_whole(data, header.scan_at):
+    if not config.mean_rgb and reads_header(data) and looks_whole(data, header.scan_at):
         return PackedImage(data, header.width, header.height, None, (outcome,), header.kind)
     try:
         small = _decode_small(data, header)

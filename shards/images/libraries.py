@@ -11,7 +11,16 @@ import simplejpeg  # pyright: ignore[reportMissingTypeStubs] - it has none
 from shards.ground.arrays import Pixels
 from shards.images.jpeg import parse_jpeg
 
-__all__ = ["CodecError", "codec", "decode_jpeg", "encode_jpeg", "reads_sampling", "shrink", "sum_channels"]
+__all__ = [
+    "CodecError",
+    "codec",
+    "decode_jpeg",
+    "encode_jpeg",
+    "reads_header",
+    "reads_sampling",
+    "shrink",
+    "sum_channels",
+]
 
 # Shrinking a side by less than this is done by a Gaussian of three taps and cubic interpolation.
 _FAR = 1.7
@@ -60,6 +69,15 @@ def reads_sampling(data: bytes) -> bool:
     try:
         simplejpeg.decode_jpeg_header(data, strict=False)
     # For factors that it has no name for, the library fails with a KeyError.
+    except Exception:
+        return False
+    return True
+
+
+def reads_header(data: bytes) -> bool:
+    """Return whether `decode_jpeg` takes a JPEG's header without complaint; takes microseconds."""
+    try:
+        simplejpeg.decode_jpeg_header(data)
     except Exception:
         return False
     return True

@@ -16,7 +16,7 @@ from shards.config import EncodeConfig
 from shards.ground.digests import short_digest
 from shards.ground.errors import PackError, portable
 from shards.ground.locks import locked
-from shards.ground.pool import Tick
+from shards.ground.progress import Tick
 from shards.packing.plan import ShardTask
 from shards.packing.write import WriteShard
 from shards.storage.target import BucketTarget, LocalTarget
@@ -111,7 +111,7 @@ def run_on_cluster(
         tasks: handed out in this order.
         address: of the cluster, as `ray.init` takes it.
         workers: at most this many at a time; None: as many as the cluster has CPUs.
-        tick: called with the number of inputs of each finished shard.
+        tick: called with the number of inputs of each finished shard, and their bytes.
 
     Raises:
         ValueError: Ray is not installed, or there is no cluster.
@@ -132,7 +132,7 @@ def run_on_cluster(
                 given[write.remote(shared, task)] = task
             for done in ray.wait(list(given), num_returns=1, timeout=None)[0]:
                 task = given.pop(done)
-                tick(_result(ray, done))
+                tick(*_result(ray, done))
                 yield task, None
     finally:
         if given:
@@ -144,25 +144,26 @@ def run_on_cluster(
         ray.shutdown()
 
 
-def _write_shard(job: NodeJob, task: ShardTask) -> tuple[int, Exception | None]:
-    """Write a shard on a node; return the number of inputs processed, and the error if there was one."""
-    num_inputs = 0
+def _write_shard(job: NodeJob, task: ShardTask) -> tuple[int, int, Exception | None]:
+    """Write a shard on a node; return the number of inputs processed, their bytes, and the error if there was one."""
+    num_inputs, num_bytes = 0, 0
 
-    def tick(count: int) -> None:
-        nonlocal num_inputs
+    def tick(count: int, more_bytes: int = 0, /) -> None:
+        nonlocal num_inputs, num_bytes
         num_inputs += count
+        num_bytes += more_bytes
 
     try:
         job(task, tick)
     # Raised again where the packing was started; Ray would wrap it in pages of traceback.
     except Exception as error:
-        return num_inputs, portable(error, f"on node {socket.gethostname()}")
-    return num_inputs, None
+        return num_inputs, num_bytes, portable(error, f"on node {socket.gethostname()}")
+    return num_inputs, num_bytes, None
 
 
-def _result(ray: Any, reference: Any) -> int:
+def _result(ray: Any, reference: Any) -> tuple[int, int]:
     try:
-        num_inputs, error = ray.get(reference)
+        num_inputs, num_bytes, error = ray.get(reference)
     except ray.exceptions.RayError as failure:
         reason = str(failure).strip().partition("\n")[0][:300]
         raise PackError(
@@ -171,7 +172,7 @@ def _result(ray: Any, reference: Any) -> int:
         ) from None
     if error is not None:
         raise error
-    return num_inputs
+    return num_inputs, num_bytes
 
 
 def check_cluster(address: str) -> Any:

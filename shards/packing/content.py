@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.ground.digests import digest_number
-from shards.ground.pool import Tick, run_tasks
-from shards.ground.progress import ProgressBars
+from shards.ground.pool import run_tasks
+from shards.ground.progress import ProgressBars, Tick
 from shards.packing.inputs import read_inputs
 from shards.packing.plan import cached_plan
 

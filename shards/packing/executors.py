@@ -5,7 +5,7 @@ from functools import partial
 from typing import Protocol
 
 from shards.config import PackConfig
-from shards.ground.pool import Tick
+from shards.ground.progress import Tick
 from shards.packing.plan import ShardTask
 from shards.packing.write import WriteShard
 

@@ -154,11 +154,13 @@ def _write_missing(
     plan: PackPlan, tasks: list[ShardTask], config: PackConfig, target: Target, progress: ProgressBars
 ) -> None:
     sizes = target.sizes()
-    missing = [task for task in tasks if entry_of(plan, target, task, sizes) is None]
+    entries = {task: entry_of(plan, target, task, sizes) for task in tasks}
+    missing = [task for task, entry in entries.items() if entry is None]
     total, todo = (sum(len(plan.positions(task)) for task in some) for some in (tasks, missing))
+    done_bytes = sum(entry.num_bytes for entry in entries.values() if entry is not None)
     run_tasks = executor(config)
     try:
-        with progress.stage("packing", unit=" images", total=total, done=total - todo) as tick:
+        with progress.stage("packing", unit=" images", total=total, done=total - todo, done_bytes=done_bytes) as tick:
             for _ in run_tasks(WriteShard(plan.folder, target, config.encoding()), missing, tick=tick):
                 pass
     finally:

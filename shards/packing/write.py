@@ -16,7 +16,7 @@ from shards.ground.arrays import LabelSets
 from shards.ground.digests import crc32c, digest
 from shards.ground.errors import Rejected
 from shards.ground.files import write_synced
-from shards.ground.pool import Tick
+from shards.ground.progress import Tick
 from shards.images.encode import PackedImage, encode
 from shards.packing.inputs import read_inputs
 from shards.packing.plan import PackPlan, ShardTask, cached_plan
@@ -138,9 +138,10 @@ def _write_files(
                     image = encode(data, config)
                 except Rejected as rejected:
                     beside.reject(position, source.describe(name), rejected)
+                    tick(1)
                 else:
                     _add_sample(tar, beside, position, image, label, source.describe(name))
-                tick(1)
+                    tick(1, len(image.data))
         digests = {".tar": tar.finish()}
     finally:
         tar.close()

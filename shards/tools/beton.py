@@ -17,8 +17,8 @@ from shards.ground.digests import crc32c, digest
 from shards.ground.errors import PackError
 from shards.ground.files import appearing
 from shards.ground.locks import locked
-from shards.ground.pool import Tick, run_tasks
-from shards.ground.progress import ProgressBars
+from shards.ground.pool import run_tasks
+from shards.ground.progress import ProgressBars, Tick
 from shards.ground.units import format_bytes
 from shards.sets.beton import ALLOCATION, METADATA, METADATA_AT, PAGE_BYTES, BetonSet, Layout, build_head
 from shards.sets.local import LocalShardSet

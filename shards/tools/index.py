@@ -17,8 +17,8 @@ from PIL import Image
 from shards.config import WORK_FOLDER, SourceOptions
 from shards.ground.digests import crc32c, digest, digest_file
 from shards.ground.errors import PackError, Rejected
-from shards.ground.pool import Tick, run_tasks
-from shards.ground.progress import ProgressBars
+from shards.ground.pool import run_tasks
+from shards.ground.progress import ProgressBars, Tick
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.packing.aside import LeftAside, describe_aside
 from shards.packing.labels import ClassTable

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from shards.config import WORK_FOLDER
-from shards.ground.pool import Tick, run_tasks
-from shards.ground.progress import ProgressBars
+from shards.ground.pool import run_tasks
+from shards.ground.progress import ProgressBars, Tick
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.sets.base import ShardSet
 from shards.sets.manifest import MANIFEST_NAME, Manifest

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from shards.config import WORK_FOLDER
 from shards.ground.digests import crc32c, digest_file
-from shards.ground.pool import Tick, run_tasks
-from shards.ground.progress import ProgressBars
+from shards.ground.pool import run_tasks
+from shards.ground.progress import ProgressBars, Tick
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.images.libraries import decode_jpeg
 from shards.sets.local import LocalShardSet

@@ -120,7 +120,7 @@ def is_running(pid):
 
 def square(task, tick):
     for _ in range(task):
-        tick(1)
+        tick(1, 10)
     if task == 13:
         raise Rejected("unlucky", "thirteen")
     return task**2
@@ -130,13 +130,13 @@ def square(task, tick):
 @given(tasks=st.lists(st.integers(0, 12), max_size=9), workers=st.integers(1, 3))
 def test_every_task_is_done_once_and_every_input_is_counted(tasks, workers):
     seen = []
-    results = list(run_tasks(square, tasks, workers=workers, tick=seen.append))
+    results = list(run_tasks(square, tasks, workers=workers, tick=lambda *done: seen.append(done)))
     assert sorted(results) == sorted((task, task**2) for task in tasks)
-    assert sum(seen) == sum(tasks)
+    assert [sum(column) for column in zip((0, 0), *seen, strict=True)] == [sum(tasks), 10 * sum(tasks)]
 
 
 def test_a_jobs_error_ends_the_pool_and_carries_its_traceback():
     with pytest.raises(Rejected) as caught:
-        list(run_tasks(square, [1, 13, 2, 3], workers=2, tick=lambda count: None))
+        list(run_tasks(square, [1, 13, 2, 3], workers=2, tick=lambda *done: None))
     assert (caught.value.reason, caught.value.detail) == ("unlucky", "thirteen")
     assert "in a worker process:\nTraceback" in caught.value.__notes__[0]
