@@ -316,7 +316,6 @@ def open_loader(
     opened = open_set(data.shards) if shards is None else shards
     if data.on_bad_sample != "skip":
         refuse_unreadable(opened)
-    refuse_without_means(opened, asked.views)
     if samples is None:
         return _open_epochs(opened, asked, None if among is None else np.asarray(among, dtype=np.int64))
     return _open_samples(opened, asked, np.asarray(samples, dtype=np.int64), epoch, divided=divided)
@@ -359,8 +358,13 @@ class _Decoding:
 
     @classmethod
     def choose(cls, shards: ShardSet, asked: _Asked, *, max_batch: int) -> "_Decoding":
-        """Choose a backend for batches of this rank of at most `max_batch` samples."""
+        """Choose a backend for batches of this rank of at most `max_batch` samples.
+
+        Raises:
+            ValueError: no backend can make what was asked for from such a set.
+        """
         data, views, device = asked.data, asked.views, asked.device
+        refuse_without_means(shards, views)
         largest = max(view.size for view in views)
         name, reason = choose(data.backend, device=device, size=largest, kind=shards.kind)
         load, engines = choose_decoding(name, data, device)
@@ -514,7 +518,6 @@ def make_views(
     # The set is open: its path is of no matter.
     data = DataConfig(shards="", backend=backend, num_threads=1)
     asked = _Asked(data=data, views=specs_of(views), seed=seed, device=device, world=World())
-    refuse_without_means(shards, asked.views)
     decoding = _Decoding.choose(shards, asked, max_batch=len(samples))
     with _open_list(decoding, ListedSteps(samples=samples, batch_size=len(samples), epoch=epoch)) as loader:
         # A copy of one's own: a backend may take its memory back once it is closed.
