@@ -1,6 +1,11 @@
 """Every script of examples/ does what its docstring says."""
 
+import gzip
+import io
+import json
 import os
+import pickle
+import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 import shards
 from tests.warm import WarmPython
@@ -68,3 +74,100 @@ def test_a_custom_part_trains_and_embeds(name: str, packed: Path, run: Run) -> N
         printed = run("embed_folder.py", f"run-{name}", "images")
         assert "160 images, 256 numbers each; 0 could not be read" in printed
         assert len(printed.splitlines()) == 7
+
+
+PIXELS = np.random.default_rng(1).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+LABELS = np.array([0, 1, 2, 0, 1, 2])
+
+
+def jpeg(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS[number]).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_npz(path: Path) -> None:
+    # As MedMNIST: several parts of the same length, labels in columns.
+    arrays = {"train_images": PIXELS[:3], "val_images": PIXELS[3:], "train_labels": LABELS[:3, None]}
+    np.savez(path, val_labels=LABELS[3:, None], **arrays)
+
+
+def write_mat(path: Path) -> None:
+    savemat(path, {"X": PIXELS.transpose(1, 2, 3, 0), "y": LABELS[:, None]})
+
+
+def write_pickle(path: Path) -> None:
+    batch = {"data": PIXELS.transpose(0, 3, 1, 2).reshape(6, -1), "fine_labels": LABELS, "coarse_labels": LABELS * 0}
+    path.write_bytes(pickle.dumps(batch, protocol=2))
+
+
+def write_pt(path: Path) -> None:
+    import torch
+
+    torch.save((torch.from_numpy(PIXELS).permute(0, 3, 1, 2), torch.from_numpy(LABELS)), path)
+
+
+def write_idx(path: Path) -> None:
+    gray = PIXELS[..., 0]
+    path.write_bytes(gzip.compress(b"\0\0\x08\3" + np.array(gray.shape, ">u4").tobytes() + gray.tobytes()))
+    data = b"\0\0\x08\1\0\0\0\6" + LABELS.astype(np.uint8).tobytes()
+    path.with_name("train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(data))
+
+
+def write_rec(path: Path) -> None:
+    """As MXNet's im2rec does: dmlc/recordio.h, and pack() of mxnet/recordio.py."""
+    mark, parts = 0xCED7230A, b""
+    for number, label in enumerate(LABELS):
+        data = struct.pack("<IfQQ", 0, label, number, 0) + jpeg(number) + (struct.pack("<I", mark) + b"x" * 5)
+        first, _, second = data.partition(struct.pack("<I", mark))
+        for part, piece in ((1, first), (3, second)):
+            parts += struct.pack("<II", mark, part << 29 | len(piece)) + piece + bytes(-len(piece) % 4)
+    path.write_bytes(parts)
+
+
+def write_litdata(path: Path) -> None:
+    """As LitData 0.2.76 does: litdata/streaming/writer.py."""
+    path.mkdir()
+    items = [
+        struct.pack("<II", len(jpeg(i)), 8) + jpeg(i) + int(label).to_bytes(8, "little")
+        for i, label in enumerate(LABELS)
+    ]
+    offsets = 4 * (len(items) + 2) + np.cumsum([0, *map(len, items)])
+    data = np.uint32(len(items)).tobytes() + offsets.astype("<u4").tobytes() + b"".join(items)
+    (path / "chunk-0-0.bin").write_bytes(data)
+    config = {"data_format": ["jpeg", "int"], "compression": None}
+    (path / "index.json").write_text(json.dumps({"chunks": [{"filename": "chunk-0-0.bin"}], "config": config}))
+
+
+CONTAINERS = {
+    "x.npz": (write_npz, "NumPy's .npz"),
+    "x.npy": (lambda path: np.save(path, PIXELS), "NumPy's .npy"),
+    "x.mat": (write_mat, "MATLAB"),
+    "data_batch_1": (write_pickle, "a pickle"),
+    "x.pt": (write_pt, "a file of PyTorch"),
+    "train-images-idx3-ubyte.gz": (write_idx, "gzip"),
+    "x.rec": (write_rec, "MXNet's RecordIO"),
+    "litdata": (write_litdata, "LitData"),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_other_containers_are_refused_by_name_and_packed_by_way_of_a_tar(name: str, tmp_path: Path, run: Run) -> None:
+    write, called = CONTAINERS[name]
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"is ({called}|MNIST's IDX), which is not read.*Other containers"):
+        shards.pack(shards.PackConfig(sources=(str(tmp_path / name),), out=str(tmp_path / "none")))
+    assert run("to_tar.py", str(tmp_path / name), str(tmp_path / "out.tar")).endswith("out.tar: 6 samples\n")
+    config = shards.PackConfig(sources=(str(tmp_path / "out.tar"),), out=str(tmp_path / "out"), quality=100, workers=1)
+    manifest = (shards.pack(config) or {})[""]
+    assert (manifest.num_samples, manifest.class_names) == (6, () if name == "x.npy" else ("0", "1", "2"))
+    packed = shards.open(str(tmp_path / "out"))
+    sources = (tmp_path / "out" / "shard-000000.sources.txt").read_text().splitlines()
+    for record, source in zip(packed.index(0), sources, strict=True):
+        number = int(source.rpartition("/")[2].partition(".")[0]) - 1
+        assert record["label"] == (-1 if name == "x.npy" else LABELS[number])
+        shard = (tmp_path / "out" / "shard-000000.tar").read_bytes()
+        with Image.open(io.BytesIO(shard[record["offset"] : record["offset"] + record["size"]])) as image:
+            # Colors are halved in resolution, so the mean alone stays close.
+            expected = PIXELS[number, ..., 0] if image.mode == "L" else PIXELS[number]
+            assert abs(np.asarray(image).mean() - expected.mean()) < 2

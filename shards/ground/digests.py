@@ -11,7 +11,16 @@ from shards.ground.arrays import Encoded
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-__all__ = ["RunningDigest", "crc32c", "digest", "digest_file", "digest_number", "running_digest", "short_digest"]
+__all__ = [
+    "RunningDigest",
+    "crc32c",
+    "digest",
+    "digest_file",
+    "digest_number",
+    "masked_crc32c",
+    "running_digest",
+    "short_digest",
+]
 
 _READ_BYTES = 8 << 20
 
@@ -63,3 +72,9 @@ def short_digest(data: "ReadableBuffer") -> str:
 def crc32c(data: bytes | Encoded) -> int:
     """Return CRC-32C (Castagnoli) of some bytes. Not of a memoryview: the library takes none."""
     return google_crc32c.value(data)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] - it has no types
+
+
+def masked_crc32c(data: bytes) -> int:
+    """Return CRC-32C as TFRecord files have it: rotated by 15 bits, and a constant added (TensorFlow, crc32c.h)."""
+    crc = crc32c(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from shards.config import EncodeConfig
 from shards.ground.arrays import Pixels
 from shards.ground.errors import Rejected
+from shards.images.data_files import CONVERTED, HOLD_IMAGES
 from shards.images.jpeg import JpegError, JpegHeader, is_jpeg, parse_jpeg, with_sound_scan
 from shards.images.libraries import (
     CodecError,
@@ -31,7 +32,7 @@ __all__ = ["ARCHIVE", "PackedImage", "encode"]
 ARCHIVE = "archive"
 """Reason of an input that holds other files: never a matter of one in many, whatever share may be rejected."""
 
-_ARCHIVES = frozenset({"tar", "zip", "7-Zip", "RAR", "cpio", "Parquet"})
+_ARCHIVES = frozenset({"tar", "zip", "7-Zip", "RAR", "cpio", "Parquet", "Arrow", "TFRecord", "MDS"}) | HOLD_IMAGES
 _MAX_JPEG_SIDE = 65500
 _MAX_TEXT_BYTES = 1 << 28
 # These hand their bytes to another program, or do not hold a still image.
@@ -311,6 +312,8 @@ def _decode_with_pillow(data: bytes, config: EncodeConfig) -> tuple[Pixels, list
             raise Rejected("damaged", "begins as an image, but Pillow cannot read its header") from None
         kind = container(head)
         what = f"begins with {data[:8].hex(' ')}{f', as {kind} does' if kind is not None else ''}"
+        if kind in CONVERTED:
+            what += "; docs/packing.md has commands that convert it"
         raise Rejected(ARCHIVE if kind in _ARCHIVES else "not an image", what) from None
     except MemoryError:
         raise

@@ -2,6 +2,8 @@
 
 import re
 
+from shards.images.data_files import data_file
+
 __all__ = ["SNIFFED_BYTES", "container", "is_image", "unread_image"]
 
 SNIFFED_BYTES = 512
@@ -55,11 +57,8 @@ _CONTAINERS = {
     b"Rar!\x1a\x07": "RAR",
     b"070701": "cpio",
     b"070707": "cpio",
-    b"\x89HDF\r\n\x1a\n": "HDF5",
     b"!<arch>\n": "ar",
     b"xar!": "xar",
-    b"\x93NUMPY": "NumPy",
-    b"MATLAB 5.0 MAT-file": "MATLAB",
     b"SQLite format 3\0": "SQLite",
 }
 _ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18", re.DOTALL)
@@ -87,7 +86,7 @@ def unread_image(head: bytes) -> str | None:
 
 
 def container(head: bytes) -> str | None:
-    """Return the name of the format of an archive, a table or compressed data; None for anything else.
+    """Return the name of the format of an archive, a table, a data file or compressed data; None for anything else.
 
     Args:
         head: the first SNIFFED_BYTES bytes.
@@ -96,7 +95,7 @@ def container(head: bytes) -> str | None:
         return "tar"
     if _ZSTD_SKIPPABLE.match(head):
         return "zstd"
-    return next((name for start, name in _CONTAINERS.items() if head.startswith(start)), None)
+    return data_file(head) or next((name for start, name in _CONTAINERS.items() if head.startswith(start)), None)
 
 
 def _is_old_tar(head: bytes) -> bool:

@@ -11,18 +11,11 @@ from shards.config import SourceOptions
 from shards.ground.errors import PackError, Rejected
 from shards.images.sniff import SNIFFED_BYTES
 from shards.sources.base import Aside, Input, Source, printable
+from shards.sources.beside import OF_SET, describe_sets
 from shards.sources.links import Links, refuse_cache
 from shards.sources.registry import nested_source
 from shards.sources.samples import SeveralImages, sifted
-from shards.storage.file_kinds import (
-    ASIDE_NAME,
-    LABEL_SETS_SUFFIX,
-    MANIFEST_NAME,
-    REJECTED_NAME,
-    SHARD_SUFFIXES,
-    litter,
-    may_be_archive,
-)
+from shards.storage.file_kinds import litter, may_be_archive
 from shards.storage.stores import absolute
 
 __all__ = ["FolderSource", "read_file"]
@@ -30,8 +23,6 @@ __all__ = ["FolderSource", "read_file"]
 # Errors of the disk or the network, not of one file.
 _SOURCE_IS_GONE = frozenset({errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV})
 _MAX_FILE_BYTES = 1 << 30
-# img2dataset writes this beside each tar, and a table of what was tried.
-_STATISTICS = b"_stats.json"
 _LISTED_ALREADY = "link to a folder that is listed already"
 
 
@@ -73,10 +64,10 @@ class FolderSource:
             folder = folders.pop()
             files, subfolders = self._scanned(folder)
             label = os.fsdecode(folder) or None
-            of_set = _files_of_set(files)
+            describing = describe_sets(files)
             for item in sifted(files, self._options.members, several, self._begin):
-                if isinstance(item, Aside) or item in of_set:
-                    yield item if isinstance(item, Aside) else Aside("of a set of shards", item)
+                if isinstance(item, Aside) or item in describing:
+                    yield item if isinstance(item, Aside) else Aside(OF_SET, item)
                 elif (source := self._nested(item)) is not None:
                     nested.append(source)
                 else:
@@ -160,20 +151,6 @@ class FolderSource:
     def describe(self, name: bytes) -> str:
         """Return the path of the file."""
         return printable(os.fsencode(self.path).rstrip(b"/") + b"/" + name)
-
-
-def _files_of_set(files: list[bytes]) -> set[bytes]:
-    """Return the files that describe the tars beside them in a folder: those of our own sets, and img2dataset's."""
-    stems = [name.removesuffix(b".tar") for name in files if name.endswith(b".tar")]
-    if not stems:
-        return set()
-    names, folder = set(files), files[0].rpartition(b"/")[:2]
-    manifest = b"".join((*folder, MANIFEST_NAME.encode()))
-    beside = {stem + end for stem in stems if stem + _STATISTICS in names for end in (_STATISTICS, b".parquet")}
-    if manifest in names:
-        beside |= {stem + end.encode() for stem in stems for end in (*SHARD_SUFFIXES[1:], LABEL_SETS_SUFFIX)}
-        beside |= {b"".join((*folder, name.encode())) for name in (MANIFEST_NAME, REJECTED_NAME, ASIDE_NAME)}
-    return beside & names
 
 
 def read_file(path: bytes, *, follow: Callable[[bytes], bytes] = os.path.realpath) -> bytes:

@@ -9,6 +9,7 @@ from shards.config import SourceOptions
 from shards.ground.errors import Rejected
 from shards.images.sniff import SNIFFED_BYTES
 from shards.sources.base import Aside, Input, Source, folder_of, printable
+from shards.sources.beside import OF_SET, describe_sets
 from shards.sources.registry import nested_source
 from shards.sources.samples import SeveralImages, sifted
 from shards.storage.stores import Folder, open_bytes, open_folder
@@ -42,14 +43,17 @@ class ObjectsSource:
         del spool
         nested: list[Source] = []
         sizes, several = dict(sorted(self._folder().objects())), SeveralImages()
+        describing = describe_sets(map(os.fsencode, sizes))
         for item in sifted(map(os.fsencode, sizes), self._options.members, several, self._begin):
-            name = os.fsdecode(item.name if isinstance(item, Aside) else item)
-            is_input = isinstance(item, bytes)
-            source = nested_source(f"{self.path.rstrip('/')}/{name}", self._options) if is_input else None
+            if isinstance(item, Aside) or item in describing:
+                yield item if isinstance(item, Aside) else Aside(OF_SET, item)
+                continue
+            name = os.fsdecode(item)
+            source = nested_source(f"{self.path.rstrip('/')}/{name}", self._options)
             if source is not None:
                 nested.append(source)
             else:
-                yield Input(item, folder_of(item), None, -1, sizes[name]) if isinstance(item, bytes) else item
+                yield Input(item, folder_of(item), None, -1, sizes[name])
         several.refuse(self.path)
         yield from nested
 

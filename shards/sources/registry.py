@@ -8,9 +8,10 @@ from typing import Any
 
 from shards.config import SourceOptions
 from shards.ground.errors import PackError
+from shards.images.data_files import CONVERTED, HOLD_IMAGES
 from shards.images.sniff import SNIFFED_BYTES, container, is_image
 from shards.sources.base import Source
-from shards.storage.file_kinds import ARCHIVES, COMPRESSED, LISTS, OTHER_ARCHIVES, kind_of_archive
+from shards.storage.file_kinds import ARCHIVES, LISTS, OTHER_ARCHIVES, kind_of_archive, may_be_archive
 from shards.storage.stores import check_url, is_url, open_bytes
 from shards.storage.unpacking import COMPRESSIONS, UnpackError, unpacked_head
 
@@ -22,6 +23,8 @@ SOURCES: dict[str, str] = {
     "tar": "shards.sources.tarfiles:TarSource",
     "zip": "shards.sources.zipfiles:ZipSource",
     "table": "shards.sources.tables:TableSource",
+    "tfrecord": "shards.sources.records:TFRecordSource",
+    "mds": "shards.sources.records:MdsSource",
     "list": "shards.sources.lists:ListSource",
     "imagenet": "shards.sources.imagenet:ImageNetSource",
     "cifar": "shards.sources.cifar:CifarSource",
@@ -30,9 +33,17 @@ SOURCES: dict[str, str] = {
 }
 """Where the class of each kind of source is; it is imported when it is needed."""
 
-_BY_CONTENT = frozenset({"tar", "zip", "table"})
-_CONTAINERS = {"tar": "tar", **dict.fromkeys(COMPRESSIONS, "tar"), "zip": "zip", "Parquet": "table", "Arrow": "table"}
+_CONTAINERS = {
+    "tar": "tar",
+    "zip": "zip",
+    "Parquet": "table",
+    "Arrow": "table",
+    "TFRecord": "tfrecord",
+    "MDS": "mds",
+}
 """The kind of source that reads each container of shards.images.sniff."""
+
+_IN_COMPRESSED = ("tar", "TFRecord", "MDS")
 
 LAYOUTS = ("imagenet", "cifar", "voc", "coco")
 """Kinds that recognize the layout of a usual data set in a path: `recognize(path, options)` gives a source, or None."""
@@ -52,9 +63,9 @@ def nested_source(path: str, options: SourceOptions) -> Source | None:
         PackError: it is called one and is not, or one that cannot be read: its images would be lost.
     """
     lower, kind = path.lower(), kind_of_archive(path)
-    if kind is None and not lower.endswith((*OTHER_ARCHIVES, *COMPRESSED)):
+    if not may_be_archive(os.fsencode(path)):
         return None
-    if kind is not None and kind not in _BY_CONTENT:
+    if kind is not None and kind not in _CONTAINERS.values():
         return _class_of(kind)(path, options)
     found = _archive_by_content(path, options)
     may_be_else = kind is None and not lower.endswith(OTHER_ARCHIVES)
@@ -76,9 +87,16 @@ def _archive_by_content(path: str, options: SourceOptions) -> Source | None:
     """
     found = _found_container(path)
     kind = _CONTAINERS.get(found or "")
-    if found in COMPRESSIONS and not _unpacks_to_tar(path, found):
-        return None
-    if kind is None and path.lower().endswith(OTHER_ARCHIVES) and found is not None:
+    if found in COMPRESSIONS:
+        inside = _found_inside(path, found)
+        kind = _CONTAINERS.get(inside) if inside in _IN_COMPRESSED else None
+        found = inside if inside in HOLD_IMAGES else found
+    if kind is None and found in CONVERTED:
+        raise PackError(
+            f"{path} is {found}, which is not read: its images would be lost silently. docs/packing.md (Other "
+            "containers) has the commands that turn it into a tar: pack that, or move it away"
+        )
+    if kind is None and found is not None and path.lower().endswith(OTHER_ARCHIVES):
         raise PackError(
             f"{path} is {found}, which is not read: its images would be lost silently. Unpack it, write it again as "
             ".tar, .tar.zst, .zip or .parquet, or move it away"
@@ -93,16 +111,18 @@ def _found_container(path: str) -> str | None:
     file = open_bytes(path)
     if called == "zip" and container(head) is None and b"PK\5\6" in file.read(max(0, file.size - (1 << 16)), 1 << 16):
         return "zip"  # behind a program that unpacks it
-    return container(head)
+    # An archive's first member does not say what the others are.
+    return "zip" if called == "zip" and head.startswith(b"PK\3\4") else container(head)
 
 
-def _unpacks_to_tar(path: str, compression: str) -> bool:
-    """Whether what is compressed in a file is a tar; what is cut or damaged cannot yet be told from one."""
+def _found_inside(path: str, compression: str) -> str:
+    """Return the name of what is compressed in a file; of what is cut or damaged, by its name."""
     try:
         head = unpacked_head(open_bytes(path), compression, SNIFFED_BYTES)
     except UnpackError:
-        return True
-    return container(head) == "tar" or not head.strip(b"\0")
+        called = kind_of_archive(path.rpartition(".")[0])
+        return next((name for name in _IN_COMPRESSED if _CONTAINERS[name] == called), "tar")
+    return container(head) or ("" if head.strip(b"\0") else "tar")
 
 
 def _head(path: str) -> bytes:

@@ -11,14 +11,14 @@ from shards.config import SourceOptions
 from shards.ground.errors import PackError, Rejected
 from shards.sources.base import Input, LabelSet, Source, printable
 from shards.sources.folder import read_file
-from shards.sources.values import as_label
+from shards.sources.values import USUAL_COLUMNS, USUAL_IMAGES, as_label, column_of
 from shards.storage.stores import SeekableFile, absolute, is_url, open_bytes
 
 __all__ = ["TableSource"]
 
-_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
-_LABELS = ("label", "labels", "cls", "class", "target", "fine_label")
 _ROWS_PER_BATCH = 64
+_ARROW = b"ARROW1"
+_MOST_FOOTER_BYTES = 16 << 20
 
 
 class TableSource:
@@ -73,8 +73,8 @@ class TableSource:
         """Return (bytes, path, label) of each row."""
         try:
             batches, schema = _open_table(SeekableFile(open_bytes(self._root)), self._root)
-            image = self._column(schema.names, self._columns.image, _IMAGES)
-            label = self._column(schema.names, self._columns.label, _LABELS, needed=False)
+            image = column_of(self.path, schema.names, self._columns.image, USUAL_IMAGES, is_image=True) or ""
+            label = column_of(self.path, schema.names, self._columns.label, USUAL_COLUMNS, is_image=False)
             if label is not None:
                 self._label_from = f"column {label}"
             if not self._options.labeled:
@@ -92,13 +92,6 @@ class TableSource:
             raise
         except OSError as error:
             raise PackError(f"{self.path} cannot be read to its end: {error}") from error
-
-    def _column(self, names: list[str], chosen: str | None, usual: tuple[str, ...], *, needed: bool = True) -> Any:
-        found = next((name for name in ([chosen] if chosen else usual) if name in names), None)
-        if found is None and (needed or chosen):
-            option = "--image-column" if needed else "--label-column"
-            raise ValueError(f"{self.path} has columns {', '.join(names)}: name the right one with {option}")
-        return found
 
     def _label(
         self, value: Any, names: list[str], column: str | None, columns: list[str]
@@ -133,18 +126,43 @@ def _open_table(file: SeekableFile, path: str) -> tuple[Callable[[list[str]], It
         parquet: Any = import_module("pyarrow.parquet").ParquetFile(wrapped)
         _refuse_joined(file, parquet.metadata, path)
         return lambda columns: parquet.iter_batches(_ROWS_PER_BATCH, columns=columns), parquet.schema_arrow
-    if file.read_at(0, 6) == b"ARROW1":
-        arrow: Any = pa.ipc.open_file(wrapped)
-        return lambda _: (arrow.get_batch(i) for i in range(arrow.num_record_batches)), arrow.schema
+    if file.read_at(0, 6) == _ARROW:
+        # The whole schema is in the footer too: one that was cut is refused before anything is read.
+        pa.ipc.open_file(wrapped)
+        file.seek(8)
     stream: Any = pa.ipc.open_stream(wrapped)
-    return lambda _: _all_streams(stream, wrapped, file), stream.schema
+    return lambda _: _all_streams(stream, wrapped, file, path), stream.schema
 
 
-def _all_streams(stream: Any, wrapped: Any, file: SeekableFile) -> Iterator[Any]:
-    """Return the batches of a stream, and of those behind it where files were joined."""
+def _all_streams(stream: Any, wrapped: Any, file: SeekableFile, path: str) -> Iterator[Any]:
+    """Return the batches of a stream, and of those behind it where files were joined.
+
+    Files for random access are streams too, between a mark and a footer; read by the last footer alone, those that were
+    joined would give the first one's batches in place of the last one's.
+    """
     yield from stream
-    while file.tell() < file.file.size:
-        yield from import_module("pyarrow").ipc.open_stream(wrapped)
+    while True:
+        _skip_footer(file)
+        if file.tell() >= file.file.size:
+            return
+        if file.read_at(file.tell(), 6) == _ARROW:
+            file.seek(8, os.SEEK_CUR)
+        following = import_module("pyarrow").ipc.open_stream(wrapped)
+        if following.schema != stream.schema:
+            raise PackError(f"{path} is several Arrow files joined, whose columns differ: give them apart")
+        yield from following
+
+
+def _skip_footer(file: SeekableFile) -> None:
+    """Go behind the footer, its size and the mark that end a file for random access, if these are here."""
+    at = file.tell()
+    found = file.read_at(at, _MOST_FOOTER_BYTES)
+    end = found.find(_ARROW)
+    while end >= 0:
+        if end >= 4 and int.from_bytes(found[end - 4 : end], "little") == end - 4:
+            file.seek(at + end + len(_ARROW))
+            return
+        end = found.find(_ARROW, end + 1)
 
 
 def _refuse_joined(file: SeekableFile, metadata: Any, path: str) -> None:

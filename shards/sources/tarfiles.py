@@ -10,17 +10,18 @@ import numpy as np
 from shards.config import SourceOptions
 from shards.ground.arrays import LabelSets
 from shards.ground.errors import PackError, Rejected
-from shards.images.sniff import SNIFFED_BYTES, container, is_image
+from shards.images.sniff import is_image
 from shards.sets.local import LocalShardSet
 from shards.sets.manifest import MANIFEST_NAME, Manifest
 from shards.sources.base import Aside, Found, Input, LabelSet, Source, folder_of, printable
 from shards.sources.companions import Companions, Seen
 from shards.sources.samples import ALL_MEMBERS, Named, SeveralImages, extension, is_chosen, split_name
+from shards.sources.spools import spooled
 from shards.storage.file_kinds import IMAGE_SUFFIXES, litter
 from shards.storage.stores import ByteFile, SeekableFile, absolute, is_url, open_bytes
 from shards.storage.tar import TarError
 from shards.storage.tar_reading import TarEntry, members, read_member, tar_reader
-from shards.storage.unpacking import COMPRESSIONS, UnpackError, unpack
+from shards.storage.unpacking import UnpackError
 
 __all__ = ["TarSource"]
 
@@ -71,7 +72,7 @@ class TarSource:
         manifest = self._manifest()
         names = () if manifest is None else manifest.class_names
         try:
-            self._unpack(spool)
+            self._spool = spooled(self._root, spool)
             sets = None if manifest is None or not manifest.has_label_sets else self._label_sets(manifest)
             companions, several = Companions(self.path, self._options, names), SeveralImages()
             number = 0
@@ -131,14 +132,6 @@ class TarSource:
             return [seen for seen in own if is_chosen(seen.entry.name, chosen)]
         images = [seen for seen in own if seen.is_image or _is_called_image(seen.entry.name)]
         return images if images or belongs else own
-
-    def _unpack(self, spool: Path) -> None:
-        raw = open_bytes(self._root)
-        kind = container(raw.read(0, SNIFFED_BYTES))
-        if kind in COMPRESSIONS:
-            with spool.open("wb") as target:
-                unpack(raw, kind, target)
-            self._spool = spool
 
     def _manifest(self) -> Manifest | None:
         """Return what says what labels mean, if this is a shard that make-shards wrote."""

@@ -1,16 +1,44 @@
 """Labels out of values: of columns of lists and tables, of keys in JSON, of text beside an image."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from decimal import Decimal
 from typing import Any, cast
 
 from shards.sources.base import LabelSet
 
-__all__ = ["USUAL_LABELS", "as_label", "text_label"]
+__all__ = ["USUAL_COLUMNS", "USUAL_IMAGES", "USUAL_LABELS", "as_label", "column_of", "text_label"]
 
 USUAL_LABELS = ("label", "class", "cls", "target", "class_name", "category", "label_name", "fine_label", "labels")
 """What columns and keys with labels are usually called."""
+
+USUAL_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+"""What columns of tables and records with images are called; the first one counts."""
+
+USUAL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
+"""What their columns with labels are called; the first one counts."""
+
+
+def column_of(
+    path: str, names: Collection[str], chosen: str | None, usual: Sequence[str], *, is_image: bool
+) -> str | None:
+    """Return the column that was chosen, or the one with a usual name; None: there are no labels.
+
+    Args:
+        path: of the file, for messages.
+        names: of its columns.
+        chosen: by --image-column or --label-column.
+        usual: names, of which the first one counts.
+        is_image: the column of images is wanted, not that of labels.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    found = next((name for name in ([chosen] if chosen else usual) if name in names), None)
+    if found is None and (is_image or chosen):
+        option = "--image-column" if is_image else "--label-column"
+        raise ValueError(f"{path} has columns {', '.join(names)}: name the right one with {option}")
+    return found
 
 
 def as_label(value: Any, names: Sequence[str] = ()) -> LabelSet | str | int | None:

@@ -1,5 +1,6 @@
 """File kinds by their names: what `make-shards` reads, what it writes beside a shard, and what systems leave behind."""
 
+import os
 import re
 
 __all__ = [
@@ -32,17 +33,25 @@ ARCHIVES = {
     ".zip": "zip",
     ".parquet": "table",
     ".arrow": "table",
+    ".feather": "table",
+    ".tfrecord": "tfrecord",
+    ".tfrecords": "tfrecord",
+    ".mds": "mds",
 }
 """Files that hold images: the kind of source that reads them (shards.sources.registry)."""
 
 OTHER_ARCHIVES = (
     *(".7z", ".rar", ".cpio", ".tar.lz4", ".tar.lz", ".tar.lzma", ".tar.z"),
-    *(".tfrecord", ".tfrecords", ".mds", ".mds.zstd", ".lmdb", ".mdb", ".rec"),
+    *(".mds.br", ".mds.snappy", ".lmdb", ".mdb", ".rec", ".npz", ".h5", ".hdf5", ".beton"),
 )
 """Files that may hold images and are not read: to pass over them would lose those."""
 
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-"""Files that may be a tar inside."""
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zstd")
+"""Files that may be a tar or records inside."""
+
+# TensorFlow's programs end names of TFRecord files so; LitData's chunks; MNIST.
+_RECORDS = re.compile(rb"-\d{5}-of-\d{5}\Z")
+_DATA = re.compile(rb"chunk-\d+-\d+\.bin|.*-idx\d-ubyte", re.DOTALL)
 
 LISTS = (".txt", ".csv", ".tsv", ".jsonl", ".txt.gz", ".csv.gz", ".tsv.gz", ".jsonl.gz")
 """Files that name images."""
@@ -103,10 +112,14 @@ def litter(name: bytes, *, is_image: bool = False) -> str | None:
 
 def may_be_archive(name: bytes) -> bool:
     """Return whether a file is called an archive, a table, or something compressed."""
-    return name.lower().endswith(tuple(suffix.encode() for suffix in (*ARCHIVES, *OTHER_ARCHIVES, *COMPRESSED)))
+    if name.lower().endswith(tuple(suffix.encode() for suffix in (*ARCHIVES, *OTHER_ARCHIVES, *COMPRESSED))):
+        return True
+    return _RECORDS.search(name) is not None or _DATA.fullmatch(name.rpartition(b"/")[2]) is not None
 
 
 def kind_of_archive(name: str) -> str | None:
     """Return the kind of source that reads a file of this name as an archive or a table; None for other files."""
     lower = name.lower()
+    if _RECORDS.search(os.fsencode(name)):
+        return "tfrecord"
     return next((kind for suffix, kind in ARCHIVES.items() if lower.endswith(suffix)), None)

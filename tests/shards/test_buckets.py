@@ -36,6 +36,7 @@ from shards.storage.target import BucketTarget
 from shards.tools.index import index_folder
 from tests.shards.benchmark_files import cifar_files, tar_of, voc_files, write_coco, write_files, write_imagenet
 from tests.shards.pictures import contents, fill, jpeg
+from tests.shards.record_files import example, mds, tfrecord
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -199,6 +200,21 @@ def test_nothing_of_a_bucket_is_lost_in_silence(bucket, tmp_path):
     upload(bucket, {"masks/0.jpg": jpeg(0), "masks/0.seg.png": jpeg(1)})
     with pytest.raises(ValueError, match=r"has 1 sample of several images"):
         pack(config(f"{bucket}/masks", out=tmp_path / "masks"))
+
+
+def test_records_in_a_bucket(bucket, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    samples = [{"image": jpeg(i), "label": (i % 2).to_bytes(8, "little")} for i in range(4)]
+    mds(source / "shard.00000.mds", {"image": "jpeg", "label": "int"}, samples)
+    tfrecord(source / "train-00000-of-00001", [example(image=jpeg(i), label=i % 2) for i in range(4, 8)])
+    upload(bucket + "/r", contents(source))
+    for name, count in (("", 8), ("/shard.00000.mds", 4), ("/train-00000-of-00001", 4)):
+        here, there = (tmp_path / f"{place}{count}{name[:2].strip('/')}" for place in ("here", "there"))
+        pack(config(f"{source}{name}", out=here))
+        manifest = pack(config(f"{bucket}/r{name}", out=there))[""]
+        assert (manifest.num_samples, manifest.num_rejected, manifest.class_names) == (count, 0, ("0", "1"))
+        assert shard_bytes(contents(here)) == shard_bytes(contents(there))
 
 
 def test_the_usual_data_sets_are_read_from_a_bucket(bucket, tmp_path):

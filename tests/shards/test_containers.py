@@ -10,9 +10,9 @@ import pytest
 
 from shards.cli import main
 from shards.ground.errors import PackError
-from tests.shards.archives import pack_all
+from tests.shards.archives import labels_of, pack_all
 from tests.shards.pictures import encoded, fill, jpeg, picture
-from tests.shards.test_sources import table
+from tests.shards.test_sources import packed, table
 from tests.shards.test_tar_flavors import compressed, joined
 
 SEVEN_ZIP = b"7z\xbc\xaf\x27\x1c\0\4" + bytes(100)
@@ -21,6 +21,7 @@ UNREAD = {
     "x.rar": b"Rar!\x1a\7\1\0" + bytes(100),
     "x.tar.lz4": b"\4\x22\x4d\x18" + bytes(100),
     "x.tfrecord": b"\x10\0\0\0\0\0\0\0" + bytes(100),
+    "train-00000-of-00002": b"\x10\0\0\0\0\0\0\0" + bytes(100),
     "x.mds": b"\3\0\0\0" + bytes(100),
     "x.tar": b"<html>not found</html>",
     "x.tar.zst": b"",
@@ -139,18 +140,44 @@ def test_a_damaged_member_of_a_zip_is_rejected(tmp_path, method):
     assert (manifest.num_samples, manifest.num_rejected) == (1, 1)
 
 
-def test_arrow_streams_that_follow_each_other_are_read_and_joined_parquet_is_refused(tmp_path):
-    for i in range(2):
-        rows = {"image": [jpeg(2 * i), jpeg(2 * i + 1)], "label": ["a", "b"]}
-        table("stream", tmp_path / f"{i}.arrow", rows)
-        table("parquet", tmp_path / f"{i}.parquet", rows)
-    for suffix in ("arrow", "parquet"):
-        joined_files = b"".join((tmp_path / f"{i}.{suffix}").read_bytes() for i in range(2))
-        (tmp_path / f"both.{suffix}").write_bytes(joined_files)
-    assert pack_all(tmp_path, tmp_path / "both.arrow").num_samples == 4
+def arrow_rows(i):
+    return {"image": [jpeg(2 * i), jpeg(2 * i + 1)], "label": ["a", "b"]}
+
+
+@pytest.mark.parametrize("kinds", [("stream", "stream"), ("file", "file"), ("file", "stream"), ("stream", "file")])
+def test_joined_arrow_files_are_read_to_the_end(tmp_path, kinds):
+    data = b""
+    for i, kind in enumerate((*kinds, kinds[0])):
+        table(kind, tmp_path / f"{i}.arrow", arrow_rows(i))
+        data += (tmp_path / f"{i}.arrow").read_bytes()
+    (tmp_path / "all.arrow").write_bytes(data)
+    assert pack_all(tmp_path, tmp_path / "all.arrow").num_samples == 6
+    assert set(labels_of(tmp_path / "out")) == {f"row {i}" for i in range(6)}
+    assert set(packed(tmp_path / "out")) == {jpeg(i) for i in range(6)}
+    for more in (b"something else", data[:200]):
+        (tmp_path / "all.arrow").write_bytes(data + more)
+        with pytest.raises(PackError, match=r"all.arrow cannot be read to its end"):
+            pack_all(tmp_path, tmp_path / "all.arrow", out="more")
+
+
+def test_joined_arrow_files_of_other_columns_and_joined_parquet_are_refused(tmp_path):
+    table("file", tmp_path / "0.arrow", arrow_rows(0))
+    table("file", tmp_path / "1.arrow", {"image": [jpeg(2)]})
+    table("parquet", tmp_path / "0.parquet", arrow_rows(0))
+    (tmp_path / "x.arrow").write_bytes((tmp_path / "0.arrow").read_bytes() + (tmp_path / "1.arrow").read_bytes())
+    (tmp_path / "x.parquet").write_bytes(2 * (tmp_path / "0.parquet").read_bytes())
+    with pytest.raises(PackError, match=r"x.arrow is several Arrow files joined, whose columns differ"):
+        pack_all(tmp_path, tmp_path / "x.arrow")
     with pytest.raises(PackError, match=r"is several Parquet files joined"):
-        pack_all(tmp_path, tmp_path / "both.parquet", out="parquet")
-    with (tmp_path / "both.arrow").open("ab") as file:
-        file.write(b"something else")
-    with pytest.raises(PackError, match=r"both.arrow cannot be read to its end"):
-        pack_all(tmp_path, tmp_path / "both.arrow", out="more")
+        pack_all(tmp_path, tmp_path / "x.parquet")
+
+
+def test_a_set_that_datasets_saved_is_packed_without_its_descriptions(tmp_path):
+    (tmp_path / "in" / "train").mkdir(parents=True)
+    (tmp_path / "in" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    for name in ("dataset_info.json", "state.json"):
+        (tmp_path / "in" / "train" / name).write_text("{}")
+    table("stream", tmp_path / "in" / "train" / "data-00000-of-00001.arrow", arrow_rows(0))
+    manifest = pack_all(tmp_path, tmp_path / "in")
+    assert (manifest.num_samples, manifest.num_rejected) == (2, 0)
+    assert manifest.left_aside == {"of a set of shards": 3}

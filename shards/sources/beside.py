@@ -1,0 +1,60 @@
+"""Files that describe the archives and tables beside them: those of our own sets, and those that other tools write."""
+
+from collections.abc import Iterable, Iterator
+
+from shards.storage.file_kinds import (
+    ASIDE_NAME,
+    LABEL_SETS_SUFFIX,
+    MANIFEST_NAME,
+    REJECTED_NAME,
+    SHARD_SUFFIXES,
+    kind_of_archive,
+)
+
+__all__ = ["OF_SET", "describe_sets"]
+
+OF_SET = "of a set of shards"
+"""What such files are counted as."""
+
+_OWN = frozenset(name.encode() for name in (MANIFEST_NAME, REJECTED_NAME, ASIDE_NAME))
+_OWN_ENDS = tuple(end.encode() for end in (*SHARD_SUFFIXES[1:], LABEL_SETS_SUFFIX))
+_BESIDE = {
+    # mosaicml-streaming; TensorFlow Datasets; `save_to_disk` of Hugging Face's datasets.
+    b".mds": (b"index.json",),
+    b"tfrecord": (b"dataset_info.json", b"features.json"),
+    b".arrow": (b"dataset_info.json", b"state.json"),
+}
+_STATISTICS = b"_stats.json"
+"""img2dataset writes this beside each tar, and a table of what was tried."""
+
+
+def describe_sets(names: Iterable[bytes]) -> set[bytes]:
+    """Return those of some files, of one or more folders, that describe others."""
+    folders: dict[bytes, set[bytes]] = {}
+    for name in names:
+        folder, slash, base = name.rpartition(b"/")
+        folders.setdefault(folder + slash, set()).add(base)
+    return {folder + base for folder, bases in folders.items() for base in _in_folder(bases)}
+
+
+def _in_folder(bases: set[bytes]) -> Iterator[bytes]:
+    if b"dataset_dict.json" in bases:
+        yield b"dataset_dict.json"
+    for ending, describing in _BESIDE.items():
+        if not bases.isdisjoint(describing) and any(ending in base for base in bases):
+            yield from bases.intersection(describing)
+    if any(base.endswith(b".labels.txt") for base in bases) and any(_is_record_file(base) for base in bases):
+        yield from (base for base in bases if base.endswith(b".labels.txt"))
+    is_own = MANIFEST_NAME.encode() in bases
+    for base in bases:
+        stem = base.removesuffix(b".tar")
+        if stem == base:
+            continue
+        if stem + _STATISTICS in bases:
+            yield from bases.intersection((stem + _STATISTICS, stem + b".parquet"))
+        if is_own:
+            yield from bases.intersection((*_OWN, *(stem + end for end in _OWN_ENDS)))
+
+
+def _is_record_file(base: bytes) -> bool:
+    return b"tfrecord" in base or kind_of_archive(base.decode("utf-8", "replace")) == "tfrecord"
