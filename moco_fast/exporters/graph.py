@@ -1,6 +1,7 @@
 """Exporters of programs that run without our code, from pixels to features, normalization included."""
 
 import json
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -49,7 +50,9 @@ class TorchExport:
         import torch
 
         del opened, head
-        with path.open("rb") as file:
+        with path.open("rb") as file, warnings.catch_warnings():
+            # torch 2.11 says so of the buffers that it loads.
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
             return torch.export.load(file).module()
 
     def usage(self, opened: "OpenedEncoder", out: Path) -> str:
