@@ -32,7 +32,7 @@ __all__ = [
     "say",
 ]
 
-_SMALL_BATCH = 48
+SMALL_BATCH = 48
 """Images per GPU. Launching the kernels of a ResNet-50 step takes 15 to 20 ms of host time; running them takes 13 ms at
 32 images on an H100, and in proportion: derived, not measured yet (docs/performance.md)."""
 
@@ -108,7 +108,7 @@ def print_notes(notes: Iterable[str]) -> None:
 def advice_on_launches(config: Config, *, on_gpu: bool, world_size: int) -> str | None:
     """Return advice if batches are so small that launching kernels takes longer than running them, else None."""
     per_gpu = config.data.batch_size // world_size
-    if not on_gpu or per_gpu > _SMALL_BATCH or config.run.compile or config.run.cuda_graphs:
+    if not on_gpu or per_gpu > SMALL_BATCH or config.run.compile or config.run.cuda_graphs:
         return None
     one_backward = config.method.backward_passes * config.optim.accumulate == 1
     option = "--run.cuda-graphs" if one_backward else "--run.compile"

@@ -13,7 +13,7 @@ from moco_fast.encoders.encoder import Encoder
 from moco_fast.training.build import Parts
 from moco_fast.training.runtime import Runtime
 
-__all__ = ["PEAKS", "count_flops", "encoder_flops", "peak_flops", "step_flops"]
+__all__ = ["PEAKS", "count_flops", "encoder_flops", "peak_flops", "sample_flops", "step_flops"]
 
 _TERA = 1e12
 
@@ -76,13 +76,18 @@ def step_flops(config: Config, query: Encoder, key: nn.Module | None, *, world_s
         world_size: ranks that share a batch.
     """
     num_samples = config.data.batch_size // world_size * config.optim.accumulate
+    return num_samples * sample_flops(config, query, key)
+
+
+def sample_flops(config: Config, query: Encoder, key: nn.Module | None) -> float:
+    """Return the operations of a training step per sample, with all its views."""
     trained, kept = config.method.num_encoded
     per_sample = trained * encoder_flops(query, config.views.size, backward=True)
     if key is not None and kept:
         per_sample += kept * encoder_flops(key, config.views.size, backward=False)
     if config.views.num_small:
         per_sample += config.views.num_small * encoder_flops(query, config.views.small_size, backward=True)
-    return num_samples * per_sample
+    return per_sample
 
 
 def encoder_flops(encoder: nn.Module, size: int, *, backward: bool) -> float:

@@ -1,0 +1,1 @@
+"""What a run at scale needs: storage, rates, time, checkpoints and cost."""
