@@ -43,7 +43,7 @@ FIGURES = {
 RECIPE = (
     "demo --model.encoder resnet18_quarter --views.size 16 --data.batch-size 16 --data.lanes 4 --data.num-threads 1 "
     "--bn.num-groups 2 --method.queue-size 128 --eval.every-steps 500 --checkpoint.every-steps 200 "
-    "--checkpoint.keep 2 --log.every-steps 10 --run.device cpu --run.precision fp32"
+    "--checkpoint.keep 2 --log.every-steps 10 --log.trackers tensorboard --run.device cpu --run.precision fp32"
 )
 ALLOWED_GROWTH = 0.01
 """Of a figure's level, over `PER_STEPS`."""

@@ -13,13 +13,13 @@ A folder with its final name is complete; the next run removes all others.
 import json
 import shutil
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moco_fast.config import Config, from_dict
@@ -50,6 +50,18 @@ __all__ = [
     "sweep",
 ]
 
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _TENSOR_FILES = ("model", "optimizer", "rng")
 _BEST = "best"
 
@@ -154,31 +166,42 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     Raises:
         OSError: it cannot be written, or is not what is in memory.
     """
-    # safetensors keeps no strides: channels_last weights are stored in their logical order.
-    on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    save_file(on_cpu, path)
-    meant = _digest_in_memory(path, on_cpu)
+    whole = running_digest()
+    with path.open("wb") as file:
+        for piece in _safetensors(tensors):
+            whole.update(piece)
+            file.write(piece)
     sync(path)
     uncache(path)
     written = fingerprint(path)
     uncache(path)  # Training reads shards through the same memory.
-    if written["xxh3_128"] != meant:
+    if written["xxh3_128"] != whole.hexdigest():
         raise OSError(f"{path} is not what was written when it is read back: check the disk")
     return written
 
 
-def _digest_in_memory(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Return the digest that a file of these tensors has to have; only its header is read from it."""
-    with path.open("rb") as file:
-        length = file.read(8)
-        header = file.read(int.from_bytes(length, "little"))
-    layout = json.loads(header)
-    whole = running_digest()
-    whole.update(length + header)
-    for name in sorted(tensors, key=lambda name: layout[name]["data_offsets"]):
-        array: Encoded = tensors[name].reshape(-1).view(torch.uint8).numpy()
-        whole.update(array.data)
-    return whole.hexdigest()
+def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Give the bytes of a safetensors file: an 8-byte length, a JSON header, then the tensors.
+
+    Its library writes tensors that are contiguous and on the CPU, all at once, and those of channels_last weights are
+    not: here only one tensor at a time takes memory for that, and its digest is computed as it is written.
+    """
+    # Items begin at multiples of their size, as the library has it.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        shape, dtype = list(tensors[name].shape), _DTYPES[tensors[name].dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        # The format keeps no strides: channels_last weights are stored in their logical order.
+        flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+        array: Encoded = flat.view(torch.uint8).numpy()
+        yield array.data
 
 
 def _name_of(step: int) -> str:

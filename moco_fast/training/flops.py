@@ -18,28 +18,39 @@ __all__ = ["PEAKS", "count_flops", "encoder_flops", "peak_flops", "sample_flops"
 _TERA = 1e12
 
 PEAKS: dict[str, dict[str, float]] = {
-    "V100": {"fp16": 125, "fp32": 15.7},
+    # Volta, data sheet volta-v100-datasheet-update-us-1165301-r5
+    "V100 SXM2": {"fp16": 125, "fp32": 15.7},
+    "V100 PCIE": {"fp16": 112, "fp32": 14},
+    # Turing, data sheet t4-tensor-core-datasheet-951643
     "T4": {"fp16": 65, "fp32": 8.1},
+    # Ampere, data sheets nvidia-a100-datasheet-us-nvidia-1758950-r4 (SXM and PCIe alike), a10-datasheet; A30, A40
     "A100": {"fp16": 312, "bf16": 312, "tf32": 156, "fp32": 19.5},
     "A10": {"fp16": 125, "bf16": 125, "tf32": 62.5, "fp32": 31.2},
-    "A30": {"fp16": 165, "bf16": 165, "tf32": 82, "fp32": 10.3},
+    "A30": {"fp16": 165, "bf16": 165, "fp32": 10.3},
     "A40": {"fp16": 149.7, "bf16": 149.7, "tf32": 74.8, "fp32": 37.4},
+    # Ada, nvidia-ada-gpu-architecture-whitepaper-v2.1 and L40S's data sheet
     "L4": {"fp16": 121, "bf16": 121, "tf32": 60, "fp32": 30.3},
     "L40S": {"fp16": 362, "bf16": 362, "tf32": 183, "fp32": 91.6},
-    "H100 PCIe": {"fp16": 756, "bf16": 756, "tf32": 378, "fp32": 51},
-    "H100 NVL": {"fp16": 835, "bf16": 835, "tf32": 417, "fp32": 60},
-    "H100": {"fp16": 989, "bf16": 989, "tf32": 494, "fp32": 67},
-    "H200 NVL": {"fp16": 835, "bf16": 835, "tf32": 417, "fp32": 60},
-    "H200": {"fp16": 989, "bf16": 989, "tf32": 494, "fp32": 67},
-    "B200": {"fp16": 2250, "bf16": 2250, "tf32": 1125},
+    # Hopper, nvidia.com/en-us/data-center/h100 and h200, whose tensor-core figures with sparsity are twice these; SXM
+    # and PCIe of H100 as in its white paper
+    "H100 PCIe": {"fp16": 756, "bf16": 756, "tf32": 378, "fp32": 51.2},
+    "H100 NVL": {"fp16": 835.5, "bf16": 835.5, "tf32": 417.5, "fp32": 60},
+    "H100": {"fp16": 989.4, "bf16": 989.4, "tf32": 494.7, "fp32": 66.9},
+    "H200 NVL": {"fp16": 835.5, "bf16": 835.5, "tf32": 417.5, "fp32": 60},
+    "H200": {"fp16": 989.5, "bf16": 989.5, "tf32": 494.5, "fp32": 67},
+    # Blackwell, data sheet of HGX B200: 4.5 and 2.2 PFLOPS with sparsity
+    "B200": {"fp16": 2250, "bf16": 2250, "tf32": 1100, "fp32": 75},
 }
-"""TFLOPS without sparsity, by words of a device's name, from NVIDIA's data sheets of these products (for V100, T4, L4,
-L40S, A10, A30, A40, A100: `nvidia.com/en-us/data-center/<product>`; H100 and H200 there too, where figures with
-sparsity are twice these; B200: an eighth of the DGX B200 data sheet's, halved for the same reason)."""
+"""TFLOPS without sparsity, by words of a device's name: fp16, bf16 and tf32 of tensor cores, fp32 without them.
+
+Sources are NVIDIA's, read in November 2026 where others state them (V100, T4, A100, A10, L4, H100 in Lightning's
+`fabric/utilities/throughput.py`; A40, L40S and B200 in copies of their data sheets; H100 NVL and H200 in quotes of
+their pages; fp16 and fp32 of A30 in tables of several projects, and its tf32 is missing because none states it).
+"""
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Return the operations per second of a device in a precision; None: the table does not have it.
+    """Return the operations per second of a device in a precision; None: the table does not have it, or it is a slice.
 
     Args:
         device_name: as torch.cuda.get_device_name gives it, such as `NVIDIA H100 80GB HBM3`.
@@ -47,7 +58,8 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     """
     words = set(device_name.replace("-", " ").split())
     fitting = [name for name in PEAKS if set(name.split()) <= words]
-    if not fitting:
+    # A slice of a GPU (`NVIDIA A100-SXM4-40GB MIG 1g.5gb`) has a part of its cores.
+    if not fitting or "MIG" in words:
         return None
     found = PEAKS[max(fitting, key=len)].get(precision)
     return None if found is None else found * _TERA

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -33,6 +34,24 @@ def test_comes_back_as_it_went(tmp_path):
         before, after = getattr(written, name), getattr(read, name)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("dtype", checkpoint._DTYPES)
+def test_every_dtype_shape_and_layout_comes_back(tmp_path, dtype):
+    weights = torch.randint(0, 100, (5, 4, 3, 2)).to(dtype)
+    model = {
+        "channels_last": weights.to(memory_format=torch.channels_last),
+        "transposed": weights[0, 0].T,
+        "every_other": weights[::2],
+        "number": weights[0, 0, 0, 0],
+        "none": weights[:0],
+        "wide": torch.rand(3, dtype=torch.float64),
+        "odd": torch.ones(3, dtype=torch.bool),
+    }
+    path = checkpoint.save(tmp_path, dataclasses.replace(make(1), model=model), keep=1)
+    read = checkpoint.load(path).model
+    assert read.keys() == model.keys()
+    assert all(torch.equal(read[name], each) and read[name].dtype == each.dtype for name, each in model.items())
 
 
 def test_keeps_the_newest(tmp_path):
