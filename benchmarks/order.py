@@ -66,7 +66,8 @@ def measure_ours(folder: Path, batch_size: int, world_size: int) -> dict[str, fl
     begin = time.perf_counter()
     opened = open_set(folder)
     handed_on = pickle.loads(pickle.dumps(opened))
-    order = EpochOrder(OrderPlan(shard_sizes=handed_on.shard_sizes, seed=0, batch_size=batch_size), 0)
+    sizes = handed_on.shard_sizes
+    order = EpochOrder(OrderPlan(shard_sizes=sizes, seed=0, batch_size=batch_size, lanes=64, window_shards=4), 0)
     order.rank_step(0, 0, world_size)
     first = time.perf_counter()
     order.rank_step(order.plan.num_steps // 2, 0, world_size)

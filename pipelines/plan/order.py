@@ -40,9 +40,9 @@ class OrderPlan:
     """0 to 2**64 - 1."""
     batch_size: int
     """Samples in a global step."""
-    lanes: int = 64
+    lanes: int
     """Upper limit for the lanes; `num_lanes` says how many there are."""
-    window_shards: int = 4
+    window_shards: int
     """Samples are shuffled among about so many shards of a lane."""
 
     def __post_init__(self) -> None:

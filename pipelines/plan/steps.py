@@ -44,7 +44,7 @@ class ListedSteps:
 
     samples: Indices
     batch_size: int
-    epoch: int = 0
+    epoch: int
 
     def __iter__(self) -> Iterator[tuple[int, Indices]]:
         """Give (epoch, dense sample numbers) of each batch."""

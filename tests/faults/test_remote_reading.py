@@ -337,7 +337,7 @@ def test_after_a_kill_in_mid_download_nothing_is_in_the_way(store, local, tmp_pa
 
 def test_the_coming_steps_are_fetched_ahead_in_their_order_within_the_share(store, local, tmp_path):
     shards = open_cached(tmp_path / "cache", shards=4.5, local=local)
-    steps = ListedSteps(samples=np.arange(NUM_SHARDS * PER_SHARD), batch_size=4)
+    steps = ListedSteps(samples=np.arange(NUM_SHARDS * PER_SHARD), batch_size=4, epoch=0)
     walk = FetchedSteps(shards, steps)
     try:
         taken = [next(walk)]

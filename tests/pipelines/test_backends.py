@@ -109,7 +109,7 @@ def test_a_backend_asks_for_the_options_that_it_is_said_to_use(small_shards, tmp
         num_threads=1,
     )
     Watched.asked.clear()
-    stream = BACKENDS[backend].start(job, ListedSteps(samples=np.arange(8), batch_size=8))
+    stream = BACKENDS[backend].start(job, ListedSteps(samples=np.arange(8), batch_size=8, epoch=0))
     try:
         assert stream.get().views[0].shape[0] == 8
     finally:

@@ -283,7 +283,9 @@ def test_an_exception_reaches_the_consumer(small, fault, monkeypatch):
     )
     if fault == "operation":
         monkeypatch.setattr(ffcv, "_rows", lambda *_: np.zeros(4, dtype=[("f0", "<i8")]))
-    stream = ffcv.FfcvViews(job, steps() if fault == "steps" else ListedSteps(samples=np.arange(8), batch_size=4))
+    stream = ffcv.FfcvViews(
+        job, steps() if fault == "steps" else ListedSteps(samples=np.arange(8), batch_size=4, epoch=0)
+    )
     expected = Exception if fault == "operation" else ArithmeticError
     for _ in range(2):
         with pytest.raises(expected):

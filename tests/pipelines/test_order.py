@@ -7,7 +7,8 @@ from pipelines.plan.order import EpochOrder, OrderPlan, check_ranks
 
 
 def plan(sizes, batch_size, **options) -> OrderPlan:
-    return OrderPlan(shard_sizes=np.asarray(sizes, dtype=np.int64), batch_size=batch_size, **{"seed": 3, **options})
+    options = {"seed": 3, "lanes": 64, "window_shards": 4} | options
+    return OrderPlan(shard_sizes=np.asarray(sizes, dtype=np.int64), batch_size=batch_size, **options)
 
 
 def whole_epoch(plan: OrderPlan, epoch: int) -> np.ndarray:
@@ -93,6 +94,8 @@ def test_a_small_set_is_shuffled_perfectly():
     # Every sample in every step 40 times of 400; the spread of a fair draw is sqrt(36) = 6.
     assert abs(counts.mean() - 40) < 1e-9
     assert 5.5 < counts.std() < 6.5
+    # Several windows would have the same counts, for epochs begin anywhere; but a batch would miss whole shards.
+    assert all(len(set(step // 250)) == 4 for epoch in range(20) for step in whole_epoch(small, epoch))
 
 
 def test_batches_of_class_sorted_shards_hold_almost_as_many_classes_as_a_perfect_shuffle():
