@@ -37,16 +37,18 @@ class Benchmark:
 
 
 BENCHMARKS = (
-    Benchmark(name="order", words="", limit_s=40),
-    Benchmark(name="pack", words="--photos {photos} --rounds 3", limit_s=130),
-    Benchmark(name="reading", words="--shards {shards} --seconds 2 --rounds 3", limit_s=60),
-    Benchmark(name="host", words="--shards {shards} --seconds 1 --rounds 3", limit_s=40),
-    Benchmark(name="loader", words="--shards {shards} --seconds 3 --rounds 3", limit_s=210, plot=True),
-    Benchmark(name="color", words="--shards {shards} --num 10", limit_s=40),
-    Benchmark(name="step", words="--encoder resnet18 --batch 64 --rounds 4", limit_s=160, plot=True),
-    Benchmark(name="momentum", words="--encoder resnet50 --rounds 20", limit_s=30, plot=True),
-    Benchmark(name="exchange", script="step", words="--shuffle --batch 32", limit_s=40, plot=True),
-    Benchmark(name="end_to_end", words="--shards {shards} --seconds 30", limit_s=150, plot=True),
+    Benchmark(name="order", words="", limit_s=30),
+    Benchmark(name="pack", words="--photos {photos} --rounds 3", limit_s=110),
+    Benchmark(name="reading", words="--shards {shards} --seconds 2 --rounds 3", limit_s=45),
+    Benchmark(name="host", words="--shards {shards} --seconds 1 --rounds 3", limit_s=30),
+    Benchmark(name="loader", words="--shards {shards} --seconds 3 --rounds 3", limit_s=185, plot=True),
+    Benchmark(name="color", words="--shards {shards} --num 10", limit_s=30),
+    Benchmark(name="step", words="--encoder resnet18 --batch 64 --rounds 4", limit_s=135, plot=True),
+    Benchmark(name="momentum", words="--encoder resnet50 --rounds 20", limit_s=25, plot=True),
+    Benchmark(name="exchange", script="step", words="--shuffle --batch 32", limit_s=30, plot=True),
+    Benchmark(name="watching", words="--encoder resnet18 --size 64 --batch 32", limit_s=45),
+    Benchmark(name="checkpoints", words="--encoder resnet50", limit_s=100),
+    Benchmark(name="end_to_end", words="--shards {shards} --seconds 30", limit_s=135, plot=True),
 )
 
 
@@ -153,7 +155,8 @@ def main() -> int:
     for folder in (build, results):
         folder.mkdir(parents=True, exist_ok=True)
     chosen = [each for each in BENCHMARKS if options.only is None or each.name in options.only]
-    well = run_all(chosen, places_of(options.photos, build), results, build)
+    takes_photos = any("{" in each.words for each in chosen)
+    well = run_all(chosen, places_of(options.photos, build) if takes_photos else {}, results, build)
     write_readme(options.readme, read_claims(results / "claims.json"))
     print(f"written to {results} and {options.readme}")
     return 0 if well else 1

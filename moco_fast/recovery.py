@@ -42,8 +42,9 @@ class FoundCheckpoints:
     @property
     def warnings(self) -> list[str]:
         """Say what is damaged, and what is used instead; nothing if nothing is."""
-        used = "" if self.newest is None else f"; going on from {self.newest.name}"
-        return [f"warning: {reason}{used}" for _, reason in self.damaged]
+        if self.newest is None:
+            return []
+        return [f"warning: {reason}; going on from {self.newest.name}" for _, reason in self.damaged]
 
 
 def candidates(folder: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """Mutation testing: one place of a module is changed at a time, and at least one of the tests has to fail.
 
-    python tests/mutate.py moco_fast/methods/loss.py [--num 20] [--seed 0] -- tests/moco_fast/test_loss.py [...]
+    python tests/mutate.py moco_fast/methods/loss.py [--num 20] [--lines 10-40] -- tests/moco_fast/test_loss.py [...]
 
 What follows `--` is pytest's. Works on a copy of the repository, in a process per mutant that is forked with torch
 imported; processes that tests start see the mutant, too. Tests that ran the changed line come first. Prints what

@@ -79,6 +79,23 @@ def test_every_checkpoint_with_a_name_is_whole_after_a_power_cut(tmp_path: Path)
     assert save_some(tmp_path) > 100
 
 
+def test_a_copied_checkpoint_is_whole_after_a_power_cut(tmp_path: Path) -> None:
+    source = checkpoint.save(tmp_path / "source", make(7), keep=1)
+    root, is_copied = tmp_path / "run", False
+    root.mkdir()
+
+    def check(left: Path) -> None:
+        assert is_copied <= (left / source.name).exists()
+        for each in left.glob("step-*"):
+            read = checkpoint.load(each)
+            assert (read.model["weight"].tolist(), read.numbers) == ([7.0] * 3, {"step": 7, "branch": True})
+
+    with cut_anywhere(root, tmp_path / "left", check) as cut:
+        checkpoint.copy(source, root, branch=True)
+        is_copied = True
+        cut()
+
+
 class SyncsNothing:
     """A mutant of `os.fsync` that leaves out the syncs of files, or of folders."""
 

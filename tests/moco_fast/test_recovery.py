@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from moco_fast import checkpoint
 from moco_fast.checkpoint import Checkpoint
-from moco_fast.recovery import candidates, find_whole, seems_whole, set_aside, verify
+from moco_fast.recovery import candidates, find_whole, read_state, seems_whole, set_aside, verify
 
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 STEPS = (5, 10, 20)
@@ -153,7 +153,10 @@ def test_whatever_was_done_to_a_checkpoint_the_newest_whole_one_is_found(
         expected = max({*STEPS} - (steps - harmless))
         assert found.newest == folder / name_of(expected)
         assert [path.name for path, _ in found.damaged] == [name_of(20)] * (expected != 20)
-        assert all(str(folder / name_of(20)) in warning for warning in found.warnings)
+        told = f"; going on from {name_of(expected)}"
+        assert [str(folder / name_of(20)) in each and each.endswith(told) for each in found.warnings] == (
+            [True] * len(found.damaged)
+        )
         assert checkpoint.load(found.newest).step == expected
         for path, _ in found.damaged:
             set_aside(path)
@@ -172,6 +175,19 @@ def test_what_only_looks_like_a_checkpoint_is_none(saved: Path, tmp_path: Path) 
     # A checkpoint has any name where it lies alone.
     shutil.copytree(newest, tmp_path / "kept")
     assert verify(tmp_path / "kept")["step"] == 20
+
+
+def test_a_state_of_format_1_stays_readable(tmp_path: Path) -> None:
+    # As the first version wrote it; the digest is of the keys in their order, whatever order the file has.
+    state = {"step": 3, "version": 1, "numbers": {}, "files": {}, "config": {"run": {"seed": 1}}}
+    (tmp_path / "state.json").write_text(json.dumps(state | {"digest": "2aeed60c152809e813f77362db62b7b7"}))
+    assert read_state(tmp_path) == state
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(ValueError, match=r"checkpoints cannot be read \(Not a directory\): make it readable"):
+        candidates(tmp_path / "checkpoints")
 
 
 def test_none_whole_is_refused_and_none_at_all_is_a_beginning(saved: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moco_fast import checkpoint
@@ -160,6 +160,27 @@ def test_what_the_disk_gives_back_is_compared_with_memory(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.faults
+def test_what_is_compared_comes_from_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def recorded(name: str) -> Callable[[Path], Any]:
+        function = getattr(checkpoint, name)
+
+        def call(path: Path) -> Any:
+            calls.append((path.name, name))
+            return function(path)
+
+        return call
+
+    for name in ("sync", "uncache", "fingerprint"):
+        monkeypatch.setattr(checkpoint, name, recorded(name))
+    checkpoint.save(tmp_path, state_of(1, 1.0), keep=1)
+    for file in ("model.safetensors", "optimizer.safetensors", "rng.safetensors"):
+        # Only what is synced can leave the kernel's memory, and training needs that memory for shards.
+        assert [name for path, name in calls if path == file] == ["sync", "uncache", "fingerprint", "uncache"]
+
+
 def test_a_state_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
     saver = saver_in(tmp_path)
     saver.save(state_of(4, 1.0, sums=math.nan))
@@ -217,6 +238,7 @@ def test_a_kill_at_any_operation_of_the_thread_leaves_a_whole_checkpoint(
 
 
 @given(st.sets(st.integers(1, 300)), st.integers(1, 5), st.one_of(st.none(), st.integers(1, 60)))
+@example({5, 10, 15, 20, 25}, 1, 10)  # what is kept for good has just such a step
 def test_what_is_kept_stays_kept(steps: set[int], keep: int, keep_every: int | None) -> None:
     kept: list[int] = []
     for step in sorted(steps):
