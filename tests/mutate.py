@@ -156,7 +156,7 @@ def _replace(tree: ast.AST, before: ast.AST, after: ast.AST) -> None:
                 value[:] = [after if each is before else each for each in value]
 
 
-@dataclass
+@dataclass(eq=False)  # pytest keeps its plugins in sets
 class Recorder:
     """Plugin of pytest: the lines of a file that each test runs, and the seconds that it takes."""
 
@@ -182,7 +182,7 @@ class Recorder:
         self.seconds[nodeid] += time.monotonic()
 
 
-@dataclass
+@dataclass(eq=False)
 class LineFirst:
     """Plugin of pytest: tests that ran a line come first, the quick ones before the slow ones; keeps what fails."""
 
@@ -209,7 +209,7 @@ def in_fork(work: Callable[[], Any], log: Path, timeout_s: float) -> Any:
             with os.fdopen(writer, "wb") as pipe:
                 pickle.dump(work(), pipe)
         except BaseException:
-            traceback.print_exc()
+            os.write(2, traceback.format_exc().encode())
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -286,6 +286,8 @@ def main() -> int:
             file.write_text(mutant.source)
             plugin = LineFirst(recorder, mutant.line)
             code = in_fork(partial(run_tests, options.tests, scratch, plugin), log, 30 + 4 * took)
+            if code is not None and code > pytest.ExitCode.INTERRUPTED:
+                sys.exit(f"pytest itself failed at {mutant.what}:\n{log.read_text()}")
             if code == 0:
                 survived += 1
                 print(f"SURVIVED {options.module}:{mutant.line}: {mutant.what}", flush=True)

@@ -19,13 +19,14 @@ def half(a: int = 3, *, up: bool = False) -> int:
     self.kept = not up
     return max(a, 0) // 2 if up and a else -a
 '''
+RAISED = "raise ValueError(f'{a + 1} is not positive')"
 EXPECTED = {
     "3 -> 4",
     "False -> True",
     "a < 0 -> a <= 0",
-    "if a < 0:     raise ValueError(f'{a + 1} is not positive') -> if not a < 0:     raise ValueError(f'{a + 1} is not positive')",
+    f"if a < 0:     {RAISED} -> if not a < 0:     {RAISED}",
     "0 -> 1",
-    "raise ValueError(f'{a + 1} is not positive') -> pass",
+    f"{RAISED} -> pass",
     "print('1', a) -> pass",
     "print('1', a) -> print(a, '1')",
     "self.kept = not up -> pass",

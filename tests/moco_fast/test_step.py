@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -169,6 +170,39 @@ def test_without_the_exchange_the_simulation_does_not_hold(run_ranks):
     query, *_ = simulate("exchange", 2, 1, 2)
     together = run_ranks(train_ranks, "none", 2, 1)[0]
     assert max((together["query"][name] - value).abs().max() for name, value in query.items()) > 1e-3
+
+
+def count_averagings(accumulate):
+    """Reductions of gradients over ranks in each of two steps."""
+    count = 0
+
+    def hook(group, bucket):
+        nonlocal count
+        count += 1
+        return dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True).get_future().then(first)
+
+    def first(future):
+        return future.value()[0]
+
+    def wrap(query):
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.13 renames broadcast_buffers
+            wrapped = DistributedDataParallel(query, broadcast_buffers=False)
+        wrapped.register_comm_hook(None, hook)
+        return wrapped
+
+    counts, parts = [], make_step(Together(), wrap=wrap)
+    for step in range(2):
+        batches = [make_batch(step * accumulate + i, distributed.rank()) for i in range(accumulate)]
+        parts.step(batches, lr=OPTIM.lr, scheduled={"momentum": MOMENTUM})
+        counts.append(count)
+    return counts
+
+
+def test_gradients_are_averaged_once_per_step_however_many_batches(run_ranks):
+    # More often would give the same result, and cost as much again each time.
+    once, *_ = run_ranks(count_averagings, 1)
+    assert once[0] > 0
+    assert run_ranks(count_averagings, 3) == [once, once]
 
 
 def test_virtual_groups_on_one_rank_do_what_separate_ranks_would():

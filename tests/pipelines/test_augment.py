@@ -118,6 +118,28 @@ def test_where_no_try_fits_the_crop_is_torchvisions_central_one(width, height):
     assert draw(whole, np.arange(8), width=width, height=height).box.tolist() == [expected] * 8
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_crop_may_be_as_wide_or_as_high_as_the_image(turned):
+    squares = replace(V2, crop_scale=(0.5, 0.5), crop_ratio=(1.0, 1.0))
+    size = {"width": 20, "height": 10} if turned else {"width": 10, "height": 20}
+    x, y, w, h = draw(squares, **size).box.T
+    assert set(w) == set(h) == {10}
+    # The largest central crop would be as large, and always in the middle.
+    along, across = (x, y) if turned else (y, x)
+    assert set(along) == set(range(11))
+    assert set(across) == {0}
+
+
+def test_a_row_is_that_of_the_other_table_and_the_table_stays_as_it_was():
+    table, kept, other = draw(), draw(), draw(index=[1000])
+    mixed = table.with_row(5, other)
+    for name in FIELDS:
+        assert np.array_equal(getattr(table, name), getattr(kept, name)), name
+        assert np.array_equal(getattr(mixed, name)[5], getattr(other, name)[0]), name
+        assert np.array_equal(np.delete(getattr(mixed, name), 5, 0), np.delete(getattr(table, name), 5, 0)), name
+    assert mixed.grayscale_first == table.grayscale_first
+
+
 def naive_hue_map(turns, mean) -> np.ndarray:
     """HSV's own shift, made linear by its slope at the mean color, mixed with a rotation about the gray axis.
 
