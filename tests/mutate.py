@@ -133,8 +133,7 @@ def _changes(node: ast.AST) -> Iterator[Callable[[Any], ast.AST]]:
         yield lambda it: it.operand
     if isinstance(node, ast.If | ast.IfExp | ast.While):
         yield lambda it: _set(it, "test", ast.UnaryOp(ast.Not(), it.test))
-    takes_two = isinstance(node, ast.Call) and len(node.args) > 1 and not isinstance(node.args[1], ast.Starred)
-    if takes_two and ast.unparse(node.func) not in COMMUTATIVE:
+    if isinstance(node, ast.Call) and len(node.args) > 1 and ast.unparse(node.func) not in COMMUTATIVE:
         yield lambda it: _set(it, "args", [it.args[1], it.args[0], *it.args[2:]])
     is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
     is_stored = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute | ast.Subscript)
@@ -168,7 +167,7 @@ class Recorder:
         """Begin a test."""
         lines = self.lines[nodeid] = set()
 
-        def local(frame: FrameType, event: str, _: object) -> object:
+        def local(frame: FrameType, event: str, _: object) -> Any:
             if event == "line":
                 lines.add(frame.f_lineno)
             return local
@@ -205,15 +204,15 @@ def in_fork(work: Callable[[], Any], log: Path, timeout_s: float) -> Any:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        try:
-            with os.fdopen(writer, "wb") as pipe:
-                pickle.dump(work(), pipe)
-        except BaseException:
-            os.write(2, traceback.format_exc().encode())
-        finally:
+        # The process is killed as soon as the pipe is closed.
+        with os.fdopen(writer, "wb") as pipe:
+            try:
+                pipe.write(pickle.dumps(work()))
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0)
+        os._exit(0)
     os.close(writer)
     found = bytearray()
     deadline = time.monotonic() + timeout_s
