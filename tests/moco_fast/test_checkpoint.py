@@ -11,6 +11,11 @@ import torch
 
 from moco_fast import checkpoint
 from moco_fast.checkpoint import Checkpoint
+from moco_fast.config import Config, ModelConfig, to_dict
+from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods.momentum import copy_as_key_encoder
+from moco_fast.methods.momentum_contrast import MomentumContrastV3
+from pipelines.config import VIEWS, DataConfig
 
 
 def make(step: int, value: float = 0.0) -> Checkpoint:
@@ -114,6 +119,34 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         checkpoint.save(tmp_path, make(2), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     checkpoint.load(tmp_path / "step-00000001")
+
+
+def test_query_and_key_encoder_are_loaded_each_with_its_weights(tmp_path):
+    method = MomentumContrastV3(dim=4, mlp_dim=8)
+    config = Config(
+        data=DataConfig(shards="shards"),
+        views=VIEWS["cifar10"],
+        model=ModelConfig(encoder="resnet18_quarter"),
+        method=method,
+    )
+    query = build_encoder(config.model, method)
+    key = copy_as_key_encoder(query)
+    with torch.no_grad():
+        for weight in key.parameters():
+            weight.add_(1)
+    model = {
+        f"{of}.{name}": each for of, it in (("query", query), ("key", key)) for name, each in it.state_dict().items()
+    }
+    written = dataclasses.replace(make(3), config=to_dict(config), model=model)
+    checkpoint.save(tmp_path / "checkpoints", written, keep=1)
+    for which, expected in (("query", query), ("key", key)):
+        read, encoder = checkpoint.load_encoder(tmp_path, which=which)
+        assert read == config
+        assert not encoder.training
+        assert (encoder.predictor is None) == (which == "key")
+        weights = encoder.state_dict()
+        assert weights.keys() == expected.state_dict().keys()
+        assert all(torch.equal(weights[name], each) for name, each in expected.state_dict().items())
 
 
 def test_load_encoder_says_when_there_is_nothing(tmp_path):

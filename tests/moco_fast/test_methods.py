@@ -13,6 +13,7 @@ from moco_fast.config import Config, ModelConfig, changes, differences, from_dic
 from moco_fast.encoders.encoder import build_encoder
 from moco_fast.meaning import RENAMED
 from moco_fast.methods.base import Chart, Method, Pass, Setting
+from moco_fast.methods.momentum_contrast import MomentumContrast
 from moco_fast.methods.registry import METHODS, method_class
 from moco_fast.methods.shuffle import Together
 from moco_fast.presets import PRESETS
@@ -96,6 +97,11 @@ def test_the_objective_is_what_the_method_says_of_it(name):
         assert made.loss.requires_grad
         made.afterwards()
     assert num_passes == objective.num_passes
+
+
+def test_a_queue_is_as_old_as_the_steps_that_fill_it():
+    assert MomentumContrast(queue_size=65536).queue_age(256) == 256
+    assert MomentumContrast(queue_size=100, symmetric=True).queue_age(40) == 1.25
 
 
 def test_changes_of_another_method_are_named():
