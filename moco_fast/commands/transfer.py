@@ -27,24 +27,25 @@ class Detect:
     """
 
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FOLDER...")]
-    """Where the benchmark lies as it is published: folders of years (VOC2007), or one with these in it (VOCdevkit)."""
+    """Where the benchmark lies as it is published. VOC: folders of years (VOC2007), or one with these in it
+    (VOCdevkit). COCO: the folder of `annotations` and images."""
     init: Annotated[tuple[str, ...], tyro.conf.arg(metavar="{random,supervised,ENCODER}...")]
     """Initial weights that are compared: random ones, torchvision's supervised ones, and encoders: the folder of a run,
     a file of weights, timm:NAME or torchvision:NAME."""
     out: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
     """Folder for states, trained detectors and results; made if it is not there."""
-    preset: Literal["voc-c4"] = "voc-c4"
+    preset: Literal["voc-c4", "voc-c5", "coco-c4-1x", "coco-c4-2x", "coco-fpn-1x", "coco-fpn-2x"] = "voc-c4"
     """Whose settings are taken; what is unset below is the preset's (`moco-fast transfer presets`)."""
     seeds: int = 1
     """Trainings from each of the initial weights; the figures are their means, with 95% intervals."""
     network: str = "resnet50"
     """Network of `random` and `supervised` where no encoder is compared with them; otherwise it is the encoder's."""
     train: tuple[str, ...] | None = None
-    """Parts that are trained on, such as VOC2007/trainval."""
+    """Parts that are trained on, such as VOC2007/trainval or train2017."""
     test: tuple[str, ...] | None = None
-    """Parts that are tested on, such as VOC2007/test."""
+    """Parts that are tested on, such as VOC2007/test or val2017."""
     classes: tuple[str, ...] | None = None
-    """Names of the classes. Unset: VOC's twenty, or those in the training set if it has others."""
+    """Names of VOC's classes. Unset: its twenty, or those in the training set if it has others."""
     batch_size: int | None = None
     """Images in a step, over all ranks; learning rate and steps follow it, unless they are given."""
     group: int | None = None
@@ -60,7 +61,7 @@ class Detect:
     longest: int | None = None
     """Longest side of images in pixels."""
     anchor_sizes: tuple[int, ...] | None = None
-    """Sides of the square anchors in pixels."""
+    """Sides of the square anchors in pixels; FPN: one for each of its five maps."""
     regions: int | None = None
     """Regions of an image that the head is trained on."""
     precise_batches: int | None = None
@@ -155,19 +156,19 @@ class Detect:
 
     def _sets(self, preset: DetectPreset) -> "tuple[DetectionSet, DetectionSet, tuple[str, ...]]":
         """Read the annotations; also return a line for each reason why images are left out."""
+        from moco_fast.transfer.layouts import read_sets
         from moco_fast.transfer.sets import refuse_malformed
-        from moco_fast.transfer.voc import find_parts, read_voc
 
-        parts = {
-            option: find_parts(self.data, names, option=option)
-            for option, names in (("--train", preset.train), ("--test", preset.test))
-        }
-        train = read_voc(parts["--train"], class_names=self.classes)
-        test = read_voc(parts["--test"], class_names=train.class_names)
+        train, test = read_sets(self.data, preset, class_names=self.classes)
         notes: list[str] = []
         for each in (train, test):
-            num_images = len(each) + len(each.malformed)
-            notes += refuse_malformed(each.malformed, num_images, each.where, at_most=self.max_malformed)
+            num_objects = sum(len(image.boxes) for image in each.images)
+            for left_out, num_left, what in (
+                (each.malformed, len(each), "images"),
+                (each.malformed_objects, num_objects, "objects"),
+            ):
+                num_all = num_left + len(left_out)
+                notes += refuse_malformed(left_out, num_all, each.where, at_most=self.max_malformed, what=what)
         if is_first_rank():
             for note in notes:
                 print(f"note: {note}", file=sys.stderr)

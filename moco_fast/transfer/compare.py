@@ -30,13 +30,13 @@ from shards.ground.files import write_whole
 
 __all__ = ["Comparison", "as_tables", "compare", "open_inits"]
 
-_FIGURES = {
-    "AP50": FigureInfo(
-        title="AP50", caption="Mean over the classes of the average precision where boxes overlap by more than 50%."
-    ),
-    "AP": FigureInfo(title="AP", caption="Its mean over ten overlaps from 50% to 95%."),
-    "AP75": FigureInfo(title="AP75", caption="The same as AP50, at 75%."),
+_CAPTIONS = {
+    "AP50": "Mean over the classes of the average precision where {} overlap by more than 50%.",
+    "AP": "Mean over the classes of the average precision of {}, over ten overlaps from 50% to 95%.",
+    "AP75": "Mean over the classes of the average precision where {} overlap by more than 75%.",
 }
+# As the papers have them: of VOC's three figures AP50 comes first, and COCO's name what they are of.
+_ORDER = {"voc": ("AP50", "AP", "AP75"), "coco": ("AP", "AP50", "AP75")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ def compare(comparison: Comparison, machine: Machine) -> list[Result]:
         a result for each init, in their order, on every rank.
     """
     results: list[Result] = []
-    by_class: list[tuple[str, int, ClassPrecision]] = []
+    by_class: list[tuple[str, int, str, ClassPrecision]] = []
     trainings = DetectorTrainings(
         comparison.train,
         comparison.test,
@@ -151,7 +151,11 @@ def compare(comparison: Comparison, machine: Machine) -> list[Result]:
             trained: list[TrainedDetector] = []
             for seed in range(comparison.num_seeds):
                 trained.append(trainings.run(init.start(seed), seed=seed))
-                by_class += [(init.name, seed, each) for each in trained[-1].precisions]
+                by_class += [
+                    (init.name, seed, kind, each)
+                    for kind, of_kind in trained[-1].precisions.items()
+                    for each in of_kind
+                ]
             result = _result(comparison, machine, init, trained)
             results.append(replace(result, time_s=round(time.perf_counter() - begin, 3)))
             if machine.world.rank == 0:
@@ -161,8 +165,8 @@ def compare(comparison: Comparison, machine: Machine) -> list[Result]:
 
 
 def _result(comparison: Comparison, machine: Machine, init: Init, trained: Sequence[TrainedDetector]) -> Result:
-    outcomes = [_outcome(each) for each in trained]
     preset = comparison.preset
+    outcomes = [_outcome(each, preset) for each in trained]
     damaged = {
         "images of the training set cannot be decoded and were replaced": max(each.num_damaged for each in trained),
         "images of the test set cannot be decoded: nothing is found in them": max(
@@ -190,18 +194,35 @@ def _result(comparison: Comparison, machine: Machine, init: Init, trained: Seque
         device=str(machine.device),
         world_size=machine.world.world_size,
         seeds=tuple(range(comparison.num_seeds)),
-        figures=summarize(_FIGURES, outcomes),
+        figures=summarize(_figures(preset), outcomes),
         curves=average_curves(outcomes),
-        facts={"num_objects": sum(each.num_objects for each in trained[0].precisions)},
+        facts={"num_objects": sum(each.num_objects for each in trained[0].precisions["box"])},
         notes=(*comparison.notes, *(f"{number} {what}" for what, number in damaged.items() if number)),
         versions={"python": platform.python_version()}
         | {name: metadata.version(name) for name in ("moco-fast", "torch", "torchvision")},
     )
 
 
-def _outcome(trained: TrainedDetector) -> Outcome:
-    at = [fmean(each.at[number] for each in trained.precisions) for number in range(len(OVERLAPS))]
-    figures = {"AP50": at[0], "AP": fmean(at), "AP75": at[OVERLAPS.index(0.75)]}
+def _name(kind: str, figure: str, preset: DetectPreset) -> str:
+    return figure if preset.layout == "voc" else f"{kind} {figure}"
+
+
+def _figures(preset: DetectPreset) -> dict[str, FigureInfo]:
+    kinds = {"box": "boxes"} | ({"mask": "masks"} if preset.masks else {})
+    return {
+        name: FigureInfo(title=name, caption=_CAPTIONS[figure].format(many))
+        for kind, many in kinds.items()
+        for figure in _ORDER[preset.layout]
+        for name in (_name(kind, figure, preset),)
+    }
+
+
+def _outcome(trained: TrainedDetector, preset: DetectPreset) -> Outcome:
+    figures: dict[str, float] = {}
+    for kind, of_kind in trained.precisions.items():
+        at = [fmean(each.at[number] for each in of_kind) for number in range(len(OVERLAPS))]
+        values = {"AP50": at[0], "AP": fmean(at), "AP75": at[OVERLAPS.index(0.75)]}
+        figures |= {_name(kind, figure, preset): values[figure] for figure in values}
     curve = FigureCurve(
         title="training loss",
         caption="Sum of the detector's losses, mean since the point before.",
@@ -212,13 +233,13 @@ def _outcome(trained: TrainedDetector) -> Outcome:
     return Outcome(figures={name: Measured(value=value) for name, value in figures.items()}, curves={"loss": curve})
 
 
-def _as_csv(by_class: Sequence[tuple[str, int, ClassPrecision]]) -> str:
+def _as_csv(by_class: Sequence[tuple[str, int, str, ClassPrecision]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["init", "seed", "class", "objects", "AP50", "AP", "AP75"])
-    for name, seed, each in by_class:
+    writer.writerow(["init", "seed", "of", "class", "objects", "AP50", "AP", "AP75"])
+    for name, seed, kind, each in by_class:
         figures = (each.at[0], each.mean, each.at[OVERLAPS.index(0.75)])
-        writer.writerow([name, seed, each.name, each.num_objects, *(f"{100 * value:.2f}" for value in figures)])
+        writer.writerow([name, seed, kind, each.name, each.num_objects, *(f"{100 * value:.2f}" for value in figures)])
     return text.getvalue()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as v2
 
+from moco_fast.transfer.coco import drawn_masks
 from moco_fast.transfer.order import epoch_batches, resized, steps_per_epoch, training_draws
 from moco_fast.transfer.presets import DetectPreset
 from moco_fast.transfer.sets import AnnotatedImage, DetectionSet
@@ -36,7 +37,7 @@ class TargetBatch:
     images: list[Tensor]
     """(3, H, W) uint8 each."""
     targets: list[dict[str, Tensor]]
-    """boxes (N, 4) float32 in pixels of the image, labels (N,) int64 from 1."""
+    """boxes (N, 4) float32 in pixels of the image, labels (N,) int64 from 1; masks (N, H, W) uint8 where there are."""
 
     def to(self, device: torch.device) -> "TargetBatch":
         """Copy to a device."""
@@ -58,6 +59,8 @@ class HeldOutImage:
     """(3, H, W) uint8; None: it cannot be decoded."""
     scale: tuple[float, float]
     """What a box's x and y are multiplied with to be in the image's own pixels."""
+    size: tuple[int, int]
+    """Its own height and width."""
 
 
 class TrainingImages:
@@ -173,14 +176,15 @@ class HeldOutImages:
         try:
             image: Any = _decoded(found)
         except (OSError, SyntaxError):
-            return HeldOutImage(number=number, image=None, scale=(1.0, 1.0))
+            return HeldOutImage(number=number, image=None, scale=(1.0, 1.0), size=(found.height, found.width))
         height, width = resized(found.height, found.width, side=preset.test_side, longest=preset.longest)
         pixels = v2.pil_to_tensor(v2.resize(image, [height, width]))
-        return HeldOutImage(number=number, image=pixels, scale=(found.width / width, found.height / height))
+        scale = (found.width / width, found.height / height)
+        return HeldOutImage(number=number, image=pixels, scale=scale, size=(found.height, found.width))
 
 
 def augmented(found: AnnotatedImage, *, side: int, longest: int, is_mirrored: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Resize an image with its boxes, and mirror it.
+    """Resize an image with its boxes and masks, and mirror it.
 
     Raises:
         OSError, SyntaxError: it cannot be decoded.
@@ -193,12 +197,17 @@ def augmented(found: AnnotatedImage, *, side: int, longest: int, is_mirrored: bo
     image, boxes = v2.resize(image, size), v2.resize(boxes, size)
     if is_mirrored:
         image, boxes = v2.horizontal_flip(image), v2.horizontal_flip(boxes)
-    labels = torch.from_numpy(found.classes + 1)
-    return v2.pil_to_tensor(image), {"boxes": boxes.as_subclass(Tensor), "labels": labels}
+    target = {"boxes": boxes.as_subclass(Tensor), "labels": torch.from_numpy(found.classes + 1)}
+    if found.outlines is not None:
+        # Drawn in the size that is wanted: what is drawn first and resized then has coarser edges.
+        target["masks"] = torch.from_numpy(drawn_masks(found, height=size[0], width=size[1], is_mirrored=is_mirrored))
+    return v2.pil_to_tensor(image), target
 
 
 def _decoded(found: AnnotatedImage) -> Image.Image:
     with Image.open(found.path) as image:
+        if image.size != (found.width, found.height):
+            raise OSError(f"it is {image.width}x{image.height}, not {found.width}x{found.height} as annotated")
         return image.convert("RGB")
 
 

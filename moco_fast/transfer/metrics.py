@@ -6,8 +6,9 @@ whether or not that one was found already, objects marked as difficult count nei
 are compared after rounding to three decimals, coordinates to one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,8 @@ class Detections:
     """(D,)"""
     scores: npt.NDArray[np.float32]
     """(D,) 0..1."""
+    masks: Sequence[Mapping[str, Any]] | None = None
+    """COCO's run lengths of each; None: the detector has no masks."""
 
     def __len__(self) -> int:
         return len(self.image)

@@ -1,10 +1,13 @@
 """Presets of transfer: the published settings of a detector's training and test, as data. Imports no torch.
 
-Of the MoCo authors: detection/configs of facebookresearch/moco. What these leave open is the default of
-facebookresearch/detectron2 (config/defaults.py of early 2020), which trained them.
+C4 is the MoCo authors' (detection/configs of facebookresearch/moco), dilated C5 their paper's appendix A.1. What these
+leave open is the default of facebookresearch/detectron2 (config/defaults.py of early 2020), which trained them. Of
+their FPN no configuration is public: it is detectron2's (configs/Base-RCNN-FPN.yaml) with batch norm where
+open-mmlab/mmselfsup has it, whose figures are published.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 __all__ = ["PRESETS", "DetectPreset", "settled"]
 
@@ -15,6 +18,12 @@ class DetectPreset:
 
     title: str
     """What it is, for people."""
+    layout: Literal["voc", "coco"] = "voc"
+    """Of the data."""
+    head: Literal["c4", "c5", "fpn"] = "c4"
+    """What looks at regions, and at which maps."""
+    masks: bool = False
+    """Whether objects have masks beside boxes."""
     train: tuple[str, ...]
     """Parts of the data that are trained on, such as VOC2007/trainval."""
     test: tuple[str, ...]
@@ -54,17 +63,48 @@ class DetectPreset:
     """Batches that the statistics of batch norm are averaged over before the test."""
 
 
-_VOC_SIDES = tuple(range(480, 801, 32))
+_VOC = DetectPreset(
+    title="Faster R-CNN R50-C4 on VOC 07+12 trainval, tested on VOC 07 test",
+    train=("VOC2007/trainval", "VOC2012/trainval"),
+    test=("VOC2007/test",),
+    steps=24_000,
+    drops=(18_000 / 24_000, 22_000 / 24_000),
+    sides=tuple(range(480, 801, 32)),
+)
+_COCO = DetectPreset(
+    title="Mask R-CNN R50-C4 on COCO train2017, tested on val2017, 1x schedule",
+    layout="coco",
+    masks=True,
+    train=("train2017",),
+    test=("val2017",),
+    steps=90_000,
+    drops=(60_000 / 90_000, 80_000 / 90_000),
+    warmup_steps=1_000,
+    sides=tuple(range(640, 801, 32)),
+)
+_FPN = replace(
+    _COCO,
+    title="Mask R-CNN R50-FPN on COCO train2017, tested on val2017, 1x schedule",
+    head="fpn",
+    train_proposals=(2_000, 1_000),
+    test_proposals=(1_000, 1_000),
+)
+
+
+def _doubled(preset: DetectPreset) -> DetectPreset:
+    """Return the 2x schedule of a 1x one: it drops 60,000 and 20,000 steps before its end."""
+    steps = 2 * preset.steps
+    drops = ((steps - 60_000) / steps, (steps - 20_000) / steps)
+    return replace(preset, title=preset.title.replace("1x", "2x"), steps=steps, drops=drops)
+
 
 PRESETS: dict[str, DetectPreset] = {
-    "voc-c4": DetectPreset(
-        title="Faster R-CNN R50-C4 on VOC 07+12 trainval, tested on VOC 07 test",
-        train=("VOC2007/trainval", "VOC2012/trainval"),
-        test=("VOC2007/test",),
-        steps=24_000,
-        drops=(18_000 / 24_000, 22_000 / 24_000),
-        sides=_VOC_SIDES,
-    ),
+    "voc-c4": _VOC,
+    "voc-c5": replace(_VOC, title=_VOC.title.replace("R50-C4", "R50-dilated-C5"), head="c5"),
+    "coco-c4-1x": _COCO,
+    "coco-c4-2x": _doubled(_COCO),
+    "coco-fpn-1x": _FPN,
+    "coco-fpn-2x": _doubled(_FPN),
 }
 """By name."""
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] - no public name
 from torch.optim import Optimizer
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from moco_fast.checkpoint import Checkpoint, part
 from moco_fast.encoders.encoder import Encoder
@@ -25,8 +26,10 @@ from moco_fast.evaluation.training import SteppedWork, on_all_ranks, refusing_al
 from moco_fast.interrupt import StoppedError
 from moco_fast.methods.batchnorm import use_statistics_of_all_ranks
 from moco_fast.optimizers.optim import build_sgd, load_optimizer_tensors, optimizer_tensors
-from moco_fast.transfer.loader import HeldOutImages, TargetBatch, TrainingImages
-from moco_fast.transfer.metrics import ClassPrecision, Detections, voc_precision
+from moco_fast.transfer.coco import encoded_masks
+from moco_fast.transfer.layouts import measured
+from moco_fast.transfer.loader import HeldOutImage, HeldOutImages, TargetBatch, TrainingImages
+from moco_fast.transfer.metrics import ClassPrecision, Detections
 from moco_fast.transfer.network import build_detector
 from moco_fast.transfer.precise import set_precise_statistics
 from moco_fast.transfer.presets import DetectPreset
@@ -71,7 +74,8 @@ class Start:
 class TrainedDetector:
     """What a training found."""
 
-    precisions: list[ClassPrecision]
+    precisions: dict[str, list[ClassPrecision]]
+    """Of boxes, and of masks where there are."""
     curve: list[tuple[int, float]]
     """(step, mean of the loss since the point before)."""
     num_damaged: int
@@ -176,7 +180,10 @@ class DetectorTrainings(SteppedWork):
                     saved.finish(asdict(trained))
                 return trained
         self._bar.update(self._preset.steps)
-        precisions = [ClassPrecision(**each | {"at": tuple(each["at"])}) for each in record.pop("precisions")]
+        precisions = {
+            kind: [ClassPrecision(**each | {"at": tuple(each["at"])}) for each in of_kind]
+            for kind, of_kind in record.pop("precisions").items()
+        }
         curve = [(int(step), float(loss)) for step, loss in record.pop("curve")]
         return TrainedDetector(precisions=precisions, curve=curve, **record)
 
@@ -206,7 +213,7 @@ class DetectorTrainings(SteppedWork):
             found, num_untested = find_all(state.model, self._test_set, preset, machine, stop=self._leave)
             self._keep(state.model, name)
             return TrainedDetector(
-                precisions=voc_precision(found, self._test_set),
+                precisions=dict(measured(found, self._test_set)),
                 curve=state.curve,
                 num_damaged=_sum_over_ranks(len(images.damaged), machine.world),
                 num_untested=num_untested,
@@ -322,21 +329,30 @@ def find_all(
             continue
         with machine.autocast():
             [found] = model([each.image.to(machine.device)])
-        boxes = found["boxes"].float().cpu().numpy() * np.array(each.scale * 2, dtype=np.float32)
-        classes, scores = found["labels"].cpu().numpy() - 1, found["scores"].float().cpu().numpy()
-        parts.append((np.full(len(boxes), each.number), boxes, classes, scores))
+        parts.append(_as_arrays(found, each))
     if len(images) * machine.world.world_size < len(data):
         stop()  # This rank has one image less than the first.
     of_ranks = [parts]
     if machine.world.world_size > 1:
         of_ranks *= machine.world.world_size
         dist.all_gather_object(of_ranks, parts)
-    empty = (np.empty(0, np.int64), np.empty((0, 4), np.float32), np.empty(0, np.int64), np.empty(0, np.float32))
-    image, boxes, classes, scores = (
-        np.concatenate(column) for column in zip(empty, *(each for part in of_ranks for each in part), strict=True)
-    )
-    detections = Detections(image=image, boxes=boxes, classes=classes, scores=scores)
+    empty = (np.empty(0, np.int64), np.empty((0, 4), np.float32), np.empty(0, np.int64), np.empty(0, np.float32), [])
+    *arrays, masks = zip(empty, *(each for part in of_ranks for each in part), strict=True)
+    image, boxes, classes, scores = map(np.concatenate, arrays)
+    runs = [each for of_image in masks for each in of_image] if preset.masks else None
+    detections = Detections(image=image, boxes=boxes, classes=classes, scores=scores, masks=runs)
     return detections, _sum_over_ranks(num_untested, machine.world)
+
+
+def _as_arrays(found: dict[str, Tensor], image: HeldOutImage) -> tuple[Any, ...]:
+    """Return image, boxes, classes, scores and masks of an image's detections, in its own pixels."""
+    boxes = found["boxes"].float() * found["boxes"].new_tensor(image.scale * 2, dtype=torch.float32)
+    masks: list[Any] = []
+    if "masks" in found:
+        pasted = paste_masks_in_image(found["masks"], boxes, image.size)  # (D, 1, height, width) 0..1
+        masks = encoded_masks((pasted[:, 0] >= 0.5).to(torch.uint8).cpu().numpy())
+    classes, scores = found["labels"].cpu().numpy() - 1, found["scores"].float().cpu().numpy()
+    return np.full(len(boxes), image.number), boxes.cpu().numpy(), classes, scores, masks
 
 
 def _sum_over_ranks(number: int, world: World) -> int:

@@ -11,11 +11,16 @@ from moco_fast.evaluation.published import beside_published
 from moco_fast.evaluation.result import read_results
 from moco_fast.transfer.compare import as_tables, open_inits
 from moco_fast.transfer.presets import PRESETS, settled
+from tests.moco_fast.transfer.coco_shapes import write_coco
 from tests.moco_fast.transfer.shapes import write_year
 
-SMALL = (
+PLAIN = (
     *("--batch-size", "2", "--group", "1", "--steps", "2", "--sides", "48", "--test-side", "48", "--longest", "72"),
-    *("--regions", "4", "--anchor-sizes", "16", "32", "--precise-batches", "1", "--threads", "1", "--device", "cpu"),
+    *("--regions", "4", "--precise-batches", "1", "--threads", "1", "--device", "cpu"),
+)
+SMALL = (
+    *PLAIN,
+    *("--anchor-sizes", "16", "32"),
     *("--train", "VOC2007/trainval", "--test", "VOC2007/test"),
 )
 
@@ -24,6 +29,11 @@ SMALL = (
 def devkit(tmp_path: Path) -> Path:
     write_year(tmp_path / "VOCdevkit" / "VOC2007", {"trainval": 6, "test": 2})
     return tmp_path / "VOCdevkit"
+
+
+@pytest.fixture(scope="module")
+def coco_folder(tmp_path_factory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("data") / "coco", {"train2017": 6, "val2017": 2})
 
 
 def transfer(devkit: Path, out: Path, *words: str, init=("random",), network: str = "resnet18_quarter") -> int:
@@ -72,6 +82,32 @@ def test_the_preset_with_a_resnet_50_takes_two_steps_and_is_tested(devkit, tmp_p
     assert all(loss > 0 for _, loss in result.curves["loss"].points)
     weights = next((tmp_path / "out" / "detectors").iterdir())
     assert weights.stat().st_size > 4 * 33e6
+
+
+def test_dilated_c5_takes_two_steps_and_is_tested(devkit, tmp_path) -> None:
+    assert transfer(devkit, tmp_path / "out", "--preset", "voc-c5") == 0
+    [result] = read_results(tmp_path / "out" / "results.json")
+    assert (result.protocol, list(result.figures)) == ("voc-c5", ["AP50", "AP", "AP75"])
+
+
+@pytest.mark.parametrize("preset", ["coco-c4-1x", "coco-fpn-1x"])
+def test_presets_of_coco_take_two_steps_and_measure_boxes_and_masks(preset, coco_folder, tmp_path, capsys) -> None:
+    given = ["--data", str(coco_folder), "--init", "random", "--network", "resnet18_quarter"]
+    given += ["--preset", preset, "--out", str(tmp_path / "out")]
+    assert main(["transfer", "detect", *given, *PLAIN]) == 0
+    assert f"detect {preset}  mask AP75" in capsys.readouterr().out
+    [result] = read_results(tmp_path / "out" / "results.json")
+    assert list(result.figures) == [f"{kind} {name}" for kind in ("box", "mask") for name in ("AP", "AP50", "AP75")]
+    rows = list(csv.DictReader((tmp_path / "out" / "per-class.csv").read_text().splitlines()))
+    assert {row["of"] for row in rows} == {"box", "mask"}
+    assert {row["class"] for row in rows} <= {"bus", "car", "cat"}
+
+
+def test_without_what_measures_coco_its_presets_say_what_to_install(coco_folder, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("moco_fast.transfer.coco.find_spec", lambda name: None)
+    given = ["--data", str(coco_folder), "--init", "random", "--preset", "coco-fpn-1x", "--out", str(tmp_path / "out")]
+    assert main(["transfer", "detect", *given]) == 2
+    assert "pip install 'moco-fast[transfer]'" in capsys.readouterr().err
 
 
 def test_what_is_left_out_is_noted_and_refused_above_a_share(devkit, tmp_path, capsys) -> None:

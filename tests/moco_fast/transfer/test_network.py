@@ -14,7 +14,8 @@ from moco_fast.encoders.encoder import build_backbone
 from moco_fast.encoders.formats.base import without_head
 from moco_fast.encoders.formats.detectron2 import to_detectron2
 from moco_fast.methods.batchnorm import use_statistics_of_all_ranks
-from moco_fast.transfer.network import Anchors, BoxHeads, ProposalNetwork, build_detector
+from moco_fast.transfer.heads import RegionHeads
+from moco_fast.transfer.network import Anchors, ProposalNetwork, build_detector
 from moco_fast.transfer.presets import PRESETS
 from tests.moco_fast.transfer.tiny import TINY, tiny_resnet
 
@@ -196,7 +197,7 @@ def test_losses_of_regions_are_those_of_torchvision_for_its_own_settings() -> No
 
 
 def proposals_of(beta: float) -> ProposalNetwork:
-    return ProposalNetwork(8, Anchors((16, 32), (0.5, 1.0, 2.0), stride=16), replace(TINY, l1_beta=beta))
+    return ProposalNetwork(8, Anchors([(16, 32)], (0.5, 1.0, 2.0), strides=[16]), replace(TINY, l1_beta=beta))
 
 
 def test_losses_of_proposals_are_those_of_torchvision_where_all_that_is_asked_for_is_there() -> None:
@@ -290,7 +291,7 @@ def test_a_rank_with_larger_images_counts_as_much_as_another(run_ranks) -> None:
 
 def test_heads_give_losses_in_training_and_detections_otherwise() -> None:
     heads = build_detector(tiny_resnet(), TINY, num_classes=3, seed=0).roi_heads
-    assert isinstance(heads, BoxHeads)
+    assert isinstance(heads, RegionHeads)
     features, boxes = {"0": torch.randn(1, 32, 4, 6)}, [torch.tensor([[0.0, 0.0, 40.0, 40.0]])]
     target = {"boxes": torch.tensor([[10.0, 10.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
     found, losses = heads.train()(features, list(boxes), [(64, 96)], [target])

@@ -64,7 +64,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, monkeypatch) -> N
 
 @pytest.mark.slow
 def test_a_tiny_detector_learns_shapes(tmp_path) -> None:
-    preset = replace(TINY, steps=150, lr=0.04, warmup_steps=10, regions=24, precise_batches=8)
+    preset = replace(TINY, steps=120, lr=0.05, warmup_steps=10, sides=(64,), precise_batches=8)
     sets = two_sets(tmp_path, preset, train=100, test=20)
     with trainings(tmp_path / "out", sets, preset) as learning:
         found = learning.run(start(), seed=3)
@@ -73,7 +73,7 @@ def test_a_tiny_detector_learns_shapes(tmp_path) -> None:
     untrained = build_detector(tiny_resnet(), preset, num_classes=3, seed=3)
     chance, _ = find_all(untrained, sets[1], preset, Machine(device=CPU), stop=lambda: None)
     assert np.mean([each.at[0] for each in voc_precision(chance, sets[1])]) < 0.05
-    assert np.mean([each.at[0] for each in found.precisions]) > 0.15
+    assert np.mean([each.at[0] for each in found.precisions["box"]]) > 0.4
 
 
 def on_two_ranks(folder):
@@ -104,7 +104,8 @@ def test_ranks_share_training_and_test(tmp_path, run_ranks) -> None:
     alone, num_untested = find_all(detector, sets[1], TINY, Machine(device=CPU), stop=lambda: None)
     assert num_untested == found[1] == again[1] == 0
     order = np.argsort(found[0].image, kind="stable")
-    for name, value in vars(alone).items():
+    for name in ("image", "boxes", "classes", "scores"):
+        value = getattr(alone, name)
         np.testing.assert_allclose(getattr(found[0], name)[order], value, rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(getattr(found[0], name), getattr(again[0], name))
 
@@ -166,7 +167,7 @@ def test_a_damaged_image_is_replaced_by_one_of_its_kind_and_counted(tmp_path, ca
     data = two_sets(tmp_path, train=14, test=2)[0]
     broken = data.images[3]
     broken.path.write_bytes(broken.path.read_bytes()[:200])
-    found, damaged = batches_of(data)
+    found, damaged = batches_of(data, num=12)
     assert list(damaged) == [broken.key]
     assert f"{broken.path} cannot be decoded" in capsys.readouterr().err
     lies = [image.shape[2] > image.shape[1] for image, _ in found]

@@ -1,0 +1,54 @@
+"""Layouts of data by name: how each is read, and how what is found in it is measured. Imports no torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from moco_fast.transfer.metrics import ClassPrecision, Detections, voc_precision
+from moco_fast.transfer.presets import DetectPreset
+from moco_fast.transfer.sets import DetectionSet
+
+__all__ = ["measured", "read_sets"]
+
+
+def read_sets(
+    folders: Sequence[str], preset: DetectPreset, *, class_names: tuple[str, ...] | None
+) -> tuple[DetectionSet, DetectionSet]:
+    """Read what a preset trains and tests on.
+
+    Args:
+        folders: where the data lies.
+        preset: with its layout and parts.
+        class_names: None: those of the layout or of the training set.
+
+    Raises:
+        ValueError: a part is not there, the sets do not fit, or what reads them is not installed.
+    """
+    if preset.layout == "coco":
+        from moco_fast.transfer.coco import needs_coco, read_coco
+
+        needs_coco()
+        if class_names is not None:
+            raise ValueError("--classes means nothing for COCO, whose file names them: leave it out")
+        train = read_coco(folders, preset.train, option="--train")
+        test = read_coco(folders, preset.test, option="--test")
+        if train.class_names != test.class_names:
+            raise ValueError(f"{train.where} and {test.where} have other categories: they must be the same")
+        return (train, test) if preset.masks else (_without_outlines(train), _without_outlines(test))
+    from moco_fast.transfer.voc import find_parts, read_voc
+
+    train = read_voc(find_parts(folders, preset.train, option="--train"), class_names=class_names)
+    test_parts = find_parts(folders, preset.test, option="--test")
+    return train, read_voc(test_parts, class_names=train.class_names)
+
+
+def _without_outlines(data: DetectionSet) -> DetectionSet:
+    return replace(data, images=[replace(image, outlines=None) for image in data.images])
+
+
+def measured(found: Detections, truth: DetectionSet) -> Mapping[str, list[ClassPrecision]]:
+    """Return average precisions of each class: of boxes by VOC's rules, or of boxes and masks by COCO's."""
+    if truth.annotations is None:
+        return {"box": voc_precision(found, truth)}
+    from moco_fast.transfer.coco import coco_precision
+
+    return coco_precision(found, truth)
