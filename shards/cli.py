@@ -78,6 +78,18 @@ class InspectCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StatusCommand:
+    """Print how far a packing is, from its files alone: also of one in parts, on a cluster or in a bucket."""
+
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+    """What was given to pack as --out."""
+    json: bool = False
+    """Print JSON."""
+    work_folder: str = WORK_FOLDER
+    """For a target in a bucket: the local folder that was given to pack."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BetonCommand:
     """Write a set of shards as one file in FFCV's format, for the ffcv backend."""
 
@@ -169,6 +181,15 @@ def _finish(command: FinishCommand) -> int:
     return summarize(command.folder, finish(command.folder, work_folder=command.work_folder), command.max_rejected)
 
 
+def _status(command: StatusCommand) -> int:
+    from shards.tools.status import describe_status, read_status
+
+    status = read_status(command.folder, work_folder=command.work_folder)
+    for line in [status.to_json()] if command.json else describe_status(status, command.folder):
+        print(line)
+    return 0
+
+
 def _beton(command: BetonCommand) -> int:
     from shards.ground.cpus import available_cpus
     from shards.ground.progress import ProgressBars
@@ -217,13 +238,14 @@ _ACTIONS: dict[type, Callable[[Any], int]] = {
     FinishCommand: _finish,
     IndexCommand: _index,
     InspectCommand: _inspect,
+    StatusCommand: _status,
     BetonCommand: _beton,
 }
 
 TAKE_ADDRESSES = frozenset(
     {
         *(f"PackCommand.{name}" for name in ("sources", "out", "image_root", "ray_address")),
-        *(f"{name}Command.folder" for name in ("Verify", "Index", "Inspect", "Beton", "Finish")),
+        *(f"{name}Command.folder" for name in ("Verify", "Index", "Inspect", "Status", "Beton", "Finish")),
     }
 )
 """Options that take addresses."""
@@ -234,6 +256,7 @@ _Commands = (
     | Annotated[FinishCommand, tyro.conf.subcommand("finish")]
     | Annotated[IndexCommand, tyro.conf.subcommand("index")]
     | Annotated[InspectCommand, tyro.conf.subcommand("inspect")]
+    | Annotated[StatusCommand, tyro.conf.subcommand("status")]
     | Annotated[BetonCommand, tyro.conf.subcommand("beton")]
 )
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from shards.storage.file_kinds import ASIDE_NAME, REJECTED_NAME
 from shards.storage.target import WORK_NAME, Target, open_target, path_in
 
-__all__ = ["entry_of", "finish", "plan_folder", "read_manifest", "write_manifests"]
+__all__ = ["Finished", "entry_of", "finish", "plan_folder", "read_manifest", "record_of", "write_manifests"]
 
 
 def finish(out: str, *, work_folder: str = WORK_FOLDER) -> dict[str, Manifest]:
@@ -68,15 +69,37 @@ def read_manifest(target: Target, split: str) -> Manifest:
     return Manifest.from_json(target.get(name) or b"", where=f"{target.out}/{name}")
 
 
-def entry_of(plan: PackPlan, target: Target, task: ShardTask, sizes: dict[str, int]) -> ShardEntry | None:
-    """Return what a finished shard holds; None where it is not finished, or one of its files has gone."""
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The record of a finished shard."""
+
+    entry: ShardEntry
+    span: tuple[float, float] | None
+    """When its writing began and ended, in seconds since 1970; None: an earlier version wrote it."""
+    part: str
+    """What wrote it, as in `Target`."""
+
+
+def record_of(target: Target, split: str, task: ShardTask, sizes: dict[str, int]) -> Finished | None:
+    """Return the record of a finished shard; None where it is not finished, or one of its files has gone."""
     record = f"{WORK_NAME}/done/{record_name(task)}"
     data = target.get(record) if record in sizes else None
     if data is None:
         return None
-    entry = ShardEntry.from_dict(json.loads(data)["entry"])
-    names = [path_in(plan.splits[task.split].name, f"{entry.stem}{suffix}") for suffix in entry.digests]
-    return entry if sizes.get(names[0]) == entry.num_bytes and all(name in sizes for name in names) else None
+    values = json.loads(data)
+    entry = ShardEntry.from_dict(values["entry"])
+    names = [path_in(split, f"{entry.stem}{suffix}") for suffix in entry.digests]
+    if sizes.get(names[0]) != entry.num_bytes or any(name not in sizes for name in names):
+        return None
+    return Finished(
+        entry=entry, span=tuple(values["span_s"]) if "span_s" in values else None, part=values.get("part", "")
+    )
+
+
+def entry_of(plan: PackPlan, target: Target, task: ShardTask, sizes: dict[str, int]) -> ShardEntry | None:
+    """Return what a finished shard holds; None where it is not finished, or one of its files has gone."""
+    found = record_of(target, plan.splits[task.split].name, task, sizes)
+    return None if found is None else found.entry
 
 
 def write_manifests(plan: PackPlan, target: Target) -> dict[str, Manifest]:

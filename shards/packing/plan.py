@@ -12,7 +12,7 @@ Any process that has the plan can write any of its shards, in any order, with th
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from shards.ground.errors import PackError
 from shards.sources import Source, reopen_source
 
 __all__ = [
+    "DROPPED",
     "LABEL_SETS_NAME",
     "ROW",
     "Duplicates",
@@ -37,6 +38,7 @@ __all__ = [
     "cached_plan",
     "difference",
     "shuffled",
+    "tasks_of",
 ]
 
 ROW = np.dtype(
@@ -73,6 +75,11 @@ class Split:
         """Shards that the split is cut into."""
         return -(-self.num_positions // self.shard_samples)
 
+    def positions(self, shard: int) -> range:
+        """Return the planned positions of a shard within the split."""
+        first = shard * self.shard_samples
+        return range(first, min(first + self.shard_samples, self.num_positions))
+
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class ShardTask:
@@ -80,6 +87,11 @@ class ShardTask:
 
     split: int
     shard: int
+
+
+def tasks_of(splits: Sequence[Split]) -> list[ShardTask]:
+    """Return every shard of some splits, in order."""
+    return [ShardTask(split=s, shard=i) for s, split in enumerate(splits) for i in range(split.num_shards)]
 
 
 class PackPlan:
@@ -135,13 +147,11 @@ class PackPlan:
 
     def tasks(self) -> list[ShardTask]:
         """Return every shard of the plan, in order."""
-        return [ShardTask(split=s, shard=i) for s, split in enumerate(self.splits) for i in range(split.num_shards)]
+        return tasks_of(self.splits)
 
     def positions(self, task: ShardTask) -> range:
         """Return the planned positions of a shard within its split."""
-        split = self.splits[task.split]
-        first = task.shard * split.shard_samples
-        return range(first, min(first + split.shard_samples, split.num_positions))
+        return self.splits[task.split].positions(task.shard)
 
     def listed(self, start: int, stop: int) -> NDArray[np.void]:
         """Return the rows in the order of the listing."""

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -112,6 +113,7 @@ class WriteShard:
         plan, target, stem = cached_plan(self.plan), self.target, shard_stem(task.shard)
         split = plan.splits[task.split].name
         suffixes = SHARD_SUFFIXES if plan.label_sets is None else (*SHARD_SUFFIXES, LABEL_SETS_SUFFIX)
+        begin_s = time.time()
         temporary = {suffix: target.scratch / f"{task.split}-{stem}{suffix}.{os.getpid()}" for suffix in suffixes}
         try:
             entry, rejected = _write_files(plan, task, self.config, temporary, tick)
@@ -119,8 +121,8 @@ class WriteShard:
         finally:
             for path in temporary.values():
                 path.unlink(missing_ok=True)
-        text = json.dumps({"entry": asdict(entry), "rejected": rejected}, ensure_ascii=False)
-        target.put(f"{WORK_NAME}/done/{record_name(task)}", text.encode())
+        record = {"entry": asdict(entry), "rejected": rejected, "span_s": [begin_s, time.time()], "part": target.part}
+        target.put(f"{WORK_NAME}/done/{record_name(task)}", json.dumps(record, ensure_ascii=False).encode())
 
 
 def _write_files(

@@ -11,6 +11,7 @@ from typing import Protocol
 from shards.ground.digests import short_digest
 from shards.ground.errors import PackError
 from shards.ground.files import publish, sync, write_whole
+from shards.ground.locks import is_locked
 from shards.storage.stores import check_url, is_url, open_folder
 
 __all__ = ["WORK_NAME", "Target", "open_target", "path_in"]
@@ -30,6 +31,11 @@ class Target(Protocol):
     @property
     def out(self) -> str:
         """As the user wrote it."""
+        ...
+
+    @property
+    def part(self) -> str:
+        """What sets the files of one part of an array job apart, such as `-0-of-4`; empty: there are no parts."""
         ...
 
     @property
@@ -66,8 +72,16 @@ class Target(Protocol):
         """Let other machines have a plan; afterwards the folder `plan` holds the one that all follow."""
         ...
 
+    def plan_place(self) -> str | None:
+        """Return the folder of the plan, as a name; None: no packing was begun, or it is finished."""
+        ...
+
     def has_plan(self) -> bool:
         """Return whether a packing was begun and not finished."""
+        ...
+
+    def is_held(self) -> bool:
+        """Return whether a packer of this machine is at work here, as far as one can see."""
         ...
 
     def fetch_plan(self, plan: Path) -> None:
@@ -135,9 +149,17 @@ class LocalTarget:
         """Do nothing but check: a process that sees the folder has the plan."""
         assert plan.is_relative_to(self.work)
 
+    def plan_place(self) -> str | None:
+        """Look for plan.json."""
+        return f"{WORK_NAME}/plan" if (self.work / "plan" / _PLAN_HEADER).exists() else None
+
     def has_plan(self) -> bool:
         """Look for plan.json."""
-        return (self.work / "plan" / _PLAN_HEADER).exists()
+        return self.plan_place() is not None
+
+    def is_held(self) -> bool:
+        """Look at the locks."""
+        return _any_held(self.work)
 
     def fetch_plan(self, plan: Path) -> None:
         """Do nothing: the plan is there."""
@@ -205,14 +227,23 @@ class BucketTarget:
         if not folder.put(f"{WORK_NAME}/{_PLAN_HEADER}", prefix.encode(), only_if_new=True):
             self.fetch_plan(plan)
 
+    def plan_place(self) -> str | None:
+        """Read the plan's name."""
+        place = self.get(f"{WORK_NAME}/{_PLAN_HEADER}")
+        return None if place is None else place.decode()
+
     def has_plan(self) -> bool:
         """Look for the plan's name."""
-        return self.get(f"{WORK_NAME}/{_PLAN_HEADER}") is not None
+        return self.plan_place() is not None
+
+    def is_held(self) -> bool:
+        """Look at the locks of this machine."""
+        return _any_held(self.work)
 
     def fetch_plan(self, plan: Path) -> None:
         """Download it, unless it is here already."""
         folder = open_folder(self.out.rstrip("/"))
-        prefix = (self.get(f"{WORK_NAME}/{_PLAN_HEADER}") or b"").decode()
+        prefix = self.plan_place() or ""
         wanted = self.get(f"{prefix}/{_PLAN_HEADER}")
         if wanted is None:
             raise PackError(f"{self.out}/{prefix} has no {_PLAN_HEADER}: remove {self.out}/{WORK_NAME} and pack again")
@@ -233,6 +264,11 @@ class BucketTarget:
         folder.delete([f"{WORK_NAME}/{_PLAN_HEADER}"])
         folder.delete([name for name in self.sizes() if name.startswith(f"{WORK_NAME}/")])
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _any_held(work: Path) -> bool:
+    # Parts hold `lock` together, which others cannot see, and each a lock of its own.
+    return any(is_locked(path) for path in work.glob("lock*"))
 
 
 def open_target(out: str, *, work_folder: str, part: str = "") -> LocalTarget | BucketTarget:

@@ -34,6 +34,7 @@ from shards.sets import open_set
 from shards.storage import stores as storage
 from shards.storage.target import BucketTarget
 from shards.tools.index import index_folder
+from shards.tools.status import read_status
 from tests.shards.benchmark_files import cifar_files, tar_of, voc_files, write_coco, write_files, write_imagenet
 from tests.shards.pictures import contents, fill, jpeg
 from tests.shards.record_files import example, mds, tfrecord
@@ -305,6 +306,9 @@ def test_a_node_of_a_cluster_that_shares_only_the_bucket_fetches_the_plan(bucket
             elsewhere(ShardTask(split=0, shard=shard), print)
         remove_copy(there)
         assert not there.work.exists()
+        status = read_status(out, work_folder=str(tmp_path / "elsewhere"))
+        assert (status.num_shards_done, status.num_shards) == ((2, 3) if node == "one" else (3, 3))
+    assert (status.state, status.num_packed, status.is_held) == ("to be finished", 10, False)
     finish(out, work_folder=str(tmp_path / "driver"))
     assert objects(out) == contents(tmp_path / "local")
 
