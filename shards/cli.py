@@ -90,6 +90,19 @@ class StatusCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TableCommand:
+    """Write what a set of shards holds as one Parquet file, a row for each sample, for analysis."""
+
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+    """Folder that holds manifest.json, local or s3:// gs:// az:// http(s)://; several with commas."""
+    file: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """The file to write; unset: samples.parquet in the folder."""
+    workers: int | None = None
+    """Worker processes that look at headers, where a shard holds several kinds of JPEG; unset: one per CPU that this
+    process may use."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BetonCommand:
     """Write a set of shards as one file in FFCV's format, for the ffcv backend."""
 
@@ -190,6 +203,17 @@ def _status(command: StatusCommand) -> int:
     return 0
 
 
+def _table(command: TableCommand) -> int:
+    from shards.ground.cpus import available_cpus
+    from shards.ground.progress import ProgressBars
+    from shards.tools.table import write_table
+
+    workers = command.workers or available_cpus()
+    path, num_samples = write_table(command.folder, command.file, workers=workers, progress=ProgressBars())
+    print(f"{path}: {counted(num_samples, 'row')}")
+    return 0
+
+
 def _beton(command: BetonCommand) -> int:
     from shards.ground.cpus import available_cpus
     from shards.ground.progress import ProgressBars
@@ -239,13 +263,14 @@ _ACTIONS: dict[type, Callable[[Any], int]] = {
     IndexCommand: _index,
     InspectCommand: _inspect,
     StatusCommand: _status,
+    TableCommand: _table,
     BetonCommand: _beton,
 }
 
 TAKE_ADDRESSES = frozenset(
     {
         *(f"PackCommand.{name}" for name in ("sources", "out", "image_root", "ray_address")),
-        *(f"{name}Command.folder" for name in ("Verify", "Index", "Inspect", "Status", "Beton", "Finish")),
+        *(f"{name}Command.folder" for name in ("Verify", "Index", "Inspect", "Status", "Table", "Beton", "Finish")),
     }
 )
 """Options that take addresses."""
@@ -257,6 +282,7 @@ _Commands = (
     | Annotated[IndexCommand, tyro.conf.subcommand("index")]
     | Annotated[InspectCommand, tyro.conf.subcommand("inspect")]
     | Annotated[StatusCommand, tyro.conf.subcommand("status")]
+    | Annotated[TableCommand, tyro.conf.subcommand("table")]
     | Annotated[BetonCommand, tyro.conf.subcommand("beton")]
 )
 

@@ -85,6 +85,10 @@ class ShardSet(Protocol):
         """
         ...
 
+    def read_beside(self, name: str) -> bytes:
+        """Return a file beside the shards. Raises ValueError: this kind of set has none, or it cannot be read."""
+        ...
+
     def open_shard(self, shard: int) -> ShardFile:
         """Open a shard for reading by offsets. Raises FileNotFoundError."""
         ...

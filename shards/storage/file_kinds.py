@@ -15,6 +15,8 @@ __all__ = [
     "OTHER_ARCHIVES",
     "REJECTED_NAME",
     "SHARD_SUFFIXES",
+    "SUMMARY_NAME",
+    "TABLE_NAME",
     "kind_of_archive",
     "litter",
     "may_be_archive",
@@ -78,6 +80,12 @@ REJECTED_NAME = "rejected.jsonl"
 
 ASIDE_NAME = "left-aside.jsonl"
 """The file of a set that lists what of its sources was left aside."""
+
+TABLE_NAME = "samples.parquet"
+"""The file that `make-shards table` writes into a set's folder."""
+
+SUMMARY_NAME = "summary.html"
+"""The file that `make-shards summary` writes into a set's folder."""
 
 BETON_SUFFIX = ".beton"
 """FFCV's file format."""

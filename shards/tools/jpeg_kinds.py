@@ -14,20 +14,21 @@ from shards.sets.manifest import MANIFEST_NAME, Manifest
 from shards.sets.registry import open_set
 from shards.sets.shard_folder import ShardFolder
 
-__all__ = ["note_kinds"]
+__all__ = ["KindsOf", "note_kinds"]
 
 # A header is rarely longer; if it is (color profiles, EXIF with a preview), the whole image is read.
 _HEAD_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
-class _CountKinds:
-    """Counts the kinds of a shard."""
+class KindsOf:
+    """Finds the kind of each sample of a shard, for a worker process."""
 
     shards: ShardSet
 
-    def __call__(self, number: int, tick: Tick) -> dict[str, int]:
-        file, kinds = self.shards.open_shard(number), Counter[str]()
+    def __call__(self, number: int, tick: Tick) -> list[str]:
+        """Return the kinds (JpegHeader.kind, `not JPEG` or `damaged`) in the order of the samples."""
+        file, kinds = self.shards.open_shard(number), list[str]()
         for record in self.shards.index(number):
             size, offset = int(record["size"]), int(record["offset"])
             head = np.empty(min(size, _HEAD_BYTES), dtype=np.uint8)
@@ -35,9 +36,9 @@ class _CountKinds:
             if kind == "damaged" and size > len(head):
                 whole = np.empty(size, dtype=np.uint8)
                 kind = _kind_of(whole[: file.read_into(whole, offset)].tobytes())
-            kinds[kind] += 1
-            tick(1)
-        return dict(sorted(kinds.items()))
+            kinds.append(kind)
+            tick(1, len(head))
+        return kinds
 
 
 def _kind_of(data: bytes) -> str:
@@ -65,8 +66,11 @@ def note_kinds(where: str, *, workers: int, progress: ProgressBars | None = None
     with (progress or ProgressBars(enabled=False)).stage(
         "looking at headers", unit=" images", total=shards.num_samples
     ) as tick:
-        found = dict(run_tasks(_CountKinds(shards), range(shards.num_shards), workers=workers, tick=tick))
-    entries = tuple(replace(entry, jpegs=found[number]) for number, entry in enumerate(shards.manifest.shards))
+        found = dict(run_tasks(KindsOf(shards), range(shards.num_shards), workers=workers, tick=tick))
+    entries = tuple(
+        replace(entry, jpegs=dict(sorted(Counter(found[number]).items())))
+        for number, entry in enumerate(shards.manifest.shards)
+    )
     total = sum((Counter(entry.jpegs) for entry in entries), Counter[str]())
     manifest = replace(shards.manifest, shards=entries, jpegs=dict(sorted(total.items())))
     ShardFolder(where=where, work_folder=WORK_FOLDER).put(MANIFEST_NAME, manifest.to_json().encode())

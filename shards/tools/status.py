@@ -90,14 +90,18 @@ def read_status(out: str, *, work_folder: str = WORK_FOLDER) -> PackStatus:
         # Finished between two looks.
         return _without_plan(target, target.sizes())
     try:
-        splits = [Split(**split) for split in json.loads(header)["splits"]]
+        splits: list[Split] = [Split(**split) for split in json.loads(header)["splits"]]
     except (ValueError, KeyError, TypeError) as error:
         raise PackError(
             f"{out}/{place}/plan.json is damaged ({error}): remove {out}/{WORK_NAME} and pack again"
         ) from None
     tasks = tasks_of(splits)
+
+    def read(task: ShardTask) -> Finished | None:
+        return record_of(target, splits[task.split].name, task, sizes)
+
     with ThreadPoolExecutor(_THREADS) as threads:
-        found = threads.map(lambda task: record_of(target, splits[task.split].name, task, sizes), tasks)
+        found = threads.map(read, tasks)
         records = {task: record for task, record in zip(tasks, found, strict=True) if record is not None}
     num_duplicates = sizes.get(f"{place}/dropped.bin", 0) // DROPPED.itemsize
     return _status(target, splits, records, sizes, num_duplicates)
