@@ -164,8 +164,8 @@ class Detect:
         for each in (train, test):
             num_objects = sum(len(image.boxes) for image in each.images)
             for left_out, num_left, what in (
-                (each.malformed, len(each), "images"),
-                (each.malformed_objects, num_objects, "objects"),
+                (each.malformed, len(each), "image"),
+                (each.malformed_objects, num_objects, "object"),
             ):
                 num_all = num_left + len(left_out)
                 notes += refuse_malformed(left_out, num_all, each.where, at_most=self.max_malformed, what=what)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.ground.digests import running_digest
+from shards.ground.units import counted
 
 __all__ = ["AnnotatedImage", "DetectionSet", "Malformed", "Outline", "refuse_malformed"]
 
@@ -93,7 +94,7 @@ class DetectionSet:
 
 
 def refuse_malformed(
-    malformed: Sequence[Malformed], num_all: int, where: str, *, at_most: float, what: str = "images"
+    malformed: Sequence[Malformed], num_all: int, where: str, *, at_most: float, what: str = "image"
 ) -> list[str]:
     """Return a line for each reason why images or objects are left out, with the first of them.
 
@@ -102,20 +103,20 @@ def refuse_malformed(
         num_all: of the set, with those.
         where: the set, for people.
         at_most: share that may be left out.
-        what: is left out.
+        what: is left out, in the singular.
 
     Raises:
         ValueError: it is more.
     """
     lines = [
-        f"{where}: {count:,} {what} left out, {reason}: "
+        f"{where}: {counted(count, what)} left out, {reason}: "
         + ", ".join([each.key for each in malformed if each.reason == reason][:_MOST_NAMED])
         + (", ..." if count > _MOST_NAMED else "")
         for reason, count in Counter(each.reason for each in malformed).most_common()
     ]
     if len(malformed) > at_most * num_all:
         raise ValueError(
-            f"{len(malformed):,} of {num_all:,} {what} of {where} cannot be used, more than --max-malformed "
+            f"{len(malformed):,} of {counted(num_all, what)} of {where} cannot be used, more than --max-malformed "
             f"{at_most:g} allows ({'; '.join(lines)}): repair them, or allow a larger share"
         )
     return lines

@@ -80,7 +80,7 @@ def test_what_cannot_be_used_is_left_out_with_a_reason_and_counted(year, reason)
     assert [image.key for image in found.images] == ["VOC2007/trainval_0000", "VOC2007/trainval_0002"]
     assert [(each.key, each.reason) for each in found.malformed] == [("VOC2007/trainval_0001", reason)]
     [line] = refuse_malformed(found.malformed, 3, "it", at_most=0.5)
-    assert line == f"it: 1 left out, {reason}: VOC2007/trainval_0001"
+    assert line == f"it: 1 image left out, {reason}: VOC2007/trainval_0001"
     with pytest.raises(ValueError, match=r"--max-malformed 0\.1"):
         refuse_malformed(found.malformed, 3, "it", at_most=0.1)
 
