@@ -103,6 +103,20 @@ class TableCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SummaryCommand:
+    """Write a page about a set of shards: sizes, shapes, formats, labels, what was rejected, with pictures."""
+
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+    """Folder that holds manifest.json, local or s3:// gs:// az:// http(s)://."""
+    file: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """The page to write; unset: summary.html in the folder."""
+    near_duplicates: bool = False
+    """Also look for images that are almost the same, which decodes all of them at an eighth of their size."""
+    workers: int | None = None
+    """Worker processes for that; unset: one per CPU that this process may use."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BetonCommand:
     """Write a set of shards as one file in FFCV's format, for the ffcv backend."""
 
@@ -214,6 +228,22 @@ def _table(command: TableCommand) -> int:
     return 0
 
 
+def _summary(command: SummaryCommand) -> int:
+    from shards.ground.cpus import available_cpus
+    from shards.ground.progress import ProgressBars
+    from shards.tools.summary import write_summary
+
+    path = write_summary(
+        command.folder,
+        command.file,
+        with_near_duplicates=command.near_duplicates,
+        workers=command.workers or available_cpus(),
+        progress=ProgressBars(),
+    )
+    print(path)
+    return 0
+
+
 def _beton(command: BetonCommand) -> int:
     from shards.ground.cpus import available_cpus
     from shards.ground.progress import ProgressBars
@@ -264,13 +294,17 @@ _ACTIONS: dict[type, Callable[[Any], int]] = {
     InspectCommand: _inspect,
     StatusCommand: _status,
     TableCommand: _table,
+    SummaryCommand: _summary,
     BetonCommand: _beton,
 }
 
 TAKE_ADDRESSES = frozenset(
     {
         *(f"PackCommand.{name}" for name in ("sources", "out", "image_root", "ray_address")),
-        *(f"{name}Command.folder" for name in ("Verify", "Index", "Inspect", "Status", "Table", "Beton", "Finish")),
+        *(
+            f"{name}Command.folder"
+            for name in ("Verify", "Index", "Inspect", "Status", "Table", "Summary", "Beton", "Finish")
+        ),
     }
 )
 """Options that take addresses."""
@@ -283,6 +317,7 @@ _Commands = (
     | Annotated[InspectCommand, tyro.conf.subcommand("inspect")]
     | Annotated[StatusCommand, tyro.conf.subcommand("status")]
     | Annotated[TableCommand, tyro.conf.subcommand("table")]
+    | Annotated[SummaryCommand, tyro.conf.subcommand("summary")]
     | Annotated[BetonCommand, tyro.conf.subcommand("beton")]
 )
 

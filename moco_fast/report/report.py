@@ -28,6 +28,7 @@ from moco_fast.report.pictures import show_views
 from moco_fast.report.record import RunRecord, read_run
 from moco_fast.report.words import configuration_table, environment_table, headline, tiles
 from shards.ground.files import write_whole
+from shards.ground.pages import page_style
 
 __all__ = ["DrawnChart", "charts_of", "open_template", "write_report"]
 
@@ -115,7 +116,7 @@ def open_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return pages.get_template(name)
+    return pages.get_template(name, globals={"page_style": Markup(page_style())})  # noqa: S704 - a file of ours
 
 
 def _pictures(record: RunRecord, device: torch.device, num_samples: int, max_bank: int) -> dict[str, Any]:
