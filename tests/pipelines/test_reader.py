@@ -1,3 +1,4 @@
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -75,6 +76,15 @@ def test_a_shard_that_was_deleted_is_closed_once_it_was_open_long_enough(tmp_pat
     held = [file for file in reader._files.values() if file.is_deleted]
     assert len(held) == (kept_s > 0)
     reader.close()
+
+
+def test_closing_ends_its_threads(odd_shards):
+    before = set(threading.enumerate())
+    reader = Reader(odd_shards)
+    read(reader, *range(30))
+    assert set(threading.enumerate()) > before
+    reader.close()
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_sample_is_named_with_its_shard_and_key(odd_shards):
