@@ -75,7 +75,7 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """Train detectors from an encoder's weights, as the papers compare pretraining."""
+    """Train detection or segmentation from an encoder's weights, as the papers compare pretraining."""
 
     task: Annotated[_Transfer, tyro.conf.arg(name="")]
 
@@ -93,8 +93,8 @@ class _TrainWithOptions:
 
 _Others = (
     Annotated[Eval, tyro.conf.subcommand("eval")]
-    | Annotated[Transfer, tyro.conf.subcommand("transfer")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
+    | Annotated[Transfer, tyro.conf.subcommand("transfer")]
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Explore, tyro.conf.subcommand("explore")]
     | Annotated[Preview, tyro.conf.subcommand("preview")]

@@ -1,6 +1,7 @@
-"""`moco-fast transfer`: detectors trained from encoders, by the papers' protocols."""
+"""`moco-fast transfer`: networks trained from encoders, by the papers' protocols."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,17 +11,130 @@ import tyro
 from moco_fast.commandline import is_first_rank
 from moco_fast.commands.common import Device, positive
 from moco_fast.commands.place import Precision, place
-from moco_fast.transfer.presets import PRESETS, DetectPreset, settled
+from moco_fast.transfer.presets import (
+    PRESETS,
+    SEGMENT_PRESETS,
+    DetectPreset,
+    SegmentPreset,
+    TransferPreset,
+    settled,
+)
 from shards.ground.cpus import available_cpus
 
 if TYPE_CHECKING:
-    from moco_fast.transfer.sets import DetectionSet
+    from moco_fast.transfer.sets import Malformed
 
-__all__ = ["Detect", "TransferPresets", "transfer_commands"]
+__all__ = ["Detect", "Segment", "TransferPresets", "transfer_commands"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Detect:
+class _TransferOptions:
+    """Options of every transfer task."""
+
+    init: Annotated[tuple[str, ...], tyro.conf.arg(metavar="{random,supervised,ENCODER}...")]
+    """Initial weights that are compared: random ones, torchvision's supervised ones, and encoders: the folder of a run,
+    a file of weights, timm:NAME or torchvision:NAME."""
+    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
+    """Folder for states, trained networks and results; made if it is not there."""
+    seeds: int = 1
+    """Trainings from each of the initial weights; the figures are their means, with 95% intervals."""
+    network: str = "resnet50"
+    """Network of `random` and `supervised` where no encoder is compared with them; otherwise it is the encoder's."""
+    train: tuple[str, ...] | None = None
+    """Parts of the data that are trained on, in place of the preset's."""
+    test: tuple[str, ...] | None = None
+    """Parts of the data that are tested on, in place of the preset's."""
+    batch_size: int | None = None
+    """Images in a step, over all ranks; learning rate and steps follow it, unless they are given."""
+    steps: int | None = None
+    """Optimizer steps; the learning rate drops at the same shares of them."""
+    lr: float | None = None
+    """Peak learning rate."""
+    max_malformed: float = 0.01
+    """Share of the images that may be left out since they, or what is marked in them, cannot be used."""
+    save_every_steps: int = 500
+    """Steps after which a training saves its state."""
+    threads: int | None = None
+    """Threads per rank that decode. Unset: one per CPU, 16 at most, shared by the ranks of a machine."""
+    precision: Precision | None = None
+    """Precision of the network. Unset: bf16 on a GPU that has it, else fp32. The papers trained in fp32."""
+    device: Device = "auto"
+    """`auto`: a GPU where there is one."""
+
+    def _check(self, **more: float | None) -> None:
+        """Refuse numbers that cannot be. Raises ValueError."""
+        numbers = {
+            "seeds": self.seeds,
+            "save_every_steps": self.save_every_steps,
+            "batch_size": self.batch_size,
+            "steps": self.steps,
+            "lr": self.lr,
+            "threads": self.threads,
+            **more,
+        }
+        for name, value in numbers.items():
+            if value is not None:
+                positive(name.replace("_", "-"), value)
+        if not 0 <= self.max_malformed <= 1:
+            raise ValueError(f"--max-malformed is {self.max_malformed}, but must be a share: between 0 and 1")
+        if not self.init or len(set(self.init)) < len(self.init):
+            raise ValueError(f"--init {' '.join(self.init)}: give one or more, each once")
+
+    def _note(self, left_out: "Sequence[Malformed]", num_left: int, where: str, what: str) -> list[str]:
+        """Return lines on what is left out, and print them. Raises ValueError: it is more than --max-malformed."""
+        from moco_fast.transfer.sets import refuse_malformed
+
+        num_all = num_left + len(left_out)
+        notes = refuse_malformed(left_out, num_all, where, at_most=self.max_malformed, what=what)
+        if is_first_rank():
+            for note in notes:
+                print(f"note: {note}", file=sys.stderr)
+        return notes
+
+    def _compare(self, name: str, preset: TransferPreset, train: Any, test: Any, notes: list[str]) -> int:
+        """Train, test, print and write; return the exit code."""
+        Path(self.out).mkdir(parents=True, exist_ok=True)
+        from moco_fast.transfer.compare import Comparison, as_tables, compare, open_inits, say_notes
+        from moco_fast.transfer.detecting import DetectorTrainings
+        from moco_fast.transfer.segmenting import SegmenterTrainings
+        from moco_fast.transfer.training import Machine
+
+        inits = open_inits(self.init, network=self.network)
+        detects = isinstance(preset, DetectPreset)
+        trainings_of: Any = DetectorTrainings if detects else SegmenterTrainings
+        with place(None, device=self.device, precision=self.precision) as (device, world, precision):
+            threads = self.threads or min(16, available_cpus(world.local_world_size))
+            machine = Machine(device=device, world=world, precision=precision, threads=threads)
+            trainings = trainings_of(
+                train,
+                test,
+                preset,
+                machine,
+                folder=Path(self.out),
+                every_steps=self.save_every_steps,
+                num_trainings=len(inits) * self.seeds,
+                at_most_damaged=self.max_malformed,
+            )
+            comparison = Comparison(
+                task="detect" if detects else "segment",
+                preset_name=name,
+                preset=preset,
+                trainings=trainings,
+                inits=inits,
+                num_seeds=self.seeds,
+                out=Path(self.out),
+                notes=tuple(notes),
+            )
+            results = compare(comparison, machine)
+        if is_first_rank():
+            print(as_tables(results))
+            say_notes(results)
+            print(f"written to {self.out}: results.json, per-class.csv, trained/", file=sys.stderr)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detect(_TransferOptions):
     """Train detectors from encoders' weights and test them; takes hours, and the same command continues.
 
     Several GPUs: accelerate launch -m moco_fast.cli transfer detect ...
@@ -29,31 +143,12 @@ class Detect:
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FOLDER...")]
     """Where the benchmark lies as it is published. VOC: folders of years (VOC2007), or one with these in it
     (VOCdevkit). COCO: the folder of `annotations` and images."""
-    init: Annotated[tuple[str, ...], tyro.conf.arg(metavar="{random,supervised,ENCODER}...")]
-    """Initial weights that are compared: random ones, torchvision's supervised ones, and encoders: the folder of a run,
-    a file of weights, timm:NAME or torchvision:NAME."""
-    out: Annotated[str, tyro.conf.arg(metavar="FOLDER")]
-    """Folder for states, trained detectors and results; made if it is not there."""
     preset: Literal["voc-c4", "voc-c5", "coco-c4-1x", "coco-c4-2x", "coco-fpn-1x", "coco-fpn-2x"] = "voc-c4"
-    """Whose settings are taken; what is unset below is the preset's (`moco-fast transfer presets`)."""
-    seeds: int = 1
-    """Trainings from each of the initial weights; the figures are their means, with 95% intervals."""
-    network: str = "resnet50"
-    """Network of `random` and `supervised` where no encoder is compared with them; otherwise it is the encoder's."""
-    train: tuple[str, ...] | None = None
-    """Parts that are trained on, such as VOC2007/trainval or train2017."""
-    test: tuple[str, ...] | None = None
-    """Parts that are tested on, such as VOC2007/test or val2017."""
+    """Whose settings are taken; what is unset is the preset's (`moco-fast transfer presets`)."""
     classes: tuple[str, ...] | None = None
     """Names of VOC's classes. Unset: its twenty, or those in the training set if it has others."""
-    batch_size: int | None = None
-    """Images in a step, over all ranks; learning rate and steps follow it, unless they are given."""
     group: int | None = None
     """Neighboring images of a batch that all lie or all stand, so that they need little padding."""
-    steps: int | None = None
-    """Optimizer steps; the learning rate drops at the same shares of them."""
-    lr: float | None = None
-    """Peak learning rate."""
     sides: tuple[int, ...] | None = None
     """Shorter sides of training images in pixels, of which one is drawn for each."""
     test_side: int | None = None
@@ -66,113 +161,76 @@ class Detect:
     """Regions of an image that the head is trained on."""
     precise_batches: int | None = None
     """Batches that batch-norm statistics are averaged over before the test."""
-    max_malformed: float = 0.01
-    """Share of the images that may be left out since they, or what is marked in them, cannot be used."""
-    save_every_steps: int = 500
-    """Steps after which a training saves its state."""
-    threads: int | None = None
-    """Threads per rank that decode. Unset: one per CPU, 16 at most, shared by the ranks of a machine."""
-    precision: Precision | None = None
-    """Precision of the network. Unset: bf16 on a GPU that has it, else fp32. The papers trained in fp32."""
-    device: Device = "auto"
-    """`auto`: a GPU where there is one."""
 
     def execute(self) -> int:
         """Train, test, print and write; return the exit code."""
         preset = self._preset()
-        train, test, notes = self._sets(preset)
-        Path(self.out).mkdir(parents=True, exist_ok=True)
-        from moco_fast.transfer.compare import Comparison, as_tables, compare, open_inits, say_notes
-        from moco_fast.transfer.training import Machine
+        from moco_fast.transfer.layouts import read_sets
 
-        inits = open_inits(self.init, network=self.network)
-        with place(None, device=self.device, precision=self.precision) as (device, world, precision):
-            threads = self.threads or min(16, available_cpus(world.local_world_size))
-            comparison = Comparison(
-                preset_name=self.preset,
-                preset=preset,
-                train=train,
-                test=test,
-                inits=inits,
-                num_seeds=self.seeds,
-                out=Path(self.out),
-                every_steps=self.save_every_steps,
-                at_most_damaged=self.max_malformed,
-                notes=notes,
-            )
-            results = compare(comparison, Machine(device=device, world=world, precision=precision, threads=threads))
-        if is_first_rank():
-            print(as_tables(results))
-            say_notes(results)
-            print(f"written to {self.out}: results.json, per-class.csv, detectors/", file=sys.stderr)
-        return 0
+        train, test = read_sets(self.data, preset, class_names=self.classes)
+        notes: list[str] = []
+        for each in (train, test):
+            num_objects = sum(len(image.boxes) for image in each.images)
+            notes += self._note(each.malformed, len(each), each.where, "image")
+            notes += self._note(each.malformed_objects, num_objects, each.where, "object")
+        return self._compare(self.preset, preset, train, test, notes)
 
     def _preset(self) -> DetectPreset:
         """Return the preset with the options. Raises ValueError: one that cannot be."""
-        numbers = {
-            "seeds": self.seeds,
-            "save-every-steps": self.save_every_steps,
-            "batch-size": self.batch_size,
+        own = {
             "group": self.group,
-            "steps": self.steps,
-            "lr": self.lr,
-            "test-side": self.test_side,
+            "test_side": self.test_side,
             "longest": self.longest,
             "regions": self.regions,
-            "precise-batches": self.precise_batches,
-            "threads": self.threads,
+            "precise_batches": self.precise_batches,
         }
-        for name, value in numbers.items():
-            if value is not None:
-                positive(name, value)
+        self._check(**own)
         for name, values in (("sides", self.sides), ("anchor-sizes", self.anchor_sizes)):
             for value in values or ():
                 positive(name, value)
-        if not 0 <= self.max_malformed <= 1:
-            raise ValueError(f"--max-malformed is {self.max_malformed}, but must be a share: between 0 and 1")
-        for name, given in (("data", self.data), ("init", self.init)):
-            if not given or len(set(given)) < len(given):
-                raise ValueError(f"--{name} {' '.join(given)}: give one or more, each once")
-        preset = settled(
-            PRESETS[self.preset],
-            batch_size=self.batch_size,
-            steps=self.steps,
-            train=self.train,
-            test=self.test,
-            group=self.group,
-            lr=self.lr,
-            sides=self.sides,
-            test_side=self.test_side,
-            longest=self.longest,
-            anchor_sizes=self.anchor_sizes,
-            regions=self.regions,
-            precise_batches=self.precise_batches,
-        )
+        lists = {"sides": self.sides, "anchor_sizes": self.anchor_sizes, "train": self.train, "test": self.test}
+        given = {"lr": self.lr, **own, **lists}
+        preset = settled(PRESETS[self.preset], given, batch_size=self.batch_size, steps=self.steps)
         if preset.batch_size % preset.group:
             raise ValueError(
                 f"--batch-size {preset.batch_size} is not a multiple of --group {preset.group}: give another of the two"
             )
         return preset
 
-    def _sets(self, preset: DetectPreset) -> "tuple[DetectionSet, DetectionSet, tuple[str, ...]]":
-        """Read the annotations; also return a line for each reason why images are left out."""
-        from moco_fast.transfer.layouts import read_sets
-        from moco_fast.transfer.sets import refuse_malformed
 
-        train, test = read_sets(self.data, preset, class_names=self.classes)
-        notes: list[str] = []
-        for each in (train, test):
-            num_objects = sum(len(image.boxes) for image in each.images)
-            for left_out, num_left, what in (
-                (each.malformed, len(each), "image"),
-                (each.malformed_objects, num_objects, "object"),
-            ):
-                num_all = num_left + len(left_out)
-                notes += refuse_malformed(left_out, num_all, each.where, at_most=self.max_malformed, what=what)
-        if is_first_rank():
-            for note in notes:
-                print(f"note: {note}", file=sys.stderr)
-        return train, test, tuple(notes)
+@dataclass(frozen=True, kw_only=True)
+class Segment(_TransferOptions):
+    """Train networks that name every pixel's class, and test them; takes hours, and the same command continues.
+
+    Several GPUs: accelerate launch -m moco_fast.cli transfer segment ...
+    """
+
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FOLDER...")]
+    """Where the benchmark lies as it is published. VOC: the folder VOC2012, or one with it in it (VOCdevkit).
+    Cityscapes: the folder of leftImg8bit and gtFine."""
+    preset: Literal["voc-semantic", "cityscapes-semantic"] = "voc-semantic"
+    """Whose settings are taken; what is unset is the preset's (`moco-fast transfer presets`)."""
+    crop: int | None = None
+    """Height and width of training images in pixels."""
+    scales: tuple[float, float] | None = None
+    """What the size of a training image is multiplied with, at least and at most."""
+
+    def execute(self) -> int:
+        """Train, test, print and write; return the exit code."""
+        preset = self._preset()
+        from moco_fast.transfer.pixel_sets import read_pixel_sets
+
+        train, test = read_pixel_sets(self.data, preset)
+        notes = [note for each in (train, test) for note in self._note(each.malformed, len(each), each.where, "image")]
+        return self._compare(self.preset, preset, train, test, notes)
+
+    def _preset(self) -> SegmentPreset:
+        """Return the preset with the options. Raises ValueError: one that cannot be."""
+        self._check(crop=self.crop)
+        if self.scales is not None and not 0 < self.scales[0] <= self.scales[1]:
+            raise ValueError(f"--scales {self.scales[0]:g} {self.scales[1]:g}: give two above 0, the smaller one first")
+        given = {"lr": self.lr, "crop": self.crop, "scales": self.scales, "train": self.train, "test": self.test}
+        return settled(SEGMENT_PRESETS[self.preset], given, batch_size=self.batch_size, steps=self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,20 +242,24 @@ class TransferPresets:
         from moco_fast.evaluation.published import PUBLISHED
         from moco_fast.evaluation.result import aligned
 
-        for name, preset in PRESETS.items():
-            print(f"{name}: {preset.title}")
-            for option, value in asdict(preset).items():
-                if option != "title":
-                    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                    print(f"  {option.replace('_', '-')}: {shown}")
-            rows = [each for each in PUBLISHED if each.task == f"detect {name}"]
-            lines = [[each.pretraining, each.figure, f"{each.value:g}", each.source] for each in rows]
-            print(aligned([["trained by", "figure", "in %", "source"], *lines]))
+        for task, presets in (("detect", PRESETS), ("segment", SEGMENT_PRESETS)):
+            for name, preset in presets.items():
+                print(f"{task} --preset {name}: {preset.title}")
+                for option, value in asdict(preset).items():
+                    if option != "title":
+                        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                        print(f"  {option.replace('_', '-')}: {shown}")
+                rows = [each for each in PUBLISHED if each.task == f"{task} {name}"]
+                lines = [[each.pretraining, each.figure, f"{each.value:g}", each.source] for each in rows]
+                if lines:
+                    print(aligned([["trained by", "figure", "in %", "source"], *lines]))
         return 0
 
 
 def transfer_commands() -> Any:
     """Return the union of the subcommands of `moco-fast transfer`, for tyro."""
     return (
-        Annotated[Detect, tyro.conf.subcommand("detect")] | Annotated[TransferPresets, tyro.conf.subcommand("presets")]
+        Annotated[Detect, tyro.conf.subcommand("detect")]
+        | Annotated[Segment, tyro.conf.subcommand("segment")]
+        | Annotated[TransferPresets, tyro.conf.subcommand("presets")]
     )

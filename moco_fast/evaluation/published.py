@@ -27,6 +27,8 @@ BENCHMARKS = {
     "Places205": Benchmark(num_classes=205, num_test=20_500),
     "VOC07+12": Benchmark(num_classes=20, num_test=4_952, num_train=16_551),
     "COCO": Benchmark(num_classes=80, num_test=5_000),
+    "VOC12": Benchmark(num_classes=21, num_test=1_449),
+    "Cityscapes": Benchmark(num_classes=19, num_test=500),
     "VOC07": Benchmark(num_classes=20, num_test=4_952),
     "CIFAR-10": Benchmark(num_classes=10, num_test=10_000),
     "CIFAR-100": Benchmark(num_classes=100, num_test=10_000),
@@ -166,8 +168,8 @@ PUBLISHED: tuple[Published, ...] = (
         "LVIS v0.5", "instances", ["AP", "AP50", "AP75"], "paper", supervised=[24.4, 37.8, 25.8], v1=[24.1, 37.4, 25.5]
     ),
     *_rows("Cityscapes", "instances", ["AP", "AP50"], "paper", supervised=[32.9, 59.6], v1=[32.3, 59.3]),
-    *_rows("Cityscapes", "segmentation", ["mIoU"], "paper", supervised=[74.6], v1=[75.3]),
-    *_rows("VOC", "segmentation", ["mIoU"], "paper", supervised=[74.4], v1=[72.5]),
+    *_rows("Cityscapes", "segment cityscapes-semantic", ["mIoU"], "paper", supervised=[74.6], v1=[75.3]),
+    *_rows("VOC12", "segment voc-semantic", ["mIoU"], "paper", supervised=[74.4], v1=[72.5]),
 )
 
 

@@ -1,1 +1,1 @@
-"""Transfer: detectors that are trained from an encoder's weights, as the papers compare them."""
+"""Transfer: detection and segmentation trained from an encoder's weights, as the papers compare them."""

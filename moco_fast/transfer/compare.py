@@ -1,4 +1,4 @@
-"""Comparison of initial weights: a detector trained from each of them, with every seed, as results and tables."""
+"""Comparison of initial weights: a network trained from each of them, with every seed, as results and tables."""
 
 import copy
 import csv
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from statistics import fmean
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,26 +22,16 @@ from moco_fast.encoders.open import open_encoder
 from moco_fast.evaluation.base import FigureCurve, FigureInfo, Measured, Outcome
 from moco_fast.evaluation.classifier import randomize
 from moco_fast.evaluation.result import Figure, Result, aligned, as_text, average_curves, summarize, write_results
-from moco_fast.transfer.metrics import OVERLAPS, ClassPrecision
-from moco_fast.transfer.presets import DetectPreset
-from moco_fast.transfer.sets import DetectionSet
-from moco_fast.transfer.training import DetectorTrainings, Machine, Start, TrainedDetector
+from moco_fast.transfer.presets import TransferPreset
+from moco_fast.transfer.training import Machine, NetworkTrainings, Start, Trained
 from shards.ground.files import write_whole
 
-__all__ = ["Comparison", "as_tables", "compare", "open_inits"]
-
-_CAPTIONS = {
-    "AP50": "Mean over the classes of the average precision where {} overlap by more than 50%.",
-    "AP": "Mean over the classes of the average precision of {}, over ten overlaps from 50% to 95%.",
-    "AP75": "Mean over the classes of the average precision where {} overlap by more than 75%.",
-}
-# As the papers have them: of VOC's three figures AP50 comes first, and COCO's name what they are of.
-_ORDER = {"voc": ("AP50", "AP", "AP75"), "coco": ("AP", "AP50", "AP75")}
+__all__ = ["Comparison", "as_tables", "compare", "open_inits", "say_notes"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Init:
-    """What detectors begin with."""
+    """What networks begin with."""
 
     name: str
     """For people."""
@@ -62,18 +52,16 @@ class Init:
 class Comparison:
     """What is to be compared."""
 
+    task: str
+    """As results call it."""
     preset_name: str
-    preset: DetectPreset
-    train: DetectionSet
-    test: DetectionSet
+    preset: TransferPreset
+    trainings: NetworkTrainings
+    """Not begun yet."""
     inits: Sequence[Init]
     num_seeds: int
     out: Path
     """Folder for everything that is written."""
-    every_steps: int
-    """Steps between two states of a training."""
-    at_most_damaged: float
-    """Share of the training images that may be undecodable."""
     notes: tuple[str, ...] = ()
     """On the sets."""
 
@@ -126,36 +114,22 @@ def _headless(encoder: Encoder) -> Encoder:
 
 
 def compare(comparison: Comparison, machine: Machine) -> list[Result]:
-    """Train and test a detector from every init with every seed; collective.
+    """Train and test a network from every init with every seed; collective.
 
-    The results so far are written after each init. See `DetectorTrainings.run` for what is raised.
+    The results so far are written after each init. See `NetworkTrainings.run` for what is raised.
 
     Returns:
         a result for each init, in their order, on every rank.
     """
     results: list[Result] = []
-    by_class: list[tuple[str, int, str, ClassPrecision]] = []
-    trainings = DetectorTrainings(
-        comparison.train,
-        comparison.test,
-        comparison.preset,
-        machine,
-        folder=comparison.out,
-        every_steps=comparison.every_steps,
-        num_trainings=len(comparison.inits) * comparison.num_seeds,
-        at_most_damaged=comparison.at_most_damaged,
-    )
-    with trainings:
+    by_class: list[dict[str, Any]] = []
+    with comparison.trainings as trainings:
         for init in comparison.inits:
             begin = time.perf_counter()
-            trained: list[TrainedDetector] = []
+            trained: list[Trained] = []
             for seed in range(comparison.num_seeds):
                 trained.append(trainings.run(init.start(seed), seed=seed))
-                by_class += [
-                    (init.name, seed, kind, each)
-                    for kind, of_kind in trained[-1].precisions.items()
-                    for each in of_kind
-                ]
+                by_class += [{"init": init.name, "seed": seed, **row} for row in trained[-1].by_class]
             result = _result(comparison, machine, init, trained)
             results.append(replace(result, time_s=round(time.perf_counter() - begin, 3)))
             if machine.world.rank == 0:
@@ -164,20 +138,18 @@ def compare(comparison: Comparison, machine: Machine) -> list[Result]:
     return results
 
 
-def _result(comparison: Comparison, machine: Machine, init: Init, trained: Sequence[TrainedDetector]) -> Result:
-    preset = comparison.preset
-    outcomes = [_outcome(each, preset) for each in trained]
+def _result(comparison: Comparison, machine: Machine, init: Init, trained: Sequence[Trained]) -> Result:
+    trainings = comparison.trainings
     damaged = {
         "images of the training set cannot be decoded and were replaced": max(each.num_damaged for each in trained),
         "images of the test set cannot be decoded: nothing is found in them": max(
             each.num_untested for each in trained
         ),
     }
-    sets = {"train": comparison.train.with_boxes, "test": comparison.test}
     return Result(
-        task="detect",
+        task=comparison.task,
         protocol=comparison.preset_name,
-        settings=asdict(preset),
+        settings=asdict(comparison.preset),
         encoder={"name": init.name, "digest": digest_of(init.encoder)},
         step=init.step,
         data={
@@ -187,59 +159,40 @@ def _result(comparison: Comparison, machine: Machine, init: Init, trained: Seque
                 "num_samples": len(each),
                 "num_classes": len(each.class_names),
             }
-            for split, each in sets.items()
+            for split, each in (("train", trainings.train_set), ("test", trainings.test_set))
         },
-        view={"side": preset.test_side, "longest": preset.longest},
+        view={},
         precision=machine.precision,
         device=str(machine.device),
         world_size=machine.world.world_size,
         seeds=tuple(range(comparison.num_seeds)),
-        figures=summarize(_figures(preset), outcomes),
-        curves=average_curves(outcomes),
-        facts={"num_objects": sum(each.num_objects for each in trained[0].precisions["box"])},
+        figures=summarize(trainings.infos(), [_outcome(each) for each in trained]),
+        curves=average_curves([_outcome(each) for each in trained]),
         notes=(*comparison.notes, *(f"{number} {what}" for what, number in damaged.items() if number)),
         versions={"python": platform.python_version()}
         | {name: metadata.version(name) for name in ("moco-fast", "torch", "torchvision")},
     )
 
 
-def _name(kind: str, figure: str, preset: DetectPreset) -> str:
-    return figure if preset.layout == "voc" else f"{kind} {figure}"
-
-
-def _figures(preset: DetectPreset) -> dict[str, FigureInfo]:
-    kinds = {"box": "boxes"} | ({"mask": "masks"} if preset.masks else {})
-    return {
-        name: FigureInfo(title=name, caption=_CAPTIONS[figure].format(many))
-        for kind, many in kinds.items()
-        for figure in _ORDER[preset.layout]
-        for name in (_name(kind, figure, preset),)
-    }
-
-
-def _outcome(trained: TrainedDetector, preset: DetectPreset) -> Outcome:
-    figures: dict[str, float] = {}
-    for kind, of_kind in trained.precisions.items():
-        at = [fmean(each.at[number] for each in of_kind) for number in range(len(OVERLAPS))]
-        values = {"AP50": at[0], "AP": fmean(at), "AP75": at[OVERLAPS.index(0.75)]}
-        figures |= {_name(kind, figure, preset): values[figure] for figure in values}
+def _outcome(trained: Trained) -> Outcome:
     curve = FigureCurve(
         title="training loss",
-        caption="Sum of the detector's losses, mean since the point before.",
+        caption="Sum of the network's losses, mean since the point before.",
         over="step",
         points=tuple((float(step), loss) for step, loss in trained.curve),
         unit="number",
     )
-    return Outcome(figures={name: Measured(value=value) for name, value in figures.items()}, curves={"loss": curve})
+    figures = {name: Measured(value=value) for name, value in trained.figures.items()}
+    return Outcome(figures=figures, curves={"loss": curve})
 
 
-def _as_csv(by_class: Sequence[tuple[str, int, str, ClassPrecision]]) -> str:
+def _as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows as text, with shares in percent."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["init", "seed", "of", "class", "objects", "AP50", "AP", "AP75"])
-    for name, seed, kind, each in by_class:
-        figures = (each.at[0], each.mean, each.at[OVERLAPS.index(0.75)])
-        writer.writerow([name, seed, kind, each.name, each.num_objects, *(f"{100 * value:.2f}" for value in figures)])
+    writer.writerow(rows[0])
+    for row in rows:
+        writer.writerow(f"{100 * value:.2f}" if isinstance(value, float) else value for value in row.values())
     return text.getvalue()
 
 

@@ -1,14 +1,12 @@
-"""Loaders of images with boxes: threads decode and resize ahead, and any step of a training can be the first."""
+"""Loaders of images with boxes and masks."""
 
-import sys
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
-from typing import Any, Self, TypeVar
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -16,18 +14,13 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as v2
 
 from moco_fast.transfer.coco import drawn_masks
-from moco_fast.transfer.order import epoch_batches, resized, steps_per_epoch, training_draws
+from moco_fast.transfer.order import resized, training_draws
 from moco_fast.transfer.presets import DetectPreset
 from moco_fast.transfer.sets import AnnotatedImage, DetectionSet
+from moco_fast.transfer.shuffled import ShuffledImages, ahead
 from pipelines.world import World
 
-__all__ = ["HeldOutImage", "HeldOutImages", "TargetBatch", "TrainingImages"]
-
-T = TypeVar("T")
-Item = TypeVar("Item")
-
-# Batches, or test images, that are decoded ahead of the one that is wanted.
-_AHEAD = 4
+__all__ = ["HeldOutImage", "HeldOutImages", "TargetBatch", "TrainingImages", "augmented"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,90 +56,40 @@ class HeldOutImage:
     """Its own height and width."""
 
 
-class TrainingImages:
-    """Augmented batches of a set without end, from a step on; the same whatever the number of ranks and threads.
-
-    An image that cannot be decoded is replaced by the next one of the set that lies, or stands, as it does.
+class TrainingImages(ShuffledImages[tuple[Tensor, dict[str, Tensor]]]):
+    """Images with boxes, in batches; grouped by whether they lie or stand.
 
     Args:
         data: all of its images have boxes.
         preset: batch size, sizes of images.
         seed: of order and augmentation.
-        world: each rank gets its part of every batch.
-        threads: that decode.
-        at_most_damaged: share of the set's images.
-
-    Raises:
-        ValueError: there are too few images for a batch.
+        more: world, threads, at_most_damaged, as of `ShuffledImages`.
     """
 
-    def __init__(
-        self,
-        data: DetectionSet,
-        preset: DetectPreset,
-        *,
-        seed: int,
-        world: World,
-        threads: int,
-        at_most_damaged: float,
-    ) -> None:
-        self._data, self._preset, self._seed, self._world = data, preset, seed, world
-        self._lies = data.lies
-        self._steps = steps_per_epoch(self._lies, batch_size=preset.batch_size, group=preset.group)
-        if not self._steps:
-            raise ValueError(
-                f"{data.where} has {len(data):,} images with boxes, too few for a batch of {preset.batch_size} in "
-                f"groups of {preset.group} that lie or stand: give a smaller --batch-size"
-            )
-        self._pool = ThreadPoolExecutor(threads)
-        self._at_most_damaged = at_most_damaged * len(data)
-        self.damaged: dict[str, str] = {}
-        """Images that this rank has replaced, with the reason."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-
-    def batches(self, step: int) -> Generator[TargetBatch]:
-        """Give this rank's part of each batch, from that of a step on."""
-        # One batch is one task for each of its images, so that threads share it.
-        for futures in _ahead(self._begin, count(step)):
-            images, targets = zip(*(future.result() for future in futures), strict=True)
-            yield TargetBatch(images=list(images), targets=list(targets))
-
-    def _begin(self, step: int) -> list[Future[tuple[Tensor, dict[str, Tensor]]]]:
-        epoch, row = divmod(step, self._steps)
-        preset = self._preset
-        order = epoch_batches(
-            self._lies, seed=self._seed, epoch=epoch, batch_size=preset.batch_size, group=preset.group
+    def __init__(self, data: DetectionSet, preset: DetectPreset, *, seed: int, **more: Any) -> None:
+        super().__init__(
+            where=data.where,
+            keys=[image.key for image in data.images],
+            kinds=data.lies,
+            batch_size=preset.batch_size,
+            group=preset.group,
+            seed=seed,
+            **more,
         )
-        share = preset.batch_size // self._world.world_size
-        numbers = order[row, self._world.rank * share :][:share]
-        draws = training_draws(numbers, preset.sides, seed=self._seed, epoch=epoch)
-        return [self._pool.submit(self._make, int(number), *draw) for number, draw in zip(numbers, draws, strict=True)]
+        self._data, self._preset, self._seed = data, preset, seed
 
-    def _make(self, number: int, side: int, is_mirrored: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        while True:
-            found = self._data.images[number]
-            try:
-                return augmented(found, side=side, longest=self._preset.longest, is_mirrored=is_mirrored)
-            except (OSError, SyntaxError) as error:
-                self._leave_out(found, error)
-            alike = np.flatnonzero(self._lies == self._lies[number])
-            number = int(alike[np.searchsorted(alike, number, side="right") % len(alike)])
+    def draws(self, numbers: npt.NDArray[np.int64], *, epoch: int) -> list[tuple[int, bool]]:
+        """Return shorter sides, and whether images are mirrored."""
+        return training_draws(numbers, self._preset.sides, seed=self._seed, epoch=epoch)
 
-    def _leave_out(self, image: AnnotatedImage, error: Exception) -> None:
-        if image.key in self.damaged:
-            return
-        self.damaged[image.key] = str(error)
-        print(f"{image.path} cannot be decoded ({error}): another image takes its place", file=sys.stderr)
-        if len(self.damaged) > self._at_most_damaged:
-            raise ValueError(
-                f"{len(self.damaged)} images of {self._data.where} cannot be decoded, more than --max-malformed "
-                "allows: copy them again, or allow a larger share"
-            )
+    def make(self, number: int, drawn: tuple[int, bool]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Resize and mirror an image and what is marked in it."""
+        side, is_mirrored = drawn
+        return augmented(self._data.images[number], side=side, longest=self._preset.longest, is_mirrored=is_mirrored)
+
+    def together(self, items: list[tuple[Tensor, dict[str, Tensor]]]) -> TargetBatch:
+        """Keep images apart, since they have sizes of their own."""
+        return TargetBatch(images=[image for image, _ in items], targets=[target for _, target in items])
 
 
 class HeldOutImages:
@@ -168,7 +111,7 @@ class HeldOutImages:
 
     def __iter__(self) -> Generator[HeldOutImage]:
         with ThreadPoolExecutor(self._threads) as pool:
-            for future in _ahead(lambda number: pool.submit(self._make, number), self._numbers):
+            for future in ahead(lambda number: pool.submit(self._make, number), self._numbers):
                 yield future.result()
 
     def _make(self, number: int) -> HeldOutImage:
@@ -209,13 +152,3 @@ def _decoded(found: AnnotatedImage) -> Image.Image:
         if image.size != (found.width, found.height):
             raise OSError(f"it is {image.width}x{image.height}, not {found.width}x{found.height} as annotated")
         return image.convert("RGB")
-
-
-def _ahead(begin: Callable[[Item], T], items: Iterable[Item]) -> Generator[T]:
-    """Begin some items ahead of the one that is given."""
-    begun: deque[T] = deque()
-    for item in items:
-        begun.append(begin(item))
-        if len(begun) > _AHEAD:
-            yield begun.popleft()
-    yield from begun

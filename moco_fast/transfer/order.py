@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["epoch_batches", "resized", "steps_per_epoch", "training_draws"]
+__all__ = ["crop_draws", "epoch_batches", "resized", "steps_per_epoch", "training_draws"]
 
 _ORDER, _DRAWS = 0, 1
 
@@ -58,6 +58,17 @@ def training_draws(
     return [
         (sides[int(rng.integers(len(sides)))], bool(rng.random() < 0.5))
         for rng in (np.random.default_rng([seed, _DRAWS, epoch, int(image)]) for image in images)
+    ]
+
+
+def crop_draws(
+    images: npt.NDArray[np.int64], scales: tuple[float, float], *, seed: int, epoch: int
+) -> list[tuple[float, tuple[float, float], bool]]:
+    """Return for each image its scale, where it is cut as two shares, and whether it is mirrored."""
+    generators = (np.random.default_rng([seed, _DRAWS, epoch, int(image)]) for image in images)
+    return [
+        (float(rng.uniform(*scales)), (float(rng.random()), float(rng.random())), bool(rng.random() < 0.5))
+        for rng in generators
     ]
 
 

@@ -1,37 +1,34 @@
 """Presets of transfer: the published settings of a detector's training and test, as data. Imports no torch.
 
-C4 is the MoCo authors' (detection/configs of facebookresearch/moco), dilated C5 their paper's appendix A.1. What these
+C4 is the MoCo authors' (detection/configs of facebookresearch/moco), dilated C5 their paper's appendix A.1,
+segmentation A.5. What these
 leave open is the default of facebookresearch/detectron2 (config/defaults.py of early 2020), which trained them. Of
 their FPN no configuration is public: it is detectron2's (configs/Base-RCNN-FPN.yaml) with batch norm where
 open-mmlab/mmselfsup has it, whose figures are published.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, TypeVar
 
-__all__ = ["PRESETS", "DetectPreset", "settled"]
+__all__ = ["PRESETS", "SEGMENT_PRESETS", "DetectPreset", "SegmentPreset", "TransferPreset", "settled"]
+
+T = TypeVar("T", bound="TransferPreset")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectPreset:
-    """How a detector is trained and tested."""
+class TransferPreset:
+    """How a network is trained from an encoder, and tested."""
 
     title: str
     """What it is, for people."""
-    layout: Literal["voc", "coco"] = "voc"
-    """Of the data."""
-    head: Literal["c4", "c5", "fpn"] = "c4"
-    """What looks at regions, and at which maps."""
-    masks: bool = False
-    """Whether objects have masks beside boxes."""
     train: tuple[str, ...]
     """Parts of the data that are trained on, such as VOC2007/trainval."""
     test: tuple[str, ...]
     """Those that are tested on."""
     batch_size: int = 16
     """Images per step, over all ranks."""
-    group: int = 2
-    """Neighboring images of a batch that all lie or all stand: as many as a rank of the authors' eight had."""
     steps: int
     """Optimizer steps."""
     drops: tuple[float, ...]
@@ -42,7 +39,24 @@ class DetectPreset:
     """Steps in which the learning rate rises linearly, from a thousandth."""
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    """Of all parameters but those of batch norm, which have none."""
+    decays_norms: bool = False
+    """Whether the parameters of batch norm decay, too."""
+    precise_batches: int = 0
+    """Batches that the statistics of batch norm are averaged over before the test; 0: they stay as trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectPreset(TransferPreset):
+    """How a detector is trained and tested."""
+
+    layout: Literal["voc", "coco"] = "voc"
+    """Of the data."""
+    head: Literal["c4", "c5", "fpn"] = "c4"
+    """What looks at regions, and at which maps."""
+    masks: bool = False
+    """Whether objects have masks beside boxes."""
+    group: int = 2
+    """Neighboring images of a batch that all lie or all stand: as many as a rank of the authors' eight had."""
     sides: tuple[int, ...]
     """Shorter sides of training images in pixels, of which one is drawn for each."""
     test_side: int = 800
@@ -60,7 +74,23 @@ class DetectPreset:
     l1_beta: float = 0.0
     """Where the loss of boxes changes from quadratic to linear; 0: it is linear."""
     precise_batches: int = 200
-    """Batches that the statistics of batch norm are averaged over before the test."""
+    """Batches that the statistics of batch norm are averaged over before the test; 0: they stay as trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentPreset(TransferPreset):
+    """How a network that names every pixel's class is trained and tested."""
+
+    layout: Literal["voc", "cityscapes"] = "voc"
+    """Of the data."""
+    crop: int
+    """Height and width of training images in pixels."""
+    scales: tuple[float, float] = (0.5, 2.0)
+    """What the size of a training image is multiplied with, at least and at most."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises linearly, from a thousandth."""
+    decays_norms: bool = True
+    """Whether the parameters of batch norm decay, too."""
 
 
 _VOC = DetectPreset(
@@ -106,22 +136,50 @@ PRESETS: dict[str, DetectPreset] = {
     "coco-fpn-1x": _FPN,
     "coco-fpn-2x": _doubled(_FPN),
 }
-"""By name."""
+"""Of detectors, by name."""
+
+# Appendix A.5 of the MoCo paper.
+SEGMENT_PRESETS: dict[str, SegmentPreset] = {
+    "voc-semantic": SegmentPreset(
+        title="FCN on a dilated R50, on VOC train_aug 2012, tested on val 2012",
+        train=("VOC2012/train_aug",),
+        test=("VOC2012/val",),
+        steps=30_000,
+        drops=(0.7, 0.9),
+        lr=0.003,
+        crop=513,
+    ),
+    "cityscapes-semantic": SegmentPreset(
+        title="FCN on a dilated R50, on Cityscapes train fine, tested on val",
+        layout="cityscapes",
+        train=("train",),
+        test=("val",),
+        steps=90_000,
+        drops=(0.7, 0.9),
+        lr=0.01,
+        crop=769,
+    ),
+}
+"""Of segmentation, by name."""
 
 
 def settled(
-    preset: DetectPreset, *, batch_size: int | None = None, steps: int | None = None, **others: object
-) -> DetectPreset:
+    preset: T,
+    given: Mapping[str, object] = MappingProxyType({}),
+    *,
+    batch_size: int | None = None,
+    steps: int | None = None,
+) -> T:
     """Return a preset with what a user gives in place of its own values; None: its own.
 
     With another batch size, learning rate and steps follow unless they are given, so that as many images are seen and
     each counts as much (Goyal et al. 2017; `auto_scale_workers` of detectron2).
     """
-    given = {name: value for name, value in others.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if value is not None}
     if batch_size is not None:
         scale = batch_size / preset.batch_size
         steps = steps or round(preset.steps / scale)
-        given = {"lr": preset.lr * scale, "batch_size": batch_size} | given
+        chosen = {"lr": preset.lr * scale, "batch_size": batch_size} | chosen
     if steps is not None:
-        given["steps"] = steps
-    return replace(preset, **given)  # pyright: ignore[reportArgumentType] - of the fields' types, as options are
+        chosen["steps"] = steps
+    return replace(preset, **chosen)  # pyright: ignore[reportArgumentType] - of the fields' types, as options are

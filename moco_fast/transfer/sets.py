@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ class DetectionSet:
         """(len,): whether an image is wider than high."""
         return np.array([image.width > image.height for image in self.images], dtype=np.bool_)
 
-    @cached_property
+    @property
     def identity(self) -> str:
         """Digest of names, sizes, boxes and classes."""
         whole = running_digest()

@@ -70,7 +70,7 @@ class Trunk(nn.Module):
 
 
 def dilate(stage: nn.Module) -> None:
-    """Give a ResNet's stage stride 1 and dilation 2, in place: its maps are finer, what a cell sees stays.
+    """Give a ResNet's stage stride 1 and its 3x3 convolutions dilation 2, in place (RES5_DILATION of detectron2).
 
     Raises:
         ValueError: its shortcuts pool, so that there is no stride to take away.

@@ -45,13 +45,16 @@ class _MalformedError(ValueError):
     """What makes an annotation useless, in words that several of them can share."""
 
 
-def find_parts(folders: Sequence[str], parts: Sequence[str], *, option: str) -> list[tuple[Path, str]]:
+def find_parts(
+    folders: Sequence[str], parts: Sequence[str], *, option: str, lists: str = "Main"
+) -> list[tuple[Path, str]]:
     """Find the folder of each part's year.
 
     Args:
         folders: of years (VOC2007), or in which these lie (VOCdevkit).
         parts: YEAR/NAME, such as VOC2007/trainval.
         option: that gives the parts, for the error.
+        lists: folder of the lists of images.
 
     Returns:
         folder and name of each part.
@@ -66,11 +69,11 @@ def find_parts(folders: Sequence[str], parts: Sequence[str], *, option: str) -> 
             raise ValueError(f"{option} {part}: give a year's folder and a part of it, such as VOC2007/trainval")
         places = [Path(folder) for folder in folders if Path(folder).resolve().name == year]
         places += [Path(folder) / year for folder in folders if (Path(folder) / year).is_dir()]
-        places = [place for place in places if (place / "ImageSets" / "Main" / f"{name}.txt").is_file()]
+        places = [place for place in places if (place / "ImageSets" / lists / f"{name}.txt").is_file()]
         places = list({place.resolve(): place for place in places}.values())
         if not places:
             raise ValueError(
-                f"{option} {part}: there is no {year}/ImageSets/Main/{name}.txt in {', '.join(folders)}: unpack it "
+                f"{option} {part}: there is no {year}/ImageSets/{lists}/{name}.txt in {', '.join(folders)}: unpack it "
                 "there (docs/transfer.md says where to get it), or name other parts"
             )
         if len(places) > 1:

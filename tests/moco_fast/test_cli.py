@@ -29,6 +29,7 @@ COMMANDS += (
     "search",
     "explore",
     "transfer detect",
+    "transfer segment",
     "preview",
     "report",
     "runs",

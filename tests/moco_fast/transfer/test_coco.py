@@ -8,13 +8,14 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from moco_fast.transfer.coco import coco_precision, drawn_masks, encoded_masks, read_coco
+from moco_fast.transfer.detecting import find_all
 from moco_fast.transfer.heads import AlignedRegions, mask_loss, mask_targets
 from moco_fast.transfer.layouts import read_sets
 from moco_fast.transfer.loader import augmented
 from moco_fast.transfer.metrics import OVERLAPS, Detections
 from moco_fast.transfer.network import build_detector
 from moco_fast.transfer.presets import PRESETS
-from moco_fast.transfer.training import Machine, find_all
+from moco_fast.transfer.training import Machine
 from tests.moco_fast.transfer.coco_shapes import an_object, write_coco
 from tests.moco_fast.transfer.tiny import TINY, tiny_resnet
 

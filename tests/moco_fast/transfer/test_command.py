@@ -55,15 +55,15 @@ def test_initial_weights_are_compared_in_a_table_with_differences_and_spread(
     assert [len(figure.by_seed) for figure in second.figures.values()] == [2, 2, 2]
     assert [step for step, _ in second.curves["loss"].points] == [1, 2]
     assert first.data["train"]["num_samples"] == 6
-    assert len(list((out / "detectors").iterdir())) == 4
+    assert len(list((out / "trained").iterdir())) == 4
     rows = list(csv.DictReader((out / "per-class.csv").read_text().splitlines()))
     assert {row["init"] for row in rows} == {first.encoder["name"], second.encoder["name"]}
     assert {row["seed"] for row in rows} == {"0", "1"}
     # The same command finds all of it.
-    before = {path: path.stat().st_mtime_ns for path in (out / "detectors").iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in (out / "trained").iterdir()}
     assert transfer(devkit, out, "--seeds", "2", init=("random", str(finished_run))) == 0
     assert capsys.readouterr().out == printed
-    assert {path: path.stat().st_mtime_ns for path in (out / "detectors").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in (out / "trained").iterdir()} == before
 
 
 def test_differences_are_those_of_each_seed(devkit, tmp_path) -> None:
@@ -80,7 +80,7 @@ def test_the_preset_with_a_resnet_50_takes_two_steps_and_is_tested(devkit, tmp_p
     [result] = read_results(tmp_path / "out" / "results.json")
     assert result.encoder["name"] == "random (resnet50)"
     assert all(loss > 0 for _, loss in result.curves["loss"].points)
-    weights = next((tmp_path / "out" / "detectors").iterdir())
+    weights = next((tmp_path / "out" / "trained").iterdir())
     assert weights.stat().st_size > 4 * 33e6
 
 
@@ -142,14 +142,15 @@ def test_another_batch_size_takes_learning_rate_and_steps_along() -> None:
     preset = PRESETS["voc-c4"]
     small = settled(preset, batch_size=4)
     assert (small.lr, small.steps, small.drops) == (0.005, 96_000, preset.drops)
-    assert settled(preset, batch_size=4, steps=10, lr=1.0).lr == 1.0
+    assert settled(preset, {"lr": 1.0}, batch_size=4, steps=10).lr == 1.0
     assert settled(preset) == preset
 
 
 def test_presets_are_shown_with_published_figures(capsys) -> None:
     assert main(["transfer", "presets"]) == 0
     shown = capsys.readouterr().out
-    assert "voc-c4: Faster R-CNN R50-C4" in shown
+    assert "detect --preset voc-c4: Faster R-CNN R50-C4" in shown
+    assert "segment --preset voc-semantic: FCN" in shown
     assert "steps: 24000" in shown
     assert "MoCo v1, 200 epochs  AP75    62.6" in shown
 

@@ -8,18 +8,12 @@ import torch
 
 from moco_fast.encoders.formats.base import digest_of
 from moco_fast.interrupt import StoppedError
+from moco_fast.transfer.detecting import DetectorTrainings, find_all
 from moco_fast.transfer.loader import HeldOutImages, TrainingImages
 from moco_fast.transfer.metrics import voc_precision
 from moco_fast.transfer.network import build_detector
 from moco_fast.transfer.precise import set_precise_statistics
-from moco_fast.transfer.training import (
-    DetectorTrainings,
-    Machine,
-    Start,
-    build_detector_optimizer,
-    find_all,
-    lr_at,
-)
+from moco_fast.transfer.training import Machine, Start, build_network_optimizer, lr_at
 from pipelines.world import World
 from tests.moco_fast.transfer.tiny import TINY, tiny_resnet, two_sets
 
@@ -40,7 +34,9 @@ def trainings(folder: Path, sets, preset=TINY, *, machine=None, every_steps: int
 
 
 def detector_file(folder: Path) -> bytes:
-    return (folder / "detectors" / "tiny-seed-3.safetensors").read_bytes()
+    [path] = (folder / "trained").iterdir()
+    assert path.name.startswith("tiny-seed-3-")
+    return path.read_bytes()
 
 
 def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, monkeypatch) -> None:
@@ -73,7 +69,7 @@ def test_a_tiny_detector_learns_shapes(tmp_path) -> None:
     untrained = build_detector(tiny_resnet(), preset, num_classes=3, seed=3)
     chance, _ = find_all(untrained, sets[1], preset, Machine(device=CPU), stop=lambda: None)
     assert np.mean([each.at[0] for each in voc_precision(chance, sets[1])]) < 0.05
-    assert np.mean([each.at[0] for each in found.precisions["box"]]) > 0.4
+    assert found.figures["AP50"] > 0.4
 
 
 def on_two_ranks(folder):
@@ -83,7 +79,7 @@ def on_two_ranks(folder):
     with trainings(Path(folder) / "out", sets, replace(TINY, steps=2), machine=machine) as training:
         found = training.run(start(), seed=3)
     detector = build_detector(tiny_resnet(), TINY, num_classes=3, seed=1)
-    return found.precisions, find_all(detector, sets[1], TINY, machine, stop=lambda: None)
+    return found.figures, find_all(detector, sets[1], TINY, machine, stop=lambda: None)
 
 
 def two_sets_of(folder):
@@ -169,7 +165,7 @@ def test_a_damaged_image_is_replaced_by_one_of_its_kind_and_counted(tmp_path, ca
     broken.path.write_bytes(broken.path.read_bytes()[:200])
     found, damaged = batches_of(data, num=12)
     assert list(damaged) == [broken.key]
-    assert f"{broken.path} cannot be decoded" in capsys.readouterr().err
+    assert f"{broken.key} of {data.where} cannot be decoded" in capsys.readouterr().err
     lies = [image.shape[2] > image.shape[1] for image, _ in found]
     assert lies[::2] == lies[1::2]
     for image in data.images[4:7]:
@@ -216,7 +212,7 @@ def test_batch_norm_does_not_decay_and_everything_is_trained() -> None:
     detector = build_detector(tiny_resnet(), TINY, num_classes=3, seed=0)
     decays = {
         id(value): group["weight_decay"]
-        for group in build_detector_optimizer(detector, TINY).param_groups
+        for group in build_network_optimizer(detector, TINY).param_groups
         for value in group["params"]
     }
     for name, value in detector.named_parameters():

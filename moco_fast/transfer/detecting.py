@@ -1,0 +1,145 @@
+"""Detection as a transfer task: what is built, trained on and measured."""
+
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+from moco_fast.encoders.encoder import Encoder
+from moco_fast.evaluation.base import FigureInfo
+from moco_fast.transfer.coco import encoded_masks
+from moco_fast.transfer.layouts import measured
+from moco_fast.transfer.loader import HeldOutImage, HeldOutImages, TrainingImages
+from moco_fast.transfer.metrics import OVERLAPS, ClassPrecision, Detections
+from moco_fast.transfer.network import build_detector
+from moco_fast.transfer.presets import DetectPreset
+from moco_fast.transfer.sets import DetectionSet
+from moco_fast.transfer.training import Machine, NetworkTrainings
+
+__all__ = ["DetectorTrainings", "find_all"]
+
+_CAPTIONS = {
+    "AP50": "Mean over the classes of the average precision where {} overlap by more than 50%.",
+    "AP": "Mean over the classes of the average precision of {}, over ten overlaps from 50% to 95%.",
+    "AP75": "Mean over the classes of the average precision where {} overlap by more than 75%.",
+}
+# As the papers have them: of VOC's three figures AP50 comes first, and COCO's name what they are of.
+_ORDER = {"voc": ("AP50", "AP", "AP75"), "coco": ("AP", "AP50", "AP75")}
+
+
+class DetectorTrainings(NetworkTrainings):
+    """Trainings of detectors; images without boxes are not trained on. Arguments as of `NetworkTrainings`."""
+
+    def __init__(
+        self, train: DetectionSet, test: DetectionSet, preset: DetectPreset, machine: Machine, **more: Any
+    ) -> None:
+        super().__init__(train.with_boxes, test, preset, machine, **more)
+        self._learned, self._tested, self._preset = train.with_boxes, test, preset
+
+    def build(self, encoder: Encoder, *, seed: int) -> nn.Module:
+        """Build the preset's detector."""
+        return build_detector(encoder, self._preset, num_classes=len(self._learned.class_names), seed=seed)
+
+    def images(self, encoder: Encoder, *, seed: int) -> TrainingImages:
+        """Open this rank's batches of images with boxes."""
+        del encoder
+        return TrainingImages(
+            self._learned,
+            self._preset,
+            seed=seed,
+            world=self._machine.world,
+            threads=self._machine.threads,
+            at_most_damaged=self._at_most_damaged,
+        )
+
+    def measure(self, network: nn.Module) -> tuple[dict[str, float], list[dict[str, Any]], int]:
+        """Find objects in all test images, and measure how well."""
+        found, num_untested = find_all(network, self._tested, self._preset, self._machine, stop=self.leave)
+        precisions = measured(found, self._tested)
+        figures = {
+            self._name(kind, name): fmean(values(each)[name] for each in of_kind)
+            for kind, of_kind in precisions.items()
+            for name in _ORDER[self._preset.layout]
+        }
+        rows = [
+            {"of": kind, "class": each.name, "objects": each.num_objects, **values(each)}
+            for kind, of_kind in precisions.items()
+            for each in of_kind
+        ]
+        return figures, rows, num_untested
+
+    def infos(self) -> dict[str, FigureInfo]:
+        """Return the figures of boxes, and of masks where there are."""
+        kinds = {"box": "boxes"} | ({"mask": "masks"} if self._preset.masks else {})
+        return {
+            self._name(kind, name): FigureInfo(title=self._name(kind, name), caption=_CAPTIONS[name].format(many))
+            for kind, many in kinds.items()
+            for name in _ORDER[self._preset.layout]
+        }
+
+    def _name(self, kind: str, figure: str) -> str:
+        return figure if self._preset.layout == "voc" else f"{kind} {figure}"
+
+
+def values(precision: ClassPrecision) -> dict[str, float]:
+    """Return a class's figures by their names."""
+    at = precision.at
+    return {"AP50": at[0], "AP": precision.mean, "AP75": at[OVERLAPS.index(0.75)]}
+
+
+@torch.no_grad()
+def find_all(
+    model: nn.Module, data: DetectionSet, preset: DetectPreset, machine: Machine, *, stop: Callable[[], None]
+) -> tuple[Detections, int]:
+    """Find objects in all images of a set; collective, every rank gets all of them.
+
+    Args:
+        model: on the machine's device; it is left in evaluation mode.
+        data: the set.
+        preset: sizes of images.
+        machine: where; ranks share the images.
+        stop: called before each image, by every rank equally often.
+
+    Returns:
+        what was found, and the number of this rank's images that cannot be decoded.
+    """
+    model.eval()
+    parts: list[tuple[Any, ...]] = []
+    num_untested = 0
+    images = HeldOutImages(data, preset, world=machine.world, threads=machine.threads)
+    for each in images:
+        stop()
+        if each.image is None:
+            num_untested += 1
+            continue
+        with machine.autocast():
+            [found] = model([each.image.to(machine.device)])
+        parts.append(_as_arrays(found, each))
+    if len(images) * machine.world.world_size < len(data):
+        stop()  # This rank has one image less than the first.
+    of_ranks = [parts]
+    if machine.world.world_size > 1:
+        of_ranks *= machine.world.world_size
+        dist.all_gather_object(of_ranks, parts)
+    empty = (np.empty(0, np.int64), np.empty((0, 4), np.float32), np.empty(0, np.int64), np.empty(0, np.float32), [])
+    *arrays, masks = zip(empty, *(each for part in of_ranks for each in part), strict=True)
+    image, boxes, classes, scores = map(np.concatenate, arrays)
+    runs = [each for of_image in masks for each in of_image] if preset.masks else None
+    detections = Detections(image=image, boxes=boxes, classes=classes, scores=scores, masks=runs)
+    return detections, num_untested
+
+
+def _as_arrays(found: dict[str, Tensor], image: HeldOutImage) -> tuple[Any, ...]:
+    """Return image, boxes, classes, scores and masks of an image's detections, in its own pixels."""
+    boxes = found["boxes"].float() * found["boxes"].new_tensor(image.scale * 2, dtype=torch.float32)
+    masks: list[Any] = []
+    if "masks" in found:
+        pasted = paste_masks_in_image(found["masks"], boxes, image.size)  # (D, 1, height, width) 0..1
+        masks = encoded_masks((pasted[:, 0] >= 0.5).to(torch.uint8).cpu().numpy())
+    classes, scores = found["labels"].cpu().numpy() - 1, found["scores"].float().cpu().numpy()
+    return np.full(len(boxes), image.number), boxes.cpu().numpy(), classes, scores, masks

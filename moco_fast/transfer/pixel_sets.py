@@ -1,0 +1,168 @@
+"""Sets of images of which every pixel has a class, in the benchmarks' own layouts. Imports no torch.
+
+VOC2012/ImageSets/Segmentation/val.txt       names of the images of a part
+VOC2012/JPEGImages/2007_000033.jpg
+VOC2012/SegmentationClass/2007_000033.png    classes as palette colors: 0 the background, 255 left open
+VOC2012/SegmentationClassAug/...             the same of images that Hariharan et al. (2011) annotated
+
+leftImg8bit/val/frankfurt/frankfurt_000000_000294_leftImg8bit.png
+gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelIds.png
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from moco_fast.transfer.presets import SegmentPreset
+from moco_fast.transfer.sets import Malformed
+from moco_fast.transfer.voc import VOC_CLASSES, find_parts
+from shards.ground.digests import running_digest
+
+__all__ = ["OPEN", "PixelSet", "PixelsOfImage", "read_pixel_sets", "read_pixels"]
+
+OPEN = 255
+"""Class of pixels that are neither learned from nor tested."""
+
+# cityscapesscripts/helpers/labels.py of mcordts/cityscapesScripts: trainId -> name and id.
+_CITYSCAPES = {
+    "road": 7,
+    "sidewalk": 8,
+    "building": 11,
+    "wall": 12,
+    "fence": 13,
+    "pole": 17,
+    "traffic light": 19,
+    "traffic sign": 20,
+    "vegetation": 21,
+    "terrain": 22,
+    "sky": 23,
+    "person": 24,
+    "rider": 25,
+    "car": 26,
+    "truck": 27,
+    "bus": 28,
+    "train": 31,
+    "motorcycle": 32,
+    "bicycle": 33,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelsOfImage:
+    """An image, and the file of its pixels' classes."""
+
+    image: Path
+    classes: Path
+    key: str
+    """Its name within the set."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PixelSet:
+    """Images with classes of pixels, in a fixed order."""
+
+    where: str
+    """For people."""
+    class_names: tuple[str, ...]
+    images: Sequence[PixelsOfImage]
+    numbers: tuple[int, ...] = ()
+    """What a file has for each class; empty: the class's own number."""
+    malformed: Sequence[Malformed] = ()
+    """What was left out."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def identity(self) -> str:
+        """Digest of names, and of the sizes of the files."""
+        whole = running_digest()
+        for each in self.images:
+            sizes = (each.image.stat().st_size, each.classes.stat().st_size)
+            whole.update(f"{each.key} {sizes} ".encode())
+        return whole.hexdigest()
+
+    @cached_property
+    def table(self) -> npt.NDArray[np.uint8]:
+        """(256,) class of what a file has; `OPEN` for what is not a class."""
+        table = np.full(256, OPEN, dtype=np.uint8)
+        numbers = self.numbers or range(len(self.class_names))
+        table[list(numbers)] = np.arange(len(self.class_names))
+        return table
+
+
+def read_pixel_sets(folders: Sequence[str], preset: SegmentPreset) -> tuple[PixelSet, PixelSet]:
+    """Find the images of what a preset trains and tests on.
+
+    Raises:
+        ValueError: a part is not there.
+    """
+    read = {"voc": _read_voc, "cityscapes": _read_cityscapes}[preset.layout]
+    return read(folders, preset.train, option="--train"), read(folders, preset.test, option="--test")
+
+
+def _read_voc(folders: Sequence[str], parts: Sequence[str], *, option: str) -> PixelSet:
+    images: list[PixelsOfImage] = []
+    malformed: list[Malformed] = []
+    places = find_parts(folders, parts, option=option, lists="Segmentation")
+    for folder, part in places:
+        names = (folder / "ImageSets" / "Segmentation" / f"{part}.txt").read_text(encoding="utf-8").split()
+        for name in names:
+            image, key = folder / "JPEGImages" / f"{name}.jpg", f"{folder.name}/{name}"
+            there = [folder / kind / f"{name}.png" for kind in ("SegmentationClass", "SegmentationClassAug")]
+            classes = next((path for path in there if path.is_file()), None)
+            if classes is None or not image.is_file():
+                reason = "has no image" if classes is not None else "has no classes of pixels"
+                malformed.append(Malformed(key=key, reason=reason))
+            else:
+                images.append(PixelsOfImage(image=image, classes=classes, key=key))
+    where = ", ".join(f"{folder}/{part}" for folder, part in places)
+    return PixelSet(where=where, class_names=("background", *VOC_CLASSES), images=images, malformed=malformed)
+
+
+def _read_cityscapes(folders: Sequence[str], parts: Sequence[str], *, option: str) -> PixelSet:
+    images: list[PixelsOfImage] = []
+    malformed: list[Malformed] = []
+    for part in parts:
+        places = [Path(folder) for folder in folders if (Path(folder) / "leftImg8bit" / part).is_dir()]
+        if len(places) != 1:
+            raise ValueError(
+                f"{option} {part}: there must be one leftImg8bit/{part} in {', '.join(folders)}, and there are "
+                f"{len(places)} (docs/transfer.md says where to get it)"
+            )
+        for image in sorted((places[0] / "leftImg8bit" / part).glob("*/*_leftImg8bit.png")):
+            name = image.name.removesuffix("_leftImg8bit.png")
+            classes = places[0] / "gtFine" / part / image.parent.name / f"{name}_gtFine_labelIds.png"
+            if classes.is_file():
+                images.append(PixelsOfImage(image=image, classes=classes, key=f"{part}/{name}"))
+            else:
+                malformed.append(Malformed(key=f"{part}/{name}", reason="has no classes of pixels"))
+    return PixelSet(
+        where=", ".join(f"{folder} {part}" for folder in folders for part in parts),
+        class_names=tuple(_CITYSCAPES),
+        images=images,
+        numbers=tuple(_CITYSCAPES.values()),
+        malformed=malformed,
+    )
+
+
+def read_pixels(found: PixelsOfImage, table: npt.NDArray[np.uint8]) -> tuple[Image.Image, npt.NDArray[np.uint8]]:
+    """Decode an image and the classes of its pixels, (H, W).
+
+    Raises:
+        OSError, SyntaxError: one of them cannot be decoded, or they are of two sizes.
+    """
+    with Image.open(found.image) as image:
+        pixels = image.convert("RGB")
+    with Image.open(found.classes) as image:
+        if image.mode not in ("P", "L"):
+            raise OSError(f"{found.classes.name} has mode {image.mode}, where numbers of classes have P or L")
+        classes = np.asarray(image)
+    if classes.shape != (pixels.height, pixels.width):
+        raise OSError(f"{found.classes.name} is of another size than its image")
+    return pixels, table[classes]

@@ -1,0 +1,266 @@
+"""Semantic segmentation as a transfer task: the paper's dilated FCN, its images, and mean intersection over union."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as v2
+
+from moco_fast.encoders.encoder import Encoder
+from moco_fast.evaluation.base import FigureInfo
+from moco_fast.transfer.order import crop_draws
+from moco_fast.transfer.pixel_sets import OPEN, PixelSet, read_pixels
+from moco_fast.transfer.presets import SegmentPreset
+from moco_fast.transfer.shuffled import ShuffledImages, ahead
+from moco_fast.transfer.training import Machine, NetworkTrainings
+from moco_fast.transfer.trunks import Trunk, dilate
+
+__all__ = ["DilatedFCN", "PixelBatch", "SegmenterTrainings", "TrainingCrops", "confusion_of"]
+
+_WIDTH, _DILATION = 256, 6
+
+
+class DilatedFCN(nn.Module):
+    """ResNet with a dilated last stage, two 3x3 convolutions with dilation 6, and scores (appendix A.5 of MoCo).
+
+    Args:
+        encoder: whose backbone and normalization of pixels it has; it is copied.
+        num_classes: K.
+        seed: of the weights that the encoder does not have.
+
+    Raises:
+        ValueError: the encoder is not a ResNet, or its last stage cannot be dilated.
+    """
+
+    def __init__(self, encoder: Encoder, num_classes: int, *, seed: int) -> None:
+        super().__init__()
+        self.pixels = copy.deepcopy(encoder)
+        backbone: Any = self.pixels.backbone
+        self.pixels.backbone, self.pixels.head, self.pixels.predictor = nn.Identity(), nn.Identity(), None
+        if hasattr(backbone, "layer4"):
+            dilate(backbone.layer4)
+        self.backbone = Trunk(backbone, encoder.channels, num_stages=4)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            layers: list[nn.Module] = []
+            for channels in (self.backbone.out_channels, _WIDTH):
+                conv = nn.Conv2d(channels, _WIDTH, 3, padding=_DILATION, dilation=_DILATION, bias=False)
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+                layers += [conv, nn.BatchNorm2d(_WIDTH), nn.ReLU(inplace=True)]
+            score = nn.Conv2d(_WIDTH, num_classes, 1)
+            nn.init.normal_(score.weight, std=0.01)
+            assert score.bias is not None
+            nn.init.zeros_(score.bias)
+            self.head = nn.Sequential(*layers, score)
+        self.requires_grad_(True)
+
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
+        """Name the class of each pixel.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            targets: (B, H, W) uint8, `OPEN` where it does not count; in training.
+
+        Returns:
+            in training the loss by name, else (B, K, H, W) float32 scores.
+        """
+        scores = self.head(self.backbone(self.pixels.normalize(images))).float()
+        scores = F.interpolate(scores, size=images.shape[2:], mode="bilinear", align_corners=False)
+        if targets is None:
+            return scores
+        wanted = targets.long()
+        # The mean over the pixels that count; a crop may have none.
+        total = F.cross_entropy(scores, wanted, ignore_index=OPEN, reduction="sum")
+        return {"loss_pixels": total / (wanted != OPEN).sum().clamp(min=1)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PixelBatch:
+    """This rank's part of a batch."""
+
+    images: Tensor
+    """(B, 3, crop, crop) uint8."""
+    targets: Tensor
+    """(B, crop, crop) uint8."""
+
+    def to(self, device: torch.device) -> "PixelBatch":
+        """Copy to a device."""
+        return PixelBatch(
+            images=self.images.to(device, non_blocking=True), targets=self.targets.to(device, non_blocking=True)
+        )
+
+
+class TrainingCrops(ShuffledImages[tuple[Tensor, Tensor]]):
+    """Crops of images with the classes of their pixels, in batches.
+
+    Args:
+        data: the set.
+        preset: batch size, crop and scales.
+        fill: what lies beyond an image that is smaller than a crop, as a color.
+        seed: of order and augmentation.
+        more: world, threads, at_most_damaged, as of `ShuffledImages`.
+    """
+
+    def __init__(self, data: PixelSet, preset: SegmentPreset, *, fill: tuple[int, ...], seed: int, **more: Any) -> None:
+        super().__init__(
+            where=data.where,
+            keys=[image.key for image in data.images],
+            kinds=np.zeros(len(data), dtype=np.bool_),
+            batch_size=preset.batch_size,
+            group=1,
+            seed=seed,
+            **more,
+        )
+        self._data, self._preset, self._fill, self._seed = data, preset, fill, seed
+
+    def draws(self, numbers: npt.NDArray[np.int64], *, epoch: int) -> list[tuple[float, tuple[float, float], bool]]:
+        """Return scales, places of crops, and whether they are mirrored."""
+        return crop_draws(numbers, self._preset.scales, seed=self._seed, epoch=epoch)
+
+    def make(self, number: int, drawn: tuple[float, tuple[float, float], bool]) -> tuple[Tensor, Tensor]:
+        """Scale, cut and mirror an image and its classes."""
+        scale, place, is_mirrored = drawn
+        image, classes = read_pixels(self._data.images[number], self._data.table)
+        size = [max(1, round(image.height * scale)), max(1, round(image.width * scale))]
+        picture: Any = image
+        pixels: Any = v2.pil_to_tensor(v2.resize(picture, size))
+        target: Any = v2.resize(torch.from_numpy(classes)[None], size, v2.InterpolationMode.NEAREST)
+        return cropped(pixels, target[0], self._preset.crop, place=place, is_mirrored=is_mirrored, fill=self._fill)
+
+    def together(self, items: list[tuple[Tensor, Tensor]]) -> PixelBatch:
+        """Stack crops."""
+        return PixelBatch(
+            images=torch.stack([image for image, _ in items]), targets=torch.stack([target for _, target in items])
+        )
+
+
+def cropped(
+    image: Tensor,
+    classes: Tensor,
+    crop: int,
+    *,
+    place: tuple[float, float],
+    is_mirrored: bool,
+    fill: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    """Cut a square out of an image and its classes; what lies beyond them below and to the right is filled.
+
+    Args:
+        image: (3, H, W) uint8.
+        classes: (H, W) uint8.
+        crop: side of the square in pixels.
+        place: of its top and left, as shares of the places that there are.
+        is_mirrored: whether left and right change sides.
+        fill: color beyond the image; the class there is `OPEN`.
+    """
+    height, width = classes.shape
+    top, left = (int(share * (max(side - crop, 0) + 1)) for share, side in zip(place, (height, width), strict=True))
+    pixels = torch.tensor(fill, dtype=torch.uint8)[:, None, None].repeat(1, crop, crop)
+    target = torch.full((crop, crop), OPEN, dtype=torch.uint8)
+    part = classes[top : top + crop, left : left + crop]
+    pixels[:, : part.shape[0], : part.shape[1]] = image[:, top : top + crop, left : left + crop]
+    target[: part.shape[0], : part.shape[1]] = part
+    return (pixels.flip(2), target.flip(1)) if is_mirrored else (pixels, target)
+
+
+class SegmenterTrainings(NetworkTrainings):
+    """Trainings of dilated FCNs. Arguments as of `NetworkTrainings`."""
+
+    def __init__(self, train: PixelSet, test: PixelSet, preset: SegmentPreset, machine: Machine, **more: Any) -> None:
+        super().__init__(train, test, preset, machine, **more)
+        self._learned, self._tested, self._preset = train, test, preset
+
+    def build(self, encoder: Encoder, *, seed: int) -> nn.Module:
+        """Build the network."""
+        return DilatedFCN(encoder, len(self._learned.class_names), seed=seed)
+
+    def images(self, encoder: Encoder, *, seed: int) -> TrainingCrops:
+        """Open this rank's batches of crops; beyond images is the encoder's mean color."""
+        mean = (-encoder.pixel_shift / encoder.pixel_scale).round().clamp(0, 255)
+        return TrainingCrops(
+            self._learned,
+            self._preset,
+            fill=tuple(int(value) for value in mean.tolist()),
+            seed=seed,
+            world=self._machine.world,
+            threads=self._machine.threads,
+            at_most_damaged=self._at_most_damaged,
+        )
+
+    def measure(self, network: nn.Module) -> tuple[dict[str, float], list[dict[str, Any]], int]:
+        """Name the pixels of all test images in their own size, and measure how many rightly."""
+        confusion, num_untested = confusion_of(network, self._tested, self._machine, stop=self.leave)
+        right, there, named = confusion.diag(), confusion.sum(1), confusion.sum(0)
+        overlap = right.double() / (there + named - right).clamp(min=1)
+        counts = there + named > 0
+        figures = {
+            "mIoU": overlap[counts].mean().item(),
+            "accuracy": (right.sum() / confusion.sum().clamp(min=1)).item(),
+        }
+        rows = [
+            {"class": name, "pixels": int(there[number]), "IoU": overlap[number].item()}
+            for number, name in enumerate(self._tested.class_names)
+            if counts[number]
+        ]
+        return figures, rows, num_untested
+
+    def infos(self) -> dict[str, FigureInfo]:
+        """Return mean intersection over union, and accuracy."""
+        return {
+            "mIoU": FigureInfo(
+                title="mIoU", caption="Mean over the classes of intersection over union of all pixels of a class."
+            ),
+            "accuracy": FigureInfo(title="pixel accuracy", caption="Share of pixels that are named rightly."),
+        }
+
+
+@torch.no_grad()
+def confusion_of(network: nn.Module, data: PixelSet, machine: Machine, *, stop: Any) -> tuple[Tensor, int]:
+    """Count the pixels of each class that are named each class; collective, every rank gets the whole.
+
+    Args:
+        network: on the machine's device; it is left in evaluation mode.
+        data: the set; ranks share its images.
+        machine: where.
+        stop: called before each image, by every rank equally often.
+
+    Returns:
+        (K, K) int64, rows for what is there, and the number of this rank's images that cannot be decoded.
+    """
+    network.eval()
+    num_classes, num_untested, world = len(data.class_names), 0, machine.world
+    counts = torch.zeros(num_classes**2, dtype=torch.int64, device=machine.device)
+    numbers = range(world.rank, len(data), world.world_size)
+    with ThreadPoolExecutor(machine.threads) as pool:
+        for future in ahead(lambda number: pool.submit(_decoded, data, number), numbers):
+            stop()
+            found = future.result()
+            if found is None:
+                num_untested += 1
+                continue
+            image, classes = (each.to(machine.device) for each in found)
+            with machine.autocast():
+                named = network(image[None])[0].argmax(0)
+            counted = classes != OPEN
+            pairs = classes[counted].long() * num_classes + named[counted]
+            counts += torch.bincount(pairs, minlength=num_classes**2)
+    if len(numbers) * world.world_size < len(data):
+        stop()  # This rank has one image less than the first.
+    if world.world_size > 1:
+        dist.all_reduce(counts)
+    return counts.view(num_classes, num_classes).cpu(), num_untested
+
+
+def _decoded(data: PixelSet, number: int) -> tuple[Tensor, Tensor] | None:
+    try:
+        image, classes = read_pixels(data.images[number], data.table)
+    except (OSError, SyntaxError):
+        return None
+    return v2.pil_to_tensor(image), torch.from_numpy(classes)

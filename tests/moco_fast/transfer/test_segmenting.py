@@ -1,0 +1,259 @@
+import csv
+from dataclasses import asdict, replace
+from pathlib import Path
+from signal import SIGTERM
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from moco_fast.cli import main
+from moco_fast.encoders.encoder import build_backbone
+from moco_fast.encoders.formats.base import digest_of, without_head
+from moco_fast.evaluation.result import read_results
+from moco_fast.interrupt import StoppedError
+from moco_fast.transfer.pixel_sets import OPEN, read_pixel_sets, read_pixels
+from moco_fast.transfer.presets import SEGMENT_PRESETS
+from moco_fast.transfer.segmenting import (
+    DilatedFCN,
+    SegmenterTrainings,
+    TrainingCrops,
+    confusion_of,
+    cropped,
+)
+from moco_fast.transfer.training import Machine, Start, lr_at
+from pipelines.world import World
+from tests.moco_fast.transfer.pixel_shapes import COLORS, write_cityscapes, write_voc_pixels
+from tests.moco_fast.transfer.tiny import tiny_resnet
+
+CPU = torch.device("cpu")
+TINY_PIXELS = replace(SEGMENT_PRESETS["voc-semantic"], batch_size=4, steps=6, lr=0.05, crop=48, scales=(0.8, 1.5))
+
+
+def two_sets(folder: Path, *, train: int, test: int):
+    write_voc_pixels(folder / "VOC2012", {"train_aug": train, "val": test})
+    return read_pixel_sets([str(folder)], TINY_PIXELS)
+
+
+def trainings(folder: Path, sets, preset=TINY_PIXELS, machine=None) -> SegmenterTrainings:
+    folder.mkdir(exist_ok=True)
+    machine = machine or Machine(device=CPU, threads=2)
+    more = {"folder": folder, "every_steps": 500, "num_trainings": 1, "at_most_damaged": 0.1}
+    return SegmenterTrainings(*sets, preset, machine, **more)
+
+
+def start() -> Start:
+    encoder = tiny_resnet()
+    return Start(name="tiny", encoder=encoder, digest=digest_of(encoder))
+
+
+def test_the_network_is_that_of_the_papers_appendix() -> None:
+    with torch.device("meta"):
+        network = DilatedFCN(without_head(build_backbone("resnet50"), 2048), 21, seed=0)
+    assert network.backbone.strides == [4, 8, 16, 16]
+    convs = [layer for layer in network.backbone.layer4.modules() if isinstance(layer, nn.Conv2d)]
+    assert {layer.stride for layer in convs} == {(1, 1)}
+    assert {layer.dilation for layer in convs if layer.kernel_size == (3, 3)} == {(2, 2)}
+    first, norm, _, second, _, _, last = network.head
+    assert (tuple(first.weight.shape), first.dilation, first.bias) == ((256, 2048, 3, 3), (6, 6), None)
+    assert (tuple(second.weight.shape), second.dilation) == ((256, 256, 3, 3), (6, 6))
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert tuple(last.weight.shape) == (21, 256, 1, 1)
+    assert all(value.requires_grad for value in network.parameters())
+
+
+def test_the_loss_is_the_mean_over_the_pixels_that_count() -> None:
+    network = DilatedFCN(tiny_resnet(), 4, seed=0).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    targets = torch.randint(0, 4, (2, 32, 48), dtype=torch.uint8)
+    targets[:, :10] = OPEN
+    scores = network(images)
+    assert scores.shape == (2, 4, 32, 48)
+    likely = scores.log_softmax(1)[:, :, 10:].gather(1, targets[:, None, 10:].long())
+    torch.testing.assert_close(network(images, targets)["loss_pixels"], -likely.mean())
+    assert network(images, torch.full_like(targets, OPEN))["loss_pixels"].item() == 0
+
+
+def test_classes_of_voc_are_those_of_the_palette(tmp_path) -> None:
+    train, test = two_sets(tmp_path, train=4, test=2)
+    assert (len(train), len(test), len(train.class_names)) == (4, 2, 21)
+    assert {image.classes.parent.name for image in train.images} == {"SegmentationClass", "SegmentationClassAug"}
+    image, classes = read_pixels(train.images[1], train.table)
+    assert set(np.unique(classes)) <= {0, 1, 2, 3, OPEN}
+    pixels = np.asarray(image)
+    for number, color in COLORS.items():
+        if (classes == number).sum() > 50:
+            assert np.abs(pixels[classes == number].mean(axis=0) - color).max() < 12
+
+
+def test_classes_of_cityscapes_are_those_that_count(tmp_path) -> None:
+    preset = replace(TINY_PIXELS, layout="cityscapes", train=("train",), test=("val",))
+    write_cityscapes(tmp_path, {"train": 3, "val": 2})
+    train, test = read_pixel_sets([str(tmp_path)], preset)
+    assert (len(train), len(test)) == (3, 2)
+    assert [train.class_names[number] for number in (0, 8, 10, 13)] == ["road", "vegetation", "sky", "car"]
+    _, classes = read_pixels(train.images[0], train.table)
+    assert set(np.unique(classes)) <= {0, 8, 10, 13, OPEN}
+    (tmp_path / "gtFine" / "val" / "town" / "town_000001_000019_gtFine_labelIds.png").unlink()
+    test = read_pixel_sets([str(tmp_path)], preset)[1]
+    assert [(each.key, each.reason) for each in test.malformed] == [
+        ("val/town_000001_000019", "has no classes of pixels")
+    ]
+    with pytest.raises(ValueError, match="there must be one leftImg8bit/test"):
+        read_pixel_sets([str(tmp_path)], replace(preset, test=("test",)))
+
+
+def test_a_crop_is_cut_where_it_is_drawn_and_filled_beyond_the_image() -> None:
+    image = torch.arange(3 * 6 * 8, dtype=torch.uint8).view(3, 6, 8)
+    classes = torch.arange(48, dtype=torch.uint8).view(6, 8)
+    options = {"is_mirrored": False, "fill": (1, 2, 3)}
+    pixels, target = cropped(image, classes, 4, place=(0.0, 0.999), **options)
+    assert torch.equal(target, classes[:4, 4:])
+    assert torch.equal(pixels, image[:, :4, 4:])
+    mirrored = cropped(image, classes, 4, place=(0.0, 0.999), is_mirrored=True, fill=(1, 2, 3))
+    assert torch.equal(mirrored[1], classes[:4, 4:].flip(1))
+    assert torch.equal(mirrored[0], image[:, :4, 4:].flip(2))
+    pixels, target = cropped(image, classes, 7, place=(0.5, 0.0), **options)
+    assert torch.equal(target[:6], classes[:, :7])
+    assert target[6].eq(OPEN).all()
+    assert pixels[:, 6, 0].tolist() == [1, 2, 3]
+
+
+def batches_of(data, world=None, *, first: int = 0, num: int = 4):
+    more = {"world": world or World(), "threads": 2, "at_most_damaged": 0.2}
+    with TrainingCrops(data, TINY_PIXELS, fill=(10, 20, 30), seed=1, **more) as crops:
+        stream = crops.batches(first)
+        found = [next(stream) for _ in range(num)]
+        return torch.cat([each.images for each in found]), torch.cat([each.targets for each in found]), crops.damaged
+
+
+def test_crops_do_not_depend_on_ranks_or_where_they_begin(tmp_path) -> None:
+    data = two_sets(tmp_path, train=9, test=1)[0]
+    images, targets, _ = batches_of(data)
+    later = batches_of(data, first=2, num=2)
+    assert torch.equal(later[0], images[8:])
+    assert torch.equal(later[1], targets[8:])
+    of_ranks = [batches_of(data, World(rank=rank, world_size=2, local_world_size=2)) for rank in range(2)]
+    shared = torch.stack([each[0].view(4, 2, *images.shape[1:]) for each in of_ranks], dim=1).flatten(0, 2)
+    assert torch.equal(shared, images)
+
+
+def test_a_damaged_image_is_replaced_and_too_many_are_refused(tmp_path, capsys) -> None:
+    data = two_sets(tmp_path, train=9, test=1)[0]
+    Image.new("L", (3, 3)).save(data.images[2].classes)
+    assert list(batches_of(data, num=12)[2]) == [data.images[2].key]
+    assert "is of another size than its image" in capsys.readouterr().err
+    for image in data.images[3:6]:
+        image.image.write_bytes(b"")
+    with pytest.raises(ValueError, match="more than --max-malformed allows"):
+        batches_of(data, num=12)
+
+
+class Fixed(nn.Module):
+    """Names every pixel by its color."""
+
+    def forward(self, images):
+        colors = torch.tensor([(125, 125, 125), *COLORS.values()]).float()
+        scores = -(images[:, None].float() - colors[None, :, :, None, None]).square().sum(2)
+        return torch.cat([scores, scores.new_full((len(scores), 17, *scores.shape[2:]), -1e9)], dim=1)
+
+
+def test_intersection_over_union_is_that_of_sets_of_pixels(tmp_path) -> None:
+    sets = two_sets(tmp_path, train=1, test=3)
+    data = sets[1]
+    training = trainings(tmp_path / "out", sets)
+    with training:
+        figures, rows, num_untested = training.measure(Fixed())
+    found, wanted = [], []
+    for each in data.images:
+        image, classes = read_pixels(each, data.table)
+        named = Fixed()(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])[0].argmax(0).numpy()
+        found.append(named[classes != OPEN])
+        wanted.append(classes[classes != OPEN])
+    found, wanted = np.concatenate(found), np.concatenate(wanted)
+    overlaps = {
+        number: ((found == number) & (wanted == number)).sum() / ((found == number) | (wanted == number)).sum()
+        for number in np.union1d(found, wanted)
+    }
+    assert num_untested == 0
+    assert figures["mIoU"] == pytest.approx(np.mean(list(overlaps.values())))
+    assert figures["accuracy"] == pytest.approx((found == wanted).mean())
+    assert [row["IoU"] for row in rows] == pytest.approx(list(overlaps.values()))
+    assert 0.5 < figures["mIoU"] < 1
+
+
+def counted_by_ranks(folder):
+    data = read_pixel_sets([folder], TINY_PIXELS)[1]
+    rank = torch.distributed.get_rank()
+    machine = Machine(device=CPU, world=World(rank=rank, world_size=2, local_world_size=2), threads=1)
+    return confusion_of(Fixed(), data, machine, stop=lambda: None)
+
+
+def test_ranks_share_a_test(tmp_path, run_ranks) -> None:
+    data = two_sets(tmp_path, train=1, test=3)[1]
+    data.images[1].image.write_bytes(b"")
+    alone, num_untested = confusion_of(Fixed(), data, Machine(device=CPU), stop=lambda: None)
+    of_ranks = run_ranks(counted_by_ranks, str(tmp_path))
+    assert [number for _, number in of_ranks] == [0, 1]
+    assert num_untested == 1
+    for counts, _ in of_ranks:
+        assert torch.equal(counts, alone)
+
+
+def test_a_stopped_training_of_pixels_goes_on_to_the_same_bits(tmp_path, monkeypatch) -> None:
+    sets = two_sets(tmp_path, train=9, test=2)
+    with trainings(tmp_path / "whole", sets) as whole:
+        wanted = whole.run(start(), seed=1)
+    for num_polls in (2, 4 + 1):  # In training, and with the first test image.
+        with trainings(tmp_path / "stopped", sets) as stopped:
+            left = iter([0] * (num_polls - 1) + [SIGTERM])
+            monkeypatch.setattr(stopped._stop, "poll", left.__next__)
+            with pytest.raises(StoppedError):
+                stopped.run(start(), seed=1)
+    with trainings(tmp_path / "stopped", sets) as last:
+        assert asdict(last.run(start(), seed=1)) == asdict(wanted)
+    files = [next((tmp_path / name / "trained").iterdir()) for name in ("whole", "stopped")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_tiny_network_learns_to_name_pixels(tmp_path) -> None:
+    preset = replace(TINY_PIXELS, steps=40)
+    sets = two_sets(tmp_path, train=20, test=4)
+    with trainings(tmp_path / "out", sets, preset) as learning:
+        found = learning.run(start(), seed=3)
+    losses = [loss for _, loss in found.curve]
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    # Of four classes that are there, guessing the background alone gives less than 0.2.
+    assert found.figures["mIoU"] > 0.4
+
+
+def test_schedules_of_segmentation_are_those_of_the_paper() -> None:
+    voc, cityscapes = SEGMENT_PRESETS["voc-semantic"], SEGMENT_PRESETS["cityscapes-semantic"]
+    steps = (0, 20_999, 21_000, 26_999, 27_000)
+    assert [lr_at(voc, step) for step in steps] == pytest.approx([3e-3, 3e-3, 3e-4, 3e-4, 3e-5])
+    assert (voc.steps, voc.crop, voc.batch_size, voc.weight_decay) == (30_000, 513, 16, 1e-4)
+    assert (cityscapes.steps, cityscapes.crop, cityscapes.lr) == (90_000, 769, 0.01)
+
+
+@pytest.mark.parametrize("preset", SEGMENT_PRESETS)
+def test_presets_of_segmentation_take_two_steps_and_are_tested(preset, tmp_path, capsys) -> None:
+    if preset == "voc-semantic":
+        write_voc_pixels(tmp_path / "data" / "VOC2012", {"train_aug": 4, "val": 2})
+    else:
+        write_cityscapes(tmp_path / "data", {"train": 4, "val": 2})
+    words = ["--data", str(tmp_path / "data"), "--init", "random", "--network", "resnet18_quarter"]
+    words += ["--preset", preset, "--out", str(tmp_path / "out"), "--device", "cpu", "--threads", "1"]
+    assert main(["transfer", "segment", *words, "--batch-size", "2", "--steps", "2", "--crop", "33"]) == 0
+    assert f"segment {preset}  mIoU" in capsys.readouterr().out
+    [result] = read_results(tmp_path / "out" / "results.json")
+    assert list(result.figures) == ["mIoU", "accuracy"]
+    rows = list(csv.DictReader((tmp_path / "out" / "per-class.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["init", "seed", "class", "pixels", "IoU"]
+
+
+def test_scales_that_cannot_be_are_refused(tmp_path, capsys) -> None:
+    words = ["--data", str(tmp_path), "--init", "random", "--out", str(tmp_path / "out"), "--scales", "2", "1"]
+    assert main(["transfer", "segment", *words]) == 2
+    assert "--scales 2 1: give two above 0" in capsys.readouterr().err
