@@ -6,8 +6,9 @@ Trains a tiny encoder on small photographs for so many steps, or until the time 
 and many epochs, all backends side by side, and samples all processes of each run once a second. PSS counts pages that
 processes share once, and leaves out those of files, which depend on who else runs; shared memory is what descriptors
 hold of it, in /dev/shm or without a name. A figure holds if the line through its samples (Theil-Sen), without the first
-quarter of the steps, grows over 10,000 steps by less than a hundredth of its level: modules that are imported late and
-buffers that grow to the largest image belong to the beginning.
+quarter of the steps, grows over 10,000 steps by less than a hundredth of its level: the first save and the first
+evaluation start a thread and allocate buffers that are kept, and modules are imported late. In a run of some hundred
+steps these few MiB make a line that would grow by a hundred over 10,000: of a short run nothing is said.
 """
 
 import argparse
@@ -50,6 +51,8 @@ ALLOWED_GROWTH = 0.01
 PER_STEPS = 10_000
 LEFT_OUT = 0.25
 """Share of the steps at the beginning in which figures may rise."""
+SHORTEST = 4_000
+"""Steps of which a quarter holds the first saves and evaluations, twice as many as needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +80,10 @@ class Samples:
         steps = np.array(self.steps)
         return float(np.median(np.array(self.values[figure])[steps >= LEFT_OUT * steps[-1]]))
 
-    def holds(self, figure: str) -> bool:
-        """Return whether a figure is flat."""
+    def holds(self, figure: str) -> bool | None:
+        """Return whether a figure is flat; None: the run was too short to say."""
+        if self.steps[-1] < SHORTEST:
+            return None
         return self.growth(figure) <= ALLOWED_GROWTH * max(self.level(figure), 1.0)
 
 
@@ -174,7 +179,7 @@ def verdict(runs: list[Samples]) -> str:
     ]
     for run in runs:
         for name, what in FIGURES.items():
-            flat = "flat" if run.holds(name) else "**GROWS**"
+            flat = {True: "flat", False: "**GROWS**", None: "too short"}[run.holds(name)]
             figures = f"{run.level(name):,.1f} | {run.growth(name):+.2f}"
             lines.append(
                 f"| {run.backend} | {run.steps[-1]:,} | {run.num_epochs:,.0f} | {name}: {what} | {figures} | {flat} |"

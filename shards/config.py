@@ -1,5 +1,6 @@
 """Options of packing. Free of numpy and Pillow, so that `--help` costs nothing."""
 
+import math
 import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -9,6 +10,7 @@ __all__ = ["WORK_FOLDER", "Columns", "EncodeConfig", "PackConfig", "SourceOption
 WORK_FOLDER = "/tmp"  # noqa: S108 - a default that the user sees and may change
 """Where unfinished work for a bucket is kept on this machine."""
 
+_DEPTH = re.compile(r"auto|full|(\d+)(?:,(.+):(.+))?|(.+):(.+)")
 _LABELS = re.compile(r"auto|none|column|folder|path(?::[1-9]\d*)?|json:.+|txt")
 
 
@@ -55,6 +57,10 @@ class EncodeConfig:
     progressive: Literal["encode", "transcode"] = "encode"
     """Progressive JPEGs that need no other change: `encode` encodes them again; `transcode` keeps every pixel
     (needs `pip install 'moco-fast[transcode]'`)."""
+    depth_range: str = field(default="auto", metadata={"metavar": "auto|full|BITS|LOW:HIGH"})
+    """Which values of PNGs and TIFFs with more than 8 bits per channel become black and white. `auto`: the smallest of
+    8, 10, 12, 14 and 16 bits, and of floating-point ranges, that holds the values of up to 128 inputs. `full`: 16 bits,
+    and 0 to 1. BITS: of integers. LOW:HIGH: of floating-point numbers. BITS,LOW:HIGH: both."""
     min_size: int = 1
     """Images whose shorter side is below this are rejected."""
     max_pixels: int = 100_000_000
@@ -152,6 +158,7 @@ class PackConfig(EncodeConfig):
         if self.max_aspect is not None and self.max_aspect < 1:
             raise ValueError(f"--max-aspect {self.max_aspect} rejects every image: use 1 or more")
 
+        self._check_depth()
         self._check_splits()
         if self.part is not None:
             number, slash, count = self.part.partition("/")
@@ -159,6 +166,21 @@ class PackConfig(EncodeConfig):
                 raise ValueError(f"--part {self.part} must be one of 0/N to N-1/N, such as 0/8")
             if self.executor != "local":
                 raise ValueError("--part and --executor ray exclude each other: Ray hands out the shards itself")
+
+    def _check_depth(self) -> None:
+        match = _DEPTH.fullmatch(self.depth_range)
+        try:
+            bits, *ends = match.groups() if match is not None else ("",)
+            pairs = [(float(low), float(high)) for low, high in (ends[:2], ends[2:]) if low is not None]
+            is_sound = all(-math.inf < low < high < math.inf for low, high in pairs)
+            is_sound = is_sound and (bits is None or 8 <= int(bits) <= 16)
+        except ValueError:
+            is_sound = False
+        if not is_sound:
+            raise ValueError(
+                f"--depth-range {self.depth_range} must be auto, full, a number of bits from 8 to 16, LOW:HIGH such as "
+                "0:1 for floating-point numbers, or both, such as 12,0:1"
+            )
 
     def _check_splits(self) -> None:
         if self.split and self.val_fraction:

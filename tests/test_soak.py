@@ -13,7 +13,7 @@ from tests.scripts import load
 @pytest.mark.parametrize(("growth", "holds"), [(0.0, True), (0.5, True), (1.5, False)])
 def test_what_grows_by_a_hundredth_over_ten_thousand_steps_is_told(growth: float, holds: bool) -> None:
     soak = load("soak")
-    steps = np.arange(0, 2000, 10)
+    steps = np.arange(0, 5000, 10)
     level = 100 + growth * steps / soak.PER_STEPS + np.sin(steps)
     level[:40] = 0  # the beginning does not count
     run = soak.Samples(backend="torch", steps=steps.tolist(), values={name: level.tolist() for name in soak.FIGURES})
@@ -21,6 +21,16 @@ def test_what_grows_by_a_hundredth_over_ten_thousand_steps_is_told(growth: float
     assert run.holds("threads") == holds
     shown = soak.verdict([run])
     assert ("GROWS" in shown, "flat" in shown) == (not holds, holds)
+
+
+def test_of_a_short_run_nothing_is_said() -> None:
+    soak = load("soak")
+    steps = np.arange(0, 730, 10)
+    level = np.where(steps < 200, 525.0, 541.0)  # as memory at the first save
+    run = soak.Samples(backend="dali", steps=steps.tolist(), values={name: level.tolist() for name in soak.FIGURES})
+    assert run.holds("PSS, MiB") is None
+    shown = soak.verdict([run])
+    assert ("too short" in shown, "GROWS" in shown, "flat" in shown) == (True, False, False)
 
 
 def test_it_sees_descriptors_memory_and_shared_memory() -> None:

@@ -112,8 +112,6 @@ class Reader:
         num_runs = max(1, min(self._num_threads, len(wanted) // _SHORTEST_RUN))
         bounds = [len(wanted) * run // num_runs for run in range(num_runs + 1)]
         runs = [wanted[begin:end] for begin, end in pairwise(bounds)]
-        # An evicted shard is closed when the last read from it is done: only the runs may hold it.
-        wanted.clear()
         return PendingBytes(images, [self._pool.submit(_read_all, run, samples, records) for run in runs])
 
     def describe(self, sample: int) -> str:

@@ -29,7 +29,20 @@ _PATIENCE_S = 5
 
 
 class WorkerDiedError(RuntimeError):
-    """A child process ended although it was not asked to."""
+    """A child process ended although it was not asked to.
+
+    Args:
+        what: what it was.
+        returncode: as Popen's: its exit code, or the signal that ended it as a negative number.
+    """
+
+    def __init__(self, what: str, returncode: int) -> None:
+        self.returncode = returncode
+        self.how = f"ended with exit code {returncode}"
+        if returncode < 0:
+            hint = ": the machine may have run out of memory" if returncode == -signal.SIGKILL else ""
+            self.how = f"was killed by {signal.Signals(-returncode).name}{hint}"
+        super().__init__(f"{what} {self.how}")
 
 
 class Child:
@@ -80,11 +93,7 @@ class Child:
         if self._is_interrupted:
             return ChannelClosed()
         self._wait()
-        code = self.process.returncode
-        if code >= 0:
-            return WorkerDiedError(f"{self._what} {self.process.pid} ended with exit code {code}")
-        hint = ": the machine may have run out of memory" if code == -signal.SIGKILL else ""
-        return WorkerDiedError(f"{self._what} {self.process.pid} was killed by {signal.Signals(-code).name}{hint}")
+        return WorkerDiedError(f"{self._what} {self.process.pid}", self.process.returncode)
 
     def interrupt(self) -> None:
         """Break the connection, which ends the process, and let threads that wait for a message raise ChannelClosed."""

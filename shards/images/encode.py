@@ -1,42 +1,35 @@
 """Encoding of one image as a baseline JPEG: copied byte for byte where possible, else decoded and encoded again."""
 
-import io
-import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps
 
 from shards.config import EncodeConfig
 from shards.ground.arrays import Pixels
 from shards.ground.errors import Rejected
-from shards.images.data_files import CONVERTED, HOLD_IMAGES
+from shards.ground.pool import may_die
+from shards.images.depth import DeepHeader, DepthRange, deep_header, to_pixels, values_of
+from shards.images.formats import early_size, open_image, why_not_opened
+from shards.images.isolation import CODEC_FAILED, Limits, run_codecs
 from shards.images.jpeg import JpegError, JpegHeader, is_jpeg, parse_jpeg, with_sound_scan
 from shards.images.libraries import (
     CodecError,
+    calling,
     decode_jpeg,
     encode_jpeg,
+    pillow_limits,
     reads_header,
     reads_sampling,
     shrink,
     sum_channels,
 )
 from shards.images.scan import looks_whole
-from shards.images.sniff import SNIFFED_BYTES, container, is_image, unread_image
 from shards.images.transcode import transcode_jpeg, transcoder
 
-__all__ = ["ARCHIVE", "PackedImage", "encode"]
+__all__ = ["PackedImage", "encode", "encode_safely"]
 
-ARCHIVE = "archive"
-"""Reason of an input that holds other files: never a matter of one in many, whatever share may be rejected."""
-
-_ARCHIVES = frozenset({"tar", "zip", "7-Zip", "RAR", "cpio", "Parquet", "Arrow", "TFRecord", "MDS"}) | HOLD_IMAGES
 _MAX_JPEG_SIDE = 65500
-_MAX_TEXT_BYTES = 1 << 28
-# These hand their bytes to another program, or do not hold a still image.
-_REFUSED_FORMATS = frozenset({"EPS", "WMF", "MPEG", "PDF", "HDF5", "GRIB", "BUFR", "FITS", "FPX", "MIC"})
 _EOI = b"\xff\xd9"
 _SMALL_PIXELS = 1 << 16
 
@@ -54,6 +47,51 @@ class PackedImage(NamedTuple):
     """As in JpegHeader.kind."""
 
 
+def encode_safely(data: bytes, config: EncodeConfig) -> PackedImage:
+    """Do what `encode` does, for which a library that crashes is one that fails.
+
+    Raises:
+        Rejected: as `encode`, or a library crashed.
+        ValueError: a library that the settings need is not installed.
+        PackError: the machine runs out of memory.
+    """
+    limits = Limits.of(config.max_pixels)
+    copied = _copy_by_header(data, limits, config) if not may_die() and not config.mean_rgb else None
+    return copied or run_codecs(encode, limits, data, config)
+
+
+def _copy_by_header(data: bytes, limits: Limits, config: EncodeConfig) -> PackedImage | None:
+    """Return a JPEG as `encode` would, if a library has to see no more of it than the header; else None.
+
+    Where libraries run in a process of their own, this spares it the rest.
+    """
+    try:
+        header = parse_jpeg(data) if is_jpeg(data) else None
+    except JpegError:
+        return None
+    if header is None or not header.has_usual_sampling or not _may_be_copied(header, config):
+        return None
+    scan_at = header.scan_at
+    is_sound = with_sound_scan(data, header) is data and looks_whole(data, scan_at)
+    if not is_sound or not run_codecs(
+        reads_header, limits, data[: scan_at + int.from_bytes(data[scan_at : scan_at + 2])]
+    ):
+        return None
+    _check_limits(header.width, header.height, config)
+    return PackedImage(data, header.width, header.height, None, ("copied",), header.kind)
+
+
+def _may_be_copied(header: JpegHeader, config: EncodeConfig) -> bool:
+    """Whether what the header says allows to keep a JPEG as it is."""
+    size = header.width, header.height
+    return (
+        header.is_baseline
+        and header.is_ycbcr_or_gray
+        and header.orientation == 1
+        and _target_size(*size, config) == size
+    )
+
+
 def encode(data: bytes, config: EncodeConfig) -> PackedImage:
     """Turn the bytes of any still image into a baseline JPEG, RGB or gray, upright.
 
@@ -66,7 +104,7 @@ def encode(data: bytes, config: EncodeConfig) -> PackedImage:
     try:
         return _encode(data, config)
     except CodecError as error:
-        raise Rejected("codec failed", str(error)) from None
+        raise Rejected(CODEC_FAILED, str(error)) from None
 
 
 def _encode(data: bytes, config: EncodeConfig) -> PackedImage:
@@ -122,7 +160,7 @@ def _encode_jpeg(original: bytes, header: JpegHeader, config: EncodeConfig) -> P
     turned = header.orientation >= 5
     size = (header.height, header.width) if turned else (header.width, header.height)
     target = _target_size(*size, config)
-    if header.is_baseline and header.is_ycbcr_or_gray and upright and target == size and is_known:
+    if _may_be_copied(header, config) and is_known:
         copied = _copy(data, header, config)
         if copied is not None:
             return copied if data is original else copied._replace(outcomes=("repaired",))
@@ -273,48 +311,32 @@ def _orient(pixels: Pixels, orientation: int) -> Pixels:
     return pixels
 
 
-@contextmanager
-def _pillow_limits(max_pixels: int) -> Generator[None]:
-    """Let Pillow refuse images above the limit wherever they are (an icon may hold a PNG), and warn of nothing else."""
-    before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-    Image.MAX_IMAGE_PIXELS = max_pixels
-    # Long texts and profiles are no damage.
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _MAX_TEXT_BYTES
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = before
-
-
-def _allowed_formats() -> list[str]:
-    Image.init()
-    return [name for name in Image.ID if name not in _REFUSED_FORMATS]
-
-
 def _decode_with_pillow(data: bytes, config: EncodeConfig) -> tuple[Pixels, list[str]]:
     """Return (H, W, 1) or (H, W, 3) upright pixels of the first frame, and what had to be done."""
+    calling("Pillow")
     try:
-        with _pillow_limits(config.max_pixels), Image.open(io.BytesIO(data), formats=_allowed_formats()) as image:
+        header = deep_header(data)
+        # These Pillow does not open at all.
+        if header is not None and header.is_float and header.num_channels > 1:
+            _check_limits(header.width, header.height, config)
+            return _from_deep(data, header, None, config)
+        size = early_size(data)
+        if size is not None:
+            _check_limits(*size, config)
+        with pillow_limits(config.max_pixels), open_image(data) as image:
+            calling(f"Pillow ({image.format})")
             _check_limits(*image.size, config)
-            return _to_pixels(image)
-    except Rejected:
+            first = ["first frame"] if cast("int", getattr(image, "n_frames", 1)) > 1 else []
+            pixels, outcomes = (
+                _from_deep(data, header, image, config) if header is not None else _to_pixels(image, config)
+            )
+            return pixels, [*first, *outcomes]
+    except (Rejected, CodecError):
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise Rejected("too many pixels", _first_line(error)) from None
     except Image.UnidentifiedImageError:
-        head = data[:SNIFFED_BYTES]
-        if unread_image(head) is not None:
-            raise Rejected("unsupported", f"{unread_image(head)}: convert it to another format first") from None
-        if is_image(head):
-            raise Rejected("damaged", "begins as an image, but Pillow cannot read its header") from None
-        kind = container(head)
-        what = f"begins with {data[:8].hex(' ')}{f', as {kind} does' if kind is not None else ''}"
-        if kind in CONVERTED:
-            what += "; docs/packing.md has commands that convert it"
-        raise Rejected(ARCHIVE if kind in _ARCHIVES else "not an image", what) from None
+        raise why_not_opened(data) from None
     except MemoryError:
         raise
     # Pillow's plugins raise whatever their parsing runs into: struct.error, IndexError, SyntaxError, zlib.error ...
@@ -326,19 +348,22 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0][:200]
 
 
-def _to_pixels(image: Image.Image) -> tuple[Pixels, list[str]]:
+def _to_pixels(image: Image.Image, config: EncodeConfig) -> tuple[Pixels, list[str]]:
     outcomes: list[str] = []
-    if cast("int", getattr(image, "n_frames", 1)) > 1:
-        outcomes.append("first frame")
+    if image.format == "JXL" and not getattr(image, "jpeg", None):
+        # Its pixels come upright; what EXIF says is of the image that it was made of.
+        image.info.pop("exif", None)
     image.load()
     upright = ImageOps.exif_transpose(image)
     if upright.size != image.size or image.getexif().get(0x0112, 1) not in (0, 1):
         outcomes.append("turned upright")
     mode = upright.mode
-    if mode.startswith("I;16") or mode == "I":
-        return _from_16_bit(upright), [*outcomes, "16 bit to 8"]
     if mode == "F":
-        raise Rejected("unsupported", "floating-point pixels have no agreed range")
+        values = np.asarray(upright)[:, :, None]
+        return to_pixels(values, DepthRange.parse(config.depth_range)), [*outcomes, "float to 8 bits"]
+    if mode.startswith("I"):
+        # What is neither PNG nor TIFF was brought to 16 bits by Pillow.
+        return to_pixels(np.asarray(upright)[:, :, None], DepthRange()), [*outcomes, "16 bit to 8"]
     if upright.has_transparency_data:
         outcomes.append("flattened")
         layered = upright.convert("RGBA")
@@ -349,6 +374,24 @@ def _to_pixels(image: Image.Image) -> tuple[Pixels, list[str]]:
     return (pixels[:, :, None] if gray else pixels), outcomes
 
 
-def _from_16_bit(image: Image.Image) -> Pixels:
-    values = np.asarray(image)
-    return (np.clip(values.astype(np.int64), 0, 65535) >> 8).astype(np.uint8)[:, :, None]
+def _from_deep(
+    data: bytes, header: DeepHeader, image: Image.Image | None, config: EncodeConfig
+) -> tuple[Pixels, list[str]]:
+    """Do what `_to_pixels` does, for a PNG or TIFF of more than 8 bits."""
+    wanted = DepthRange.parse(config.depth_range)
+    bits = min(wanted.bits, header.bits)
+    is_color = image is not None and image.mode in ("LA", "RGB", "RGBA", "RGBX")
+    if image is not None and header.num_channels > 1 and (bits == 16 or not is_color):
+        # Pillow gives the upper 8 of color.
+        pixels, outcomes = _to_pixels(image, config)
+        return pixels, [*outcomes, "16 bit to 8"]
+    # Loading a TIFF removes what it says.
+    orientation = header.orientation if image is None or image.format == "TIFF" else image.getexif().get(0x0112, 1)
+    values, is_upright = values_of(data, header, image)
+    integers = f"{bits} of 16 bits to 8" if bits < 16 else "16 bit to 8"
+    outcomes = ["float to 8 bits" if header.is_float else integers]
+    if values.shape[2] == 4:
+        outcomes.append("flattened")
+    if 1 < orientation <= 8:
+        outcomes.append("turned upright")
+    return _orient(to_pixels(values, wanted, file_bits=header.bits), 1 if is_upright else orientation), outcomes

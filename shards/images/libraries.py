@@ -1,38 +1,62 @@
 """Compiled libraries that packing uses, with the types that they lack."""
 
 import math
-from collections.abc import Generator
+import warnings
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import simplejpeg  # pyright: ignore[reportMissingTypeStubs] - it has none
+from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
 
 from shards.ground.arrays import Pixels
 from shards.images.jpeg import parse_jpeg
 
 __all__ = [
     "CodecError",
+    "calling",
     "codec",
     "decode_jpeg",
+    "decode_values",
     "encode_jpeg",
+    "pillow_limits",
     "reads_header",
     "reads_sampling",
+    "report_codecs",
     "shrink",
     "sum_channels",
 ]
 
 # Shrinking a side by less than this is done by a Gaussian of three taps and cubic interpolation.
 _FAR = 1.7
+_MAX_TEXT_BYTES = 1 << 28
 
 
 class CodecError(ValueError):
     """A library failed in a way of its own; the message names it."""
 
 
+_reports: list[Callable[[str], object]] = []
+
+
+def report_codecs(report: Callable[[str], object]) -> None:
+    """From now on call `report` with a library's name before each call of it."""
+    _reports[:] = [report]
+
+
+def calling(name: str) -> None:
+    """Say which library is called next: if it ends the process, that is its cause."""
+    for report in _reports:
+        report(name)
+
+
 @contextmanager
 def codec(name: str) -> Generator[None]:
     """Turn whatever a library raises beyond ValueError into a CodecError: one image must not end a packing."""
+    calling(name)
     try:
         yield
     except (ValueError, MemoryError):
@@ -66,6 +90,7 @@ def decode_jpeg(data: bytes, *, gray: bool = False, reduce: int = 1, strict: boo
 
 def reads_sampling(data: bytes) -> bool:
     """Return whether `decode_jpeg` knows a JPEG's sampling factors."""
+    calling("simplejpeg")
     try:
         simplejpeg.decode_jpeg_header(data, strict=False)
     # For factors that it has no name for, the library fails with a KeyError.
@@ -76,6 +101,7 @@ def reads_sampling(data: bytes) -> bool:
 
 def reads_header(data: bytes) -> bool:
     """Return whether `decode_jpeg` takes a JPEG's header without complaint; takes microseconds."""
+    calling("simplejpeg")
     try:
         simplejpeg.decode_jpeg_header(data)
     except Exception:
@@ -115,6 +141,34 @@ def _shrink(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     return resized if resized.ndim == 3 else resized[:, :, None]
 
 
+@contextmanager
+def pillow_limits(max_pixels: int) -> Generator[None]:
+    """Let Pillow refuse images above the limit wherever they are (an icon may hold a PNG), and warn of nothing else."""
+    before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    # Long texts and profiles are no damage.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = _MAX_TEXT_BYTES
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = before
+
+
+def decode_values(data: bytes) -> NDArray[Any]:
+    """Decode the first image of a file with the values that it holds, (H, W, C), RGB. Raises CodecError."""
+    with codec("OpenCV"):
+        cv2 = _opencv()
+        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        if values is None:
+            raise CodecError("OpenCV: cannot decode it")
+        if values.ndim == 2:
+            return values[:, :, None]
+        return values[:, :, [2, 1, 0, *range(3, values.shape[2])]] if values.shape[2] > 2 else values
+
+
 def sum_channels(pixels: Pixels) -> list[int]:
     """Return the sum of each channel, exact."""
     return [int(value) for value in _opencv().sumElems(pixels)[: pixels.shape[2]]]
@@ -126,4 +180,6 @@ def _opencv() -> Any:
     import cv2
 
     cv2.setNumThreads(0)
+    # What it makes of odd files in passing is no message to a user.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     return cv2

@@ -26,7 +26,7 @@ __all__ = ["NodeJob", "check_cluster", "remove_copy", "run_on_cluster"]
 _RETRIES = 5
 _CONNECT_S = 5
 _CLEAN_S = 10
-_CODECS = ("simplejpeg", "pillow", "opencv-python-headless", "numpy")
+_CODECS = ("simplejpeg", "pillow", "pillow-heif", "pillow-jxl-plugin", "opencv-python-headless", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from shards.ground.cpus import available_cpus
 from shards.ground.errors import Rejected
 from shards.ground.progress import ProgressBars
 from shards.ground.units import counted, format_bytes, format_duration
-from shards.images.encode import encode
+from shards.images.encode import encode_safely
 from shards.images.libraries import decode_jpeg
 from shards.packing.inputs import read_inputs
 from shards.packing.listing import make_plan
@@ -101,6 +101,7 @@ def _probe(config: PackConfig, plan: PackPlan) -> Estimate:
     outcomes: Counter[str] = Counter()
     rejections: Counter[str] = Counter()
     packed: list[bytes] = []
+    encoding = replace(config, depth_range=plan.depth_range)
     sides: list[int] = []
     begin = time.perf_counter()
     with closing(read_inputs(plan, plan.listed(0, plan.num_inputs)[probed])) as inputs:
@@ -108,7 +109,7 @@ def _probe(config: PackConfig, plan: PackPlan) -> Estimate:
             try:
                 if isinstance(item.data, Rejected):
                     raise item.data
-                image = encode(item.data, config)
+                image = encode_safely(item.data, encoding)
             except Rejected as rejected:
                 rejections[rejected.reason] += 1
                 continue

@@ -12,9 +12,10 @@ from shards.ground.cpus import available_cpus
 from shards.ground.errors import Rejected
 from shards.ground.files import appearing, remove
 from shards.ground.progress import ProgressBars
-from shards.images.encode import encode
+from shards.images.encode import encode_safely
 from shards.packing.aside import LeftAside
 from shards.packing.content import digest_contents, first_of_each, split_of
+from shards.packing.depth import choose_depth
 from shards.packing.inputs import read_inputs
 from shards.packing.labels import InputLabels
 from shards.packing.plan import (
@@ -62,7 +63,10 @@ def _build_plan(config: PackConfig, sources: list[Source], folder: Path, progres
     # What follows reads inputs, and for that it needs a plan, if only of one shard.
     Duplicates.none().write(folder)
     header.write(folder)
-    shard_samples = config.shard_samples or _samples_for(config, PackPlan.open(folder))
+    plan = PackPlan.open(folder)
+    header = replace(header, depth_range=choose_depth(config, plan, progress))
+    encoding = replace(config, depth_range=header.depth_range)
+    shard_samples = config.shard_samples or _samples_for(encoding, plan)
     by_content = bool(config.splits) or config.dedup
     splits = _cut_by_content(config, folder, order, progress) if by_content else [whole]
     replace(header, splits=[replace(split, shard_samples=shard_samples) for split in splits]).write(folder)
@@ -116,7 +120,7 @@ def _samples_for(config: PackConfig, plan: PackPlan) -> int:
             # What cannot be packed takes no room.
             with suppress(Rejected):
                 if isinstance(item.data, bytes):
-                    total += len(encode(item.data, config).data) + 1536
+                    total += len(encode_safely(item.data, config).data) + 1536
     mean = max(1, total // len(probed))
     return int(min(_MOST_SAMPLES, max(1, config.shard_bytes // mean), num_inputs))
 

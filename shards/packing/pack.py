@@ -1,6 +1,7 @@
 """Command `pack`: plan, write every shard, then the manifest. The same call continues an unfinished packing."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,9 @@ def _write_missing(
     done_bytes = sum(entry.num_bytes for entry in entries.values() if entry is not None)
     run_tasks = executor(config)
     try:
+        encoding = replace(config.encoding(), depth_range=plan.depth_range)
         with progress.stage("packing", unit=" images", total=total, done=total - todo, done_bytes=done_bytes) as tick:
-            for _ in run_tasks(WriteShard(plan.folder, target, config.encoding()), missing, tick=tick):
+            for _ in run_tasks(WriteShard(plan.folder, target, encoding), missing, tick=tick):
                 pass
     finally:
         # Workers that were ended could not remove what they were writing.

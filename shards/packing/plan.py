@@ -107,6 +107,7 @@ class PackPlan:
         self.settings: dict[str, Any] = header["settings"]
         self.source_specs: list[dict[str, Any]] = header["sources"]
         self.class_names: tuple[str, ...] = tuple(header["class_names"])
+        self.depth_range: str = header["depth_range"]
         self.splits = [Split(**split) for split in header["splits"]]
         self._rows = np.memmap(folder / "rows.bin", dtype=ROW, mode="r")
         self._names = memoryview(cast("Any", np.memmap(folder / "names.bin", dtype=np.uint8, mode="r")))
@@ -306,6 +307,8 @@ class Header:
     sources: list[Source]
     class_names: tuple[str, ...]
     splits: list[Split]
+    depth_range: str = "full"
+    """As EncodeConfig's, without `auto`."""
 
     def write(self, folder: Path) -> None:
         """Write plan.json."""
@@ -314,6 +317,7 @@ class Header:
             "settings": self.settings,
             "sources": [source.spec() for source in self.sources],
             "class_names": self.class_names,
+            "depth_range": self.depth_range,
             "splits": [asdict(split) for split in self.splits],
         }
         (folder / "plan.json").write_text(json.dumps(values, indent=1), encoding="utf-8")

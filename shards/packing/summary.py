@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 
 from shards.ground.units import counted, format_bytes
-from shards.images.encode import ARCHIVE
+from shards.images.formats import ARCHIVE
 from shards.packing.aside import describe_aside
 from shards.sets.manifest import Manifest
 from shards.sources.links import LINK_REASONS

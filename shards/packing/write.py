@@ -15,10 +15,10 @@ import numpy as np
 from shards.config import EncodeConfig
 from shards.ground.arrays import LabelSets
 from shards.ground.digests import crc32c, digest
-from shards.ground.errors import Rejected
+from shards.ground.errors import PackError, Rejected
 from shards.ground.files import write_synced
 from shards.ground.progress import Tick
-from shards.images.encode import PackedImage, encode
+from shards.images.encode import PackedImage, encode_safely
 from shards.packing.inputs import read_inputs
 from shards.packing.plan import PackPlan, ShardTask, cached_plan
 from shards.sets.manifest import ShardEntry
@@ -137,10 +137,12 @@ def _write_files(
                 try:
                     if isinstance(data, Rejected):
                         raise data
-                    image = encode(data, config)
+                    image = encode_safely(data, config)
                 except Rejected as rejected:
                     beside.reject(position, source.describe(name), rejected)
                     tick(1)
+                except PackError as error:
+                    raise PackError(f"{source.describe(name)}: {error}") from None
                 else:
                     _add_sample(tar, beside, position, image, label, source.describe(name))
                     tick(1, len(image.data))

@@ -1,6 +1,5 @@
 """Command `index`: index and manifest for WebDataset tars that someone else wrote, which stay as they are."""
 
-import io
 import json
 import os
 import tempfile
@@ -12,14 +11,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from shards.config import WORK_FOLDER, SourceOptions
+from shards.config import WORK_FOLDER, EncodeConfig, SourceOptions
 from shards.ground.digests import crc32c, digest, digest_file
 from shards.ground.errors import PackError, Rejected
 from shards.ground.pool import run_tasks
 from shards.ground.progress import ProgressBars, Tick
+from shards.images.formats import early_size, open_image, why_not_opened
+from shards.images.isolation import Limits, run_codecs
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
+from shards.images.libraries import calling
 from shards.packing.aside import LeftAside, describe_aside
 from shards.packing.labels import ClassTable
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
@@ -130,8 +131,6 @@ class _Looked:
             if not data:
                 raise Rejected("empty")
             width, height, flags, kind = _look_at(data)
-            if flags & Flag.NOT_JPEG and flags & Flag.DAMAGED:
-                raise Rejected("not an image", f"begins with {data[:8].hex(' ')}")
         except Rejected as rejected:
             where = source.describe(item.name).removeprefix(self._root)
             self.rejected.append({"source": where, "reason": rejected.reason, "detail": rejected.detail})
@@ -147,7 +146,7 @@ class _Looked:
 
 
 def _look_at(data: bytes) -> tuple[int, int, Flag, str]:
-    """Return (width, height, flags, kind) from an image's header; NOT_JPEG and DAMAGED for what is not an image."""
+    """Return (width, height, flags, kind) from an image's header. Raises Rejected for what is not an image."""
     flags = Flag(0)
     if is_jpeg(data):
         try:
@@ -164,12 +163,24 @@ def _look_at(data: bytes) -> tuple[int, int, Flag, str]:
         if not header.is_ycbcr_or_gray:
             flags |= Flag.NOT_RGB
         return header.width, header.height, flags, header.kind
+    width, height = run_codecs(_pillow_size, Limits.of(EncodeConfig.max_pixels), data)
+    return width, height, Flag.NOT_JPEG, "not JPEG"
+
+
+def _pillow_size(data: bytes) -> tuple[int, int]:
+    """Return (width, height) of an image that is not a JPEG. Raises Rejected."""
+    calling("Pillow")
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.width, image.height, Flag.NOT_JPEG, "not JPEG"
-    # Pillow's plugins raise whatever their parsing runs into.
+        size = early_size(data)
+        if size is not None:
+            return size
+        with open_image(data) as image:
+            return image.size
+    except MemoryError:
+        raise
+    # Its plugins raise whatever their parsing runs into.
     except Exception:
-        return 0, 0, Flag.NOT_JPEG | Flag.DAMAGED, "not JPEG"
+        raise why_not_opened(data) from None
 
 
 def _entry(path: Path, records: NDArray[np.void], found: _Looked) -> ShardEntry:

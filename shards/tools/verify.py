@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from shards.config import WORK_FOLDER
 from shards.ground.digests import crc32c, digest_file
+from shards.ground.errors import PackError, Rejected
 from shards.ground.pool import run_tasks
 from shards.ground.progress import ProgressBars, Tick
+from shards.images.isolation import Limits, run_codecs
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.images.libraries import decode_jpeg
 from shards.sets.local import LocalShardSet
@@ -206,6 +208,12 @@ def check_image(data: bytes, record: Any, *, decode: bool) -> Iterator[str]:
         yield "is not a baseline JPEG"
     if decode:
         try:
-            decode_jpeg(data, gray=header.num_components == 1)
-        except ValueError as error:
-            yield f"does not decode: {error}"
+            run_codecs(_decode, Limits.of(header.width * header.height), data, header.num_components == 1)
+        except PackError:
+            raise
+        except (ValueError, Rejected) as error:
+            yield f"does not decode: {error.detail if isinstance(error, Rejected) else error}"
+
+
+def _decode(data: bytes, gray: bool) -> None:
+    decode_jpeg(data, gray=gray)

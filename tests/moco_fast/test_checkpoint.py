@@ -66,6 +66,15 @@ def test_keeps_the_newest(tmp_path):
     assert checkpoint.find_newest(tmp_path) == tmp_path / "step-00001000"
 
 
+def test_what_a_killed_process_left_is_swept_away(tmp_path):
+    checkpoint.save(tmp_path, make(1), keep=1, best=1)
+    (tmp_path / ".step-00000002.partial").mkdir()
+    (tmp_path / ".step-00000002.partial" / "model.safetensors").touch()
+    (tmp_path / ".best.partial").symlink_to("step-00000002")
+    checkpoint.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-00000001"]
+
+
 def test_no_file_holds_a_pickle(tmp_path):
     path = checkpoint.save(tmp_path, make(1), keep=1)
     assert sorted(file.suffix for file in path.iterdir()) == [".json", ".safetensors", ".safetensors", ".safetensors"]

@@ -1,6 +1,7 @@
 """Weights that are cast once per step; on the CPU in bfloat16, by the same autocast."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco_fast.config import ModelConfig
 from moco_fast.encoders.encoder import build_encoder
+from moco_fast.methods.base import Setting
 from moco_fast.methods.keys import MomentumKeys
 from moco_fast.methods.momentum import MomentumUpdate, copy_as_key_encoder
 from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
@@ -41,6 +43,27 @@ def step(query, keys, number):
     keys.advance({"momentum": 0.9})
     images = torch.randint(0, 256, (4, 3, 24, 24), dtype=torch.uint8, generator=generator)
     return keys(None, images.contiguous(memory_format=torch.channels_last), torch.arange(4))
+
+
+def test_a_key_encoder_is_compiled_and_cast_as_the_run_says():
+    query = build_encoder(ModelConfig(encoder="resnet18_quarter"), MomentumContrast(dim=8))
+    setting = Setting(
+        query=query, policy=Together(), num_samples=9, seed=0, device=torch.device("cpu"), available_bytes=1 << 30
+    )
+    compiled = []
+    plain = MomentumKeys.of(replace(setting, compile=compiled.append))
+    assert compiled == [plain.key]
+    assert plain.key is not query
+    assert plain.recast is None
+    half = MomentumKeys.of(replace(setting, autocast=bf16, lower_precision=torch.bfloat16))
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    with CastsOfWeights() as casts:
+        half(None, images, torch.arange(4))
+    assert casts.num["single"] == 1, "of the images alone"
+    with torch.no_grad():
+        next(query.parameters()).add_(1)
+    half.advance({"momentum": 0.0})
+    assert all(torch.equal(key, query.get_parameter(name)) for name, key in half.key.named_parameters())
 
 
 class CastsOfWeights(TorchDispatchMode):

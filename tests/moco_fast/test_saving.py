@@ -289,6 +289,24 @@ def test_auto_saves_after_a_minute_and_then_by_the_cost() -> None:
     assert not due.by_time()
 
 
+def test_a_save_by_time_is_asked_for_once_each_time_it_is_due(tmp_path: Path) -> None:
+    said, now, config = list[str](), 0.0, CheckpointConfig(every="auto")
+    saver = saver_in(tmp_path, config=config, say=said.append)
+    saver.due = Due(config, clock=lambda: now)
+    assert saver.needs() == Need.NOTHING
+    now = 61.0
+    assert [saver.needs(), saver.needs()] == [Need.SAVE, Need.NOTHING]
+    saver.save(state_of(1, 1.0))
+    saver.finish()
+    assert said == []
+    assert [saver.needs(), saver.needs()] == [Need.NOTHING, Need.NOTHING]
+    [line] = said
+    assert "since training stands still for" in line
+    now = 1e6
+    assert [saver.needs(), saver.needs()] == [Need.SAVE, Need.NOTHING]
+    saver.close()
+
+
 def test_by_steps_and_by_time_together() -> None:
     now = 0.0
     due = Due(CheckpointConfig(every_steps=10, every_minutes=2), clock=lambda: now)

@@ -1,3 +1,4 @@
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from pipelines.reading import reader as reader_module
 from pipelines.reading.reader import Reader
 from shards.sets import open_set
+from shards.sets.record import RECORD
 from tests.pipelines.shard_files import write_shards
 
 PAYLOADS = [bytes([number]) * (50 + 37 * number) for number in range(30)]
@@ -49,6 +51,48 @@ def open_shards(folder: Path) -> set[Path]:
     return {path for path in found if path.suffix == ".tar" and path.parent == folder.resolve()}
 
 
+def read(reader: Reader, *samples: int) -> None:
+    wanted = np.array(samples)
+    reader.submit(wanted, reader.records(wanted)).result()
+
+
+def test_the_shards_used_last_stay_open(odd_shards, monkeypatch):
+    monkeypatch.setattr(reader_module, "_OPEN_SHARDS", 2)
+    reader = Reader(odd_shards)
+    for sample in (0, 4, 1, 8):
+        read(reader, sample)
+    assert {path.name for path in open_shards(odd_shards.path)} == {"shard-000000.tar", "shard-000002.tar"}
+    reader.close()
+
+
+@pytest.mark.parametrize("kept_s", [-1.0, 1e9])
+def test_a_shard_that_was_deleted_is_closed_once_it_was_open_long_enough(tmp_path, monkeypatch, kept_s):
+    monkeypatch.setattr(reader_module, "_KEPT_DELETED_S", kept_s)
+    shards = open_set(write_shards(tmp_path / "set", PAYLOADS, per_shard=4))
+    reader = Reader(shards)
+    read(reader, 0)
+    shards.shard_path(0).unlink()
+    read(reader, 4, 5)
+    held = [file for file in reader._files.values() if file.is_deleted]
+    assert len(held) == (kept_s > 0)
+    reader.close()
+
+
+def test_closing_ends_its_threads(odd_shards):
+    before = set(threading.enumerate())
+    reader = Reader(odd_shards)
+    read(reader, *range(30))
+    assert set(threading.enumerate()) > before
+    reader.close()
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_sample_is_named_with_its_shard_and_key(odd_shards):
+    reader = Reader(odd_shards)
+    assert reader.describe(5).endswith("shard-000001.tar: sample 5 (key 5)")
+    reader.close()
+
+
 def test_few_shards_stay_open_and_none_after_closing(odd_shards, monkeypatch):
     monkeypatch.setattr(reader_module, "_OPEN_SHARDS", 2)
     reader = Reader(odd_shards)
@@ -59,6 +103,17 @@ def test_few_shards_stay_open_and_none_after_closing(odd_shards, monkeypatch):
         assert 0 < len(open_shards(odd_shards.path)) <= 2
     reader.close()
     assert not open_shards(odd_shards.path)
+
+
+def test_the_record_cache_keeps_the_shards_used_last(odd_shards, monkeypatch):
+    budget = 2 * 4 * RECORD.itemsize
+    monkeypatch.setattr(reader_module, "_RECORDS_BYTES", budget)
+    reader = Reader(odd_shards)
+    for sample in (0, 4, 1, 8):
+        reader.records(np.array([sample]))
+    assert list(reader._records._kept) == [0, 2]
+    assert reader._records._bytes == budget
+    reader.close()
 
 
 def test_the_record_cache_stays_in_its_budget(odd_shards, monkeypatch):

@@ -224,7 +224,6 @@ def test_resized_pixels_are_close_to_pillows():
         (jpeg(), EncodeConfig(max_pixels=1900), "too many pixels"),
         (encoded(picture(), "PNG"), EncodeConfig(max_pixels=1900), "too many pixels"),
         (jpeg(), EncodeConfig(max_aspect=1.1), "too elongated"),
-        (encoded(picture(mode="L").convert("F"), "TIFF"), DEFAULT, "unsupported"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", DEFAULT, "not an image"),
     ],
 )
@@ -339,6 +338,8 @@ def test_a_scan_header_as_some_phones_write_it_is_repaired(scan, mean_rgb):
 )
 def test_whatever_a_codec_raises_is_a_rejection_that_names_file_and_codec(tmp_path, monkeypatch, error):
     source = fill(tmp_path / "in", 3)
+    # This process alone has the codec that fails.
+    monkeypatch.setattr("shards.images.isolation.may_die", lambda: True)
     whole = simplejpeg.decode_jpeg
     hit = jpeg(1)
 
@@ -374,9 +375,7 @@ def test_long_texts_in_a_png_are_no_damage():
 @pytest.mark.parametrize(
     ("data", "reason", "detail"),
     [
-        (b"\0\0\0\x18ftypheic" + bytes(100), "unsupported", "HEIC: convert"),
-        (b"\xff\x0a" + bytes(100), "unsupported", "JPEG XL: convert"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(100), "damaged", "begins as an image"),
+        (b"\0\0\0\x18ftypheic" + bytes(100), "damaged", "HEIF: "),
         (b"<html>" + bytes(100), "not an image", "begins with 3c 68 74 6d"),
         (b"Rar!\x1a\7\1\0" + bytes(100), "archive", "as RAR does"),
     ],
