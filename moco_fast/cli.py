@@ -15,6 +15,7 @@ from moco_fast.commands.embed import Embed
 from moco_fast.commands.evaluate import eval_commands
 from moco_fast.commands.explore import Explore
 from moco_fast.commands.export import Export
+from moco_fast.commands.launch import Launch
 from moco_fast.commands.plan import PlanRun
 from moco_fast.commands.preview import Preview
 from moco_fast.commands.replay import Replay
@@ -103,6 +104,7 @@ _Others = (
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[bench.BenchConfig, tyro.conf.subcommand("bench")]
+    | Annotated[Launch, tyro.conf.subcommand("launch")]
     | Annotated[PlanRun, tyro.conf.subcommand("plan")]
     | Annotated[ConfigPath, tyro.conf.subcommand("config-path")]
 )

@@ -38,7 +38,7 @@ __all__ = [
 TAKE_ADDRESSES = frozenset(
     {
         *("DataConfig.shards", "EvalConfig.shards", "CheckpointConfig.mirror"),
-        *("EvalTask.train", "EvalTask.test", "Domains.domains", "Embed.images", "Preview.shards"),
+        *("EvalTask.train", "EvalTask.test", "Domains.domains", "Embed.images", "Launch.words", "Preview.shards"),
     }
 )
 """Options of training and of `moco-fast` that take addresses."""
@@ -85,12 +85,13 @@ else:
     Recipe = recipe_form({name: config for name, (_, config) in PRESETS.items()})
 
 
-def parse(argv: Sequence[str] | None = None, *, prog: str = "moco_fast.train") -> Config:
+def parse(argv: Sequence[str] | None = None, *, prog: str = "moco_fast.train", here: bool = True) -> Config:
     """Read the command line into a validated configuration.
 
     Args:
         argv: its words; None: those that this process was started with.
         prog: what the command is called in its help.
+        here: whether the run is to start on this machine, which then has its data and packages.
 
     Raises:
         SystemExit: 2 when an option is wrong (the message is on stderr), 0 after `--help`.
@@ -104,7 +105,7 @@ def parse(argv: Sequence[str] | None = None, *, prog: str = "moco_fast.train") -
         description="Pretrain an image encoder without labels. For several processes, use `accelerate launch`.",
         console_outputs=is_first_rank(),
     )
-    check(chosen.config, chosen.base)
+    check(chosen.config, chosen.base, here=here)
     return chosen.config
 
 
@@ -189,12 +190,13 @@ def _run(words: Sequence[str], prog: str) -> int:
         return 2
 
 
-def check(config: Config, base: Config) -> None:
+def check(config: Config, base: Config, *, here: bool = True) -> None:
     """Check a configuration as far as possible without importing torch.
 
     Args:
         config: the configuration to check.
         base: the preset that it was made from: options that differ were given by the user, and must have an effect.
+        here: whether this machine has to have the data and the packages.
 
     Raises:
         ValueError: the options cannot work together, one has no effect, or a folder does not exist.
@@ -209,6 +211,8 @@ def check(config: Config, base: Config) -> None:
     refuse_meaningless(config, base)
     check_tasks(config)
     check_mirror(config.checkpoint.mirror)
+    if not here:
+        return
     check_installed(config.log)
     tars_to_stream(config.data)
     for option, shards in (("--data.shards", config.data.shards), ("--eval.shards", config.eval.shards)):

@@ -1,0 +1,1 @@
+"""Files that start a run on a cluster: what they share, and one file per scheduler."""

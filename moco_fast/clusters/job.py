@@ -1,0 +1,74 @@
+"""A training job as every scheduler has to be told of it. Does not import torch."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["ClusterJob", "Scheduler", "shell_command"]
+
+GRACE_S = 120
+"""Seconds from a scheduler's signal to its kill. torch's launcher gives its ranks 30 s of these to save."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterJob:
+    """What is to run, and where."""
+
+    name: str
+    """Of letters, digits and hyphens."""
+    words: tuple[str, ...]
+    """A recipe and its options, as after `moco-fast train`, with a folder of the run."""
+    nodes: int
+    gpus: int
+    """Per node."""
+    restarts: int
+    """How often the launcher starts the ranks again by itself after one has died."""
+
+
+class Scheduler:
+    """Base of the schedulers: a name, and the text of a file for it."""
+
+    option: str
+    """Its option of `moco-fast launch`, without hyphens."""
+
+    def text(self, job: ClusterJob) -> str:
+        """Return the file's text."""
+        raise NotImplementedError
+
+
+def shell_command(job: ClusterJob, *, rank: str, first: str) -> str:
+    """Return the command of one node, in several lines of shell.
+
+    Args:
+        job: to run.
+        rank: shell expression for this node's number, from 0.
+        first: shell expression for the first node's name or address.
+    """
+    name = "multi-node" if job.nodes > 1 else "gpu-8"
+    launch = [["accelerate", "launch", "--config_file", f'"$(moco-fast config-path {name})"']]
+    launch.append(["--num_processes", str(job.nodes * job.gpus)])
+    if job.nodes > 1:
+        launch.append(["--num_machines", str(job.nodes), "--machine_rank", rank, "--main_process_ip", first])
+    if job.restarts:
+        launch.append(["--max_restarts", str(job.restarts)])
+        if job.nodes > 1:
+            # The static rendezvous cannot bring restarted nodes together again.
+            launch[-1] += ["--rdzv_backend", "c10d"]
+    launch.append(["-m", "moco_fast.train", *_quoted(job.words[:1])])
+    options = _grouped(job.words[1:])
+    return " \\\n    ".join(" ".join(line) for line in [*launch, *options])
+
+
+def _grouped(words: Sequence[str]) -> list[list[str]]:
+    """Return lines of one option and its values each."""
+    lines: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") or not lines:
+            lines.append([])
+        lines[-1] += _quoted([word])
+    return lines
+
+
+def _quoted(words: Sequence[str]) -> list[str]:
+    # What begins with $ is a variable of the scheduler's, which the shell is to fill in.
+    return [f'"{word}"' if "$" in word else shlex.quote(word) for word in words]
