@@ -24,16 +24,17 @@ class _Work:
 def may_be_interrupted() -> Generator[None]:
     """Let a signal that `StopSignal` listens for raise StoppedError in the block, wherever it is, or as it begins.
 
-    Among several ranks the block lies within `distributed.leaving_together` and has no collective in it: what is raised
-    as the block begins or ends, too, then ends the work on all ranks.
+    Blocks may lie in each other. Among several ranks the block lies within `distributed.leaving_together` and has no
+    collective in it: what is raised as the block begins or ends, too, then ends the work on all ranks.
     """
-    _Work.may_be_interrupted = True
+    before, _Work.may_be_interrupted = _Work.may_be_interrupted, True
     try:
         if _Work.signal:
             interrupt(_Work.signal)
         yield
     finally:
-        _Work.may_be_interrupted = False
+        # What was interrupted is not interrupted again while it leaves the blocks around.
+        _Work.may_be_interrupted = before and not _Work.signal
 
 
 def interrupt(number: int) -> None:

@@ -1,6 +1,9 @@
 """Stop signals: a signal to any rank makes all ranks stop after the same step."""
 
 import signal
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -9,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moco_fast.interrupt import forget_interrupt, interrupt
+from moco_fast.relay import relaying
 
 __all__ = ["StopSignal"]
 
@@ -17,8 +21,9 @@ class StopSignal:
     """Listens for SIGTERM, SIGHUP, SIGUSR1 and SIGINT, and agrees with the other ranks on when to stop.
 
     `poll` is called once per step on every rank. It returns what the ranks agreed on in the previous call, so the
-    exchange (two integers over gloo, on the host) overlaps the step and nothing waits for the GPU. A second SIGINT
-    interrupts immediately. SIGHUP stays ignored where it is, as under nohup.
+    exchange (two integers over gloo, on the host) overlaps the step and nothing waits for the GPU. In work that takes
+    long, `reaching_all` takes its place. A second SIGINT interrupts immediately. SIGHUP stays ignored where it is, as
+    under nohup.
 
     Args:
         timeout_s: seconds that ranks wait for each other.
@@ -28,7 +33,8 @@ class StopSignal:
     SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self, *, timeout_s: float, interrupts: bool = False):
-        self._received = 0
+        self._received, self._is_own = 0, False
+        self._relayed = 0  # on its way from the thread that knows of it to the handler
         self._interrupts = interrupts
         self._group: dist.ProcessGroup | None = None
         if dist.is_initialized():
@@ -40,8 +46,8 @@ class StopSignal:
         self._agreed = torch.zeros(2, dtype=torch.int32)  # a signal, and what was asked for
         self._exchange: dist.Work | None = None
         is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        heard = [number for number in self.SIGNALS if not (is_ignored and number == signal.SIGHUP)]
-        self._before: dict[int, Any] = {number: signal.signal(number, self._receive) for number in heard}
+        self._heard = [number for number in self.SIGNALS if not (is_ignored and number == signal.SIGHUP)]
+        self._before: dict[int, Any] = {number: signal.signal(number, self._receive) for number in self._heard}
 
     def poll(self) -> int:
         """Return the signal that all ranks have agreed to stop for, or 0."""
@@ -52,6 +58,17 @@ class StopSignal:
         self._agreed[0], self._agreed[1], self._asked = self._received, self._asked, 0
         self._exchange = dist.all_reduce(self._agreed, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
+
+    @contextmanager
+    def reaching_all(self) -> Generator[None]:
+        """Let a signal to one rank be one to all of them, within a second, in a block that no rank polls in."""
+        if self._group is None:
+            yield
+            return
+        store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] - there is no other way
+        key = f"moco_fast/signal/{self._group.group_name}"
+        with relaying(store, key, self._heard, known=self._received, deliver=self._deliver):
+            yield
 
     def ask(self, what: int) -> None:
         """Ask all ranks to do something after the same step; they know by `granted`, as they know of a signal.
@@ -83,8 +100,20 @@ class StopSignal:
         return agreed
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._received:
+        relayed, self._relayed = self._relayed, 0
+        if relayed:
+            number = relayed
+        elif number == signal.SIGINT and self._is_own:
             raise KeyboardInterrupt
+        else:
+            self._is_own = True
         self._received = max(self._received, number)
         if self._interrupts:
             interrupt(number)
+
+    def _deliver(self, number: int) -> None:
+        """Take a signal to another rank for one to this, and wake the main thread, which may wait for something."""
+        self._relayed = number
+        ident = threading.main_thread().ident
+        assert ident is not None
+        signal.pthread_kill(ident, signal.SIGUSR1)

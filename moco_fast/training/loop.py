@@ -413,9 +413,10 @@ class RunLoop:
             return False, 0
         average_batch_statistics(self.parts.query)
         try:
-            figures = self._evaluation.figures(
-                self.parts.query, device=self.runtime.device, world=self.runtime.world, probe=self.parts.probe
-            )
+            with self._stop.reaching_all():
+                figures = self._evaluation.figures(
+                    self.parts.query, device=self.runtime.device, world=self.runtime.world, probe=self.parts.probe
+                )
         except StoppedError as stopped:
             return False, stopped.number
         progress.is_evaluation_due = False

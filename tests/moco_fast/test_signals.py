@@ -4,15 +4,19 @@ import dataclasses
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
-from moco_fast import checkpoint, distributed
-from moco_fast.evaluation import features
+from moco_fast import checkpoint, distributed, recovery
+from moco_fast.config import CheckpointConfig
+from moco_fast.evaluation import features, knn, retrieval
 from moco_fast.evaluation.heads import LinearHeads
 from moco_fast.stop import StopSignal
 from moco_fast.training import state
@@ -43,11 +47,19 @@ def send(number: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
-def of_two(shards: str, out: str, evaluated: str | None, *, on_rank: int, where: tuple[Any, str, int], do: Any) -> Any:
+def of_two(
+    shards: str,
+    out: str,
+    evaluated: str | None,
+    *,
+    on_rank: int,
+    where: tuple[Any, str, int],
+    do: Any,
+    tasks: tuple[str, ...] = ("health",),
+) -> Any:
     """Train on this rank and the other; on one of them something is done at a moment."""
     config = small_run(Path(shards), Path(out), steps=2 if evaluated else 6)
-    tasks = ("health",) if evaluated else ()
-    held_out = dataclasses.replace(config.eval, shards=evaluated, tasks=tasks)
+    held_out = dataclasses.replace(config.eval, shards=evaluated, tasks=tasks if evaluated else ())
     config = dataclasses.replace(config, eval=held_out)
     put_back = at_call(*where, do) if distributed.rank() == on_rank else lambda: None
     rank = distributed.rank()
@@ -100,10 +112,42 @@ def test_a_signal_to_one_rank_ends_an_evaluation_that_is_done_again(
     assert [line["step"] for line in read_lines(out / "metrics.jsonl") if "loss" not in line] == [0, 2]
 
 
-def test_a_linear_classifier_that_a_run_trains_is_left_at_once(packed_demo: Any, tmp_path: Path) -> None:
+# Where a rank is in an evaluation.
+PLACES = {
+    "health": (features, "layer_features", 1),
+    "knn": (knn, "predict", 1),
+    "retrieval": (retrieval, "rank", 1),
+    "linear": (LinearHeads, "step", 3),
+}
+
+
+def stuck_while_the_other_is_told(shards: str, out: str, held_out: str, task: str) -> Any:
+    """The first rank is in an evaluation that has no end, and has the other one told, wherever that is by then."""
+    pids = [os.getpid()] * 2
+    dist.all_gather_object(pids, os.getpid())
+
+    def get_stuck() -> None:
+        os.kill(pids[1], signal.SIGTERM)
+        assert threading.Event().wait(60), "no signal reached it"
+
+    return of_two(shards, out, held_out, tasks=(task,), on_rank=0, where=PLACES[task], do=get_stuck)
+
+
+@pytest.mark.parametrize("task", PLACES)
+def test_a_signal_to_one_rank_reaches_the_others_wherever_they_are_in_an_evaluation(
+    task: str, run_ranks: Callable[..., Any], packed_demo: Any, tmp_path: Path
+) -> None:
+    places = str(packed_demo.train), str(tmp_path / "run"), str(packed_demo.val)
+    told = run_ranks(stuck_while_the_other_is_told, *places, task)
+    assert told == [(0, 128 + signal.SIGTERM), (1, 128 + signal.SIGTERM)]
+    assert checkpoint.load(tmp_path / "run/checkpoints/step-00000000").numbers["is_evaluation_due"]
+
+
+@pytest.mark.parametrize("task", PLACES)
+def test_an_evaluation_of_a_run_is_left_at_once(task: str, packed_demo: Any, tmp_path: Path) -> None:
     config = small_run(packed_demo.train, tmp_path / "run", steps=2)
-    evaluated = dataclasses.replace(config.eval, shards=str(packed_demo.val), tasks=("linear",))
-    put_back = at_call(LinearHeads, "step", 3, send(signal.SIGINT))
+    evaluated = dataclasses.replace(config.eval, shards=str(packed_demo.val), tasks=(task,))
+    put_back = at_call(*PLACES[task], send(signal.SIGINT))
     try:
         assert train(dataclasses.replace(config, eval=evaluated)) == 128 + signal.SIGINT
     finally:
@@ -112,6 +156,54 @@ def test_a_linear_classifier_that_a_run_trains_is_left_at_once(packed_demo: Any,
     saved = checkpoint.load(tmp_path / "run/checkpoints/step-00000000")
     assert saved.numbers["is_evaluation_due"]
     assert json.loads((tmp_path / "run/outcome.json").read_text())["outcome"] == "stopped"
+
+
+def state_of(out: Path, step: int) -> dict[str, torch.Tensor]:
+    saved = checkpoint.load(out / f"checkpoints/step-{step:08d}")
+    return {**saved.model, **saved.optimizer, **saved.rng}
+
+
+def test_a_signal_while_a_checkpoint_is_written_loses_nothing(
+    packed_demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = threading.Event()
+    receive = StopSignal._receive
+
+    def hear(self: StopSignal, *arguments: Any) -> None:
+        receive(self, *arguments)
+        heard.set()
+
+    def told_while_it_writes() -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard.wait(60)
+
+    def run(out: str) -> int:
+        saved = CheckpointConfig(every_steps=2, keep=9)
+        return train(dataclasses.replace(small_run(packed_demo.train, tmp_path / out, steps=5), checkpoint=saved))
+
+    assert run("plain") == 0
+    monkeypatch.setattr(StopSignal, "_receive", hear)
+    write, calls = checkpoint._write_tensors, []
+
+    def write_and_be_told(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:  # The model is on the disk by then, the optimizer not yet.
+            told_while_it_writes()
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", write_and_be_told)
+    assert run("told") == 128 + signal.SIGTERM
+    steps = [int(path.name.removeprefix("step-")) for path in recovery.candidates(tmp_path / "told/checkpoints")]
+    assert steps[0] == 2
+    assert 2 <= steps[-1] < 5
+    for step in steps:
+        recovery.verify(tmp_path / f"told/checkpoints/step-{step:08d}")
+    assert [line["step"] for line in read_lines(tmp_path / "told/metrics.jsonl")] == list(range(1, steps[-1] + 1))
+    assert run("told") == 0
+    wanted, found = (state_of(tmp_path / out, 5) for out in ("plain", "told"))
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
 
 
 def test_what_is_ignored_stays_ignored() -> None:

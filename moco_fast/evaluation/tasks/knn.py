@@ -99,6 +99,7 @@ class Knn(Task):
 
         from moco_fast import distributed
         from moco_fast.evaluation.knn import predict
+        from moco_fast.interrupt import may_be_interrupted
 
         bank, queries = map(inputs.features, self.wants())
         first, *others = self._settings()
@@ -108,13 +109,14 @@ class Knn(Task):
         num_classes, world = inputs.num_classes, inputs.world
         mine = slice(*(len(queries) * rank // world.world_size for rank in (world.rank, world.rank + 1)))
         labels = queries.labels[mine].to(inputs.device)
-        predictions = predict(
-            bank.values,
-            bank.labels.to(inputs.device),
-            queries.values[mine],
-            num_classes=num_classes,
-            settings=list(asked.values()),
-        )
+        with may_be_interrupted():
+            predictions = predict(
+                bank.values,
+                bank.labels.to(inputs.device),
+                queries.values[mine],
+                num_classes=num_classes,
+                settings=list(asked.values()),
+            )
         right = torch.stack(
             [labels[predictions[how] == labels].bincount(minlength=num_classes) for how in asked.values()]
         )

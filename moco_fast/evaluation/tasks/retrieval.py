@@ -101,18 +101,20 @@ class Retrieval(Task):
         from moco_fast import distributed
         from moco_fast.evaluation.features import near
         from moco_fast.evaluation.retrieval import rank
+        from moco_fast.interrupt import may_be_interrupted
 
         queries, relevance, num_left_out = self._asked(inputs)
         of_database = inputs.features(self.wants()[-1], labeled=self.needs_labels)
         world = inputs.world
-        found = rank(
-            queries,
-            near(of_database.values, inputs.device),
-            relevance,
-            ks=self.k,
-            precision="steps" if self.pairs is None else "trapezoids",
-            share=(world.rank, world.world_size),
-        )
+        with may_be_interrupted():
+            found = rank(
+                queries,
+                near(of_database.values, inputs.device),
+                relevance,
+                ks=self.k,
+                precision="steps" if self.pairs is None else "trapezoids",
+                share=(world.rank, world.world_size),
+            )
         if world.world_size > 1:
             distributed.leave_together()
             for values in (found.average_precision, found.found, found.has_relevant):
