@@ -42,6 +42,12 @@ def _describe(found: "Replayed") -> list[str]:
     lines: list[str] = []
     if not found.same_batches:
         lines.append("not the captured step: samples or generators are others than those that were captured")
+    if found.first_other is not None:
+        lines.append(
+            f"the loss is another one than in the run from step {found.first_other} on, in its last bits at least"
+        )
+    elif found.num_compared:
+        lines.append(f"the losses of the last {found.num_compared} steps are those of the run, bit for bit")
     if found.first is None:
         return [*lines, f"up to step {found.step} every value is finite here"]
     lines.append(f"step {found.step}, rank {found.rank}: the first value that is not finite: {found.first}")

@@ -1,12 +1,14 @@
 """Capture of a step whose loss or gradient is not finite: what repeats it.
 
     RUN/capture/
-        capture.json            step, losses of all ranks, batches, the loader's place, configuration, samples' digest
+        capture.json            step, losses of all ranks, batches, the loader's place, configuration, samples' digest;
+                                loss and gradient norm of the steps before it that were not logged yet
         rng.safetensors         states of torch's generators before the step, by rank, as a checkpoint has them
         checkpoints/step-NNNN/  the run's newest checkpoint before it (links to its files, no copy); none: the run began
 
 The state right before the step is not there: it would have to be copied at every step. `moco-fast replay` takes the
-steps from the checkpoint to it again, which are the same ones (moco_fast/training/replay.py).
+steps from the checkpoint to it again, and compares their losses with those of the run, bit for bit
+(moco_fast/training/replay.py).
 """
 
 import json
@@ -28,9 +30,9 @@ from moco_fast.training.runtime import Runtime
 from pipelines.batch import Batch
 from shards.ground.files import appearing, remove
 
-__all__ = ["Capture", "RecentSteps", "read_capture", "read_generators", "write_capture"]
+__all__ = ["Capture", "RecentSteps", "observed", "read_capture", "read_generators", "write_capture"]
 
-_VERSION = 1
+_VERSION = 2
 _MAX_STEPS = 5000  # kept, of some kilobytes each, where lines of metrics are further apart
 
 
@@ -59,6 +61,9 @@ class Capture:
     """Where the loader was before the step."""
     indices: tuple[tuple[tuple[int, ...], ...], ...]
     """Dense sample numbers of each batch of each rank."""
+    observed: tuple[dict[str, list[float]], ...]
+    """Of each rank, by the number of a step as text: what `observed` returns. Steps up to the bad one, as far back as
+    the run had not logged them yet."""
     from_step: int
     """That the kept checkpoint is of; 0: there was none."""
     world_size: int
@@ -66,6 +71,11 @@ class Capture:
     config: dict[str, Any]
     data: dict[str, Any]
     """What the sets held (`identity_of`)."""
+
+
+def observed(watched: Mapping[str, Tensor], *, may_overflow: bool) -> tuple[Tensor, ...]:
+    """Return, of what a step returned, what must be finite: the loss, and the gradient's norm where it counts."""
+    return (watched["loss"], *(() if may_overflow else (watched["grad_norm"],)))
 
 
 class RecentSteps:
@@ -92,7 +102,7 @@ class RecentSteps:
     def end(self, step: int, batches: Sequence[Batch], watched: Mapping[str, Tensor]) -> None:
         """Note a step: its number from 1, its batches, and what it returned."""
         place, rng = self._before
-        values = (watched["loss"], *(() if self._may_overflow else (watched["grad_norm"],)))
+        values = observed(watched, may_overflow=self._may_overflow)
         indices = tuple(batch.index for batch in batches)
         self._steps.append(_Recent(step=step, place=place, rng=rng, indices=indices, values=values))
 
@@ -107,6 +117,14 @@ class RecentSteps:
             if not torch.stack([value.float() for value in each.values]).isfinite().all():
                 return each
         return None
+
+    def up_to(self, step: int) -> dict[str, list[float]]:
+        """Return loss and gradient norm of the steps up to this one, by their numbers; waits for the device."""
+        return {
+            str(each.step): torch.stack([value.float() for value in each.values]).tolist()
+            for each in self._steps
+            if each.step <= step
+        }
 
     def at(self, step: int) -> _Recent:
         """Return one of the steps."""
@@ -134,8 +152,9 @@ def write_capture(
     if not found:
         return None
     own = recent.at(min(found))
-    facts = (float(own.values[0]), tuple(tuple(each.tolist()) for each in own.indices), own.rng)
-    losses, indices, generators = zip(*runtime.gather(facts), strict=True)
+    indices_of_rank = tuple(tuple(each.tolist()) for each in own.indices)
+    facts = (float(own.values[0]), indices_of_rank, recent.up_to(own.step), own.rng)
+    losses, indices, of_steps, generators = zip(*runtime.gather(facts), strict=True)
     path = folder / "capture"
     if runtime.rank == 0:
         newest = checkpoint.find_newest(folder / "checkpoints")
@@ -146,6 +165,7 @@ def write_capture(
             ranks=tuple(rank for rank, step in enumerate(of_ranks) if step == own.step),
             place=own.place,
             indices=indices,
+            observed=of_steps,
             from_step=0 if newest is None else int(newest.name.removeprefix("step-")),
             world_size=runtime.world_size,
             precision=runtime.precision,
@@ -192,7 +212,7 @@ def read_capture(path: Path) -> Capture:
     if values.get("version") != _VERSION:
         raise ValueError(f"{path} was written in format {values.get('version')}, but this version reads {_VERSION}")
     values["indices"] = tuple(tuple(tuple(batch) for batch in of_rank) for of_rank in values["indices"])
-    return Capture(**values | {name: tuple(values[name]) for name in ("losses", "ranks")})
+    return Capture(**values | {name: tuple(values[name]) for name in ("losses", "ranks", "observed")})
 
 
 def read_generators(path: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from moco_fast.config import Config, from_dict
 from moco_fast.encoders.initial import initial_weights
 from moco_fast.recovery import find_whole
 from moco_fast.training.build import Parts, build, open_sets
-from moco_fast.training.capture import Capture, read_capture, read_generators
+from moco_fast.training.capture import Capture, observed, read_capture, read_generators
 from moco_fast.training.continuing import identity_of
 from moco_fast.training.loop import begin, restore
 from moco_fast.training.runtime import Runtime, start
@@ -41,6 +41,10 @@ class Replayed:
     """What came right before it, with the largest magnitude."""
     same_batches: bool
     """Whether the captured step, as far as it was reached, had the same samples and generators."""
+    num_compared: int
+    """Steps whose losses and gradient norms the capture has."""
+    first_other: int | None
+    """The first of them where they are others than the run's, in whatever bit; None: they are the same."""
 
     @property
     def reproduced(self) -> bool:
@@ -157,7 +161,8 @@ def _take_steps(capture: Capture, config: Config, runtime: Runtime, parts: Parts
 
     train_step = replace(parts.train_step, backward=watched_backward)
     supply = Supply(parts.loader)
-    same = True
+    same, others, num_compared = True, list[int](), 0
+    known, may_overflow = capture.observed[runtime.rank], runtime.precision == "fp16"
     found: list[tuple[str, float]] = []
     while step < capture.step:
         is_captured = step + 1 == capture.step
@@ -168,12 +173,19 @@ def _take_steps(capture: Capture, config: Config, runtime: Runtime, parts: Parts
             indices = tuple(tuple(batch.index.tolist()) for batch in batches)
             same = same and indices == capture.indices[runtime.rank]
         lr, scheduled = lr_at(step, parts.num_steps, config.optim), config.method.scheduled(step, parts.num_steps)
-        train_step(batches, lr=lr, scheduled=scheduled)
+        watched = train_step(batches, lr=lr, scheduled=scheduled)
         step += 1
+        if (of_run := known.get(str(step))) is not None:
+            values = torch.stack([value.float() for value in observed(watched, may_overflow=may_overflow)])
+            num_compared += 1
+            if not values.cpu().allclose(torch.tensor(of_run), rtol=0, atol=0, equal_nan=True):
+                others.append(step)
         found = watch.read()
         if any(runtime.gather(_first(found) is not None)):
             break
-    return _summary(capture, runtime, step, found, same)
+    first_other = min(filter(None, runtime.gather(others[0] if others else None)), default=None)
+    summary = _summary(capture, runtime, step, found, same)
+    return replace(summary, num_compared=num_compared, first_other=first_other)
 
 
 def _same_generators(path: Path, runtime: Runtime) -> bool:
@@ -203,4 +215,6 @@ def _summary(capture: Capture, runtime: Runtime, step: int, found: list[tuple[st
         first=first,
         before=before,
         same_batches=all(same for _, same in of_ranks),
+        num_compared=0,
+        first_other=None,
     )

@@ -1,15 +1,19 @@
 """Steps on batches that were held back: what they tell, and that a run does not notice."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from moco_fast import checkpoint
 from moco_fast.config import CheckpointConfig, Config
+from moco_fast.encoders import encoder as encoders
 from moco_fast.training.gauges import PendingTimes
 from moco_fast.training.headspace import PendingHeadspace, describe
 from moco_fast.training.loop import train
@@ -17,6 +21,7 @@ from moco_fast.training.supply import Supply
 from pipelines.config import VIEWS, DataConfig
 from pipelines.loader import open_loader
 from tests.moco_fast.small_runs import small_run
+from tests.moco_fast.tiny_encoder import TinyEncoder
 
 
 def test_batches_that_are_held_back_come_in_their_order(packed_demo) -> None:
@@ -72,6 +77,43 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
     assert newest.name == "step-00000026"
     saved = checkpoint.load(newest)
     return {**saved.model, **saved.optimizer, **saved.rng}
+
+
+def of_two_ranks(*places: str, headspace: int | None) -> int:
+    from accelerate.state import AcceleratorState
+
+    shards, out = map(Path, places)
+    config = run_of(shards, out, headspace=headspace)
+    encoders.ENCODERS["tiny"] = TinyEncoder
+    try:
+        return train(replace(config, model=replace(config.model, encoder="tiny")))
+    finally:
+        del encoders.ENCODERS["tiny"]
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def without(*places: str) -> int:
+    return of_two_ranks(*places, headspace=None)
+
+
+def measuring(*places: str) -> int:
+    return of_two_ranks(*places, headspace=10)
+
+
+def test_two_ranks_that_measure_are_bit_equal_and_name_their_hosts(
+    packed_demo, tmp_path: Path, run_ranks: Callable[..., Any]
+) -> None:
+    for name, run in (("plain", without), ("measured", measuring)):
+        assert run_ranks(run, str(packed_demo.train), str(tmp_path / name)) == [0, 0]
+    lines = [json.loads(line) for line in (tmp_path / "measured" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "headspace/data_cost_share" in line] == [25]
+    wanted = tensors(tmp_path / "plain")
+    assert {"0.cpu", "1.cpu"} <= wanted.keys()
+    assert [name for name, each in tensors(tmp_path / "measured").items() if not torch.equal(each, wanted[name])] == []
+    environment = json.loads((tmp_path / "measured/environment.json").read_text())
+    assert (environment["hosts"], environment["world_size"]) == ([os.uname().nodename] * 2, 2)
+    [start] = map(json.loads, (tmp_path / "measured/starts.jsonl").read_text().splitlines())
+    assert start["hosts"] == environment["hosts"]
 
 
 def test_a_run_that_measures_is_bit_equal_even_if_it_is_stopped_meanwhile(

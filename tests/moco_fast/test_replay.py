@@ -2,15 +2,18 @@
 
 import json
 import math
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from moco_fast import checkpoint
+from moco_fast import checkpoint, distributed
 from moco_fast.cli import main
 from moco_fast.config import CheckpointConfig, Config
 from moco_fast.encoders import encoder as encoders
@@ -100,12 +103,68 @@ def test_a_sample_that_makes_nan_is_found_again_in_its_module(
     assert f"step {capture.step}, rank 0: {first.replace('query', 'key')}" in said
     assert "output of key.backbone.1" in said
     assert "others than those" not in said
+    assert re.search(r"the losses of the last [12] steps are those of the run, bit for bit", said)
     # Without what made it fail, the same steps are finite.
     Second.poisoned = False
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Second, "forward", nn.Conv2d.forward)
         found = replay(out / "capture", device="cpu", say=print)
     assert (found.reproduced, found.same_batches, found.step) == (False, True, capture.step)
+    assert found.first_other == capture.step
+
+
+def poisoned_on_the_second_rank(*places: str, action: str) -> Any:
+    """Train until the loss is not finite, or replay that."""
+    from accelerate.state import AcceleratorState
+
+    shards, out = map(Path, places)
+    handed_over = Loader._next
+
+    def next_batch(self: Loader) -> Any:
+        batch = handed_over(self)
+        Second.poisoned = self._epoch == 1 and distributed.rank() == 1
+        return batch
+
+    encoders.ENCODERS["fragile"] = Fragile
+    Loader._next = next_batch
+    try:
+        if action == "replay":
+            return replay(out / "capture", device="cpu", say=print)
+        train(run_of(shards, out))
+    except FloatingPointError as error:
+        return str(error)
+    finally:
+        Loader._next = handed_over
+        Second.poisoned = False
+        del encoders.ENCODERS["fragile"]
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trained(*places: str) -> Any:
+    return poisoned_on_the_second_rank(*places, action="train")
+
+
+def replayed(*places: str) -> Any:
+    return poisoned_on_the_second_rank(*places, action="replay")
+
+
+def test_two_ranks_leave_one_capture_and_replay_it_together(
+    packed_demo: Any, tmp_path: Path, run_ranks: Callable[..., Any]
+) -> None:
+    places = str(packed_demo.train), str(tmp_path / "run")
+    for said in run_ranks(trained, *places):
+        assert "`moco-fast replay" in said
+    capture = read_capture(tmp_path / "run/capture")
+    assert (capture.step, capture.world_size, len(capture.indices), len(capture.observed)) == (4, 2, 2, 2)
+    # Half of each rank's keys are computed on the other one.
+    assert capture.ranks == (0, 1)
+    assert all(map(math.isnan, capture.losses))
+    assert set(read_generators(tmp_path / "run/capture")) == {"0.cpu", "1.cpu"}
+    one, other = run_ranks(replayed, *places)
+    assert one == other
+    assert (one.step, one.rank, one.first) == (4, 1, "output of key.backbone.2")
+    assert (one.same_batches, one.first_other) == (True, None)
+    assert one.num_compared > 0
 
 
 def test_a_rate_that_is_far_too_high_is_seen_in_the_weights(packed_demo, tmp_path: Path) -> None:
@@ -117,6 +176,13 @@ def test_a_rate_that_is_far_too_high_is_seen_in_the_weights(packed_demo, tmp_pat
     found = replay(out / "capture", device="cpu", say=print)
     assert found.reproduced
     assert found.same_batches
+    assert (found.num_compared, found.first_other) == (found.step, None)
+    # One bit of a loss.
+    values = json.loads((out / "capture/capture.json").read_text())
+    loss = values["observed"][0]["1"][0]
+    values["observed"][0]["1"][0] = float(np.nextafter(np.float32(loss), np.float32(9)))
+    (out / "capture/capture.json").write_text(json.dumps(values))
+    assert replay(out / "capture", device="cpu", say=print).first_other == 1
     assert found.step <= capture.step
     assert found.first is not None
     assert found.first.split(" of ")[0] in ("weights", "output", "loss", "gradient")
