@@ -3,8 +3,9 @@
     python benchmarks/demo_seeds.py --out build/demo-seeds
 
 Each seed is run with each number of threads: other threads add the same sums in another order, as other machines do.
-Each is a whole run of the recipe `demo`; interrupted, the same command goes on where it was. Options after `--` go to
-the training, as in `... --out build/try -- --optim.lr 0.1`. Writes results.json and results.md.
+Each is a whole run of the recipe `demo`, without labels; only the evaluation afterwards has them, as in `make demo`.
+Interrupted, the same command goes on where it was. Options after `--` go to the training, as in `... --out build/try --
+--optim.lr 0.1`. Writes results.json and results.md.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -24,9 +25,11 @@ from torch import nn
 
 from moco_fast.config import Config
 from moco_fast.encoders.encoder import Encoder
+from moco_fast.evaluation.base import RunSets
+from moco_fast.evaluation.packed import open_data
 from moco_fast.evaluation.registry import open_evaluation
-from moco_fast.report.record import RunRecord, read_run
-from moco_fast.training.build import open_sets
+from moco_fast.evaluation.result import read_results
+from moco_fast.report.record import read_run
 from pipelines.world import World
 
 
@@ -50,14 +53,13 @@ def run_module(module: str, *words: str, threads: int | None = None) -> None:
     subprocess.run([sys.executable, "-m", module, *words], check=True, env=environment)
 
 
-def prepare(folder: Path) -> tuple[Path, Path]:
-    """Cut and pack the demo's images, as `make demo` does; returns the folders of training and held-out shards."""
-    run_module("moco_fast.demo", str(folder / "images"))
-    shards = folder / "shards"
-    for split in ("train", "val"):
-        if not (shards / split / "manifest.json").is_file():
-            run_module("shards.cli", "pack", str(folder / "images" / split), "--out", str(shards / split))
-    return shards / "train", shards / "val"
+def prepare(folder: Path) -> Path:
+    """Cut the demo's images and pack them without labels, as `make demo` does; returns the folder of images."""
+    images, shards = folder / "images", folder / "shards"
+    run_module("moco_fast.demo", str(images))
+    if not (shards / "manifest.json").is_file():
+        run_module("shards.cli", "pack", str(images / "train"), "--labels", "none", "--out", str(shards))
+    return images
 
 
 def run_folder(seed: int, threads: int, folder: Path) -> Path:
@@ -65,34 +67,41 @@ def run_folder(seed: int, threads: int, folder: Path) -> Path:
     return folder / f"seed-{seed}-threads-{threads}"
 
 
-def run_seed(seed: int, threads: int, folder: Path, train: Path, val: Path, options: list[str]) -> Row:
-    """Train with one seed and number of threads, and read the run's folder."""
+def run_seed(seed: int, threads: int, folder: Path, images: Path, options: list[str]) -> Row:
+    """Train with one seed and number of threads, measure with labels, and read what was found."""
     run = run_folder(seed, threads, folder)
-    words = ["demo", "--data.shards", str(train), "--eval.shards", str(val), "--run.out", str(run)]
+    words = ["demo", "--data.shards", str(folder / "shards"), "--eval.tasks", "health", "--run.out", str(run)]
     run_module("moco_fast.train", *words, "--run.seed", str(seed), *options, threads=threads)
+    words = ["eval", "knn", "--encoder", str(run), "--beside", "untrained", "--cache", str(folder / "cache")]
+    sets = ["--train", str(images / "train"), "--test", str(images / "val"), "--out", str(run / "knn.json")]
+    run_module("moco_fast.cli", *words, *sets)
+    trained, untrained = read_results(run / "knn.json")
     record = read_run(run)
     return Row(
         seed=seed,
         threads=threads,
-        raw_pixels=top1_of_raw_pixels(record.config),
-        untrained=record.evaluations[0]["knn/top1"],
-        trained=record.evaluations[-1]["knn/top1"],
+        raw_pixels=top1_of_raw_pixels(record.config, images, folder / "cache"),
+        untrained=untrained.headline.value,
+        trained=trained.headline.value,
         training_s=record.last["time_s"],
     )
 
 
-def top1_of_raw_pixels(config: Config) -> float:
+def top1_of_raw_pixels(config: Config, images: Path, cache: Path) -> float:
     """Classify by the pixels themselves, with the run's settings."""
     num_values = 3 * config.views.size**2
     pixels = Encoder(nn.Flatten(), nn.Identity(), feature_dim=num_values, dim=num_values)
-    evaluation = open_evaluation(config, open_sets(config))
+    training, held_out = (open_data(str(images / split), cache=cache) for split in ("train", "val"))
+    evaluated = replace(config, eval=replace(config.eval, tasks=("knn",)))
+    evaluation = open_evaluation(evaluated, RunSets(training=training, held_out=held_out))
     assert evaluation is not None
     return evaluation.figures(pixels, device=torch.device("cpu"), world=World())["knn/top1"]
 
 
-def as_markdown(rows: list[Row], record: RunRecord) -> str:
+def as_markdown(rows: list[Row], run: Path) -> str:
     """Write the table, and on what it was measured."""
-    config, environment, measured = record.config, record.environment, record.evaluations[-1]
+    record, facts = read_run(run), read_results(run / "knn.json")[0].facts
+    config, environment = record.config, record.environment
     table = "".join(
         f"| {row.seed} | {row.threads} | {row.raw_pixels:.1%} | {row.untrained:.1%} | {row.trained:.1%} | "
         f"{row.training_s:.0f} s |\n"
@@ -107,7 +116,7 @@ def as_markdown(rows: list[Row], record: RunRecord) -> str:
     return (
         f"`{config.model.encoder}`, {record.last['step']:,} steps of {config.data.batch_size} samples, views of "
         f"{config.views.size} pixels, {config.views.color} colors; kNN top-1, k = {config.eval.k}, "
-        f"{measured['knn/num_queries']:,} held-out samples against {measured['knn/num_bank']:,}.\n"
+        f"{facts['num_queries']:,} held-out samples against {facts['num_bank']:,}.\n"
         f"{environment['device']}, {environment['num_cpus']} CPUs, {environment['precision']}; torch "
         f"{metadata.version('torch')}, Python {platform.python_version()}.\n\n"
         "| seed | threads | raw pixels | untrained | trained | training |\n"
@@ -128,10 +137,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/demo-seeds"), help="folder for all that is written")
     arguments = parser.parse_args(ours)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    train, val = prepare(arguments.out)
+    images = prepare(arguments.out)
     runs = list(product(arguments.seeds, arguments.threads))
-    rows = [run_seed(seed, threads, arguments.out, train, val, options) for seed, threads in runs]
-    table = as_markdown(rows, read_run(run_folder(*runs[-1], arguments.out)))
+    rows = [run_seed(seed, threads, arguments.out, images, options) for seed, threads in runs]
+    table = as_markdown(rows, run_folder(*runs[-1], arguments.out))
     (arguments.out / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     (arguments.out / "results.md").write_text(table)
     print(table)

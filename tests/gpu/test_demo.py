@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from moco_fast.report.record import read_run
+
 ROOT = Path(__file__).parent.parent.parent
 
 pytestmark = pytest.mark.slow
@@ -32,22 +34,29 @@ def command(tmp_path):
 
 def test_demo_learns(command, device, tmp_path):
     command("moco_fast.demo", "images")
-    for split in ("train", "val"):
-        command("shards.cli", "pack", f"images/{split}", "--out", f"shards/{split}")
+    command("shards.cli", "pack", "images/train", "--labels", "none", "--out", "shards")
     on_gpu = device.type == "cuda"
     config = ROOT / "deploy" / "accelerate" / f"{'gpu' if on_gpu else 'cpu'}-1.yaml"
     # A GPU takes a minute for the whole demo; a CPU shows in a few steps that the commands fit together.
     shorter = () if on_gpu else ("--run.steps", 3, "--data.batch-size", 32, "--model.encoder", "resnet18_quarter")
-    data = ("--data.shards", "shards/train", "--eval.shards", "shards/val", "--run.out", "run")
+    data = ("--data.shards", "shards", "--eval.tasks", "health", "--run.out", "run")
     launch = ("accelerate.commands.launch", "--config_file", config, "-m", "moco_fast.train", "demo")
     command(*launch, *data, *shorter)
     command("moco_fast.cli", "report", "run")
+    labeled = ("--train", "images/train", "--test", "images/val", "--beside", "untrained")
+    on_device = ("--device", device.type, "--cache", "cache")
+    command("moco_fast.cli", "eval", "knn", "--encoder", "run", *labeled, *on_device)
+    command("moco_fast.cli", "report", "run")
 
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    top1 = [line["knn/top1"] for line in metrics if "knn/top1" in line]
-    assert len(top1) >= 2
+    assert len([line for line in metrics if "health/rankme" in line]) >= 2
+    top1 = {result.encoder["name"]: result.headline.value for result in read_run(tmp_path / "run").results}
+    untrained = top1.pop("untrained")
+    [trained] = top1.values()
     if on_gpu:
-        assert top1[-1] > top1[0] + 0.1, top1
+        assert trained > untrained + 0.1
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert (environment["cuda"] is not None) == on_gpu
-    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Training samples, evenly spread over the set" in page  # neighbors without labels
+    assert "kNN top-1" in page

@@ -1,5 +1,6 @@
 """How a run's processes find each other: ranks set by hand, networks, and the launcher's restarts."""
 
+import json
 import os
 import signal
 import socket
@@ -188,3 +189,37 @@ def test_after_the_loss_of_a_node_the_others_continue_the_run(packed_demo: Any, 
     _, said = left.communicate(timeout=240)
     assert left.returncode == 0, said
     check_that_it_went_on(out, said)
+
+
+# A job script's srun: two tasks on one node, with Slurm's variables and nothing of a launcher's.
+SRUN = """#!/bin/sh
+pids=
+for task in 0 1; do
+    SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 \\
+        SLURM_STEP_TASKS_PER_NODE=2 "$@" &
+    pids="$pids $!"
+done
+for pid in $pids; do wait $pid || exit 1; done
+"""
+
+
+@pytest.mark.slow
+def test_ranks_set_by_hand_under_srun_are_one_run(packed_demo: Any, tmp_path: Path) -> None:
+    srun = tmp_path / "srun"
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    out = tmp_path / "run"
+    options = ["--data.shards", str(packed_demo.train), "--run.out", str(out), *SMALL, "--run.steps", "4"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    by_hand = f"RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
+    command = [str(srun), "sh", "-c", f'{by_hand} exec "$0" -m moco_fast.train demo "$@"', sys.executable, *options]
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("LOCAL_", "RANK", "WORLD_"))}
+    done = subprocess.run(
+        command, env=env | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    environment = json.loads((out / "environment.json").read_text())
+    assert (environment["world_size"], environment["hosts"]) == (2, [os.uname().nodename] * 2)
+    assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert run_state(out) == "finished"
