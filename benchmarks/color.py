@@ -6,8 +6,9 @@
 
 The same parameters are drawn for both, on the recipes' own crops; the authors' pipeline is Pillow and torchvision's
 transforms in their order (crop, jitter, grayscale, blur, solarize, flip; v1: grayscale first). Differences are in
-levels of 0..255, over both views, for whole recipes and for single operations of the jitter. `control`: torchvision's
-operations on uint8 tensors in place of Pillow images. FFCV is left out where it is not installed.
+levels of 0..255, over both views, for whole recipes and for single operations of the jitter. `linear with gray` is what
+training refuses: linear colors on shards without mean colors. `control`: torchvision's operations on uint8 tensors in
+place of Pillow images. FFCV is left out where it is not installed.
 
 The second table is of the torch backend, on one thread: what the colors of a sample's two views take, beside
 torchvision's operations on Pillow images and on tensors, and what decoding and making both views takes with colors
@@ -128,13 +129,17 @@ def rendered(encoded: Sequence[np.ndarray], tables: Sequence[ViewTable], size: i
     return out
 
 
-def contestants(shards: ShardSet, beton: ShardSet | None) -> Iterator[tuple[str, ShardSet, str, str]]:
+def contestants(
+    shards: ShardSet, beton: ShardSet | None, plain: ShardSet | None
+) -> Iterator[tuple[str, ShardSet, str, str]]:
     """Give (name, data, backend, views.color)."""
     for color in ("torchvision", "linear"):
         yield f"torch, {color}", shards, "torch", color
         yield f"dali on the CPU, {color}", shards, "dali", color
         if beton is not None:
             yield f"ffcv, {color}", beton, "ffcv", color
+    if plain is not None:
+        yield "torch, linear with gray for the mean colors", plain, "torch", "linear"
     yield "control", shards, "control", "torchvision"
 
 
@@ -211,12 +216,12 @@ def cost(shards: ShardSet, samples: np.ndarray, recipe: str) -> tuple[str, str, 
 
 
 def distances(
-    shards: ShardSet, beton: ShardSet | None, samples: np.ndarray, recipe: str
+    shards: ShardSet, beton: ShardSet | None, plain: ShardSet | None, samples: np.ndarray, recipe: str
 ) -> tuple[list[str], list[Claim]]:
     """Compare every backend's views with the authors': lines of the table, and claims."""
     views, lines, claims = (RECIPES | ALONE)[recipe], [], []
     theirs = views_of(shards, samples, views, "authors")
-    for name, data, backend, color in contestants(shards, beton):
+    for name, data, backend, color in contestants(shards, beton, plain):
         if recipe in ALONE and backend not in ("torch", "control"):
             continue
         made = views_of(data, samples, replace(views, color=color), backend)
@@ -248,7 +253,10 @@ def main() -> None:
     stages = ["| ms per sample | decoding | crop, resize, flip | blur | colors |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         packed = asked.shards or str(photograph_shards(Path(folder), num=asked.num, photos=asked.photos))
-        shards, beton = open_set(packed), None
+        shards, beton, plain = open_set(packed), None, None
+        if not asked.shards:
+            without = photograph_shards(Path(folder), num=asked.num, photos=asked.photos, mean_rgb=False)
+            plain = open_set(without)
         if importlib.util.find_spec("ffcv"):
             beton = write_beton(packed, f"{folder}/all.beton", workers=1, progress=ProgressBars(enabled=False))
         num = min(asked.num, MOST, shards.num_samples)
@@ -260,7 +268,7 @@ def main() -> None:
             stages.append(by_stage)
             claims += more
         for recipe in (*RECIPES, *ALONE):
-            more_lines, more = distances(shards, beton, samples, recipe)
+            more_lines, more = distances(shards, beton, plain, samples, recipe)
             lines += more_lines
             claims += more
     tables = "\n\n".join("\n".join(each) for each in (lines, times, stages))

@@ -14,15 +14,18 @@ _NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "ihc.png", "motorcycle_l
 
 
 def photograph_shards(
-    folder: Path, *, num: int, photos: Path | None = None, size: tuple[int, int] = (500, 375)
+    folder: Path, *, num: int, photos: Path | None = None, size: tuple[int, int] = (500, 375), mean_rgb: bool = True
 ) -> Path:
-    """Pack `photos`, or `num` cut photographs of `size` (width, height), into `folder` if they are not there yet."""
-    shards = folder / (f"shards-of-{photos.stem}" if photos else f"shards-{num}-of-{size[0]}x{size[1]}")
+    """Pack `photos`, or `num` cut photographs of `size` (width, height), into `folder` if they are not there yet.
+
+    With their mean colors, which some benchmarks need for linear colors.
+    """
+    name = f"shards-of-{photos.stem}" if photos else f"shards-{num}-of-{size[0]}x{size[1]}"
+    shards = folder / (name if mean_rgb else f"{name}-without-means")
     if not (shards / "manifest.json").is_file():
         source = photos or _written(folder / "photographs", num, size)
         command = [sys.executable, "-c", "import sys; from shards.cli import main; sys.exit(main())"]
-        # Some benchmarks compare linear colors, which need the mean ones.
-        words = [*command, "pack", str(source), "--out", str(shards), "--mean-rgb"]
+        words = [*command, "pack", str(source), "--out", str(shards), *(["--mean-rgb"] if mean_rgb else [])]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
     return shards
 
