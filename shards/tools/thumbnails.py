@@ -2,10 +2,11 @@
 
 import base64
 import io
+import os
 import tempfile
 import warnings
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from PIL import Image, ImageFile, ImageOps
@@ -65,14 +66,20 @@ def original_bytes(places: Iterable[str]) -> dict[str, bytes]:
     for place in places:
         path = Path(place)
         # A link that packing did not follow is not followed here.
-        if path.is_file() and not path.is_symlink() and path.stat().st_size <= _MOST_BYTES:
-            found[place] = path.read_bytes()
-        archive = next((parent for parent in path.parents if parent.is_file()), None)
+        if _is_file(path) and not path.is_symlink() and path.stat().st_size <= _MOST_BYTES:
+            with suppress(OSError):
+                found[place] = path.read_bytes()
+        archive = next((parent for parent in path.parents if _is_file(parent)), None)
         if archive is not None and archive.name.lower().endswith(_READ_IN_PLACE):
             inside.setdefault(str(archive), set()).add(place)
     for archive, wanted in inside.items():
         found |= _members(archive, wanted)
     return found
+
+
+def _is_file(path: Path) -> bool:
+    # Path.is_file raises for names that are too long, as URLs may be.
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def _members(archive: str, wanted: set[str]) -> dict[str, bytes]:

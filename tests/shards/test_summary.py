@@ -123,7 +123,8 @@ def test_originals_are_read_from_where_they_are_and_links_are_not_followed(tmp_p
     (tmp_path / "link.jpg").symlink_to(tmp_path / "a.jpg")
     (tmp_path / "bad.tar").write_bytes(b"not a tar")
     places = [str(tmp_path / name) for name in ("a.jpg", "link.jpg", "gone.jpg", "bad.tar/x.jpg", "a.jpg/x")]
-    assert original_bytes([*places, "s3://bucket/x.jpg"]) == {places[0]: jpeg(1)}
+    places += ["s3://bucket/x.jpg", f"https://example.org/{'long' * 100}.jpg", "nul\0.jpg"]
+    assert original_bytes(places) == {places[0]: jpeg(1)}
 
 
 @given(
