@@ -37,7 +37,7 @@ class _DigestRows:
                 if isinstance(item.data, bytes):
                     value = digest_number(item.data)
                     digests[i] = (value >> 64, value & 0xFFFFFFFFFFFFFFFF)
-                tick(1)
+                tick(1, len(item.data) if isinstance(item.data, bytes) else 0)
         return digests
 
 

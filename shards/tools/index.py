@@ -84,7 +84,7 @@ class _IndexTar:
                     found.aside.add(source, item)
                 elif isinstance(item, Input):
                     found.look_at(source, item)
-                    tick(1)
+                    tick(1, max(0, item.size))
             if source.is_unpacked:
                 raise PackError(
                     f"{source.path} is compressed: its images cannot be read where they are. Pack it with "

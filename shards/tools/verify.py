@@ -54,7 +54,7 @@ class _CheckShard:
         names = [entry.name, *(f"{entry.stem}{suffix}" for suffix in {**entry.digests, ".index.npy": ""})]
         with self.folder.opened(dict.fromkeys(names), self.manifest) as shards:
             problems = verify_shard(shards, number, decode=self.decode)
-        tick(entry.num_samples)
+        tick(entry.num_samples, entry.num_bytes)
         return problems
 
 
