@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shards.ground.arrays import Indices
 from shards.sets.base import ShardSet
 
-__all__ = ["Histogram", "bytes_of", "class_counts", "columns_of", "evenly_spread", "histograms"]
+__all__ = ["Histogram", "bytes_of", "class_counts", "columns_of", "evenly_spread", "histograms", "place_of"]
 
 _MOST = 1 << 17
 _PIXELS = (0, 32, 64, 128, 256, 384, 512, 768, 1024, 2048, 4096, _MOST)
@@ -70,10 +70,16 @@ def evenly_spread(shards: ShardSet, num: int) -> list[int]:
     return np.unique(np.linspace(0, shards.num_samples - 1, num).astype(np.int64)).tolist()
 
 
-def bytes_of(shards: ShardSet, sample: int) -> bytes:
-    """Return the image of a dense sample number as it is stored. Raises OSError or ValueError: it cannot be read."""
+def place_of(shards: ShardSet, sample: int) -> tuple[int, int]:
+    """Return the shard of a dense sample number, and the row in it."""
     starts: list[int] = (np.cumsum(shards.shard_sizes) - shards.shard_sizes).tolist()
     shard = bisect_right(starts, sample) - 1
-    record = shards.index(shard)[sample - starts[shard]]
+    return shard, sample - starts[shard]
+
+
+def bytes_of(shards: ShardSet, sample: int) -> bytes:
+    """Return the image of a dense sample number as it is stored. Raises OSError or ValueError: it cannot be read."""
+    shard, row = place_of(shards, sample)
+    record = shards.index(shard)[row]
     data = np.empty(int(record["size"]), dtype=np.uint8)
     return data[: shards.open_shard(shard).read_into(data, int(record["offset"]))].tobytes()

@@ -3,7 +3,10 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 from shards.ground.arrays import Indices
 from shards.ground.files import write_whole
@@ -12,7 +15,7 @@ from shards.sets.base import ShardSet
 from shards.sets.registry import open_set
 from shards.storage.file_kinds import REJECTED_NAME, SUMMARY_NAME
 from shards.storage.stores import is_url
-from shards.tools.figures import bytes_of, class_counts, columns_of, evenly_spread, histograms
+from shards.tools.figures import bytes_of, class_counts, columns_of, evenly_spread, histograms, place_of
 from shards.tools.near_duplicates import near_duplicates
 from shards.tools.summary_page import CaptionedPicture, ClassShare, DuplicateGroup, RejectedGroup, SummaryFacts, page_of
 from shards.tools.thumbnails import original_bytes, thumbnail
@@ -94,16 +97,12 @@ def _picture(shards: ShardSet, sample: int) -> CaptionedPicture:
 
 
 def _class_of(shards: ShardSet, sample: int) -> str:
-    before = 0
-    for shard, size in enumerate(shards.shard_sizes.tolist()):
-        if sample < before + size:
-            if shards.manifest.has_label_sets:
-                row = shards.label_sets(shard)[sample - before]
-                return ", ".join(shards.class_names[int(number)] for number in (row == 1).nonzero()[0])
-            label = int(shards.index(shard)["label"][sample - before])
-            return shards.class_names[label] if label >= 0 and shards.class_names else ""
-        before += size
-    raise AssertionError(sample)
+    shard, row = place_of(shards, sample)
+    if shards.manifest.has_label_sets:
+        present: list[int] = np.flatnonzero(shards.label_sets(shard)[row] == 1).tolist()
+        return ", ".join(shards.class_names[number] for number in present)
+    label = int(shards.index(shard)["label"][row])
+    return shards.class_names[label] if label >= 0 and shards.class_names else ""
 
 
 def _classes(shards: ShardSet, labels: Indices) -> tuple[list[ClassShare], int]:
@@ -120,10 +119,12 @@ def _classes(shards: ShardSet, labels: Indices) -> tuple[list[ClassShare], int]:
 
 
 def _rejected(shards: ShardSet) -> Iterator[RejectedGroup]:
-    if not shards.manifest.num_rejected:
-        return
     lines: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
-    for line in shards.read_beside(REJECTED_NAME).decode().splitlines():
+    text = b""
+    # A set in one file has counts, but no list.
+    with suppress(ValueError):
+        text = shards.read_beside(REJECTED_NAME) if shards.manifest.rejections else b""
+    for line in text.decode().splitlines():
         values = json.loads(line)
         if len(lines[values["reason"]]) < _EXAMPLES:
             lines[values["reason"]].append(values)

@@ -103,6 +103,8 @@ def test_sets_without_samples_labels_or_a_folder(tmp_path, capsys):
     page = write_summary(str(tmp_path / "unlabeled")).read_text()
     assert "no sample has a label" in page
     assert "<h2>Labels" not in page
+    both = f"{tmp_path / 'unlabeled'},{tmp_path / 'empty'}"
+    assert "of 4 inputs" in write_summary(both, str(tmp_path / "both.html")).read_text()
     assert main(["summary", f"{tmp_path / 'unlabeled'},{tmp_path / 'unlabeled'}"]) == 2
     assert "--file" in capsys.readouterr().err
 
