@@ -85,7 +85,10 @@ class SavedTraining:
         if of_first is None:
             return None
         if found is None or found.name != of_first:
-            raise ValueError(f"rank {self._world.rank} does not see {self._folder}/{of_first}: --cache must be shared")
+            raise ValueError(
+                f"rank {self._world.rank} does not see {self._folder}/{of_first}: --cache (of transfer: --out) must be "
+                "on storage that all ranks share"
+            )
         state = load_together(found, is_first_of_node=self._world.rank % self._world.local_world_size == 0)
         checkpoint.set_generator_states(state.rng, self._world.rank, self._device)
         return state

@@ -159,7 +159,8 @@ def drawn_masks(found: AnnotatedImage, *, height: int, width: int, is_mirrored: 
     scale = np.array((width / found.width, height / found.height))
     for number, outline in enumerate(found.outlines):
         if isinstance(outline, Mapping):
-            runs = mask.frPyObjects(dict(outline), found.height, found.width)
+            is_packed = isinstance(outline["counts"], str)
+            runs = dict(outline) if is_packed else mask.frPyObjects(dict(outline), found.height, found.width)
             whole = Image.fromarray(mask.decode(runs))
             drawn[number] = np.asarray(whole.resize((width, height), Image.Resampling.NEAREST))
             continue

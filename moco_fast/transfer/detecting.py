@@ -21,7 +21,7 @@ from moco_fast.transfer.presets import DetectPreset
 from moco_fast.transfer.sets import DetectionSet
 from moco_fast.transfer.training import Machine, NetworkTrainings
 
-__all__ = ["DetectorTrainings", "find_all"]
+__all__ = ["DetectorTrainings", "find_all", "values"]
 
 _CAPTIONS = {
     "AP50": "Mean over the classes of the average precision where {} overlap by more than 50%.",

@@ -203,9 +203,12 @@ def test_run_lengths_are_drawn_as_polygons_are(coco) -> None:
     flat = drawn[0].T.ravel()
     edges = np.flatnonzero(np.diff(np.concatenate([[0], flat]))).tolist()
     counts = np.diff([0, *edges, flat.size]).tolist()
-    runs = replace(image, outlines=[{"size": [image.height, image.width], "counts": counts}])
-    again = drawn_masks(runs, height=image.height, width=image.width, is_mirrored=False)
-    np.testing.assert_array_equal(again[0], drawn[0])
+    size = [image.height, image.width]
+    packed = encoded_masks(drawn[:1])[0]["counts"]
+    for each in (counts, packed if isinstance(packed, str) else packed.decode()):
+        runs = replace(image, outlines=[{"size": size, "counts": each}])
+        again = drawn_masks(runs, height=image.height, width=image.width, is_mirrored=False)
+        np.testing.assert_array_equal(again[0], drawn[0])
 
 
 def test_targets_of_masks_are_the_cells_within_the_object() -> None:

@@ -33,7 +33,7 @@ def devkit(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def coco_folder(tmp_path_factory) -> Path:
-    return write_coco(tmp_path_factory.mktemp("data") / "coco", {"train2017": 6, "val2017": 2})
+    return write_coco(tmp_path_factory.mktemp("data") / "coco", {"train2017": 6, "val2017": 1})
 
 
 def transfer(devkit: Path, out: Path, *words: str, init=("random",), network: str = "resnet18_quarter") -> int:
@@ -75,6 +75,7 @@ def test_differences_are_those_of_each_seed(devkit, tmp_path) -> None:
     assert as_tables(results).splitlines()[-1].split() == ["AP50", "+5.50", "(-0.85", "to", "+11.85)"]
 
 
+@pytest.mark.slow
 def test_the_preset_with_a_resnet_50_takes_two_steps_and_is_tested(devkit, tmp_path) -> None:
     assert transfer(devkit, tmp_path / "out", network="resnet50") == 0
     [result] = read_results(tmp_path / "out" / "results.json")

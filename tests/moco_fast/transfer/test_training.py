@@ -5,10 +5,12 @@ from signal import SIGTERM
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from moco_fast.encoders.formats.base import digest_of
 from moco_fast.interrupt import StoppedError
-from moco_fast.transfer.detecting import DetectorTrainings, find_all
+from moco_fast.transfer.detecting import DetectorTrainings, find_all, values
 from moco_fast.transfer.loader import HeldOutImages, TrainingImages
 from moco_fast.transfer.metrics import voc_precision
 from moco_fast.transfer.network import build_detector
@@ -70,6 +72,20 @@ def test_a_tiny_detector_learns_shapes(tmp_path) -> None:
     chance, _ = find_all(untrained, sets[1], preset, Machine(device=CPU), stop=lambda: None)
     assert np.mean([each.at[0] for each in voc_precision(chance, sets[1])]) < 0.05
     assert found.figures["AP50"] > 0.4
+
+
+def test_a_trained_detector_can_be_opened_again(tmp_path) -> None:
+    sets = two_sets(tmp_path, train=14, test=3)
+    with trainings(tmp_path / "out", sets, replace(TINY, steps=2)) as training:
+        found = training.run(start(), seed=3)
+    [path] = (tmp_path / "out" / "trained").iterdir()
+    detector = build_detector(tiny_resnet(5), TINY, num_classes=3, seed=9)
+    detector.load_state_dict(load_file(path))
+    again, _ = find_all(detector.eval(), sets[1], TINY, Machine(device=CPU), stop=lambda: None)
+    figures = {name: np.mean([values(each)[name] for each in voc_precision(again, sets[1])]) for name in found.figures}
+    assert figures == pytest.approx(found.figures)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"classes": "bus\ncar\ncat"}
 
 
 def on_two_ranks(folder):
