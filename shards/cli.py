@@ -24,9 +24,9 @@ class PackCommand(PackConfig):
     """Pack images into shards. After an interrupt, the same command continues where it stopped."""
 
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE...")]
-    """Folders, tar and zip archives, WebDataset shards, Parquet or Arrow files, lists (.txt, .csv, .tsv, .jsonl);
-    local, or s3:// gs:// az:// http(s):// addresses. Recognized: ImageNet's tars, CIFAR, PASCAL VOC, COCO's and
-    iNaturalist's .json."""
+    """Folders, tar and zip archives, WebDataset shards, Parquet, Arrow, TFRecord or MDS files, lists (.txt, .csv, .tsv,
+    .jsonl); local, or s3:// gs:// az:// http(s):// addresses. Recognized: ImageNet's tars, CIFAR, PASCAL VOC, COCO's
+    and iNaturalist's .json."""
     config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """File of options, YAML or JSON, which those of the command line override."""
 

@@ -11,7 +11,7 @@ WORK_FOLDER = "/tmp"  # noqa: S108 - a default that the user sees and may change
 """Where unfinished work for a bucket is kept on this machine."""
 
 _DEPTH = re.compile(r"auto|full|(\d+)(?:,(.+):(.+))?|(.+):(.+)")
-_LABELS = re.compile(r"auto|none|column|folder|path(?::[1-9]\d*)?|json:.+|txt")
+_LABELS = re.compile(r"auto|none|archive|column|folder|path(?::[1-9]\d*)?|json:.+|txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +77,17 @@ class PackConfig(EncodeConfig):
     """Which images, and how they are laid out in shards."""
 
     sources: tuple[str, ...]
-    """Folders, tar and zip archives, WebDataset shards, Parquet or Arrow files, lists (.txt, .csv, .tsv, .jsonl);
-    local, or s3:// gs:// az:// http(s):// addresses. Recognized: ImageNet's tars, CIFAR, PASCAL VOC, COCO's and
-    iNaturalist's .json."""
+    """Folders, tar and zip archives, WebDataset shards, Parquet, Arrow, TFRecord or MDS files, lists (.txt, .csv, .tsv,
+    .jsonl); local, or s3:// gs:// az:// http(s):// addresses. Recognized: ImageNet's tars, CIFAR, PASCAL VOC, COCO's
+    and iNaturalist's .json."""
     out: str
     """Folder for the shards. Running the same command again continues an unfinished one."""
     labels: str = "auto"
     """`auto`: labels that the source itself carries (a column, WebDataset's .cls, a usual key of .json), else the names
     of folders; what is ambiguous is refused with the choices. `column`: the source's own alone. `folder`: the name of
-    the folder that holds an image. `path`: all folders of its path. `path:N`: the Nth of them. `json:KEY`, `txt`: in
-    WebDataset samples, that key of the .json, or the text of the .txt. `none`."""
+    the folder that holds an image. `path`: all folders of its path. `path:N`: the Nth of them. `archive`: the name of
+    the tar or zip that holds it. `json:KEY`, `txt`: in WebDataset samples, that key of the .json, or the text of the
+    .txt. `none`."""
     members: tuple[str, ...] = ()
     """Extensions of the files that are packed, where samples hold several images, such as `jpg` for 0001.jpg beside
     0001.seg.png; `all`: every image; unset: two images in a sample are refused."""
@@ -151,7 +152,8 @@ class PackConfig(EncodeConfig):
             raise ValueError(f"--max-rejected {self.max_rejected} must be a share between 0 and 1")
         if _LABELS.fullmatch(self.labels) is None:
             raise ValueError(
-                f"--labels {self.labels} must be auto, none, column, folder, path, path:N (from 1 on), json:KEY or txt"
+                f"--labels {self.labels} must be auto, none, archive, column, folder, path, path:N (from 1 on), "
+                "json:KEY or txt"
             )
         if any(not extension.strip(".") for extension in self.members):
             raise ValueError(f"--members {' '.join(self.members)}: give extensions, such as jpg, or all")

@@ -38,6 +38,7 @@ _PNM = re.compile(
 )
 _ICON = re.compile(rb"\x00\x00[\x01\x02]\x00[\x01-\xff]\x00", re.DOTALL)
 _PCX = re.compile(rb"\n[\x00\x02-\x05]\x01[\x01\x02\x04\x08]", re.DOTALL)
+_BEGIN_PATTERNS = frozenset((b"P", b"p", b"\0", b"\n"))
 
 _CONTAINERS = {
     b"\x1f\x8b": "gzip",
@@ -75,7 +76,7 @@ def is_image(head: bytes) -> bool:
     if head[:2] == b"BM":
         # Texts begin so too.
         return int.from_bytes(head[14:18], "little") in _BITMAP_HEADERS
-    return any(pattern.match(head) is not None for pattern in (_PNM, _ICON, _PCX))
+    return head[:1] in _BEGIN_PATTERNS and any(pattern.match(head) is not None for pattern in (_PNM, _ICON, _PCX))
 
 
 def unread_image(head: bytes) -> str | None:

@@ -1,5 +1,6 @@
 """Labels of a packing: numbers for classes, from what sources say or from the folders of images."""
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -15,15 +16,19 @@ from shards.sources import Input, LabelSet
 __all__ = ["ClassTable", "InputLabels", "classes_of_folders"]
 
 _SHOWN = 3
+_WORDNET_ID = re.compile(r"n\d{8}")
+_DIGITS = re.compile(r"\d+")
 
 
 class _FolderLabel(NamedTuple):
-    """The folders of an image, of which its class is made once all are known."""
+    """The folders of an image, or its archive, of which its class is made once all are known."""
 
     source: int
     """Number of the source that was named."""
     folders: str
-    """With / between."""
+    """With / between; empty where the archive alone can be the class."""
+    archive: str = ""
+    """The archive that holds the image, without folders and ending."""
 
 
 _Known = str | int | LabelSet | _FolderLabel
@@ -47,7 +52,11 @@ class ClassTable:
 
     def folders(self) -> list[_FolderLabel]:
         """Return the folders that were numbered."""
-        return [label for label in self._numbers if isinstance(label, _FolderLabel)]
+        return [label for label in self._numbers if isinstance(label, _FolderLabel) and label.folders]
+
+    def archives(self) -> list[_FolderLabel]:
+        """Return the archives that were numbered."""
+        return [label for label in self._numbers if isinstance(label, _FolderLabel) and not label.folders]
 
     def name_folders(self, classes: Mapping[_FolderLabel, str | None]) -> None:
         """Say which class each folder is; None: none."""
@@ -134,25 +143,36 @@ class InputLabels:
         self._own_from: Counter[str] = Counter()
         self._with_own: set[int] = set()
         self._num_unlabeled = 0
+        self._num_in_archives = 0
+        self._by_archive = wanted == "archive"
 
-    def number(self, source: int, item: Input) -> int:
+    def number(self, source: int, item: Input, archive: str = "") -> int:
         """Return the provisional number of an input's label.
 
         Args:
             source: number of the source that the user named, which may hold others.
             item: the input.
+            archive: name of the archive that holds it, without folders and ending.
         """
         if self._wanted == "none":
             return -1
+        if self._wanted == "archive" and archive:
+            return self._number_archive(source, archive)
         by_folder = self._wanted in ("auto", "folder") or self._wanted.startswith("path")
-        if item.label is not None and (self._wanted == "auto" or not by_folder):
+        if item.label is not None and self._wanted != "archive" and (self._wanted == "auto" or not by_folder):
             self._with_own.add(source)
             self._own_from[item.label_from] += 1
             return self.table.number(item.label)
         if by_folder and item.folder:
             return self.table.number(_FolderLabel(source, item.folder))
+        if self._wanted == "auto" and archive:
+            return self._number_archive(source, archive)
         self._num_unlabeled += 1
         return -1
+
+    def _number_archive(self, source: int, archive: str) -> int:
+        self._num_in_archives += 1
+        return self.table.number(_FolderLabel(source, "", archive))
 
     def resolve(self) -> tuple[tuple[str, ...], NDArray[np.int32]]:
         """Return what `ClassTable.resolve` does, after the folders have become classes.
@@ -170,6 +190,19 @@ class InputLabels:
             own = [label.folders for label in folders if label.source == source]
             for folder, name in classes_of_folders(own, self._wanted, self._sources[source]).items():
                 classes[_FolderLabel(source, folder)] = name
+        archives = self.table.archives()
+        names = [label.archive for label in archives]
+        # ImageNet's own layout; other archives beside each other may be shards as well.
+        self._by_archive |= (
+            not self._own_from
+            and not folders
+            and len(set(names)) == len(names)
+            and all(_WORDNET_ID.fullmatch(name) for name in names)
+        )
+        if self._by_archive:
+            classes |= {label: label.archive for label in archives}
+        else:
+            self._num_unlabeled += self._num_in_archives
         self.table.name_folders(classes)
         return self.table.resolve(need_two=self._wanted == "auto")
 
@@ -178,7 +211,7 @@ class InputLabels:
         if self._wanted == "none":
             return
         if not class_names:
-            yield "labels: none found"
+            yield f"labels: none found{self._archives_to_choose()}"
             return
         where = [f"{source or 'the source'} ({count:,})" for source, count in self._own_from.most_common(_SHOWN)]
         folders = [
@@ -186,10 +219,20 @@ class InputLabels:
         ]
         if folders:
             where.append(f"folders, such as {folders[0].folders}")
+        if self._by_archive and self._num_in_archives:
+            where.append("names of archives")
         shown = ", ".join(class_names[:_SHOWN]) + (", ..." if len(class_names) > _SHOWN else "")
         without = f"; {counted(self._num_unlabeled, 'input')} without" if self._num_unlabeled else ""
         classes = counted(len(class_names), "class", plural="classes")
         yield f"labels: {classes} ({shown}), by {' and '.join(where)}{without}"
+
+    def _archives_to_choose(self) -> str:
+        """Return what to say of archives whose names are more than numbers: they may be classes."""
+        names = sorted({label.archive for label in self.table.archives()})
+        if len({_DIGITS.sub("", name) for name in names}) < 2:
+            return ""
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        return f"; --labels archive takes the names of archives ({shown})"
 
 
 def classes_of_folders(folders: Collection[str], wanted: str, source: str) -> dict[str, str | None]:

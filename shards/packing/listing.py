@@ -30,6 +30,7 @@ from shards.packing.plan import (
     shuffled,
 )
 from shards.sources import Aside, Found, Input, Source, open_source
+from shards.storage.file_kinds import stem_of_archive
 
 __all__ = ["make_plan"]
 
@@ -80,9 +81,11 @@ def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progre
     with TableWriter(folder) as table, progress.stage("listing", unit=" inputs") as tick:
         # The list grows while it is walked: by the archives that folders hold.
         for number, source in enumerate(sources):
+            archive = stem_of_archive(source.path)
             for item in source.inputs(folder / f"spool-{number}"):
                 if isinstance(item, Input):
-                    table.add(number, labels.number(named[number], item), item.name, item.offset, item.size)
+                    label = labels.number(named[number], item, archive)
+                    table.add(number, label, item.name, item.offset, item.size)
                     tick(1)
                 elif isinstance(item, Aside):
                     aside.add(source, item)

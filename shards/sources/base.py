@@ -54,6 +54,9 @@ class Input(NamedTuple):
 class Source(Protocol):
     """Lists its inputs in an order that depends only on its content, and reads any one of them."""
 
+    path: str
+    """Path or address, as the user wrote it."""
+
     @property
     def is_remote(self) -> bool:
         """Whether reading waits for a network: many inputs should be read at a time."""

@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import lru_cache
 
 __all__ = [
     "ARCHIVES",
@@ -20,6 +21,7 @@ __all__ = [
     "kind_of_archive",
     "litter",
     "may_be_archive",
+    "stem_of_archive",
 ]
 
 ARCHIVES = {
@@ -110,8 +112,8 @@ def litter(name: bytes, *, is_image: bool = False) -> str | None:
         is_image: by its content; then only the folders count, which systems keep thumbnails in.
     """
     *folders, base = name.split(b"/")
-    folder = next((each for each in folders if each in _LITTER_FOLDERS), None)
-    if folder is not None:
+    if not _LITTER_FOLDERS.isdisjoint(folders):
+        folder = next(each for each in folders if each in _LITTER_FOLDERS)
         return f"litter ({folder.decode('ascii')})"
     if is_image or _LITTER_FILES.fullmatch(base) is None:
         return None
@@ -120,9 +122,14 @@ def litter(name: bytes, *, is_image: bool = False) -> str | None:
 
 def may_be_archive(name: bytes) -> bool:
     """Return whether a file is called an archive, a table, or something compressed."""
-    if name.lower().endswith(tuple(suffix.encode() for suffix in (*ARCHIVES, *OTHER_ARCHIVES, *COMPRESSED))):
+    if name.lower().endswith(_as_bytes((*ARCHIVES, *OTHER_ARCHIVES, *COMPRESSED))):
         return True
     return _RECORDS.search(name) is not None or _DATA.fullmatch(name.rpartition(b"/")[2]) is not None
+
+
+@lru_cache(maxsize=8)
+def _as_bytes(suffixes: tuple[str, ...]) -> tuple[bytes, ...]:
+    return tuple(suffix.encode() for suffix in suffixes)
 
 
 def kind_of_archive(name: str) -> str | None:
@@ -131,3 +138,10 @@ def kind_of_archive(name: str) -> str | None:
     if _RECORDS.search(os.fsencode(name)):
         return "tfrecord"
     return next((kind for suffix, kind in ARCHIVES.items() if lower.endswith(suffix)), None)
+
+
+def stem_of_archive(path: str) -> str:
+    """Return the name of a tar or a zip without folders and ending; nothing for other files."""
+    base = path.rstrip("/").rpartition("/")[2]
+    endings = [suffix for suffix, kind in ARCHIVES.items() if kind in ("tar", "zip") and base.lower().endswith(suffix)]
+    return base[: -max(map(len, endings))] if endings else ""

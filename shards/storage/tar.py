@@ -1,6 +1,7 @@
 """Tar archives (ustar), written by hand: a packer that copies is as fast as these lines."""
 
 import os
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
@@ -86,9 +87,11 @@ def parse_header(block: bytes) -> Member:
         raise TarError(f"cut after {len(block)} of {BLOCK} bytes of a header")
     if block == _ZEROS:
         raise EndOfTar
-    found, bytes_sum = _number(block[148:156]), sum(block) - sum(block[148:156]) + 8 * 0x20
-    # Old writers summed signed characters.
-    if found != bytes_sum and found != bytes_sum - 256 * sum(byte >> 7 for byte in block[:148] + block[156:]):
+    fields = block[:148] + block[156:]
+    # Half of Adler-32 is one more than the sum modulo 65,521, and ten times as fast as Python's own. Old writers summed
+    # signed characters.
+    found, modulo = _number(block[148:156]) - 8 * 0x20, (zlib.adler32(fields) & 0xFFFF) - 1
+    if (found - modulo) % 65521 and found != sum(fields) - 256 * sum(byte >> 7 for byte in fields):
         raise TarError("a header's checksum does not match")
     name, link = (field.split(b"\0", 1)[0] for field in (block[:100], block[157:257]))
     # Behind a shorter prefix, star keeps times; GNU has other things there.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -233,3 +234,63 @@ def test_a_label_of_several_images_is_that_of_each(tmp_path):
     )
     assert pack_all(tmp_path, tmp_path / "x.tar").left_aside == {"cls": 2}
     assert labels_of(tmp_path / "out") == {"a.0.jpg": "cat", "a.1.jpg": "cat", "b.0.jpg": "dog"}
+
+
+def test_tars_named_by_wordnet_ids_are_classes_and_shards_are_not(tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "shards").mkdir()
+    for i, name in enumerate(("n01440764", "n01443537", "n01484850")):
+        write(tmp_path / "train" / f"{name}.tar", {f"{name}_{10 * i + k}.JPEG": jpeg(10 * i + k) for k in range(2)})
+        write(tmp_path / "shards" / f"part-{i:05d}.tar", {f"{10 * i + k}.jpg": jpeg(10 * i + k) for k in range(2)})
+    expected = {
+        f"{name}_{10 * i + k}.JPEG": name
+        for i, name in enumerate(("n01440764", "n01443537", "n01484850"))
+        for k in range(2)
+    }
+    tars = sorted(map(str, (tmp_path / "train").iterdir()))
+    for number, sources in enumerate(([str(tmp_path / "train")], tars)):
+        assert main(["pack", *sources, "--out", str(tmp_path / f"out{number}"), "--workers", "1"]) == 0
+        assert "labels: 3 classes (n01440764, n01443537, n01484850), by names of archives" in capsys.readouterr().err
+        assert labels_of(tmp_path / f"out{number}") == expected
+    assert pack_all(tmp_path, tmp_path / "shards", out="plain").class_names == ()
+    assert pack_all(tmp_path, tmp_path / "shards", out="chosen", labels="archive").class_names == tuple(
+        f"part-{i:05d}" for i in range(3)
+    )
+
+
+def test_other_archives_are_classes_if_that_is_chosen(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for i, name in enumerate(("cat.tar", "dog.tar")):
+        write(tmp_path / "in" / name, {f"{i}.jpg": jpeg(i), f"sub/{i + 5}.jpg": jpeg(i + 5)})
+    (tmp_path / "in" / "9.jpg").write_bytes(jpeg(9))
+    command = ["pack", str(tmp_path / "in"), "--workers", "1", "--out"]
+    assert main([*command, str(tmp_path / "out")]) == 0
+    assert "labels: none found; --labels archive takes the names of archives (cat, dog)" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "chosen"), "--labels", "archive"]) == 0
+    assert "(cat, dog), by names of archives; 1 input without" in capsys.readouterr().err
+    names = {"0.jpg": "cat", "5.jpg": "cat", "1.jpg": "dog", "6.jpg": "dog", "9.jpg": None}
+    assert labels_of(tmp_path / "chosen") == names
+
+
+def test_wordnet_ids_do_not_hide_other_labels(tmp_path):
+    (tmp_path / "in" / "owl").mkdir(parents=True)
+    (tmp_path / "in" / "elk").mkdir()
+    for i, folder in enumerate(("owl", "elk")):
+        (tmp_path / "in" / folder / f"{i}.jpg").write_bytes(jpeg(i))
+    write(tmp_path / "in" / "n01440764.tar", {"7.jpg": jpeg(7)})
+    assert pack_all(tmp_path, tmp_path / "in").class_names == ("elk", "owl")
+    assert labels_of(tmp_path / "out")["7.jpg"] is None
+
+
+def test_the_answers_that_questions_print_work_as_printed(tmp_path, capsys):
+    grow(tmp_path / "trees", ["2019/01", "2019/02", "2020/01"])
+    write(
+        tmp_path / "pairs.tar", {f"{i}.{end}": jpeg(2 * i + (end == "png")) for i in range(2) for end in ("jpg", "png")}
+    )
+    for source, kind in (("trees", "labels"), ("pairs.tar", "members")):
+        command = ["pack", str(tmp_path / source), "--workers", "1", "--out"]
+        assert main([*command, str(tmp_path / "out")]) == 2
+        answers = re.findall(rf"--{kind} ([\w:]+)", capsys.readouterr().err)
+        assert len(answers) >= 2
+        for number, answer in enumerate(answers):
+            assert main([*command, str(tmp_path / f"{source}{number}"), f"--{kind}", answer]) == 0
