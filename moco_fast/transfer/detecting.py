@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from moco_fast import distributed
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.base import FigureInfo
 from moco_fast.transfer.coco import encoded_masks
@@ -60,7 +61,9 @@ class DetectorTrainings(NetworkTrainings):
     def measure(self, network: nn.Module) -> tuple[dict[str, float], list[dict[str, Any]], int]:
         """Find objects in all test images, and measure how well."""
         found, num_untested = find_all(network, self._tested, self._preset, self._machine, stop=self.leave)
-        precisions = measured(found, self._tested)
+        # By one rank: each of the others would read all of COCO's annotations once more.
+        is_first = self._machine.world.rank == 0
+        precisions = distributed.tell_all(measured(found, self._tested) if is_first else {})
         figures = {
             self._name(kind, name): fmean(values(each)[name] for each in of_kind)
             for kind, of_kind in precisions.items()
