@@ -13,7 +13,7 @@ from moco_fast.config import Config, ModelConfig, changes, differences, from_dic
 from moco_fast.encoders.encoder import build_encoder
 from moco_fast.meaning import RENAMED
 from moco_fast.methods.base import Chart, Method, Pass, Setting
-from moco_fast.methods.momentum_contrast import MomentumContrast
+from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
 from moco_fast.methods.registry import METHODS, method_class
 from moco_fast.methods.shuffle import Together
 from moco_fast.presets import PRESETS
@@ -97,6 +97,22 @@ def test_the_objective_is_what_the_method_says_of_it(name):
         assert made.loss.requires_grad
         made.afterwards()
     assert num_passes == objective.num_passes
+
+
+@pytest.mark.parametrize(
+    ("method", "named"),
+    [
+        (MomentumContrast(queue_size=0), "queue-size"),
+        (MomentumContrast(temperature=0.0), "temperature"),
+        (MomentumContrast(momentum=1.5), "momentum"),
+        (MomentumContrastV3(mlp_dim=0), "mlp-dim"),
+        (MomentumContrastV3(temperature=0.0), "temperature"),
+        (MomentumContrastV3(momentum=-0.1), "momentum"),
+    ],
+)
+def test_options_that_cannot_work_are_named(method, named):
+    with pytest.raises(ValueError, match=named):
+        method.validate()
 
 
 def test_a_queue_is_as_old_as_the_steps_that_fill_it():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,8 +297,11 @@ def test_a_save_by_time_is_asked_for_once_each_time_it_is_due(tmp_path: Path) ->
     assert saver.needs() == Need.NOTHING
     now = 61.0
     assert [saver.needs(), saver.needs()] == [Need.SAVE, Need.NOTHING]
+    began = time.perf_counter()
     saver.save(state_of(1, 1.0))
     saver.finish()
+    assert saver.writing is not None
+    assert 0 < saver.writing.result() < time.perf_counter() - began
     assert said == []
     assert [saver.needs(), saver.needs()] == [Need.NOTHING, Need.NOTHING]
     [line] = said
