@@ -156,6 +156,10 @@ def test_query_and_key_encoder_are_loaded_each_with_its_weights(tmp_path):
         weights = encoder.state_dict()
         assert weights.keys() == expected.state_dict().keys()
         assert all(torch.equal(weights[name], each) for name, each in expected.state_dict().items())
+    alone = {name: each for name, each in model.items() if name.startswith("query.")}
+    checkpoint.save(tmp_path / "checkpoints", dataclasses.replace(written, step=4, model=alone), keep=1)
+    with pytest.raises(ValueError, match="step-00000004 holds no key encoder"):
+        checkpoint.load_encoder(tmp_path, which="key")
 
 
 def test_load_encoder_says_when_there_is_nothing(tmp_path):

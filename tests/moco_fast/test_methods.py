@@ -115,6 +115,20 @@ def test_options_that_cannot_work_are_named(method, named):
         method.validate()
 
 
+def test_momentum_rises_to_1_by_half_a_cosine():
+    method = MomentumContrast(momentum=0.9, momentum_schedule="cosine")
+    found = [method.scheduled(step, 10)["momentum"] for step in (0, 5, 10)]
+    assert found == pytest.approx([0.9, 0.95, 1.0])
+    assert MomentumContrast(momentum=0.9).scheduled(5, 10) == {"momentum": 0.9}
+
+
+def test_v3_is_the_authors_by_default():
+    # main_moco.py of facebookresearch/moco-v3, options and the scale of the loss
+    method = MomentumContrastV3()
+    assert (method.dim, method.mlp_dim, method.momentum, method.temperature) == (256, 4096, 0.99, 1.0)
+    assert MomentumContrastV3(temperature=0.2).loss_scale == pytest.approx(0.4)
+
+
 def test_a_queue_is_as_old_as_the_steps_that_fill_it():
     assert MomentumContrast(queue_size=65536).queue_age(256) == 256
     assert MomentumContrast(queue_size=100, symmetric=True).queue_age(40) == 1.25
