@@ -18,6 +18,7 @@ from moco_fast import checkpoint, distributed, recovery
 from moco_fast.config import CheckpointConfig
 from moco_fast.evaluation import features, knn, retrieval
 from moco_fast.evaluation.heads import LinearHeads
+from moco_fast.interrupt import StoppedError, may_be_interrupted
 from moco_fast.stop import StopSignal
 from moco_fast.training import state
 from moco_fast.training.heartbeat import RunLostError
@@ -204,6 +205,34 @@ def test_a_signal_while_a_checkpoint_is_written_loses_nothing(
     wanted, found = (state_of(tmp_path / out, 5) for out in ("plain", "told"))
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step() -> None:
+    stop = StopSignal(timeout_s=60)
+    try:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.poll() == signal.SIGINT
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        stop.close()
+
+
+@pytest.mark.parametrize("interrupts", [True, False])
+def test_work_is_interrupted_only_where_that_is_asked_for(interrupts: bool) -> None:
+    stop = StopSignal(timeout_s=60, interrupts=interrupts)
+    was_interrupted = False
+    try:
+        with may_be_interrupted():
+            signal.raise_signal(signal.SIGTERM)
+    except StoppedError as stopped:
+        was_interrupted = stopped.number == signal.SIGTERM
+    finally:
+        stop.close()
+    assert was_interrupted == interrupts
+    with may_be_interrupted():
+        pass  # what was closed is forgotten
 
 
 def test_what_is_ignored_stays_ignored() -> None:

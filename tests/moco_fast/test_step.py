@@ -3,6 +3,7 @@
 import copy
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -248,6 +249,17 @@ def test_what_is_watched():
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     assert watched["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-3)
     assert all(value.ndim == 0 and not value.requires_grad for value in watched.values())
+
+
+def test_the_probe_learns_from_the_first_view():
+    parts, seen = make_step(Together(), num_passes=2), []
+    probe = SimpleNamespace(step=lambda features, labels: seen.append(features) or torch.zeros(()))
+    before, batch = copy.deepcopy(parts.query), make_batch(0, 0)
+    replace(parts.step, probe=probe)([batch], lr=0.1, scheduled={"momentum": MOMENTUM})
+    [found] = seen
+    *_, expected = before(batch.views[0], with_features=True)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected.detach())
 
 
 def test_a_saved_state_continues_bit_for_bit():
