@@ -93,7 +93,8 @@ class FolderSource:
                 for entry in entries:
                     is_link = self._links.follow and entry.is_symlink()
                     # A link that leads nowhere is a file that cannot be read.
-                    if os.path.isdir(entry.path) if is_link else entry.is_dir(follow_symlinks=False):  # noqa: PTH112
+                    leads_to_folder = is_link and os.path.isdir(entry.path)  # noqa: PTH112 - pathlib takes no bytes
+                    if leads_to_folder or entry.is_dir(follow_symlinks=False):
                         subfolders[prefix + entry.name] = is_link
                     else:
                         files.append(prefix + entry.name)

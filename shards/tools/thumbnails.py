@@ -78,8 +78,7 @@ def original_bytes(places: Iterable[str]) -> dict[str, bytes]:
 
 
 def _is_file(path: Path) -> bool:
-    # Path.is_file raises for names that are too long, as URLs may be.
-    return os.path.isfile(path)  # noqa: PTH113
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for names that are too long, as URLs may be
 
 
 def _members(archive: str, wanted: set[str]) -> dict[str, bytes]:

@@ -70,7 +70,7 @@ def test_parts_of_an_array_job_are_added_up(tmp_path, capsys):
     assert len(said) == 3
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):  # noqa: N818 - it is no error
     """The packer was interrupted."""
 
 

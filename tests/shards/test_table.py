@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -34,8 +35,7 @@ def test_a_row_for_each_sample_says_what_index_sources_and_headers_say(tmp_path,
         assert (row["source"], row["shard"]) == (name, stem)
         assert (row["width"], row["height"], row["crc32c"]) == (record["width"], record["height"], record["crc32c"])
         data = (out / stem).read_bytes()[row["offset"] : row["offset"] + row["bytes"]]
-        with open(name, "rb") as original:  # noqa: PTH123
-            assert data == original.read()
+        assert data == Path(name).read_bytes()
         folder = name.split("/")[-2]
         assert (row["class"], row["label"]) == ((folder, int(folder[-1])) if "class" in folder else (None, None))
         kind = "gray" if "gray" in name else "4:4:4" if "alone" in name else "4:2:0"
