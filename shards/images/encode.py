@@ -8,7 +8,6 @@ from PIL import Image, ImageOps
 from shards.config import EncodeConfig
 from shards.ground.arrays import Pixels
 from shards.ground.errors import Rejected
-from shards.ground.pool import may_die
 from shards.images.depth import DeepHeader, DepthRange, deep_header, to_pixels, values_of
 from shards.images.formats import early_size, open_image, why_not_opened
 from shards.images.isolation import CODEC_FAILED, Limits, run_codecs
@@ -19,7 +18,6 @@ from shards.images.libraries import (
     decode_jpeg,
     encode_jpeg,
     pillow_limits,
-    reads_header,
     reads_sampling,
     shrink,
     sum_channels,
@@ -56,26 +54,20 @@ def encode_safely(data: bytes, config: EncodeConfig) -> PackedImage:
         PackError: the machine runs out of memory.
     """
     limits = Limits.of(config.max_pixels)
-    copied = _copy_by_header(data, limits, config) if not may_die() and not config.mean_rgb else None
-    return copied or run_codecs(encode, limits, data, config)
+    return _copy_unseen(data, config) or run_codecs(encode, limits, data, config)
 
 
-def _copy_by_header(data: bytes, limits: Limits, config: EncodeConfig) -> PackedImage | None:
-    """Return a JPEG as `encode` would, if a library has to see no more of it than the header; else None.
-
-    Where libraries run in a process of their own, this spares it the rest.
-    """
+def _copy_unseen(data: bytes, config: EncodeConfig) -> PackedImage | None:
+    """Return a JPEG as `encode` would, if it is copied and no library has to see it; else None."""
+    if config.mean_rgb:
+        return None
     try:
         header = parse_jpeg(data) if is_jpeg(data) else None
     except JpegError:
         return None
     if header is None or not header.has_usual_sampling or not _may_be_copied(header, config):
         return None
-    scan_at = header.scan_at
-    is_sound = with_sound_scan(data, header) is data and looks_whole(data, scan_at)
-    if not is_sound or not run_codecs(
-        reads_header, limits, data[: scan_at + int.from_bytes(data[scan_at : scan_at + 2])]
-    ):
+    if with_sound_scan(data, header) is not data or not looks_whole(data, header.scan_at):
         return None
     _check_limits(header.width, header.height, config)
     return PackedImage(data, header.width, header.height, None, ("copied",), header.kind)
@@ -191,7 +183,7 @@ def _encode_jpeg(original: bytes, header: JpegHeader, config: EncodeConfig) -> P
 def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage | None:
     """Return the image as it is; None where it must be decoded after all."""
     outcome = "copied"
-    if not config.mean_rgb and reads_header(data) and looks_whole(data, header.scan_at):
+    if not config.mean_rgb and looks_whole(data, header.scan_at):
         return PackedImage(data, header.width, header.height, None, (outcome,), header.kind)
     try:
         small = _decode_small(data, header)

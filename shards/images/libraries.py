@@ -23,7 +23,6 @@ __all__ = [
     "decode_values",
     "encode_jpeg",
     "pillow_limits",
-    "reads_header",
     "reads_sampling",
     "report_codecs",
     "shrink",
@@ -94,16 +93,6 @@ def reads_sampling(data: bytes) -> bool:
     try:
         simplejpeg.decode_jpeg_header(data, strict=False)
     # For factors that it has no name for, the library fails with a KeyError.
-    except Exception:
-        return False
-    return True
-
-
-def reads_header(data: bytes) -> bool:
-    """Return whether `decode_jpeg` takes a JPEG's header without complaint; takes microseconds."""
-    calling("simplejpeg")
-    try:
-        simplejpeg.decode_jpeg_header(data)
     except Exception:
         return False
     return True
