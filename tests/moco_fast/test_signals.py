@@ -207,6 +207,18 @@ def test_a_signal_while_a_checkpoint_is_written_loses_nothing(
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
 
 
+def test_a_process_alone_grants_what_it_asks_for_once_and_gives_handlers_back() -> None:
+    before = [signal.getsignal(number) for number in StopSignal.SIGNALS]
+    stop = StopSignal(timeout_s=60)
+    for what in (1, 3, 2):
+        stop.ask(what)
+    assert stop.granted() == 0
+    stop.poll()
+    assert [stop.granted(), stop.granted()] == [3, 0]
+    stop.close()
+    assert [signal.getsignal(number) for number in StopSignal.SIGNALS] == before
+
+
 def test_a_second_interrupt_does_not_wait_for_the_step() -> None:
     stop = StopSignal(timeout_s=60)
     try:
