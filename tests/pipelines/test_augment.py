@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipelines.config import VIEWS, ViewConfig
-from pipelines.plan.augment import KEY_VIEW, QUERY_VIEW, color_matrix, draw_view, hue_map
+from pipelines.config import VIEWS, FixedCrop, ViewConfig, ViewSpec
+from pipelines.plan.augment import KEY_VIEW, QUERY_VIEW, Stage, color_chain, color_matrix, draw_view, hue_map
 from pipelines.plan.draw import draw_views
 from shards.sets.record import RECORD
 
@@ -71,6 +71,20 @@ def test_all_views_of_several_steps_are_those_of_each_step(recipe):
             )
             for field in FIELDS:
                 assert np.array_equal(getattr(table.rows(step), field), getattr(alone, field)), field
+
+
+def test_a_fixed_crop_changes_nothing_but_the_side():
+    records = np.zeros(3, dtype=RECORD)
+    records["width"], records["height"] = (40, 9, 9), (20, 9, 30)
+    crop = FixedCrop(side=0.5, x=1.0, y=0.0, flip=True)
+    [table] = draw_views(0, np.arange(3), records, views=[ViewSpec(size=8, recipe=crop)], seed=5)
+    assert table.box.tolist() == [[30, 0, 10, 10], [5, 0, 4, 4], [5, 0, 4, 4]]
+    assert table.flip.all()
+    assert table.factors.tolist() == [[1.0, 1.0, 1.0, 0.0]] * 3
+    assert table.matrix is None
+    assert not np.any([table.grayscale, table.solarize, table.sigma])
+    stages, _ = color_chain(table)
+    assert (stages == Stage.NOTHING).all()
 
 
 @pytest.mark.parametrize("other", [{"seed": 7}, {"epoch": 3}, {"view": KEY_VIEW}])
