@@ -67,12 +67,10 @@ class Companions:
             ValueError: the label has to be chosen.
             PackError: what was chosen cannot be read.
         """
-        beside = {
-            extension(seen.entry.name): seen
-            for other in sorted((each for each in samples if key == each or key.startswith(each + b".")), key=len)
-            for seen in samples[other]
-            if seen.text
-        }
+        keys = [key]
+        if len(samples) > 1:
+            keys = sorted((each for each in samples if key == each or key.startswith(each + b".")), key=len)
+        beside = {extension(seen.entry.name): seen for other in keys for seen in samples[other] if seen.text}
         if "cls" in beside:
             return text_label(beside["cls"].text, self._names), ".cls"
         if "json" in beside:

@@ -107,9 +107,8 @@ class TarSource:
         samples: dict[bytes, list[Seen]] = {}
         for seen in run:
             samples.setdefault(split_name(seen.entry.name).key or seen.entry.name, []).append(seen)
-        with_images = [key for key, own in samples.items() if any(seen.is_image for seen in own)]
         for key, own in samples.items():
-            inputs = self._images_of(own, belongs=any(_is_part(each, key) for each in with_images))
+            inputs = self._inputs_of(key, own, samples)
             if len(inputs) > 1 and not self._options.members:
                 several.note([seen.entry.name for seen in inputs if seen.is_image])
             label, label_from = companions.label(key, samples) if inputs and len(run) > 1 else (None, "")
@@ -120,17 +119,20 @@ class TarSource:
                 else:
                     yield Input(entry.name, folder_of(entry.name), label, entry.offset, entry.size, label_from)
 
-    def _images_of(self, own: list[Seen], *, belongs: bool) -> list[Seen]:
+    def _inputs_of(self, key: bytes, own: list[Seen], samples: dict[bytes, list[Seen]]) -> list[Seen]:
         """Return the members of a sample that are inputs.
 
         Args:
+            key: of the sample.
             own: its members.
-            belongs: some of them, or of the samples whose key begins with theirs, are images.
+            samples: those near it, this one included: where one of its key, or of a key that begins with it, is an
+                image, what is none here describes that.
         """
         chosen = self._options.members
         if chosen and ALL_MEMBERS not in chosen:
             return [seen for seen in own if is_chosen(seen.entry.name, chosen)]
         images = [seen for seen in own if seen.is_image or _is_called_image(seen.entry.name)]
+        belongs = not images and any(_is_part(each, key) and any(s.is_image for s in samples[each]) for each in samples)
         return images if images or belongs else own
 
     def _manifest(self) -> Manifest | None:
@@ -182,7 +184,9 @@ def _runs(listing: Iterator[Seen]) -> Iterator[list[Seen]]:
     names, last = set[bytes](), Named(b"", b"", b"")
     for seen in listing:
         name, now = seen.entry.name, split_name(seen.entry.name)
-        agrees = now.folder == last.folder and now.key.partition(b".")[0] == last.key.partition(b".")[0]
+        agrees = now.folder == last.folder and (
+            now.key == last.key or now.key.partition(b".")[0] == last.key.partition(b".")[0]
+        )
         # Hidden names have no key; each stands alone.
         is_other = not agrees or not now.key or name in names or (len(run) >= _MOST_IN_RUN and now.key != last.key)
         if run and is_other:

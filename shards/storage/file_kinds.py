@@ -98,6 +98,7 @@ _LITTER_FILES = re.compile(
     rb"\.?picasa\.ini|\.nomedia|\.BridgeSort|\.bridgecache.*|\.nfs[0-9a-f]+|\.fuse_hidden.*",
     re.IGNORECASE | re.DOTALL,
 )
+_LITTER_BEGINS = frozenset((b".", *(bytes([letter]) for letter in b"DdEeIiPpTt")))
 _LITTER_FOLDERS = frozenset(
     b"__MACOSX .AppleDouble .Spotlight-V100 .Trashes .fseventsd .TemporaryItems .DocumentRevisions-V100 @eaDir "
     b"#recycle $RECYCLE.BIN .ipynb_checkpoints .thumbnails lost+found".split(b" ")
@@ -115,7 +116,7 @@ def litter(name: bytes, *, is_image: bool = False) -> str | None:
     if not _LITTER_FOLDERS.isdisjoint(folders):
         folder = next(each for each in folders if each in _LITTER_FOLDERS)
         return f"litter ({folder.decode('ascii')})"
-    if is_image or _LITTER_FILES.fullmatch(base) is None:
+    if is_image or base[:1] not in _LITTER_BEGINS or _LITTER_FILES.fullmatch(base) is None:
         return None
     return "litter (._*)" if base.startswith(b"._") else f"litter ({base.decode('ascii', 'replace').strip()})"
 

@@ -70,7 +70,7 @@ def _number(field: bytes) -> int:
         if field[0] & 0x40:
             raise TarError(f"{field!r} is a negative number")
         return int.from_bytes(field, "big") & ~(1 << (8 * len(field) - 1))
-    text = field.lstrip(b" \0").partition(b"\0")[0].strip(b" ")
+    text = field.strip(b" \0").partition(b"\0")[0].rstrip(b" ")
     if text.strip(b"01234567"):
         raise TarError(f"{field!r} is not an octal number")
     return int(text, 8) if text else 0
@@ -93,10 +93,10 @@ def parse_header(block: bytes) -> Member:
     found, modulo = _number(block[148:156]) - 8 * 0x20, (zlib.adler32(fields) & 0xFFFF) - 1
     if (found - modulo) % 65521 and found != sum(fields) - 256 * sum(byte >> 7 for byte in fields):
         raise TarError("a header's checksum does not match")
-    name, link = (field.split(b"\0", 1)[0] for field in (block[:100], block[157:257]))
+    name, link = block[:100].partition(b"\0")[0], block[157:257].partition(b"\0")[0]
     # Behind a shorter prefix, star keeps times; GNU has other things there.
     prefix = block[345 : 476 if block[508:] == b"tar\0" else 500] if block[257:263] == b"ustar\0" else b""
-    prefix = prefix.split(b"\0", 1)[0]
+    prefix = prefix.partition(b"\0")[0]
     return Member(prefix + b"/" + name if prefix else name, _number(block[124:136]), block[156:157], link)
 
 

@@ -23,6 +23,7 @@ _SCAN_BYTES = 1 << 20
 _EXTENSIONS = (b"L", b"K", b"x", b"X", b"g")
 # Volume labels, access control lists, star's inode data: they describe, and are no members.
 _DESCRIPTIONS = (b"V", b"A", b"I")
+_FILES = (b"0", b"\0")
 _FOLDERS = (b"5", b"D")
 _LINKS = (b"1", b"2")
 _NO_FILES = {
@@ -157,7 +158,7 @@ def _walk(reader: SeekableFile, file_size: int, at: int = 0) -> Iterator[_Raw]:
             begin = end if header.type == b"g" and begin == at else begin
             at = end
             continue
-        name = extended.get(b"GNU.sparse.name", extended.get(b"path", header.name))
+        name = extended.get(b"GNU.sparse.name", extended.get(b"path", header.name)) if extended else header.name
         # The seventh edition had no type for folders.
         is_folder = header.type in _FOLDERS or (name.endswith(b"/") and not size)
         if not is_folder and header.type not in _DESCRIPTIONS:
@@ -170,6 +171,8 @@ def _walk(reader: SeekableFile, file_size: int, at: int = 0) -> Iterator[_Raw]:
 def _data_of(reader: SeekableFile, at: int, header: Member, extended: dict[bytes, bytes]) -> tuple[int, int]:
     """Return where a member's data begin and how many bytes they are. Raises TarError."""
     start = at + BLOCK
+    if header.type in _FILES and not extended:
+        return start, header.size
     if header.type == b"S":
         # Old GNU's map of a sparse file continues in blocks behind the header.
         more = reader.read_at(at, BLOCK)[482]
