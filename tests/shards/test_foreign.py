@@ -86,8 +86,11 @@ def test_tars_are_described_and_left_as_they_are(tars):
 def test_a_cut_image_is_damaged_though_its_thumbnail_is_whole(tmp_path):
     whole = encoded(picture(1, 200, 160), exif=b"Exif\0\0" + jpeg(2))
     assert whole.count(b"\xff\xd9") == 2
-    write(tmp_path / "x.tar", {"0.jpg": whole, "1.jpg": whole[:-300]})
+    write(tmp_path / "x.tar", {"0.jpg": whole, "1.jpg": whole[:-300], "2.jpg": whole[:-300] + b"\xff\xd9"})
     assert index_folder(str(tmp_path), workers=1).flagged == {"damaged": 1}
+    # What has an end marker behind a scan with holes is found by decoding alone.
+    assert verify(tmp_path) == []
+    assert {problem.sample for problem in verify(tmp_path, decode=True)} == {"1", "2"}
     assert encode(whole, EncodeConfig()).data == whole
     with pytest.raises(Rejected, match="damaged"):
         encode(whole[:-300], EncodeConfig())
