@@ -123,7 +123,8 @@ def test_one_file_is_named(words: list[str]) -> None:
 
 OUTER = st.builds(
     Outer,
-    name=st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    # PyYAML writes these line breaks of Unicode as they are, and reads them as spaces.
+    name=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85\u2028\u2029"), max_size=8),
     kind=st.sampled_from(["a", "b"]),
     num_steps=st.none() | st.integers(-(10**20), 10**20),
     is_on=st.booleans(),
