@@ -69,7 +69,7 @@ class EncodeConfig:
     """Images whose longer side is more than this many times the shorter are rejected."""
     mean_rgb: bool = False
     """Store each image's mean color, which only --views.color linear needs. This decodes every image that is copied at
-    an eighth of its size: five times slower, but damage is found that no marker shows."""
+    an eighth of its size: six times slower, but damage is found that no marker shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
