@@ -1,5 +1,6 @@
 """Encoding of one image as a baseline JPEG: copied byte for byte where possible, else decoded and encoded again."""
 
+import math
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from shards.images.libraries import (
     pillow_limits,
     reads_sampling,
     shrink,
+    spreads,
     sum_channels,
 )
 from shards.images.scan import looks_whole
@@ -30,6 +32,9 @@ __all__ = ["PackedImage", "encode", "encode_safely"]
 _MAX_JPEG_SIDE = 65500
 _EOI = b"\xff\xd9"
 _SMALL_PIXELS = 1 << 16
+_UNIFORM_STD = 2.0
+# Of larger images, every second row and column and so on is enough.
+_MANY_PIXELS = 1 << 19
 
 
 class PackedImage(NamedTuple):
@@ -43,6 +48,8 @@ class PackedImage(NamedTuple):
     """What was done: `copied`, or each change that was made."""
     kind: str
     """As in JpegHeader.kind."""
+    is_uniform: bool = False
+    """Whether it was decoded and is nearly one color."""
 
 
 def encode_safely(data: bytes, config: EncodeConfig) -> PackedImage:
@@ -200,7 +207,7 @@ def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage 
             raise Rejected("damaged", str(error)) from None
         data, outcome = ended, "repaired"
     mean = _mean_rgb(small) if config.mean_rgb else None
-    return PackedImage(data, header.width, header.height, mean, (outcome,), header.kind)
+    return PackedImage(data, header.width, header.height, mean, (outcome,), header.kind, _is_uniform(small))
 
 
 def _transcode(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage | None:
@@ -220,7 +227,8 @@ def _transcode(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedI
     if not found.is_baseline or found[:3] != header[:3]:
         return None
     mean = _mean_rgb(small) if config.mean_rgb else None
-    return PackedImage(transcoded, header.width, header.height, mean, ("transcoded",), found.kind)
+    is_uniform = _is_uniform(small)
+    return PackedImage(transcoded, header.width, header.height, mean, ("transcoded",), found.kind, is_uniform)
 
 
 def _decode_small(data: bytes, header: JpegHeader) -> Pixels:
@@ -271,7 +279,7 @@ def _finish(pixels: Pixels, target: tuple[int, int], outcomes: list[str], config
     pixels = np.ascontiguousarray(pixels)
     data = encode_jpeg(pixels, config.quality)
     mean = _mean_rgb(pixels) if config.mean_rgb else None
-    return PackedImage(data, width, height, mean, tuple(outcomes), parse_jpeg(data).kind)
+    return PackedImage(data, width, height, mean, tuple(outcomes), parse_jpeg(data).kind, _is_uniform(pixels))
 
 
 def _resize(pixels: Pixels, target: tuple[int, int]) -> Pixels:
@@ -289,6 +297,12 @@ def _mean_rgb(pixels: Pixels) -> tuple[int, int, int]:
     sums = sum_channels(pixels)
     values = [(2 * value + height * width) // (2 * height * width) for value in sums]
     return (values[0], values[0], values[0]) if channels == 1 else (values[0], values[1], values[2])
+
+
+def _is_uniform(pixels: Pixels) -> bool:
+    """Whether the values of each channel have a standard deviation below 2 of 255."""
+    step = 1 + math.isqrt(pixels.shape[0] * pixels.shape[1] // _MANY_PIXELS)
+    return max(spreads(np.ascontiguousarray(pixels[::step, ::step]))) < _UNIFORM_STD
 
 
 def _orient(pixels: Pixels, orientation: int) -> Pixels:

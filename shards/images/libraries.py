@@ -26,6 +26,7 @@ __all__ = [
     "reads_sampling",
     "report_codecs",
     "shrink",
+    "spreads",
     "sum_channels",
 ]
 
@@ -161,6 +162,11 @@ def decode_values(data: bytes) -> NDArray[Any]:
 def sum_channels(pixels: Pixels) -> list[int]:
     """Return the sum of each channel, exact."""
     return [int(value) for value in _opencv().sumElems(pixels)[: pixels.shape[2]]]
+
+
+def spreads(pixels: Pixels) -> list[float]:
+    """Return the standard deviation of each channel of C-contiguous pixels."""
+    return _opencv().meanStdDev(pixels)[1].ravel().tolist()
 
 
 @lru_cache(maxsize=1)

@@ -12,9 +12,9 @@ from shards.ground.errors import PackError
 from shards.ground.locks import locked
 from shards.packing.aside import read_counts
 from shards.packing.plan import PackPlan, ShardTask
-from shards.packing.write import record_name, shard_stem
+from shards.packing.write import NEAR_UNIFORM, record_name, shard_stem
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
-from shards.storage.file_kinds import ASIDE_NAME, REJECTED_NAME
+from shards.storage.file_kinds import ASIDE_NAME, REJECTED_NAME, UNIFORM_NAME
 from shards.storage.target import WORK_NAME, Target, open_target, path_in
 
 __all__ = ["Finished", "entry_of", "finish", "plan_folder", "read_manifest", "record_of", "write_manifests"]
@@ -125,6 +125,9 @@ def write_manifests(plan: PackPlan, target: Target) -> dict[str, Manifest]:
         assert manifest.num_inputs == split.num_positions + plan.num_duplicates(number)
         rejected = "".join(_rejected_lines(plan, number, target))
         target.put(path_in(split.name, REJECTED_NAME), rejected.encode())
+        if manifest.outcomes.get(NEAR_UNIFORM):
+            uniform = "".join(_noted(plan, number, target, "uniform"))
+            target.put(path_in(split.name, UNIFORM_NAME), uniform.encode())
         if left_aside:
             target.put(path_in(split.name, ASIDE_NAME), (plan.folder / ASIDE_NAME).read_bytes())
         target.put(path_in(split.name, MANIFEST_NAME), manifest.to_json().encode())
@@ -135,10 +138,14 @@ def write_manifests(plan: PackPlan, target: Target) -> dict[str, Manifest]:
 def _rejected_lines(plan: PackPlan, split: int, target: Target) -> Iterator[str]:
     for source, first in plan.duplicates(split):
         yield _line({"key": None, "source": source, "reason": "duplicate", "detail": f"same bytes as {first}"})
+    yield from _noted(plan, split, target, "rejected")
+
+
+def _noted(plan: PackPlan, split: int, target: Target, what: str) -> Iterator[str]:
     for task in plan.tasks():
         if task.split == split:
             record = target.get(f"{WORK_NAME}/done/{record_name(task)}")
-            yield from map(_line, json.loads(record or b"")["rejected"])
+            yield from map(_line, json.loads(record or b"")[what])
 
 
 def _line(values: dict[str, Any]) -> str:

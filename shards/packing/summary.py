@@ -1,16 +1,24 @@
 """Summary that `pack` prints when it is done."""
 
+import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
 
+from shards.config import WORK_FOLDER
 from shards.ground.units import counted, format_bytes
 from shards.images.formats import ARCHIVE
 from shards.packing.aside import describe_aside
+from shards.packing.write import NEAR_UNIFORM
 from shards.sets.manifest import Manifest
 from shards.sources.links import LINK_REASONS
-from shards.storage.file_kinds import ASIDE_NAME, REJECTED_NAME
+from shards.storage.file_kinds import ASIDE_NAME, REJECTED_NAME, UNIFORM_NAME
+from shards.storage.target import open_target, path_in
 
 __all__ = ["summarize"]
+
+_SHOWN = 3
 
 
 def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> int:
@@ -27,6 +35,10 @@ def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> 
     left_aside = sum((Counter(manifest.left_aside) for manifest in manifests.values()), Counter[str]())
     if left_aside:
         print(f"  {describe_aside(left_aside)}: see {ASIDE_NAME}")
+    uniform = sum(manifest.outcomes.get(NEAR_UNIFORM, 0) for manifest in manifests.values())
+    if uniform:
+        first = ", ".join(_first_uniform(out, manifests))
+        print(f"  {counted(uniform, 'image')} nearly one color, such as {first}: see {UNIFORM_NAME}")
     inputs = sum(manifest.num_inputs for manifest in manifests.values())
     rejected = sum(manifest.num_rejected for manifest in manifests.values())
     if not rejected:
@@ -59,3 +71,10 @@ def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> 
         file=sys.stderr,
     )
     return 3
+
+
+def _first_uniform(out: str, manifests: dict[str, Manifest]) -> Iterator[str]:
+    target = open_target(out, work_folder=WORK_FOLDER)
+    files = (target.get(path_in(name, UNIFORM_NAME)) or b"" for name in manifests)
+    lines = (line for data in files for line in data.splitlines())
+    yield from (json.loads(line)["source"] for line in islice(lines, _SHOWN))

@@ -27,9 +27,11 @@ from shards.storage.file_kinds import LABEL_SETS_SUFFIX, SHARD_SUFFIXES
 from shards.storage.tar import TarWriter
 from shards.storage.target import WORK_NAME, Target, path_in
 
-__all__ = ["KEY_DIGITS", "WriteShard", "record_name", "shard_stem"]
+__all__ = ["KEY_DIGITS", "NEAR_UNIFORM", "WriteShard", "record_name", "shard_stem"]
 
 KEY_DIGITS = 12
+NEAR_UNIFORM = "near-uniform"
+"""Outcome of an image that is nearly one color, beside what was done to it."""
 
 
 def shard_stem(shard: int) -> str:
@@ -57,6 +59,7 @@ class _Beside:
         self.sources: list[str] = []
         self.idx: list[str] = []
         self.rejected: list[dict[str, Any]] = []
+        self.uniform: list[dict[str, Any]] = []
         self.outcomes: Counter[str] = Counter()
         self.rejections: Counter[str] = Counter()
         self.jpegs: Counter[str] = Counter()
@@ -73,6 +76,9 @@ class _Beside:
         self.sources.append(source)
         self.outcomes.update(image.outcomes)
         self.jpegs[image.kind] += 1
+        if image.is_uniform:
+            self.uniform.append({"key": f"{position:0{KEY_DIGITS}d}", "source": source})
+            self.outcomes[NEAR_UNIFORM] += 1
 
     def reject(self, position: int, source: str, rejected: Rejected) -> None:
         key = f"{position:0{KEY_DIGITS}d}"
@@ -116,18 +122,24 @@ class WriteShard:
         begin_s = time.time()
         temporary = {suffix: target.scratch / f"{task.split}-{stem}{suffix}.{os.getpid()}" for suffix in suffixes}
         try:
-            entry, rejected = _write_files(plan, task, self.config, temporary, tick)
+            entry, beside = _write_files(plan, task, self.config, temporary, tick)
             target.publish({path_in(split, f"{stem}{suffix}"): path for suffix, path in temporary.items()})
         finally:
             for path in temporary.values():
                 path.unlink(missing_ok=True)
-        record = {"entry": asdict(entry), "rejected": rejected, "span_s": [begin_s, time.time()], "part": target.part}
+        record = {
+            "entry": asdict(entry),
+            "rejected": beside.rejected,
+            "uniform": beside.uniform,
+            "span_s": [begin_s, time.time()],
+            "part": target.part,
+        }
         target.put(f"{WORK_NAME}/done/{record_name(task)}", json.dumps(record, ensure_ascii=False).encode())
 
 
 def _write_files(
     plan: PackPlan, task: ShardTask, config: EncodeConfig, paths: dict[str, Path], tick: Tick
-) -> tuple[ShardEntry, list[dict[str, Any]]]:
+) -> tuple[ShardEntry, _Beside]:
     beside = _Beside(plan.label_sets)
     fd = os.open(paths[".tar"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     tar = TarWriter(fd)
@@ -153,7 +165,7 @@ def _write_files(
     for suffix, data in beside.files().items():
         write_synced(paths[suffix], data)
         digests[suffix] = digest(data)
-    return _entry(task, tar.num_bytes, digests, beside), beside.rejected
+    return _entry(task, tar.num_bytes, digests, beside), beside
 
 
 def _add_sample(tar: TarWriter, beside: _Beside, position: int, image: PackedImage, label: int, source: str) -> None:

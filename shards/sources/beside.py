@@ -10,6 +10,7 @@ from shards.storage.file_kinds import (
     SHARD_SUFFIXES,
     SUMMARY_NAME,
     TABLE_NAME,
+    UNIFORM_NAME,
     kind_of_archive,
 )
 
@@ -18,7 +19,9 @@ __all__ = ["OF_SET", "describe_sets"]
 OF_SET = "of a set of shards"
 """What such files are counted as."""
 
-_OWN = frozenset(name.encode() for name in (MANIFEST_NAME, REJECTED_NAME, ASIDE_NAME, TABLE_NAME, SUMMARY_NAME))
+_OWN = frozenset(
+    name.encode() for name in (MANIFEST_NAME, REJECTED_NAME, UNIFORM_NAME, ASIDE_NAME, TABLE_NAME, SUMMARY_NAME)
+)
 _OWN_ENDS = tuple(end.encode() for end in (*SHARD_SUFFIXES[1:], LABEL_SETS_SUFFIX))
 _BESIDE = {
     # mosaicml-streaming; TensorFlow Datasets; `save_to_disk` of Hugging Face's datasets.

@@ -18,6 +18,7 @@ __all__ = [
     "SHARD_SUFFIXES",
     "SUMMARY_NAME",
     "TABLE_NAME",
+    "UNIFORM_NAME",
     "kind_of_archive",
     "litter",
     "may_be_archive",
@@ -79,6 +80,9 @@ MANIFEST_NAME = "manifest.json"
 
 REJECTED_NAME = "rejected.jsonl"
 """The file of a set that lists its rejected inputs."""
+
+UNIFORM_NAME = "near-uniform.jsonl"
+"""The file of a set that lists samples which are nearly one color."""
 
 ASIDE_NAME = "left-aside.jsonl"
 """The file of a set that lists what of its sources was left aside."""
