@@ -61,7 +61,7 @@ _DATA = re.compile(rb"chunk-\d+-\d+\.bin|.*-idx\d-ubyte", re.DOTALL)
 LISTS = (".txt", ".csv", ".tsv", ".jsonl", ".txt.gz", ".csv.gz", ".tsv.gz", ".jsonl.gz")
 """Files that name images."""
 
-# heic and jxl: rejected with a reason, but images.
+# heic and jxl: without the extra that reads them, rejected with a reason, but images.
 _IMAGES = (
     "avif avifs bmp dib gif heic heif icns ico j2c j2k jfif jp2 jpc jpe jpeg jpf jpg jpx jxl pcx pgm png pnm ppm tga "
     "tif tiff webp"

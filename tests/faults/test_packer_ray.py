@@ -30,6 +30,7 @@ from tests.shards.pictures import contents, encoded, picture
 pytestmark = pytest.mark.faults
 
 ROOT = Path(__file__).resolve().parents[2]
+CRASHING = ROOT / "tests" / "shards" / "crashing"
 
 
 def wait_until(condition, limit_s=60):
@@ -50,7 +51,9 @@ def cluster():
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     # Ray listens on all addresses, whatever it is told.
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment = os.environ | token | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    # Libraries crash there, too, at images that say so.
+    path = os.pathsep.join([str(CRASHING), str(ROOT)])
+    environment = os.environ | token | {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
     options = f"--head --block --num-cpus 2 --port {port} --include-dashboard false --temp-dir {folder}"
     arguments = ["-c", "from ray.scripts.scripts import main; main()", "start", *options.split()]
     with (folder / "log").open("wb") as log:
@@ -162,6 +165,22 @@ def test_a_cluster_packs_the_usual_data_sets_as_one_process_does(cluster, tmp_pa
             [sys.executable, "-m", "shards.cli", *arguments], env=cluster[1], check=True, capture_output=True
         )
         assert contents(tmp_path / "ray" / name) == contents(tmp_path / "one" / name)
+
+
+@pytest.mark.slow
+def test_an_image_at_which_a_codec_dies_on_a_node_is_rejected_and_nothing_else_changes(cluster, tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        comment = b"crash:abort;" if i == 2 else b""
+        (tmp_path / "in" / f"{i}.jpg").write_bytes(encoded(picture(i), comment=comment))
+    words = ["pack", str(tmp_path / "in"), "--shard-samples", "3", "--mean-rgb", "--max-rejected", "1"]
+    for name, more in (("ray", ["--executor", "ray", "--ray-address", cluster[0]]), ("one", ["--workers", "1"])):
+        arguments = [sys.executable, "-m", "shards.cli", *words, "--out", str(tmp_path / name), *more]
+        subprocess.run(arguments, env=cluster[1], check=True, capture_output=True)
+    files = contents(tmp_path / "ray")
+    assert b"2.jpg" in files["rejected.jsonl"]
+    assert b"killed by SIGABRT, twice" in files["rejected.jsonl"]
+    assert files == contents(tmp_path / "one")
 
 
 @pytest.fixture
