@@ -169,8 +169,8 @@ def to_pixels(values: NDArray[Any], wanted: DepthRange, *, file_bits: int = 16) 
     """
     bits = min(wanted.bits, file_bits)
     if values.dtype.kind == "f":
-        scaled = (np.nan_to_num(values.astype(np.float32), nan=wanted.low) - wanted.low) / (wanted.high - wanted.low)
-        pixels = np.rint(255 * scaled.clip(0, 1)).astype(np.uint8)
+        known = np.nan_to_num(values.astype(np.float32), nan=wanted.low).clip(wanted.low, wanted.high)
+        pixels = np.rint(255 * ((known - wanted.low) / (wanted.high - wanted.low)).clip(0, 1)).astype(np.uint8)
     else:
         pixels = (values.astype(np.int32).clip(0, (1 << bits) - 1) >> (bits - 8)).astype(np.uint8)
     if pixels.shape[2] < 4:

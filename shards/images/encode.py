@@ -12,7 +12,7 @@ from shards.ground.errors import Rejected
 from shards.images.depth import DeepHeader, DepthRange, deep_header, to_pixels, values_of
 from shards.images.formats import early_size, open_image, why_not_opened
 from shards.images.isolation import CODEC_FAILED, Limits, run_codecs
-from shards.images.jpeg import JpegError, JpegHeader, is_jpeg, parse_jpeg, with_sound_scan
+from shards.images.jpeg import JpegError, JpegHeader, is_jpeg, parse_jpeg, with_sound_scan, without_stray_bytes
 from shards.images.libraries import (
     CodecError,
     calling,
@@ -153,7 +153,7 @@ def _reduction(size: tuple[int, int], target: tuple[int, int]) -> int:
 def _encode_jpeg(original: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage:
     if header.precision != 8:
         raise Rejected("unsupported", f"a JPEG of {header.precision} bits, which none of the libraries here reads")
-    data = with_sound_scan(original, header)
+    data, header = _with_sound_header(with_sound_scan(original, header), header)
     is_known = header.has_usual_sampling or reads_sampling(data)
     upright = header.orientation == 1
     turned = header.orientation >= 5
@@ -185,6 +185,15 @@ def _encode_jpeg(original: bytes, header: JpegHeader, config: EncodeConfig) -> P
     if target != size:
         outcomes.append("resized")
     return _finish(pixels, target, outcomes, config)
+
+
+def _with_sound_header(data: bytes, header: JpegHeader) -> tuple[bytes, JpegHeader]:
+    """Take out stray bytes, which viewers pass over and the decoder does not."""
+    try:
+        cleaned = without_stray_bytes(data)
+        return (data, header) if cleaned == data else (cleaned, parse_jpeg(cleaned))
+    except JpegError as error:
+        raise Rejected("damaged", str(error)) from None
 
 
 def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage | None:

@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-__all__ = ["ENGINE_KINDS", "JpegError", "JpegHeader", "is_jpeg", "parse_jpeg", "with_sound_scan"]
+__all__ = ["ENGINE_KINDS", "JpegError", "JpegHeader", "is_jpeg", "parse_jpeg", "with_sound_scan", "without_stray_bytes"]
 
 _SOI = b"\xff\xd8\xff"
 _SOF_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -160,6 +160,30 @@ def with_sound_scan(data: bytes, header: JpegHeader) -> bytes:
     if header.sof not in (0xC0, 0xC1) or data[at : at + 3] == b"\0\x3f\0":
         return data
     return data[:at] + b"\0\x3f\0" + data[at + 3 :]
+
+
+def without_stray_bytes(data: bytes) -> bytes:
+    """Return a JPEG that `parse_jpeg` takes, without what lies between the segments of its header.
+
+    Raises:
+        JpegError: a segment is shorter than its length field.
+    """
+    pieces, position = [data[:2]], 2
+    while True:
+        end = position
+        marker, position = _next_marker(data, position)
+        start = position - 2
+        # Any number of 0xFF may stand before a marker.
+        while start > end and data[start - 1] == 0xFF:
+            start -= 1
+        if marker == 0xDA:
+            return b"".join((*pieces, data[start:]))
+        if marker not in _STANDALONE:
+            length = (data[position] << 8) | data[position + 1]
+            if length < 2:
+                raise JpegError(f"has a segment of {length} bytes in its header")
+            position += length
+            pieces.append(data[start:position])
 
 
 def _next_marker(data: bytes, position: int) -> tuple[int, int]:

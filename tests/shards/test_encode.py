@@ -333,6 +333,28 @@ def test_a_scan_header_as_some_phones_write_it_is_repaired(scan, mean_rgb):
         encode(flat_jpeg(((2, 2), (1, 1), (1, 1)), scan=scan)[:-20], DEFAULT)
 
 
+@pytest.mark.parametrize("mean_rgb", [True, False])
+@pytest.mark.parametrize("stray", [b"\0\1\2", b"\x80", bytes(90), b"\xff\0\xff\0"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_stray_bytes_between_the_segments_of_a_header_are_taken_out(mode, stray, mean_rgb):
+    sound = encoded(picture(3, mode=mode))
+    config = EncodeConfig(mean_rgb=mean_rgb)
+    for marker in (b"\xff\xdb", b"\xff\xc0", b"\xff\xc4", b"\xff\xda"):
+        at = sound.index(marker)
+        image = encode(sound[:at] + stray + sound[at:], config)
+        assert (image.data, image.outcomes) == (sound, ("repaired",))
+        with pytest.raises(Rejected, match="damaged"):
+            encode(sound[:at] + stray + sound[at:-60], config)
+    at = sound.index(b"\xff\xc0")
+    filled = sound[:at] + b"\xff\xff" + sound[at:]
+    assert encode(filled, config)[4:6] == (("copied",), "gray" if mode == "L" else "4:2:0")
+    progressive = encoded(picture(3, mode=mode), progressive=True)
+    at = progressive.index(b"\xff\xc2")
+    image = encode(progressive[:at] + stray + progressive[at:], config)
+    assert image.outcomes == ("repaired", "made baseline")
+    assert image.data == encode(progressive, config).data
+
+
 @pytest.mark.parametrize(
     "error", [KeyError(6), ZeroDivisionError("zero"), SystemError("bad call"), RuntimeError("x\ny")]
 )
