@@ -54,8 +54,9 @@ class _Running:
 
 
 @dataclass(frozen=True)
-class _Returned:
+class _CodecAnswer:
     value: Any
+    error: Exception | None = None
 
 
 def run_codecs(
@@ -120,23 +121,31 @@ class _Codecs:
     def run(self, limits: Limits, call: tuple[Any, ...]) -> Any:
         with self._lock:
             try:
-                return self._try(limits, call)
+                answer = self._try(limits, call)
             except (WorkerDiedError, MemoryError):
                 # Memory may have been short, or an earlier image have left something behind.
-                self._end()
-            try:
-                return self._try(limits, call)
-            except (WorkerDiedError, MemoryError) as failure:
-                self._end()
-                raise _verdict(failure, self._codec, limits) from None
+                try:
+                    answer = self._try(limits, call)
+                except (WorkerDiedError, MemoryError) as failure:
+                    raise _verdict(failure, self._codec, limits) from None
+        if answer.error is not None:
+            raise answer.error
+        return answer.value
 
-    def _try(self, limits: Limits, call: tuple[Any, ...]) -> Any:
-        child = self._started()
-        self._codec = "the codecs"
-        child.send((limits, call))
-        while isinstance(message := child.receive(), _Running):
-            self._codec = message.name
-        return message.value
+    def _try(self, limits: Limits, call: tuple[Any, ...]) -> _CodecAnswer:
+        try:
+            child = self._started()
+            self._codec = "the codecs"
+            child.send((limits, call))
+            while isinstance(message := child.receive(), _Running):
+                self._codec = message.name
+            if isinstance(message.error, MemoryError):
+                raise message.error
+        except BaseException:
+            # It died, or this was interrupted: then its answer must not be taken for that of the next call.
+            self._end()
+            raise
+        return message
 
     def _started(self) -> Child:
         if self._child is None or self._pid != os.getpid():
@@ -184,6 +193,6 @@ def main(connection: "Connection[Any, Any]", spec: None) -> None:
             with _limited(limits):
                 result = function(data, *arguments, **options)
         except Exception as error:
-            connection.send(portable(error, "in the codec process"))
+            connection.send(_CodecAnswer(None, portable(error, "in the codec process")))
         else:
-            connection.send(_Returned(result))
+            connection.send(_CodecAnswer(result))

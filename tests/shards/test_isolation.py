@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -180,6 +181,21 @@ def test_what_a_function_gives_or_raises_apart_is_what_it_gives_or_raises_here()
     with pytest.raises(Rejected, match="reason") as caught:
         run_codecs(fail, LIMITS, b"")
     assert (caught.value.reason, caught.value.detail) == ("reason", "detail")
+
+
+def interrupt(data, pid):
+    os.kill(pid, signal.SIGUSR1)
+    return b"late"
+
+
+def test_the_answer_to_an_interrupted_call_is_not_that_of_the_next_one():
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_codecs(interrupt, LIMITS, b"", os.getpid())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert run_codecs(double, LIMITS, b"ab", more=b"c") == b"abc"
 
 
 def test_a_codec_that_never_returns_or_takes_all_memory_is_stopped():
