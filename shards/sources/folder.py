@@ -165,6 +165,8 @@ def read_file(path: bytes, *, follow: Callable[[bytes], bytes] = os.path.realpat
         Rejected: no regular file, or it cannot be read.
         PackError: the disk or the network fails.
     """
+    if b"\0" in path:
+        raise Rejected("unreadable", "its path holds a zero byte")
     try:
         return _read_whole(_open(path, follow))
     except OSError as error:

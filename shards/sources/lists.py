@@ -1,5 +1,6 @@
 """Lists of images: text, CSV, TSV or JSON lines, or a bucket's CSV inventory."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -7,7 +8,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, ClassVar, cast
@@ -18,12 +19,17 @@ from shards.ground.errors import PackError, RefusedError, Rejected
 from shards.sources.base import Aside, Found, Input, Source, folder_of, printable
 from shards.sources.folder import read_file
 from shards.sources.values import as_label
+from shards.storage.file_kinds import IMAGE_SUFFIXES
 from shards.storage.stores import SeekableFile, absolute, is_url, open_bytes, open_folder, split_url
 
 __all__ = ["ListSource"]
 
 _PATHS = ("path", "file", "filename", "file_name", "image", "image_path", "filepath", "url", "key")
 _LABELS = ("label", "class", "target", "class_name", "category", "label_name")
+_WORD = re.compile(r" *[A-Za-z_][A-Za-z_ ]*")
+_NUMBER = re.compile(r"-?[0-9]+(\.0*)?")
+# As Caffe's tools and many scripts write it; a name may hold spaces, so it must end as images do.
+_LABEL_BEHIND_SPACE = re.compile(rf"(.+\.(?:{'|'.join(sorted(IMAGE_SUFFIXES))})) +(-?[0-9]+)", re.IGNORECASE)
 
 
 class ListSource:
@@ -95,13 +101,26 @@ class ListSource:
         """Return number of the line, path and label of each entry."""
         kind = self.path.lower().removesuffix(".gz").rpartition(".")[2]
         # Spreadsheets write a mark of the encoding in front.
-        text = io.TextIOWrapper(cast("Any", raw), encoding="utf-8-sig", errors="surrogateescape", newline="")
+        is_utf16 = cast("Any", raw).peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        encoding = "utf-16" if is_utf16 else "utf-8-sig"
+        text = io.TextIOWrapper(cast("Any", raw), encoding=encoding, errors="surrogateescape", newline="")
         if kind == "jsonl":
             return self._json_entries(text)
         if kind == "txt":
-            self._label_from = "text behind a tab"
-            return _text_entries(text)
-        return self._csv_entries(csv.reader(text, delimiter="\t" if kind == "tsv" else ","))
+            return self._text_entries(text)
+        first = text.readline()
+        between = "\t" if kind == "tsv" else _between(first)
+        return self._csv_entries(csv.reader(chain([first], text), delimiter=between))
+
+    def _text_entries(self, text: Iterator[str]) -> Iterator[tuple[int, str, str | int | None]]:
+        for number, line in enumerate(text, 1):
+            path, tab, label = line.rstrip("\r\n").partition("\t")
+            if not tab and (both := _LABEL_BEHIND_SPACE.fullmatch(path)) is not None:
+                path, label = both.groups()
+            if tab or label:
+                self._label_from = "text behind a tab" if tab else "number behind a space"
+            if path:
+                yield number, path, _number_or_name(label)
 
     def _json_entries(self, text: Iterator[str]) -> Iterator[tuple[int, str, Any]]:
         for number, line in enumerate(text, 1):
@@ -120,40 +139,68 @@ class ListSource:
             yield number, str(values[path]), values.get(label) if label is not None else None
 
     def _csv_entries(self, rows: Any) -> Iterator[tuple[int, str, Any]]:
-        first: list[str] = next(rows, list[str]())
+        lines: Iterator[tuple[int, list[str]]] = ((rows.line_num, row) for row in rows)
+        number, first = next(lines, (1, list[str]()))
         path, label = self._find(first)
         at, label_at = 0, None
         if path is not None:
             at, label_at = first.index(path), None if label is None else first.index(label)
         elif self._columns.image is not None:
-            raise PackError(f"{self.path} has no column {self._columns.image!r}: it has {', '.join(first)}")
+            raise self._has_no(self._columns.image, first)
         elif self._is_inventory(first):
-            for bucket, key, *_ in chain([first], rows):
-                yield rows.line_num, f"s3://{bucket}/{unquote(key)}", None
+            for line, (bucket, key, *_) in chain([(number, first)], lines):
+                yield line, f"s3://{bucket}/{unquote(key)}", None
             return
         elif first:
+            second = next(lines, (0, list[str]()))
+            self._refuse_order(first, second[1])
+            lines = chain([(number, first), second], lines)
             label_at, self._label_from = (1, "second column") if len(first) > 1 else (None, "")
-        for row in rows if path is not None else chain([first], rows):
+        if path is not None and label is None and self._columns.label is not None:
+            raise self._has_no(self._columns.label, first)
+        for line, row in lines:
             if not any(row):
                 continue
             if at >= len(row) or not row[at]:
                 raise PackError(
-                    f"{self.path}, line {rows.line_num}: {', '.join(row)[:80]!r} has no path in column {at + 1}: "
+                    f"{self.path}, line {line}: {', '.join(row)[:80]!r} has no path in column {at + 1}: "
                     "repair the list, or remove the line"
                 )
             value = None if label_at is None or label_at >= len(row) else _number_or_name(row[label_at])
-            yield rows.line_num, row[at], value
+            yield line, row[at], value
+
+    def _has_no(self, column: str, first: Sequence[str]) -> PackError:
+        return PackError(f"{self.path} has no column {column!r}: it has {', '.join(first)}")
+
+    def _refuse_order(self, first: Sequence[str], second: Sequence[str]) -> None:
+        """Refuse a list without usual names above it that begins with other names, or whose paths come second."""
+        if len(first) > 1 and not self._is_here(first[0]) and self._is_here(first[1]):
+            raise PackError(
+                f"{self.path}, line 1: {', '.join(first)[:80]!r} has its path in column 2: put a line of names above "
+                "the list, such as `label,path`"
+            )
+        if len(first) > 1 and second and all(map(_WORD.fullmatch, first)) and not _WORD.fullmatch(second[0]):
+            raise PackError(
+                f"{self.path} begins with {', '.join(first)[:80]!r}: if these are names of columns, say which hold "
+                "path and label with --image-column and --label-column; if not, put the line `path,label` above it"
+            )
+
+    def _is_here(self, path: str) -> bool:
+        return not is_url(self._base) and not is_url(path) and "\0" not in path and Path(self._base, path).is_file()
 
     def _is_inventory(self, first: list[str]) -> bool:
         """Return whether a list without a header line is S3's: bucket, key (quoted as in URLs), and more."""
         # A bucket's name may hold dots, but so do the names of files in a local list.
         bucket = r"[a-z0-9][a-z0-9.-]+" if self.path.startswith("s3://") else r"[a-z0-9][a-z0-9-]{2,}"
-        return len(first) >= 2 and re.fullmatch(bucket, first[0]) is not None and "." in first[1]
+        looks_so = len(first) >= 2 and re.fullmatch(bucket, first[0]) is not None and "." in first[1]
+        return looks_so and not any(map(self._is_here, first[:2]))
 
     def _find(self, names: list[str]) -> tuple[str | None, str | None]:
         """Return the columns of path and label among some names."""
-        path = next((n for n in ([self._columns.image] if self._columns.image else _PATHS) if n in names), None)
-        label = next((n for n in ([self._columns.label] if self._columns.label else _LABELS) if n in names), None)
+        by_name = {name.strip().lower(): name for name in reversed(names)} | {name: name for name in names}
+        paths = [self._columns.image] if self._columns.image else _PATHS
+        labels = [self._columns.label] if self._columns.label else _LABELS
+        path, label = (next((by_name[n] for n in some if n in by_name), None) for some in (paths, labels))
         self._label_from = f"column {label}"
         return path, label
 
@@ -186,11 +233,10 @@ def _wanted(chosen: str | None, usual: tuple[str, ...]) -> str:
 
 
 def _number_or_name(text: str) -> str | int | None:
-    return int(text) if text.isdecimal() else text or None
+    text = text.strip()
+    return int(text.partition(".")[0]) if _NUMBER.fullmatch(text) else text or None
 
 
-def _text_entries(text: Iterator[str]) -> Iterator[tuple[int, str, str | int | None]]:
-    for number, line in enumerate(text, 1):
-        path, tab, label = line.rstrip("\r\n").partition("\t")
-        if path:
-            yield number, path, _number_or_name(label) if tab else None
+def _between(first: str) -> str:
+    """Return what separates the columns of a CSV: spreadsheets of many countries write semicolons."""
+    return next((mark for mark in ";\t" if mark in first and "," not in first), ",")

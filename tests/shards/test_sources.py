@@ -155,6 +155,68 @@ def test_text_and_csv_lists(tmp_path, content):
     assert packed(tmp_path / "again") == expected
 
 
+def write_three(folder):
+    for i in range(3):
+        (folder / f"{i} x.jpg").write_bytes(jpeg(i))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("names in capitals.csv", "Filename, Label\n0 x.jpg, dog\n1 x.jpg, cat\n2 x.jpg, dog\n"),
+        ("semicolons.csv", "filename;label\n0 x.jpg;dog\n1 x.jpg;cat\n2 x.jpg;dog\n"),
+        ("tabs.csv", "filename\tlabel\n0 x.jpg\tdog\n1 x.jpg\tcat\n2 x.jpg\tdog\n"),
+        ("utf-16.csv", "filename,label\r\n0 x.jpg,dog\r\n1 x.jpg,cat\r\n2 x.jpg,dog\r\n"),
+        ("utf-16.txt", "0 x.jpg\tdog\r\n1 x.jpg\tcat\r\n2 x.jpg\tdog\r\n"),
+    ],
+)
+def test_lists_as_spreadsheets_write_them(tmp_path, name, text):
+    write_three(tmp_path)
+    (tmp_path / name).write_bytes(text.encode("utf-16" if "utf-16" in name else "utf-8"))
+    manifest = pack(config(tmp_path / name, out=tmp_path / "out"))[""]
+    assert (manifest.num_rejected, manifest.class_names) == (0, ("cat", "dog"))
+    assert {label for label, _ in packed(tmp_path / "out").values()} == {"cat", "dog"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "labels"),
+    [
+        ("gaps.csv", "filename,label\n0 x.jpg,10.0\n1 x.jpg,\n2 x.jpg,2.0\n", ["10", "", "2"]),
+        ("none.csv", "filename,label\n0 x.jpg,1\n1 x.jpg,-1\n2 x.jpg,0\n", ["1", "", "0"]),
+        ("caffe.txt", "0 x.jpg 1\n1 x.jpg 0\n2 x.jpg 1\n", ["1", "0", "1"]),
+    ],
+)
+def test_numbers_in_lists_are_classes_of_that_number(tmp_path, name, text, labels):
+    write_three(tmp_path)
+    (tmp_path / name).write_text(text)
+    manifest = pack(config(tmp_path / name, out=tmp_path / "out"))[""]
+    assert manifest.class_names == tuple(map(str, range(1 + max(int(label or -1) for label in labels))))
+    found = packed(tmp_path / "out")
+    assert [found[jpeg(i)][0] or "" for i in range(3)] == labels
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ("id,breed\n0 x.jpg,dog\n", {}, "begins with 'id, breed': if these are names of columns"),
+        ("dog,0 x.jpg\ncat,1 x.jpg\n", {}, "line 1: 'dog, 0 x.jpg' has its path in column 2"),
+        ("path,label\n0 x.jpg,dog\n", {"label_column": "breed"}, "has no column 'breed': it has path, label"),
+    ],
+)
+def test_names_of_columns_never_become_samples_or_classes(tmp_path, text, options, said):
+    write_three(tmp_path)
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(PackError, match=said):
+        pack(config(tmp_path / "list.csv", out=tmp_path / "out", **options))
+
+
+def test_a_zero_byte_in_a_list_rejects_its_line_alone(tmp_path):
+    write_three(tmp_path)
+    (tmp_path / "list.txt").write_text("0 x.jpg\n1\0x.jpg\n2 x.jpg\n")
+    manifest = pack(config(tmp_path / "list.txt", out=tmp_path / "out", max_rejected=1.0))[""]
+    assert (manifest.num_samples, manifest.rejections) == (2, {"unreadable": 1})
+
+
 def test_json_lists_with_named_columns_and_numbers(tmp_path):
     lines = []
     for i in range(4):
