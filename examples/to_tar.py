@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import pickle
+import re
 import struct
 import sys
 import tarfile
@@ -28,6 +29,10 @@ Samples = Iterator[tuple[Any, Any]]
 """(an encoded image or pixels, label or None)"""
 
 
+LABELS = frozenset(["label", "labels", "y", "target", "targets", "cls", "class", "classes"])
+"""Words in the names of arrays of labels."""
+
+
 class PlainPickle(pickle.Unpickler):
     """Arrays, texts and numbers alone: any other pickle could run any code."""
 
@@ -39,23 +44,58 @@ class PlainPickle(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def of_arrays(arrays: dict[str, Any]) -> Samples:
-    """Images of every array of pixels; labels of the array of as many numbers whose name is most like its own."""
+def words(name: str) -> set[str]:
+    """Words of an array's name, in lower case: x, test of x_test; test, x of testX."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)}
+
+
+def labels_of(name: str, number: int, found: dict[str, Any]) -> tuple[str, list[Any]]:
+    """The array of as many labels whose name is most like that of the images, and its values."""
+    values = {other: array.ravel() for other, array in found.items() if array.size == number and array.ndim <= 2}
+    values = {other: array for other, array in values.items() if array.dtype.kind in "iufUS" and other != name}
+
+    def likeness(other: str) -> tuple[int, bool, bool]:
+        called = words(other)
+        return len(called & words(name)), not LABELS.isdisjoint(called), "fine" in called
+
+    alike = sorted(values, key=likeness, reverse=True)
+    if len(alike) > 1 and likeness(alike[0]) == likeness(alike[1]):
+        raise SystemExit(f"{alike[0]} or {alike[1]} may be the labels of {name}: leave one of them out of the file")
+    if not alike:
+        return "", [None] * number
+    labels = values[alike[0]]
+    if labels.dtype.kind == "f":
+        if not (labels == labels.round()).all():
+            raise SystemExit(f"{alike[0]} would be the labels of {name}, but holds fractions: leave it out of the file")
+        labels = labels.astype(np.int64)
+    return alike[0], labels.tolist()
+
+
+def of_arrays(arrays: dict[Any, Any]) -> Samples:
+    """Images of every array of pixels, with their labels. What else looks like images is refused: it would be lost."""
     found = {str(name): np.asarray(array) for name, array in arrays.items() if not str(name).startswith("__")}
-    numbers = {name: array.ravel() for name, array in found.items() if array.dtype.kind in "iu" and array.size}
     for name, array in found.items():
         if array.ndim == 2 and array.shape[1] == 3072:  # CIFAR's
             array = array.reshape(-1, 3, 32, 32)
-        if array.dtype != np.uint8 or array.ndim not in (3, 4):
+        if array.ndim not in (3, 4) or array.dtype.kind not in "buif":
             continue
+        if array.dtype != np.uint8:
+            raise SystemExit(
+                f"{name} {array.shape} holds {array.dtype}, not bytes: its images would be lost. Save it as uint8, "
+                "such as (array * 255).round().astype('uint8') where values are 0 to 1, or leave it out of the file"
+            )
+        if array.ndim == 3 and array.shape[2] in (3, 4):
+            raise SystemExit(
+                f"{name} {array.shape} is one image, or {array.shape[0]} gray ones: save it as (N, H, W, C)"
+            )
         if array.ndim == 4 and array.shape[2] in (1, 3):  # (H, W, C, N), as MATLAB has them
             array = np.moveaxis(array, 3, 0)
         if array.ndim == 4 and array.shape[1] in (1, 3):  # (N, C, H, W)
             array = np.moveaxis(array, 1, 3)
-        pixels = array[..., 0] if array.shape[-1] == 1 else array
-        same_length = [other for other, values in numbers.items() if len(values) == len(pixels)]
-        best = max(same_length, key=lambda other: (other[:3] == name[:3], "fine" in other), default=None)
-        yield from zip(pixels, [None] * len(pixels) if best is None else numbers[best].tolist(), strict=True)
+        pixels = array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
+        labels, values = labels_of(name, len(pixels), found)
+        print(f"{name or 'array'} {array.shape}: {'labels of ' + labels if labels else 'no labels'}")
+        yield from zip(pixels, values, strict=True)
 
 
 def of_hdf5(path: Path) -> Samples:
@@ -123,13 +163,18 @@ def of_idx(path: Path) -> Samples:
     return of_arrays({"images": read(path)} | ({"labels": read(labels)} if labels != path and labels.exists() else {}))
 
 
+def named(held: Any) -> dict[Any, Any]:
+    """Arrays by name, out of a dictionary, a tuple such as (images, labels), or an array alone."""
+    return held if isinstance(held, dict) else dict(enumerate(held)) if isinstance(held, tuple) else {"": held}
+
+
 def samples_of(path: Path) -> Samples:
     if (path / "index.json").is_file():
         return of_litdata(path)
     with (gzip.open if path.suffix == ".gz" else open)(path / "data.mdb" if path.is_dir() else path, "rb") as file:
         kind = container(file.read(SNIFFED_BYTES))
     if kind == "a pickle":
-        return of_arrays(PlainPickle(path.open("rb"), encoding="latin1").load())
+        return of_arrays(named(PlainPickle(path.open("rb"), encoding="latin1").load()))
     if kind == "MATLAB":
         from scipy.io import loadmat
 
@@ -138,9 +183,7 @@ def samples_of(path: Path) -> Samples:
         import torch
 
         held = torch.load(path, weights_only=True)
-        return of_arrays(
-            held if isinstance(held, dict) else dict(enumerate(held)) if isinstance(held, tuple) else {"": held}
-        )
+        return of_arrays(named(held))
     readers = {"HDF5": of_hdf5, "LMDB": of_lmdb, "MXNet's RecordIO": of_recordio, "MNIST's IDX": of_idx}
     if kind in readers:
         return readers[kind](path)
@@ -149,18 +192,26 @@ def samples_of(path: Path) -> Samples:
 
 
 def main(path: str, out: str) -> None:
-    count = 0
-    with tarfile.open(out, "w") as tar:
-        for count, (image, label) in enumerate(samples_of(Path(path)), 1):
-            if not isinstance(image, bytes):
-                buffer = io.BytesIO()
-                Image.fromarray(image).save(buffer, "PNG", compress_level=1)
-                image = buffer.getvalue()
-            members = {"image": image} if label is None else {"image": image, "cls": b"%d" % label}
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{count:09d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+    count, building = 0, Path(f"{out}.partial")
+    try:
+        with tarfile.open(building, "w") as tar:
+            for count, (image, label) in enumerate(samples_of(Path(path)), 1):
+                if not isinstance(image, bytes):
+                    buffer = io.BytesIO()
+                    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+                    image = buffer.getvalue()
+                text = label if isinstance(label, bytes) else str(label).encode()
+                for extension, data in {"image": image, **({} if label is None else {"cls": text})}.items():
+                    info = tarfile.TarInfo(f"{count:09d}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        if not count:
+            raise SystemExit(
+                f"{path} has no array of images: bytes, (N, H, W), (N, H, W, C), (N, C, H, W), (H, W, C, N)"
+            )
+        building.replace(out)
+    finally:
+        building.unlink(missing_ok=True)
     print(f"{out}: {count} samples")
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -171,3 +172,43 @@ def test_other_containers_are_refused_by_name_and_packed_by_way_of_a_tar(name: s
             # Colors are halved in resolution, so the mean alone stays close.
             expected = PIXELS[number, ..., 0] if image.mode == "L" else PIXELS[number]
             assert abs(np.asarray(image).mean() - expected.mean()) < 2
+
+
+def cls_of(tar_path: Path) -> list[str]:
+    with tarfile.open(tar_path) as tar:
+        return [(tar.extractfile(each) or io.BytesIO()).read().decode() for each in tar if each.name.endswith(".cls")]
+
+
+def test_labels_of_each_part_are_its_own_whatever_the_order(tmp_path: Path, run: Run) -> None:
+    images, labels = {"x_train": PIXELS, "x_test": PIXELS}, {"y_train": LABELS, "y_test": 2 - LABELS}
+    np.savez(tmp_path / "keras.npz", **images, ids=np.arange(6) + 100, **labels)
+    printed = run("to_tar.py", str(tmp_path / "keras.npz"), str(tmp_path / "out.tar"))
+    assert "x_test (6, 32, 32, 3): labels of y_test" in printed
+    assert cls_of(tmp_path / "out.tar") == [str(label) for label in (*LABELS, *(2 - LABELS))]
+
+
+@pytest.mark.parametrize("labels", [LABELS.astype(np.float64), np.array(["0", "1", "2"])[LABELS]])
+def test_labels_of_arrays_may_be_whole_floats_or_names(labels: np.ndarray, tmp_path: Path, run: Run) -> None:
+    np.savez(tmp_path / "x.npz", images=PIXELS, labels=labels)
+    run("to_tar.py", str(tmp_path / "x.npz"), str(tmp_path / "out.tar"))
+    assert cls_of(tmp_path / "out.tar") == [str(label) for label in LABELS]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"x": PIXELS, "z": PIXELS / np.float32(255)}, "z (6, 32, 32, 3) holds float32, not bytes"),
+        ({"x": PIXELS[0]}, "x (32, 32, 3) is one image, or 32 gray ones"),
+        ({"x": PIXELS, "a": LABELS, "b": LABELS}, "a or b may be the labels of x"),
+        ({"x": PIXELS, "y": LABELS + 0.5}, "holds fractions"),
+        ({"y": LABELS}, "has no array of images"),
+    ],
+)
+def test_images_that_are_not_taken_leave_no_tar(
+    arrays: dict[str, np.ndarray], said: str, tmp_path: Path, warm_python: WarmPython
+) -> None:
+    np.savez(tmp_path / "x.npz", **arrays)
+    done = warm_python.run(EXAMPLES / "to_tar.py", str(tmp_path / "x.npz"), "out.tar", cwd=tmp_path)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
