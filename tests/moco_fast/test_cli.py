@@ -119,7 +119,7 @@ def test_an_unknown_command_is_refused_with_those_that_are_known(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(words)
-    assert ("knn" if words[:1] == ["eval"] else "eval, transfer, embed") in capsys.readouterr().err
+    assert ("knn" if words[:1] == ["eval"] else "eval, embed") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
