@@ -101,7 +101,7 @@ def _probe(config: PackConfig, plan: PackPlan) -> Estimate:
     outcomes: Counter[str] = Counter()
     rejections: Counter[str] = Counter()
     packed: list[bytes] = []
-    encoding = replace(config, depth_range=plan.depth_range)
+    encoding = replace(config.encoding(), depth_range=plan.depth_range)
     sides: list[int] = []
     begin = time.perf_counter()
     with closing(read_inputs(plan, plan.listed(0, plan.num_inputs)[probed])) as inputs:

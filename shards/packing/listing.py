@@ -66,8 +66,8 @@ def _build_plan(config: PackConfig, sources: list[Source], folder: Path, progres
     header.write(folder)
     plan = PackPlan.open(folder)
     header = replace(header, depth_range=choose_depth(config, plan, progress))
-    encoding = replace(config, depth_range=header.depth_range)
-    shard_samples = config.shard_samples or _samples_for(encoding, plan)
+    decided = replace(config, depth_range=header.depth_range)
+    shard_samples = config.shard_samples or _samples_for(decided, plan)
     by_content = bool(config.splits) or config.dedup
     splits = _cut_by_content(config, folder, order, progress) if by_content else [whole]
     replace(header, splits=[replace(split, shard_samples=shard_samples) for split in splits]).write(folder)
@@ -115,7 +115,7 @@ def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progre
 
 def _samples_for(config: PackConfig, plan: PackPlan) -> int:
     """Return the inputs per shard that give about `shard_bytes`: a few inputs, evenly spread, are packed for it."""
-    num_inputs = plan.num_inputs
+    num_inputs, encoding = plan.num_inputs, config.encoding()
     probed = np.unique(np.linspace(0, num_inputs - 1, min(_PROBED, num_inputs)).astype(np.int64))
     total = 0
     with closing(read_inputs(plan, plan.rows(ShardTask(split=0, shard=0))[probed])) as inputs:
@@ -123,7 +123,7 @@ def _samples_for(config: PackConfig, plan: PackPlan) -> int:
             # What cannot be packed takes no room.
             with suppress(Rejected):
                 if isinstance(item.data, bytes):
-                    total += len(encode_safely(item.data, config).data) + 1536
+                    total += len(encode_safely(item.data, encoding).data) + 1536
     mean = max(1, total // len(probed))
     return int(min(_MOST_SAMPLES, max(1, config.shard_bytes // mean), num_inputs))
 

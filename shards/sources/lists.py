@@ -18,7 +18,7 @@ from shards.config import SourceOptions
 from shards.ground.errors import PackError, RefusedError, Rejected
 from shards.sources.base import Aside, Found, Input, Source, folder_of, printable
 from shards.sources.folder import read_file
-from shards.sources.values import as_label
+from shards.sources.values import as_label, number_or_name
 from shards.storage.file_kinds import IMAGE_SUFFIXES
 from shards.storage.stores import SeekableFile, absolute, is_url, open_bytes, open_folder, split_url
 
@@ -27,7 +27,6 @@ __all__ = ["ListSource"]
 _PATHS = ("path", "file", "filename", "file_name", "image", "image_path", "filepath", "url", "key")
 _LABELS = ("label", "class", "target", "class_name", "category", "label_name")
 _WORD = re.compile(r" *[A-Za-z_][A-Za-z_ ]*")
-_NUMBER = re.compile(r"-?[0-9]+(\.0*)?")
 # As Caffe's tools and many scripts write it; a name may hold spaces, so it must end as images do.
 _LABEL_BEHIND_SPACE = re.compile(rf"(.+\.(?:{'|'.join(sorted(IMAGE_SUFFIXES))})) +(-?[0-9]+)", re.IGNORECASE)
 
@@ -120,7 +119,7 @@ class ListSource:
             if tab or label:
                 self._label_from = "text behind a tab" if tab else "number behind a space"
             if path:
-                yield number, path, _number_or_name(label)
+                yield number, path, number_or_name(label)
 
     def _json_entries(self, text: Iterator[str]) -> Iterator[tuple[int, str, Any]]:
         for number, line in enumerate(text, 1):
@@ -166,7 +165,7 @@ class ListSource:
                     f"{self.path}, line {line}: {', '.join(row)[:80]!r} has no path in column {at + 1}: "
                     "repair the list, or remove the line"
                 )
-            value = None if label_at is None or label_at >= len(row) else _number_or_name(row[label_at])
+            value = None if label_at is None or label_at >= len(row) else number_or_name(row[label_at])
             yield line, row[at], value
 
     def _has_no(self, column: str, first: Sequence[str]) -> PackError:
@@ -230,11 +229,6 @@ class ListSource:
 
 def _wanted(chosen: str | None, usual: tuple[str, ...]) -> str:
     return repr(chosen) if chosen else f"path: looked for {', '.join(usual)}; name it with --image-column"
-
-
-def _number_or_name(text: str) -> str | int | None:
-    text = text.strip()
-    return int(text.partition(".")[0]) if _NUMBER.fullmatch(text) else text or None
 
 
 def _between(first: str) -> str:

@@ -80,6 +80,7 @@ class TableSource:
             if not self._options.labeled:
                 label = None
             names = _class_names(schema.metadata, label)
+            _refuse_type(self.path, image, schema.field(image).type)
             for batch in batches([image] if label is None else [image, label]):
                 images = batch.column(image).to_pylist()
                 labels = [None] * len(images) if label is None else batch.column(label).to_pylist()
@@ -190,6 +191,20 @@ def _class_names(metadata: dict[bytes, bytes] | None, label: str | None) -> list
         return [str(name) for name in inner["names"]]
     except (KeyError, ValueError, TypeError, AttributeError, IndexError):
         return []
+
+
+def _refuse_type(path: str, column: str, kind: Any) -> None:
+    """Refuse a column of pixels or of lists of images: each of its cells would count as empty. Raises ValueError."""
+    types: Any = import_module("pyarrow.types")
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    binary = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    text = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    named = {each.name for each in kind} if types.is_struct(kind) else set[str]()
+    if not any(check(kind) for check in (*binary, *text)) and not named & {"bytes", "path"}:
+        raise ValueError(
+            f"{path}, column {column}, holds {str(kind)[:60]}, not encoded images or paths: write it with one encoded "
+            "image per row, or name another column with --image-column"
+        )
 
 
 def _bytes_and_path(value: Any) -> tuple[bytes | None, str | None]:

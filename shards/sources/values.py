@@ -1,13 +1,14 @@
 """Labels out of values: of columns of lists and tables, of keys in JSON, of text beside an image."""
 
 import math
+import re
 from collections.abc import Collection, Sequence
 from decimal import Decimal
 from typing import Any, cast
 
 from shards.sources.base import LabelSet
 
-__all__ = ["USUAL_COLUMNS", "USUAL_IMAGES", "USUAL_LABELS", "as_label", "column_of", "text_label"]
+__all__ = ["USUAL_COLUMNS", "USUAL_IMAGES", "USUAL_LABELS", "as_label", "column_of", "number_or_name", "text_label"]
 
 USUAL_LABELS = ("label", "class", "cls", "target", "class_name", "category", "label_name", "fine_label", "labels")
 """What columns and keys with labels are usually called."""
@@ -17,6 +18,8 @@ USUAL_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "by
 
 USUAL_COLUMNS = ("label", "labels", "cls", "class", "target", "fine_label")
 """What their columns with labels are called; the first one counts."""
+
+_NUMBER = re.compile(r"-?[0-9]+(\.0*)?")
 
 
 def column_of(
@@ -34,7 +37,8 @@ def column_of(
     Raises:
         ValueError: there is no such column.
     """
-    found = next((name for name in ([chosen] if chosen else usual) if name in names), None)
+    by_name = {name.lower(): name for name in reversed([*names])} | {name: name for name in names}
+    found = next((by_name[name] for name in ([chosen] if chosen else usual) if name in by_name), None)
     if found is None and (is_image or chosen):
         option = "--image-column" if is_image else "--label-column"
         raise ValueError(f"{path} has columns {', '.join(names)}: name the right one with {option}")
@@ -83,9 +87,12 @@ def text_label(data: bytes, names: Sequence[str] = ()) -> str | int | None:
         data: the text.
         names: of classes that numbers stand for.
     """
-    text = data.decode("utf-8", "backslashreplace").strip()
-    if not text.isdecimal():
-        return text or None
-    label = as_label(int(text), names)
+    label = as_label(number_or_name(data.decode("utf-8", "backslashreplace")), names)
     assert not isinstance(label, LabelSet)
     return label
+
+
+def number_or_name(text: str) -> str | int | None:
+    """Return what a text of a list or a file stands for: a number, which may be written 3.0, a name, or nothing."""
+    text = text.strip()
+    return int(text.partition(".")[0]) if _NUMBER.fullmatch(text) else text or None

@@ -14,7 +14,7 @@ from shards.ground.errors import AmbiguousLabelsError, PackError
 from shards.packing.labels import classes_of_folders
 from shards.sets import open_set
 from shards.sources import LabelSet
-from shards.sources.values import as_label
+from shards.sources.values import as_label, number_or_name, text_label
 from tests.shards.archives import labels_of, pack_all
 from tests.shards.pictures import jpeg
 from tests.shards.test_foreign import write
@@ -138,6 +138,25 @@ def test_values_as_labels():
     for value in (0.5, math.inf, {"a": 1}, [[1]]):
         with pytest.raises(ValueError, match=r"is not a (class|set of classes)"):
             as_label(value)
+
+
+@pytest.mark.parametrize(("text", "label"), [("3", 3), ("3.0", 3), ("-1", None), (" dog\n", "dog"), ("", None)])
+def test_texts_as_labels(text, label):
+    assert text_label(text.encode()) == label
+    assert as_label(number_or_name(text)) == label
+
+
+def test_columns_are_found_whatever_their_case(tmp_path):
+    table("parquet", tmp_path / "x.parquet", {"Image": [jpeg(0), jpeg(1)], "Label": ["cat", "dog"]})
+    pack_all(tmp_path, tmp_path / "x.parquet")
+    assert labels_of(tmp_path / "out") == {"row 0": "cat", "row 1": "dog"}
+
+
+@pytest.mark.parametrize("image", [[[jpeg(0), jpeg(1)]], [[[0, 1], [2, 3]]], [{"data": jpeg(0)}], [1.5]])
+def test_columns_that_hold_no_encoded_images_are_refused(tmp_path, image):
+    table("parquet", tmp_path / "x.parquet", {"image": image})
+    with pytest.raises(ValueError, match=r"x.parquet, column image, holds .*, not encoded images or paths"):
+        pack_all(tmp_path, tmp_path / "x.parquet")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "stream"])
