@@ -349,9 +349,10 @@ def _run(words: Sequence[str]) -> int:
     if words == ["--version"]:
         print(f"make-shards {version('moco-fast')}")
         return 0
+    command: Any = None
     try:
         words, default = _with_file(words)
-        command: Any = parse_words(
+        command = parse_words(
             _Commands,
             words,
             prog="make-shards",
@@ -368,12 +369,21 @@ def _run(words: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(
-            f"{where}{error.strerror or error}: finished shards are kept; fix this and run the same command again", 1
-        )
+        return _fail(_said_of_system(error, command), 1)
     except KeyboardInterrupt:
         return _fail("interrupted: finished shards are kept; run the same command to continue", 130)
+
+
+def _said_of_system(error: OSError, command: Any) -> str:
+    """Return what to say of an error of the system: where, what is kept, and the way out."""
+    # Writing to a full disk names no file.
+    where = error.filename or getattr(command, "out", None)
+    said = f"{where}: {error.strerror or error}" if where else str(error.strerror or error)
+    if isinstance(command, PackCommand | FinishCommand):
+        said += ": finished shards are kept; fix this and run the same command again"
+    elif getattr(command, "file", "") is None:
+        said += ": say with --file where to write"
+    return said
 
 
 def _fail(message: str, status: int) -> int:

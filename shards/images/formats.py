@@ -20,6 +20,7 @@ _ARCHIVES = frozenset({"tar", "zip", "7-Zip", "RAR", "cpio", "Parquet", "Arrow",
 _REFUSED_FORMATS = frozenset({"EPS", "WMF", "MPEG", "PDF", "HDF5", "GRIB", "BUFR", "FITS", "FPX", "MIC"})
 _EXTRAS = {"HEIC": "heic", "JPEG XL": "jxl"}
 _JXL = (b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x0a")
+_LFS = b"version https://git-lfs"
 _JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 
 
@@ -64,6 +65,8 @@ def why_not_opened(data: bytes) -> Rejected:
         return Rejected("unsupported", f"{kind}: install what reads it with `pip install 'moco-fast[{extra}]'`")
     if is_image(head):
         return Rejected("damaged", _reason(data) or "begins as an image, but Pillow does not know its kind")
+    if data.startswith(_LFS):
+        return Rejected("not an image", "a pointer of Git LFS in place of the file: `git lfs pull` gets the file")
     name = container(head)
     what = f"begins with {data[:8].hex(' ')}{f', as {name} does' if name is not None else ''}"
     if name in CONVERTED:

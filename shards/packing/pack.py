@@ -8,6 +8,7 @@ from typing import Any
 from shards.config import PackConfig
 from shards.ground.locks import locked
 from shards.ground.progress import ProgressBars
+from shards.ground.units import counted
 from shards.images.transcode import transcoder
 from shards.packing.executors import executor
 from shards.packing.finish import entry_of, plan_folder, read_manifest, write_manifests
@@ -49,6 +50,7 @@ def pack(config: PackConfig, progress: ProgressBars | None = None) -> dict[str, 
     target = open_target(config.out, work_folder=config.work_folder, part=part)
     finished = _finished(config, target)
     if finished is not None and not target.work.exists():
+        progress.say(f"{config.out} was packed before, and is left as it is: it holds what the sources held then")
         return finished
     if not target.work.exists():
         # What cannot work should neither list inputs for an hour first nor leave a folder behind.
@@ -122,6 +124,9 @@ def _open_plan(config: PackConfig, target: LocalTarget | BucketTarget | Target, 
         target.fetch_plan(folder)
         plan = PackPlan.open(folder)
         _refuse_changes(plan.settings, config)
+        if config.part is None:
+            listed = counted(plan.num_inputs, "input")
+            progress.say(f"continuing with the {listed} that were listed before: files added since are not among them")
     else:
         plan = _new_plan(config, target, progress)
     target.begin([split.name for split in plan.splits])

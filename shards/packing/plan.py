@@ -323,8 +323,9 @@ class Header:
         (folder / "plan.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
-def difference(old: dict[str, Any], new: dict[str, Any], *, render: Callable[[Any], str] = str) -> str:
+def difference(old: dict[str, Any], new: dict[str, Any], *, render: Callable[[Any], str] | None = None) -> str:
     """Return the settings in which two packings differ, as text; empty when they agree."""
     old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    render = render or (lambda value: "unset" if value is None else str(value))
     return ", ".join(f"--{n.replace('_', '-')} was {render(old.get(n))}, is {render(new.get(n))}" for n in names)

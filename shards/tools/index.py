@@ -17,6 +17,7 @@ from shards.ground.digests import crc32c, digest, digest_file
 from shards.ground.errors import PackError, Rejected
 from shards.ground.pool import run_tasks
 from shards.ground.progress import ProgressBars, Tick
+from shards.ground.units import counted
 from shards.images.formats import early_size, open_image, why_not_opened
 from shards.images.isolation import Limits, run_codecs
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
@@ -329,7 +330,7 @@ def advice(indexed: Indexed, folder: str) -> Iterator[str]:
     if manifest.left_aside:
         yield f"  {describe_aside(manifest.left_aside)}: see {ASIDE_NAME}"
     for kind, count in indexed.flagged.items():
-        yield f"  {kind}: {count:,} samples, such as {', '.join(indexed.examples[kind])}"
+        yield f"  {kind}: {counted(count, 'sample')}, such as {', '.join(indexed.examples[kind])}"
     samples = indexed.manifest.num_samples
     is_sorted = indexed.longest_run > max(_LONG_RUN, 2 * samples // max(1, len(indexed.manifest.class_names)) // 3)
     if is_sorted:

@@ -202,7 +202,7 @@ def test_a_full_disk_in_the_middle_of_a_shard(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "writev", full)
     options = ["--workers", "1", "--shard-samples", "5"]
     assert main(["pack", str(source), "--out", str(out), *options]) == 1
-    assert "No space left on device" in capsys.readouterr().err
+    assert f"error: {out}: No space left on device: finished shards are kept" in capsys.readouterr().err
     assert list((out / ".pack" / "scratch").iterdir()) == []
     assert sorted(p.suffix for p in out.glob("shard-*")) == [".idx", ".npy", ".tar", ".txt"]
     monkeypatch.undo()

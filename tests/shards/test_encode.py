@@ -398,6 +398,7 @@ def test_long_texts_in_a_png_are_no_damage():
     ("data", "reason", "detail"),
     [
         (b"\0\0\0\x18ftypheic" + bytes(100), "damaged", "HEIF: "),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "not an image", "a pointer of Git LFS"),
         (b"<html>" + bytes(100), "not an image", "begins with 3c 68 74 6d"),
         (b"Rar!\x1a\7\1\0" + bytes(100), "archive", "as RAR does"),
     ],

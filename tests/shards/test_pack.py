@@ -107,10 +107,32 @@ def test_a_finished_set_is_left_as_it_is(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
 
 
+def test_files_added_after_packing_are_not_left_out_in_silence(tmp_path, capsys):
+    command = ["pack", str(fill(tmp_path / "in", 5)), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main(command) == 0
+    capsys.readouterr()
+    (tmp_path / "in" / "added.jpg").write_bytes(jpeg(5))
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert "was packed before, and is left as it is: it holds what the sources held then" in printed.err
+    assert "5 images" in printed.out
+
+
+@pytest.mark.parametrize("command", ["summary", "table"])
+def test_a_folder_that_cannot_be_written_has_a_way_out(tmp_path, capsys, command):
+    pack(config(fill(tmp_path / "in", 5), tmp_path / "out"))
+    name = {"summary": "summary.html", "table": "samples.parquet"}[command]
+    (tmp_path / "out" / name).mkdir()
+    assert main([command, str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "--file" in said
+    assert "finished shards" not in said
+
+
 def test_changed_settings_are_refused_with_the_difference(tmp_path):
     source = fill(tmp_path / "in", 5)
     pack(config(source, tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"--resize was None, is 32, --seed was 0, is 3"):
+    with pytest.raises(ValueError, match=r"--resize was unset, is 32, --seed was 0, is 3"):
         pack(config(source, tmp_path / "out", resize=32, seed=3))
 
 

@@ -40,4 +40,4 @@ def test_the_shuffle_is_uniform_enough(seed):
 
 def test_differences_are_told_by_option():
     assert difference({"seed": 1, "sources": ["a"]}, {"seed": 1, "sources": ("a",)}) == ""
-    assert difference({"min_size": 1}, {"min_size": 2, "new": 3}) == "--min-size was 1, is 2, --new was None, is 3"
+    assert difference({"min_size": 1}, {"min_size": 2, "new": 3}) == "--min-size was 1, is 2, --new was unset, is 3"
