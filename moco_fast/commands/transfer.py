@@ -165,7 +165,7 @@ class Detect(_TransferOptions):
     def execute(self) -> int:
         """Train, test, print and write; return the exit code."""
         preset = self._preset()
-        from moco_fast.transfer.layouts import read_sets
+        from moco_fast.transfer.layouts import read_sets, refuse_unmarked
 
         train, test = read_sets(self.data, preset, class_names=self.classes)
         notes: list[str] = []
@@ -173,6 +173,7 @@ class Detect(_TransferOptions):
             num_objects = sum(len(image.boxes) for image in each.images)
             notes += self._note(each.malformed, len(each), each.where, "image")
             notes += self._note(each.malformed_objects, num_objects, each.where, "object")
+        refuse_unmarked(train, test)
         return self._compare(self.preset, preset, train, test, notes)
 
     def _preset(self) -> DetectPreset:
@@ -222,6 +223,9 @@ class Segment(_TransferOptions):
 
         train, test = read_pixel_sets(self.data, preset)
         notes = [note for each in (train, test) for note in self._note(each.malformed, len(each), each.where, "image")]
+        for each in (train, test):
+            if not len(each):
+                raise ValueError(f"all images of {each.where} are left out: there is nothing to train or to test on")
         return self._compare(self.preset, preset, train, test, notes)
 
     def _preset(self) -> SegmentPreset:

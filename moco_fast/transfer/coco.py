@@ -5,9 +5,11 @@ train2017/000000000009.jpg
 """
 
 import json
-import os
+import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from moco_fast.transfer.metrics import OVERLAPS, ClassPrecision, Detections
-from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, Malformed, Outline
+from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, Malformed, Outline, why_other_size
 
 __all__ = ["coco_precision", "drawn_masks", "encoded_masks", "needs_coco", "read_coco"]
 
@@ -32,6 +34,10 @@ def needs_coco() -> None:
 
 
 class _Unusable(ValueError):  # noqa: N818 - a reason, in words that several can share
+    pass
+
+
+class _NoOutlineError(_Unusable):
     pass
 
 
@@ -63,41 +69,71 @@ def read_coco(folders: Sequence[str], parts: Sequence[str], *, option: str) -> D
     try:
         told = json.loads(path.read_bytes())
         categories = sorted((int(each["id"]), str(each["name"])) for each in told["categories"])
-        images, objects = list(told["images"]), list(told["annotations"])
+        images = [_Told.of(each) for each in told["images"]]
         by_image: dict[int, list[Any]] = defaultdict(list)
-        for each in objects:
+        for each in told["annotations"]:
             by_image[int(each["image_id"])].append(each)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a file of COCO's instances ({error!r})") from None
-    names = {entry.name for entry in os.scandir(folder / part)}
+    _refuse_twice((image.number for image in images), f"{path} has two images with the id")
+    _refuse_twice((category for category, _ in categories), f"{path} has two categories with the id")
     numbers = {category: number for number, (category, _) in enumerate(categories)}
-    kept: list[AnnotatedImage] = []
-    malformed: list[Malformed] = []
+    with ThreadPoolExecutor() as pool:
+        reasons = list(pool.map(lambda each: why_other_size(folder / part / each.name, each.size), images))
     unusable: list[Malformed] = []
-    for image in images:
-        if image["file_name"] not in names:
-            malformed.append(Malformed(key=image["file_name"], reason="has no image"))
-        else:
-            kept.append(_image(folder / part, image, by_image[int(image["id"])], numbers, unusable))
     return DetectionSet(
         where=str(folder / part),
         class_names=tuple(name for _, name in categories),
-        images=kept,
-        malformed=malformed,
+        images=[
+            _image(folder / part, image, by_image[image.number], numbers, unusable)
+            for image, reason in zip(images, reasons, strict=True)
+            if reason is None
+        ],
+        malformed=[
+            Malformed(key=image.name, reason=reason)
+            for image, reason in zip(images, reasons, strict=True)
+            if reason is not None
+        ],
         malformed_objects=unusable,
         annotations=path,
         category_ids=tuple(category for category, _ in categories),
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """What the file says of an image."""
+
+    number: int
+    name: str
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> "_Told":
+        """Raises ValueError, KeyError, TypeError: something is missing."""
+        sides = {side: int(told[side]) for side in ("height", "width")}
+        return cls(number=int(told["id"]), name=str(told["file_name"]), **sides)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, as Pillow has them."""
+        return self.width, self.height
+
+
+def _refuse_twice(ids: Iterable[int], what: str) -> None:
+    twice = [number for number, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise ValueError(f"{what} {twice[0]}, so what is marked in them cannot be told apart: give each its own")
+
+
 def _image(
     folder: Path,
-    told: Mapping[str, Any],
+    told: _Told,
     objects: Sequence[Mapping[str, Any]],
     numbers: Mapping[int, int],
     unusable: list[Malformed],
 ) -> AnnotatedImage:
-    height, width = int(told["height"]), int(told["width"])
     boxes: list[tuple[float, ...]] = []
     classes: list[int] = []
     outlines: list[Outline] = []
@@ -105,50 +141,125 @@ def _image(
         if each.get("iscrowd"):
             continue
         try:
-            found = _box(each, width, height), _class(each, numbers), _outline(each)
+            found = (
+                _box(each, told.width, told.height),
+                _class(each, numbers),
+                _outline(each, (told.height, told.width)),
+            )
         except _Unusable as error:
             unusable.append(Malformed(key=str(each.get("id")), reason=str(error)))
             continue
         for values, value in zip((boxes, classes, outlines), found, strict=True):
             values.append(value)  # pyright: ignore[reportArgumentType] - each its own
     return AnnotatedImage(
-        path=folder / told["file_name"],
-        key=str(told["file_name"]),
-        height=height,
-        width=width,
+        path=folder / told.name,
+        key=told.name,
+        height=told.height,
+        width=told.width,
         boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
         classes=np.array(classes, dtype=np.int64),
         is_difficult=np.zeros(len(boxes), dtype=np.bool_),
         outlines=outlines,
-        image_id=int(told["id"]),
+        image_id=told.number,
     )
 
 
 def _box(told: Mapping[str, Any], width: int, height: int) -> tuple[float, ...]:
-    try:
-        x, y, wide, high = (float(value) for value in told["bbox"])
-    except (KeyError, TypeError, ValueError):
-        raise _Unusable("has a box without four numbers") from None
+    x, y, wide, high = _four(told)
     left, top, right, bottom = max(x, 0.0), max(y, 0.0), min(x + wide, float(width)), min(y + high, float(height))
     if not (left < right and top < bottom):
         raise _Unusable("has a box without an area in the image")
     return (left, top, right, bottom)
 
 
+def _four(told: Mapping[str, Any]) -> tuple[float, ...]:
+    try:
+        x, y, wide, high = (float(value) for value in told["bbox"])
+    except (KeyError, TypeError, ValueError):
+        raise _Unusable("has a box without four numbers") from None
+    if not all(map(math.isfinite, (x, y, wide, high))):
+        raise _Unusable("has a box without four numbers")
+    return (x, y, wide, high)
+
+
 def _class(told: Mapping[str, Any], numbers: Mapping[int, int]) -> int:
-    if told.get("category_id") not in numbers:
+    category = told.get("category_id")
+    if not isinstance(category, int) or category not in numbers:
         raise _Unusable("is of an unknown category")
-    return numbers[told["category_id"]]
+    return numbers[category]
 
 
-def _outline(told: Mapping[str, Any]) -> Outline:
+def _outline(told: Mapping[str, Any], size: tuple[int, int]) -> Outline:
     outline = told.get("segmentation")
     if isinstance(outline, dict):
-        return outline
-    polygons = [each for each in outline or () if len(each) >= _NUM_POINTS and len(each) % 2 == 0]
-    if not polygons:
-        raise _Unusable("has no outline")
-    return [np.array(each, dtype=np.float32).reshape(-1, 2) for each in polygons]
+        _check_runs(outline, size)  # pyright: ignore[reportUnknownArgumentType] - of JSON
+        return outline  # pyright: ignore[reportUnknownVariableType] - of JSON
+    try:
+        polygons = [each for each in outline or () if len(each) >= _NUM_POINTS and len(each) % 2 == 0]
+        found = [np.array(each, dtype=np.float32).reshape(-1, 2) for each in polygons]
+    except (TypeError, ValueError):
+        raise _Unusable("has an outline that is not of numbers") from None
+    if not found:
+        raise _NoOutlineError("has no outline")
+    if not all(np.isfinite(each).all() for each in found):
+        raise _Unusable("has an outline that is not of numbers")
+    return found
+
+
+def _check_runs(outline: Mapping[str, Any], size: tuple[int, int]) -> None:
+    """Refuse run lengths that are not those of the image: what decodes them would fail in the middle of a training."""
+    mask: Any = import_module("faster_coco_eval.core.mask")
+    try:
+        told = tuple(int(side) for side in outline["size"])
+        counts = outline["counts"]
+        # Packed ones are decoded, which takes as long as drawing them once.
+        total = sum(counts) if isinstance(counts, list) else mask.decode(dict(outline)).size  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType] - of JSON
+    except Exception:
+        raise _Unusable("has run lengths that cannot be read") from None
+    if told != size or total != size[0] * size[1]:
+        raise _Unusable("has run lengths of another size than its image")
+
+
+def _measured_objects(truth: DetectionSet) -> list[dict[str, Any]]:
+    """Return what the test counts of a file's objects, crowds too, numbered from 1 as the measure wants them.
+
+    What cannot be learned from for want of an area or an outline counts, as in COCO's own code; what that code cannot
+    read does not.
+    """
+    assert truth.annotations is not None
+    images = {image.image_id: image for image in truth.images}
+    numbers = {category: number for number, category in enumerate(truth.category_ids)}
+    kept: list[dict[str, Any]] = []
+    for told in json.loads(truth.annotations.read_bytes())["annotations"]:
+        if (image := images.get(int(told["image_id"]))) is None:
+            continue
+        try:
+            _class(told, numbers)
+            box, outline = _four(told), _measured_outline(told, (image.height, image.width))
+        except _Unusable:
+            continue
+        kept.append(
+            {
+                "id": len(kept) + 1,
+                "image_id": image.image_id,
+                "category_id": told["category_id"],
+                "bbox": list(box),
+                # Only averages by size need it, and none is stated.
+                "area": box[2] * box[3],
+                "iscrowd": int(bool(told.get("iscrowd"))),
+                "segmentation": outline,
+            }
+        )
+    return kept
+
+
+def _measured_outline(told: Mapping[str, Any], size: tuple[int, int]) -> Any:
+    try:
+        _outline(told, size)
+    except _NoOutlineError:
+        # COCO's own code takes polygons of four numbers, too.
+        return [each for each in told.get("segmentation") or () if isinstance(each, list) and len(each) == 4]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType] - of JSON
+    return told["segmentation"]
 
 
 def drawn_masks(found: AnnotatedImage, *, height: int, width: int, is_mirrored: bool) -> npt.NDArray[np.uint8]:
@@ -186,11 +297,20 @@ def coco_precision(found: Detections, truth: DetectionSet) -> dict[str, list[Cla
     """
     package: Any = import_module("faster_coco_eval")
     assert truth.annotations is not None
-    official = package.COCO(str(truth.annotations))
-    ids = {image.image_id for image in truth.images}
-    counts = Counter(
-        each["category_id"] for each in official.anns.values() if each["image_id"] in ids and not each.get("iscrowd")
+    objects = _measured_objects(truth)
+    official = package.COCO(
+        {
+            "images": [
+                {"id": each.image_id, "height": each.height, "width": each.width, "file_name": each.key}
+                for each in truth.images
+            ],
+            "categories": [
+                {"id": number, "name": name} for number, name in zip(truth.category_ids, truth.class_names, strict=True)
+            ],
+            "annotations": objects,
+        }
     )
+    counts = Counter(each["category_id"] for each in objects if not each["iscrowd"])
     kinds = {"box": "bbox"} if found.masks is None else {"box": "bbox", "mask": "segm"}
     return {kind: _of_kind(found, truth, official, counts, name) for kind, name in kinds.items()}
 

@@ -7,7 +7,7 @@ from moco_fast.transfer.metrics import ClassPrecision, Detections, voc_precision
 from moco_fast.transfer.presets import DetectPreset
 from moco_fast.transfer.sets import DetectionSet
 
-__all__ = ["measured", "read_sets"]
+__all__ = ["measured", "read_sets", "refuse_unmarked"]
 
 
 def read_sets(
@@ -36,9 +36,22 @@ def read_sets(
         return (train, test) if preset.masks else (_without_outlines(train), _without_outlines(test))
     from moco_fast.transfer.voc import find_parts, read_voc
 
+    if class_names is not None and len(set(class_names)) < len(class_names):
+        raise ValueError(f"--classes {' '.join(class_names)}: one is there twice; give each once")
     train = read_voc(find_parts(folders, preset.train, option="--train"), class_names=class_names)
     test_parts = find_parts(folders, preset.test, option="--test")
     return train, read_voc(test_parts, class_names=train.class_names)
+
+
+def refuse_unmarked(train: DetectionSet, test: DetectionSet) -> None:
+    """Refuse sets of which nothing could be learned or measured, before the training. Raises ValueError."""
+    if not train.with_boxes.images:
+        raise ValueError(f"no image of {train.where} has a box, so there is nothing to learn: name another --train")
+    if all(image.is_difficult.all() for image in test.images):
+        raise ValueError(
+            f"no image of {test.where} has an object that counts, so there is nothing to measure (difficult ones and "
+            "crowds do not count): name another --test"
+        )
 
 
 def _without_outlines(data: DetectionSet) -> DetectionSet:

@@ -10,6 +10,7 @@ gtFine/val/frankfurt/frankfurt_000000_000294_gtFine_labelIds.png
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from moco_fast.transfer.presets import SegmentPreset
-from moco_fast.transfer.sets import Malformed
+from moco_fast.transfer.sets import Malformed, as_shown, read_list, size_as_shown
 from moco_fast.transfer.voc import VOC_CLASSES, find_parts
 from shards.ground.digests import running_digest
 
@@ -27,6 +28,8 @@ __all__ = ["OPEN", "PixelSet", "PixelsOfImage", "read_pixel_sets", "read_pixels"
 
 OPEN = 255
 """Class of pixels that are neither learned from nor tested."""
+
+_MODES = ("P", "L")  # of files with numbers of classes
 
 # cityscapesscripts/helpers/labels.py of mcordts/cityscapesScripts: trainId -> name and id.
 _CITYSCAPES = {
@@ -107,27 +110,21 @@ def read_pixel_sets(folders: Sequence[str], preset: SegmentPreset) -> tuple[Pixe
 
 
 def _read_voc(folders: Sequence[str], parts: Sequence[str], *, option: str) -> PixelSet:
-    images: list[PixelsOfImage] = []
-    malformed: list[Malformed] = []
+    found: list[PixelsOfImage] = []
     places = find_parts(folders, parts, option=option, lists="Segmentation")
     for folder, part in places:
-        names = (folder / "ImageSets" / "Segmentation" / f"{part}.txt").read_text(encoding="utf-8").split()
-        for name in names:
-            image, key = folder / "JPEGImages" / f"{name}.jpg", f"{folder.name}/{name}"
+        for name in read_list(folder / "ImageSets" / "Segmentation" / f"{part}.txt"):
             there = [folder / kind / f"{name}.png" for kind in ("SegmentationClass", "SegmentationClassAug")]
-            classes = next((path for path in there if path.is_file()), None)
-            if classes is None or not image.is_file():
-                reason = "has no image" if classes is not None else "has no classes of pixels"
-                malformed.append(Malformed(key=key, reason=reason))
-            else:
-                images.append(PixelsOfImage(image=image, classes=classes, key=key))
+            classes = next((path for path in there if path.is_file()), there[0])
+            image = folder / "JPEGImages" / f"{name}.jpg"
+            found.append(PixelsOfImage(image=image, classes=classes, key=f"{folder.name}/{name}"))
+    images, malformed = _usable(found)
     where = ", ".join(f"{folder}/{part}" for folder, part in places)
     return PixelSet(where=where, class_names=("background", *VOC_CLASSES), images=images, malformed=malformed)
 
 
 def _read_cityscapes(folders: Sequence[str], parts: Sequence[str], *, option: str) -> PixelSet:
-    images: list[PixelsOfImage] = []
-    malformed: list[Malformed] = []
+    found: list[PixelsOfImage] = []
     for part in parts:
         places = [Path(folder) for folder in folders if (Path(folder) / "leftImg8bit" / part).is_dir()]
         if len(places) != 1:
@@ -135,13 +132,17 @@ def _read_cityscapes(folders: Sequence[str], parts: Sequence[str], *, option: st
                 f"{option} {part}: there must be one leftImg8bit/{part} in {', '.join(folders)}, and there are "
                 f"{len(places)} (docs/transfer.md says where to get it)"
             )
-        for image in sorted((places[0] / "leftImg8bit" / part).glob("*/*_leftImg8bit.png")):
+        there = sorted((places[0] / "leftImg8bit" / part).glob("*/*_leftImg8bit.png"))
+        if not there:
+            raise ValueError(
+                f"{option} {part}: {places[0]}/leftImg8bit/{part} has no */*_leftImg8bit.png: unpack it there "
+                "(docs/transfer.md says where to get it), or name another part"
+            )
+        for image in there:
             name = image.name.removesuffix("_leftImg8bit.png")
             classes = places[0] / "gtFine" / part / image.parent.name / f"{name}_gtFine_labelIds.png"
-            if classes.is_file():
-                images.append(PixelsOfImage(image=image, classes=classes, key=f"{part}/{name}"))
-            else:
-                malformed.append(Malformed(key=f"{part}/{name}", reason="has no classes of pixels"))
+            found.append(PixelsOfImage(image=image, classes=classes, key=f"{part}/{name}"))
+    images, malformed = _usable(found)
     return PixelSet(
         where=", ".join(f"{folder} {part}" for folder in folders for part in parts),
         class_names=tuple(_CITYSCAPES),
@@ -151,6 +152,37 @@ def _read_cityscapes(folders: Sequence[str], parts: Sequence[str], *, option: st
     )
 
 
+def _usable(found: Sequence[PixelsOfImage]) -> tuple[list[PixelsOfImage], list[Malformed]]:
+    """Return what can be used, as far as headers say, and what cannot."""
+    with ThreadPoolExecutor() as pool:
+        reasons = list(pool.map(_why_not, found))
+    images = [each for each, reason in zip(found, reasons, strict=True) if reason is None]
+    malformed = [
+        Malformed(key=each.key, reason=reason)
+        for each, reason in zip(found, reasons, strict=True)
+        if reason is not None
+    ]
+    return images, malformed
+
+
+def _why_not(found: PixelsOfImage) -> str | None:
+    if not found.classes.is_file():
+        return "has no classes of pixels"
+    try:
+        size = size_as_shown(found.image)
+    except FileNotFoundError:
+        return "has no image"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return "is no image"
+    try:
+        with Image.open(found.classes) as image:
+            if image.mode not in _MODES:
+                return f"has classes of pixels in mode {image.mode}, where numbers have P or L"
+            return None if image.size == size else "is of another size than its classes of pixels"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return "has classes of pixels that are no image"
+
+
 def read_pixels(found: PixelsOfImage, table: npt.NDArray[np.uint8]) -> tuple[Image.Image, npt.NDArray[np.uint8]]:
     """Decode an image and the classes of its pixels, (H, W).
 
@@ -158,9 +190,9 @@ def read_pixels(found: PixelsOfImage, table: npt.NDArray[np.uint8]) -> tuple[Ima
         OSError, SyntaxError: one of them cannot be decoded, or they are of two sizes.
     """
     with Image.open(found.image) as image:
-        pixels = image.convert("RGB")
+        pixels = as_shown(image)
     with Image.open(found.classes) as image:
-        if image.mode not in ("P", "L"):
+        if image.mode not in _MODES:
             raise OSError(f"{found.classes.name} has mode {image.mode}, where numbers of classes have P or L")
         classes = np.asarray(image)
     if classes.shape != (pixels.height, pixels.width):

@@ -4,18 +4,32 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageOps
 
 from shards.ground.digests import running_digest
 from shards.ground.units import counted
 
-__all__ = ["AnnotatedImage", "DetectionSet", "Malformed", "Outline", "refuse_malformed"]
+__all__ = [
+    "AnnotatedImage",
+    "DetectionSet",
+    "Malformed",
+    "Outline",
+    "as_shown",
+    "read_list",
+    "refuse_malformed",
+    "size_as_shown",
+    "why_other_size",
+]
 
 _MOST_NAMED = 3
+_ORIENTATION = 0x0112
+_LYING_DOWN = (5, 6, 7, 8)  # orientations of EXIF in which height and width change places
 
 
 Outline = Sequence[npt.NDArray[np.float32]] | Mapping[str, Any]
@@ -83,13 +97,82 @@ class DetectionSet:
 
     @property
     def identity(self) -> str:
-        """Digest of names, sizes, boxes and classes."""
+        """Digest of names, sizes and all that is marked."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
         whole = running_digest()
         whole.update(json.dumps(self.class_names).encode())
         for image in self.images:
             whole.update(f"{image.key} {image.height} {image.width} {len(image.boxes)} ".encode())
-            whole.update(image.boxes.tobytes() + image.classes.tobytes())
+            whole.update(image.boxes.tobytes() + image.classes.tobytes() + image.is_difficult.tobytes())
+        if self.annotations is not None:
+            # Outlines, and crowds, which only the test looks at.
+            whole.update(self.annotations.read_bytes())
         return whole.hexdigest()
+
+
+def read_list(path: Path) -> list[str]:
+    """Return the names in a list of images of VOC.
+
+    The first column: lists of one class have a second one, and some lists of DeepLab have paths of images and classes.
+
+    Raises:
+        ValueError: it names no image, or is not text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8: write it so") from None
+    first = [line.split()[0] for line in lines if line.strip()]
+    if not first:
+        raise ValueError(f"{path} names no image: unpack the set again, or name another part")
+    folder = "JPEGImages/"
+    return [PurePosixPath(name.partition(folder)[2]).stem if folder in name else name for name in first]
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """Return an opened image as RGB, turned as its EXIF orientation says: so detectron2 reads it."""
+    return (image if _orientation(image) == 1 else ImageOps.exif_transpose(image)).convert("RGB")
+
+
+def size_as_shown(path: Path) -> tuple[int, int]:
+    """Return width and height of an image, once it is turned, from its header. Raises OSError: it is no image."""
+    with Image.open(path) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) in _LYING_DOWN else (width, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    # Of a PNG without it in the header, Pillow would decode all pixels to look for it behind them.
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:
+        return 1
+
+
+def why_other_size(path: Path, told: tuple[int, int] | None) -> str | None:
+    """Return why an image cannot be used, from its header; None: it can.
+
+    Args:
+        path: of the image.
+        told: width and height that its annotation is of; None: it does not say.
+    """
+    try:
+        size = size_as_shown(path)
+    except FileNotFoundError:
+        return "has no image"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return "is no image"
+    if told is None or told == size:
+        return None
+    with Image.open(path) as image:
+        if image.size == told:
+            return "is turned by its EXIF orientation, and its annotation is not"
+    return "is of another size than its annotation says"
 
 
 def refuse_malformed(

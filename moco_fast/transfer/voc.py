@@ -13,9 +13,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image
 
-from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, Malformed
+from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, Malformed, read_list, size_as_shown, why_other_size
 
 __all__ = ["VOC_CLASSES", "find_parts", "read_voc"]
 
@@ -95,11 +94,7 @@ def read_voc(parts: Sequence[tuple[Path, str]], *, class_names: tuple[str, ...] 
     marked: list[_Marked] = []
     malformed: list[Malformed] = []
     for folder, part in parts:
-        lines = (folder / "ImageSets" / "Main" / f"{part}.txt").read_text(encoding="utf-8").splitlines()
-        # Lists of one class have a second column.
-        names = [line.split()[0] for line in lines if line.strip()]
-        if not names:
-            raise ValueError(f"{folder}/ImageSets/Main/{part}.txt names no image")
+        names = read_list(folder / "ImageSets" / "Main" / f"{part}.txt")
         with ThreadPoolExecutor() as pool:
             for each in pool.map(lambda name, folder=folder: _read_image(folder, name), names):
                 (malformed if isinstance(each, Malformed) else marked).append(each)  # pyright: ignore[reportArgumentType] - the right one of the two
@@ -138,11 +133,8 @@ def _read_image(folder: Path, name: str) -> _Marked | Malformed:
 
 def _read_marked(folder: Path, name: str, key: str) -> _Marked:
     path, annotation = folder / "JPEGImages" / f"{name}.jpg", folder / "Annotations" / f"{name}.xml"
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except OSError as error:
-        raise _MalformedError("has no image" if isinstance(error, FileNotFoundError) else "is no image") from None
+    if reason := why_other_size(path, None):
+        raise _MalformedError(reason)
     try:
         tree = ElementTree.fromstring(annotation.read_bytes())  # noqa: S314 - expat of today limits what entities expand to
     except FileNotFoundError:
@@ -151,8 +143,9 @@ def _read_marked(folder: Path, name: str, key: str) -> _Marked:
         raise _MalformedError("has an annotation that is not XML") from error
     told = (_number(tree.findtext("size/width")), _number(tree.findtext("size/height")))
     # Tools that write this layout leave 0 or nothing where they do not know.
-    if all(side > 0 for side in told) and told != (width, height):
-        raise _MalformedError("is of another size than its annotation says")
+    if all(side > 0 for side in told) and (reason := why_other_size(path, (int(told[0]), int(told[1])))):
+        raise _MalformedError(reason)
+    width, height = size_as_shown(path)
     objects = tree.findall("object")
     return _Marked(
         path=path,

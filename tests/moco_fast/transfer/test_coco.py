@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from moco_fast.transfer.coco import coco_precision, drawn_masks, encoded_masks, read_coco
@@ -58,6 +59,9 @@ BROKEN = {
     "has a box without four numbers": {"bbox": [3, 3, 9]},
     "is of an unknown category": {"category_id": 8},
     "has no outline": {"segmentation": [[1, 2, 3, 4]]},
+    "has an outline that is not of numbers": {"segmentation": [["a"] * 6]},
+    "has run lengths that cannot be read": {"segmentation": {"size": [64, 96]}},
+    "has run lengths of another size than its image": {"segmentation": {"size": [64, 96], "counts": [3, 4]}},
 }
 
 
@@ -68,6 +72,70 @@ def test_an_object_that_cannot_be_used_is_left_out_with_a_reason(coco, reason) -
     found = read(coco)
     assert [(each.key, each.reason) for each in found.malformed_objects] == [("999", reason)]
     assert len(found.images[0].boxes) == before
+
+
+# COCO counts what has no outline or no area, which nothing can overlap.
+@pytest.mark.parametrize("reason", [each for each in BROKEN if "no outline" not in each and "area" not in each])
+def test_what_the_measure_cannot_read_does_not_end_a_test(coco, reason) -> None:
+    broken = an_object(999, 100, 7, (5, 5, 20, 20), [[5, 5, 25, 5, 25, 25]]) | BROKEN[reason]
+    change(coco, annotations=[broken])
+    data = read(coco)
+    counted = {kind: {each.mean for each in found} for kind, found in coco_precision(all_of(data), data).items()}
+    assert counted == {"box": {1}, "mask": {1}}
+
+
+@pytest.mark.parametrize("numbers", [None, 0, 1])
+def test_objects_need_no_numbers_of_their_own(coco, numbers) -> None:
+    path = coco / "annotations" / "instances_val2017.json"
+    told = json.loads(path.read_text())
+    for place, each in enumerate(told["annotations"]):
+        del each["id"], each["area"], each["iscrowd"]
+        each |= {} if numbers is None else {"id": numbers * 7 or place}
+    path.write_text(json.dumps(told))
+    data = read(coco)
+    counted = {kind: {each.mean for each in found} for kind, found in coco_precision(all_of(data), data).items()}
+    assert counted == {"box": {1}, "mask": {1}}
+
+
+def test_images_may_lie_in_folders(coco) -> None:
+    path = coco / "annotations" / "instances_val2017.json"
+    told = json.loads(path.read_text())
+    (coco / "val2017" / "a").mkdir()
+    for each in told["images"]:
+        (coco / "val2017" / each["file_name"]).rename(coco / "val2017" / "a" / each["file_name"])
+        each["file_name"] = f"a/{each['file_name']}"
+    path.write_text(json.dumps(told))
+    found = read(coco)
+    assert (len(found), found.malformed) == (3, [])
+
+
+def test_images_and_categories_with_the_same_number_are_refused(coco) -> None:
+    told = change(coco)
+    change(coco, images=[told["images"][0]])
+    with pytest.raises(ValueError, match="two images with the id 100"):
+        read(coco)
+    change(coco, "train2017", categories=[told["categories"][0]])
+    with pytest.raises(ValueError, match="two categories with the id 7"):
+        read(coco, "train2017")
+
+
+def test_an_image_without_a_size_is_refused_with_what_is_missing(coco) -> None:
+    change(coco, images=[{"id": 999, "file_name": "a.jpg"}])
+    with pytest.raises(ValueError, match=r"not a file of COCO's instances .*height"):
+        read(coco)
+
+
+def test_images_of_another_size_are_found_before_the_training(coco) -> None:
+    Image.new("RGB", (10, 10)).save(coco / "val2017" / "000000000101.jpg")
+    found = read(coco)
+    reason = "is of another size than its annotation says"
+    assert [(each.key, each.reason) for each in found.malformed] == [("000000000101.jpg", reason)]
+
+
+def test_a_set_knows_itself_by_crowds_and_outlines_too(coco) -> None:
+    before = read(coco).identity
+    change(coco, annotations=[an_object(999, 100, 7, (0, 0, 9, 9), [[0, 0, 9, 0, 9, 9]], crowd=1)])
+    assert read(coco).identity != before
 
 
 def test_an_image_that_is_not_there_is_left_out_and_not_measured(coco) -> None:

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moco_fast.transfer.layouts import read_sets, refuse_unmarked
+from moco_fast.transfer.loader import augmented
+from moco_fast.transfer.presets import PRESETS
 from moco_fast.transfer.sets import refuse_malformed
 from moco_fast.transfer.voc import VOC_CLASSES, find_parts, read_voc
 from tests.moco_fast.transfer.shapes import annotation, write_year
@@ -91,3 +94,63 @@ def test_images_without_boxes_are_tested_on_but_not_trained_on(year) -> None:
     assert [len(found), len(found.with_boxes)] == [3, 2]
     assert found.with_boxes.identity != found.identity == read(year).identity
     assert np.array_equal(found.lies, [image.width > image.height for image in found.images])
+
+
+def turn(path: Path, orientation: int) -> None:
+    """Store an image as a camera that was turned does."""
+    back = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90}[orientation]
+    with Image.open(path) as image:
+        turned, exif = image.transpose(back), Image.Exif()
+    exif[0x0112] = orientation
+    turned.save(path, exif=exif, quality=95)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_images_are_turned_as_exif_says(year, orientation) -> None:
+    path = year / "JPEGImages" / "trainval_0001.jpg"
+    upright = read(year).images[1]
+    wanted, _ = augmented(upright, side=64, longest=96, is_mirrored=False)
+    turn(path, orientation)
+    found = read(year).images[1]
+    pixels, target = augmented(found, side=64, longest=96, is_mirrored=False)
+    assert (found.height, found.width) == (upright.height, upright.width)
+    assert (pixels.float() - wanted.float()).abs().mean() < 8
+    assert target["boxes"].tolist() == upright.boxes.tolist()
+
+
+def test_an_annotation_of_the_image_before_it_is_turned_is_named(year) -> None:
+    path = year / "JPEGImages" / "trainval_0001.jpg"
+    turn(path, 6)
+    with Image.open(path) as image:
+        annotate(year, "trainval_0001", *image.size, [])
+    [left_out] = read(year).malformed
+    assert left_out.reason == "is turned by its EXIF orientation, and its annotation is not"
+
+
+def test_lists_may_begin_with_a_mark_of_their_encoding(year) -> None:
+    path = year / "ImageSets" / "Main" / "trainval.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert (len(read(year)), read(year).malformed) == (3, [])
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match="not text in UTF-8"):
+        read(year)
+
+
+def test_sets_without_anything_to_learn_or_to_measure_are_refused(year) -> None:
+    whole, size = read(year), (0, 0)
+    for number in range(3):
+        annotate(year, f"trainval_000{number}", *size, [("cat", (1, 1, 9, 9))], difficult=1)
+    difficult = read(year)
+    refuse_unmarked(difficult, whole)
+    with pytest.raises(ValueError, match="nothing to measure"):
+        refuse_unmarked(whole, difficult)
+    for number in range(3):
+        annotate(year, f"trainval_000{number}", *size, [])
+    with pytest.raises(ValueError, match="nothing to learn"):
+        refuse_unmarked(read(year), whole)
+    assert whole.identity != difficult.identity != read(year).identity
+
+
+def test_a_class_that_is_named_twice_is_refused(year) -> None:
+    with pytest.raises(ValueError, match="give each once"):
+        read_sets([str(year)], PRESETS["voc-c4"], class_names=("cat", "cat"))
