@@ -51,6 +51,11 @@ class SavedTraining:
             text = json.dumps({"subject": saving.subject, "what": self._what}, sort_keys=True)
             self._folder = saving.folder / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}-{short_digest(text.encode())}"
 
+    @property
+    def name(self) -> str:
+        """Of its files: of the training, and a digest of everything that decides what it finds."""
+        return self._folder.name
+
     @contextmanager
     def held(self) -> Generator[None]:
         """Keep other processes from doing the same training; waits for those that do."""

@@ -140,11 +140,10 @@ def compare(comparison: Comparison, machine: Machine) -> list[Result]:
 
 def _result(comparison: Comparison, machine: Machine, init: Init, trained: Sequence[Trained]) -> Result:
     trainings = comparison.trainings
+    in_test = "nothing is found in them" if comparison.task == "detect" else "their pixels do not count"
     damaged = {
         "images of the training set cannot be decoded and were replaced": max(each.num_damaged for each in trained),
-        "images of the test set cannot be decoded: nothing is found in them": max(
-            each.num_untested for each in trained
-        ),
+        f"images of the test set cannot be decoded: {in_test}": max(each.num_untested for each in trained),
     }
     return Result(
         task=comparison.task,

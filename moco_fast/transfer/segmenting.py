@@ -200,6 +200,11 @@ class SegmenterTrainings(NetworkTrainings):
         right, there, named = confusion.diag(), confusion.sum(1), confusion.sum(0)
         overlap = right.double() / (there + named - right).clamp(min=1)
         counts = there + named > 0
+        if not counts.any():
+            raise ValueError(
+                f"no pixel of {self._tested.where} that could be decoded has one of the classes, so there is nothing "
+                "to measure: are its files whole, and those that docs/transfer.md names?"
+            )
         figures = {
             "mIoU": overlap[counts].mean().item(),
             "accuracy": (right.sum() / confusion.sum().clamp(min=1)).item(),

@@ -1,6 +1,5 @@
 """Training and test of networks: by all ranks together, one after the other, resumable at any step."""
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +27,7 @@ from moco_fast.transfer.precise import set_precise_statistics
 from moco_fast.transfer.presets import TransferPreset
 from pipelines.world import World
 from shards.ground.files import appearing
+from shards.ground.units import counted
 
 __all__ = [
     "AnySet",
@@ -232,11 +232,11 @@ class NetworkTrainings(SteppedWork, ABC):
             "seed": seed,
         }
         saved = SavedTraining(saving, name, known, world=self._machine.world, device=self._machine.device)
-        self._bar.set_description(name)
+        self._bar.set_description(name, refresh=False)
         with saved.held():
             record = saved.record()
             if record is None:
-                trained = self._train(start, saved, seed, name)
+                trained = self._train(start, saved, seed)
                 with refusing_alone(self._machine.world):
                     saved.finish(asdict(trained))
                 return trained
@@ -244,7 +244,7 @@ class NetworkTrainings(SteppedWork, ABC):
         curve = [(int(step), float(loss)) for step, loss in record.pop("curve")]
         return Trained(curve=curve, **record)
 
-    def _train(self, start: Start, saved: SavedTraining, seed: int, name: str) -> Trained:
+    def _train(self, start: Start, saved: SavedTraining, seed: int) -> Trained:
         machine, preset = self._machine, self._how
         on_gpu = [machine.device] if machine.device.type == "cuda" else []
         images = self.images(start.encoder, seed=seed)
@@ -262,13 +262,15 @@ class NetworkTrainings(SteppedWork, ABC):
                 passes = (self._pass(state.model, batch) for batch in islice(batches, preset.precise_batches))
                 set_precise_statistics(state.model, passes)
             figures, by_class, num_untested = self.measure(state.model)
-            self._keep(state.model, f"{name} {start.digest[:8]}")
+            num_untested = sum_of_ranks(num_untested, machine.world)
+            self._refuse_untested(num_untested)
+            self._keep(state.model, saved.name)
             return Trained(
                 figures=figures,
                 by_class=by_class,
                 curve=state.curve,
                 num_damaged=sum_of_ranks(len(images.damaged), machine.world),
-                num_untested=sum_of_ranks(num_untested, machine.world),
+                num_untested=num_untested,
             )
 
     def _begin(self, start: Start, seed: int) -> _NetworkState:
@@ -291,15 +293,36 @@ class NetworkTrainings(SteppedWork, ABC):
         while state.step < preset.steps:
             self._step(state, parallel, next(batches))
             self._bar.update()
-            if state.step % every == 0:
-                state.curve.append((state.step, state.loss.item() / every))
-                state.loss.zero_()
-                self._bar.set_postfix(loss=f"{state.curve[-1][1]:.3f}", refresh=False)
             stopped_by = self._stop.poll()
-            if stopped_by or saved.is_due(state.step) or state.step == preset.steps:
+            is_saved = stopped_by or saved.is_due(state.step) or state.step == preset.steps
+            if is_saved or state.step % every == 0:
+                self._refuse_diverged(state)
+            if state.step % every == 0:
+                if bool(state.loss.isfinite().item()):
+                    state.curve.append((state.step, state.loss.item() / every))
+                    self._bar.set_postfix(loss=f"{state.curve[-1][1]:.3f}", refresh=False)
+                state.loss.zero_()
+            if is_saved:
                 state.save(saved)
             if stopped_by:
                 raise StoppedError(stopped_by)
+
+    def _refuse_diverged(self, state: _NetworkState) -> None:
+        """Leave a training that learns nothing more, before its state takes the place of the one that still did.
+
+        Raises:
+            ValueError: some rank's loss, or a weight in the end, is not a number.
+        """
+        is_number = bool(state.loss.isfinite().item())
+        # fp16 skips steps whose gradients are no numbers, and goes on with the weights before.
+        is_lost = not is_number and not state.scaler.is_enabled()
+        if not is_number or state.step == self._how.steps:
+            is_lost = is_lost or not _is_finite(state.model)
+        if sum_of_ranks(int(is_lost), self._machine.world):
+            raise ValueError(
+                f"the loss or a weight is not a number after step {state.step:,}: the training diverged, and its "
+                f"figures would mean nothing; give a smaller --lr than {self._how.lr:g}"
+            )
 
     def _step(self, state: _NetworkState, parallel: nn.Module, batch: Any) -> None:
         rate = lr_at(self._how, state.step)
@@ -328,14 +351,26 @@ class NetworkTrainings(SteppedWork, ABC):
         if stopped_by := self._stop.poll():
             raise StoppedError(stopped_by)
 
+    def _refuse_untested(self, num_untested: int) -> None:
+        if num_untested > self._at_most_damaged * len(self.test_set):
+            raise ValueError(
+                f"{num_untested:,} of {counted(len(self.test_set), 'image')} of {self.test_set.where} cannot be "
+                "decoded, more than --max-malformed allows, so the figures would be wrong: copy them again, and the "
+                "same command repeats the test alone, or allow a larger share"
+            )
+
     def _keep(self, model: nn.Module, name: str) -> None:
-        """Write the network's weights, on the first rank."""
+        """Write the network's weights, on the first rank, under a name that no training with other options has."""
         if self._machine.world.rank == 0:
-            path = self._folder / "trained" / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}.safetensors"
+            path = self._folder / "trained" / f"{name}.safetensors"
             path.parent.mkdir(exist_ok=True)
             tensors = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
             with appearing(path, durable=False) as aside:
                 save_file(tensors, aside, metadata={"classes": "\n".join(self.train_set.class_names)})
+
+
+def _is_finite(model: nn.Module) -> bool:
+    return all(value.isfinite().all().item() for value in model.state_dict().values())
 
 
 def lr_at(preset: TransferPreset, step: int) -> float:

@@ -193,7 +193,8 @@ def counted_by_ranks(folder):
 
 def test_ranks_share_a_test(tmp_path, run_ranks) -> None:
     data = two_sets(tmp_path, train=1, test=3)[1]
-    data.images[1].image.write_bytes(b"")
+    broken = data.images[1].image
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
     alone, num_untested = confusion_of(Fixed(), data, Machine(device=CPU), stop=lambda: None)
     of_ranks = run_ranks(counted_by_ranks, str(tmp_path))
     assert [number for _, number in of_ranks] == [0, 1]
@@ -251,6 +252,75 @@ def test_presets_of_segmentation_take_two_steps_and_are_tested(preset, tmp_path,
     assert list(result.figures) == ["mIoU", "accuracy"]
     rows = list(csv.DictReader((tmp_path / "out" / "per-class.csv").read_text().splitlines()))
     assert list(rows[0]) == ["init", "seed", "class", "pixels", "IoU"]
+
+
+BROKEN = {
+    "is of another size than its classes of pixels": lambda image, classes: Image.new("L", (3, 3)).save(classes),
+    "has classes of pixels in mode RGB, where numbers have P or L": lambda image, classes: Image.new(
+        "RGB", (64, 48)
+    ).save(classes),
+    "has classes of pixels that are no image": lambda image, classes: classes.write_bytes(b""),
+    "has no classes of pixels": lambda image, classes: classes.unlink(),
+    "is no image": lambda image, classes: image.write_bytes(b""),
+    "has no image": lambda image, classes: image.unlink(),
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_what_cannot_be_used_is_found_before_the_training(tmp_path, reason) -> None:
+    found = two_sets(tmp_path, train=2, test=3)[1].images[1]
+    BROKEN[reason](found.image, found.classes)
+    again = read_pixel_sets([str(tmp_path)], TINY_PIXELS)[1]
+    assert [(each.key, each.reason) for each in again.malformed] == [(found.key, reason)]
+    assert len(again) == 2
+
+
+def test_lists_of_deeplab_have_paths(tmp_path) -> None:
+    before = two_sets(tmp_path, train=3, test=1)[0]
+    path = tmp_path / "VOC2012" / "ImageSets" / "Segmentation" / "train_aug.txt"
+    names = path.read_text().split()
+    path.write_text("".join(f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png\n" for name in names))
+    assert read_pixel_sets([str(tmp_path)], TINY_PIXELS)[0].images == before.images
+
+
+def test_a_part_without_images_is_refused(tmp_path) -> None:
+    preset = replace(TINY_PIXELS, layout="cityscapes", train=("train",), test=("val",))
+    write_cityscapes(tmp_path, {"train": 1})
+    (tmp_path / "leftImg8bit" / "val").mkdir()
+    with pytest.raises(ValueError, match=r"--test val: .* has no"):
+        read_pixel_sets([str(tmp_path)], preset)
+    write_voc_pixels(tmp_path / "VOC2012", {"train_aug": 1, "val": 0})
+    with pytest.raises(ValueError, match=r"val\.txt names no image"):
+        read_pixel_sets([str(tmp_path)], TINY_PIXELS)
+
+
+def test_a_test_of_damaged_images_gives_no_figure(tmp_path) -> None:
+    sets = two_sets(tmp_path, train=9, test=4)
+    broken = sets[1].images[1].image
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    with (
+        trainings(tmp_path / "out", sets, replace(TINY_PIXELS, steps=1)) as training,
+        pytest.raises(ValueError, match=r"1 of 4 images of .* cannot be decoded, more than --max-malformed"),
+    ):
+        training.run(start(), seed=1)
+    assert not (tmp_path / "out" / "trained").exists()
+    for each in sets[1].images:
+        Image.new("L", (64, 48), OPEN).save(each.classes)
+    with (
+        trainings(tmp_path / "open", sets, replace(TINY_PIXELS, steps=1)) as training,
+        pytest.raises(ValueError, match="nothing to measure"),
+    ):
+        training.run(start(), seed=1)
+
+
+def test_a_training_that_diverges_gives_no_figure_and_keeps_no_state(tmp_path) -> None:
+    sets = two_sets(tmp_path, train=9, test=1)
+    with (
+        trainings(tmp_path / "out", sets, replace(TINY_PIXELS, lr=1e30)) as training,
+        pytest.raises(ValueError, match=r"not a number after step .*: the training diverged.* --lr than 1e\+30"),
+    ):
+        training.run(start(), seed=1)
+    assert list((tmp_path / "out").rglob("step-*")) == []
 
 
 def test_scales_that_cannot_be_are_refused(tmp_path, capsys) -> None:

@@ -74,6 +74,31 @@ def test_a_tiny_detector_learns_shapes(tmp_path) -> None:
     assert found.figures["AP50"] > 0.4
 
 
+def test_a_detector_that_diverges_gives_no_figure(tmp_path) -> None:
+    sets = two_sets(tmp_path, train=14, test=3)
+    with (
+        trainings(tmp_path / "out", sets, replace(TINY, lr=1e30, warmup_steps=0)) as training,
+        pytest.raises(ValueError, match="the training diverged"),
+    ):
+        training.run(start(), seed=3)
+    # Also where the last update was the first one that made weights of no numbers.
+    with (
+        trainings(tmp_path / "out", sets, replace(TINY, lr=float("inf"), warmup_steps=0, steps=1)) as training,
+        pytest.raises(ValueError, match="a weight is not a number after step 1"),
+    ):
+        training.run(start(), seed=3)
+
+
+def test_trainings_with_other_options_keep_their_networks_apart(tmp_path) -> None:
+    sets = two_sets(tmp_path, train=14, test=3)
+    for lr in (0.01, 0.02):
+        with trainings(tmp_path / "out", sets, replace(TINY, steps=1, lr=lr)) as training:
+            training.run(start(), seed=3)
+    folders = [{path.stem for path in (tmp_path / "out" / name).glob("*.*s*")} for name in ("trained", "trainings")]
+    assert folders[0] == folders[1]
+    assert len(folders[0]) == 2
+
+
 def test_a_trained_detector_can_be_opened_again(tmp_path) -> None:
     sets = two_sets(tmp_path, train=14, test=3)
     with trainings(tmp_path / "out", sets, replace(TINY, steps=2)) as training:
