@@ -1,5 +1,6 @@
 """Common parts of commands: the choice of a device, and options that default to the run's."""
 
+import math
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ def given(value: T | None, otherwise: T) -> T:
 
 
 def positive(option: str, value: Number) -> Number:
-    """Return the value. Raises ValueError: it is not above 0."""
+    """Return the value. Raises ValueError: it is not above 0, or is infinite."""
     if not value > 0:
         raise ValueError(f"--{option} is {value}, but must be above 0")
+    if value == math.inf:
+        raise ValueError(f"--{option} is {value}, but must be a number: nothing can be worked out of it")
     return value

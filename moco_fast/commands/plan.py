@@ -117,9 +117,13 @@ class PlanRun:
         for name in ("batch_size", "passes", "samples_per_s", "loader_per_s", "utilization", "disk_gb", "cores"):
             if (value := getattr(self, name)) is not None:
                 positive(name.replace("_", "-"), value)
-        if self.cache_tb < 0:
-            raise ValueError(f"--cache-tb is {self.cache_tb:g}, but must be 0 or above")
-        if self.images < 2 or not math.isfinite(self.images):
+        for name in ("cache_tb", "gpu_hour_price", "tb_month_price"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} is {value:g}, but must be a number, 0 or above")
+        if self.utilization is not None and self.utilization > 1:
+            raise ValueError(f"--utilization is {self.utilization:g}, but must be a share: 40% of the peak is 0.4")
+        if self.images < 2:
             raise ValueError(f"--images is {self.images:g}: give the number of images, such as 1e9")
         if self.recipe not in PRESETS:
             raise ValueError(f"--recipe {self.recipe} is not a recipe: choose one of {', '.join(PRESETS)}")
@@ -225,8 +229,11 @@ def _enough(too_few: int) -> int:
 def _read_figures(file: str) -> Mapping[str, Any]:
     try:
         figures = json.loads(Path(file).read_text())
-        figures["environment"]["world_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        positive("world-size", int(figures["environment"]["world_size"]))
+        for stage in ("step", "loader"):
+            if figures.get(stage):
+                positive(stage, float(figures[stage]["median"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--bench {file} is not what `moco-fast bench --json` writes: {error}") from error
     return figures
 

@@ -70,7 +70,14 @@ def test_a_run_by_steps_does_not_depend_on_the_number_of_images(capsys: pytest.C
         (["--gpu", "h9000"], "--gpu h9000 is not known: choose one of"),
         (["--encoder", "resnet5"], "resnet5"),
         (["--utilization", "0"], "--utilization is 0"),
+        (["--utilization", "40"], "40% of the peak is 0.4"),
         (["--cache-tb", "-1"], "--cache-tb is -1"),
+        (["--cache-tb", "nan"], "--cache-tb is nan"),
+        (["--image-kb", "inf"], "--image-kb is inf"),
+        (["--gpu-hour-price", "-1"], "--gpu-hour-price is -1"),
+        (["--bench", "{there}/none.json"], "none.json is not what `moco-fast bench --json` writes"),
+        (["--bench", "{there}/text.json"], "text.json is not what `moco-fast bench --json` writes"),
+        (["--bench", "{there}/bare.json"], "bare.json is not what `moco-fast bench --json` writes"),
         (["--bench", "{there}/nothing.json"], "nothing.json is not what `moco-fast bench --json` writes"),
         (["--bench", "{there}/empty.json"], "empty.json is not what `moco-fast bench --json` writes"),
         (["--bench", "{there}/other.json"], "measured the encoder resnet18, and this plan is for resnet50"),
@@ -83,6 +90,9 @@ def test_what_cannot_be_planned_is_refused(
     (tmp_path / "empty.json").write_text("{}")
     bench(tmp_path / "other.json", environment={"world_size": 1, "encoder": "resnet18"})
     bench(tmp_path / "part.json", step=None)
+    bench(tmp_path / "none.json", environment={"world_size": 0, "encoder": "resnet50"})
+    bench(tmp_path / "text.json", step={"median": "fast"})
+    bench(tmp_path / "bare.json", loader={"lowest": 3})
     given = [word.format(there=tmp_path) for word in words]
     assert main([*WORDS, *given]) == 2
     assert says in capsys.readouterr().err
