@@ -1,10 +1,11 @@
 """A training job as every scheduler has to be told of it. Does not import torch."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ClusterJob", "Scheduler", "shell_command"]
+__all__ = ["ClusterJob", "Scheduler", "quoted", "shell_command"]
 
 GRACE_S = 120
 """Seconds from a scheduler's signal to its kill. torch's launcher gives its ranks 30 s of these to save."""
@@ -54,7 +55,7 @@ def shell_command(job: ClusterJob, *, rank: str, first: str) -> str:
         if job.nodes > 1:
             # The static rendezvous cannot bring restarted nodes together again.
             launch[-1] += ["--rdzv_backend", "c10d"]
-    launch.append(["-m", "moco_fast.train", *_quoted(job.words[:1])])
+    launch.append(["-m", "moco_fast.train", *map(quoted, job.words[:1])])
     options = _grouped(job.words[1:])
     return " \\\n    ".join(" ".join(line) for line in [*launch, *options])
 
@@ -65,10 +66,12 @@ def _grouped(words: Sequence[str]) -> list[list[str]]:
     for word in words:
         if word.startswith("--") or not lines:
             lines.append([])
-        lines[-1] += _quoted([word])
+        lines[-1].append(quoted(word))
     return lines
 
 
-def _quoted(words: Sequence[str]) -> list[str]:
-    # What begins with $ is a variable of the scheduler's, which the shell is to fill in.
-    return [f'"{word}"' if "$" in word else shlex.quote(word) for word in words]
+def quoted(word: str) -> str:
+    """Return a word as the shell reads it; what has a $ is a variable of the scheduler's, which it is to fill in."""
+    if "$" not in word:
+        return shlex.quote(word)
+    return '"' + re.sub(r'(["`\\])', r"\\\1", word) + '"'

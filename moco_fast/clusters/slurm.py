@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moco_fast.clusters.job import GRACE_S, ClusterJob, Scheduler, shell_command
+from moco_fast.clusters.job import GRACE_S, ClusterJob, Scheduler, quoted, shell_command
 
 __all__ = ["Container", "Slurm"]
 
@@ -27,7 +27,7 @@ _HEAD = """\
 #SBATCH --output=%x-%j.log
 {more}
 set -u
-run="{run}"
+run={run}
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export run first_node
 
@@ -61,9 +61,10 @@ class Slurm(Scheduler):
     def text(self, job: ClusterJob) -> str:
         """Return the script."""
         more = [("partition", self.partition), ("account", self.account)]
-        run = job.words[job.words.index("--run.out") + 1]
-        words = tuple("$run" if word == run else word for word in job.words)
-        command = shell_command(replace(job, words=words), rank='"$SLURM_NODEID"', first='"$first_node"')
+        words = list(job.words)
+        place = words.index("--run.out") + 1
+        run, words[place] = words[place], "$run"
+        command = shell_command(replace(job, words=tuple(words)), rank='"$SLURM_NODEID"', first='"$first_node"')
         return _HEAD.format(
             file=f"{job.name}.sbatch",
             name=job.name,
@@ -72,7 +73,7 @@ class Slurm(Scheduler):
             time=self.time,
             grace=GRACE_S,
             more="".join(f"#SBATCH --{option}={value}\n" for option, value in more if value is not None),
-            run=run,
+            run=quoted(run),
             srun=self._srun(),
             command=_inside_single_quotes(command),
         )
@@ -81,8 +82,8 @@ class Slurm(Scheduler):
         if self.image is None:
             return ""
         if self.container == "pyxis":
-            return f'--container-image={self.image} --container-mounts="$PWD:$PWD" --container-workdir="$PWD" '
-        return f'apptainer exec --nv --bind "$PWD:$PWD" --pwd "$PWD" {self.image} '
+            return f'--container-image={quoted(self.image)} --container-mounts="$PWD:$PWD" --container-workdir="$PWD" '
+        return f'apptainer exec --nv --bind "$PWD:$PWD" --pwd "$PWD" {quoted(self.image)} '
 
 
 def _inside_single_quotes(text: str) -> str:

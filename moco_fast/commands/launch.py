@@ -2,7 +2,8 @@
 
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ __all__ = ["Launch"]
 
 _CHOICE = tyro.conf.create_mutex_group(required=True)
 _Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, _CHOICE]
+_SLURM_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|infinite|unlimited", re.IGNORECASE)
 _DNS_NAME = re.compile(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?")
 
 
@@ -72,12 +74,10 @@ class Launch:
         self._check()
         from moco_fast.commandline import parse
 
-        config = parse(self._with_folder(), prog="moco-fast launch", here=False)
-        self._check_config(config)
+        words = self._with_folder()
+        self._check_config(parse(words, prog="moco-fast launch", here=False))
         scheduler = self._scheduler()
-        job = ClusterJob(
-            name=self.name, words=self._with_folder(), nodes=self.nodes, gpus=self.gpus, restarts=self.restarts
-        )
+        job = ClusterJob(name=self.name, words=words, nodes=self.nodes, gpus=self.gpus, restarts=self.restarts)
         text = scheduler.text(job)
         if self.out is None:
             print(text, end="")
@@ -97,12 +97,39 @@ class Launch:
             raise ValueError("there is nothing to launch: give a recipe and its options after `--`")
         if self.out is not None and not Path(self.out).resolve().parent.is_dir():
             raise ValueError(f"--out {self.out}: there is no such folder to write to")
+        if self.out is not None and Path(self.out).is_dir():
+            raise ValueError(f"--out {self.out} is a folder: give the name of a file in it")
+        self._check_scheduler()
+
+    def _check_scheduler(self) -> None:
+        """Refuse options of the scheduler that is not written for, and what it would not read."""
+        of_slurm, of_kubernetes = ("container", "time", "partition", "account"), ("claim", "mount", "namespace")
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in of_kubernetes if self.slurm else of_slurm:
+            if getattr(self, name) != defaults[name]:
+                mine, other = ("slurm", "kubernetes") if self.slurm else ("kubernetes", "slurm")
+                raise ValueError(f"--{name} is of --{other} and does nothing with --{mine}: leave it out")
+        if self.slurm and not _SLURM_TIME.fullmatch(self.time):
+            raise ValueError(
+                f"--time {self.time}: give it as Slurm does, such as 24:00:00, 2-12:00:00 or minutes alone"
+            )
+        for name in ("partition", "account", "image", "claim", "namespace"):
+            if re.search(r"\s", getattr(self, name) or ""):
+                raise ValueError(f"--{name} {getattr(self, name)}: there can be no space in it")
 
     def _with_folder(self) -> tuple[str, ...]:
-        """Return the options with a folder for the run, by which a job that starts again finds it."""
-        if any(word == "--run.out" or word.startswith("--run.out=") for word in self.words):
-            return self.words
-        return (*self.words, "--run.out", "runs/$SLURM_JOB_ID" if self.slurm else f"runs/{self.name}")
+        """Return the options with a folder for the run as the last one, by which a job that starts again finds it."""
+        from moco_fast.commandline import take_recipes
+        from moco_fast.config import RunConfig
+
+        rest, folder = _without_folder(self.words)
+        if folder is None:
+            _, recipes, path = take_recipes(rest)
+            in_file = next(iter(recipes.values())).run.out
+            if path is not None and in_file != RunConfig().out:
+                folder = in_file
+        default = "runs/$SLURM_JOB_ID" if self.slurm else f"runs/{self.name}"
+        return (*rest, "--run.out", folder or default)
 
     def _check_config(self, config: "Config") -> None:
         ranks, batch_size = self.nodes * self.gpus, config.data.batch_size
@@ -128,3 +155,19 @@ class Launch:
         if self.claim is None:
             raise ValueError("--claim is missing: the volume claim with the shards, on storage that all nodes share")
         return Kubernetes(image=self.image, claim=self.claim, mount=self.mount, namespace=self.namespace)
+
+
+def _without_folder(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """Return options without the folder of the run, and the last one that is given. Raises ValueError: it is missing."""
+    rest: list[str] = []
+    folder: str | None = None
+    of_words = iter(words)
+    for word in of_words:
+        name, sign, value = word.partition("=")
+        if name != "--run.out":
+            rest.append(word)
+            continue
+        folder = value if sign else next(of_words, "--")
+        if not folder or folder.startswith("--"):
+            raise ValueError("--run.out needs a folder after it, in which the run is kept")
+    return rest, folder

@@ -125,6 +125,30 @@ def test_only_a_job_that_was_stopped_is_queued_again(
     assert asked_of_accelerate(cluster, 1)[1].run.out == "my runs/first"
 
 
+@pytest.mark.parametrize("folder", ["shards/my train", "a'b\"c", "runs/`x`", "runs/$SLURM_JOB_ID"])
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_the_folder_of_the_run_is_what_was_given(
+    folder: str, is_joined: bool, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools(cluster, outcome="stopped")
+    given = [f"--run.out={folder}"] if is_joined else ["--run.out", folder]
+    script = written(["--slurm", "--", *RECIPE, *given], capsys)
+    subprocess.run(["bash", "-c", script], cwd=cluster, env=os.environ | {"SLURM_NNODES": "1"}, check=True)
+    config = asked_of_accelerate(cluster, 0)[1]
+    assert config.run.out == folder.replace("$SLURM_JOB_ID", "4711")
+    # Not what else is called so.
+    assert config.data.shards == "shards/my train"
+    assert (cluster / "requeued.txt").exists()
+
+
+def test_the_folder_of_a_file_of_options_is_kept(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tools(cluster)
+    (cluster / "run.yaml").write_text("recipe: moco-v2\ndata:\n  shards: x\nrun:\n  out: runs/mine\n")
+    script = written(["--slurm", "--", "--config", str(cluster / "run.yaml")], capsys)
+    subprocess.run(["bash", "-c", script], cwd=cluster, env=os.environ | {"SLURM_NNODES": "1"}, check=True)
+    assert asked_of_accelerate(cluster, 0)[1].run.out == "runs/mine"
+
+
 @pytest.mark.parametrize("container", ["pyxis", "apptainer"])
 def test_slurm_runs_the_ranks_in_an_image(container: str, cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tools(cluster)
@@ -195,6 +219,12 @@ def test_kubernetes_accepts_the_job_and_its_pods_find_each_other(
         (["--slurm", "--", *RECIPE, "--batch-size", "3"], "did you mean --data.batch-size?"),
         (["--slurm", "--", *RECIPE, "--run.device", "cpu"], "leave --run.device out"),
         (["--slurm", "--", *RECIPE, "--optim.lr", "-1"], "--optim.lr"),
+        (["--slurm", "--", *RECIPE, "--run.out"], "--run.out needs"),
+        (["--slurm", "--out", "{there}", "--", *RECIPE], "is a folder: give the name of a file"),
+        (["--slurm", "--claim", "x", "--", *RECIPE], "--claim is of --kubernetes"),
+        (["--slurm", "--time", "soon", "--", *RECIPE], "--time soon: give it as Slurm does"),
+        (["--slurm", "--partition", "a b", "--", *RECIPE], "no space"),
+        (["--kubernetes", "--image", "x", "--claim", "x", "--time", "1", "--", *RECIPE], "--time is of --slurm"),
         (["--kubernetes", "--claim", "x", "--", *RECIPE], "--image is missing"),
         (["--kubernetes", "--image", "x", "--", *RECIPE], "--claim is missing"),
     ],
