@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from moco_fast.transfer.metrics import OVERLAPS, ClassPrecision, Detections
-from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, Malformed, Outline, why_other_size
+from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, Malformed, Outline, size_as_shown
 
 __all__ = ["coco_precision", "drawn_masks", "encoded_masks", "needs_coco", "read_coco"]
 
@@ -73,26 +73,26 @@ def read_coco(folders: Sequence[str], parts: Sequence[str], *, option: str) -> D
         by_image: dict[int, list[Any]] = defaultdict(list)
         for each in told["annotations"]:
             by_image[int(each["image_id"])].append(each)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is not a file of COCO's instances ({error!r})") from None
     _refuse_twice((image.number for image in images), f"{path} has two images with the id")
     _refuse_twice((category for category, _ in categories), f"{path} has two categories with the id")
     numbers = {category: number for number, (category, _) in enumerate(categories)}
     with ThreadPoolExecutor() as pool:
-        reasons = list(pool.map(lambda each: why_other_size(folder / part / each.name, each.size), images))
+        sizes = list(pool.map(lambda each: size_as_shown(folder / part / each.name, each.size), images))
     unusable: list[Malformed] = []
     return DetectionSet(
         where=str(folder / part),
         class_names=tuple(name for _, name in categories),
         images=[
             _image(folder / part, image, by_image[image.number], numbers, unusable)
-            for image, reason in zip(images, reasons, strict=True)
-            if reason is None
+            for image, size in zip(images, sizes, strict=True)
+            if not isinstance(size, str)
         ],
         malformed=[
-            Malformed(key=image.name, reason=reason)
-            for image, reason in zip(images, reasons, strict=True)
-            if reason is not None
+            Malformed(key=image.name, reason=size)
+            for image, size in zip(images, sizes, strict=True)
+            if isinstance(size, str)
         ],
         malformed_objects=unusable,
         annotations=path,

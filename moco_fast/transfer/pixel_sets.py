@@ -168,12 +168,9 @@ def _usable(found: Sequence[PixelsOfImage]) -> tuple[list[PixelsOfImage], list[M
 def _why_not(found: PixelsOfImage) -> str | None:
     if not found.classes.is_file():
         return "has no classes of pixels"
-    try:
-        size = size_as_shown(found.image)
-    except FileNotFoundError:
-        return "has no image"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return "is no image"
+    size = size_as_shown(found.image)
+    if isinstance(size, str):
+        return size
     try:
         with Image.open(found.classes) as image:
             if image.mode not in _MODES:

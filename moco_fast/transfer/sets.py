@@ -24,7 +24,6 @@ __all__ = [
     "read_list",
     "refuse_malformed",
     "size_as_shown",
-    "why_other_size",
 ]
 
 _MOST_NAMED = 3
@@ -137,11 +136,26 @@ def as_shown(image: Image.Image) -> Image.Image:
     return (image if _orientation(image) == 1 else ImageOps.exif_transpose(image)).convert("RGB")
 
 
-def size_as_shown(path: Path) -> tuple[int, int]:
-    """Return width and height of an image, once it is turned, from its header. Raises OSError: it is no image."""
-    with Image.open(path) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image) in _LYING_DOWN else (width, height)
+def size_as_shown(path: Path, told: tuple[int, int] | None = None) -> tuple[int, int] | str:
+    """Return width and height of an image, once it is turned, from its header, or why it cannot be used.
+
+    Args:
+        path: of the image.
+        told: width and height that its annotation is of; None: it does not say.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            shown = (height, width) if _orientation(image) in _LYING_DOWN else (width, height)
+    except FileNotFoundError:
+        return "has no image"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return "is no image"
+    if told is None or told == shown:
+        return shown
+    if told == (width, height):
+        return "is turned by its EXIF orientation, and its annotation is not"
+    return "is of another size than its annotation says"
 
 
 def _orientation(image: Image.Image) -> int:
@@ -152,27 +166,6 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(_ORIENTATION, 1)
     except Exception:
         return 1
-
-
-def why_other_size(path: Path, told: tuple[int, int] | None) -> str | None:
-    """Return why an image cannot be used, from its header; None: it can.
-
-    Args:
-        path: of the image.
-        told: width and height that its annotation is of; None: it does not say.
-    """
-    try:
-        size = size_as_shown(path)
-    except FileNotFoundError:
-        return "has no image"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return "is no image"
-    if told is None or told == size:
-        return None
-    with Image.open(path) as image:
-        if image.size == told:
-            return "is turned by its EXIF orientation, and its annotation is not"
-    return "is of another size than its annotation says"
 
 
 def refuse_malformed(

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, Malformed, read_list, size_as_shown, why_other_size
+from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, Malformed, read_list, size_as_shown
 
 __all__ = ["VOC_CLASSES", "find_parts", "read_voc"]
 
@@ -133,8 +133,6 @@ def _read_image(folder: Path, name: str) -> _Marked | Malformed:
 
 def _read_marked(folder: Path, name: str, key: str) -> _Marked:
     path, annotation = folder / "JPEGImages" / f"{name}.jpg", folder / "Annotations" / f"{name}.xml"
-    if reason := why_other_size(path, None):
-        raise _MalformedError(reason)
     try:
         tree = ElementTree.fromstring(annotation.read_bytes())  # noqa: S314 - expat of today limits what entities expand to
     except FileNotFoundError:
@@ -143,9 +141,10 @@ def _read_marked(folder: Path, name: str, key: str) -> _Marked:
         raise _MalformedError("has an annotation that is not XML") from error
     told = (_number(tree.findtext("size/width")), _number(tree.findtext("size/height")))
     # Tools that write this layout leave 0 or nothing where they do not know.
-    if all(side > 0 for side in told) and (reason := why_other_size(path, (int(told[0]), int(told[1])))):
-        raise _MalformedError(reason)
-    width, height = size_as_shown(path)
+    size = size_as_shown(path, (int(told[0]), int(told[1])) if all(0 < side < math.inf for side in told) else None)
+    if isinstance(size, str):
+        raise _MalformedError(size)
+    width, height = size
     objects = tree.findall("object")
     return _Marked(
         path=path,

@@ -127,6 +127,12 @@ def test_an_annotation_of_the_image_before_it_is_turned_is_named(year) -> None:
     assert left_out.reason == "is turned by its EXIF orientation, and its annotation is not"
 
 
+@pytest.mark.parametrize("side", ["inf", "-1", "nan", ""])
+def test_a_size_that_cannot_be_is_one_that_is_not_known(year, side) -> None:
+    annotate(year, "trainval_0001", side, side, [("cat", (1, 1, 9, 9))])
+    assert (len(read(year)), read(year).malformed) == (3, [])
+
+
 def test_lists_may_begin_with_a_mark_of_their_encoding(year) -> None:
     path = year / "ImageSets" / "Main" / "trainval.txt"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
