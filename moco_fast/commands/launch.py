@@ -158,7 +158,7 @@ class Launch:
 
 
 def _without_folder(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """Return options without the folder of the run, and the last one that is given. Raises ValueError: it is missing."""
+    """Return options without the folder of the run, and that folder. Raises ValueError: its option has none."""
     rest: list[str] = []
     folder: str | None = None
     of_words = iter(words)
