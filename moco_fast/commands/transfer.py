@@ -38,8 +38,9 @@ class _TransferOptions:
     """Folder for states, trained networks and results; made if it is not there."""
     seeds: int = 1
     """Trainings from each of the initial weights; the figures are their means, with 95% intervals."""
-    network: str = "resnet50"
-    """Network of `random` and `supervised` where no encoder is compared with them; otherwise it is the encoder's."""
+    network: str | None = None
+    """Network of `random` and `supervised` where no encoder is compared with them, unset: resnet50; otherwise it is the
+    encoder's."""
     train: tuple[str, ...] | None = None
     """Parts of the data that are trained on, in place of the preset's."""
     test: tuple[str, ...] | None = None

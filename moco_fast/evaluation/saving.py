@@ -29,6 +29,8 @@ from shards.ground.locks import locked
 
 __all__ = ["SavedTraining"]
 
+_LONGEST = 120  # letters
+
 
 class SavedTraining:
     """State of one training; the first rank writes, all ranks read. Its methods are collective.
@@ -49,7 +51,9 @@ class SavedTraining:
         self._folder = Path()
         if saving is not None:
             text = json.dumps({"subject": saving.subject, "what": self._what}, sort_keys=True)
-            self._folder = saving.folder / f"{re.sub('[^a-z0-9.]+', '-', name.lower())}-{short_digest(text.encode())}"
+            # The end of a long name, which may be a path, so that file systems take it.
+            plain = re.sub("[^a-z0-9.]+", "-", name.lower())[-_LONGEST:].strip("-")
+            self._folder = saving.folder / f"{plain}-{short_digest(text.encode())}"
 
     @property
     def name(self) -> str:

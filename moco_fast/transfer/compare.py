@@ -66,21 +66,24 @@ class Comparison:
     """On the sets."""
 
 
-def open_inits(names: Sequence[str], *, network: str) -> list[Init]:
+def open_inits(names: Sequence[str], *, network: str | None) -> list[Init]:
     """Open initial weights.
 
     Args:
         names: `random`, `supervised` or whatever `open_encoder` opens.
         network: whose random or supervised weights these are where no encoder is named beside them; otherwise they are
-            of the first encoder's network.
+            of the first encoder's network. None: a ResNet-50.
 
     Raises:
-        ValueError: one of them cannot be opened, or there are no supervised weights of the network.
+        ValueError: the network is not the encoder's, an encoder cannot be opened, or there are no supervised weights of
+            the network.
     """
     opened = {name: open_encoder(name) for name in names if name not in ("random", "supervised")}
     first = next(iter(opened.values()), None)
-    if first is not None:
-        network = network if first.model is None else first.model.encoder
+    own = None if first is None or first.model is None else first.model.encoder
+    if first is not None and own is not None and network not in (None, own):
+        raise ValueError(f"--network {network}, but {first.name} is a {own}, and all are compared in it: leave it out")
+    network = own or network or "resnet50"
     inits: list[Init] = []
     for name in names:
         if name == "random":

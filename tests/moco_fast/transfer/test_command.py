@@ -170,10 +170,15 @@ def test_a_result_of_the_benchmark_stands_beside_the_published_one(devkit, tmp_p
 
 
 def test_random_and_supervised_weights_are_of_the_network_that_they_are_compared_with(finished_run) -> None:
-    random, run = open_inits(["random", str(finished_run)], network="resnet50")
+    random, run = open_inits(["random", str(finished_run)], network=None)
     starts = [random.start(seed) for seed in (0, 1, 0)]
     assert starts[0].digest == starts[2].digest != starts[1].digest
     assert random.encoder.backbone is not run.encoder.backbone
     assert random.encoder.state_dict().keys() == run.encoder.state_dict().keys()
     # The pixels of the run, too.
     assert torch.equal(random.encoder.pixel_scale, run.encoder.pixel_scale)
+
+
+def test_another_network_than_that_of_the_encoder_is_refused(finished_run) -> None:
+    with pytest.raises(ValueError, match=r"--network resnet50, but .* is a resnet18_quarter"):
+        open_inits(["random", str(finished_run)], network="resnet50")
