@@ -47,6 +47,7 @@ def pack(config: PackConfig, progress: ProgressBars | None = None) -> dict[str, 
     """
     progress = progress or ProgressBars(enabled=False)
     part = "" if config.part is None else f"-{config.part.replace('/', '-of-')}"
+    _refuse_file_as_target(config.out)
     target = open_target(config.out, work_folder=config.work_folder, part=part)
     finished = _finished(config, target)
     if finished is not None and not target.work.exists():
@@ -71,6 +72,14 @@ def pack(config: PackConfig, progress: ProgressBars | None = None) -> dict[str, 
             finished = write_manifests(plan, target)
         target.remove_work()
     return finished
+
+
+def _refuse_file_as_target(out: str) -> None:
+    if is_url(out):
+        return
+    here = next((path for path in (Path(out), *Path(out).parents) if path.exists()), None)
+    if here is not None and not here.is_dir():
+        raise ValueError(f"--out {out}: {here} is a file, and shards need a folder: choose another name")
 
 
 def _refuse_target_inside(source: str, out: str) -> None:

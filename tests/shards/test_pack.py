@@ -118,6 +118,13 @@ def test_files_added_after_packing_are_not_left_out_in_silence(tmp_path, capsys)
     assert "5 images" in printed.out
 
 
+@pytest.mark.parametrize("out", ["file", "file/out"])
+def test_a_file_is_not_taken_for_the_target(tmp_path, out):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file is a file, and shards need a folder: choose another name"):
+        pack(config(fill(tmp_path / "in", 2), tmp_path / out))
+
+
 @pytest.mark.parametrize("command", ["summary", "table"])
 def test_a_folder_that_cannot_be_written_has_a_way_out(tmp_path, capsys, command):
     pack(config(fill(tmp_path / "in", 5), tmp_path / "out"))
