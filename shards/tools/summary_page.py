@@ -15,7 +15,7 @@ __all__ = ["CaptionedPicture", "ClassShare", "DuplicateGroup", "RejectedGroup", 
 _STYLE = """
 .bars { display: grid; grid-template-columns: minmax(0, max-content) minmax(2rem, 1fr) max-content; gap: 0.3rem 0.7rem;
   align-items: center; margin: 0.8rem 0 0; font-size: 0.875rem; }
-.bars dt { overflow-wrap: anywhere; }
+.bars dt, .found > div { overflow-wrap: anywhere; }
 .bars dd { margin: 0; text-align: right; }
 .bars i { display: block; height: 0.7rem; min-width: 2px; background: var(--key); border-radius: 2px; }
 .found b { overflow: hidden; overflow-wrap: anywhere; font-weight: 600;

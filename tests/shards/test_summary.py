@@ -91,6 +91,20 @@ def test_nothing_is_wrong_on_a_phone_and_on_a_desk(packed, tmp_path):
             assert what_is_wrong(browser, page, size) == []
 
 
+@pytest.mark.browser
+def test_long_names_of_classes_do_not_run_into_each_other(tmp_path):
+    source = fill(tmp_path / "in", 12, classes=4)
+    for folder in list(source.iterdir()):
+        folder.rename(source / f"{folder.name}_with_a_name_of_many_words_{'and_one_more_' * 8}")
+    pack(PackConfig(sources=(str(source),), out=str(tmp_path / "out"), workers=1))
+    page = write_summary(str(tmp_path / "out"), with_near_duplicates=True)
+    cells = "[...document.querySelectorAll('.found > div')]"
+    with open_browser() as browser:
+        for size in (PHONE, DESK):
+            assert what_is_wrong(browser, page, size) == []
+            assert browser.run(f"{cells}.filter(cell => cell.scrollWidth > cell.clientWidth).length") == 0
+
+
 def test_sets_without_samples_labels_or_a_folder(tmp_path, capsys):
     source = tmp_path / "in"
     source.mkdir()
