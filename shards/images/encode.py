@@ -1,6 +1,7 @@
 """Encoding of one image as a baseline JPEG: copied byte for byte where possible, else decoded and encoded again."""
 
 import math
+from functools import partial
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -169,7 +170,7 @@ def _encode_jpeg(original: bytes, header: JpegHeader, config: EncodeConfig) -> P
             return transcoded
     outcomes: list[str] = []
     if header.num_components in (1, 3) and is_known:
-        pixels, repaired = _decode_jpeg(data, _reduction(size, target), gray=header.num_components == 1)
+        pixels, repaired = _decode_jpeg(data, header, _reduction(size, target))
         outcomes += ["repaired"] if repaired or data is not original else []
         pixels = _orient(pixels, header.orientation)
     else:
@@ -208,8 +209,7 @@ def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage 
     except ValueError as error:
         if "extraneous" in str(error):
             return None
-        # A file whose very last bytes are missing is whole but for its end marker.
-        ended = data + _EOI if data[-1] != 0xFF else data + _EOI[1:]
+        ended = _ended(data)
         try:
             small = _decode_small(ended, header)
         except ValueError:
@@ -217,6 +217,11 @@ def _copy(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage 
         data, outcome = ended, "repaired"
     mean = _mean_rgb(small) if config.mean_rgb else None
     return PackedImage(data, header.width, header.height, mean, (outcome,), header.kind, _is_uniform(small))
+
+
+def _ended(data: bytes) -> bytes:
+    """Return a file with an end marker: without its very last bytes it may be whole but for that."""
+    return data + _EOI if data[-1] != 0xFF else data + _EOI[1:]
 
 
 def _transcode(data: bytes, header: JpegHeader, config: EncodeConfig) -> PackedImage | None:
@@ -247,25 +252,32 @@ def _decode_small(data: bytes, header: JpegHeader) -> Pixels:
     return decode_jpeg(data, gray=header.num_components == 1, reduce=1 if is_small else 8)
 
 
-def _decode_jpeg(data: bytes, reduce: int, *, gray: bool) -> tuple[Pixels, bool]:
-    """Return the pixels of a JPEG, and whether the decoder had to skip stray bytes.
+def _decode_jpeg(data: bytes, header: JpegHeader, reduce: int) -> tuple[Pixels, bool]:
+    """Return the pixels of a JPEG, and whether stray bytes were skipped in it or its end marker was missing.
 
     Args:
         data: the file.
+        header: its header; of a gray one, pixels are (H, W, 1) instead of (H, W, 3).
         reduce: 1, 2, 4 or 8: shrink each side while decoding.
-        gray: (H, W, 1) instead of (H, W, 3).
     """
+    decode = partial(decode_jpeg, gray=header.num_components == 1, reduce=reduce)
     try:
-        return decode_jpeg(data, gray=gray, reduce=reduce), False
+        return decode(data), False
     except CodecError:
         raise
     except ValueError as error:
-        if "extraneous" not in str(error):
-            raise Rejected("damaged", str(error)) from None
+        rejected = Rejected("damaged", str(error))
+        skips = "extraneous" in str(error)
+    # Of scans that follow each other, an end marker hides that some are missing: where the decoder has to be lenient,
+    # the file's own must be there, and only a single scan is given one.
+    if (skips and data.find(_EOI, header.scan_at) < 0) or (not skips and not header.is_baseline):
+        raise rejected
     try:
-        return decode_jpeg(data, gray=gray, reduce=reduce, strict=False), True
-    except ValueError as error:
-        raise Rejected("damaged", str(error)) from None
+        return decode(data if skips else _ended(data), strict=not skips), True
+    except CodecError:
+        raise
+    except ValueError:
+        raise rejected from None
 
 
 def _encode_other(data: bytes, config: EncodeConfig) -> PackedImage:

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -233,12 +234,39 @@ def test_what_cannot_be_packed_is_rejected_with_a_reason(data, config, reason):
     assert caught.value.reason == reason
 
 
-def test_a_missing_end_marker_is_mended_without_loss():
+def test_a_missing_end_marker_is_added_without_loss():
     data = jpeg()
     for cut in (data[:-1], data[:-2]):
         image = encode(cut, DEFAULT)
         assert image.data == data
         assert image.outcomes == ("repaired",)
+
+
+@pytest.mark.parametrize("options", [{}, {"resize": 16}, {"mean_rgb": True}])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_whole_without_an_end_marker_whatever_else_is_done(options, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(picture(), exif=exif)
+    config = EncodeConfig(**options)
+    for cut in (data[:-1], data[:-2]):
+        image = encode(cut, config)
+        assert "repaired" in image.outcomes
+        assert (pixels(image.data) == pixels(encode(data, config).data)).all()
+    with pytest.raises(Rejected, match="damaged"):
+        encode(data[:-40], config)
+
+
+@pytest.mark.parametrize("options", [{}, {"resize": 16}])
+def test_scans_that_are_missing_are_damage_also_where_stray_bytes_are_skipped(options):
+    data = encoded(picture(), progressive=True)
+    scans = [at.start() for at in re.finditer(b"\xff\xda", data)]
+    tables = data.rfind(b"\xff\xc4", 0, scans[2])
+    stray = data[:tables] + b"\x01" * 300 + data[tables:]
+    assert "repaired" in encode(stray, EncodeConfig(**options)).outcomes
+    for cut in (stray[: scans[-1] + 300], data[: scans[-1]], data[: data.rfind(b"\xff\xc4", 0, scans[-1])]):
+        with pytest.raises(Rejected, match="damaged"):
+            encode(cut, EncodeConfig(**options))
 
 
 def test_stray_bytes_before_the_end_are_repaired():
