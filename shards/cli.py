@@ -1,5 +1,6 @@
 """Command line of `make-shards`."""
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -185,6 +186,11 @@ def _index(command: IndexCommand) -> int:
     print(f"{command.folder}: indexed {samples} in {counted(len(manifest.shards), 'tar')}")
     for line in advice(indexed, command.folder):
         print(line)
+    if others := described.other_archives():
+        count = counted(len(others), "other archive")
+        print(
+            f"  not indexed: {count}, such as {others[0]}: index reads .tar right in the folder alone; pack reads all"
+        )
     return 0
 
 
@@ -374,6 +380,9 @@ def _run(words: Sequence[str]) -> int:
         return _fail("interrupted: finished shards are kept; run the same command to continue", 130)
 
 
+_CANNOT_WRITE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOSPC, errno.EDQUOT})
+
+
 def _said_of_system(error: OSError, command: Any) -> str:
     """Return what to say of an error of the system: where, what is kept, and the way out."""
     # Writing to a full disk names no file.
@@ -381,7 +390,7 @@ def _said_of_system(error: OSError, command: Any) -> str:
     said = f"{where}: {error.strerror or error}" if where else str(error.strerror or error)
     if isinstance(command, PackCommand | FinishCommand):
         said += ": finished shards are kept; fix this and run the same command again"
-    elif getattr(command, "file", "") is None:
+    elif getattr(command, "file", "") is None and error.errno in _CANNOT_WRITE:
         said += ": say with --file where to write"
     return said
 

@@ -1,6 +1,7 @@
 """Labels of a packing: numbers for classes, from what sources say or from the folders of images."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -225,6 +226,12 @@ class InputLabels:
         without = f"; {counted(self._num_unlabeled, 'input')} without" if self._num_unlabeled else ""
         classes = counted(len(class_names), "class", plural="classes")
         yield f"labels: {classes} ({shown}), by {' and '.join(where)}{without}"
+        alike = Counter(unicodedata.normalize("NFC", name) for name in class_names)
+        for name in [name for name, count in alike.items() if count > 1][:_SHOWN]:
+            yield (
+                f"labels: {alike[name]} classes are spelled {name}, in different forms of Unicode (systems write "
+                "accents as one character or two), and stay apart: rename one of them if they are the same"
+            )
 
     def _archives_to_choose(self) -> str:
         """Return what to say of archives whose names are more than numbers: they may be classes."""

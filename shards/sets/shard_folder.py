@@ -10,9 +10,13 @@ from pathlib import Path
 from shards.ground.files import write_whole
 from shards.sets.local import LocalShardSet
 from shards.sets.manifest import MANIFEST_NAME, Manifest
+from shards.storage.file_kinds import kind_of_archive
 from shards.storage.stores import ByteFile, is_url, open_bytes, open_folder
 
 __all__ = ["ShardFolder"]
+
+# Tables beside tars describe them.
+_OF_SAMPLES = ("tar", "zip", "tfrecord", "mds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,14 @@ class ShardFolder:
         else:
             names = (path.name for path in Path(self.where).glob("*.tar") if path.is_file())
         return sorted(name for name in names if name.endswith(".tar"))
+
+    def other_archives(self) -> list[str]:
+        """Return the names of archives that are not shards of this folder, sorted: compressed ones, and those below."""
+        if is_url(self.where):
+            names = [name for name, _ in open_folder(self._url).objects()]
+        else:
+            names = [str(path.relative_to(self.where)) for path in Path(self.where).rglob("*") if path.is_file()]
+        return sorted({name for name in names if kind_of_archive(name) in _OF_SAMPLES}.difference(self.tars()))
 
     def manifest(self) -> Manifest:
         """Return what the set holds.

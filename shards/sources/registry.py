@@ -173,6 +173,8 @@ def _open_any(path: str, options: SourceOptions) -> Source:
     found = None if remote else _archive_by_content(path, options)
     if found is not None:
         return found
+    if not remote and is_image(_head(path)):
+        raise ValueError(f"{path} is an image: give the folder that holds it, or a list of images")
     raise ValueError(
         f"{path} is not a source: give a folder, or a file that ends in {' '.join(ARCHIVES)} {' '.join(LISTS[:4])}"
     )

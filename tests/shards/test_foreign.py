@@ -83,6 +83,18 @@ def test_tars_are_described_and_left_as_they_are(tars):
     assert "make-shards pack" in list(advice(indexed, str(tars)))[-1]
 
 
+def test_archives_that_index_does_not_read_are_named(tars, capsys):
+    assert main(["index", str(tars)]) == 0
+    assert "not indexed" not in capsys.readouterr().out
+    (tars / "manifest.json").unlink()
+    (tars / "below").mkdir()
+    write(tars / "below" / "c.tar", {"0.jpg": jpeg(0)})
+    (tars / "d.tar.gz").write_bytes(b"?")
+    (tars / "a.parquet").write_bytes(b"statistics")
+    assert main(["index", str(tars)]) == 0
+    assert "  not indexed: 2 other archives, such as below/c.tar: index reads .tar right" in capsys.readouterr().out
+
+
 def test_a_cut_image_is_damaged_though_its_thumbnail_is_whole(tmp_path):
     whole = encoded(picture(1, 200, 160), exif=b"Exif\0\0" + jpeg(2))
     assert whole.count(b"\xff\xd9") == 2

@@ -140,6 +140,12 @@ def test_values_as_labels():
             as_label(value)
 
 
+def test_classes_that_differ_in_the_form_of_unicode_alone_are_named(tmp_path, capsys):
+    grow(tmp_path / "in", ["caf\u00e9", "cafe\u0301", "cafe"])
+    assert main(["pack", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert "labels: 2 classes are spelled caf\u00e9, in different forms of Unicode" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("text", "label"), [("3", 3), ("3.0", 3), ("-1", None), (" dog\n", "dog"), ("", None)])
 def test_texts_as_labels(text, label):
     assert text_label(text.encode()) == label

@@ -313,7 +313,12 @@ def test_names_and_bare_numbers_do_not_mix(tmp_path, capsys):
         pack(config(folder, tmp_path / "numbers.tar", out=tmp_path / "out"))
     pack(config(folder, tmp_path / "numbers.tar", out=tmp_path / "out", labels="none"))
     (tmp_path / "what.bin").write_bytes(b"?")
-    for source, message in (("what.bin", "is not a source"), ("nowhere.tar", "does not exist")):
+    (tmp_path / "alone.jpg").write_bytes(jpeg(0))
+    for source, message in (
+        ("what.bin", "is not a source"),
+        ("alone.jpg", "is an image: give the folder"),
+        ("nowhere.tar", "does not exist"),
+    ):
         assert main(["pack", str(tmp_path / source), "--out", str(tmp_path / "x")]) == 2
         assert message in capsys.readouterr().err
     for url in ("s3://key:secret@bucket/x", "https://host/x.tar?X-Amz-Signature=secret"):
