@@ -15,7 +15,7 @@ from moco_fast.commands.embed import Embed
 from moco_fast.commands.evaluate import eval_commands
 from moco_fast.commands.explore import Explore
 from moco_fast.commands.export import Export
-from moco_fast.commands.launch import Launch
+from moco_fast.commands.launch import Launch, refuse_unseparated
 from moco_fast.commands.plan import PlanRun
 from moco_fast.commands.preview import Preview
 from moco_fast.commands.replay import Replay
@@ -137,6 +137,8 @@ def _run(words: Sequence[str]) -> int:
     process.prepare()
     try:
         refuse_renamed(words)
+        if words[:1] == ["launch"]:
+            refuse_unseparated(words)
         command: Any = parse_words(
             _Completed if any(word in _COMPLETION for word in words) else _Commands,
             words,

@@ -13,11 +13,12 @@ from moco_fast.clusters.job import ClusterJob, Scheduler
 from moco_fast.clusters.kubernetes import Kubernetes
 from moco_fast.clusters.slurm import Container, Slurm
 from moco_fast.commands.common import positive
+from moco_fast.presets import PRESETS
 
 if TYPE_CHECKING:
     from moco_fast.config import Config
 
-__all__ = ["Launch"]
+__all__ = ["Launch", "refuse_unseparated"]
 
 _CHOICE = tyro.conf.create_mutex_group(required=True)
 _Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff, _CHOICE]
@@ -171,3 +172,12 @@ def _without_folder(words: Sequence[str]) -> tuple[list[str], str | None]:
         if not folder or folder.startswith("--"):
             raise ValueError("--run.out needs a folder after it, in which the run is kept")
     return rest, folder
+
+
+def refuse_unseparated(words: Sequence[str]) -> None:
+    """Refuse a recipe without `--` before it, of whose options this command knows none. Raises ValueError."""
+    recipe = next((word for word in words if word in PRESETS), None)
+    if recipe is not None and "--" not in words:
+        raise ValueError(
+            f"{recipe} and its options are read after `--`: moco-fast launch OPTIONS -- {recipe} --data.shards ..."
+        )

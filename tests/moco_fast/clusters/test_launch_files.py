@@ -219,6 +219,7 @@ def test_kubernetes_accepts_the_job_and_its_pods_find_each_other(
         (["--slurm", "--", *RECIPE, "--batch-size", "3"], "did you mean --data.batch-size?"),
         (["--slurm", "--", *RECIPE, "--run.device", "cpu"], "leave --run.device out"),
         (["--slurm", "--", *RECIPE, "--optim.lr", "-1"], "--optim.lr"),
+        (["--slurm", *RECIPE], "moco-v2 and its options are read after `--`"),
         (["--slurm", "--", *RECIPE, "--run.out"], "--run.out needs"),
         (["--slurm", "--out", "{there}", "--", *RECIPE], "is a folder: give the name of a file"),
         (["--slurm", "--claim", "x", "--", *RECIPE], "--claim is of --kubernetes"),
