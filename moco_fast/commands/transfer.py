@@ -46,7 +46,7 @@ class _TransferOptions:
     test: tuple[str, ...] | None = None
     """Parts of the data that are tested on, in place of the preset's."""
     batch_size: int | None = None
-    """Images in a step, over all ranks; learning rate and steps follow it, unless they are given."""
+    """Images in a step, over all ranks; learning rate, steps and warm-up follow it, unless they are given."""
     steps: int | None = None
     """Optimizer steps; the learning rate drops at the same shares of them."""
     lr: float | None = None

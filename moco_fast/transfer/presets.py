@@ -172,14 +172,15 @@ def settled(
 ) -> T:
     """Return a preset with what a user gives in place of its own values; None: its own.
 
-    With another batch size, learning rate and steps follow unless they are given, so that as many images are seen and
-    each counts as much (Goyal et al. 2017; `auto_scale_workers` of detectron2).
+    With another batch size, learning rate, steps and warm-up follow unless they are given, so that as many images are
+    seen and each counts as much (Goyal et al. 2017; `auto_scale_workers` of detectron2).
     """
     chosen = {name: value for name, value in given.items() if value is not None}
     if batch_size is not None:
         scale = batch_size / preset.batch_size
         steps = steps or round(preset.steps / scale)
-        chosen = {"lr": preset.lr * scale, "batch_size": batch_size} | chosen
+        warmup_steps = round(preset.warmup_steps / scale)
+        chosen = {"lr": preset.lr * scale, "warmup_steps": warmup_steps, "batch_size": batch_size} | chosen
     if steps is not None:
         chosen["steps"] = steps
     return replace(preset, **chosen)  # pyright: ignore[reportArgumentType] - of the fields' types, as options are

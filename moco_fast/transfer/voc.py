@@ -66,7 +66,8 @@ def find_parts(
         year, _, name = part.partition("/")
         if not name:
             raise ValueError(f"{option} {part}: give a year's folder and a part of it, such as VOC2007/trainval")
-        places = [Path(folder) for folder in folders if Path(folder).resolve().name == year]
+        # By its own name, which may be that of a link, or by the name of what `.` is.
+        places = [Path(folder) for folder in folders if year in (Path(folder).name, Path(folder).resolve().name)]
         places += [Path(folder) / year for folder in folders if (Path(folder) / year).is_dir()]
         places = [place for place in places if (place / "ImageSets" / lists / f"{name}.txt").is_file()]
         places = list({place.resolve(): place for place in places}.values())

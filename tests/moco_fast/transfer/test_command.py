@@ -143,6 +143,7 @@ def test_another_batch_size_takes_learning_rate_and_steps_along() -> None:
     preset = PRESETS["voc-c4"]
     small = settled(preset, batch_size=4)
     assert (small.lr, small.steps, small.drops) == (0.005, 96_000, preset.drops)
+    assert (small.warmup_steps, settled(preset, steps=10).warmup_steps) == (400, 100)
     assert settled(preset, {"lr": 1.0}, batch_size=4, steps=10).lr == 1.0
     assert settled(preset) == preset
 

@@ -43,6 +43,15 @@ def test_a_folder_of_years_is_searched_and_parts_follow_each_other(year) -> None
     assert keys == [*(f"VOC2007/trainval_000{n}" for n in range(3)), *(f"VOC2012/trainval_000{n}" for n in range(2))]
 
 
+def test_a_year_may_be_a_link(year, tmp_path, monkeypatch) -> None:
+    stored = year.rename(tmp_path / "stored")
+    (tmp_path / "VOC2012").symlink_to(stored)
+    [(folder, _)] = find_parts([str(tmp_path / "VOC2012")], ["VOC2012/test"], option="--train")
+    assert folder.resolve() == stored
+    monkeypatch.chdir(stored)
+    assert find_parts(["."], ["stored/test"], option="--train") == [(Path(), "test")]
+
+
 @pytest.mark.parametrize(
     ("parts", "reason"), [(["VOC2007"], "a part of it"), (["VOC2007/val"], "no VOC2007/ImageSets/Main/val.txt")]
 )
