@@ -98,6 +98,10 @@ def of_arrays(arrays: dict[Any, Any]) -> Samples:
         yield from zip(pixels, values, strict=True)
 
 
+def holds_image(value: Any) -> bool:
+    return isinstance(value, bytes | np.ndarray) and is_image(bytes(value)[:SNIFFED_BYTES])
+
+
 def of_hdf5(path: Path) -> Samples:
     import h5py
 
@@ -109,9 +113,12 @@ def of_hdf5(path: Path) -> Samples:
     with h5py.File(path) as file:
         file.visititems(keep)
     yield from of_arrays(arrays)
-    for values in arrays.values():
-        if isinstance(values, np.ndarray) and values.dtype == object:
-            yield from ((bytes(value), None) for value in values.ravel())
+    found = {name: np.asarray(array) for name, array in arrays.items()}
+    for name, array in found.items():
+        if array.dtype == object and any(map(holds_image, array.flat)):
+            labels, values = labels_of(name, array.size, found)
+            print(f"{name} {array.shape}: {'labels of ' + labels if labels else 'no labels'}")
+            yield from ((bytes(value), label) for value, label in zip(array.flat, values, strict=True))
 
 
 def of_lmdb(path: Path) -> Samples:
