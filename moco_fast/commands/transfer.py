@@ -1,7 +1,7 @@
 """`moco-fast transfer`: networks trained from encoders, by the papers' protocols."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +20,7 @@ from moco_fast.transfer.presets import (
     settled,
 )
 from shards.ground.cpus import available_cpus
+from shards.ground.units import counted
 
 if TYPE_CHECKING:
     from moco_fast.transfer.sets import Malformed
@@ -91,6 +92,16 @@ class _TransferOptions:
             for note in notes:
                 print(f"note: {note}", file=sys.stderr)
         return notes
+
+    def _note_shared(self, train: Iterable[Path], test: Iterable[Path]) -> list[str]:
+        """Return a line on images that are trained and tested on, if there are some, and print it."""
+        num_shared = len(set(train) & set(test))
+        if not num_shared:
+            return []
+        note = f"{counted(num_shared, 'image')} of the test set are trained on, too: figures are too high for others"
+        if is_first_rank():
+            print(f"note: {note}", file=sys.stderr)
+        return [note]
 
     def _compare(self, name: str, preset: TransferPreset, train: Any, test: Any, notes: list[str]) -> int:
         """Train, test, print and write; return the exit code."""
@@ -175,6 +186,7 @@ class Detect(_TransferOptions):
             notes += self._note(each.malformed, len(each), each.where, "image")
             notes += self._note(each.malformed_objects, num_objects, each.where, "object")
         refuse_unmarked(train, test)
+        notes += self._note_shared((each.path for each in train.images), (each.path for each in test.images))
         return self._compare(self.preset, preset, train, test, notes)
 
     def _preset(self) -> DetectPreset:
@@ -227,6 +239,7 @@ class Segment(_TransferOptions):
         for each in (train, test):
             if not len(each):
                 raise ValueError(f"all images of {each.where} are left out: there is nothing to train or to test on")
+        notes += self._note_shared((each.image for each in train.images), (each.image for each in test.images))
         return self._compare(self.preset, preset, train, test, notes)
 
     def _preset(self) -> SegmentPreset:

@@ -241,8 +241,12 @@ class NetworkTrainings(SteppedWork, ABC):
                     saved.finish(asdict(trained))
                 return trained
         self._bar.update(self._how.steps)
-        curve = [(int(step), float(loss)) for step, loss in record.pop("curve")]
-        return Trained(curve=curve, **record)
+        try:
+            curve = [(int(step), float(loss)) for step, loss in record.pop("curve")]
+            return Trained(curve=curve, **record)
+        except (KeyError, TypeError, ValueError) as error:
+            path = self._folder / "trainings" / f"{saved.name}.json"
+            raise ValueError(f"{path} is not what a training found ({error!r}): remove it to train again") from None
 
     def _train(self, start: Start, saved: SavedTraining, seed: int) -> Trained:
         machine, preset = self._machine, self._how

@@ -183,3 +183,19 @@ def test_random_and_supervised_weights_are_of_the_network_that_they_are_compared
 def test_another_network_than_that_of_the_encoder_is_refused(finished_run) -> None:
     with pytest.raises(ValueError, match=r"--network resnet50, but .* is a resnet18_quarter"):
         open_inits(["random", str(finished_run)], network="resnet50")
+
+
+def test_a_test_on_images_that_are_trained_on_is_noted(devkit, tmp_path, capsys) -> None:
+    assert transfer(devkit, tmp_path / "out", "--test", "VOC2007/trainval") == 0
+    note = "6 images of the test set are trained on, too"
+    assert note in capsys.readouterr().err
+    [result] = read_results(tmp_path / "out" / "results.json")
+    assert [each for each in result.notes if note in each]
+
+
+def test_what_a_training_found_is_refused_where_it_is_something_else(devkit, tmp_path, capsys) -> None:
+    assert transfer(devkit, tmp_path / "out") == 0
+    [path] = (tmp_path / "out" / "trainings").glob("*.json")
+    path.write_text("{}")
+    assert transfer(devkit, tmp_path / "out") == 2
+    assert f"{path} is not what a training found" in capsys.readouterr().err
