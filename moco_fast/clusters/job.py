@@ -24,6 +24,8 @@ class ClusterJob:
     """Per node."""
     restarts: int
     """How often the launcher starts the ranks again by itself after one has died."""
+    file: str | None = None
+    """Where the text is written, for its first lines; None: to a file of the job's name."""
 
 
 class Scheduler:

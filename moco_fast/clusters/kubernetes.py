@@ -31,7 +31,7 @@ class Kubernetes(Scheduler):
 
     def text(self, job: ClusterJob) -> str:
         """Return the two objects."""
-        head = _HEAD.format(file=f"{job.name}.yaml", name=job.name)
+        head = _HEAD.format(file=job.file or f"{job.name}.yaml", name=job.name)
         return head + "---\n".join(yaml_text(each) for each in (self._service(job), self._job(job)))
 
     def _metadata(self, job: ClusterJob) -> dict[str, Any]:

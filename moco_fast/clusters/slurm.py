@@ -66,7 +66,7 @@ class Slurm(Scheduler):
         run, words[place] = words[place], "$run"
         command = shell_command(replace(job, words=tuple(words)), rank='"$SLURM_NODEID"', first='"$first_node"')
         return _HEAD.format(
-            file=f"{job.name}.sbatch",
+            file=job.file or f"{job.name}.sbatch",
             name=job.name,
             nodes=job.nodes,
             gpus=job.gpus,

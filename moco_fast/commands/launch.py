@@ -78,7 +78,9 @@ class Launch:
         words = self._with_folder()
         self._check_config(parse(words, prog="moco-fast launch", here=False))
         scheduler = self._scheduler()
-        job = ClusterJob(name=self.name, words=words, nodes=self.nodes, gpus=self.gpus, restarts=self.restarts)
+        job = ClusterJob(
+            name=self.name, words=words, nodes=self.nodes, gpus=self.gpus, restarts=self.restarts, file=self.out
+        )
         text = scheduler.text(job)
         if self.out is None:
             print(text, end="")

@@ -173,6 +173,7 @@ def test_the_script_has_no_fault_that_shellcheck_finds(tmp_path: Path, capsys: p
     out = tmp_path / "run.sbatch"
     assert main(["launch", "--slurm", "--nodes", "2", "--out", str(out), "--", *RECIPE]) == 0
     assert f"written to {out}" in capsys.readouterr().err
+    assert f"# Submit with: sbatch {out}\n" in out.read_text()
     # Variables in the single-quoted command are meant for the shell of the node.
     subprocess.run([Path(sys.executable).parent / "shellcheck", "--exclude", "SC2016", str(out)], check=True)
 
