@@ -106,7 +106,7 @@ def draw_curves(
         _dress(axes, percent=percent)
         axes.set_xlim(left=0)
         if from_zero:
-            axes.set_ylim(bottom=0)
+            _begin_at_zero(axes)
         if level is not None:
             _write_level(axes, level)
         for curve, color in zip(curves, _SERIES, strict=False):
@@ -190,7 +190,7 @@ def draw_runs(
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlim(0, x_max or 1)
         if from_zero:
-            axes.set_ylim(bottom=0)
+            _begin_at_zero(axes)
         if level is not None:
             _write_level(axes, level)
         _write_letters(axes, ends, points_high=72 * height * (top - bottom))
@@ -274,6 +274,13 @@ def _dress(axes: Axes, *, percent: bool) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
     else:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+
+
+def _begin_at_zero(axes: Axes) -> None:
+    axes.set_ylim(bottom=0)
+    # Where all values are 0, rounding errors would be the scale.
+    if axes.dataLim.y1 <= 0:
+        axes.set_ylim(top=1)
 
 
 def _write_level(axes: Axes, level: Level) -> None:

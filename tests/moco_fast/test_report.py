@@ -479,6 +479,12 @@ def test_a_figure_takes_its_colors_from_the_page_and_stays_small() -> None:
     assert svg == draw_curves(curves, alt="both", level=Level(value=3, label="<level>"), from_zero=True)
 
 
+def test_a_chart_of_zeros_has_a_scale_of_its_own() -> None:
+    svg = draw_curves([Curve(steps=[0, 50, 100], values=[0.0] * 3)], alt="zeros", percent=True, from_zero=True)
+    assert "100%" in svg
+    assert "e-" not in re.sub(r'="[^"]*"', "", svg)
+
+
 @pytest.mark.parametrize(
     ("places", "ticks"),
     [([0.0, 0.25, 0.8], ["0.15", "0.75"]), ([0, 7], ["2", "4"]), ([0, 12_000], ["5,000", "10,000"])],
