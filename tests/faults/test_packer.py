@@ -214,8 +214,9 @@ def test_a_full_disk_in_the_middle_of_a_shard(tmp_path, monkeypatch, capsys):
 def test_a_target_that_cannot_be_written(tmp_path, capsys):
     source = fill(tmp_path / "in", 2)
     (tmp_path / "file").write_text("in the way")
-    for out in ("/proc/shards", tmp_path / "file" / "out"):
-        assert main(["pack", str(source), "--out", str(out)]) == 1
+    # What lies under a file is refused before any work.
+    for out, status in (("/proc/shards", 1), (tmp_path / "file" / "out", 2)):
+        assert main(["pack", str(source), "--out", str(out)]) == status
         assert str(out) in capsys.readouterr().err
 
 
