@@ -4,8 +4,9 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-__all__ = ["ClusterJob", "Scheduler", "quoted", "shell_command"]
+__all__ = ["GRACE_S", "ClusterJob", "Scheduler", "quoted", "shell_command"]
 
 GRACE_S = 120
 """Seconds from a scheduler's signal to its kill. torch's launcher gives its ranks 30 s of these to save."""
@@ -28,15 +29,12 @@ class ClusterJob:
     """Where the text is written, for its first lines; None: to a file of the job's name."""
 
 
-class Scheduler:
-    """Base of the schedulers: a name, and the text of a file for it."""
+class Scheduler(Protocol):
+    """What starts jobs from a file."""
 
-    option: str
-    """Its option of `moco-fast launch`, without hyphens."""
-
-    def text(self, job: ClusterJob) -> str:
+    def text(self, job: ClusterJob, /) -> str:
         """Return the file's text."""
-        raise NotImplementedError
+        ...
 
 
 def shell_command(job: ClusterJob, *, rank: str, first: str) -> str:

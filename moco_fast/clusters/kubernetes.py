@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from moco_fast.clusters.job import GRACE_S, ClusterJob, Scheduler, shell_command
+from moco_fast.clusters.job import GRACE_S, ClusterJob, shell_command
 from moco_fast.clusters.yaml_text import yaml_text
 
 __all__ = ["Kubernetes"]
@@ -17,10 +17,9 @@ _CACHE, _TEMPORARY, _SHARED_MEMORY = "/var/cache/moco", "/tmp", "/dev/shm"  # no
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kubernetes(Scheduler):
+class Kubernetes:
     """A Job and a Service for `kubectl apply`."""
 
-    option = "kubernetes"
     image: str
     claim: str
     """Volume claim that all pods mount at `mount`: shards, and folders of runs."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moco_fast.clusters.job import GRACE_S, ClusterJob, Scheduler, quoted, shell_command
+from moco_fast.clusters.job import GRACE_S, ClusterJob, quoted, shell_command
 
 __all__ = ["Container", "Slurm"]
 
@@ -45,10 +45,9 @@ exit $status
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slurm(Scheduler):
+class Slurm:
     """A script for `sbatch`."""
 
-    option = "slurm"
     time: str
     """Time limit, as Slurm writes it."""
     partition: str | None = None
