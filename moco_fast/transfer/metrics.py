@@ -37,6 +37,9 @@ class Detections:
     """(D,) 0..1."""
     masks: Sequence[Mapping[str, Any]] | None = None
     """COCO's run lengths of each; None: the detector has no masks."""
+    keypoints: npt.NDArray[np.float32] | None = None
+    """(D, K, 3) x and y in pixels of the image as it is on disk, the middle of the first one at 0.5, and how likely the
+    place is, 0..1; None: the detector has no keypoints."""
 
     def __len__(self) -> int:
         return len(self.image)

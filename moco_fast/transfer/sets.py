@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from moco_fast.transfer.keypoints import Keypoints
 from shards.ground.digests import running_digest
 from shards.ground.units import counted
 
@@ -52,6 +53,9 @@ class AnnotatedImage:
     """(N,): whether finding it or not does not count in the test."""
     outlines: Sequence["Outline"] | None = None
     """Of each object; None: there are no masks."""
+    keypoints: npt.NDArray[np.float32] | None = None
+    """(N, K, 3) of each object: x and y in pixels, the middle of the first one at 0.5, and 0 where a keypoint is not
+    marked, 1 where it is but hidden, 2 where it is visible; None: objects have no keypoints."""
     image_id: int = 0
     """Its number in the annotations, where they have numbers."""
 
@@ -80,6 +84,8 @@ class DetectionSet:
     """COCO's file, which its test reads; None: the images say it all."""
     category_ids: tuple[int, ...] = ()
     """Of each class, in that file."""
+    keypoints: Keypoints | None = None
+    """Of each object; None: they have no keypoints."""
 
     def __len__(self) -> int:
         return len(self.images)
