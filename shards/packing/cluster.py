@@ -18,6 +18,7 @@ from shards.ground.errors import PackError, portable
 from shards.ground.locks import locked
 from shards.ground.progress import Tick
 from shards.packing.plan import ShardTask
+from shards.packing.records import Finished
 from shards.packing.write import WriteShard
 from shards.storage.target import BucketTarget, LocalTarget
 
@@ -49,8 +50,8 @@ class NodeJob:
         digest = short_digest((job.plan / "plan.json").read_bytes())
         return cls(job=job, plan_digest=digest, versions=_versions(job.config))
 
-    def __call__(self, task: ShardTask, tick: Tick) -> None:
-        """Write a shard.
+    def __call__(self, task: ShardTask, tick: Tick) -> Finished:
+        """Write a shard, and return its record.
 
         Raises:
             PackError: this node lacks something; the error names the node.
@@ -62,7 +63,7 @@ class NodeJob:
                 shown = ", ".join(f"{ours}, not {theirs}" for ours, theirs in pairs if ours != theirs)
                 raise PackError(f"has {shown}: its shards could differ; install the same versions on all nodes")
             self._fetch_plan()
-            self.job(task, tick)
+            return self.job(task, tick)
         except PackError as error:
             raise PackError(f"node {socket.gethostname()}: {error}") from None
         except OSError as error:
@@ -103,7 +104,7 @@ def _version(name: str) -> str:
 
 def run_on_cluster(
     job: WriteShard, tasks: Sequence[ShardTask], *, address: str, workers: int | None, tick: Tick
-) -> Iterator[tuple[ShardTask, None]]:
+) -> Iterator[tuple[ShardTask, Finished]]:
     """Write shards on a Ray cluster. A shard whose worker or node dies is written again by another.
 
     Args:
@@ -132,8 +133,9 @@ def run_on_cluster(
                 given[write.remote(shared, task)] = task
             for done in ray.wait(list(given), num_returns=1, timeout=None)[0]:
                 task = given.pop(done)
-                tick(*_result(ray, done))
-                yield task, None
+                finished, num_inputs, num_bytes = _result(ray, done)
+                tick(num_inputs, num_bytes)
+                yield task, finished
     finally:
         if given:
             # Ends what still runs or waits. ray.cancel() may end this process instead, when a task is just done (Ray's
@@ -144,8 +146,8 @@ def run_on_cluster(
         ray.shutdown()
 
 
-def _write_shard(job: NodeJob, task: ShardTask) -> tuple[int, int, Exception | None]:
-    """Write a shard on a node; return the number of inputs processed, their bytes, and the error if there was one."""
+def _write_shard(job: NodeJob, task: ShardTask) -> tuple[Finished | Exception, int, int]:
+    """Write a shard on a node; return its record or the error, the number of inputs processed, and their bytes."""
     num_inputs, num_bytes = 0, 0
 
     def tick(count: int, more_bytes: int = 0, /) -> None:
@@ -154,25 +156,24 @@ def _write_shard(job: NodeJob, task: ShardTask) -> tuple[int, int, Exception | N
         num_bytes += more_bytes
 
     try:
-        job(task, tick)
+        return job(task, tick), num_inputs, num_bytes
     # Raised again where the packing was started; Ray would wrap it in pages of traceback.
     except Exception as error:
-        return num_inputs, num_bytes, portable(error, f"on node {socket.gethostname()}")
-    return num_inputs, num_bytes, None
+        return portable(error, f"on node {socket.gethostname()}"), num_inputs, num_bytes
 
 
-def _result(ray: Any, reference: Any) -> tuple[int, int]:
+def _result(ray: Any, reference: Any) -> tuple[Finished, int, int]:
     try:
-        num_inputs, num_bytes, error = ray.get(reference)
+        result, num_inputs, num_bytes = ray.get(reference)
     except ray.exceptions.RayError as failure:
         reason = str(failure).strip().partition("\n")[0][:300]
         raise PackError(
             f"Ray could not write a shard in {1 + _RETRIES} tries ({type(failure).__name__}: {reason}): finished "
             "shards are kept; is moco-fast installed on all nodes, and is there enough memory?"
         ) from None
-    if error is not None:
-        raise error
-    return num_inputs, num_bytes
+    if isinstance(result, Exception):
+        raise result
+    return result, num_inputs, num_bytes
 
 
 def check_cluster(address: str) -> Any:

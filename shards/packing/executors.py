@@ -7,6 +7,7 @@ from typing import Protocol
 from shards.config import PackConfig
 from shards.ground.progress import Tick
 from shards.packing.plan import ShardTask
+from shards.packing.records import Finished
 from shards.packing.write import WriteShard
 
 __all__ = ["EXECUTORS", "Executor", "executor"]
@@ -15,7 +16,9 @@ __all__ = ["EXECUTORS", "Executor", "executor"]
 class Executor(Protocol):
     """Does tasks in any order and at any place, and yields each as it finishes, with what the job returned."""
 
-    def __call__(self, job: WriteShard, tasks: Sequence[ShardTask], *, tick: Tick) -> Iterator[tuple[ShardTask, None]]:
+    def __call__(
+        self, job: WriteShard, tasks: Sequence[ShardTask], *, tick: Tick
+    ) -> Iterator[tuple[ShardTask, Finished]]:
         """Do the tasks. Raises PackError where one cannot be done."""
         ...
 

@@ -2,22 +2,23 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from shards.config import WORK_FOLDER
 from shards.ground.errors import PackError
+from shards.ground.files import sync
 from shards.ground.locks import locked
 from shards.packing.aside import read_counts
 from shards.packing.plan import PackPlan, ShardTask
-from shards.packing.write import NEAR_UNIFORM, record_name, shard_stem
+from shards.packing.records import Finished, read_notes, read_records
+from shards.packing.write import NEAR_UNIFORM, shard_stem
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from shards.storage.file_kinds import ASIDE_NAME, REJECTED_NAME, UNIFORM_NAME
-from shards.storage.target import WORK_NAME, Target, open_target, path_in
+from shards.storage.target import Target, open_target, path_in
 
-__all__ = ["Finished", "entry_of", "finish", "plan_folder", "read_manifest", "record_of", "write_manifests"]
+__all__ = ["finish", "plan_folder", "read_manifest", "write_manifests"]
 
 
 def finish(out: str, *, work_folder: str = WORK_FOLDER) -> dict[str, Manifest]:
@@ -69,65 +70,32 @@ def read_manifest(target: Target, split: str) -> Manifest:
     return Manifest.from_json(target.get(name) or b"", where=f"{target.out}/{name}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    """The record of a finished shard."""
-
-    entry: ShardEntry
-    span: tuple[float, float] | None
-    """When its writing began and ended, in seconds since 1970; None: an earlier version wrote it."""
-    part: str
-    """What wrote it, as in `Target`."""
-
-
-def record_of(target: Target, split: str, task: ShardTask, sizes: dict[str, int]) -> Finished | None:
-    """Return the record of a finished shard; None where it is not finished, or one of its files has gone."""
-    record = f"{WORK_NAME}/done/{record_name(task)}"
-    data = target.get(record) if record in sizes else None
-    if data is None:
-        return None
-    values = json.loads(data)
-    entry = ShardEntry.from_dict(values["entry"])
-    names = [path_in(split, f"{entry.stem}{suffix}") for suffix in entry.digests]
-    if sizes.get(names[0]) != entry.num_bytes or any(name not in sizes for name in names):
-        return None
-    return Finished(
-        entry=entry, span=tuple(values["span_s"]) if "span_s" in values else None, part=values.get("part", "")
-    )
-
-
-def entry_of(plan: PackPlan, target: Target, task: ShardTask, sizes: dict[str, int]) -> ShardEntry | None:
-    """Return what a finished shard holds; None where it is not finished, or one of its files has gone."""
-    found = record_of(target, plan.splits[task.split].name, task, sizes)
-    return None if found is None else found.entry
-
-
 def write_manifests(plan: PackPlan, target: Target) -> dict[str, Manifest]:
     """Check that every shard of the plan is there, and write rejected.jsonl and the manifest of each split.
 
     Raises:
         PackError: shards are missing.
     """
-    sizes = target.sizes()
-    entries = {task: entry_of(plan, target, task, sizes) for task in plan.tasks()}
-    missing = [shard_stem(task.shard) for task, entry in entries.items() if entry is None]
+    tasks = plan.tasks()
+    records = read_records(target, plan.splits, tasks, target.sizes())
+    missing = [shard_stem(task.shard) for task in tasks if task not in records]
     if missing:
         shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         raise PackError(
-            f"{len(missing)} of {len(entries)} shards are not there yet ({shown}): run the same command again, or the "
+            f"{len(missing)} of {len(tasks)} shards are not there yet ({shown}): run the same command again, or the "
             "missing --part"
         )
     manifests: dict[str, Manifest] = {}
     for number, split in enumerate(plan.splits):
-        shards = tuple(entry for task, entry in entries.items() if entry is not None and task.split == number)
+        own = [task for task in tasks if task.split == number]
         left_aside = read_counts(plan.folder) if number == 0 else {}
+        shards = tuple(records[task].entry for task in own)
         manifest = _manifest(plan, shards, num_duplicates=plan.num_duplicates(number), left_aside=left_aside)
         assert manifest.num_inputs == split.num_positions + plan.num_duplicates(number)
-        rejected = "".join(_rejected_lines(plan, number, target))
-        target.put(path_in(split.name, REJECTED_NAME), rejected.encode())
+        _write_lines(target, path_in(split.name, REJECTED_NAME), _rejected(plan, number, target, own, records))
         if manifest.outcomes.get(NEAR_UNIFORM):
-            uniform = "".join(_noted(plan, number, target, "uniform"))
-            target.put(path_in(split.name, UNIFORM_NAME), uniform.encode())
+            with_some = [task for task in own if records[task].entry.outcomes.get(NEAR_UNIFORM)]
+            _write_lines(target, path_in(split.name, UNIFORM_NAME), read_notes(target, with_some, "uniform"))
         if left_aside:
             target.put(path_in(split.name, ASIDE_NAME), (plan.folder / ASIDE_NAME).read_bytes())
         target.put(path_in(split.name, MANIFEST_NAME), manifest.to_json().encode())
@@ -135,21 +103,21 @@ def write_manifests(plan: PackPlan, target: Target) -> dict[str, Manifest]:
     return manifests
 
 
-def _rejected_lines(plan: PackPlan, split: int, target: Target) -> Iterator[str]:
+def _rejected(
+    plan: PackPlan, split: int, target: Target, tasks: list[ShardTask], records: Mapping[ShardTask, Finished]
+) -> Iterator[dict[str, Any]]:
     for source, first in plan.duplicates(split):
-        yield _line({"key": None, "source": source, "reason": "duplicate", "detail": f"same bytes as {first}"})
-    yield from _noted(plan, split, target, "rejected")
+        yield {"key": None, "source": source, "reason": "duplicate", "detail": f"same bytes as {first}"}
+    yield from read_notes(target, [task for task in tasks if records[task].entry.num_rejected], "rejected")
 
 
-def _noted(plan: PackPlan, split: int, target: Target, what: str) -> Iterator[str]:
-    for task in plan.tasks():
-        if task.split == split:
-            record = target.get(f"{WORK_NAME}/done/{record_name(task)}")
-            yield from map(_line, json.loads(record or b"")[what])
-
-
-def _line(values: dict[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False) + "\n"
+def _write_lines(target: Target, name: str, lines: Iterator[dict[str, Any]]) -> None:
+    """Write a file of JSON lines, of which there may be more than memory holds."""
+    aside = target.scratch / name.replace("/", "-")
+    with aside.open("wb") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+    sync(aside)
+    target.publish({name: aside})
 
 
 def _manifest(

@@ -1,14 +1,14 @@
 """Inputs of a plan, read one after the other from local files, and many at a time over a network."""
 
-from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.ground.errors import Rejected
+from shards.ground.threads import mapped
 from shards.packing.plan import PackPlan
 from shards.sources import Source
 
@@ -41,19 +41,11 @@ def read_inputs(plan: PackPlan, rows: NDArray[np.void]) -> Generator[ReadInput]:
         for source, name, offset, size, label in listing:
             yield ReadInput(source, name, label, _read(source, name, offset, size))
         return
-    threads = ThreadPoolExecutor(_THREADS)
-    ahead: deque[tuple[Source, bytes, int, Future[bytes | Rejected]]] = deque()
-    try:
-        for source, name, offset, size, label in listing:
-            ahead.append((source, name, label, threads.submit(_read, source, name, offset, size)))
-            if len(ahead) > _AHEAD:
-                yield _first(ahead)
-        while ahead:
-            yield _first(ahead)
-    finally:
-        threads.shutdown(wait=True, cancel_futures=True)
 
+    def read(item: tuple[Source, bytes, int, int, int]) -> bytes | Rejected:
+        source, name, offset, size, _ = item
+        return _read(source, name, offset, size)
 
-def _first(ahead: deque[tuple[Source, bytes, int, "Future[bytes | Rejected]"]]) -> ReadInput:
-    source, name, label, future = ahead.popleft()
-    return ReadInput(source, name, label, future.result())
+    with closing(mapped(read, listing, threads=_THREADS, ahead=_AHEAD)) as results:
+        for (source, name, _, _, label), data in results:
+            yield ReadInput(source, name, label, data)

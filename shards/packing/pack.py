@@ -11,9 +11,10 @@ from shards.ground.progress import ProgressBars
 from shards.ground.units import counted
 from shards.images.transcode import transcoder
 from shards.packing.executors import executor
-from shards.packing.finish import entry_of, plan_folder, read_manifest, write_manifests
+from shards.packing.finish import plan_folder, read_manifest, write_manifests
 from shards.packing.listing import make_plan
 from shards.packing.plan import PackPlan, ShardTask, difference
+from shards.packing.records import RecordGroups, read_records
 from shards.packing.write import WriteShard, shard_stem
 from shards.sets.manifest import MANIFEST_NAME, Manifest
 from shards.sources import open_source
@@ -168,17 +169,18 @@ def _discard_work(target: Target) -> None:
 def _write_missing(
     plan: PackPlan, tasks: list[ShardTask], config: PackConfig, target: Target, progress: ProgressBars
 ) -> None:
-    sizes = target.sizes()
-    entries = {task: entry_of(plan, target, task, sizes) for task in tasks}
-    missing = [task for task, entry in entries.items() if entry is None]
+    done = read_records(target, plan.splits, tasks, target.sizes())
+    missing = [task for task in tasks if task not in done]
     total, todo = (sum(len(plan.positions(task)) for task in some) for some in (tasks, missing))
-    done_bytes = sum(entry.num_bytes for entry in entries.values() if entry is not None)
+    done_bytes = sum(finished.entry.num_bytes for finished in done.values())
+    groups = RecordGroups(target)
     run_tasks = executor(config)
     try:
         encoding = replace(config.encoding(), depth_range=plan.depth_range)
         with progress.stage("packing", unit=" images", total=total, done=total - todo, done_bytes=done_bytes) as tick:
-            for _ in run_tasks(WriteShard(plan.folder, target, encoding), missing, tick=tick):
-                pass
+            for task, finished in run_tasks(WriteShard(plan.folder, target, encoding), missing, tick=tick):
+                groups.add(task, finished)
+        groups.flush()
     finally:
         # Workers that were ended could not remove what they were writing.
         for path in target.scratch.iterdir():

@@ -1,12 +1,11 @@
 """Writer of one shard of a plan: the tar, its index, and the files beside them."""
 
 import io
-import json
 import os
 import time
 from collections import Counter
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,14 @@ from shards.ground.progress import Tick
 from shards.images.encode import PackedImage, encode_safely
 from shards.packing.inputs import read_inputs
 from shards.packing.plan import PackPlan, ShardTask, cached_plan
+from shards.packing.records import Finished, put_record
 from shards.sets.manifest import ShardEntry
 from shards.sets.record import RECORD, Flag, npy_header
 from shards.storage.file_kinds import LABEL_SETS_SUFFIX, SHARD_SUFFIXES
 from shards.storage.tar import TarWriter
-from shards.storage.target import WORK_NAME, Target, path_in
+from shards.storage.target import Target, path_in
 
-__all__ = ["KEY_DIGITS", "NEAR_UNIFORM", "WriteShard", "record_name", "shard_stem"]
+__all__ = ["KEY_DIGITS", "NEAR_UNIFORM", "WriteShard", "shard_stem"]
 
 KEY_DIGITS = 12
 NEAR_UNIFORM = "near-uniform"
@@ -37,11 +37,6 @@ NEAR_UNIFORM = "near-uniform"
 def shard_stem(shard: int) -> str:
     """Return the name of a shard's files without their suffix."""
     return f"shard-{shard:06d}"
-
-
-def record_name(task: ShardTask) -> str:
-    """Return the name of the record which says that a shard is finished."""
-    return f"{task.split}-{task.shard:06d}.json"
 
 
 class _Beside:
@@ -114,8 +109,8 @@ class WriteShard:
     target: Target
     config: EncodeConfig
 
-    def __call__(self, task: ShardTask, tick: Tick) -> None:
-        """Write a shard, then the record that it is finished."""
+    def __call__(self, task: ShardTask, tick: Tick) -> Finished:
+        """Write a shard, then the record that it is finished, which is returned."""
         plan, target, stem = cached_plan(self.plan), self.target, shard_stem(task.shard)
         split = plan.splits[task.split].name
         suffixes = SHARD_SUFFIXES if plan.label_sets is None else (*SHARD_SUFFIXES, LABEL_SETS_SUFFIX)
@@ -127,14 +122,9 @@ class WriteShard:
         finally:
             for path in temporary.values():
                 path.unlink(missing_ok=True)
-        record = {
-            "entry": asdict(entry),
-            "rejected": beside.rejected,
-            "uniform": beside.uniform,
-            "span_s": [begin_s, time.time()],
-            "part": target.part,
-        }
-        target.put(f"{WORK_NAME}/done/{record_name(task)}", json.dumps(record, ensure_ascii=False).encode())
+        finished = Finished(entry=entry, span=(begin_s, time.time()), part=target.part)
+        put_record(target, task, finished, {"rejected": beside.rejected, "uniform": beside.uniform})
+        return finished
 
 
 def _write_files(

@@ -4,21 +4,19 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from shards.config import WORK_FOLDER
 from shards.ground.errors import PackError
 from shards.ground.units import counted, format_bytes, format_duration
-from shards.packing.finish import Finished, read_manifest, record_of
+from shards.packing.finish import read_manifest
 from shards.packing.plan import DROPPED, ShardTask, Split, tasks_of
+from shards.packing.records import Finished, read_records
 from shards.sets.manifest import MANIFEST_NAME
 from shards.storage.target import WORK_NAME, Target, open_target
 
 __all__ = ["PackStatus", "PartStatus", "describe_status", "read_status"]
-
-_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +94,7 @@ def read_status(out: str, *, work_folder: str = WORK_FOLDER) -> PackStatus:
             f"{out}/{place}/plan.json is damaged ({error}): remove {out}/{WORK_NAME} and pack again"
         ) from None
     tasks = tasks_of(splits)
-
-    def read(task: ShardTask) -> Finished | None:
-        return record_of(target, splits[task.split].name, task, sizes)
-
-    with ThreadPoolExecutor(_THREADS) as threads:
-        found = threads.map(read, tasks)
-        records = {task: record for task, record in zip(tasks, found, strict=True) if record is not None}
+    records = read_records(target, splits, tasks, sizes)
     num_duplicates = sizes.get(f"{place}/dropped.bin", 0) // DROPPED.itemsize
     return _status(target, splits, records, sizes, num_duplicates)
 

@@ -454,7 +454,7 @@ def test_credentials_that_expire_stop_the_packing_instead_of_rejecting_everythin
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("upload_number", "is_late"), [(4, False), (10, False), (18, True)])
+@pytest.mark.parametrize(("upload_number", "is_late"), [(4, False), (10, False), (19, True)])
 def test_killed_at_an_upload_the_next_run_ends_with_the_same_bytes(bucket, faults, tmp_path, upload_number, is_late):
     source, out = fill(tmp_path / "in", 8), bucket + "/out"
     pack(config(source, out=tmp_path / "local"))

@@ -21,7 +21,10 @@ def config(source, out, **options):
 
 def set_spans(out, *spans):
     """Let the shards have been written in these times, one after the other; none: by an earlier version."""
-    for path, span in zip(sorted((out / ".pack" / "done").iterdir()), spans, strict=True):
+    done = out / ".pack" / "done"
+    for group in done.glob("group-*"):
+        group.unlink()
+    for path, span in zip(sorted(done.iterdir()), spans, strict=True):
         record = json.loads(path.read_bytes())
         del record["span_s"]
         path.write_text(json.dumps(record | ({} if span is None else {"span_s": span})))
