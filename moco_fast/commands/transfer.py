@@ -154,8 +154,18 @@ class Detect(_TransferOptions):
 
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FOLDER...")]
     """Where the benchmark lies as it is published. VOC: folders of years (VOC2007), or one with these in it
-    (VOCdevkit). COCO: the folder of `annotations` and images."""
-    preset: Literal["voc-c4", "voc-c5", "coco-c4-1x", "coco-c4-2x", "coco-fpn-1x", "coco-fpn-2x"] = "voc-c4"
+    (VOCdevkit). COCO: the folder of `annotations` and images. LVIS: the folders of its files and of COCO's images.
+    Cityscapes: the folder of leftImg8bit and gtFine."""
+    preset: Literal[
+        "voc-c4",
+        "voc-c5",
+        "coco-c4-1x",
+        "coco-c4-2x",
+        "coco-fpn-1x",
+        "coco-fpn-2x",
+        "lvis-fpn-2x",
+        "cityscapes-instance",
+    ] = "voc-c4"
     """Whose settings are taken; what is unset is the preset's (`moco-fast transfer presets`)."""
     classes: tuple[str, ...] | None = None
     """Names of VOC's classes. Unset: its twenty, or those in the training set if it has others."""

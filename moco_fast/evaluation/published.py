@@ -29,6 +29,8 @@ BENCHMARKS = {
     "COCO": Benchmark(num_classes=80, num_test=5_000),
     "VOC12": Benchmark(num_classes=21, num_test=1_449),
     "Cityscapes": Benchmark(num_classes=19, num_test=500),
+    "Cityscapes instances": Benchmark(num_classes=8, num_test=500),
+    "LVIS v0.5": Benchmark(num_classes=1_230, num_test=5_000),
     "VOC07": Benchmark(num_classes=20, num_test=4_952),
     "CIFAR-10": Benchmark(num_classes=10, num_test=10_000),
     "CIFAR-100": Benchmark(num_classes=100, num_test=10_000),
@@ -165,9 +167,21 @@ PUBLISHED: tuple[Published, ...] = (
     *_rows("COCO", "keypoints", ["AP", "AP50", "AP75"], "paper", supervised=[65.8, 86.9, 71.9], v1=[66.8, 87.4, 72.5]),
     *_rows("COCO", "dense pose", ["AP", "AP50", "AP75"], "paper", supervised=[48.3, 85.6, 50.6], v1=[50.1, 86.8, 53.9]),
     *_rows(
-        "LVIS v0.5", "instances", ["AP", "AP50", "AP75"], "paper", supervised=[24.4, 37.8, 25.8], v1=[24.1, 37.4, 25.5]
+        "LVIS v0.5",
+        "detect lvis-fpn-2x",
+        ["mask AP", "mask AP50", "mask AP75"],
+        "paper",
+        supervised=[24.4, 37.8, 25.8],
+        v1=[24.1, 37.4, 25.5],
     ),
-    *_rows("Cityscapes", "instances", ["AP", "AP50"], "paper", supervised=[32.9, 59.6], v1=[32.3, 59.3]),
+    *_rows(
+        "Cityscapes instances",
+        "detect cityscapes-instance",
+        ["AP", "AP50"],
+        "paper",
+        supervised=[32.9, 59.6],
+        v1=[32.3, 59.3],
+    ),
     *_rows("Cityscapes", "segment cityscapes-semantic", ["mIoU"], "paper", supervised=[74.6], v1=[75.3]),
     *_rows("VOC12", "segment voc-semantic", ["mIoU"], "paper", supervised=[74.4], v1=[72.5]),
 )

@@ -7,9 +7,9 @@ train2017/000000000009.jpg
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,16 @@ from PIL import Image
 from moco_fast.transfer.metrics import OVERLAPS, ClassPrecision, Detections
 from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, Malformed, Outline, size_as_shown
 
-__all__ = ["coco_precision", "drawn_masks", "encoded_masks", "needs_coco", "read_coco"]
+__all__ = [
+    "coco_precision",
+    "drawn_masks",
+    "encoded_masks",
+    "measured_objects",
+    "needs_coco",
+    "read_coco",
+    "read_objects",
+    "result_rows",
+]
 
 _NUM_POINTS = 6  # numbers in the smallest polygon
 
@@ -66,26 +75,47 @@ def read_coco(folders: Sequence[str], parts: Sequence[str], *, option: str) -> D
             f"{option} {part}: {path} or the folder {folder / part} is not there: unpack it there (docs/transfer.md "
             "says where to get it), or name another part"
         )
+
+    def place(told: Mapping[str, Any]) -> tuple[str, Path]:
+        return str(told["file_name"]), folder / part / str(told["file_name"])
+
+    return replace(read_objects(path, place, where=str(folder / part)), groups=())
+
+
+def read_objects(path: Path, place: Callable[[Mapping[str, Any]], tuple[str, Path]], *, where: str) -> DetectionSet:
+    """Read a file of objects in COCO's form; the `frequency` of its categories, where it has one, is their group.
+
+    Args:
+        path: of the file.
+        place: from what the file says of an image to its name and its own file.
+        where: the set, for people.
+
+    Raises:
+        ValueError: the file is not COCO's.
+    """
     try:
         told = json.loads(path.read_bytes())
-        categories = sorted((int(each["id"]), str(each["name"])) for each in told["categories"])
-        images = [_Told.of(each) for each in told["images"]]
+        categories = sorted(
+            (int(each["id"]), str(each["name"]), str(each.get("frequency", ""))) for each in told["categories"]
+        )
+        images = [_Told.of(each, place) for each in told["images"]]
         by_image: dict[int, list[Any]] = defaultdict(list)
         for each in told["annotations"]:
             by_image[int(each["image_id"])].append(each)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is not a file of COCO's instances ({error!r})") from None
     _refuse_twice((image.number for image in images), f"{path} has two images with the id")
-    _refuse_twice((category for category, _ in categories), f"{path} has two categories with the id")
-    numbers = {category: number for number, (category, _) in enumerate(categories)}
+    _refuse_twice((category for category, *_ in categories), f"{path} has two categories with the id")
+    numbers = {category: number for number, (category, *_) in enumerate(categories)}
     with ThreadPoolExecutor() as pool:
-        sizes = list(pool.map(lambda each: size_as_shown(folder / part / each.name, each.size), images))
+        sizes = list(pool.map(lambda each: size_as_shown(each.path, each.size), images))
     unusable: list[Malformed] = []
     return DetectionSet(
-        where=str(folder / part),
-        class_names=tuple(name for _, name in categories),
+        where=where,
+        rules="coco",
+        class_names=tuple(name for _, name, _ in categories),
         images=[
-            _image(folder / part, image, by_image[image.number], numbers, unusable)
+            _image(image, by_image[image.number], numbers, unusable)
             for image, size in zip(images, sizes, strict=True)
             if not isinstance(size, str)
         ],
@@ -96,7 +126,8 @@ def read_coco(folders: Sequence[str], parts: Sequence[str], *, option: str) -> D
         ],
         malformed_objects=unusable,
         annotations=path,
-        category_ids=tuple(category for category, _ in categories),
+        category_ids=tuple(numbers),
+        groups=tuple(group for *_, group in categories),
     )
 
 
@@ -106,14 +137,16 @@ class _Told:
 
     number: int
     name: str
+    path: Path
     height: int
     width: int
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> "_Told":
+    def of(cls, told: Mapping[str, Any], place: Callable[[Mapping[str, Any]], tuple[str, Path]]) -> "_Told":
         """Raises ValueError, KeyError, TypeError: something is missing."""
         sides = {side: int(told[side]) for side in ("height", "width")}
-        return cls(number=int(told["id"]), name=str(told["file_name"]), **sides)
+        name, path = place(told)
+        return cls(number=int(told["id"]), name=name, path=path, **sides)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -128,7 +161,6 @@ def _refuse_twice(ids: Iterable[int], what: str) -> None:
 
 
 def _image(
-    folder: Path,
     told: _Told,
     objects: Sequence[Mapping[str, Any]],
     numbers: Mapping[int, int],
@@ -152,7 +184,7 @@ def _image(
         for values, value in zip((boxes, classes, outlines), found, strict=True):
             values.append(value)  # pyright: ignore[reportArgumentType] - each its own
     return AnnotatedImage(
-        path=folder / told.name,
+        path=told.path,
         key=told.name,
         height=told.height,
         width=told.width,
@@ -220,7 +252,7 @@ def _check_runs(outline: Mapping[str, Any], size: tuple[int, int]) -> None:
         raise _Unusable("has run lengths of another size than its image")
 
 
-def _measured_objects(truth: DetectionSet) -> list[dict[str, Any]]:
+def measured_objects(truth: DetectionSet) -> list[dict[str, Any]]:
     """Return what the test counts of a file's objects, crowds too, numbered from 1 as the measure wants them.
 
     What cannot be learned from for want of an area or an outline counts, as in COCO's own code; what that code cannot
@@ -297,7 +329,7 @@ def coco_precision(found: Detections, truth: DetectionSet) -> dict[str, list[Cla
     """
     package: Any = import_module("faster_coco_eval")
     assert truth.annotations is not None
-    objects = _measured_objects(truth)
+    objects = measured_objects(truth)
     official = package.COCO(
         {
             "images": [
@@ -319,7 +351,7 @@ def _of_kind(
     found: Detections, truth: DetectionSet, official: Any, counts: Mapping[int, int], kind: str
 ) -> list[ClassPrecision]:
     package: Any = import_module("faster_coco_eval")
-    rows = _rows(found, truth, kind)
+    rows = result_rows(found, truth, kind)
     at: dict[int, tuple[float, ...]] = {}
     if rows:
         measure = package.COCOeval_faster(official, official.loadRes(rows), kind)
@@ -341,7 +373,7 @@ def _of_kind(
     ]
 
 
-def _rows(found: Detections, truth: DetectionSet, kind: str) -> list[dict[str, Any]]:
+def result_rows(found: Detections, truth: DetectionSet, kind: str) -> list[dict[str, Any]]:
     """Return detections in COCO's form, with one of box and mask: a size is measured of what there is."""
     sides = found.boxes.astype(np.float64)
     sides[:, 2:] -= sides[:, :2]

@@ -1,6 +1,6 @@
 """Detection as a transfer task: what is built, trained on and measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -22,15 +22,25 @@ from moco_fast.transfer.presets import DetectPreset
 from moco_fast.transfer.sets import DetectionSet
 from moco_fast.transfer.training import Machine, NetworkTrainings
 
-__all__ = ["DetectorTrainings", "find_all", "values"]
+__all__ = ["DetectorTrainings", "find_all", "mean_values", "values"]
 
 _CAPTIONS = {
     "AP50": "Mean over the classes of the average precision where {} overlap by more than 50%.",
     "AP": "Mean over the classes of the average precision of {}, over ten overlaps from 50% to 95%.",
     "AP75": "Mean over the classes of the average precision where {} overlap by more than 75%.",
+    "APr": "AP of {} of the rare classes, which few training images have.",
+    "APc": "AP of {} of the common classes.",
+    "APf": "AP of {} of the frequent classes.",
 }
-# As the papers have them: of VOC's three figures AP50 comes first, and COCO's name what they are of.
-_ORDER = {"voc": ("AP50", "AP", "AP75"), "coco": ("AP", "AP50", "AP75")}
+_GROUPS = {"APr": "rare", "APc": "common", "APf": "frequent"}
+# As the papers have them: of VOC's three figures AP50 comes first, and those of COCO and LVIS name what they are of.
+_FIGURES = {
+    "voc": ("AP50", "AP", "AP75"),
+    "coco": ("AP", "AP50", "AP75"),
+    "lvis": ("AP", "AP50", "AP75", "APr", "APc", "APf"),
+    "cityscapes": ("AP", "AP50"),
+}
+_KINDS = {"box": "boxes", "mask": "masks"}
 
 
 class DetectorTrainings(NetworkTrainings):
@@ -65,34 +75,54 @@ class DetectorTrainings(NetworkTrainings):
         is_first = self._machine.world.rank == 0
         precisions = distributed.tell_all(measured(found, self._tested) if is_first else {})
         figures = {
-            self._name(kind, name): fmean(values(each)[name] for each in of_kind)
+            self._name(kind, name): value
             for kind, of_kind in precisions.items()
-            for name in _ORDER[self._preset.layout]
+            for name, value in mean_values(of_kind, _FIGURES[self._preset.layout]).items()
         }
         rows = [
-            {"of": kind, "class": each.name, "objects": each.num_objects, **values(each)}
+            {
+                "of": kind,
+                "class": each.name,
+                **({"frequency": each.group} if each.group else {}),
+                "objects": each.num_objects,
+                **values(each),
+            }
             for kind, of_kind in precisions.items()
             for each in of_kind
         ]
         return figures, rows, num_untested
 
     def infos(self) -> dict[str, FigureInfo]:
-        """Return the figures of boxes, and of masks where there are."""
-        kinds = {"box": "boxes"} | ({"mask": "masks"} if self._preset.masks else {})
+        """Return the figures of boxes, and of masks where there are; Cityscapes measures masks alone."""
+        layout = self._preset.layout
+        kinds = ["mask"] if layout == "cityscapes" else ["box", "mask"] if self._preset.masks else ["box"]
         return {
-            self._name(kind, name): FigureInfo(title=self._name(kind, name), caption=_CAPTIONS[name].format(many))
-            for kind, many in kinds.items()
-            for name in _ORDER[self._preset.layout]
+            self._name(kind, name): FigureInfo(
+                title=self._name(kind, name), caption=_CAPTIONS[name].format(_KINDS[kind])
+            )
+            for kind in kinds
+            for name in _FIGURES[layout]
         }
 
     def _name(self, kind: str, figure: str) -> str:
-        return figure if self._preset.layout == "voc" else f"{kind} {figure}"
+        return figure if self._preset.layout in ("voc", "cityscapes") else f"{kind} {figure}"
 
 
 def values(precision: ClassPrecision) -> dict[str, float]:
     """Return a class's figures by their names."""
     at = precision.at
     return {"AP50": at[0], "AP": precision.mean, "AP75": at[OVERLAPS.index(0.75)]}
+
+
+def mean_values(precisions: Sequence[ClassPrecision], names: Sequence[str]) -> dict[str, float]:
+    """Return means over classes, or over those of a group; without the groups that no class is of."""
+    means: dict[str, float] = {}
+    for name in names:
+        group = _GROUPS.get(name)
+        of_classes = [values(each)["AP" if group else name] for each in precisions if group in (None, each.group)]
+        if of_classes:
+            means[name] = fmean(of_classes)
+    return means
 
 
 @torch.no_grad()

@@ -23,14 +23,17 @@ def read_sets(
     Raises:
         ValueError: a part is not there, the sets do not fit, or what reads them is not installed.
     """
-    if preset.layout == "coco":
+    if preset.layout != "voc":
+        from moco_fast.transfer.cityscapes import read_cityscapes
         from moco_fast.transfer.coco import needs_coco, read_coco
+        from moco_fast.transfer.lvis import read_lvis
 
         needs_coco()
         if class_names is not None:
-            raise ValueError("--classes means nothing for COCO, whose file names them: leave it out")
-        train = read_coco(folders, preset.train, option="--train")
-        test = read_coco(folders, preset.test, option="--test")
+            raise ValueError(f"--classes means nothing for {preset.layout}, which names them itself: leave it out")
+        read = {"coco": read_coco, "lvis": read_lvis, "cityscapes": read_cityscapes}[preset.layout]
+        train = read(folders, preset.train, option="--train")
+        test = read(folders, preset.test, option="--test")
         if train.class_names != test.class_names:
             raise ValueError(f"{train.where} and {test.where} have other categories: they must be the same")
         return (train, test) if preset.masks else (_without_outlines(train), _without_outlines(test))
@@ -59,9 +62,12 @@ def _without_outlines(data: DetectionSet) -> DetectionSet:
 
 
 def measured(found: Detections, truth: DetectionSet) -> Mapping[str, list[ClassPrecision]]:
-    """Return average precisions of each class: of boxes by VOC's rules, or of boxes and masks by COCO's."""
-    if truth.annotations is None:
+    """Return average precisions of each class of what the set's rules measure: boxes, masks, or both."""
+    if truth.rules == "voc":
         return {"box": voc_precision(found, truth)}
+    from moco_fast.transfer.cityscapes import cityscapes_precision
     from moco_fast.transfer.coco import coco_precision
+    from moco_fast.transfer.lvis import lvis_precision
 
-    return coco_precision(found, truth)
+    measure = {"coco": coco_precision, "lvis": lvis_precision, "cityscapes": cityscapes_precision}[truth.rules]
+    return measure(found, truth)

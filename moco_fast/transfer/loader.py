@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as v2
 
 from moco_fast.transfer.coco import drawn_masks
-from moco_fast.transfer.order import resized, training_draws
+from moco_fast.transfer.order import repeat_factors, resized, training_draws
 from moco_fast.transfer.presets import DetectPreset
 from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, as_shown
 from moco_fast.transfer.shuffled import ShuffledImages, ahead
@@ -73,6 +73,7 @@ class TrainingImages(ShuffledImages[tuple[Tensor, dict[str, Tensor]]]):
             kinds=data.lies,
             batch_size=preset.batch_size,
             group=preset.group,
+            factors=_factors(data, preset),
             seed=seed,
             **more,
         )
@@ -90,6 +91,12 @@ class TrainingImages(ShuffledImages[tuple[Tensor, dict[str, Tensor]]]):
     def together(self, items: list[tuple[Tensor, dict[str, Tensor]]]) -> TargetBatch:
         """Keep images apart, since they have sizes of their own."""
         return TargetBatch(images=[image for image, _ in items], targets=[target for _, target in items])
+
+
+def _factors(data: DetectionSet, preset: DetectPreset) -> npt.NDArray[np.float64] | None:
+    if not preset.repeat_threshold:
+        return None
+    return repeat_factors([image.classes for image in data.images], threshold=preset.repeat_threshold)
 
 
 class HeldOutImages:

@@ -44,6 +44,17 @@ class Detections:
     def __len__(self) -> int:
         return len(self.image)
 
+    def chosen(self, rows: npt.NDArray[np.int64]) -> "Detections":
+        """Return some of them."""
+        return Detections(
+            image=self.image[rows],
+            boxes=self.boxes[rows],
+            classes=self.classes[rows],
+            scores=self.scores[rows],
+            masks=None if self.masks is None else [self.masks[row] for row in rows.tolist()],
+            keypoints=None if self.keypoints is None else self.keypoints[rows],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassPrecision:
@@ -54,6 +65,8 @@ class ClassPrecision:
     """That are not difficult."""
     at: tuple[float, ...]
     """At each of `OVERLAPS`, 0..1."""
+    group: str = ""
+    """Of the classes that it belongs to, where figures are also means over groups."""
 
     @property
     def mean(self) -> float:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from moco_fast.transfer.cityscapes import CITYSCAPES_CLASSES, find_cityscapes
 from moco_fast.transfer.presets import SegmentPreset
 from moco_fast.transfer.sets import Malformed, as_shown, read_list, size_as_shown
 from moco_fast.transfer.voc import VOC_CLASSES, find_parts
@@ -30,29 +31,6 @@ OPEN = 255
 """Class of pixels that are neither learned from nor tested."""
 
 _MODES = ("P", "L")  # of files with numbers of classes
-
-# cityscapesscripts/helpers/labels.py of mcordts/cityscapesScripts: trainId -> name and id.
-_CITYSCAPES = {
-    "road": 7,
-    "sidewalk": 8,
-    "building": 11,
-    "wall": 12,
-    "fence": 13,
-    "pole": 17,
-    "traffic light": 19,
-    "traffic sign": 20,
-    "vegetation": 21,
-    "terrain": 22,
-    "sky": 23,
-    "person": 24,
-    "rider": 25,
-    "car": 26,
-    "truck": 27,
-    "bus": 28,
-    "train": 31,
-    "motorcycle": 32,
-    "bicycle": 33,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,30 +102,16 @@ def _read_voc(folders: Sequence[str], parts: Sequence[str], *, option: str) -> P
 
 
 def _read_cityscapes(folders: Sequence[str], parts: Sequence[str], *, option: str) -> PixelSet:
-    found: list[PixelsOfImage] = []
-    for part in parts:
-        places = [Path(folder) for folder in folders if (Path(folder) / "leftImg8bit" / part).is_dir()]
-        if len(places) != 1:
-            raise ValueError(
-                f"{option} {part}: there must be one leftImg8bit/{part} in {', '.join(folders)}, and there are "
-                f"{len(places)} (docs/transfer.md says where to get it)"
-            )
-        there = sorted((places[0] / "leftImg8bit" / part).glob("*/*_leftImg8bit.png"))
-        if not there:
-            raise ValueError(
-                f"{option} {part}: {places[0]}/leftImg8bit/{part} has no */*_leftImg8bit.png: unpack it there "
-                "(docs/transfer.md says where to get it), or name another part"
-            )
-        for image in there:
-            name = image.name.removesuffix("_leftImg8bit.png")
-            classes = places[0] / "gtFine" / part / image.parent.name / f"{name}_gtFine_labelIds.png"
-            found.append(PixelsOfImage(image=image, classes=classes, key=f"{part}/{name}"))
+    found = [
+        PixelsOfImage(image=image, classes=classes, key=key)
+        for key, image, classes in find_cityscapes(folders, parts, option=option, ending="gtFine_labelIds.png")
+    ]
     images, malformed = _usable(found)
     return PixelSet(
         where=", ".join(f"{folder} {part}" for folder in folders for part in parts),
-        class_names=tuple(_CITYSCAPES),
+        class_names=tuple(CITYSCAPES_CLASSES),
         images=images,
-        numbers=tuple(_CITYSCAPES.values()),
+        numbers=tuple(CITYSCAPES_CLASSES.values()),
         malformed=malformed,
     )
 

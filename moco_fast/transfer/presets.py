@@ -4,7 +4,8 @@ C4 is the MoCo authors' (detection/configs of facebookresearch/moco), dilated C5
 segmentation A.5. What these
 leave open is the default of facebookresearch/detectron2 (config/defaults.py of early 2020), which trained them. Of
 their FPN no configuration is public: it is detectron2's (configs/Base-RCNN-FPN.yaml) with batch norm where
-open-mmlab/mmselfsup has it, whose figures are published.
+open-mmlab/mmselfsup has it, whose figures are published. LVIS and Cityscapes are detectron2's
+(configs/LVIS-InstanceSegmentation and configs/Cityscapes, mask_rcnn_R_50_FPN) with the same batch norm.
 """
 
 from collections.abc import Mapping
@@ -49,14 +50,16 @@ class TransferPreset:
 class DetectPreset(TransferPreset):
     """How a detector is trained and tested."""
 
-    layout: Literal["voc", "coco"] = "voc"
-    """Of the data."""
+    layout: Literal["voc", "coco", "lvis", "cityscapes"] = "voc"
+    """Of the data, and whose rules measure."""
     head: Literal["c4", "c5", "fpn"] = "c4"
     """What looks at regions, and at which maps."""
     masks: bool = False
     """Whether objects have masks beside boxes."""
     group: int = 2
     """Neighboring images of a batch that all lie or all stand: as many as a rank of the authors' eight had."""
+    repeat_threshold: float = 0.0
+    """Share of the training images below which a class is rare, and its images are repeated; 0: none are."""
     sides: tuple[int, ...]
     """Shorter sides of training images in pixels, of which one is drawn for each."""
     test_side: int = 800
@@ -71,6 +74,10 @@ class DetectPreset(TransferPreset):
     """The same in a test."""
     regions: int = 512
     """Proposals of an image that the head is trained on."""
+    detections: int = 100
+    """Most that are found in a test image."""
+    score_threshold: float = 0.05
+    """What is found with a lower score is left out."""
     l1_beta: float = 0.0
     """Where the loss of boxes changes from quadratic to linear; 0: it is linear."""
     precise_batches: int = 200
@@ -135,6 +142,31 @@ PRESETS: dict[str, DetectPreset] = {
     "coco-c4-2x": _doubled(_COCO),
     "coco-fpn-1x": _FPN,
     "coco-fpn-2x": _doubled(_FPN),
+    "lvis-fpn-2x": replace(
+        _doubled(_FPN),
+        title="Mask R-CNN R50-FPN on LVIS v0.5 train, tested on its val, 2x schedule",
+        layout="lvis",
+        train=("lvis_v0.5_train",),
+        test=("lvis_v0.5_val",),
+        repeat_threshold=0.001,
+        detections=300,
+        score_threshold=0.0001,
+    ),
+    "cityscapes-instance": replace(
+        _FPN,
+        title="Mask R-CNN R50-FPN on Cityscapes train fine, tested on val",
+        layout="cityscapes",
+        train=("train",),
+        test=("val",),
+        batch_size=8,
+        group=1,
+        steps=24_000,
+        drops=(18_000 / 24_000,),
+        lr=0.01,
+        sides=tuple(range(800, 1025, 32)),
+        test_side=1024,
+        longest=2048,
+    ),
 }
 """Of detectors, by name."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,8 @@ class AnnotatedImage:
     marked, 1 where it is but hidden, 2 where it is visible; None: objects have no keypoints."""
     image_id: int = 0
     """Its number in the annotations, where they have numbers."""
+    digest: str = ""
+    """Of a file of its own that it is annotated in, of which the test reads more than is here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,8 @@ class DetectionSet:
 
     where: str
     """For people."""
+    rules: Literal["voc", "coco", "lvis", "cityscapes"] = "voc"
+    """Whose rules measure what is found in it."""
     class_names: tuple[str, ...]
     images: Sequence[AnnotatedImage]
     malformed: Sequence[Malformed] = ()
@@ -81,11 +85,13 @@ class DetectionSet:
     malformed_objects: Sequence[Malformed] = ()
     """Objects that were left out of images that were not."""
     annotations: Path | None = None
-    """COCO's file, which its test reads; None: the images say it all."""
+    """File of COCO or LVIS, which its test reads; None: there is none for all images."""
     category_ids: tuple[int, ...] = ()
     """Of each class, in that file."""
     keypoints: Keypoints | None = None
     """Of each object; None: they have no keypoints."""
+    groups: tuple[str, ...] = ()
+    """Of each class, where figures are also means over groups: how frequent classes of LVIS are."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -110,7 +116,7 @@ class DetectionSet:
         whole = running_digest()
         whole.update(json.dumps(self.class_names).encode())
         for image in self.images:
-            whole.update(f"{image.key} {image.height} {image.width} {len(image.boxes)} ".encode())
+            whole.update(f"{image.key} {image.height} {image.width} {len(image.boxes)} {image.digest}".encode())
             whole.update(image.boxes.tobytes() + image.classes.tobytes() + image.is_difficult.tobytes())
         if self.annotations is not None:
             # Outlines, and crowds, which only the test looks at.

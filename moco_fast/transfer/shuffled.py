@@ -34,6 +34,7 @@ class ShuffledImages(ABC, Generic[T]):
         kinds: (N,) of each image; images of a kind are put together.
         batch_size: images of a step, over all ranks.
         group: images that are put together.
+        factors: (N,) how often each image is wanted in an epoch; None: once.
         seed: of order and augmentation.
         world: each rank gets its part of every batch.
         threads: that decode.
@@ -51,14 +52,15 @@ class ShuffledImages(ABC, Generic[T]):
         kinds: npt.NDArray[np.bool_],
         batch_size: int,
         group: int,
+        factors: npt.NDArray[np.float64] | None = None,
         seed: int,
         world: World,
         threads: int,
         at_most_damaged: float,
     ) -> None:
         self._where, self._keys, self._kinds, self._seed, self._world = where, keys, kinds, seed, world
-        self._batch_size, self._group = batch_size, group
-        self._steps = steps_per_epoch(kinds, batch_size=batch_size, group=group)
+        self._batch_size, self._group, self._factors = batch_size, group, factors
+        self._steps = steps_per_epoch(kinds, batch_size=batch_size, group=group, factors=factors)
         if not self._steps:
             alike = f", of which {group} that lie or stand are put together" if group > 1 else ""
             raise ValueError(
@@ -72,7 +74,7 @@ class ShuffledImages(ABC, Generic[T]):
 
     @abstractmethod
     def draws(self, numbers: npt.NDArray[np.int64], *, epoch: int) -> list[Any]:
-        """Return what is drawn for each image, as a function of seed, epoch and image."""
+        """Return what is drawn for each image, as a function of seed, epoch and its number in `epoch_batches`."""
 
     @abstractmethod
     def make(self, number: int, drawn: Any) -> T:
@@ -96,10 +98,18 @@ class ShuffledImages(ABC, Generic[T]):
 
     def _begin(self, step: int) -> list[Future[T]]:
         epoch, row = divmod(step, self._steps)
-        order = epoch_batches(self._kinds, seed=self._seed, epoch=epoch, batch_size=self._batch_size, group=self._group)
+        order = epoch_batches(
+            self._kinds,
+            seed=self._seed,
+            epoch=epoch,
+            batch_size=self._batch_size,
+            group=self._group,
+            factors=self._factors,
+        )
         share = self._batch_size // self._world.world_size
-        numbers = order[row, self._world.rank * share :][:share]
-        draws = self.draws(numbers, epoch=epoch)
+        entries = order[row, self._world.rank * share :][:share]
+        draws = self.draws(entries, epoch=epoch)
+        numbers = entries % len(self._keys)
         return [self._pool.submit(self._made, int(number), drawn) for number, drawn in zip(numbers, draws, strict=True)]
 
     def _made(self, number: int, drawn: Any) -> T:

@@ -54,3 +54,26 @@ def write_cityscapes(folder: Path, parts: dict[str, int], *, seed: int = 0) -> P
                 place.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels.astype(np.uint8)).save(place / f"{name}_{ending}.png")
     return folder
+
+
+def write_city_instances(folder: Path, parts: dict[str, int], *, seed: int = 0) -> Path:
+    """Images of Cityscapes with files of instances: cars and persons, a group of cars, and what is void."""
+    rng = np.random.default_rng(seed)
+    for part, num_images in parts.items():
+        for number in range(num_images):
+            image = rng.integers(90, 160, (48, 64, 3), dtype=np.uint8)
+            numbers = np.full((48, 64), 7, np.uint16)  # road
+            numbers[:4] = 3  # out of roi
+            for place, left in enumerate((2, 34)):
+                top, label = int(rng.integers(6, 20)), int(rng.choice([24, 26]))
+                numbers[top : top + 24, left : left + 24] = label * 1000 + place
+                image[top : top + 24, left : left + 24] = COLORS[1 if label == 24 else 2]
+            numbers[44:, 40:60] = 26
+            for kind, ending, pixels in (
+                ("leftImg8bit", "leftImg8bit", image),
+                ("gtFine", "gtFine_instanceIds", numbers),
+            ):
+                place = folder / kind / part / "town"
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(place / f"town_{number:06}_000019_{ending}.png")
+    return folder

@@ -150,7 +150,7 @@ def test_sets_that_are_not_there_or_do_not_fit_are_refused(coco) -> None:
     preset = replace(PRESETS["coco-fpn-1x"], test=("val2014",))
     with pytest.raises(ValueError, match=r"--test val2014: .* is not there"):
         read_sets([str(coco)], preset, class_names=None)
-    with pytest.raises(ValueError, match="--classes means nothing for COCO"):
+    with pytest.raises(ValueError, match="--classes means nothing for coco"):
         read_sets([str(coco)], preset, class_names=("cat",))
     change(coco, categories=[{"id": 40, "name": "dog"}])
     with pytest.raises(ValueError, match="other categories"):
@@ -377,3 +377,8 @@ def test_schedules_are_those_of_the_configurations() -> None:
     assert drops["coco-c4-2x"] == drops["coco-fpn-2x"] == pytest.approx([120_000, 160_000])
     assert PRESETS["coco-c4-2x"].steps == 180_000
     assert PRESETS["coco-fpn-1x"].sides == (640, 672, 704, 736, 768, 800)
+    lvis, city = PRESETS["lvis-fpn-2x"], PRESETS["cityscapes-instance"]
+    assert (lvis.steps, lvis.detections, lvis.score_threshold, lvis.repeat_threshold) == (180_000, 300, 0.0001, 0.001)
+    assert drops["lvis-fpn-2x"] == drops["coco-fpn-2x"]
+    assert (city.batch_size, city.lr, city.steps, drops["cityscapes-instance"]) == (8, 0.01, 24_000, [18_000])
+    assert (city.sides[0], city.sides[-1], city.test_side, city.longest) == (800, 1024, 1024, 2048)

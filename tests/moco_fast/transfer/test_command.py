@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from moco_fast.cli import main
-from moco_fast.evaluation.published import beside_published
+from moco_fast.evaluation.published import BENCHMARKS, PUBLISHED, beside_published
 from moco_fast.evaluation.result import read_results
 from moco_fast.transfer.compare import as_tables, open_inits
 from moco_fast.transfer.presets import PRESETS, settled
 from tests.moco_fast.transfer.coco_shapes import write_coco
+from tests.moco_fast.transfer.lvis_shapes import write_lvis
+from tests.moco_fast.transfer.pixel_shapes import write_city_instances
 from tests.moco_fast.transfer.shapes import write_year
 
 PLAIN = (
@@ -199,3 +201,46 @@ def test_what_a_training_found_is_refused_where_it_is_something_else(devkit, tmp
     path.write_text("{}")
     assert transfer(devkit, tmp_path / "out") == 2
     assert f"{path} is not what a training found" in capsys.readouterr().err
+
+
+def test_lvis_takes_two_steps_and_has_figures_of_frequencies(tmp_path, capsys) -> None:
+    write_lvis(tmp_path / "lvis", {"train": 6, "val": 2})
+    given = ["--data", str(tmp_path / "lvis"), "--init", "random", "--network", "resnet18_quarter"]
+    given += ["--preset", "lvis-fpn-2x", "--out", str(tmp_path / "out")]
+    assert main(["transfer", "detect", *given, *PLAIN]) == 0
+    assert "detect lvis-fpn-2x  mask AP75" in capsys.readouterr().out
+    [result] = read_results(tmp_path / "out" / "results.json")
+    assert {"box AP", "mask AP", "mask AP50", "mask AP75"} <= set(result.figures)
+    rows = list(csv.DictReader((tmp_path / "out" / "per-class.csv").read_text().splitlines()))
+    frequencies = {row["class"]: row["frequency"] for row in rows}
+    assert frequencies.items() <= {"bus": "rare", "car": "common", "cat": "frequent"}.items()
+    groups = {"rare": "APr", "common": "APc", "frequent": "APf"}
+    assert {name for name in result.figures if name[-1] in "rcf"} == {
+        f"{kind} {groups[each]}" for kind in ("box", "mask") for each in frequencies.values()
+    }
+    assert result.settings["repeat_threshold"] == 0.001
+
+
+def test_instances_of_cityscapes_take_two_steps_and_have_the_benchmarks_figures(tmp_path) -> None:
+    write_city_instances(tmp_path / "city", {"train": 5, "val": 2})
+    given = ["--data", str(tmp_path / "city"), "--init", "random", "--network", "resnet18_quarter"]
+    given += ["--preset", "cityscapes-instance", "--out", str(tmp_path / "out")]
+    assert main(["transfer", "detect", *given, *PLAIN]) == 0
+    [result] = read_results(tmp_path / "out" / "results.json")
+    assert list(result.figures) == ["AP", "AP50"]
+    rows = list(csv.DictReader((tmp_path / "out" / "per-class.csv").read_text().splitlines()))
+    assert {row["class"] for row in rows} <= {"person", "car"}
+
+
+PUBLISHED_SETS = {"lvis-fpn-2x": (1_230, 5_000, "37.8"), "cityscapes-instance": (8, 500, "59.6")}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED_SETS)
+def test_each_benchmark_has_its_published_rows(preset, capsys) -> None:
+    num_classes, num_test, value = PUBLISHED_SETS[preset]
+    [name] = [name for name, each in BENCHMARKS.items() if (each.num_classes, each.num_test) == (num_classes, num_test)]
+    rows = [each for each in PUBLISHED if (each.benchmark, each.task) == (name, f"detect {preset}")]
+    assert rows
+    assert main(["transfer", "presets"]) == 0
+    shown = capsys.readouterr().out.partition(f"detect --preset {preset}:")[2]
+    assert any(value in line and "supervised" in line for line in shown.splitlines())
