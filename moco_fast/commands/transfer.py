@@ -181,6 +181,11 @@ class Detect(_TransferOptions):
     """Sides of the square anchors in pixels; FPN: one for each of its five maps."""
     regions: int | None = None
     """Regions of an image that the head is trained on."""
+    detections: int | None = None
+    """Most objects that are found in a test image."""
+    repeat_threshold: float | None = None
+    """Share of the training images below which a class is rare, and its images are repeated within an epoch; 0: none
+    are."""
     precise_batches: int | None = None
     """Batches that batch-norm statistics are averaged over before the test."""
 
@@ -206,14 +211,17 @@ class Detect(_TransferOptions):
             "test_side": self.test_side,
             "longest": self.longest,
             "regions": self.regions,
+            "detections": self.detections,
             "precise_batches": self.precise_batches,
         }
         self._check(**own)
+        if self.repeat_threshold is not None and not 0 <= self.repeat_threshold <= 1:
+            raise ValueError(f"--repeat-threshold is {self.repeat_threshold:g}, but must be a share: between 0 and 1")
         for name, values in (("sides", self.sides), ("anchor-sizes", self.anchor_sizes)):
             for value in values or ():
                 positive(name, value)
         lists = {"sides": self.sides, "anchor_sizes": self.anchor_sizes, "train": self.train, "test": self.test}
-        given = {"lr": self.lr, **own, **lists}
+        given = {"lr": self.lr, "repeat_threshold": self.repeat_threshold, **own, **lists}
         preset = settled(PRESETS[self.preset], given, batch_size=self.batch_size, steps=self.steps)
         if preset.batch_size % preset.group:
             raise ValueError(

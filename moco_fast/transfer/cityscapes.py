@@ -161,7 +161,9 @@ def _numbers(data: bytes) -> npt.NDArray[np.int32]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode not in _MODES:
-                raise _NoInstancesError(f"has a file of instances in mode {image.mode}, where their numbers have 16 bits")
+                raise _NoInstancesError(
+                    f"has a file of instances in mode {image.mode}, where their numbers have 16 bits"
+                )
             numbers = np.asarray(image).astype(np.int32)
     except (OSError, SyntaxError, Image.DecompressionBombError):
         raise _NoInstancesError("has a file of instances that is no image") from None

@@ -124,6 +124,7 @@ WRONG = {
     "--max-malformed is 2.0": ("--max-malformed", "2"),
     "--steps is 0": ("--steps", "0"),
     "--sides is -1": ("--sides", "-1"),
+    "--repeat-threshold is -1": ("--repeat-threshold", "-1"),
     "not a multiple of --group 3": ("--group", "3"),
     "--init random random: give one or more, each once": ("--init", "random", "random"),
     "no VOC2012/ImageSets/Main/val.txt": ("--test", "VOC2012/val"),
@@ -206,7 +207,7 @@ def test_what_a_training_found_is_refused_where_it_is_something_else(devkit, tmp
 def test_lvis_takes_two_steps_and_has_figures_of_frequencies(tmp_path, capsys) -> None:
     write_lvis(tmp_path / "lvis", {"train": 6, "val": 2})
     given = ["--data", str(tmp_path / "lvis"), "--init", "random", "--network", "resnet18_quarter"]
-    given += ["--preset", "lvis-fpn-2x", "--out", str(tmp_path / "out")]
+    given += ["--preset", "lvis-fpn-2x", "--out", str(tmp_path / "out"), "--detections", "10"]
     assert main(["transfer", "detect", *given, *PLAIN]) == 0
     assert "detect lvis-fpn-2x  mask AP75" in capsys.readouterr().out
     [result] = read_results(tmp_path / "out" / "results.json")
@@ -222,9 +223,9 @@ def test_lvis_takes_two_steps_and_has_figures_of_frequencies(tmp_path, capsys) -
 
 
 def test_instances_of_cityscapes_take_two_steps_and_have_the_benchmarks_figures(tmp_path) -> None:
-    write_city_instances(tmp_path / "city", {"train": 5, "val": 2})
+    write_city_instances(tmp_path / "city", {"train": 5, "val": 1})
     given = ["--data", str(tmp_path / "city"), "--init", "random", "--network", "resnet18_quarter"]
-    given += ["--preset", "cityscapes-instance", "--out", str(tmp_path / "out")]
+    given += ["--preset", "cityscapes-instance", "--out", str(tmp_path / "out"), "--detections", "10"]
     assert main(["transfer", "detect", *given, *PLAIN]) == 0
     [result] = read_results(tmp_path / "out" / "results.json")
     assert list(result.figures) == ["AP", "AP50"]
