@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shards.ground.digests import running_digest
-from shards.ground.errors import PackError
+from shards.ground.errors import ExpiredError, PackError, UnrenewedError
 from shards.ground.locks import locked, open_locked, remove_unlocked
 from shards.ground.units import gib
 from shards.sets.manifest import Manifest, ShardEntry
@@ -328,7 +328,10 @@ def _is_refusal(error: PackError) -> bool:
     """Whether asking again is of no use."""
     from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
-    return isinstance(error.__context__, PermissionDeniedError | UnauthenticatedError)
+    if isinstance(error, UnrenewedError):
+        return False
+    is_refused = isinstance(error.__context__, PermissionDeniedError | UnauthenticatedError)
+    return is_refused or isinstance(error, ExpiredError)
 
 
 def _index_of(tar: Path) -> Path:

@@ -3,7 +3,16 @@
 import pickle
 import traceback
 
-__all__ = ["AmbiguousLabelsError", "InUseError", "PackError", "RefusedError", "Rejected", "portable"]
+__all__ = [
+    "AmbiguousLabelsError",
+    "ExpiredError",
+    "InUseError",
+    "PackError",
+    "RefusedError",
+    "Rejected",
+    "UnrenewedError",
+    "portable",
+]
 
 
 class Rejected(Exception):  # noqa: N818 - an outcome of packing, not an error
@@ -32,6 +41,10 @@ class InUseError(PackError):
     """Another process has locked a file or folder."""
 
 
+class ExpiredError(PackError):
+    """Credentials have expired that cannot be renewed while this process runs."""
+
+
 class RefusedError(PackError):
     """A web server refuses one file for good.
 
@@ -44,6 +57,10 @@ class RefusedError(PackError):
     def __init__(self, message: str, status: str = "") -> None:
         super().__init__(message)
         self.status = status
+
+
+class UnrenewedError(PackError):
+    """Credentials have ended or could not be renewed, which a login or a service that is back may change."""
 
 
 def portable(error: Exception, where: str) -> Exception:

@@ -4,14 +4,16 @@ import io
 import os
 import re
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from shards.ground.errors import PackError, RefusedError
+from shards.ground.errors import ExpiredError, PackError, RefusedError, UnrenewedError
+from shards.storage.credentials import find_credentials, has_expired
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -30,17 +32,21 @@ __all__ = [
     "split_url",
 ]
 
+T = TypeVar("T")
+
 SCHEMES = ("s3", "gs", "az", "http", "https")
 CLIENT_OPTIONS: "ClientConfig" = {"timeout": "60s", "connect_timeout": "10s"}
 RETRIES: "RetryConfig" = {"max_retries": 6, "retry_timeout": timedelta(minutes=3)}
 _ENDPOINTS = {
-    "s3": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
     "gs": ("GOOGLE_BASE_URL",),
     "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
 }
 """Variables that send a scheme's requests elsewhere; plain http there is the user's decision."""
 _REFUSAL = re.compile(r"status code: (4(?!08|29)\d\d [\w ']+)")
 """What a web server says for good: not "too slow" (408) or "too many" (429)."""
+_UNRENEWED = re.compile(r"External \w+ credential provider: \w+: (.*)")
+"""What obstore says where a provider of credentials failed."""
 _WINDOW_BYTES = 4 << 20
 _UPLOAD_BYTES = 16 << 20
 
@@ -196,7 +202,7 @@ class Folder:
     def __init__(self, url: str) -> None:
         check_url(url)
         self.url = url
-        self._store = _connect(url)
+        self._store, self._has_fixed_credentials = _connect(url)
 
     def objects(self) -> Iterator[tuple[str, int]]:
         """Return (name, size) of every object below, in the store's order."""
@@ -213,34 +219,19 @@ class Folder:
         """Return the bytes of an object. Raises FileNotFoundError or PackError."""
         import obstore
 
-        try:
-            return obstore.head(self._store, name)["size"]
-        except FileNotFoundError:
-            raise FileNotFoundError(2, "no such object", f"{self.url}/{name}") from None
-        except Exception as error:
-            raise self._explain("read", name, error) from None
+        return self._ask("read", name, lambda store: obstore.head(store, name)["size"])
 
     def read(self, name: str) -> bytes:
         """Return a whole object. Raises FileNotFoundError or PackError."""
         import obstore
 
-        try:
-            return bytes(obstore.get(self._store, name).bytes())
-        except FileNotFoundError:
-            raise FileNotFoundError(2, "no such object", f"{self.url}/{name}") from None
-        except Exception as error:
-            raise self._explain("read", name, error) from None
+        return self._ask("read", name, lambda store: bytes(obstore.get(store, name).bytes()))
 
     def read_range(self, name: str, start: int, count: int) -> bytes:
         """Return some bytes of an object. Raises FileNotFoundError or PackError."""
         import obstore
 
-        try:
-            data = bytes(obstore.get_range(self._store, name, start=start, length=count))
-        except FileNotFoundError:
-            raise FileNotFoundError(2, "no such object", f"{self.url}/{name}") from None
-        except Exception as error:
-            raise self._explain("read", name, error) from None
+        data = self._ask("read", name, lambda store: bytes(obstore.get_range(store, name, start=start, length=count)))
         if len(data) != count:
             raise PackError(
                 f"{self.url}/{name} gave {len(data)} of {count} bytes at {start}: run the same command again"
@@ -252,23 +243,19 @@ class Folder:
         import obstore
         from obstore.exceptions import AlreadyExistsError
 
+        more: Any = {"mode": "create"} if only_if_new else {"chunk_size": _UPLOAD_BYTES}
         try:
-            if only_if_new:
-                obstore.put(self._store, name, data, mode="create")
-            else:
-                obstore.put(self._store, name, data, chunk_size=_UPLOAD_BYTES)
+            self._ask("write", name, lambda store: obstore.put(store, name, data, **more))
         except AlreadyExistsError:
             return False
-        except Exception as error:
-            raise self._explain("write", name, error) from None
         return True
 
     def download(self, name: str, path: Path) -> None:
         """Copy an object to a local file. Raises FileNotFoundError, without a file, or PackError."""
         import obstore
 
+        stream = self._ask("read", name, lambda store: obstore.get(store, name).stream())
         try:
-            stream = obstore.get(self._store, name).stream()
             with path.open("wb") as file:
                 for chunk in stream:
                     file.write(chunk)
@@ -281,17 +268,44 @@ class Folder:
         """Remove objects. Raises PackError."""
         import obstore
 
+        with suppress(FileNotFoundError):
+            self._ask("remove", "", lambda store: obstore.delete(store, names))
+
+    def _ask(self, verb: str, name: str, request: "Callable[[ObjectStore], T]") -> T:
+        """Ask the store, once more where credentials may have been renewed since it was opened.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            PackError: the store does not answer, or refuses.
+        """
+        from obstore.exceptions import AlreadyExistsError
+
         try:
-            obstore.delete(self._store, names)
+            try:
+                return request(self._store)
+            except Exception as error:
+                if self._has_fixed_credentials or not has_expired(error):
+                    raise
+                self._store, _ = _connect(self.url)
+                return request(self._store)
+        except AlreadyExistsError:
+            raise
         except FileNotFoundError:
-            pass
+            raise FileNotFoundError(2, "no such object", f"{self.url}/{name}") from None
         except Exception as error:
-            raise self._explain("remove", self.url, error) from None
+            raise self._explain(verb, name, error) from None
 
     def _explain(self, verb: str, name: str, error: Exception) -> PackError:
         # The libraries' messages are many lines; the first says what happened.
         reason = str(error).strip().partition("\n")[0][:300]
         where = f"{self.url}/{name}" if name else self.url
+        if has_expired(error):
+            expired = f"cannot {verb} {where}: its credentials have expired ({reason})"
+            if self._has_fixed_credentials:
+                return ExpiredError(f"{expired}. Set new ones in the environment and run the same command again")
+            return UnrenewedError(f"{expired}. Renew them, as by logging in again")
+        if unrenewed := _UNRENEWED.search(reason):
+            return UnrenewedError(f"cannot {verb} {where}: {unrenewed[1]}. Fix this and run the same command again")
         message = f"cannot {verb} {where}: {reason}. Fix this and run the same command again"
         refusal = _REFUSAL.search(reason) if self.url.startswith("http") else None
         return RefusedError(message, refusal[1]) if refusal else PackError(message)
@@ -300,14 +314,21 @@ class Folder:
 open_folder = lru_cache(maxsize=64)(Folder)
 
 
-def _connect(url: str) -> "ObjectStore":
+def _connect(url: str) -> "tuple[ObjectStore, bool]":
+    """Return a store, and whether its credentials cannot change. Raises ValueError."""
     from obstore.store import from_url
 
+    credentials = find_credentials(url)
     options = CLIENT_OPTIONS.copy()
     endpoints = [os.environ.get(name, "") for name in _ENDPOINTS.get(url.partition(":")[0], ())]
+    endpoints.append(credentials.config.get("endpoint", ""))
     if any(address.startswith("http://") for address in (url, *endpoints)):
         options["allow_http"] = True
+    more: dict[str, Any] = {"client_options": options, "retry_config": RETRIES}
+    if credentials.provider:
+        more["credential_provider"] = credentials.provider
     try:
-        return from_url(url, client_options=options, retry_config=RETRIES)
+        store = from_url(url, **more, **credentials.config)
     except Exception as error:
         raise ValueError(f"cannot open {url}: {str(error).strip().partition(chr(10))[0][:300]}") from None
+    return store, credentials.are_fixed

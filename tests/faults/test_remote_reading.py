@@ -22,6 +22,7 @@ from pipelines.reading import cache as cache_module
 from pipelines.reading.cache import CachedShardSet, CacheFolder, CacheFullError, FetchError, Holder
 from pipelines.reading.fetch import FetchedSteps, cached
 from pipelines.reading.reader import Reader
+from shards.ground.errors import ExpiredError
 from shards.sets import ShardSet, open_set
 from shards.sets.remote import RemoteShardSet
 from shards.storage import stores as storage
@@ -42,13 +43,16 @@ class Store(Web):
     """A bucket that counts what is read, and that can also refuse, change bytes, or wait."""
 
     reads: list[str]
-    refused = ""
+    refused = expired = ""
     changed = 0
 
     def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
         self.reads.append(self.path)
         if self.refused and self.refused in self.path:
             self.answer(403, b"<Error><Code>AccessDenied</Code></Error>")
+            return
+        if self.expired and self.expired in self.path and "=test/" in self.headers["Authorization"]:
+            self.answer(400, b"<Error><Code>ExpiredToken</Code></Error>")
             return
         super().do_GET()
 
@@ -225,6 +229,30 @@ def test_a_refusal_an_absent_shard_and_a_changed_one_are_told(store, local, tmp_
     with pytest.raises(FetchError, match=r"shard-000004\.tar arrived with digest \w+, and manifest\.json says 0000"):
         shards.fetch(4)
     assert not list(tmp_path.glob("cache/*/*"))
+
+
+def test_expired_keys_end_fetching_at_once_unless_they_can_be_renewed(store, local, tmp_path, monkeypatch, caplog):
+    store.expired = ".tar"
+    shards = open_cached(tmp_path / "cache", local=local)
+    with pytest.raises(ExpiredError, match="Set new ones in the environment"):
+        shards.fetch(1)
+    assert not caplog.records
+    keys = tmp_path / "keys"
+    keys.write_text("[team]\naws_access_key_id=test\naws_secret_access_key=s\n")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(keys))
+    monkeypatch.setenv("AWS_PROFILE", "team")
+    storage.open_folder.cache_clear()
+
+    def log_in(*said):
+        messages.append(said[0] % said[1:])
+        keys.write_text("[team]\naws_access_key_id=new\naws_secret_access_key=s\n")
+
+    messages = []
+    monkeypatch.setattr(cache_module._LOG, "warning", log_in)
+    shards.fetch(1)
+    [message] = messages
+    assert message.endswith("Renew them, as by logging in again (trying again in 0.01 s)")
 
 
 def test_bytes_changed_on_the_way_are_fetched_again(store, local, tmp_path):
