@@ -106,7 +106,7 @@ class _AwsProfile:
     """A profile of AWS: keys, roles, single sign-on and commands (`credential_process`), by botocore."""
 
     def __init__(self, url: str, profile: str | None) -> None:
-        from botocore.exceptions import BotoCoreError  # pyright: ignore[reportMissingTypeStubs]
+        from botocore.exceptions import BotoCoreError  # pyright: ignore[reportMissingTypeStubs] - it has none
 
         self._url, self._profile = url, profile
         try:
@@ -128,7 +128,7 @@ class _AwsProfile:
 
     def _open(self) -> tuple[Mapping[str, Any], str | None]:
         """Read the files, which may have been written since; return the profile's settings and its region."""
-        import botocore.session  # pyright: ignore[reportMissingTypeStubs]
+        import botocore.session  # pyright: ignore[reportMissingTypeStubs] - it has none
 
         session: Any = botocore.session.Session(profile=self._profile)
         self._credentials: Any = session.get_credentials()
@@ -145,8 +145,8 @@ class _AwsProfile:
         Raises:
             ValueError: there are none, or the login has ended.
         """
-        from botocore.credentials import RefreshableCredentials  # pyright: ignore[reportMissingTypeStubs]
-        from botocore.exceptions import BotoCoreError  # pyright: ignore[reportMissingTypeStubs]
+        from botocore.credentials import RefreshableCredentials  # pyright: ignore[reportMissingTypeStubs] - it has none
+        from botocore.exceptions import BotoCoreError  # pyright: ignore[reportMissingTypeStubs] - it has none
 
         try:
             if not isinstance(self._credentials, RefreshableCredentials):
