@@ -52,6 +52,15 @@ class _TransferOptions:
     """Optimizer steps; the learning rate drops at the same shares of them."""
     lr: float | None = None
     """Peak learning rate."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises."""
+    optimizer: Literal["sgd", "adamw"] | None = None
+    """What takes the steps. `adamw`, which vision transformers need, brings learning rate, weight decay and layer decay
+    of its own, unless they are given."""
+    weight_decay: float | None = None
+    """Decay of the weights, in proportion to the learning rate."""
+    layer_decay: float | None = None
+    """Learning rate of each stage or block of the encoder, divided by that of the one above it."""
     max_malformed: float = 0.01
     """Share of the images that may be left out since they, or what is marked in them, cannot be used."""
     save_every_steps: int = 500
@@ -71,16 +80,29 @@ class _TransferOptions:
             "batch_size": self.batch_size,
             "steps": self.steps,
             "lr": self.lr,
+            "layer_decay": self.layer_decay,
             "threads": self.threads,
             **more,
         }
         for name, value in numbers.items():
             if value is not None:
                 positive(name.replace("_", "-"), value)
+        for name, value in (("warmup-steps", self.warmup_steps), ("weight-decay", self.weight_decay)):
+            if value is not None and value < 0:
+                raise ValueError(f"--{name} is {value:g}, but must be 0 or more")
+        if self.layer_decay is not None and self.layer_decay > 1:
+            raise ValueError(
+                f"--layer-decay is {self.layer_decay:g}, so the first layers would change most: give at most 1"
+            )
         if not 0 <= self.max_malformed <= 1:
             raise ValueError(f"--max-malformed is {self.max_malformed}, but must be a share: between 0 and 1")
         if not self.init or len(set(self.init)) < len(self.init):
             raise ValueError(f"--init {' '.join(self.init)}: give one or more, each once")
+
+    def _steps(self) -> dict[str, object]:
+        """Return what is given on how steps are taken."""
+        names = ("lr", "warmup_steps", "optimizer", "weight_decay", "layer_decay")
+        return {name: getattr(self, name) for name in names}
 
     def _note(self, left_out: "Sequence[Malformed]", num_left: int, where: str, what: str) -> list[str]:
         """Return lines on what is left out, and print them. Raises ValueError: it is more than --max-malformed."""
@@ -103,7 +125,9 @@ class _TransferOptions:
             print(f"note: {note}", file=sys.stderr)
         return [note]
 
-    def _compare(self, name: str, preset: TransferPreset, train: Any, test: Any, notes: list[str]) -> int:
+    def _compare(
+        self, name: str, preset: TransferPreset, train: Any, test: Any, notes: list[str], *, compiles: bool = False
+    ) -> int:
         """Train, test, print and write; return the exit code."""
         Path(self.out).mkdir(parents=True, exist_ok=True)
         from moco_fast.transfer.compare import Comparison, as_tables, compare, open_inits, say_notes
@@ -116,7 +140,7 @@ class _TransferOptions:
         trainings_of: Any = DetectorTrainings if detects else SegmenterTrainings
         with place(None, device=self.device, precision=self.precision) as (device, world, precision):
             threads = self.threads or min(16, available_cpus(world.local_world_size))
-            machine = Machine(device=device, world=world, precision=precision, threads=threads)
+            machine = Machine(device=device, world=world, precision=precision, threads=threads, compiles=compiles)
             trainings = trainings_of(
                 train,
                 test,
@@ -221,7 +245,7 @@ class Detect(_TransferOptions):
             for value in values or ():
                 positive(name, value)
         lists = {"sides": self.sides, "anchor_sizes": self.anchor_sizes, "train": self.train, "test": self.test}
-        given = {"lr": self.lr, "repeat_threshold": self.repeat_threshold, **own, **lists}
+        given = {**self._steps(), "repeat_threshold": self.repeat_threshold, **own, **lists}
         preset = settled(PRESETS[self.preset], given, batch_size=self.batch_size, steps=self.steps)
         if preset.batch_size % preset.group:
             raise ValueError(
@@ -244,8 +268,12 @@ class Segment(_TransferOptions):
     """Whose settings are taken; what is unset is the preset's (`moco-fast transfer presets`)."""
     crop: int | None = None
     """Height and width of training images in pixels."""
+    head: Literal["fcn", "deeplabv3"] | None = None
+    """What scores the pixels: the paper's two convolutions, or DeepLabV3's head. Unset: the preset's, `fcn`."""
     scales: tuple[float, float] | None = None
     """What the size of a training image is multiplied with, at least and at most."""
+    compile: bool = False
+    """Compile what trains, by torch; the test runs as it is, for its images differ in size."""
 
     def execute(self) -> int:
         """Train, test, print and write; return the exit code."""
@@ -258,14 +286,15 @@ class Segment(_TransferOptions):
             if not len(each):
                 raise ValueError(f"all images of {each.where} are left out: there is nothing to train or to test on")
         notes += self._note_shared((each.image for each in train.images), (each.image for each in test.images))
-        return self._compare(self.preset, preset, train, test, notes)
+        return self._compare(self.preset, preset, train, test, notes, compiles=self.compile)
 
     def _preset(self) -> SegmentPreset:
         """Return the preset with the options. Raises ValueError: one that cannot be."""
         self._check(crop=self.crop)
         if self.scales is not None and not 0 < self.scales[0] <= self.scales[1]:
             raise ValueError(f"--scales {self.scales[0]:g} {self.scales[1]:g}: give two above 0, the smaller one first")
-        given = {"lr": self.lr, "crop": self.crop, "scales": self.scales, "train": self.train, "test": self.test}
+        own = {"crop": self.crop, "scales": self.scales, "head": self.head}
+        given = {**self._steps(), **own, "train": self.train, "test": self.test}
         return settled(SEGMENT_PRESETS[self.preset], given, batch_size=self.batch_size, steps=self.steps)
 
 

@@ -12,7 +12,7 @@ from moco_fast.config import OptimConfig
 from moco_fast.optimizers.apex import apex_optimizer
 from moco_fast.optimizers.lars import Lars
 
-__all__ = ["build_optimizer", "build_sgd", "load_optimizer_tensors", "optimizer_tensors"]
+__all__ = ["build_adamw", "build_optimizer", "build_sgd", "load_optimizer_tensors", "optimizer_tensors"]
 
 
 def build_optimizer(module: nn.Module, optim: OptimConfig, *, constant_lr: tuple[str, ...] = ()) -> Optimizer:
@@ -33,7 +33,7 @@ def build_optimizer(module: nn.Module, optim: OptimConfig, *, constant_lr: tuple
         case "sgd":
             return build_sgd(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
         case "adamw":
-            return AdamW(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+            return build_adamw(parameters, lr=optim.lr, weight_decay=optim.weight_decay, betas=optim.betas)
         case "lamb":
             # Clipping is a separate step, for all optimizers.
             options: dict[str, Any] = {"betas": optim.betas, "weight_decay": optim.weight_decay, "max_grad_norm": None}
@@ -41,6 +41,13 @@ def build_optimizer(module: nn.Module, optim: OptimConfig, *, constant_lr: tuple
         case "lars":
             momentum, trust = optim.momentum, optim.trust
             return Lars(parameters, lr=optim.lr, momentum=momentum, weight_decay=optim.weight_decay, trust=trust)
+
+
+def build_adamw(
+    groups: list[dict[str, Any]], *, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)
+) -> AdamW:
+    """Build torch's fused AdamW of groups of parameters."""
+    return AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 def build_sgd(

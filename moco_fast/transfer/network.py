@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -28,6 +29,7 @@ from moco_fast.transfer.heads import (
     RegionHeads,
     box_loss,
 )
+from moco_fast.transfer.plain_vit import SimplePyramid
 from moco_fast.transfer.presets import DetectPreset
 from moco_fast.transfer.trunks import Pyramid, ReducedTrunk, Trunk
 
@@ -39,7 +41,7 @@ _FPN_DIVISOR = 32
 
 
 def build_detector(encoder: Encoder, preset: DetectPreset, *, num_classes: int, seed: int) -> GeneralizedRCNN:
-    """Build a detector on a copy of a ResNet.
+    """Build a detector on a copy of a ResNet, or one with a pyramid on a copy of a plain vision transformer.
 
     In training it takes images and targets and gives losses by name; in evaluation it takes images and gives boxes,
     labels (from 1), scores and, if the preset says so, masks of the boxes (28 cells wide, 14 for C4). Images are
@@ -52,7 +54,7 @@ def build_detector(encoder: Encoder, preset: DetectPreset, *, num_classes: int, 
         seed: of the weights that the encoder does not have.
 
     Raises:
-        ValueError: the encoder is not a ResNet, or one that this detector cannot be built of.
+        ValueError: this detector cannot be built of the encoder.
     """
     pixels = copy.deepcopy(encoder)
     network: Any = pixels.backbone
@@ -61,7 +63,7 @@ def build_detector(encoder: Encoder, preset: DetectPreset, *, num_classes: int, 
         torch.manual_seed(seed)
         build = {"c4": _c4, "c5": _c5, "fpn": _fpn}[preset.head]
         trunk, heads = build(network, encoder, preset, num_classes)
-        is_pyramid = isinstance(trunk, Pyramid)
+        is_pyramid = isinstance(trunk, Pyramid | SimplePyramid)
         sizes = [(size,) for size in preset.anchor_sizes] if is_pyramid else [preset.anchor_sizes]
         strides = trunk.strides if is_pyramid else [trunk.stride]
         if len(sizes) != len(strides):
@@ -103,9 +105,12 @@ def _c5(network: Any, encoder: Encoder, preset: DetectPreset, num_classes: int) 
     return trunk, heads
 
 
-def _fpn(network: Any, encoder: Encoder, preset: DetectPreset, num_classes: int) -> tuple[Trunk, RegionHeads]:
+def _fpn(
+    network: Any, encoder: Encoder, preset: DetectPreset, num_classes: int
+) -> tuple[Pyramid | SimplePyramid, RegionHeads]:
     """A pyramid; four convolutions with batch norm and a hidden layer look at regions, four convolutions at masks."""
-    trunk = Pyramid(network, encoder.channels)
+    is_transformer = isinstance(network, VisionTransformer)
+    trunk = SimplePyramid(network) if is_transformer else Pyramid(network, encoder.channels)
     width, strides = trunk.out_channels, trunk.strides[:4]
     head = FastRCNNConvFCHead((width, 7, 7), [256] * 4, [_HIDDEN], norm_layer=nn.BatchNorm2d)
     for layer in head.modules():

@@ -41,7 +41,11 @@ class TransferPreset:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     decays_norms: bool = False
-    """Whether the parameters of batch norm decay, too."""
+    """Whether the parameters of normalization layers decay, too."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """What takes the steps: SGD trains ResNets, AdamW vision transformers."""
+    layer_decay: float = 1.0
+    """Learning rate of each stage or block of the encoder, divided by that of the one above it."""
     precise_batches: int = 0
     """Batches that the statistics of batch norm are averaged over before the test; 0: they stay as trained."""
 
@@ -97,7 +101,9 @@ class SegmentPreset(TransferPreset):
     warmup_steps: int = 0
     """Steps in which the learning rate rises linearly, from a thousandth."""
     decays_norms: bool = True
-    """Whether the parameters of batch norm decay, too."""
+    """Whether the parameters of normalization layers decay, too."""
+    head: Literal["fcn", "deeplabv3"] = "fcn"
+    """What scores the cells of the last map."""
 
 
 _VOC = DetectPreset(
@@ -195,6 +201,18 @@ SEGMENT_PRESETS: dict[str, SegmentPreset] = {
 """Of segmentation, by name."""
 
 
+# Of the detectors by facebookresearch/detectron2 (projects/ViTDet/configs/COCO/mask_rcnn_vitdet_b_100ep.py), for 64
+# images, and of networks that name pixels by open-mmlab/mmsegmentation (configs/mae, ADE20K); both are for a ViT-B.
+_ADAMW_DETECT = {"lr": 1e-4 * 16 / 64, "weight_decay": 0.1, "layer_decay": 0.7}
+_ADAMW_SEGMENT = {
+    "lr": 1e-4,
+    "weight_decay": 0.05,
+    "layer_decay": 0.65,
+    "warmup_steps": 1_500,
+    "decays_norms": False,
+}
+
+
 def settled(
     preset: T,
     given: Mapping[str, object] = MappingProxyType({}),
@@ -204,10 +222,15 @@ def settled(
 ) -> T:
     """Return a preset with what a user gives in place of its own values; None: its own.
 
+    With AdamW in place of SGD, learning rate, weight decay and layer decay are those that others train vision
+    transformers with, unless they are given.
+
     With another batch size, learning rate, steps and warm-up follow unless they are given, so that as many images are
     seen and each counts as much (Goyal et al. 2017; `auto_scale_workers` of detectron2).
     """
     chosen = {name: value for name, value in given.items() if value is not None}
+    if chosen.get("optimizer", preset.optimizer) != preset.optimizer:
+        preset = replace(preset, **(_ADAMW_DETECT if isinstance(preset, DetectPreset) else _ADAMW_SEGMENT))
     if batch_size is not None:
         scale = batch_size / preset.batch_size
         steps = steps or round(preset.steps / scale)

@@ -1,6 +1,5 @@
-"""Semantic segmentation as a transfer task: the paper's dilated FCN, its images, and mean intersection over union."""
+"""Semantic segmentation as a transfer task: its images, and mean intersection over union."""
 
-import copy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -9,76 +8,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as v2
 
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.base import FigureInfo
 from moco_fast.transfer.order import crop_draws
+from moco_fast.transfer.pixel_network import PixelNetwork
 from moco_fast.transfer.pixel_sets import OPEN, PixelSet, read_pixels
 from moco_fast.transfer.presets import SegmentPreset
 from moco_fast.transfer.shuffled import ShuffledImages, ahead
 from moco_fast.transfer.training import Machine, NetworkTrainings
-from moco_fast.transfer.trunks import Trunk, dilate
 
-__all__ = ["DilatedFCN", "PixelBatch", "SegmenterTrainings", "TrainingCrops", "confusion_of"]
-
-_WIDTH, _DILATION = 256, 6
-
-
-class DilatedFCN(nn.Module):
-    """ResNet with a dilated last stage, two 3x3 convolutions with dilation 6, and scores (appendix A.5 of MoCo).
-
-    Args:
-        encoder: whose backbone and normalization of pixels it has; it is copied.
-        num_classes: K.
-        seed: of the weights that the encoder does not have.
-
-    Raises:
-        ValueError: the encoder is not a ResNet, or its last stage cannot be dilated.
-    """
-
-    def __init__(self, encoder: Encoder, num_classes: int, *, seed: int) -> None:
-        super().__init__()
-        self.pixels = copy.deepcopy(encoder)
-        backbone: Any = self.pixels.backbone
-        self.pixels.backbone, self.pixels.head, self.pixels.predictor = nn.Identity(), nn.Identity(), None
-        if hasattr(backbone, "layer4"):
-            dilate(backbone.layer4)
-        self.backbone = Trunk(backbone, encoder.channels, num_stages=4)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            layers: list[nn.Module] = []
-            for channels in (self.backbone.out_channels, _WIDTH):
-                conv = nn.Conv2d(channels, _WIDTH, 3, padding=_DILATION, dilation=_DILATION, bias=False)
-                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-                layers += [conv, nn.BatchNorm2d(_WIDTH), nn.ReLU(inplace=True)]
-            score = nn.Conv2d(_WIDTH, num_classes, 1)
-            nn.init.normal_(score.weight, std=0.01)
-            assert score.bias is not None
-            nn.init.zeros_(score.bias)
-            self.head = nn.Sequential(*layers, score)
-        self.requires_grad_(True)
-
-    def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
-        """Name the class of each pixel.
-
-        Args:
-            images: (B, 3, H, W) uint8.
-            targets: (B, H, W) uint8, `OPEN` where it does not count; in training.
-
-        Returns:
-            in training the loss by name, else (B, K, H, W) float32 scores.
-        """
-        scores = self.head(self.backbone(self.pixels.normalize(images))).float()
-        scores = F.interpolate(scores, size=images.shape[2:], mode="bilinear", align_corners=False)
-        if targets is None:
-            return scores
-        wanted = targets.long()
-        # The mean over the pixels that count; a crop may have none.
-        total = F.cross_entropy(scores, wanted, ignore_index=OPEN, reduction="sum")
-        return {"loss_pixels": total / (wanted != OPEN).sum().clamp(min=1)}
+__all__ = ["PixelBatch", "SegmenterTrainings", "TrainingCrops", "confusion_of"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,15 +113,19 @@ def cropped(
 
 
 class SegmenterTrainings(NetworkTrainings):
-    """Trainings of dilated FCNs. Arguments as of `NetworkTrainings`."""
+    """Trainings of networks that name pixels. Arguments as of `NetworkTrainings`."""
 
     def __init__(self, train: PixelSet, test: PixelSet, preset: SegmentPreset, machine: Machine, **more: Any) -> None:
+        if preset.head == "deeplabv3" and preset.batch_size == 1:
+            raise ValueError(
+                "--head deeplabv3 normalizes one value per image, which has no spread with --batch-size 1: give more"
+            )
         super().__init__(train, test, preset, machine, **more)
         self._learned, self._tested, self._preset = train, test, preset
 
     def build(self, encoder: Encoder, *, seed: int) -> nn.Module:
         """Build the network."""
-        return DilatedFCN(encoder, len(self._learned.class_names), seed=seed)
+        return PixelNetwork(encoder, self._preset, num_classes=len(self._learned.class_names), seed=seed)
 
     def images(self, encoder: Encoder, *, seed: int) -> TrainingCrops:
         """Open this rank's batches of crops; beyond images is the encoder's mean color."""

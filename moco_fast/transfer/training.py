@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] - no public name
 from torch.optim import Optimizer
 
 from moco_fast.checkpoint import Checkpoint, part
@@ -22,7 +21,8 @@ from moco_fast.evaluation.saving import SavedTraining
 from moco_fast.evaluation.training import SteppedWork, on_all_ranks, refusing_alone
 from moco_fast.interrupt import StoppedError
 from moco_fast.methods.batchnorm import use_statistics_of_all_ranks
-from moco_fast.optimizers.optim import build_sgd, load_optimizer_tensors, optimizer_tensors
+from moco_fast.optimizers.optim import load_optimizer_tensors, optimizer_tensors
+from moco_fast.transfer.optimizing import build_network_optimizer, lr_at, set_lr
 from moco_fast.transfer.precise import set_precise_statistics
 from moco_fast.transfer.presets import TransferPreset
 from pipelines.world import World
@@ -36,8 +36,6 @@ __all__ = [
     "NetworkTrainings",
     "Start",
     "Trained",
-    "build_network_optimizer",
-    "lr_at",
     "sum_of_ranks",
 ]
 
@@ -54,6 +52,8 @@ class Machine:
     precision: str = "fp32"
     threads: int = 4
     """That decode, for this rank."""
+    compiles: bool = False
+    """Whether torch compiles what trains, for batches of one size."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context in which the network computes in the precision."""
@@ -229,6 +229,7 @@ class NetworkTrainings(SteppedWork, ABC):
             "preset": asdict(self._how),
             "data": [self.train_set.identity, self.test_set.identity],
             "precision": self._machine.precision,
+            "compiles": self._machine.compiles,
             "seed": seed,
         }
         saved = SavedTraining(saving, name, known, world=self._machine.world, device=self._machine.device)
@@ -292,7 +293,9 @@ class NetworkTrainings(SteppedWork, ABC):
 
     def _take_steps(self, state: _NetworkState, batches: Generator[Any], saved: SavedTraining) -> None:
         preset = self._how
-        parallel = on_all_ranks(state.model, self._machine.world)
+        parallel: Any = on_all_ranks(state.model, self._machine.world)
+        if self._machine.compiles:
+            parallel = torch.compile(parallel)
         every = max(1, preset.steps // _CURVE_POINTS)
         while state.step < preset.steps:
             self._step(state, parallel, next(batches))
@@ -329,9 +332,7 @@ class NetworkTrainings(SteppedWork, ABC):
             )
 
     def _step(self, state: _NetworkState, parallel: nn.Module, batch: Any) -> None:
-        rate = lr_at(self._how, state.step)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
+        set_lr(state.optimizer, lr_at(self._how, state.step))
         with self._machine.autocast():
             losses: dict[str, Tensor] = parallel(batch.images, batch.targets)
         loss = torch.stack(list(losses.values())).sum()
@@ -375,22 +376,6 @@ class NetworkTrainings(SteppedWork, ABC):
 
 def _is_finite(model: nn.Module) -> bool:
     return all(value.isfinite().all().item() for value in model.state_dict().values())
-
-
-def lr_at(preset: TransferPreset, step: int) -> float:
-    """Return the learning rate of a step, from 0 (WarmupMultiStepLR of detectron2)."""
-    rising = min(1.0, step / preset.warmup_steps) if preset.warmup_steps else 1.0
-    drops = sum(step >= round(share * preset.steps) for share in preset.drops)
-    return preset.lr * 0.1**drops * (0.001 * (1 - rising) + rising)
-
-
-def build_network_optimizer(model: nn.Module, preset: TransferPreset) -> Optimizer:
-    """Build SGD of all parameters; those of batch norm decay if the preset says so."""
-    norms = [value for layer in model.modules() if isinstance(layer, _BatchNorm) for value in layer.parameters()]
-    spared = set(map(id, norms))
-    others = [value for value in model.parameters() if id(value) not in spared]
-    groups = [{"params": others}, {"params": norms, "weight_decay": preset.weight_decay * preset.decays_norms}]
-    return build_sgd(groups, lr=preset.lr, momentum=preset.momentum, weight_decay=preset.weight_decay)
 
 
 def sum_of_ranks(number: int, world: World) -> int:

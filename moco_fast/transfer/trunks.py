@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-__all__ = ["Pyramid", "ReducedTrunk", "Trunk", "dilate"]
+__all__ = ["DilatedTrunk", "Pyramid", "ReducedTrunk", "Trunk"]
 
 _STEM = ("conv1", "bn1", "act1", "maxpool")
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -30,7 +30,10 @@ class Trunk(nn.Module):
     def __init__(self, backbone: nn.Module, channels: int, *, num_stages: int) -> None:
         super().__init__()
         if not all(hasattr(backbone, name) for name in (*_STEM, *_STAGES)):
-            raise ValueError(f"a detector is built of a ResNet's stages, and this is a {type(backbone).__name__}")
+            raise ValueError(
+                f"this network is built of a ResNet's stages, and this is a {type(backbone).__name__}; of a plain "
+                "vision transformer, detectors with a pyramid (fpn) and networks that name pixels are built"
+            )
         self.steps = (*_STEM, *_STAGES[:num_stages])
         for name in self.steps:
             setattr(self, name, getattr(backbone, name))
@@ -70,32 +73,49 @@ class Trunk(nn.Module):
 
 
 def dilate(stage: nn.Module) -> None:
-    """Give a ResNet's stage stride 1 and its 3x3 convolutions dilation 2, in place (RES5_DILATION of detectron2).
+    """Give a ResNet's stage stride 1 and its 3x3 convolutions dilation 2, in place.
 
     Raises:
-        ValueError: its shortcuts pool, so that there is no stride to take away.
+        ValueError: it pools, so that there is another stride than that of convolutions.
     """
     for name, layer in stage.named_modules():
-        if isinstance(layer, nn.AvgPool2d | nn.MaxPool2d) and layer.stride not in (1, (1, 1)):
-            raise ValueError(f"{name} of the last stage pools, so it cannot be dilated: take a ResNet without pooling")
         if isinstance(layer, nn.Conv2d):
             layer.stride = (1, 1)
             if layer.kernel_size == (3, 3):
                 layer.dilation = layer.padding = (2, 2)
+        elif not [*layer.children()] and getattr(layer, "stride", 1) not in (1, (1, 1)):
+            raise ValueError(f"{name} of the last stage pools, so it cannot be dilated: take a ResNet without pooling")
 
 
-class ReducedTrunk(Trunk):
-    """ResNet with a dilated last stage, then a 3x3 convolution with batch norm to 512 channels (appendix A.1 of MoCo).
+class DilatedTrunk(Trunk):
+    """All stages of a ResNet, the last one dilated in place of a stride (RES5_DILATION of detectron2).
 
     Args:
-        backbone: timm's ResNet, whose last stage is changed.
+        backbone: timm's ResNet, whose last stage is changed: stride 1, and 3x3 convolutions with dilation 2.
         channels: of the images.
+
+    Raises:
+        ValueError: it is not a ResNet, or its last stage pools.
     """
 
     def __init__(self, backbone: Any, channels: int) -> None:
         if hasattr(backbone, "layer4"):
             dilate(backbone.layer4)
         super().__init__(backbone, channels, num_stages=4)
+
+    def covered(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width of what the map covers, in pixels of the image."""
+        return height, width
+
+
+class ReducedTrunk(DilatedTrunk):
+    """ResNet with a dilated last stage, then a 3x3 convolution with batch norm to 512 channels (appendix A.1 of MoCo).
+
+    Arguments as of `DilatedTrunk`.
+    """
+
+    def __init__(self, backbone: Any, channels: int) -> None:
+        super().__init__(backbone, channels)
         conv = nn.Conv2d(self.out_channels, 512, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         self.reduce = nn.Sequential(conv, nn.BatchNorm2d(512), nn.ReLU(inplace=True))

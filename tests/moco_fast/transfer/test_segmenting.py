@@ -10,23 +10,22 @@ from PIL import Image
 from torch import nn
 
 from moco_fast.cli import main
-from moco_fast.encoders.encoder import build_backbone
-from moco_fast.encoders.formats.base import digest_of, without_head
+from moco_fast.encoders.formats.base import digest_of
 from moco_fast.evaluation.result import read_results
 from moco_fast.interrupt import StoppedError
+from moco_fast.transfer.optimizing import lr_at
 from moco_fast.transfer.pixel_sets import OPEN, read_pixel_sets, read_pixels
-from moco_fast.transfer.presets import SEGMENT_PRESETS
+from moco_fast.transfer.presets import SEGMENT_PRESETS, settled
 from moco_fast.transfer.segmenting import (
-    DilatedFCN,
     SegmenterTrainings,
     TrainingCrops,
     confusion_of,
     cropped,
 )
-from moco_fast.transfer.training import Machine, Start, lr_at
+from moco_fast.transfer.training import Machine, Start
 from pipelines.world import World
 from tests.moco_fast.transfer.pixel_shapes import COLORS, write_cityscapes, write_voc_pixels
-from tests.moco_fast.transfer.tiny import tiny_resnet
+from tests.moco_fast.transfer.tiny import tiny_resnet, tiny_vit
 
 CPU = torch.device("cpu")
 TINY_PIXELS = replace(SEGMENT_PRESETS["voc-semantic"], batch_size=4, steps=6, lr=0.05, crop=48, scales=(0.8, 1.5))
@@ -44,36 +43,12 @@ def trainings(folder: Path, sets, preset=TINY_PIXELS, machine=None) -> Segmenter
     return SegmenterTrainings(*sets, preset, machine, **more)
 
 
-def start() -> Start:
-    encoder = tiny_resnet()
+VIT_PIXELS = settled(TINY_PIXELS, {"optimizer": "adamw", "head": "deeplabv3", "lr": 1e-3, "warmup_steps": 0})
+
+
+def start(build=tiny_resnet) -> Start:
+    encoder = build()
     return Start(name="tiny", encoder=encoder, digest=digest_of(encoder))
-
-
-def test_the_network_is_that_of_the_papers_appendix() -> None:
-    with torch.device("meta"):
-        network = DilatedFCN(without_head(build_backbone("resnet50"), 2048), 21, seed=0)
-    assert network.backbone.strides == [4, 8, 16, 16]
-    convs = [layer for layer in network.backbone.layer4.modules() if isinstance(layer, nn.Conv2d)]
-    assert {layer.stride for layer in convs} == {(1, 1)}
-    assert {layer.dilation for layer in convs if layer.kernel_size == (3, 3)} == {(2, 2)}
-    first, norm, _, second, _, _, last = network.head
-    assert (tuple(first.weight.shape), first.dilation, first.bias) == ((256, 2048, 3, 3), (6, 6), None)
-    assert (tuple(second.weight.shape), second.dilation) == ((256, 256, 3, 3), (6, 6))
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert tuple(last.weight.shape) == (21, 256, 1, 1)
-    assert all(value.requires_grad for value in network.parameters())
-
-
-def test_the_loss_is_the_mean_over_the_pixels_that_count() -> None:
-    network = DilatedFCN(tiny_resnet(), 4, seed=0).eval()
-    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
-    targets = torch.randint(0, 4, (2, 32, 48), dtype=torch.uint8)
-    targets[:, :10] = OPEN
-    scores = network(images)
-    assert scores.shape == (2, 4, 32, 48)
-    likely = scores.log_softmax(1)[:, :, 10:].gather(1, targets[:, None, 10:].long())
-    torch.testing.assert_close(network(images, targets)["loss_pixels"], -likely.mean())
-    assert network(images, torch.full_like(targets, OPEN))["loss_pixels"].item() == 0
 
 
 def test_classes_of_voc_are_those_of_the_palette(tmp_path) -> None:
@@ -203,20 +178,42 @@ def test_ranks_share_a_test(tmp_path, run_ranks) -> None:
         assert torch.equal(counts, alone)
 
 
-def test_a_stopped_training_of_pixels_goes_on_to_the_same_bits(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(("build", "preset"), [(tiny_resnet, TINY_PIXELS), (tiny_vit, VIT_PIXELS)])
+def test_a_stopped_training_of_pixels_goes_on_to_the_same_bits(tmp_path, monkeypatch, build, preset) -> None:
     sets = two_sets(tmp_path, train=9, test=2)
-    with trainings(tmp_path / "whole", sets) as whole:
-        wanted = whole.run(start(), seed=1)
+    with trainings(tmp_path / "whole", sets, preset) as whole:
+        wanted = whole.run(start(build), seed=1)
     for num_polls in (2, 4 + 1):  # In training, and with the first test image.
-        with trainings(tmp_path / "stopped", sets) as stopped:
+        with trainings(tmp_path / "stopped", sets, preset) as stopped:
             left = iter([0] * (num_polls - 1) + [SIGTERM])
             monkeypatch.setattr(stopped._stop, "poll", left.__next__)
             with pytest.raises(StoppedError):
-                stopped.run(start(), seed=1)
-    with trainings(tmp_path / "stopped", sets) as last:
-        assert asdict(last.run(start(), seed=1)) == asdict(wanted)
+                stopped.run(start(build), seed=1)
+    with trainings(tmp_path / "stopped", sets, preset) as last:
+        assert asdict(last.run(start(build), seed=1)) == asdict(wanted)
     files = [next((tmp_path / name / "trained").iterdir()) for name in ("whole", "stopped")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_compiled_network_learns_the_same(tmp_path, monkeypatch) -> None:
+    compiled = []
+
+    def without_kernels(network, backend="aot_eager"):
+        compiled.append(network)
+        return torch._dynamo.optimize(backend)(network)
+
+    monkeypatch.setattr(torch, "compile", without_kernels)
+    sets = two_sets(tmp_path, train=9, test=2)
+    found = []
+    for name, compiles in (("eager", False), ("compiled", True)):
+        machine = Machine(device=CPU, threads=1, compiles=compiles)
+        with trainings(tmp_path / name, sets, replace(TINY_PIXELS, steps=3), machine) as training:
+            found.append(training.run(start(), seed=1))
+    assert len(compiled) == 1
+    assert [loss for _, loss in found[1].curve] == pytest.approx([loss for _, loss in found[0].curve], rel=1e-4)
+    assert found[1].figures == pytest.approx(found[0].figures, rel=1e-2)
+    # One training is not taken for the other.
+    assert len({path.name for path in tmp_path.glob("*/trained/*")}) == 2
 
 
 def test_a_tiny_network_learns_to_name_pixels(tmp_path) -> None:
@@ -252,6 +249,46 @@ def test_presets_of_segmentation_take_two_steps_and_are_tested(preset, tmp_path,
     assert list(result.figures) == ["mIoU", "accuracy"]
     rows = list(csv.DictReader((tmp_path / "out" / "per-class.csv").read_text().splitlines()))
     assert list(rows[0]) == ["init", "seed", "class", "pixels", "IoU"]
+
+
+def pixels(folder: Path, *words: str) -> int:
+    given = [
+        "--data",
+        str(folder / "data"),
+        "--init",
+        "random",
+        "--preset",
+        "voc-semantic",
+        "--out",
+        str(folder / "out"),
+    ]
+    return main(["transfer", "segment", *given, "--device", "cpu", "--threads", "1", "--batch-size", "2", *words])
+
+
+def test_a_vision_transformer_names_pixels_by_adamw_alone(tmp_path, capsys) -> None:
+    write_voc_pixels(tmp_path / "data" / "VOC2012", {"train_aug": 4, "val": 2})
+    vit = ["--network", "vit_tiny_patch16_224", "--steps", "2", "--crop", "40"]
+    assert pixels(tmp_path, *vit) == 2
+    assert "give --optimizer adamw" in capsys.readouterr().err
+    assert pixels(tmp_path, *vit, "--optimizer", "adamw", "--head", "deeplabv3") == 0
+    [result] = read_results(tmp_path / "out" / "results.json")
+    settings = {name: result.settings[name] for name in ("optimizer", "lr", "layer_decay", "head")}
+    assert settings == {"optimizer": "adamw", "lr": 1e-4 / 8, "layer_decay": 0.65, "head": "deeplabv3"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--head", "deeplabv3", "--batch-size", "1"], "normalizes one value per image"),
+        (["--layer-decay", "1.5"], "--layer-decay is 1.5, so the first layers would change most"),
+        (["--warmup-steps", "-1"], "--warmup-steps is -1, but must be 0 or more"),
+        (["--weight-decay", "-0.5"], "--weight-decay is -0.5, but must be 0 or more"),
+    ],
+)
+def test_how_steps_cannot_be_taken_is_said_before_any(tmp_path, capsys, words, message) -> None:
+    write_voc_pixels(tmp_path / "data" / "VOC2012", {"train_aug": 2, "val": 1})
+    assert pixels(tmp_path, "--network", "resnet18_quarter", *words) == 2
+    assert message in capsys.readouterr().err
 
 
 BROKEN = {

@@ -15,7 +15,7 @@ from moco_fast.transfer.loader import HeldOutImages, TrainingImages
 from moco_fast.transfer.metrics import voc_precision
 from moco_fast.transfer.network import build_detector
 from moco_fast.transfer.precise import set_precise_statistics
-from moco_fast.transfer.training import Machine, Start, build_network_optimizer, lr_at
+from moco_fast.transfer.training import Machine, Start
 from pipelines.world import World
 from tests.moco_fast.transfer.tiny import TINY, tiny_resnet, two_sets
 
@@ -238,28 +238,6 @@ def test_test_images_are_in_the_size_of_the_test_and_say_the_way_back(tmp_path) 
         found = test.images[each.number]
         assert (width * each.scale[0], height * each.scale[1]) == pytest.approx((found.width, found.height))
         assert max(height, width) == 100
-
-
-def test_the_learning_rate_is_that_of_the_authors_configuration() -> None:
-    from moco_fast.transfer.presets import PRESETS
-
-    preset = PRESETS["voc-c4"]
-    rates = {step: lr_at(preset, step) for step in (0, 50, 100, 17_999, 18_000, 21_999, 22_000, 23_999)}
-    wanted = [0.02 / 1000, 0.02 * (0.5 / 1000 + 0.5), 0.02, 0.02, 0.002, 0.002, 0.0002, 0.0002]
-    assert list(rates.values()) == pytest.approx(wanted)
-
-
-def test_batch_norm_does_not_decay_and_everything_is_trained() -> None:
-    detector = build_detector(tiny_resnet(), TINY, num_classes=3, seed=0)
-    decays = {
-        id(value): group["weight_decay"]
-        for group in build_network_optimizer(detector, TINY).param_groups
-        for value in group["params"]
-    }
-    for name, value in detector.named_parameters():
-        is_norm = "bn" in name or "norm" in name or "downsample.1" in name
-        assert decays[id(value)] == (0.0 if is_norm else 1e-4)
-    assert len(decays) == len(list(detector.parameters()))
 
 
 def test_precise_statistics_are_means_over_batches() -> None:
