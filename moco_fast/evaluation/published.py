@@ -248,6 +248,10 @@ def _task(result: Result) -> str:
     # The authors' demo compares the head's output, at another temperature.
     if result.task == "knn" and (result.settings["layer"], result.settings["temperature"][0]) == ("head", 0.1):
         return "knn demo"
+    if result.task in ("detect", "segment"):
+        # The published rows of a preset are of its own head and optimizer.
+        other = [result.settings.get(name) for name in ("head", "optimizer")]
+        return " ".join([result.task, result.protocol, *(each for each in other if each in ("deeplabv3", "adamw"))])
     scratch = " from scratch" if result.settings.get("from_scratch") else ""
     # v2's linear protocol is v1's.
     return f"{result.task} {'v1' if result.protocol == 'v2' else result.protocol}".rstrip() + scratch

@@ -171,6 +171,11 @@ def test_a_result_of_the_benchmark_stands_beside_the_published_one(devkit, tmp_p
     assert "VOC07+12   detect voc-c4  AP50" in shown
     assert "measured here" in shown
     assert "82.4" in shown
+    told["results"][0]["settings"]["optimizer"] = "adamw"
+    path.write_text(json.dumps(told))
+    shown = beside_published(read_results(path))
+    assert "detect voc-c4 adamw" in shown
+    assert "82.4" not in shown
 
 
 def test_random_and_supervised_weights_are_of_the_network_that_they_are_compared_with(finished_run) -> None:
