@@ -26,7 +26,7 @@ from PIL import Image
 from shards.ground.files import appearing
 from shards.ground.options import ending_quietly, parse_words
 
-__all__ = ["PHOTOGRAPHS", "DemoConfig", "cut_positions", "main", "write_images"]
+__all__ = ["PHOTOGRAPHS", "DemoConfig", "cut_positions", "main", "photograph_path", "write_images"]
 
 PHOTOGRAPHS: dict[str, str] = {
     "astronaut": "astronaut.png",
@@ -85,7 +85,7 @@ def write_images(config: DemoConfig) -> bool:
         if _read_settings(out) == settings:
             return False
         raise ValueError(f"{out} exists and holds something else: remove it or choose another folder")
-    photographs = {name: _photograph_path(file) for name, file in PHOTOGRAPHS.items()}
+    photographs = {name: photograph_path(file) for name, file in PHOTOGRAPHS.items()}
     with appearing(out, durable=False) as aside:
         for name, path in photographs.items():
             with Image.open(path) as photograph:
@@ -135,7 +135,12 @@ def _cut(photograph: Image.Image, name: str, folder: Path, config: DemoConfig) -
             patch.save(target / f"{number:04d}.jpg", quality=95, subsampling=0)
 
 
-def _photograph_path(file: str) -> Path:
+def photograph_path(file: str) -> Path:
+    """Return where scikit-image keeps one of its photographs.
+
+    Raises:
+        ValueError: scikit-image is missing, or does not ship it.
+    """
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
         raise ValueError("the demo's photographs come with scikit-image, which is missing: pip install scikit-image")

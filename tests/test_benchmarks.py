@@ -122,3 +122,32 @@ def test_the_suite_s_page_has_the_table_and_what_was_compared():
     assert "| linear fast | linear top-1 | 50.00% | 25.00% |" in page
     assert "took 60 s (its last start); of the first encoder: linear 3 s." in page
     assert "fast 50.00%, v1 50.50%" in page
+
+
+def test_the_set_of_textured_shapes_has_the_same_objects_as_boxes_and_as_pixels(tmp_path):
+    import numpy as np
+
+    from moco_fast.transfer.pixel_sets import OPEN, read_pixel_sets, read_pixels
+    from moco_fast.transfer.presets import SEGMENT_PRESETS
+    from moco_fast.transfer.voc import find_parts, read_voc
+
+    shapes = load("textured_shapes")
+    shapes.write_set(tmp_path, num_train=6, num_test=3)
+    boxes = [
+        read_voc(find_parts([str(tmp_path)], [f"VOC2012/{part}"], option=""), class_names=shapes.CLASSES)
+        for part in ("trainval", "test")
+    ]
+    pixels = read_pixel_sets([str(tmp_path)], SEGMENT_PRESETS["voc-semantic"])
+    assert [len(each) for each in (*boxes, *pixels)] == [6, 3, 6, 3]
+    assert not any(each.malformed for each in (*boxes, *pixels))
+    for image, there in zip(boxes[0].images, pixels[0].images, strict=True):
+        assert image.path == there.image
+        classes = read_pixels(there, pixels[0].table)[1]
+        covered = np.zeros_like(classes, dtype=bool)
+        for box, number in zip(image.boxes.astype(int), image.classes, strict=True):
+            part = np.s_[box[1] : box[3], box[0] : box[2]]
+            assert set(np.unique(classes[part])) <= {0, number + 1, OPEN}
+            assert (classes[part] != 0).any(axis=0).all()
+            assert (classes[part] != 0).any(axis=1).all()
+            covered[part] = True
+        assert (classes[~covered] == 0).all()

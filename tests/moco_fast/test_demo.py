@@ -52,7 +52,7 @@ def test_writes_every_photograph_in_both_splits(tmp_path: Path) -> None:
 
 def test_patches_are_the_photograph_s_pixels(tmp_path: Path) -> None:
     write_images(small(tmp_path / "images"))
-    with Image.open(demo._photograph_path(PHOTOGRAPHS["coffee"])) as photograph:
+    with Image.open(demo.photograph_path(PHOTOGRAPHS["coffee"])) as photograph:
         pixels = np.asarray(photograph, dtype=int)
     left, top = cut_positions(pixels.shape[1], pixels.shape[0], 64)[1][-1]
     with Image.open(tmp_path / "images" / "val" / "coffee" / "0001.jpg") as image:
