@@ -435,7 +435,10 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def may_change(config: Config) -> dict[str, str]:
-    """Return by dotted name how a field may change between two starts: `freely`, `with a note` or `if allowed`."""
+    """Return by dotted name how a field may change between two starts.
+
+    `freely`, `with a note`, `if allowed`, or `if given`: unset it stays, and another value has to be allowed.
+    """
     found: dict[str, str] = {}
 
     def look(section: object, prefix: str) -> None:

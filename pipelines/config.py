@@ -30,7 +30,9 @@ Color = Literal["torchvision", "linear"]
 FREELY = {"may_change": "freely"}
 """Metadata of a field that may change between two starts of a run: what is computed does not depend on it."""
 WITH_NOTE = {"may_change": "with a note"}
-"""Metadata of a field that may change, and it is said. Without either, --run.allow-changes has to name the field."""
+"""Metadata of a field that may change, and it is said. Without it, --run.allow-changes has to name the field."""
+KEPT = {"may_change": "if given"}
+"""Metadata of a field that keeps its value where it is unset; another one has to be allowed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,9 @@ class DataConfig:
     (s3, gs, az, http), or a .beton. Several with commas between them are one set."""
     batch_size: int = 256
     """Samples in a global step, over all ranks, however many views each gives."""
-    lanes: int = 64
-    """Maximum number of ranges of the set that are read side by side; more lanes mix better. A small set has fewer."""
+    lanes: int | None = field(default=None, metadata=KEPT)
+    """Maximum number of ranges of the set that are read side by side; more lanes mix better. A small set has fewer.
+    Unset: those that the run began with; first 64, or about as many of which each node reads whole ones."""
     window_shards: int = 4
     """Number of shards of a lane, about, among which samples are shuffled."""
     backend: Literal["auto", Backend] = "auto"

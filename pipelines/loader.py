@@ -17,7 +17,7 @@ from pipelines.backends.registry import BACKENDS, STREAMING, choose, choose_num_
 from pipelines.batch import Batch
 from pipelines.config import Backend, DataConfig, ViewsConfig, ViewSpec, tars_to_stream
 from pipelines.plan.draw import draw_views
-from pipelines.plan.order import OrderPlan, check_ranks
+from pipelines.plan.order import OrderPlan, check_ranks, choose_lanes
 from pipelines.plan.part import PartPlan
 from pipelines.plan.steps import EpochSteps, ListedSteps, Steps
 from pipelines.reading.prepare import (
@@ -413,7 +413,7 @@ def _open_epochs(shards: ShardSet, asked: _Asked, among: Indices | None) -> Load
             shard_sizes=shards.shard_sizes,
             seed=asked.seed,
             batch_size=data.batch_size,
-            lanes=data.lanes,
+            lanes=data.lanes or choose_lanes(data.batch_size, world.num_nodes),
             window_shards=data.window_shards,
         )
         shards, num_lanes = cache_for_training(shards, data, plan, world=world), plan.num_lanes

@@ -16,6 +16,11 @@ class World:
     local_world_size: int = 1
     """Those of them on this machine, which share its CPUs and its cache."""
 
+    @property
+    def num_nodes(self) -> int:
+        """Machines, if each has as many processes as this one."""
+        return -(-self.world_size // self.local_world_size)
+
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(

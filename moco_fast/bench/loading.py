@@ -16,7 +16,7 @@ from pipelines.backends.registry import BACKENDS, STREAMING, choose
 from pipelines.batch import Batch
 from pipelines.config import Backend, ViewConfig, ViewsConfig
 from pipelines.loader import Loader
-from pipelines.plan.order import EpochOrder, OrderPlan
+from pipelines.plan.order import EpochOrder, OrderPlan, choose_lanes
 from pipelines.reading.prepare import cache_for_training
 from pipelines.reading.reader import READ_THREADS, Reader
 from pipelines.reading.samples import PendingSamples
@@ -40,7 +40,7 @@ def reading(config: Config, runtime: Runtime, shards: ShardSet) -> Generator[Ite
         shard_sizes=shards.shard_sizes,
         seed=config.run.seed,
         batch_size=data.batch_size,
-        lanes=data.lanes,
+        lanes=data.lanes or choose_lanes(data.batch_size, runtime.world.num_nodes),
         window_shards=data.window_shards,
     )
     # Remote shards are read through the machine's cache, as in a run.

@@ -55,6 +55,10 @@ def compare(
     lines: dict[str, list[str]] = {"freely": [], "with a note": [], "if allowed": [], "allowed": []}
     for name, (old, new) in changes(before, now).items():
         rule = rules.get(name, "if allowed")
+        if rule == "if given":
+            if new is None:
+                continue
+            rule = "if allowed"
         is_asked = rule == "if allowed" and name in names
         lines["allowed" if is_asked else rule].append(f"--{option_name(name)}: {old} -> {new}")
     for option in data_before.keys() & data.keys():

@@ -4,7 +4,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +42,8 @@ from moco_fast.training.runtime import Runtime, start
 from moco_fast.training.schedule import describe_lr, lr_at
 from moco_fast.training.supply import Supply
 from moco_fast.training.trackers import About, Trackers, open_trackers
+from pipelines.config import tars_to_stream
+from pipelines.plan.order import choose_lanes
 
 __all__ = ["begin", "restore", "train"]
 
@@ -105,6 +107,7 @@ def train(config: Config) -> int:
             console.print_notes(evaluation.notes)
         data = identity_of(sets)
         folder = _open_folder(config, runtime, data)
+        config = _with_lanes(config, runtime, folder)
         parts = build(config, runtime, sets.training, initial=initial and initial.tensors)
         progress = begin(config, runtime, best, data, initial)
         return _run(config, runtime, folder, parts, evaluation, progress)
@@ -131,6 +134,16 @@ def _open_folder(config: Config, runtime: Runtime, data: Mapping[str, Mapping[st
         return folder
 
     return _on_first_rank(runtime, opened)
+
+
+def _with_lanes(config: Config, runtime: Runtime, folder: RunFolder | None) -> Config:
+    """Settle how many lanes a run has: as many as it began with, on whatever nodes it goes on."""
+    if config.data.lanes is not None or tars_to_stream(config.data):
+        return config
+    newest = folder and folder.found.newest
+    begun = checkpoint.read_config(newest).data.lanes if newest else None
+    lanes = runtime.tell_all(begun) or choose_lanes(config.data.batch_size, runtime.world.num_nodes)
+    return replace(config, data=replace(config.data, lanes=lanes))
 
 
 def _open_initial(config: Config, runtime: Runtime) -> InitialWeights | None:

@@ -20,11 +20,34 @@ import numpy as np
 from pipelines.plan.philox import stream_words
 from shards.ground.arrays import Indices
 
-__all__ = ["EpochOrder", "OrderPlan", "check_ranks"]
+__all__ = ["EpochOrder", "OrderPlan", "check_ranks", "choose_lanes"]
 
 
 # Second word of the Philox key: what a stream of random words is for.
 _START, _SHARDS, _WINDOW, _RANK = 1, 2, 3, 4
+
+
+_LANES = 64
+
+
+def choose_lanes(batch_size: int, num_nodes: int) -> int:
+    """Return how many lanes let each of some nodes read whole ones, so that no shard is fetched by two.
+
+    64 on one node, and on as many as divide 64 if 64 divides the batch: runs on all these have the same samples. Else
+    the number nearest to 64, as a ratio, of those that are a multiple of the nodes and divide the batch.
+
+    Args:
+        batch_size: samples in a global step, a multiple of `num_nodes`.
+        num_nodes: machines with equally many ranks.
+    """
+    if num_nodes == 1:
+        return _LANES
+    fitting = [num_nodes * factor for factor in _divisors(batch_size // num_nodes)]
+    return min(fitting, key=lambda lanes: max(lanes / _LANES, _LANES / lanes), default=_LANES)
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
 
 
 @dataclass(frozen=True, kw_only=True)

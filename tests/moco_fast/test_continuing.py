@@ -11,6 +11,7 @@ import pytest
 from moco_fast import checkpoint
 from moco_fast.config import Config, flatten, from_dict, may_change, to_dict
 from moco_fast.presets import PRESETS
+from moco_fast.training import loop
 from moco_fast.training.continuing import compare
 from moco_fast.training.loop import train
 from shards.sets.manifest import Manifest
@@ -53,6 +54,12 @@ def test_what_decides_the_training_is_allowed_by_name_alone() -> None:
         compare(before, demo(**{"run.allow_changes": ("run.stepps",)}), {}, {})
 
 
+def test_lanes_that_are_not_given_stay_as_they_were() -> None:
+    before = demo(**{"data.lanes": 72})
+    assert compare(before, demo(), {}, {}).refused == ()
+    assert compare(before, demo(**{"data.lanes": 64}), {}, {}).refused == ("--data.lanes: 72 -> 64",)
+
+
 def test_other_samples_are_refused_wherever_they_lie() -> None:
     config, moved = demo(), {**SAMPLES, "where": "elsewhere"}
     for option in ("data.shards", "eval.shards"):
@@ -83,7 +90,7 @@ def test_the_identity_of_a_set_is_that_of_its_samples_and_labels(packed_demo: An
 
 @pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_samples_unless_it_is_told_to(
-    packed_demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    packed_demo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(shards: Path, **options: Any) -> None:
         small = {"model.encoder": "resnet18_quarter", "data.batch_size": 24, "views.size": 16, "bn.num_groups": 4}
@@ -97,7 +104,10 @@ def test_a_run_does_not_go_on_with_other_samples_unless_it_is_told_to(
 
     here, moved = tmp_path / "set", tmp_path / "moved"
     shutil.copytree(packed_demo.train, here)
+    monkeypatch.setattr(loop, "choose_lanes", lambda batch_size, num_nodes: 3)
     start(here)
+    # What other nodes would choose is of no matter to a run that has begun.
+    monkeypatch.setattr(loop, "choose_lanes", lambda batch_size, num_nodes: 2)
     left = files()
     with pytest.raises(ValueError, match=r"--run\.steps: 2 -> 3.* or --run\.allow-changes run\.steps$"):
         start(here, **{"run.steps": 3})
@@ -116,3 +126,4 @@ def test_a_run_does_not_go_on_with_other_samples_unless_it_is_told_to(
     assert checkpoint.load(tmp_path / "run/checkpoints/step-00000004").numbers["loader"] == {"epoch": 1, "step": 1}
     lines = [json.loads(line) for line in (tmp_path / "run/changes.jsonl").read_text().splitlines()]
     assert [(line["step"], len(line["allowed"])) for line in lines] == [(2, 1), (3, 2)]
+    assert json.loads((tmp_path / "run/config.json").read_text())["data"]["lanes"] == 3

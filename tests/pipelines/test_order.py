@@ -3,7 +3,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipelines.plan.order import EpochOrder, OrderPlan, check_ranks
+from pipelines.plan.order import EpochOrder, OrderPlan, check_ranks, choose_lanes
 
 
 def plan(sizes, batch_size, **options) -> OrderPlan:
@@ -48,6 +48,28 @@ def test_ranks_share_the_same_global_step_and_any_step_can_be_had_alone(plan, da
     shares = [order.rank_step(step, rank, world_size) for rank, order in enumerate(orders)]
     assert {len(share) for share in shares} == {plan.batch_size // world_size}
     assert sorted(np.concatenate(shares).tolist()) == sorted(expected.tolist())
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(2, 200), st.integers(1, 4), st.integers(1, 24))
+def test_each_node_reads_whole_lanes(num_nodes, ranks_per_node, share):
+    batch_size = num_nodes * ranks_per_node * share
+    lanes = choose_lanes(batch_size, num_nodes)
+    chosen = plan([batch_size] * 500, batch_size, lanes=lanes, window_shards=1)
+    order = EpochOrder(chosen, 0)
+    for step in (0, 7):
+        lane, _ = order._places(step)
+        of_nodes = [set(each.tolist()) for each in np.split(lane, num_nodes)]
+        assert sum(map(len, of_nodes)) == len(set(lane.tolist()))
+
+
+def test_the_usual_lanes_stay_where_the_nodes_divide_them():
+    assert {choose_lanes(4096, nodes) for nodes in (1, 2, 4, 8, 16, 32, 64)} == {64}
+    assert choose_lanes(250, 1) == 64
+    assert choose_lanes(8192, 128) == 128
+    assert choose_lanes(4032, 6) == 72
+    assert choose_lanes(48, 6) == 48
+    assert choose_lanes(33 * 23, 33) == 33
 
 
 @settings(deadline=None, max_examples=100)
