@@ -37,6 +37,8 @@ class SourceOptions:
     """Extensions of the files that are inputs; empty: images, of which a sample may have one."""
     follow_links: bool = False
     """Whether links that leave a folder, and links to folders, are followed."""
+    annotations: bool = False
+    """Whether sources are benchmarks with annotations."""
 
     @property
     def labeled(self) -> bool:
@@ -70,6 +72,10 @@ class EncodeConfig:
     mean_rgb: bool = False
     """Store each image's mean color, which only --views.color linear needs. This decodes every image that is copied at
     an eighth of its size: six times slower, but damage is found that no marker shows."""
+    annotations: bool = False
+    """Pack benchmarks for `moco-fast transfer`: folders of VOC, COCO or Cityscapes as they are published. Images are
+    copied whatever they are, with their annotations beside them in the shards; lists and .json files become files of
+    the set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +168,7 @@ class PackConfig(EncodeConfig):
 
         self._check_depth()
         self._check_splits()
+        self._check_annotations()
         if self.part is not None:
             number, slash, count = self.part.partition("/")
             if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
@@ -183,6 +190,20 @@ class PackConfig(EncodeConfig):
                 f"--depth-range {self.depth_range} must be auto, full, a number of bits from 8 to 16, LOW:HIGH such as "
                 "0:1 for floating-point numbers, or both, such as 12,0:1"
             )
+
+    def _check_annotations(self) -> None:
+        if not self.annotations:
+            return
+        chosen = ("labels", "members", "subset", "image_root", "image_column", "label_column")
+        of_content = ("val_fraction", "split", "dedup")
+        of_images = (each.name for each in fields(EncodeConfig) if each.name != "annotations")
+        defaults = {each.name: each.default for each in fields(self)}
+        for name in (*chosen, *of_content, *of_images):
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} cannot be given with --annotations, which keeps all images of a "
+                    "benchmark, as they are, with what belongs to them: leave one of the two out"
+                )
 
     def _check_splits(self) -> None:
         if self.split and self.val_fraction:
@@ -219,6 +240,7 @@ class PackConfig(EncodeConfig):
             labels=self.labels,
             members=tuple(extension.lower().strip(".") for extension in self.members),
             follow_links=self.follow_links,
+            annotations=self.annotations,
         )
 
     def encoding(self) -> EncodeConfig:
@@ -234,4 +256,6 @@ class PackConfig(EncodeConfig):
         values["sources"] = list(self.sources)
         values["split"] = list(self.split)
         values["members"] = list(self.members)
+        if not self.annotations:
+            del values["annotations"]  # as earlier versions wrote it
         return values

@@ -1,7 +1,7 @@
 """`moco-fast transfer`: networks trained from encoders, by the papers' protocols."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -115,7 +115,7 @@ class _TransferOptions:
                 print(f"note: {note}", file=sys.stderr)
         return notes
 
-    def _note_shared(self, train: Iterable[Path], test: Iterable[Path]) -> list[str]:
+    def _note_shared(self, train: Iterable[Hashable], test: Iterable[Hashable]) -> list[str]:
         """Return a line on images that are trained and tested on, if there are some, and print it."""
         num_shared = len(set(train) & set(test))
         if not num_shared:
@@ -179,7 +179,7 @@ class Detect(_TransferOptions):
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FOLDER...")]
     """Where the benchmark lies as it is published. VOC: folders of years (VOC2007), or one with these in it
     (VOCdevkit). COCO: the folder of `annotations` and images. LVIS: the folders of its files and of COCO's images.
-    Cityscapes: the folder of leftImg8bit and gtFine."""
+    Cityscapes: the folder of leftImg8bit and gtFine. Or shards of it (`make-shards pack --annotations`)."""
     preset: Literal[
         "voc-c4",
         "voc-c5",
@@ -263,7 +263,7 @@ class Segment(_TransferOptions):
 
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FOLDER...")]
     """Where the benchmark lies as it is published. VOC: the folder VOC2012, or one with it in it (VOCdevkit).
-    Cityscapes: the folder of leftImg8bit and gtFine."""
+    Cityscapes: the folder of leftImg8bit and gtFine. Or shards of it (`make-shards pack --annotations`)."""
     preset: Literal["voc-semantic", "cityscapes-semantic"] = "voc-semantic"
     """Whose settings are taken; what is unset is the preset's (`moco-fast transfer presets`)."""
     crop: int | None = None

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from moco_fast.transfer.coco import encoded_masks
 from moco_fast.transfer.metrics import OVERLAPS, ClassPrecision, Detections
 from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, Malformed, size_as_shown
 from shards.ground.digests import running_digest
+from shards.sets.benchmark import AnyPath, open_benchmark
 
 __all__ = [
     "CITYSCAPES_CLASSES",
@@ -68,7 +68,7 @@ class _NoInstancesError(ValueError):
 
 def find_cityscapes(
     folders: Sequence[str], parts: Sequence[str], *, option: str, ending: str
-) -> list[tuple[str, Path, Path]]:
+) -> list[tuple[str, AnyPath, AnyPath]]:
     """Find images and their annotations.
 
     Args:
@@ -83,9 +83,9 @@ def find_cityscapes(
     Raises:
         ValueError: a part is not there, or in two places.
     """
-    found: list[tuple[str, Path, Path]] = []
+    found: list[tuple[str, AnyPath, AnyPath]] = []
     for part in parts:
-        places = [Path(folder) for folder in folders if (Path(folder) / "leftImg8bit" / part).is_dir()]
+        places = [root for root in map(open_benchmark, folders) if (root / "leftImg8bit" / part).is_dir()]
         if len(places) != 1:
             raise ValueError(
                 f"{option} {part}: there must be one leftImg8bit/{part} in {', '.join(folders)}, and there are "
@@ -127,7 +127,7 @@ def read_cityscapes(folders: Sequence[str], parts: Sequence[str], *, option: str
     )
 
 
-def _read_image(key: str, path: Path, instances: Path) -> AnnotatedImage | Malformed:
+def _read_image(key: str, path: AnyPath, instances: AnyPath) -> AnnotatedImage | Malformed:
     size = size_as_shown(path)
     if isinstance(size, str):
         return Malformed(key=key, reason=size)
@@ -280,7 +280,7 @@ def _overlaps(image: AnnotatedImage, found: Detections) -> dict[int, _Overlaps]:
     return overlaps
 
 
-def _instances_of(image: AnnotatedImage) -> Path:
+def _instances_of(image: AnnotatedImage) -> AnyPath:
     root, part, town = image.path.parents[3], image.path.parents[1].name, image.path.parent.name
     name = image.path.name.replace("_leftImg8bit.png", "_gtFine_instanceIds.png")
     return root / "gtFine" / part / town / name

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from PIL import Image
 
 from moco_fast.transfer.metrics import OVERLAPS, ClassPrecision, Detections
 from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, Malformed, Outline, size_as_shown
+from shards.sets.benchmark import AnyPath, open_benchmark
 
 __all__ = [
     "coco_precision",
@@ -68,7 +68,7 @@ def read_coco(folders: Sequence[str], parts: Sequence[str], *, option: str) -> D
             f"COCO is one folder with one part to train on and one to test on, not {len(folders)} folders and {option} "
             f"{' '.join(parts)}"
         )
-    folder, part = Path(folders[0]), parts[0]
+    folder, part = open_benchmark(folders[0]), parts[0]
     path = folder / "annotations" / f"instances_{part}.json"
     if not path.is_file() or not (folder / part).is_dir():
         raise ValueError(
@@ -76,13 +76,15 @@ def read_coco(folders: Sequence[str], parts: Sequence[str], *, option: str) -> D
             "says where to get it), or name another part"
         )
 
-    def place(told: Mapping[str, Any]) -> tuple[str, Path]:
+    def place(told: Mapping[str, Any]) -> tuple[str, AnyPath]:
         return str(told["file_name"]), folder / part / str(told["file_name"])
 
     return replace(read_objects(path, place, where=str(folder / part)), groups=())
 
 
-def read_objects(path: Path, place: Callable[[Mapping[str, Any]], tuple[str, Path]], *, where: str) -> DetectionSet:
+def read_objects(
+    path: AnyPath, place: Callable[[Mapping[str, Any]], tuple[str, AnyPath]], *, where: str
+) -> DetectionSet:
     """Read a file of objects in COCO's form; the `frequency` of its categories, where it has one, is their group.
 
     Args:
@@ -93,8 +95,9 @@ def read_objects(path: Path, place: Callable[[Mapping[str, Any]], tuple[str, Pat
     Raises:
         ValueError: the file is not COCO's.
     """
+    data = path.read_bytes()
     try:
-        told = json.loads(path.read_bytes())
+        told = json.loads(data)
         categories = sorted(
             (int(each["id"]), str(each["name"]), str(each.get("frequency", ""))) for each in told["categories"]
         )
@@ -137,12 +140,12 @@ class _Told:
 
     number: int
     name: str
-    path: Path
+    path: AnyPath
     height: int
     width: int
 
     @classmethod
-    def of(cls, told: Mapping[str, Any], place: Callable[[Mapping[str, Any]], tuple[str, Path]]) -> "_Told":
+    def of(cls, told: Mapping[str, Any], place: Callable[[Mapping[str, Any]], tuple[str, AnyPath]]) -> "_Told":
         """Raises ValueError, KeyError, TypeError: something is missing."""
         sides = {side: int(told[side]) for side in ("height", "width")}
         name, path = place(told)

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as v2
 from moco_fast.transfer.coco import drawn_masks
 from moco_fast.transfer.order import repeat_factors, resized, training_draws
 from moco_fast.transfer.presets import DetectPreset
-from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, as_shown
+from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, as_shown, opened_image
 from moco_fast.transfer.shuffled import ShuffledImages, ahead
 from pipelines.world import World
 
@@ -155,7 +155,7 @@ def augmented(found: AnnotatedImage, *, side: int, longest: int, is_mirrored: bo
 
 
 def _decoded(found: AnnotatedImage) -> Image.Image:
-    with Image.open(found.path) as image:
+    with opened_image(found.path) as image:
         shown = as_shown(image)
     if shown.size != (found.width, found.height):
         raise OSError(f"it is {shown.width}x{shown.height}, not {found.width}x{found.height} as annotated")

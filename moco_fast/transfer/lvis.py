@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from moco_fast.transfer.coco import measured_objects, read_objects, result_rows
 from moco_fast.transfer.metrics import OVERLAPS, ClassPrecision, Detections
 from moco_fast.transfer.sets import DetectionSet
+from shards.sets.benchmark import AnyPath, open_benchmark
 
 __all__ = ["lvis_precision", "read_lvis"]
 
@@ -41,7 +42,8 @@ def read_lvis(folders: Sequence[str], parts: Sequence[str], *, option: str) -> D
     if len(parts) != 1:
         raise ValueError(f"LVIS has one part to train on and one to test on, not {option} {' '.join(parts)}")
     [part] = parts
-    places = [Path(folder) / inner / f"{part}.json" for folder in folders for inner in ("", "annotations")]
+    roots = [open_benchmark(folder) for folder in folders]
+    places = [root / inner / f"{part}.json" for root in roots for inner in ("", "annotations")]
     found = [path for path in places if path.is_file()]
     if len(found) != 1:
         raise ValueError(
@@ -49,7 +51,7 @@ def read_lvis(folders: Sequence[str], parts: Sequence[str], *, option: str) -> D
             f"there are {len(found)} (docs/transfer.md says where to get it)"
         )
     [path] = found
-    data = read_objects(path, lambda told: _place(told, folders), where=str(path))
+    data = read_objects(path, lambda told: _place(told, roots), where=str(path))
     unknown = [name for name, each in zip(data.class_names, data.groups, strict=True) if each not in _FREQUENCIES]
     if unknown:
         raise ValueError(
@@ -59,14 +61,14 @@ def read_lvis(folders: Sequence[str], parts: Sequence[str], *, option: str) -> D
     return replace(data, rules="lvis", groups=tuple(_FREQUENCIES[each] for each in data.groups))
 
 
-def _place(told: Mapping[str, Any], folders: Sequence[str]) -> tuple[str, Path]:
+def _place(told: Mapping[str, Any], roots: Sequence[AnyPath]) -> tuple[str, AnyPath]:
     """Return the name and the file of an image. Raises KeyError: neither name nor address are told."""
     address = PurePosixPath(told.get("coco_url", ""))
     name = PurePosixPath(told.get("file_name") or told["coco_url"])
     # Version 0.5 has the names of COCO's 2014 release: COCO_val2014_000000001268.jpg.
     own = name.name.rpartition("_")[2] if name.name.startswith("COCO_") else name.name
     inner = dict.fromkeys((address.parent.name, name.parent.name, *_FOLDERS))
-    paths = [Path(folder) / each / own for each in inner for folder in folders]
+    paths = [root / each / own for each in inner for root in roots]
     path = next((each for each in paths if each.is_file()), paths[0])
     return f"{path.parent.name}/{own}", path
 

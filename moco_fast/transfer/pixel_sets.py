@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +20,11 @@ from PIL import Image
 
 from moco_fast.transfer.cityscapes import CITYSCAPES_CLASSES, find_cityscapes
 from moco_fast.transfer.presets import SegmentPreset
-from moco_fast.transfer.sets import Malformed, as_shown, read_list, size_as_shown
+from moco_fast.transfer.sets import Malformed, as_shown, opened_image, read_list, size_as_shown
 from moco_fast.transfer.voc import VOC_CLASSES, find_parts
 from shards.ground.digests import running_digest
+from shards.ground.errors import PackError
+from shards.sets.benchmark import AnyPath
 
 __all__ = ["OPEN", "PixelSet", "PixelsOfImage", "read_pixel_sets", "read_pixels"]
 
@@ -37,8 +38,8 @@ _MODES = ("P", "L")  # of files with numbers of classes
 class PixelsOfImage:
     """An image, and the file of its pixels' classes."""
 
-    image: Path
-    classes: Path
+    image: AnyPath
+    classes: AnyPath
     key: str
     """Its name within the set."""
 
@@ -136,10 +137,12 @@ def _why_not(found: PixelsOfImage) -> str | None:
     if isinstance(size, str):
         return size
     try:
-        with Image.open(found.classes) as image:
+        with found.classes.open("rb") as file, Image.open(file) as image:
             if image.mode not in _MODES:
                 return f"has classes of pixels in mode {image.mode}, where numbers have P or L"
             return None if image.size == size else "is of another size than its classes of pixels"
+    except PackError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return "has classes of pixels that are no image"
 
@@ -150,9 +153,9 @@ def read_pixels(found: PixelsOfImage, table: npt.NDArray[np.uint8]) -> tuple[Ima
     Raises:
         OSError, SyntaxError: one of them cannot be decoded, or they are of two sizes.
     """
-    with Image.open(found.image) as image:
+    with opened_image(found.image) as image:
         pixels = as_shown(image)
-    with Image.open(found.classes) as image:
+    with opened_image(found.classes) as image:
         if image.mode not in _MODES:
             raise OSError(f"{found.classes.name} has mode {image.mode}, where numbers of classes have P or L")
         classes = np.asarray(image)

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from io import BytesIO
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,8 @@ from PIL import Image, ImageOps
 from moco_fast.transfer.keypoints import Keypoints
 from shards.ground.digests import running_digest
 from shards.ground.units import counted
+from shards.images.formats import orientation_of
+from shards.sets.benchmark import AnyPath, PackedPath
 
 __all__ = [
     "AnnotatedImage",
@@ -22,13 +25,13 @@ __all__ = [
     "Malformed",
     "Outline",
     "as_shown",
+    "opened_image",
     "read_list",
     "refuse_malformed",
     "size_as_shown",
 ]
 
 _MOST_NAMED = 3
-_ORIENTATION = 0x0112
 _LYING_DOWN = (5, 6, 7, 8)  # orientations of EXIF in which height and width change places
 
 
@@ -40,7 +43,7 @@ Outline = Sequence[npt.NDArray[np.float32]] | Mapping[str, Any]
 class AnnotatedImage:
     """An image and what is marked in it."""
 
-    path: Path
+    path: AnyPath
     key: str
     """Its name within the set."""
     height: int
@@ -84,7 +87,7 @@ class DetectionSet:
     """Images that were left out."""
     malformed_objects: Sequence[Malformed] = ()
     """Objects that were left out of images that were not."""
-    annotations: Path | None = None
+    annotations: AnyPath | None = None
     """File of COCO or LVIS, which its test reads; None: there is none for all images."""
     category_ids: tuple[int, ...] = ()
     """Of each class, in that file."""
@@ -124,7 +127,7 @@ class DetectionSet:
         return whole.hexdigest()
 
 
-def read_list(path: Path) -> list[str]:
+def read_list(path: AnyPath) -> list[str]:
     """Return the names in a list of images of VOC.
 
     The first column: lists of one class have a second one, and some lists of DeepLab have paths of images and classes.
@@ -145,10 +148,15 @@ def read_list(path: Path) -> list[str]:
 
 def as_shown(image: Image.Image) -> Image.Image:
     """Return an opened image as RGB, turned as its EXIF orientation says: so detectron2 reads it."""
-    return (image if _orientation(image) == 1 else ImageOps.exif_transpose(image)).convert("RGB")
+    return (image if orientation_of(image) == 1 else ImageOps.exif_transpose(image)).convert("RGB")
 
 
-def size_as_shown(path: Path, told: tuple[int, int] | None = None) -> tuple[int, int] | str:
+def opened_image(path: AnyPath) -> Image.Image:
+    """Open an image to decode it; in shards, its bytes are checked first. Raises what Pillow raises."""
+    return Image.open(BytesIO(path.read_bytes()) if isinstance(path, PackedPath) else path)
+
+
+def size_as_shown(path: AnyPath, told: tuple[int, int] | None = None) -> tuple[int, int] | str:
     """Return width and height of an image, once it is turned, from its header, or why it cannot be used.
 
     Args:
@@ -156,13 +164,12 @@ def size_as_shown(path: Path, told: tuple[int, int] | None = None) -> tuple[int,
         told: width and height that its annotation is of; None: it does not say.
     """
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            shown = (height, width) if _orientation(image) in _LYING_DOWN else (width, height)
+        width, height, orientation = _header(path)
     except FileNotFoundError:
         return "has no image"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return "is no image"
+    shown = (height, width) if orientation in _LYING_DOWN else (width, height)
     if told is None or told == shown:
         return shown
     if told == (width, height):
@@ -170,14 +177,12 @@ def size_as_shown(path: Path, told: tuple[int, int] | None = None) -> tuple[int,
     return "is of another size than its annotation says"
 
 
-def _orientation(image: Image.Image) -> int:
-    # Of a PNG without it in the header, Pillow would decode all pixels to look for it behind them.
-    if image.format == "PNG" and "exif" not in image.info:
-        return 1
-    try:
-        return image.getexif().get(_ORIENTATION, 1)
-    except Exception:
-        return 1
+def _header(path: AnyPath) -> tuple[int, int, int]:
+    known = path.image_header() if isinstance(path, PackedPath) else None
+    if known is not None:
+        return known
+    with path.open("rb") as file, Image.open(file) as image:
+        return *image.size, orientation_of(image)
 
 
 def refuse_malformed(

@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
 from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, Malformed, read_list, size_as_shown
+from shards.sets.benchmark import AnyPath, open_benchmark
 
 __all__ = ["VOC_CLASSES", "find_parts", "read_voc"]
 
@@ -31,7 +31,7 @@ _SIDES = ("xmin", "ymin", "xmax", "ymax")
 class _Marked:
     """An image's annotations with the names of classes."""
 
-    path: Path
+    path: AnyPath
     key: str
     height: int
     width: int
@@ -46,7 +46,7 @@ class _MalformedError(ValueError):
 
 def find_parts(
     folders: Sequence[str], parts: Sequence[str], *, option: str, lists: str = "Main"
-) -> list[tuple[Path, str]]:
+) -> list[tuple[AnyPath, str]]:
     """Find the folder of each part's year.
 
     Args:
@@ -61,14 +61,15 @@ def find_parts(
     Raises:
         ValueError: a folder or a list is not there, or in two places.
     """
-    found: list[tuple[Path, str]] = []
+    found: list[tuple[AnyPath, str]] = []
+    roots = [open_benchmark(folder) for folder in folders]
     for part in parts:
         year, _, name = part.partition("/")
         if not name:
             raise ValueError(f"{option} {part}: give a year's folder and a part of it, such as VOC2007/trainval")
         # By its own name, which may be that of a link, or by the name of what `.` is.
-        places = [Path(folder) for folder in folders if year in (Path(folder).name, Path(folder).resolve().name)]
-        places += [Path(folder) / year for folder in folders if (Path(folder) / year).is_dir()]
+        places = [root for root in roots if year in (root.name, root.resolve().name)]
+        places += [root / year for root in roots if (root / year).is_dir()]
         places = [place for place in places if (place / "ImageSets" / lists / f"{name}.txt").is_file()]
         places = list({place.resolve(): place for place in places}.values())
         if not places:
@@ -82,7 +83,7 @@ def find_parts(
     return found
 
 
-def read_voc(parts: Sequence[tuple[Path, str]], *, class_names: tuple[str, ...] | None) -> DetectionSet:
+def read_voc(parts: Sequence[tuple[AnyPath, str]], *, class_names: tuple[str, ...] | None) -> DetectionSet:
     """Read annotations, and the sizes in the images' headers.
 
     Args:
@@ -124,7 +125,7 @@ def _numbered(marked: _Marked, class_names: tuple[str, ...]) -> AnnotatedImage:
     )
 
 
-def _read_image(folder: Path, name: str) -> _Marked | Malformed:
+def _read_image(folder: AnyPath, name: str) -> _Marked | Malformed:
     key = f"{folder.name}/{name}"
     try:
         return _read_marked(folder, name, key)
@@ -132,7 +133,7 @@ def _read_image(folder: Path, name: str) -> _Marked | Malformed:
         return Malformed(key=key, reason=str(error))
 
 
-def _read_marked(folder: Path, name: str, key: str) -> _Marked:
+def _read_marked(folder: AnyPath, name: str, key: str) -> _Marked:
     path, annotation = folder / "JPEGImages" / f"{name}.jpg", folder / "Annotations" / f"{name}.xml"
     try:
         tree = ElementTree.fromstring(annotation.read_bytes())  # noqa: S314 - expat of today limits what entities expand to

@@ -51,6 +51,11 @@ class PackedImage(NamedTuple):
     """As in JpegHeader.kind."""
     is_uniform: bool = False
     """Whether it was decoded and is nearly one color."""
+    flags: int = 0
+    """What a reader should know, as in the index, of an image that is kept as it is."""
+    orientation: int = 1
+    """By EXIF, of an image that is kept as it is."""
+    extension: str = "jpg"
 
 
 def encode_safely(data: bytes, config: EncodeConfig) -> PackedImage:

@@ -10,7 +10,7 @@ from shards.ground.errors import Rejected
 from shards.images.data_files import CONVERTED, HOLD_IMAGES
 from shards.images.sniff import SNIFFED_BYTES, container, is_image, unread_image
 
-__all__ = ["ARCHIVE", "early_size", "open_image", "why_not_opened"]
+__all__ = ["ARCHIVE", "early_size", "open_image", "orientation_of", "why_not_opened"]
 
 ARCHIVE = "archive"
 """Reason of an input that holds other files: never a matter of one in many, whatever share may be rejected."""
@@ -21,6 +21,7 @@ _REFUSED_FORMATS = frozenset({"EPS", "WMF", "MPEG", "PDF", "HDF5", "GRIB", "BUFR
 _EXTRAS = {"HEIC": "heic", "JPEG XL": "jxl"}
 _JXL = (b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x0a")
 _LFS = b"version https://git-lfs"
+_ORIENTATION_TAG = 0x0112
 _JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
 
 
@@ -31,6 +32,18 @@ def open_image(data: bytes) -> Image.Image:
         Exception: as Pillow's.
     """
     return Image.open(io.BytesIO(data), formats=_allowed_formats(data[:SNIFFED_BYTES]))
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return how an opened image is to be turned, 1 to 8 (EXIF 2.3, 4.6.4), without decoding it; 1: it is upright."""
+    # Of a PNG without it in the header, Pillow would decode all pixels to look for it behind them.
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    try:
+        return image.getexif().get(_ORIENTATION_TAG, 1)
+    # Whatever its parsing of a damaged block runs into.
+    except Exception:
+        return 1
 
 
 def _allowed_formats(head: bytes) -> list[str]:

@@ -20,7 +20,7 @@ _TRIED = 128
 
 def choose_depth(config: PackConfig, plan: PackPlan, progress: ProgressBars) -> str:
     """Return EncodeConfig.depth_range without `auto`: decided by inputs that are spread evenly over the listing."""
-    if config.depth_range != "auto":
+    if config.depth_range != "auto" or config.annotations:
         return config.depth_range
     tried = np.unique(np.linspace(0, plan.num_inputs - 1, min(_TRIED, plan.num_inputs)).astype(np.int64))
     found: list[Values] = []

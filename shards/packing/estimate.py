@@ -15,8 +15,8 @@ from shards.ground.cpus import available_cpus
 from shards.ground.errors import Rejected
 from shards.ground.progress import ProgressBars
 from shards.ground.units import counted, format_bytes, format_duration
-from shards.images.encode import encode_safely
 from shards.images.libraries import decode_jpeg
+from shards.packing.as_is import packed_image
 from shards.packing.inputs import read_inputs
 from shards.packing.listing import make_plan
 from shards.packing.plan import PackPlan
@@ -71,7 +71,7 @@ class Estimate:
                 f"  {num_encoded / self.num_probed:.0%} are progressive or unusual JPEGs and would be encoded again: "
                 "--progressive transcode would keep their pixels"
             )
-        if config.resize is None and self.median_shorter_side > 1.25 * _ENOUGH_PIXELS:
+        if config.resize is None and not config.annotations and self.median_shorter_side > 1.25 * _ENOUGH_PIXELS:
             gain = (self.median_shorter_side / _ENOUGH_PIXELS) ** 2
             yield (
                 f"  half of the images are larger than {self.median_shorter_side:,.0f} pixels on their shorter side; "
@@ -109,7 +109,7 @@ def _probe(config: PackConfig, plan: PackPlan) -> Estimate:
             try:
                 if isinstance(item.data, Rejected):
                     raise item.data
-                image = encode_safely(item.data, encoding)
+                image = packed_image(item.data, encoding)
             except Rejected as rejected:
                 rejections[rejected.reason] += 1
                 continue

@@ -3,10 +3,11 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shards.config import WORK_FOLDER
+from shards.ground.digests import digest
 from shards.ground.errors import PackError
 from shards.ground.files import sync
 from shards.ground.locks import locked
@@ -15,7 +16,9 @@ from shards.packing.plan import PackPlan, ShardTask
 from shards.packing.records import Finished, read_notes, read_records
 from shards.packing.write import NEAR_UNIFORM, shard_stem
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
-from shards.storage.file_kinds import ASIDE_NAME, REJECTED_NAME, UNIFORM_NAME
+from shards.sets.record import ANNOTATED
+from shards.sources.benchmarks import BenchmarkSource
+from shards.storage.file_kinds import ASIDE_NAME, FILES_FOLDER, FILES_NAME, REJECTED_NAME, UNIFORM_NAME
 from shards.storage.target import Target, open_target, path_in
 
 __all__ = ["finish", "plan_folder", "read_manifest", "write_manifests"]
@@ -98,9 +101,30 @@ def write_manifests(plan: PackPlan, target: Target) -> dict[str, Manifest]:
             _write_lines(target, path_in(split.name, UNIFORM_NAME), read_notes(target, with_some, "uniform"))
         if left_aside:
             target.put(path_in(split.name, ASIDE_NAME), (plan.folder / ASIDE_NAME).read_bytes())
+        if plan.settings.get(ANNOTATED):
+            _write_files(plan, target)
         target.put(path_in(split.name, MANIFEST_NAME), manifest.to_json().encode())
         manifests[split.name] = manifest
     return manifests
+
+
+def _write_files(plan: PackPlan, target: Target) -> None:
+    """Write what of benchmarks belongs to many images, each file under its own path.
+
+    Raises:
+        PackError: a file is not there any more.
+    """
+    lines: list[str] = []
+    for number in range(len(plan.source_specs)):
+        source = plan.source(number)
+        assert isinstance(source, BenchmarkSource)
+        for path in source.files():
+            data = source.read_annotation(path)
+            folders = PurePosixPath(FILES_FOLDER, path).parents
+            target.begin([str(folder) for folder in reversed(folders) if folder.name])
+            target.put(f"{FILES_FOLDER}/{path}", data)
+            lines.append(json.dumps({"path": path, "size": len(data), "xxh3_128": digest(data)}) + "\n")
+    target.put(FILES_NAME, "".join(lines).encode())
 
 
 def _rejected(

@@ -12,7 +12,7 @@ from shards.ground.cpus import available_cpus
 from shards.ground.errors import Rejected
 from shards.ground.files import appearing, remove
 from shards.ground.progress import ProgressBars
-from shards.images.encode import encode_safely
+from shards.packing.as_is import packed_image
 from shards.packing.aside import LeftAside
 from shards.packing.content import digest_contents, first_of_each, split_of
 from shards.packing.depth import choose_depth
@@ -30,6 +30,7 @@ from shards.packing.plan import (
     shuffled,
 )
 from shards.sources import Aside, Found, Input, Source, open_source
+from shards.sources.benchmarks import BenchmarkSource, refuse_shared
 from shards.storage.file_kinds import stem_of_archive
 
 __all__ = ["make_plan"]
@@ -46,6 +47,7 @@ def make_plan(config: PackConfig, folder: Path, progress: ProgressBars) -> PackP
         PackError: a source cannot be listed.
     """
     sources = [open_source(path, config.source_options()) for path in config.sources]
+    refuse_shared(source for source in sources if isinstance(source, BenchmarkSource))
     with appearing(folder, durable=True) as building:
         building.mkdir(parents=True)
         _build_plan(config, sources, building, progress)
@@ -75,7 +77,7 @@ def _build_plan(config: PackConfig, sources: list[Source], folder: Path, progres
 
 def _list_inputs(config: PackConfig, sources: list[Source], folder: Path, progress: ProgressBars) -> tuple[str, ...]:
     """Write rows.bin, names.bin and left-aside.jsonl; returns the class names."""
-    labels, aside = InputLabels(config.labels, config.sources), LeftAside()
+    labels, aside = InputLabels("none" if config.annotations else config.labels, config.sources), LeftAside()
     # Of each source, the number of the one that the user named.
     named = list(range(len(sources)))
     with TableWriter(folder) as table, progress.stage("listing", unit=" inputs") as tick:
@@ -123,7 +125,7 @@ def _samples_for(config: PackConfig, plan: PackPlan) -> int:
             # What cannot be packed takes no room.
             with suppress(Rejected):
                 if isinstance(item.data, bytes):
-                    total += len(encode_safely(item.data, encoding).data) + 1536
+                    total += len(packed_image(item.data, encoding).data) + 1536
     mean = max(1, total // len(probed))
     return int(min(_MOST_SAMPLES, max(1, config.shard_bytes // mean), num_inputs))
 

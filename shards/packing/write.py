@@ -1,6 +1,7 @@
 """Writer of one shard of a plan: the tar, its index, and the files beside them."""
 
 import io
+import json
 import os
 import time
 from collections import Counter
@@ -17,13 +18,16 @@ from shards.ground.digests import crc32c, digest
 from shards.ground.errors import PackError, Rejected
 from shards.ground.files import write_synced
 from shards.ground.progress import Tick
-from shards.images.encode import PackedImage, encode_safely
+from shards.images.encode import PackedImage
+from shards.packing.as_is import packed_image
 from shards.packing.inputs import read_inputs
 from shards.packing.plan import PackPlan, ShardTask, cached_plan
 from shards.packing.records import Finished, put_record
 from shards.sets.manifest import ShardEntry
-from shards.sets.record import RECORD, Flag, npy_header
-from shards.storage.file_kinds import LABEL_SETS_SUFFIX, SHARD_SUFFIXES
+from shards.sets.record import ANNOTATED, RECORD, Flag, npy_header
+from shards.sources import Source
+from shards.sources.benchmarks import BenchmarkSource
+from shards.storage.file_kinds import FILES_SUFFIX, LABEL_SETS_SUFFIX, SHARD_SUFFIXES
 from shards.storage.tar import TarWriter
 from shards.storage.target import Target, path_in
 
@@ -43,12 +47,14 @@ class _Beside:
     """What is written beside a shard, collected while its tar is written.
 
     Args:
-        label_sets: of the plan.
+        plan: whose shard it is.
     """
 
-    def __init__(self, label_sets: LabelSets | None) -> None:
-        self.has_sets = label_sets is not None
-        self._label_sets = label_sets
+    def __init__(self, plan: PackPlan) -> None:
+        self._label_sets = plan.label_sets
+        self.has_sets = plan.label_sets is not None
+        self.members: list[str] | None = [] if plan.settings.get(ANNOTATED) else None
+        """Of a benchmark: its files in the tar, as JSON."""
         self._sets: list[int] = []
         self.records: list[tuple[Any, ...]] = []
         self.sources: list[str] = []
@@ -60,7 +66,7 @@ class _Beside:
         self.jpegs: Counter[str] = Counter()
 
     def add(self, position: int, image: PackedImage, label: int, offset: int, source: str) -> None:
-        flags = 0 if image.mean_rgb is None else int(Flag.HAS_MEAN_RGB)
+        flags = image.flags | (0 if image.mean_rgb is None else int(Flag.HAS_MEAN_RGB))
         crc = crc32c(image.data)
         mean = image.mean_rgb or (0, 0, 0)
         size = len(image.data)
@@ -87,11 +93,16 @@ class _Beside:
         idx = f"v1.2 {len(self.idx)}\n" + "".join(self.idx)
         sources = "".join(f"{line}\n" for line in self.sources)
         sets = {} if self._label_sets is None else {LABEL_SETS_SUFFIX: self._set_rows(self._label_sets)}
-        return sets | {
-            ".index.npy": npy_header(len(records)) + records.tobytes(),
-            ".sources.txt": sources.encode(),
-            ".idx": idx.encode(),
-        }
+        files = {} if self.members is None else {FILES_SUFFIX: "".join(self.members).encode()}
+        return (
+            sets
+            | files
+            | {
+                ".index.npy": npy_header(len(records)) + records.tobytes(),
+                ".sources.txt": sources.encode(),
+                ".idx": idx.encode(),
+            }
+        )
 
     def _set_rows(self, label_sets: LabelSets) -> bytes:
         # An input without a set: nothing is known of any class.
@@ -113,7 +124,8 @@ class WriteShard:
         """Write a shard, then the record that it is finished, which is returned."""
         plan, target, stem = cached_plan(self.plan), self.target, shard_stem(task.shard)
         split = plan.splits[task.split].name
-        suffixes = SHARD_SUFFIXES if plan.label_sets is None else (*SHARD_SUFFIXES, LABEL_SETS_SUFFIX)
+        more = {LABEL_SETS_SUFFIX: plan.label_sets is not None, FILES_SUFFIX: bool(plan.settings.get(ANNOTATED))}
+        suffixes = (*SHARD_SUFFIXES, *(suffix for suffix, is_written in more.items() if is_written))
         begin_s = time.time()
         temporary = {suffix: target.scratch / f"{task.split}-{stem}{suffix}.{os.getpid()}" for suffix in suffixes}
         try:
@@ -130,7 +142,7 @@ class WriteShard:
 def _write_files(
     plan: PackPlan, task: ShardTask, config: EncodeConfig, paths: dict[str, Path], tick: Tick
 ) -> tuple[ShardEntry, _Beside]:
-    beside = _Beside(plan.label_sets)
+    beside = _Beside(plan)
     fd = os.open(paths[".tar"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     tar = TarWriter(fd)
     try:
@@ -139,14 +151,14 @@ def _write_files(
                 try:
                     if isinstance(data, Rejected):
                         raise data
-                    image = encode_safely(data, config)
+                    image = packed_image(data, config)
                 except Rejected as rejected:
                     beside.reject(position, source.describe(name), rejected)
                     tick(1)
                 except PackError as error:
                     raise PackError(f"{source.describe(name)}: {error}") from None
                 else:
-                    _add_sample(tar, beside, position, image, label, source.describe(name))
+                    _add_sample(tar, beside, position, image, label, source, name)
                     tick(1, len(image.data))
         digests = {".tar": tar.finish()}
     finally:
@@ -158,15 +170,34 @@ def _write_files(
     return _entry(task, tar.num_bytes, digests, beside), beside
 
 
-def _add_sample(tar: TarWriter, beside: _Beside, position: int, image: PackedImage, label: int, source: str) -> None:
+def _add_sample(
+    tar: TarWriter, beside: _Beside, position: int, image: PackedImage, label: int, source: Source, name: bytes
+) -> None:
     key = f"{position:0{KEY_DIGITS}d}"
-    offset = tar.add(b"%b.jpg" % key.encode(), image.data)
-    line = f"jpg {offset} {len(image.data)} {key}.jpg"
+    offset, line = _add_member(tar, key, image.extension, image.data)
     if label >= 0 and not beside.has_sets:
-        text = b"%d" % label
-        line += f" cls {tar.add(b'%b.cls' % key.encode(), text)} {len(text)} {key}.cls"
+        line += f" {_add_member(tar, key, 'cls', b'%d' % label)[1]}"
+    if beside.members is not None:
+        assert isinstance(source, BenchmarkSource)
+        size = {"width": image.width, "height": image.height, "orientation": image.orientation}
+        beside.members.append(_file_line(os.fsdecode(name), offset, image.data, **size))
+        for member in source.members(name):
+            at, more = _add_member(tar, key, member.extension, member.data)
+            beside.members.append(_file_line(member.path, at, member.data))
+            line += f" {more}"
     beside.idx.append(line + "\n")
-    beside.add(position, image, label, offset, source)
+    beside.add(position, image, label, offset, source.describe(name))
+
+
+def _add_member(tar: TarWriter, key: str, extension: str, data: bytes) -> tuple[int, str]:
+    """Return the offset of a member's data, and what DALI's index says of it."""
+    name = f"{key}.{extension}"
+    offset = tar.add(name.encode(), data)
+    return offset, f"{extension} {offset} {len(data)} {name}"
+
+
+def _file_line(path: str, offset: int, data: bytes, **more: int) -> str:
+    return json.dumps({"path": path, "offset": offset, "size": len(data), "crc32c": crc32c(data), **more}) + "\n"
 
 
 def _entry(task: ShardTask, num_bytes: int, digests: dict[str, str], beside: _Beside) -> ShardEntry:

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 
-__all__ = ["INDEXED", "RECORD", "REFUSED", "Flag", "flag_name", "npy_header"]
+__all__ = ["ANNOTATED", "INDEXED", "RECORD", "REFUSED", "Flag", "flag_name", "npy_header"]
 
 RECORD = np.dtype(
     [
@@ -37,8 +37,12 @@ INDEXED = "indexed"
 """In a manifest's settings: others wrote the tars, and `make-shards index` described them."""
 
 
+ANNOTATED = "annotations"
+"""In a manifest's settings: a benchmark was packed with its annotations, and its images as they are."""
+
+
 class Flag(IntFlag):
-    """What a reader should know about a sample. Shards that `pack` wrote have only HAS_MEAN_RGB."""
+    """What a reader should know about a sample. Others than HAS_MEAN_RGB are in sets that kept images as they are."""
 
     HAS_MEAN_RGB = 1
     NEEDS_ORIENTATION = 2

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator
 
 from shards.storage.file_kinds import (
     ASIDE_NAME,
+    FILES_NAME,
+    FILES_SUFFIX,
     LABEL_SETS_SUFFIX,
     MANIFEST_NAME,
     REJECTED_NAME,
@@ -20,9 +22,10 @@ OF_SET = "of a set of shards"
 """What such files are counted as."""
 
 _OWN = frozenset(
-    name.encode() for name in (MANIFEST_NAME, REJECTED_NAME, UNIFORM_NAME, ASIDE_NAME, TABLE_NAME, SUMMARY_NAME)
+    name.encode()
+    for name in (MANIFEST_NAME, REJECTED_NAME, UNIFORM_NAME, ASIDE_NAME, FILES_NAME, TABLE_NAME, SUMMARY_NAME)
 )
-_OWN_ENDS = tuple(end.encode() for end in (*SHARD_SUFFIXES[1:], LABEL_SETS_SUFFIX))
+_OWN_ENDS = tuple(end.encode() for end in (*SHARD_SUFFIXES[1:], LABEL_SETS_SUFFIX, FILES_SUFFIX))
 _BESIDE = {
     # mosaicml-streaming; TensorFlow Datasets; `save_to_disk` of Hugging Face's datasets.
     b".mds": (b"index.json",),

@@ -30,6 +30,7 @@ SOURCES: dict[str, str] = {
     "cifar": "shards.sources.cifar:CifarSource",
     "voc": "shards.sources.voc:VocSource",
     "coco": "shards.sources.coco:CocoSource",
+    "benchmark": "shards.sources.benchmarks:BenchmarkSource",
 }
 """Where the class of each kind of source is; it is imported when it is needed."""
 
@@ -140,6 +141,8 @@ def open_source(path: str, options: SourceOptions) -> Source:
             f"--image-root {options.image_root} means nothing for {path}, which is not a list of images: leave it out, "
             "or pack this source apart"
         )
+    if options.annotations:
+        return _class_of("benchmark")(path, follow_links=options.follow_links)
     for kind in LAYOUTS:
         layout: Any = _class_of(kind)
         source: Source | None = layout.recognize(path, options)

@@ -9,6 +9,9 @@ __all__ = [
     "ASIDE_NAME",
     "BETON_SUFFIX",
     "COMPRESSED",
+    "FILES_FOLDER",
+    "FILES_NAME",
+    "FILES_SUFFIX",
     "IMAGE_SUFFIXES",
     "LABEL_SETS_SUFFIX",
     "LISTS",
@@ -74,6 +77,15 @@ SHARD_SUFFIXES = (".tar", ".index.npy", ".sources.txt", ".idx")
 
 LABEL_SETS_SUFFIX = ".labels.npy"
 """The file of a shard whose samples have sets of classes: (N, C) int8, 1 in the set, 0 not, -1 not to be counted."""
+
+FILES_SUFFIX = ".files.jsonl"
+"""The file of a shard of a benchmark: which of the benchmark's files is where in the tar."""
+
+FILES_NAME = "files.jsonl"
+"""The file of a set that lists the benchmark's files that belong to many images."""
+
+FILES_FOLDER = "files"
+"""The folder of a set that holds these, each under its path in the benchmark."""
 
 MANIFEST_NAME = "manifest.json"
 """The file that makes a folder of shards a set."""

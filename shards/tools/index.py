@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.config import WORK_FOLDER, EncodeConfig, SourceOptions
+from shards.config import WORK_FOLDER, SourceOptions
 from shards.ground.digests import crc32c, digest, digest_file
 from shards.ground.errors import PackError, Rejected
 from shards.ground.pool import run_tasks
 from shards.ground.progress import ProgressBars, Tick
 from shards.ground.units import counted
-from shards.images.formats import early_size, open_image, why_not_opened
-from shards.images.isolation import Limits, run_codecs
-from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
-from shards.images.libraries import calling
+from shards.packing.as_is import TALLIED, look_at
 from shards.packing.aside import LeftAside, describe_aside
 from shards.packing.labels import ClassTable
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
@@ -35,7 +32,6 @@ from shards.storage.tar_reading import SPARSE
 
 __all__ = ["Indexed", "advice", "index_folder"]
 
-_BAD = Flag.NEEDS_ORIENTATION | Flag.NOT_BASELINE | Flag.NOT_RGB | Flag.NOT_JPEG | Flag.DAMAGED
 _LONG_RUN = 1000
 _EXAMPLES = 3
 
@@ -131,7 +127,7 @@ class _Looked:
                 raise Rejected("sparse file", "its bytes are not in one piece in the archive")
             if not data:
                 raise Rejected("empty")
-            width, height, flags, kind = _look_at(data)
+            width, height, flags, kind = look_at(data)
         except Rejected as rejected:
             where = source.describe(item.name).removeprefix(self._root)
             self.rejected.append({"source": where, "reason": rejected.reason, "detail": rejected.detail})
@@ -144,44 +140,6 @@ class _Looked:
         self.names.append(printable(item.name))
         base = os.fsdecode(item.name.rpartition(b"/")[2])
         self.idx.append(f"{base.partition('.')[2]} {item.offset} {item.size} {self.names[-1]}\n")
-
-
-def _look_at(data: bytes) -> tuple[int, int, Flag, str]:
-    """Return (width, height, flags, kind) from an image's header. Raises Rejected for what is not an image."""
-    flags = Flag(0)
-    if is_jpeg(data):
-        try:
-            header = parse_jpeg(data)
-        except JpegError:
-            return 0, 0, Flag.DAMAGED, "damaged"
-        # A thumbnail in front of the scan has an end marker too.
-        if data.rfind(b"\xff\xd9") < header.scan_at:
-            flags |= Flag.DAMAGED
-        if header.orientation != 1:
-            flags |= Flag.NEEDS_ORIENTATION
-        if not header.is_baseline:
-            flags |= Flag.NOT_BASELINE
-        if not header.is_ycbcr_or_gray:
-            flags |= Flag.NOT_RGB
-        return header.width, header.height, flags, header.kind
-    width, height = run_codecs(_pillow_size, Limits.of(EncodeConfig.max_pixels), data)
-    return width, height, Flag.NOT_JPEG, "not JPEG"
-
-
-def _pillow_size(data: bytes) -> tuple[int, int]:
-    """Return (width, height) of an image that is not a JPEG. Raises Rejected."""
-    calling("Pillow")
-    try:
-        size = early_size(data)
-        if size is not None:
-            return size
-        with open_image(data) as image:
-            return image.size
-    except MemoryError:
-        raise
-    # Its plugins raise whatever their parsing runs into.
-    except Exception:
-        raise why_not_opened(data) from None
 
 
 def _entry(path: Path, records: NDArray[np.void], found: _Looked) -> ShardEntry:
@@ -202,7 +160,7 @@ def _entry(path: Path, records: NDArray[np.void], found: _Looked) -> ShardEntry:
 
 def _outcomes(records: NDArray[np.void]) -> dict[str, int]:
     """Count all samples, and those with each flag that a loader must know of before it starts."""
-    tally = {flag_name(flag): int(((records["flags"] & flag) != 0).sum()) for flag in _BAD}
+    tally = {flag_name(flag): int(((records["flags"] & flag) != 0).sum()) for flag in TALLIED}
     return {what: count for what, count in {"indexed": len(records), **tally}.items() if count}
 
 
@@ -304,7 +262,7 @@ def _summary(manifest: Manifest, shards: list[_Shard], labels: list[NDArray[np.i
     examples: dict[str, list[str]] = {}
     for shard in shards:
         for name, flags in zip(shard.names, shard.records["flags"].tolist(), strict=True):
-            for flag in Flag(flags) & _BAD:
+            for flag in Flag(flags) & TALLIED:
                 kind = flag_name(flag)
                 flagged[kind] += 1
                 if len(examples.setdefault(kind, [])) < _EXAMPLES:

@@ -1,9 +1,11 @@
 """Command `verify`: every byte of a set, compared with what its manifest and indexes promise."""
 
 import io
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.config import WORK_FOLDER
-from shards.ground.digests import crc32c, digest_file
+from shards.ground.digests import crc32c, digest, digest_file
 from shards.ground.errors import PackError, Rejected
 from shards.ground.pool import run_tasks
 from shards.ground.progress import ProgressBars, Tick
@@ -20,11 +22,16 @@ from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.images.libraries import decode_jpeg
 from shards.sets.local import LocalShardSet
 from shards.sets.manifest import Manifest, ShardEntry
-from shards.sets.record import INDEXED, Flag
+from shards.sets.record import ANNOTATED, INDEXED, Flag
 from shards.sets.shard_folder import ShardFolder
+from shards.storage.file_kinds import FILES_FOLDER, FILES_NAME, FILES_SUFFIX
 from shards.storage.tar import BLOCK, EndOfTar, TarError, parse_header
 
 __all__ = ["Problem", "check_image", "verify"]
+
+
+_KEPT_AS_IT_WAS = Flag.NOT_JPEG | Flag.NOT_RGB | Flag.DAMAGED
+"""What of a benchmark was packed although not every decoder reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +101,8 @@ def verify(
         "verifying", unit=" images", total=manifest.num_samples
     ) as tick:
         found = dict(run_tasks(check, numbers, workers=workers, tick=tick))
-    return [problem for number in numbers for problem in found[number]]
+    problems = [problem for number in numbers for problem in found[number]]
+    return [*problems, *_check_files(folder)] if manifest.settings.get(ANNOTATED) else problems
 
 
 def verify_shard(shards: LocalShardSet, number: int, *, decode: bool) -> list[Problem]:
@@ -105,8 +113,11 @@ def verify_shard(shards: LocalShardSet, number: int, *, decode: bool) -> list[Pr
         records = shards.index(number)
     except ValueError as error:
         return [*problems, Problem(shard=entry.name, sample=None, what=str(error))]
+    settings = shards.manifest.settings
     # Tars that others wrote have other names and members.
-    check = _check_images_only if shards.manifest.settings.get(INDEXED) else _check_samples
+    check = _check_images_only if settings.get(INDEXED) else _check_samples
+    if settings.get(ANNOTATED):
+        check = partial(_check_members, table=shards.path / f"{entry.stem}{FILES_SUFFIX}")
     try:
         with shards.shard_path(number).open("rb") as file:
             problems += [
@@ -158,6 +169,10 @@ def _check_samples(
             if name != f"{key}.cls" or data != b"%d" % record["label"]:
                 yield key, f"its label is {name} with {data[:20]!r}, the index says {record['label']}"
             at = start + len(data) + -len(data) % BLOCK
+    yield from _check_end(file, at, entry)
+
+
+def _check_end(file: io.BufferedReader, at: int, entry: ShardEntry) -> Iterator[tuple[None, str]]:
     file.seek(at)
     if file.read() != bytes(2 * BLOCK):
         yield None, f"does not end with two empty blocks at byte {at}"
@@ -165,15 +180,59 @@ def _check_samples(
         yield None, f"has {os.fstat(file.fileno()).st_size} bytes, not {entry.num_bytes}"
 
 
+def _check_members(
+    file: io.BufferedReader, entry: ShardEntry, records: NDArray[np.void], *, decode: bool, table: Path
+) -> Iterator[tuple[str | None, str]]:
+    """Compare each of a benchmark's files with their table, and images with the index; yields (path, what is wrong)."""
+    at = 0
+    try:
+        lines = [json.loads(line) for line in table.read_bytes().splitlines()]
+        for told in lines:
+            name, data, start = _member(file, at)
+            if (start, len(data)) != (told["offset"], told["size"]):
+                yield told["path"], f"the tar has {name} of {len(data)} bytes at {start}, the table another place"
+                return
+            if crc32c(data) != told["crc32c"]:
+                yield told["path"], "its bytes have changed since it was packed: crc32c differs"
+            at = start + len(data) + -len(data) % BLOCK
+    except (OSError, ValueError, KeyError, EndOfTar) as error:
+        yield None, f"the tar or {table.name} ends or breaks, at byte {at} of the tar: {error or 'end of archive'}"
+        return
+    yield from _check_end(file, at, entry)
+    yield from _check_images_only(file, entry, records, decode=decode, not_decoded=_KEPT_AS_IT_WAS)
+
+
+def _check_files(folder: ShardFolder) -> Iterator[Problem]:
+    """Compare the files beside a benchmark's shards with their list."""
+    where = FILES_NAME
+    try:
+        for told in map(json.loads, _read(folder, FILES_NAME).splitlines()):
+            where = f"{FILES_FOLDER}/{told['path']}"
+            if digest(_read(folder, where)) != told["xxh3_128"]:
+                yield Problem(shard=where, sample=None, what="has changed since it was packed")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield Problem(shard=where, sample=None, what=f"cannot be read, or {FILES_NAME} has changed: {error}")
+
+
+def _read(folder: ShardFolder, name: str) -> bytes:
+    file = folder.open(name)
+    return file.read(0, file.size)
+
+
 def _check_images_only(
-    file: io.BufferedReader, entry: ShardEntry, records: NDArray[np.void], *, decode: bool
+    file: io.BufferedReader,
+    entry: ShardEntry,
+    records: NDArray[np.void],
+    *,
+    decode: bool,
+    not_decoded: Flag = Flag.NOT_JPEG,
 ) -> Iterator[tuple[str | None, str]]:
     """Compare each image with the index; yields (number of the sample, what is wrong)."""
     del entry
     for record in records:
         file.seek(int(record["offset"]))
         data = file.read(int(record["size"]))
-        for what in check_image(data, record, decode=decode and not record["flags"] & Flag.NOT_JPEG):
+        for what in check_image(data, record, decode=decode and not record["flags"] & not_decoded):
             yield str(record["position"]), what
 
 
