@@ -1,9 +1,9 @@
-"""`moco-fast transfer segment --compile`: a training step of a network that names pixels, compiled and not.
+"""Would torch.compile help `moco-fast transfer segment`: a training step of its network, compiled and not.
 
     python benchmarks/transfer_compile.py --encoder resnet50 --head fcn --crop 257 --batch 4 [--json FILE]
 
-Alternating, in one process, with the same weights and crops: forward and backward pass. What the compilation takes,
-once for each training, is printed beside it.
+On a CPU it does not, so there is no option for it (results/transfer.md). Alternating, in one process, with the same
+weights and crops: forward and backward pass. What the compilation takes, once for each training, is printed beside it.
 """
 
 import argparse

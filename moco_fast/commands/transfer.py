@@ -125,9 +125,7 @@ class _TransferOptions:
             print(f"note: {note}", file=sys.stderr)
         return [note]
 
-    def _compare(
-        self, name: str, preset: TransferPreset, train: Any, test: Any, notes: list[str], *, compiles: bool = False
-    ) -> int:
+    def _compare(self, name: str, preset: TransferPreset, train: Any, test: Any, notes: list[str]) -> int:
         """Train, test, print and write; return the exit code."""
         Path(self.out).mkdir(parents=True, exist_ok=True)
         from moco_fast.transfer.compare import Comparison, as_tables, compare, open_inits, say_notes
@@ -140,7 +138,7 @@ class _TransferOptions:
         trainings_of: Any = DetectorTrainings if detects else SegmenterTrainings
         with place(None, device=self.device, precision=self.precision) as (device, world, precision):
             threads = self.threads or min(16, available_cpus(world.local_world_size))
-            machine = Machine(device=device, world=world, precision=precision, threads=threads, compiles=compiles)
+            machine = Machine(device=device, world=world, precision=precision, threads=threads)
             trainings = trainings_of(
                 train,
                 test,
@@ -272,8 +270,6 @@ class Segment(_TransferOptions):
     """What scores the pixels: the paper's two convolutions, or DeepLabV3's head. Unset: the preset's, `fcn`."""
     scales: tuple[float, float] | None = None
     """What the size of a training image is multiplied with, at least and at most."""
-    compile: bool = False
-    """Compile what trains, by torch; the test runs as it is, for its images differ in size."""
 
     def execute(self) -> int:
         """Train, test, print and write; return the exit code."""
@@ -286,7 +282,7 @@ class Segment(_TransferOptions):
             if not len(each):
                 raise ValueError(f"all images of {each.where} are left out: there is nothing to train or to test on")
         notes += self._note_shared((each.image for each in train.images), (each.image for each in test.images))
-        return self._compare(self.preset, preset, train, test, notes, compiles=self.compile)
+        return self._compare(self.preset, preset, train, test, notes)
 
     def _preset(self) -> SegmentPreset:
         """Return the preset with the options. Raises ValueError: one that cannot be."""

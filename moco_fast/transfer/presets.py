@@ -229,7 +229,7 @@ def settled(
     seen and each counts as much (Goyal et al. 2017; `auto_scale_workers` of detectron2).
     """
     chosen = {name: value for name, value in given.items() if value is not None}
-    if chosen.get("optimizer", preset.optimizer) != preset.optimizer:
+    if chosen.get("optimizer") == "adamw" != preset.optimizer:
         preset = replace(preset, **(_ADAMW_DETECT if isinstance(preset, DetectPreset) else _ADAMW_SEGMENT))
     if batch_size is not None:
         scale = batch_size / preset.batch_size

@@ -52,8 +52,6 @@ class Machine:
     precision: str = "fp32"
     threads: int = 4
     """That decode, for this rank."""
-    compiles: bool = False
-    """Whether torch compiles what trains, for batches of one size."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context in which the network computes in the precision."""
@@ -229,7 +227,6 @@ class NetworkTrainings(SteppedWork, ABC):
             "preset": asdict(self._how),
             "data": [self.train_set.identity, self.test_set.identity],
             "precision": self._machine.precision,
-            "compiles": self._machine.compiles,
             "seed": seed,
         }
         saved = SavedTraining(saving, name, known, world=self._machine.world, device=self._machine.device)
@@ -293,9 +290,7 @@ class NetworkTrainings(SteppedWork, ABC):
 
     def _take_steps(self, state: _NetworkState, batches: Generator[Any], saved: SavedTraining) -> None:
         preset = self._how
-        parallel: Any = on_all_ranks(state.model, self._machine.world)
-        if self._machine.compiles:
-            parallel = torch.compile(parallel)
+        parallel = on_all_ranks(state.model, self._machine.world)
         every = max(1, preset.steps // _CURVE_POINTS)
         while state.step < preset.steps:
             self._step(state, parallel, next(batches))

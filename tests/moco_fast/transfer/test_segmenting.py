@@ -195,27 +195,6 @@ def test_a_stopped_training_of_pixels_goes_on_to_the_same_bits(tmp_path, monkeyp
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_compiled_network_learns_the_same(tmp_path, monkeypatch) -> None:
-    compiled = []
-
-    def without_kernels(network, backend="aot_eager"):
-        compiled.append(network)
-        return torch._dynamo.optimize(backend)(network)
-
-    monkeypatch.setattr(torch, "compile", without_kernels)
-    sets = two_sets(tmp_path, train=9, test=2)
-    found = []
-    for name, compiles in (("eager", False), ("compiled", True)):
-        machine = Machine(device=CPU, threads=1, compiles=compiles)
-        with trainings(tmp_path / name, sets, replace(TINY_PIXELS, steps=3), machine) as training:
-            found.append(training.run(start(), seed=1))
-    assert len(compiled) == 1
-    assert [loss for _, loss in found[1].curve] == pytest.approx([loss for _, loss in found[0].curve], rel=1e-4)
-    assert found[1].figures == pytest.approx(found[0].figures, rel=1e-2)
-    # One training is not taken for the other.
-    assert len({path.name for path in tmp_path.glob("*/trained/*")}) == 2
-
-
 def test_a_tiny_network_learns_to_name_pixels(tmp_path) -> None:
     preset = replace(TINY_PIXELS, steps=40)
     sets = two_sets(tmp_path, train=20, test=4)
