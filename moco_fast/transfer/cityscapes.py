@@ -164,7 +164,8 @@ def _numbers(data: bytes) -> npt.NDArray[np.int32]:
                 raise _NoInstancesError(
                     f"has a file of instances in mode {image.mode}, where their numbers have 16 bits"
                 )
-            numbers = np.asarray(image).astype(np.int32)
+            # Column by column, as masks are encoded: of rows, each mask would be turned.
+            numbers = np.asarray(image).astype(np.int32, order="F")
     except (OSError, SyntaxError, Image.DecompressionBombError):
         raise _NoInstancesError("has a file of instances that is no image") from None
     classes = np.where(numbers < _FIRST_INSTANCE, numbers, numbers // _FIRST_INSTANCE)
