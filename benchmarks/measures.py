@@ -1,6 +1,6 @@
 """Our measures of Cityscapes and LVIS beside the benchmarks' own code: whether figures are equal, and what they take.
 
-    uv pip install cityscapesscripts==2.3.0 lvis==0.5.3 pycocotools
+    uv pip install -r benchmarks/requirements.txt
     python benchmarks/measures.py
 
 Both measure the same synthetic objects and detections, made here; differences above 1e-9 are an error.

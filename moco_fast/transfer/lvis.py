@@ -129,13 +129,14 @@ def _counted(found: Detections, truth: DetectionSet, looked_at: Mapping[int, set
     image = found.image[order]
     place = np.arange(len(image)) - np.searchsorted(image, image)
     best = order[place < _MOST_PER_IMAGE]
-    ids = np.array([image.image_id for image in truth.images])
-    kept = [
-        rows[np.isin(ids[found.image[rows]], list(looked_at[category]))]
-        for number, category in enumerate(truth.category_ids)
-        for rows in (best[found.classes[best] == number],)
+    numbers = {image.image_id: number for number, image in enumerate(truth.images)}
+    num_classes = len(truth.class_names)
+    pairs = [
+        numbers[image_id] * num_classes + label
+        for label, category in enumerate(truth.category_ids)
+        for image_id in looked_at[category]
     ]
-    return found.chosen(np.sort(np.concatenate([np.empty(0, np.int64), *kept])))
+    return found.chosen(np.sort(best[np.isin(found.image[best] * num_classes + found.classes[best], pairs)]))
 
 
 def _of_kind(
@@ -152,7 +153,7 @@ def _of_kind(
     measure.params.maxDets = [_MOST_PER_IMAGE]
     measure.params.areaRng, measure.params.areaRngLbl = [_ALL_SIZES], ["all"]
     for category in {truth.category_ids[number] for number in np.unique(found.classes).tolist()}:
-        # Category by category: all pairs of images and categories of version 1 would take 20 GB.
+        # Category by category: version 1 has 24 million pairs of images and categories, and few of them are looked at.
         measure.params.imgIds, measure.params.catIds = sorted(looked_at[category]), [category]
         measure.evaluate()
         measure.accumulate()

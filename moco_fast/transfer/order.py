@@ -35,7 +35,7 @@ def repeat_factors(classes: Sequence[npt.NDArray[np.int64]], *, threshold: float
     present = [np.unique(each) for each in classes]
     shares = np.bincount(np.concatenate([np.empty(0, np.int64), *present])) / max(len(classes), 1)
     wanted = np.sqrt(threshold / np.maximum(shares, np.finfo(np.float64).tiny))
-    return np.array([max(1.0, wanted[each].max(initial=0.0)) for each in present])
+    return np.array([wanted[each].max(initial=1.0) for each in present])
 
 
 def repeat_counts(
