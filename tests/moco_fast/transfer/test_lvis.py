@@ -57,6 +57,12 @@ def test_an_image_is_found_where_its_address_says_and_otherwise_where_it_is(lvis
     assert len(found) == 8
 
 
+def test_an_image_that_is_not_there_is_named_as_its_address_says(lvis) -> None:
+    (lvis / "val2017" / "000000000106.jpg").unlink()
+    [malformed] = read(lvis).malformed
+    assert (malformed.key, malformed.reason) == ("val2017/000000000106.jpg", "has no image")
+
+
 def test_what_is_not_lvis_is_refused(lvis) -> None:
     with pytest.raises(ValueError, match=r"--test lvis_v1_val: there must be one lvis_v1_val.json .* there are 0"):
         read(lvis, "lvis_v1_val")
@@ -198,21 +204,20 @@ def test_each_rule_of_federation_changes_the_figure(lvis) -> None:
 
 def test_only_the_best_300_of_an_image_count(lvis) -> None:
     data = read(lvis)
-    box, label = data.images[0].boxes[0], data.images[0].classes[0]
+    box, label = data.images[1].boxes[0], data.images[1].classes[0]
     others = Detections(
-        image=np.zeros(301, np.int64),
-        boxes=np.array([*[[0, 0, 2, 2]] * 300, box], np.float32),
-        classes=np.array([*[(label + 1) % 3] * 300, label]),
-        scores=np.array([*[0.9] * 300, 0.8], np.float32),
+        image=np.array([*[0] * 300, *[1] * 301]),
+        boxes=np.array([*[[0, 0, 2, 2]] * 600, box], np.float32),
+        classes=np.array([*[(label + 1) % 3] * 600, label]),
+        scores=np.array([*[0.9] * 600, 0.8], np.float32),
     )
-    [there] = [each for each in lvis_precision(others, data)["box"] if each.name == data.class_names[label]]
-    assert there.mean == 0
-    [there] = [
-        each
-        for each in lvis_precision(others.chosen(np.arange(1, 301)), data)["box"]
-        if each.name == data.class_names[label]
-    ]
-    assert there.mean > 0
+
+    def mean(found: Detections) -> float:
+        [there] = [each.mean for each in lvis_precision(found, data)["box"] if each.name == data.class_names[label]]
+        return there
+
+    assert mean(others) == 0
+    assert mean(others.chosen(np.delete(np.arange(601), 300))) > 0
 
 
 def test_figures_are_means_over_classes_and_over_frequencies(lvis) -> None:
