@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["Detect", "Segment", "TransferPresets", "transfer_commands"]
 
 
+_OF_KEYPOINTS: tuple[str, ...] = ("min_keypoints", "keypoint_pairs", "keypoint_sigmas")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _TransferOptions:
     """Options of every transfer task."""
@@ -110,9 +113,7 @@ class _TransferOptions:
 
         num_all = num_left + len(left_out)
         notes = refuse_malformed(left_out, num_all, where, at_most=self.max_malformed, what=what)
-        if is_first_rank():
-            for note in notes:
-                print(f"note: {note}", file=sys.stderr)
+        _say(notes)
         return notes
 
     def _note_shared(self, train: Iterable[Hashable], test: Iterable[Hashable]) -> list[str]:
@@ -121,8 +122,7 @@ class _TransferOptions:
         if not num_shared:
             return []
         note = f"{counted(num_shared, 'image')} of the test set are trained on, too: figures are too high for others"
-        if is_first_rank():
-            print(f"note: {note}", file=sys.stderr)
+        _say([note])
         return [note]
 
     def _compare(self, name: str, preset: TransferPreset, train: Any, test: Any, notes: list[str]) -> int:
@@ -187,6 +187,7 @@ class Detect(_TransferOptions):
         "coco-fpn-2x",
         "lvis-fpn-2x",
         "cityscapes-instance",
+        "coco-keypoints",
     ] = "voc-c4"
     """Whose settings are taken; what is unset is the preset's (`moco-fast transfer presets`)."""
     classes: tuple[str, ...] | None = None
@@ -210,19 +211,35 @@ class Detect(_TransferOptions):
     are."""
     precise_batches: int | None = None
     """Batches that batch-norm statistics are averaged over before the test."""
+    masks: bool | None = None
+    """COCO: whether masks are trained and tested beside boxes. Unset: if objects have outlines."""
+    min_keypoints: int | None = None
+    """Marked keypoints that an image has at least to be trained on."""
+    keypoint_pairs: tuple[str, ...] | None = None
+    """Keypoints that change places in mirrored images, as left_eye:right_eye; nothing after it: none. Unset: as the
+    words left and right, or L and R, in their names say."""
+    keypoint_sigmas: tuple[float, ...] | None = None
+    """How far annotators are apart at each keypoint, relative to an object's size: one for each in the file's order, or
+    one for all. Unset: COCO's, for its keypoints."""
 
     def execute(self) -> int:
         """Train, test, print and write; return the exit code."""
         preset = self._preset()
-        from moco_fast.transfer.layouts import read_sets, refuse_unmarked
+        from moco_fast.transfer.layouts import read_sets, refuse_unmarked, without_masks
 
         train, test = read_sets(self.data, preset, class_names=self.classes)
-        notes: list[str] = []
+        preset, train, test, notes = without_masks(preset, train, test, asked=bool(self.masks))
+        if train.keypoints and not train.keypoints.is_mirrored and self.keypoint_pairs is None:
+            notes.append(
+                f"no keypoint of {train.where} is named left or right, so none change places in mirrored images: "
+                "--keypoint-pairs names those that do"
+            )
+        _say(notes)
         for each in (train, test):
             num_objects = sum(len(image.boxes) for image in each.images)
             notes += self._note(each.malformed, len(each), each.where, "image")
             notes += self._note(each.malformed_objects, num_objects, each.where, "object")
-        refuse_unmarked(train, test)
+        refuse_unmarked(train, test, preset)
         notes += self._note_shared((each.path for each in train.images), (each.path for each in test.images))
         return self._compare(self.preset, preset, train, test, notes)
 
@@ -235,21 +252,41 @@ class Detect(_TransferOptions):
             "regions": self.regions,
             "detections": self.detections,
             "precise_batches": self.precise_batches,
+            "min_keypoints": self.min_keypoints,
         }
         self._check(**own)
         if self.repeat_threshold is not None and not 0 <= self.repeat_threshold <= 1:
             raise ValueError(f"--repeat-threshold is {self.repeat_threshold:g}, but must be a share: between 0 and 1")
+        lists = {
+            "sides": self.sides,
+            "anchor_sizes": self.anchor_sizes,
+            "keypoint_sigmas": self.keypoint_sigmas,
+            "keypoint_pairs": self.keypoint_pairs,
+        }
         for name, values in (("sides", self.sides), ("anchor-sizes", self.anchor_sizes)):
             for value in values or ():
                 positive(name, value)
-        lists = {"sides": self.sides, "anchor_sizes": self.anchor_sizes, "train": self.train, "test": self.test}
-        given = {**self._steps(), "repeat_threshold": self.repeat_threshold, **own, **lists}
+        for sigma in self.keypoint_sigmas or ():
+            positive("keypoint-sigmas", sigma)
+        self._refuse_idle(PRESETS[self.preset])
+        more = {"masks": self.masks, "repeat_threshold": self.repeat_threshold, "train": self.train, "test": self.test}
+        given = {**self._steps(), **more, **own, **lists}
         preset = settled(PRESETS[self.preset], given, batch_size=self.batch_size, steps=self.steps)
         if preset.batch_size % preset.group:
             raise ValueError(
                 f"--batch-size {preset.batch_size} is not a multiple of --group {preset.group}: give another of the two"
             )
         return preset
+
+    def _refuse_idle(self, preset: DetectPreset) -> None:
+        """Refuse options that mean nothing beside the preset. Raises ValueError."""
+        idle: dict[str, str] = {} if preset.keypoints else dict.fromkeys(_OF_KEYPOINTS, "which has no keypoints")
+        if not preset.masks or preset.layout == "cityscapes":
+            idle["masks"] = "whose figures are all of masks" if preset.masks else "which has no masks"
+        for name, why in idle.items():
+            if getattr(self, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} means nothing for --preset {self.preset}, {why}: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,7 +344,7 @@ class TransferPresets:
             for name, preset in presets.items():
                 print(f"{task} --preset {name}: {preset.title}")
                 for option, value in asdict(preset).items():
-                    if option != "title":
+                    if option != "title" and value is not None:
                         shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
                         print(f"  {option.replace('_', '-')}: {shown}")
                 rows = [each for each in PUBLISHED if each.task == f"{task} {name}"]
@@ -315,6 +352,12 @@ class TransferPresets:
                 if lines:
                     print(aligned([["trained by", "figure", "in %", "source"], *lines]))
         return 0
+
+
+def _say(notes: Iterable[str]) -> None:
+    if is_first_rank():
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
 
 
 def transfer_commands() -> Any:

@@ -27,6 +27,7 @@ BENCHMARKS = {
     "Places205": Benchmark(num_classes=205, num_test=20_500),
     "VOC07+12": Benchmark(num_classes=20, num_test=4_952, num_train=16_551),
     "COCO": Benchmark(num_classes=80, num_test=5_000),
+    "COCO keypoints": Benchmark(num_classes=1, num_test=5_000),
     "VOC12": Benchmark(num_classes=21, num_test=1_449),
     "Cityscapes": Benchmark(num_classes=19, num_test=500),
     "Cityscapes instances": Benchmark(num_classes=8, num_test=500),
@@ -164,7 +165,14 @@ PUBLISHED: tuple[Published, ...] = (
     *_rows("COCO", "detect coco-c4-2x", ["box AP", "mask AP"], "authors", supervised=[40.0, 34.7], v2=[41.0, 35.6]),
     *_rows("COCO", "detect coco-c4-2x", ["box AP", "mask AP"], _OPENSELFSUP, v1=[40.9, 35.5]),
     *_rows("COCO", "detect coco-fpn-1x", ["box AP", "mask AP"], _MMSELFSUP, v2=[40.2, 36.1]),
-    *_rows("COCO", "keypoints", ["AP", "AP50", "AP75"], "paper", supervised=[65.8, 86.9, 71.9], v1=[66.8, 87.4, 72.5]),
+    *_rows(
+        "COCO keypoints",
+        "detect coco-keypoints",
+        [f"keypoint {name}" for name in ("AP", "AP50", "AP75")],
+        "paper",
+        supervised=[65.8, 86.9, 71.9],
+        v1=[66.8, 87.4, 72.5],
+    ),
     *_rows("COCO", "dense pose", ["AP", "AP50", "AP75"], "paper", supervised=[48.3, 85.6, 50.6], v1=[50.1, 86.8, 53.9]),
     *_rows(
         "LVIS v0.5",

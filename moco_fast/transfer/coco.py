@@ -1,6 +1,7 @@
-"""Layout of COCO, read as it is, and its measure of boxes and masks.
+"""Layout of COCO, read as it is, and its measure of boxes, masks and keypoints.
 
-annotations/instances_train2017.json     images, categories, boxes and outlines
+annotations/instances_train2017.json           images, categories, boxes and outlines
+annotations/person_keypoints_train2017.json    the same of people alone, with keypoints
 train2017/000000000009.jpg
 """
 
@@ -10,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -18,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from moco_fast.transfer.keypoints import Keypoints, keypoints_of
 from moco_fast.transfer.metrics import OVERLAPS, ClassPrecision, Detections
 from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, Malformed, Outline, size_as_shown
 from shards.sets.benchmark import AnyPath, open_benchmark
@@ -33,7 +36,11 @@ __all__ = [
     "result_rows",
 ]
 
+_NO_KEYPOINTS = np.empty((0, 3), dtype=np.float32)
 _NUM_POINTS = 6  # numbers in the smallest polygon
+_HALF_PIXEL = 0.5  # Keypoints of files are numbers of pixels, boxes and outlines places between them.
+# What stands in for an object's area where a file has none: of its box, as xtcocotools and faster-coco-eval have it.
+_SHARE_OF_BOX = 0.53
 
 
 def needs_coco() -> None:
@@ -50,18 +57,32 @@ class _NoOutlineError(_Unusable):
     pass
 
 
-def read_coco(folders: Sequence[str], parts: Sequence[str], *, option: str) -> DetectionSet:
+def read_coco(
+    folders: Sequence[str],
+    parts: Sequence[str],
+    *,
+    option: str,
+    outlines: bool = True,
+    keypoints: bool = False,
+    pairs: Sequence[str] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> DetectionSet:
     """Read a part of COCO, or of a set in its layout.
 
-    Crowds are for the test alone, which reads the file itself.
+    Crowds are for the test alone, which reads the file itself. Where no object has an outline, the set has none; where
+    some have, those without are left out.
 
     Args:
         folders: one, in which `annotations` and the folder of the images are.
         parts: one, such as train2017.
         option: that gives the part, for errors.
+        outlines: whether they are read.
+        keypoints: whether they are read, of a file of keypoints.
+        pairs: of keypoints, as of `keypoints_of`.
+        sigmas: of keypoints, as of `keypoints_of`.
 
     Raises:
-        ValueError: the part is not there, or its file is not COCO's.
+        ValueError: the part is not there, its file is not COCO's, or its keypoints do not fit.
     """
     if len(folders) != 1 or len(parts) != 1:
         raise ValueError(
@@ -69,7 +90,8 @@ def read_coco(folders: Sequence[str], parts: Sequence[str], *, option: str) -> D
             f"{' '.join(parts)}"
         )
     folder, part = open_benchmark(folders[0]), parts[0]
-    path = folder / "annotations" / f"instances_{part}.json"
+    kind = "person_keypoints" if keypoints else "instances"
+    path = folder / "annotations" / f"{kind}_{part}.json"
     if not path.is_file() or not (folder / part).is_dir():
         raise ValueError(
             f"{option} {part}: {path} or the folder {folder / part} is not there: unpack it there (docs/transfer.md "
@@ -79,11 +101,17 @@ def read_coco(folders: Sequence[str], parts: Sequence[str], *, option: str) -> D
     def place(told: Mapping[str, Any]) -> tuple[str, AnyPath]:
         return str(told["file_name"]), folder / part / str(told["file_name"])
 
-    return replace(read_objects(path, place, where=str(folder / part)), groups=())
+    named = partial(keypoints_of, where=str(path), pairs=pairs, sigmas=sigmas) if keypoints else None
+    return replace(read_objects(path, place, where=str(folder / part), outlines=outlines, keypoints=named), groups=())
 
 
 def read_objects(
-    path: AnyPath, place: Callable[[Mapping[str, Any]], tuple[str, AnyPath]], *, where: str
+    path: AnyPath,
+    place: Callable[[Mapping[str, Any]], tuple[str, AnyPath]],
+    *,
+    where: str,
+    outlines: bool = True,
+    keypoints: Callable[[Sequence[Mapping[str, Any]]], Keypoints] | None = None,
 ) -> DetectionSet:
     """Read a file of objects in COCO's form; the `frequency` of its categories, where it has one, is their group.
 
@@ -91,6 +119,8 @@ def read_objects(
         path: of the file.
         place: from what the file says of an image to its name and its own file.
         where: the set, for people.
+        outlines: whether they are read, if some object has one.
+        keypoints: from the file's categories to their keypoints; None: they are not read.
 
     Raises:
         ValueError: the file is not COCO's.
@@ -110,28 +140,38 @@ def read_objects(
     _refuse_twice((image.number for image in images), f"{path} has two images with the id")
     _refuse_twice((category for category, *_ in categories), f"{path} has two categories with the id")
     numbers = {category: number for number, (category, *_) in enumerate(categories)}
+    details = _Details(
+        outlines=outlines and any(map(_has_outline, told["annotations"])),
+        keypoints=None if keypoints is None else keypoints(told["categories"]),
+    )
     with ThreadPoolExecutor() as pool:
         sizes = list(pool.map(lambda each: size_as_shown(each.path, each.size), images))
+    of_images = list(zip(images, sizes, strict=True))
     unusable: list[Malformed] = []
     return DetectionSet(
         where=where,
         rules="coco",
         class_names=tuple(name for _, name, _ in categories),
         images=[
-            _image(image, by_image[image.number], numbers, unusable)
-            for image, size in zip(images, sizes, strict=True)
+            _image(image, by_image[image.number], numbers, details, unusable)
+            for image, size in of_images
             if not isinstance(size, str)
         ],
-        malformed=[
-            Malformed(key=image.name, reason=size)
-            for image, size in zip(images, sizes, strict=True)
-            if isinstance(size, str)
-        ],
+        malformed=[Malformed(key=image.name, reason=size) for image, size in of_images if isinstance(size, str)],
         malformed_objects=unusable,
         annotations=path,
         category_ids=tuple(numbers),
         groups=tuple(group for *_, group in categories),
+        keypoints=details.keypoints,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Details:
+    """What is read of objects beside boxes and classes."""
+
+    outlines: bool
+    keypoints: Keypoints | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +207,14 @@ def _image(
     told: _Told,
     objects: Sequence[Mapping[str, Any]],
     numbers: Mapping[int, int],
+    details: _Details,
     unusable: list[Malformed],
 ) -> AnnotatedImage:
     boxes: list[tuple[float, ...]] = []
     classes: list[int] = []
     outlines: list[Outline] = []
+    keypoints: list[npt.NDArray[np.float32]] = []
+    num_keypoints = len(details.keypoints or ())
     for each in objects:
         if each.get("iscrowd"):
             continue
@@ -179,12 +222,15 @@ def _image(
             found = (
                 _box(each, told.width, told.height),
                 _class(each, numbers),
-                _outline(each, (told.height, told.width)),
+                _outline(each, (told.height, told.width)) if details.outlines else [],
+                _learned_keypoints(each, num_keypoints, told.width, told.height)
+                if details.keypoints
+                else _NO_KEYPOINTS,
             )
         except _Unusable as error:
             unusable.append(Malformed(key=str(each.get("id")), reason=str(error)))
             continue
-        for values, value in zip((boxes, classes, outlines), found, strict=True):
+        for values, value in zip((boxes, classes, outlines, keypoints), found, strict=True):
             values.append(value)  # pyright: ignore[reportArgumentType] - each its own
     return AnnotatedImage(
         path=told.path,
@@ -194,7 +240,8 @@ def _image(
         boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
         classes=np.array(classes, dtype=np.int64),
         is_difficult=np.zeros(len(boxes), dtype=np.bool_),
-        outlines=outlines,
+        outlines=outlines if details.outlines else None,
+        keypoints=np.array(keypoints, np.float32).reshape(-1, num_keypoints, 3) if details.keypoints else None,
         image_id=told.number,
     )
 
@@ -235,9 +282,46 @@ def _outline(told: Mapping[str, Any], size: tuple[int, int]) -> Outline:
     except (TypeError, ValueError):
         raise _Unusable("has an outline that is not of numbers") from None
     if not found:
-        raise _NoOutlineError("has no outline")
+        raise _NoOutlineError("has no outline (--masks False does without)")
     if not all(np.isfinite(each).all() for each in found):
         raise _Unusable("has an outline that is not of numbers")
+    return found
+
+
+def _has_outline(told: Any) -> bool:
+    """Return whether an object has an outline, if only one that cannot be used."""
+    if not isinstance(told, Mapping) or told.get("iscrowd"):  # pyright: ignore[reportUnknownMemberType] - of JSON
+        return False
+    try:
+        return isinstance(told.get("segmentation"), Mapping) or bool(_outline(told, (0, 0)))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType] - of JSON
+    except _NoOutlineError:
+        return False
+    except _Unusable:
+        return True
+
+
+def _keypoints(told: Mapping[str, Any], num_keypoints: int) -> npt.NDArray[np.float32]:
+    """Return (K, 3) x, y and visibility as a file has them; an object without any has none that is marked."""
+    try:
+        numbers = np.array(told.get("keypoints") or [0] * 3 * num_keypoints, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise _Unusable("has keypoints that are not numbers") from None
+    if numbers.shape != (3 * num_keypoints,):
+        raise _Unusable("has another number of keypoints than its category")
+    found = numbers.reshape(num_keypoints, 3)
+    if not np.isfinite(found).all():
+        raise _Unusable("has keypoints that are not numbers")
+    if not np.isin(found[:, 2], (0, 1, 2)).all():
+        raise _Unusable("has a keypoint whose visibility is not 0, 1 or 2")
+    return found
+
+
+def _learned_keypoints(told: Mapping[str, Any], num_keypoints: int, width: int, height: int) -> npt.NDArray[np.float32]:
+    """Return (K, 3) places in the image; what lies beyond it is not marked, as in detectron2."""
+    found = _keypoints(told, num_keypoints)
+    found[:, :2] += _HALF_PIXEL
+    is_inside = ((found[:, :2] >= 0) & (found[:, :2] <= (width, height))).all(axis=1)
+    found[~is_inside | (found[:, 2] == 0)] = 0
     return found
 
 
@@ -255,13 +339,14 @@ def _check_runs(outline: Mapping[str, Any], size: tuple[int, int]) -> None:
         raise _Unusable("has run lengths of another size than its image")
 
 
-def measured_objects(truth: DetectionSet) -> list[dict[str, Any]]:
+def measured_objects(truth: DetectionSet, *, masks: bool) -> list[dict[str, Any]]:
     """Return what the test counts of a file's objects, crowds too, numbered from 1 as the measure wants them.
 
     What cannot be learned from for want of an area or an outline counts, as in COCO's own code; what that code cannot
     read does not.
     """
     assert truth.annotations is not None
+    num_keypoints = len(truth.keypoints or ())
     images = {image.image_id: image for image in truth.images}
     numbers = {category: number for number, category in enumerate(truth.category_ids)}
     kept: list[dict[str, Any]] = []
@@ -270,7 +355,12 @@ def measured_objects(truth: DetectionSet) -> list[dict[str, Any]]:
             continue
         try:
             _class(told, numbers)
-            box, outline = _four(told), _measured_outline(told, (image.height, image.width))
+            box = _four(told)
+            more: dict[str, Any] = {}
+            if masks:
+                more["segmentation"] = _measured_outline(told, (image.height, image.width))
+            if num_keypoints:
+                more |= _measured_keypoints(told, num_keypoints, box)
         except _Unusable:
             continue
         kept.append(
@@ -279,10 +369,10 @@ def measured_objects(truth: DetectionSet) -> list[dict[str, Any]]:
                 "image_id": image.image_id,
                 "category_id": told["category_id"],
                 "bbox": list(box),
-                # Only averages by size need it, and none is stated.
+                # Only averages by size, of which none is stated, and keypoints need it.
                 "area": box[2] * box[3],
                 "iscrowd": int(bool(told.get("iscrowd"))),
-                "segmentation": outline,
+                **more,
             }
         )
     return kept
@@ -295,6 +385,18 @@ def _measured_outline(told: Mapping[str, Any], size: tuple[int, int]) -> Any:
         # COCO's own code takes polygons of four numbers, too.
         return [each for each in told.get("segmentation") or () if isinstance(each, list) and len(each) == 4]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType] - of JSON
     return told["segmentation"]
+
+
+def _measured_keypoints(told: Mapping[str, Any], num_keypoints: int, box: Sequence[float]) -> dict[str, Any]:
+    found = _keypoints(told, num_keypoints)
+    area = told.get("area")
+    has_area = isinstance(area, int | float) and 0 < area < math.inf
+    return {
+        "keypoints": found.ravel().tolist(),
+        # An object without a marked keypoint counts neither as found nor as missed.
+        "num_keypoints": int((found[:, 2] > 0).sum()),
+        "area": float(area) if has_area else _SHARE_OF_BOX * box[2] * box[3],  # pyright: ignore[reportArgumentType] - a number
+    }
 
 
 def drawn_masks(found: AnnotatedImage, *, height: int, width: int, is_mirrored: bool) -> npt.NDArray[np.uint8]:
@@ -322,17 +424,18 @@ def encoded_masks(masks: npt.NDArray[np.uint8]) -> list[dict[str, Any]]:
 
 
 def coco_precision(found: Detections, truth: DetectionSet) -> dict[str, list[ClassPrecision]]:
-    """Return the average precisions of each class of which the set has objects, of boxes and of masks.
+    """Return the average precisions of each class of which the set has objects: of keypoints, boxes and masks.
 
-    All sizes, at most 100 detections per image, as COCO's own code: 101 recalls, and crowds that hide errors.
+    All sizes, at most 100 detections per image (keypoints: 20), as COCO's own code: 101 recalls, and crowds that hide
+    errors. Keypoints are compared by OKS, with the area that the file gives an object.
 
     Args:
-        found: with masks, if these are to be measured.
+        found: with masks and keypoints, if these are to be measured.
         truth: as `read_coco` gives it; the images that it left out do not count.
     """
     package: Any = import_module("faster_coco_eval")
     assert truth.annotations is not None
-    objects = measured_objects(truth)
+    objects = measured_objects(truth, masks=found.masks is not None)
     official = package.COCO(
         {
             "images": [
@@ -345,9 +448,18 @@ def coco_precision(found: Detections, truth: DetectionSet) -> dict[str, list[Cla
             "annotations": objects,
         }
     )
-    counts = Counter(each["category_id"] for each in objects if not each["iscrowd"])
-    kinds = {"box": "bbox"} if found.masks is None else {"box": "bbox", "mask": "segm"}
-    return {kind: _of_kind(found, truth, official, counts, name) for kind, name in kinds.items()}
+    kinds = {"box": "bbox"}
+    if found.masks is not None:
+        kinds |= {"mask": "segm"}
+    if found.keypoints is not None:
+        kinds = {"keypoint": "keypoints"} | kinds
+    return {kind: _of_kind(found, truth, official, _counts(objects, name), name) for kind, name in kinds.items()}
+
+
+def _counts(objects: Sequence[Mapping[str, Any]], kind: str) -> Counter[int]:
+    """Return how many objects of each category can be found or missed."""
+    counted = (each for each in objects if not each["iscrowd"] and (kind != "keypoints" or each["num_keypoints"]))
+    return Counter(each["category_id"] for each in counted)
 
 
 def _of_kind(
@@ -357,7 +469,8 @@ def _of_kind(
     rows = result_rows(found, truth, kind)
     at: dict[int, tuple[float, ...]] = {}
     if rows:
-        measure = package.COCOeval_faster(official, official.loadRes(rows), kind)
+        sigmas = None if truth.keypoints is None else list(truth.keypoints.sigmas)
+        measure = package.COCOeval_faster(official, official.loadRes(rows), kind, kpt_oks_sigmas=sigmas)
         measure.params.imgIds = sorted(image.image_id for image in truth.images)
         measure.params.catIds = list(truth.category_ids)
         measure.evaluate()
@@ -377,7 +490,7 @@ def _of_kind(
 
 
 def result_rows(found: Detections, truth: DetectionSet, kind: str) -> list[dict[str, Any]]:
-    """Return detections in COCO's form, with one of box and mask: a size is measured of what there is."""
+    """Return detections in COCO's form, with one of box, mask and keypoints: a size is measured of what there is."""
     sides = found.boxes.astype(np.float64)
     sides[:, 2:] -= sides[:, :2]
     rows: list[dict[str, Any]] = []
@@ -386,6 +499,10 @@ def result_rows(found: Detections, truth: DetectionSet, kind: str) -> list[dict[
         if kind == "segm":
             assert found.masks is not None
             where = {"segmentation": found.masks[number]}
+        if kind == "keypoints":
+            assert found.keypoints is not None
+            places = found.keypoints[number].astype(np.float64) - (_HALF_PIXEL, _HALF_PIXEL, 0)
+            where = {"keypoints": places.ravel().tolist()}
         rows.append(
             {
                 "image_id": truth.images[int(found.image[number])].image_id,

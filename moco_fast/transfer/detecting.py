@@ -14,7 +14,7 @@ from moco_fast import distributed
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.base import FigureInfo
 from moco_fast.transfer.coco import encoded_masks
-from moco_fast.transfer.layouts import measured
+from moco_fast.transfer.layouts import learned, measured
 from moco_fast.transfer.loader import HeldOutImage, HeldOutImages, TrainingImages
 from moco_fast.transfer.metrics import OVERLAPS, ClassPrecision, Detections
 from moco_fast.transfer.network import build_detector
@@ -40,21 +40,28 @@ _FIGURES = {
     "lvis": ("AP", "AP50", "AP75", "APr", "APc", "APf"),
     "cityscapes": ("AP", "AP50"),
 }
-_KINDS = {"box": "boxes", "mask": "masks"}
+_KINDS = {"box": "boxes", "mask": "masks", "keypoint": "keypoints (OKS)"}
 
 
 class DetectorTrainings(NetworkTrainings):
-    """Trainings of detectors; images without boxes are not trained on. Arguments as of `NetworkTrainings`."""
+    """Trainings of detectors; images without boxes, or keypoints, are not trained on. Arguments as of its base."""
 
     def __init__(
         self, train: DetectionSet, test: DetectionSet, preset: DetectPreset, machine: Machine, **more: Any
     ) -> None:
-        super().__init__(train.with_boxes, test, preset, machine, **more)
-        self._learned, self._tested, self._preset = train.with_boxes, test, preset
+        train = learned(train, preset)
+        super().__init__(train, test, preset, machine, **more)
+        self._learned, self._tested, self._preset = train, test, preset
 
     def build(self, encoder: Encoder, *, seed: int) -> nn.Module:
         """Build the preset's detector."""
-        return build_detector(encoder, self._preset, num_classes=len(self._learned.class_names), seed=seed)
+        return build_detector(
+            encoder,
+            self._preset,
+            num_classes=len(self._learned.class_names),
+            seed=seed,
+            num_keypoints=len(self._learned.keypoints or ()),
+        )
 
     def images(self, encoder: Encoder, *, seed: int) -> TrainingImages:
         """Open this rank's batches of images with boxes."""
@@ -93,9 +100,11 @@ class DetectorTrainings(NetworkTrainings):
         return figures, rows, num_untested
 
     def infos(self) -> dict[str, FigureInfo]:
-        """Return the figures of boxes, and of masks where there are; Cityscapes measures masks alone."""
+        """Return the figures of boxes, masks and keypoints, where there are; Cityscapes measures masks alone."""
         layout = self._preset.layout
         kinds = ["mask"] if layout == "cityscapes" else ["box", "mask"] if self._preset.masks else ["box"]
+        if self._preset.keypoints:
+            kinds = ["keypoint", *kinds]
         return {
             self._name(kind, name): FigureInfo(
                 title=self._name(kind, name), caption=_CAPTIONS[name].format(_KINDS[kind])
@@ -159,20 +168,33 @@ def find_all(
     if machine.world.world_size > 1:
         of_ranks *= machine.world.world_size
         dist.all_gather_object(of_ranks, parts)
-    empty = (np.empty(0, np.int64), np.empty((0, 4), np.float32), np.empty(0, np.int64), np.empty(0, np.float32), [])
-    *arrays, masks = zip(empty, *(each for part in of_ranks for each in part), strict=True)
-    image, boxes, classes, scores = map(np.concatenate, arrays)
-    runs = [each for of_image in masks for each in of_image] if preset.masks else None
-    detections = Detections(image=image, boxes=boxes, classes=classes, scores=scores, masks=runs)
-    return detections, num_untested
+    return _all_of([each for part in of_ranks for each in part], preset, len(data.keypoints or ())), num_untested
+
+
+def _all_of(of_images: Sequence[tuple[Any, ...]], preset: DetectPreset, num_keypoints: int) -> Detections:
+    numbers, floats = np.empty(0, np.int64), np.empty(0, np.float32)
+    empty = (numbers, floats.reshape(0, 4), numbers, floats, floats.reshape(0, num_keypoints, 3), [])
+    *arrays, masks = zip(empty, *of_images, strict=True)
+    image, boxes, classes, scores, keypoints = map(np.concatenate, arrays)
+    return Detections(
+        image=image,
+        boxes=boxes,
+        classes=classes,
+        scores=scores,
+        masks=[each for of_image in masks for each in of_image] if preset.masks else None,
+        keypoints=keypoints if preset.keypoints else None,
+    )
 
 
 def _as_arrays(found: dict[str, Tensor], image: HeldOutImage) -> tuple[Any, ...]:
-    """Return image, boxes, classes, scores and masks of an image's detections, in its own pixels."""
+    """Return image, boxes, classes, scores, keypoints and masks of an image's detections, in its own pixels."""
     boxes = found["boxes"].float() * found["boxes"].new_tensor(image.scale * 2, dtype=torch.float32)
+    keypoints = found.get("keypoints", boxes.new_empty(len(boxes), 0, 3))
+    places = keypoints * keypoints.new_tensor((*image.scale, 1.0))
     masks: list[Any] = []
     if "masks" in found:
         pasted = paste_masks_in_image(found["masks"], boxes, image.size)  # (D, 1, height, width) 0..1
         masks = encoded_masks((pasted[:, 0] >= 0.5).to(torch.uint8).cpu().numpy())
     classes, scores = found["labels"].cpu().numpy() - 1, found["scores"].float().cpu().numpy()
-    return np.full(len(boxes), image.number), boxes.cpu().numpy(), classes, scores, masks
+    arrays = (boxes.cpu().numpy(), classes, scores, places.cpu().numpy())
+    return np.full(len(boxes), image.number), *arrays, masks

@@ -1,4 +1,4 @@
-"""Heads of detectors: what looks at regions and says class, box and mask."""
+"""Heads of detectors: what looks at regions and says class, box, mask and keypoints."""
 
 from math import log2
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import roi_align
 
+from moco_fast.transfer.keypoint_heads import keypoint_loss, located_keypoints, regions_with_keypoints
 from moco_fast.transfer.presets import DetectPreset
 
 __all__ = ["AlignedRegions", "BoxPredictor", "C4Head", "MaskPredictor", "RegionHeads", "box_loss", "mask_targets"]
@@ -181,6 +182,14 @@ class RegionHeads(RoIHeads):
             masks = self._masks(features, boxes, image_shapes, seen[torch.cat(labels) > 0])
             drawn = [target["masks"][each[rows]] for target, each, rows in zip(targets, matched, objects, strict=True)]
             losses["loss_mask"] = mask_loss(masks, torch.cat(labels), drawn, boxes)
+        if self.keypoint_predictor is not None:
+            objects = [torch.where(each > 0)[0] for each in labels]
+            boxes = [each[rows] for each, rows in zip(proposals, objects, strict=True)]
+            marked = [
+                target["keypoints"][each[rows]] for target, each, rows in zip(targets, matched, objects, strict=True)
+            ]
+            boxes, marked = regions_with_keypoints(boxes, marked)
+            losses["loss_keypoint"] = keypoint_loss(self._keypoint_maps(features, boxes, image_shapes), boxes, marked)
         return [], losses
 
     def _detect(
@@ -199,6 +208,10 @@ class RegionHeads(RoIHeads):
             masks = of_classes[torch.arange(len(classes), device=classes.device), classes].sigmoid()
             for each, of_image in zip(found, masks.split([len(box) for box in boxes]), strict=True):
                 each["masks"] = of_image[:, None]
+        if self.keypoint_predictor is not None:
+            maps = self._keypoint_maps(features, boxes, image_shapes).split([len(box) for box in boxes])
+            for each, of_image, box in zip(found, maps, boxes, strict=True):
+                each["keypoints"] = located_keypoints(of_image, box)
         return found
 
     def _masks(
@@ -216,6 +229,15 @@ class RegionHeads(RoIHeads):
         if seen is None:
             seen = self.box_head(self.box_roi_pool(features, boxes, image_shapes))
         return self.mask_predictor(seen)
+
+    def _keypoint_maps(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Return (R, K, M, M) before the softmax, of boxes."""
+        assert self.keypoint_roi_pool is not None
+        assert self.keypoint_head is not None
+        assert self.keypoint_predictor is not None
+        return self.keypoint_predictor(self.keypoint_head(self.keypoint_roi_pool(features, boxes, image_shapes)))
 
     def losses(self, logits: Tensor, boxes: Tensor, labels: Tensor, wanted: Tensor) -> dict[str, Tensor]:
         """Return the losses of classes and of boxes, both divided by the number of regions.

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from moco_fast.transfer.metrics import ClassPrecision, Detections, voc_precision
 from moco_fast.transfer.presets import DetectPreset
 from moco_fast.transfer.sets import DetectionSet
 
-__all__ = ["measured", "read_sets", "refuse_unmarked"]
+__all__ = ["learned", "measured", "read_sets", "refuse_unmarked", "without_masks"]
 
 
 def read_sets(
@@ -31,12 +32,20 @@ def read_sets(
         needs_coco()
         if class_names is not None:
             raise ValueError(f"--classes means nothing for {preset.layout}, which names them itself: leave it out")
-        read = {"coco": read_coco, "lvis": read_lvis, "cityscapes": read_cityscapes}[preset.layout]
+        how = {
+            "outlines": preset.masks,
+            "keypoints": preset.keypoints,
+            "pairs": preset.keypoint_pairs,
+            "sigmas": preset.keypoint_sigmas,
+        }
+        read = {"coco": partial(read_coco, **how), "lvis": read_lvis, "cityscapes": read_cityscapes}[preset.layout]
         train = read(folders, preset.train, option="--train")
         test = read(folders, preset.test, option="--test")
         if train.class_names != test.class_names:
             raise ValueError(f"{train.where} and {test.where} have other categories: they must be the same")
-        return (train, test) if preset.masks else (_without_outlines(train), _without_outlines(test))
+        if train.keypoints != test.keypoints:
+            raise ValueError(f"{train.where} and {test.where} have other keypoints: they must be the same")
+        return train, test
     from moco_fast.transfer.voc import find_parts, read_voc
 
     if class_names is not None and len(set(class_names)) < len(class_names):
@@ -46,10 +55,49 @@ def read_sets(
     return train, read_voc(test_parts, class_names=train.class_names)
 
 
-def refuse_unmarked(train: DetectionSet, test: DetectionSet) -> None:
+def without_masks(
+    preset: DetectPreset, train: DetectionSet, test: DetectionSet, *, asked: bool
+) -> tuple[DetectPreset, DetectionSet, DetectionSet, list[str]]:
+    """Leave masks out where a set has no outline, with a line that says so, or where they are not wanted.
+
+    Args:
+        preset: says whether they are wanted.
+        train: set that is trained on.
+        test: set that is tested on.
+        asked: whether the user asked for masks.
+
+    Raises:
+        ValueError: a user asked for masks that cannot be.
+    """
+    bare = [each.where for each in (train, test) if not each.has_outlines]
+    if preset.masks and not bare:
+        return preset, train, test, []
+    if asked:
+        raise ValueError(f"--masks True, but no object of {' and '.join(bare)} has an outline: leave it out")
+    note = f"no object of {' and '.join(bare)} has an outline: boxes alone are trained and tested, without masks"
+    train, test = (
+        replace(each, images=[replace(image, outlines=None) for image in each.images]) for each in (train, test)
+    )
+    return replace(preset, masks=False), train, test, [note] if preset.masks else []
+
+
+def learned(data: DetectionSet, preset: DetectPreset) -> DetectionSet:
+    """Return a set without the images that training does not look at: those with too little marked in them."""
+    boxed = data.with_boxes
+    return boxed.with_keypoints(preset.min_keypoints) if preset.keypoints else boxed
+
+
+def refuse_unmarked(train: DetectionSet, test: DetectionSet, preset: DetectPreset) -> None:
     """Refuse sets of which nothing could be learned or measured, before the training. Raises ValueError."""
     if not train.with_boxes.images:
         raise ValueError(f"no image of {train.where} has a box, so there is nothing to learn: name another --train")
+    if not learned(train, preset).images:
+        raise ValueError(
+            f"no image of {train.where} has {preset.min_keypoints} or more marked keypoints, so there is nothing to "
+            "learn: name another --train, or give a smaller --min-keypoints"
+        )
+    if preset.keypoints and not test.with_keypoints(1).images:
+        raise ValueError(f"no object of {test.where} has a marked keypoint: name another --test")
     if all(image.is_difficult.all() for image in test.images):
         raise ValueError(
             f"no image of {test.where} has an object that counts, so there is nothing to measure (difficult ones and "
@@ -57,12 +105,8 @@ def refuse_unmarked(train: DetectionSet, test: DetectionSet) -> None:
         )
 
 
-def _without_outlines(data: DetectionSet) -> DetectionSet:
-    return replace(data, images=[replace(image, outlines=None) for image in data.images])
-
-
 def measured(found: Detections, truth: DetectionSet) -> Mapping[str, list[ClassPrecision]]:
-    """Return average precisions of each class of what the set's rules measure: boxes, masks, or both."""
+    """Return average precisions of each class of what the set's rules measure: boxes, masks and keypoints, or some."""
     if truth.rules == "voc":
         return {"box": voc_precision(found, truth)}
     from moco_fast.transfer.cityscapes import cityscapes_precision

@@ -1,6 +1,6 @@
-"""Loaders of images with boxes and masks."""
+"""Loaders of images with boxes, masks and keypoints."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as v2
 
 from moco_fast.transfer.coco import drawn_masks
+from moco_fast.transfer.keypoints import moved_keypoints
 from moco_fast.transfer.order import repeat_factors, resized, training_draws
 from moco_fast.transfer.presets import DetectPreset
 from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, as_shown, opened_image
@@ -30,7 +31,8 @@ class TargetBatch:
     images: list[Tensor]
     """(3, H, W) uint8 each."""
     targets: list[dict[str, Tensor]]
-    """boxes (N, 4) float32 in pixels of the image, labels (N,) int64 from 1; masks (N, H, W) uint8 where there are."""
+    """boxes (N, 4) float32 in pixels of the image, labels (N,) int64 from 1; where there are, masks (N, H, W) uint8 and
+    keypoints (N, K, 3) float32: x, y, and 0 where one is not marked."""
 
     def to(self, device: torch.device) -> "TargetBatch":
         """Copy to a device."""
@@ -86,7 +88,9 @@ class TrainingImages(ShuffledImages[tuple[Tensor, dict[str, Tensor]]]):
     def make(self, number: int, drawn: tuple[int, bool]) -> tuple[Tensor, dict[str, Tensor]]:
         """Resize and mirror an image and what is marked in it."""
         side, is_mirrored = drawn
-        return augmented(self._data.images[number], side=side, longest=self._preset.longest, is_mirrored=is_mirrored)
+        found, keypoints = self._data.images[number], self._data.keypoints
+        partners = () if keypoints is None else keypoints.partners
+        return augmented(found, side=side, longest=self._preset.longest, is_mirrored=is_mirrored, partners=partners)
 
     def together(self, items: list[tuple[Tensor, dict[str, Tensor]]]) -> TargetBatch:
         """Keep images apart, since they have sizes of their own."""
@@ -133,8 +137,17 @@ class HeldOutImages:
         return HeldOutImage(number=number, image=pixels, scale=scale, size=(found.height, found.width))
 
 
-def augmented(found: AnnotatedImage, *, side: int, longest: int, is_mirrored: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Resize an image with its boxes and masks, and mirror it.
+def augmented(
+    found: AnnotatedImage, *, side: int, longest: int, is_mirrored: bool, partners: Sequence[int] = ()
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Resize an image with its boxes, masks and keypoints, and mirror it.
+
+    Args:
+        found: the image.
+        side: its shorter side afterwards, in pixels.
+        longest: of its other side, at most.
+        is_mirrored: whether left and right change sides.
+        partners: of keypoints, as of `Keypoints`.
 
     Raises:
         OSError, SyntaxError: it cannot be decoded.
@@ -151,6 +164,10 @@ def augmented(found: AnnotatedImage, *, side: int, longest: int, is_mirrored: bo
     if found.outlines is not None:
         # Drawn in the size that is wanted: what is drawn first and resized then has coarser edges.
         target["masks"] = torch.from_numpy(drawn_masks(found, height=size[0], width=size[1], is_mirrored=is_mirrored))
+    if found.keypoints is not None:
+        scale = (size[1] / found.width, size[0] / found.height)
+        moved = moved_keypoints(found.keypoints, scale=scale, width=size[1], is_mirrored=is_mirrored, partners=partners)
+        target["keypoints"] = torch.from_numpy(moved)
     return v2.pil_to_tensor(image), target
 
 

@@ -85,7 +85,7 @@ def lvis_precision(found: Detections, truth: DetectionSet) -> dict[str, list[Cla
         truth: as `read_lvis` gives it; the images that it left out do not count.
     """
     assert truth.annotations is not None
-    objects = measured_objects(truth)
+    objects = measured_objects(truth, masks=found.masks is not None)
     known = {image.image_id for image in truth.images}
     told = [each for each in json.loads(truth.annotations.read_bytes())["images"] if each["id"] in known]
     looked_at: dict[int, set[int]] = defaultdict(set)

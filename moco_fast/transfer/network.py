@@ -1,4 +1,4 @@
-"""Networks: Faster and Mask R-CNN of torchvision's parts, with the settings that the MoCo authors trained with.
+"""Networks: Faster, Mask and Keypoint R-CNN of torchvision's parts, with the settings of the MoCo authors.
 
 What differs from torchvision's own, as in facebookresearch/detectron2: anchors are not rounded and lie at multiples of
 the stride; regions are aligned by half a pixel (ROIAlignV2); boxes have an L1 loss, divided by the number of anchors
@@ -29,6 +29,7 @@ from moco_fast.transfer.heads import (
     RegionHeads,
     box_loss,
 )
+from moco_fast.transfer.keypoint_heads import KeypointMaps
 from moco_fast.transfer.plain_vit import SimplePyramid
 from moco_fast.transfer.presets import DetectPreset
 from moco_fast.transfer.trunks import Pyramid, ReducedTrunk, Trunk
@@ -38,20 +39,24 @@ __all__ = ["Anchors", "ProposalNetwork", "build_detector"]
 _RATIOS = (0.5, 1.0, 2.0)
 _HIDDEN = 1024
 _FPN_DIVISOR = 32
+_KEYPOINT_LAYERS = (512,) * 8
 
 
-def build_detector(encoder: Encoder, preset: DetectPreset, *, num_classes: int, seed: int) -> GeneralizedRCNN:
+def build_detector(
+    encoder: Encoder, preset: DetectPreset, *, num_classes: int, seed: int, num_keypoints: int = 0
+) -> GeneralizedRCNN:
     """Build a detector on a copy of a ResNet, or one with a pyramid on a copy of a plain vision transformer.
 
     In training it takes images and targets and gives losses by name; in evaluation it takes images and gives boxes,
-    labels (from 1), scores and, if the preset says so, masks of the boxes (28 cells wide, 14 for C4). Images are
-    (3, H, W) uint8, in the size that they are looked at. Every parameter is trained.
+    labels (from 1), scores and, if the preset says so, masks of the boxes (28 cells wide, 14 for C4) and keypoints
+    (x, y, probability). Images are (3, H, W) uint8, in the size that they are looked at. Every parameter is trained.
 
     Args:
         encoder: whose backbone and normalization of pixels it has.
         preset: which detector, its anchors, numbers of proposals and regions.
         num_classes: without the background.
         seed: of the weights that the encoder does not have.
+        num_keypoints: of an object, if the preset has keypoints.
 
     Raises:
         ValueError: this detector cannot be built of the encoder.
@@ -63,6 +68,8 @@ def build_detector(encoder: Encoder, preset: DetectPreset, *, num_classes: int, 
         torch.manual_seed(seed)
         build = {"c4": _c4, "c5": _c5, "fpn": _fpn}[preset.head]
         trunk, heads = build(network, encoder, preset, num_classes)
+        if preset.keypoints:
+            _add_keypoints(trunk, heads, num_keypoints)
         is_pyramid = isinstance(trunk, Pyramid | SimplePyramid)
         sizes = [(size,) for size in preset.anchor_sizes] if is_pyramid else [preset.anchor_sizes]
         strides = trunk.strides if is_pyramid else [trunk.stride]
@@ -126,6 +133,15 @@ def _fpn(
         mask_predictor=MaskPredictor(256, num_classes) if preset.masks else None,
     )
     return trunk, heads
+
+
+def _add_keypoints(trunk: Trunk | SimplePyramid, heads: RegionHeads, num_keypoints: int) -> None:
+    """Eight convolutions with batch norm look at regions of 14 cells, and heat maps have 56."""
+    assert isinstance(trunk, Pyramid | SimplePyramid)
+    assert num_keypoints
+    heads.keypoint_roi_pool = AlignedRegions(14, strides=trunk.strides[:4])
+    heads.keypoint_head = MaskRCNNHeads(trunk.out_channels, _KEYPOINT_LAYERS, 1, norm_layer=nn.BatchNorm2d)
+    heads.keypoint_predictor = KeypointMaps(_KEYPOINT_LAYERS[-1], num_keypoints)
 
 
 def _begin_linear(layer: nn.Linear) -> None:
@@ -229,7 +245,7 @@ class ProposalNetwork(RegionProposalNetwork):
             post_nms_top_n=dict(zip(("training", "testing"), after, strict=True)),
             nms_thresh=0.7,
         )
-        self.l1_beta = preset.l1_beta
+        self.l1_beta = preset.rpn_l1_beta
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]

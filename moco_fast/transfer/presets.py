@@ -60,6 +60,14 @@ class DetectPreset(TransferPreset):
     """What looks at regions, and at which maps."""
     masks: bool = False
     """Whether objects have masks beside boxes."""
+    keypoints: bool = False
+    """Whether objects have keypoints beside boxes."""
+    min_keypoints: int = 1
+    """Marked keypoints that an image has at least to be trained on, where objects have keypoints."""
+    keypoint_pairs: tuple[str, ...] | None = None
+    """Keypoints that change places in a mirrored image, as left:right; None: as their names say."""
+    keypoint_sigmas: tuple[float, ...] | None = None
+    """How far annotators are apart at each keypoint, relative to an object's size; None: COCO's."""
     group: int = 2
     """Neighboring images of a batch that all lie or all stand: as many as a rank of the authors' eight had."""
     repeat_threshold: float = 0.0
@@ -83,7 +91,9 @@ class DetectPreset(TransferPreset):
     score_threshold: float = 0.05
     """What is found with a lower score is left out."""
     l1_beta: float = 0.0
-    """Where the loss of boxes changes from quadratic to linear; 0: it is linear."""
+    """Where the loss of the head's boxes changes from quadratic to linear; 0: it is linear."""
+    rpn_l1_beta: float = 0.0
+    """The same of proposals."""
     precise_batches: int = 200
     """Batches that the statistics of batch norm are averaged over before the test; 0: they stay as trained."""
 
@@ -141,6 +151,16 @@ def _doubled(preset: DetectPreset) -> DetectPreset:
     return replace(preset, title=preset.title.replace("1x", "2x"), steps=steps, drops=drops)
 
 
+# The MoCo paper's appendix, and configs/COCO-Keypoints/Base-Keypoint-RCNN-FPN.yaml of detectron2.
+_KEYPOINTS = replace(
+    _doubled(_FPN),
+    title="Keypoint R-CNN R50-FPN on COCO train2017, tested on val2017, 2x schedule",
+    masks=False,
+    keypoints=True,
+    l1_beta=0.5,
+    train_proposals=(2_000, 1_500),
+)
+
 PRESETS: dict[str, DetectPreset] = {
     "voc-c4": _VOC,
     "voc-c5": replace(_VOC, title=_VOC.title.replace("R50-C4", "R50-dilated-C5"), head="c5"),
@@ -173,6 +193,7 @@ PRESETS: dict[str, DetectPreset] = {
         test_side=1024,
         longest=2048,
     ),
+    "coco-keypoints": _KEYPOINTS,
 }
 """Of detectors, by name."""
 

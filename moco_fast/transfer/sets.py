@@ -105,6 +105,17 @@ class DetectionSet:
         return replace(self, images=[image for image in self.images if len(image.boxes)])
 
     @property
+    def has_outlines(self) -> bool:
+        """Whether objects have outlines."""
+        return any(image.outlines is not None for image in self.images)
+
+    def with_keypoints(self, least: int) -> "DetectionSet":
+        """Return the same set without the images in which fewer keypoints are marked, over all objects."""
+        marked = [0 if each.keypoints is None else int((each.keypoints[..., 2] > 0).sum()) for each in self.images]
+        kept = [image for image, count in zip(self.images, marked, strict=True) if count >= least]
+        return replace(self, images=kept)
+
+    @property
     def lies(self) -> npt.NDArray[np.bool_]:
         """(len,): whether an image is wider than high."""
         return np.array([image.width > image.height for image in self.images], dtype=np.bool_)

@@ -84,7 +84,7 @@ def test_sets_without_an_instance_that_counts_are_refused(city) -> None:
         Image.fromarray(pixels).save(instances(city, number))
     train, test = read_sets([str(city)], preset, class_names=None)
     with pytest.raises(ValueError, match="has an object that counts, so there is nothing to measure"):
-        refuse_unmarked(train, test)
+        refuse_unmarked(train, test, preset)
     with pytest.raises(ValueError, match=r"--test nowhere: there must be one leftImg8bit/nowhere"):
         read_sets([str(city)], replace(preset, test=("nowhere",)), class_names=None)
 

@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from moco_fast.transfer.coco import coco_precision, drawn_masks, encoded_masks, read_coco
 from moco_fast.transfer.detecting import find_all
 from moco_fast.transfer.heads import AlignedRegions, mask_loss, mask_targets
-from moco_fast.transfer.layouts import read_sets
+from moco_fast.transfer.layouts import read_sets, without_masks
 from moco_fast.transfer.loader import augmented
 from moco_fast.transfer.metrics import OVERLAPS, Detections
 from moco_fast.transfer.network import build_detector
@@ -58,7 +58,7 @@ BROKEN = {
     "has a box without an area in the image": {"bbox": [3, 3, 0, 9]},
     "has a box without four numbers": {"bbox": [3, 3, 9]},
     "is of an unknown category": {"category_id": 8},
-    "has no outline": {"segmentation": [[1, 2, 3, 4]]},
+    "has no outline (--masks False does without)": {"segmentation": [[1, 2, 3, 4]]},
     "has an outline that is not of numbers": {"segmentation": [["a"] * 6]},
     "has run lengths that cannot be read": {"segmentation": {"size": [64, 96]}},
     "has run lengths of another size than its image": {"segmentation": {"size": [64, 96], "counts": [3, 4]}},
@@ -95,6 +95,45 @@ def test_objects_need_no_numbers_of_their_own(coco, numbers) -> None:
     data = read(coco)
     counted = {kind: {each.mean for each in found} for kind, found in coco_precision(all_of(data), data).items()}
     assert counted == {"box": {1}, "mask": {1}}
+
+
+def drop_outlines(coco: Path, *parts: str) -> None:
+    for number, part in enumerate(parts):
+        path = coco / "annotations" / f"instances_{part}.json"
+        told = json.loads(path.read_text())
+        for each in told["annotations"]:
+            each |= {"segmentation": [[], [[]], None][number]}
+        told["annotations"][0].pop("segmentation")
+        path.write_text(json.dumps(told))
+
+
+def test_sets_without_any_outline_are_trained_and_tested_on_boxes_alone(coco) -> None:
+    preset = PRESETS["coco-fpn-1x"]
+    whole = read_sets([str(coco)], preset, class_names=None)
+    assert without_masks(preset, *whole, asked=True) == (preset, *whole, [])
+    # The test's own outlines cannot be learned from where training has none, and the other way round.
+    for part in ("train2017", "val2017"):
+        drop_outlines(coco, part)
+        train, test = read_sets([str(coco)], preset, class_names=None)
+        assert not train.malformed_objects
+        assert not test.malformed_objects
+        settled, *sets, notes = without_masks(preset, train, test, asked=False)
+        assert settled == replace(preset, masks=False)
+        assert [each.has_outlines for each in sets] == [False, False]
+        assert "has an outline: boxes alone are trained and tested, without masks" in notes[0]
+        with pytest.raises(ValueError, match=r"--masks True, but no object of .* has an outline"):
+            without_masks(preset, train, test, asked=True)
+    found = replace(all_of(whole[1]), masks=None)
+    assert {kind: {each.mean for each in found} for kind, found in coco_precision(found, test).items()} == {"box": {1}}
+
+
+def test_masks_that_are_not_asked_for_are_not_read(coco) -> None:
+    change(coco, annotations=[an_object(999, 100, 7, (5, 5, 20, 20), [["a"] * 6])])
+    preset = replace(PRESETS["coco-fpn-1x"], masks=False)
+    _, test = read_sets([str(coco)], preset, class_names=None)
+    assert not test.malformed_objects
+    assert not test.has_outlines
+    assert without_masks(preset, test, test, asked=False)[3] == []
 
 
 def test_images_may_lie_in_folders(coco) -> None:
@@ -349,17 +388,22 @@ def test_every_preset_builds_with_a_resnet_50(name) -> None:
 
     preset = PRESETS[name]
     with torch.device("meta"):
-        detector = build_detector(without_head(build_backbone("resnet50"), 2048), preset, num_classes=80, seed=0)
+        encoder = without_head(build_backbone("resnet50"), 2048)
+        detector = build_detector(encoder, preset, num_classes=80, seed=0, num_keypoints=17)
     shapes = {key: tuple(value.shape) for key, value in detector.named_parameters()}
     heads = "roi_heads."
     wanted = {
         "c4": {"box_head.norm.weight": (2048,), "mask_predictor.deconv.weight": (2048, 256, 2, 2)},
         "c5": {"box_head.fc6.weight": (1024, 512 * 49), "box_predictor.cls_score.weight": (81, 1024)},
-        "fpn": {"box_head.3.1.weight": (256,), "mask_head.3.1.weight": (256,), "box_head.5.weight": (1024, 256 * 49)},
+        "fpn": {"box_head.3.1.weight": (256,), "box_head.5.weight": (1024, 256 * 49)},
     }[preset.head]
+    if preset.keypoints:
+        wanted |= {"keypoint_head.7.1.weight": (512,), "keypoint_predictor.kps_score_lowres.weight": (512, 17, 4, 4)}
     assert {key: shapes[heads + key] for key in wanted} == wanted
     if preset.masks:
         assert shapes[heads + "mask_predictor.predictor.weight"] == (80, 256, 1, 1)
+        if preset.head == "fpn":
+            assert shapes[heads + "mask_head.3.1.weight"] == (256,)
     if preset.head == "fpn":
         norms = [key for key in shapes if key.startswith("backbone.pyramid") and key.endswith("1.weight")]
         assert len(norms) == 8

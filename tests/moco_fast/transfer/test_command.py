@@ -106,6 +106,25 @@ def test_presets_of_coco_take_two_steps_and_measure_boxes_and_masks(preset, coco
     assert {row["class"] for row in rows} <= {"bus", "car", "cat"}
 
 
+def test_a_set_of_boxes_alone_is_trained_and_tested_without_masks(tmp_path, capsys) -> None:
+    data = write_coco(tmp_path / "coco", {"train2017": 4, "val2017": 1})
+    for path in (data / "annotations").iterdir():
+        told = json.loads(path.read_text())
+        for each in told["annotations"]:
+            each["segmentation"] = []
+        path.write_text(json.dumps(told))
+    given = ["--data", str(data), "--init", "random", "--network", "resnet18_quarter", "--preset", "coco-c4-1x"]
+    given += ["--out", str(tmp_path / "out"), *PLAIN]
+    assert main(["transfer", "detect", *given, "--masks", "True"]) == 2
+    assert "--masks True, but no object" in capsys.readouterr().err
+    assert main(["transfer", "detect", *given]) == 0
+    assert "boxes alone are trained and tested" in capsys.readouterr().err
+    [result] = read_results(tmp_path / "out" / "results.json")
+    assert list(result.figures) == [f"box {name}" for name in ("AP", "AP50", "AP75")]
+    assert result.settings["masks"] is False
+    assert "without masks" in " ".join(result.notes)
+
+
 def test_without_what_measures_coco_its_presets_say_what_to_install(coco_folder, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("moco_fast.transfer.coco.find_spec", lambda name: None)
     given = ["--data", str(coco_folder), "--init", "random", "--preset", "coco-fpn-1x", "--out", str(tmp_path / "out")]

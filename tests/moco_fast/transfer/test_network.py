@@ -197,7 +197,7 @@ def test_losses_of_regions_are_those_of_torchvision_for_its_own_settings() -> No
 
 
 def proposals_of(beta: float) -> ProposalNetwork:
-    return ProposalNetwork(8, Anchors([(16, 32)], (0.5, 1.0, 2.0), strides=[16]), replace(TINY, l1_beta=beta))
+    return ProposalNetwork(8, Anchors([(16, 32)], (0.5, 1.0, 2.0), strides=[16]), replace(TINY, rpn_l1_beta=beta))
 
 
 def test_losses_of_proposals_are_those_of_torchvision_where_all_that_is_asked_for_is_there() -> None:

@@ -156,13 +156,13 @@ def test_sets_without_anything_to_learn_or_to_measure_are_refused(year) -> None:
     for number in range(3):
         annotate(year, f"trainval_000{number}", *size, [("cat", (1, 1, 9, 9))], difficult=1)
     difficult = read(year)
-    refuse_unmarked(difficult, whole)
+    refuse_unmarked(difficult, whole, PRESETS["voc-c4"])
     with pytest.raises(ValueError, match="nothing to measure"):
-        refuse_unmarked(whole, difficult)
+        refuse_unmarked(whole, difficult, PRESETS["voc-c4"])
     for number in range(3):
         annotate(year, f"trainval_000{number}", *size, [])
     with pytest.raises(ValueError, match="nothing to learn"):
-        refuse_unmarked(read(year), whole)
+        refuse_unmarked(read(year), whole, PRESETS["voc-c4"])
     assert whole.identity != difficult.identity != read(year).identity
 
 
