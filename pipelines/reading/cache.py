@@ -36,7 +36,7 @@ __all__ = ["CacheFolder", "CacheFullError", "CachedShard", "CachedShardSet", "Fe
 
 _LOG = logging.getLogger(__name__)
 
-_PIECE_BYTES = 16 << 20
+_PIECE_BYTES = 64 << 20
 _ATTEMPTS = 3
 _BACK_OFF_S, _LONGEST_BACK_OFF_S = 1.0, 30.0
 _OUTAGE_S = 300.0
@@ -278,11 +278,14 @@ class CachedShardSet(RemoteShardSet):
             if size != entry.num_bytes:
                 return f"{name} has {size} bytes, and manifest.json says {entry.num_bytes}"
             for begin in range(0, size, _PIECE_BYTES):
-                if cancel.is_set():
-                    return ""
-                data = store.read_range(entry.name, begin, min(_PIECE_BYTES, size - begin))
-                digest.update(data)
-                os.pwrite(descriptor, data, begin)
+                at = begin
+                # In chunks: whole pieces would be memory that is new for each of them, and copied twice.
+                for chunk in store.stream(entry.name, begin, min(_PIECE_BYTES, size - begin)):
+                    if cancel.is_set():
+                        return ""
+                    digest.update(chunk)
+                    os.pwrite(descriptor, chunk, at)
+                    at += len(chunk)
         except FileNotFoundError:
             raise FetchError(
                 f"{name} is listed in manifest.json but absent: restore it, or run `make-shards verify {self.url}`"

@@ -48,6 +48,7 @@ _REFUSAL = re.compile(r"status code: (4(?!08|29)\d\d [\w ']+)")
 _UNRENEWED = re.compile(r"External \w+ credential provider: \w+: (.*)")
 """What obstore says where a provider of credentials failed."""
 _WINDOW_BYTES = 4 << 20
+_CHUNK_BYTES = 1 << 20
 _UPLOAD_BYTES = 16 << 20
 
 
@@ -232,11 +233,29 @@ class Folder:
         import obstore
 
         data = self._ask("read", name, lambda store: bytes(obstore.get_range(store, name, start=start, length=count)))
-        if len(data) != count:
-            raise PackError(
-                f"{self.url}/{name} gave {len(data)} of {count} bytes at {start}: run the same command again"
-            )
+        self._refuse_short(name, start, count, len(data))
         return data
+
+    def stream(self, name: str, start: int, count: int) -> Iterator[memoryview]:
+        """Give some bytes of an object as they arrive; a connection that breaks is taken up again.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            PackError: the store does not answer, or gives fewer bytes.
+        """
+        import obstore
+
+        found = self._ask(
+            "read", name, lambda store: obstore.get(store, name, options={"range": (start, start + count)})
+        )
+        num_bytes = 0
+        try:
+            for chunk in found.stream(min_chunk_size=_CHUNK_BYTES):
+                num_bytes += len(chunk)
+                yield memoryview(chunk)
+        except Exception as error:
+            raise self._explain("read", name, error) from None
+        self._refuse_short(name, start, count, num_bytes)
 
     def put(self, name: str, data: bytes | Path, *, only_if_new: bool = False) -> bool:
         """Write an object, whole or not at all; False where it was there and `only_if_new`. Raises PackError."""
@@ -270,6 +289,10 @@ class Folder:
 
         with suppress(FileNotFoundError):
             self._ask("remove", "", lambda store: obstore.delete(store, names))
+
+    def _refuse_short(self, name: str, start: int, count: int, given: int) -> None:
+        if given != count:
+            raise PackError(f"{self.url}/{name} gave {given} of {count} bytes at {start}: run the same command again")
 
     def _ask(self, verb: str, name: str, request: "Callable[[ObjectStore], T]") -> T:
         """Ask the store, once more where credentials may have been renewed since it was opened.
