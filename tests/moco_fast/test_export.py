@@ -1,4 +1,6 @@
+import ast
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from moco_fast.encoders.formats.base import OpenedEncoder, opened
 from moco_fast.encoders.formats.detectron2 import from_detectron2, to_detectron2
 from moco_fast.encoders.formats.torchvision import RESNETS
 from moco_fast.encoders.open import open_encoder
+from moco_fast.exporters.detectron2 import dense_pose_command
 from moco_fast.exporters.registry import EXPORTERS, find_exporter
 from moco_fast.exporters.write import export
 from moco_fast.methods.base import Method
@@ -337,9 +340,110 @@ def test_detectron2_finds_its_names_and_shapes(tmp_path: Path) -> None:
     assert found == detectron2_shapes()
     # What its checkpointer looks for (detectron2/checkpoint/detection_checkpoint.py).
     assert content["matching_heuristics"] is True
-    assert "PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT = [25.5, 51.0, 76.5], [102.0" in written.usage
+    # RES2_OUT_CHANNELS: without it, its builder refuses networks of this depth (modeling/backbone/resnet.py).
+    for line in (
+        "cfg.MODEL.PIXEL_MEAN = [25.5, 51.0, 76.5]",
+        "cfg.INPUT.FORMAT = 'RGB'",
+        "cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64",
+    ):
+        assert line in written.usage.splitlines()
     with pytest.raises(ValueError, match=r"chooses the format by the file's extension: name it encoder\.pth"):
         export(run, "detectron2", tmp_path / "encoder.pkl")
+
+
+# Keys that an export sets, with detectron2's defaults (detectron2/config/defaults.py, 02b5c4e). yacs refuses keys that
+# are not there, and values of another type than the default's.
+DETECTRON2_DEFAULTS: dict[str, object] = {
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.STRIDE_IN_1X1": True,
+    "MODEL.RESNETS.NUM_GROUPS": 1,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 256,
+    "MODEL.RESNETS.NORM": "FrozenBN",
+    "MODEL.FPN.NORM": "",
+    "MODEL.BACKBONE.FREEZE_AT": 2,
+    "MODEL.PIXEL_MEAN": [103.530, 116.280, 123.675],
+    "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+    "INPUT.FORMAT": "BGR",
+    "TEST.PRECISE_BN.ENABLED": False,
+}
+
+
+def merged_from_list(words: list[str]) -> dict[str, object]:
+    """Values as `merge_from_list` of yacs reads them from a command line."""
+    found = {}
+    for name, word in zip(words[::2], words[1::2], strict=True):
+        try:
+            value = ast.literal_eval(word)
+        except (ValueError, SyntaxError):
+            value = word
+        assert type(value) is type(DETECTRON2_DEFAULTS[name]), name
+        found[name] = value
+    return found
+
+
+def dense_pose_keys() -> set[str]:
+    """Keys of DensePose R-CNN with a pyramid on a ResNet-18 (detectron2, 02b5c4e: modeling/backbone/fpn.py,
+    modeling/proposal_generator/rpn.py, modeling/roi_heads/{box_head,fast_rcnn}.py; of projects/DensePose,
+    densepose/modeling/roi_heads/v1convx.py and densepose/modeling/predictors/chart.py)."""
+    norm = ("weight", "bias", "running_mean", "running_var")
+    keys = {f"backbone.bottom_up.{name}" for name in detectron2_shapes()}
+    for level in range(2, 6):
+        for kind in ("lateral", "output"):
+            keys |= {f"backbone.fpn_{kind}{level}.weight"}
+            keys |= {f"backbone.fpn_{kind}{level}.norm.{each}" for each in norm}
+    layers = [f"proposal_generator.rpn_head.{name}" for name in ("conv", "objectness_logits", "anchor_deltas")]
+    layers += [f"roi_heads.box_head.fc{number}" for number in (1, 2)]
+    layers += [f"roi_heads.box_predictor.{name}" for name in ("cls_score", "bbox_pred")]
+    layers += [f"roi_heads.densepose_head.body_conv_fcn{number}" for number in range(1, 9)]
+    layers += [f"roi_heads.densepose_predictor.{name}_lowres" for name in ("ann_index", "index_uv", "u", "v")]
+    return keys | {f"{layer}.{each}" for layer in layers for each in ("weight", "bias")}
+
+
+def test_dense_pose_finds_every_weight_of_its_backbone_and_takes_the_settings(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", ModelConfig(encoder="resnet18", **NORMALIZED), size=64)
+    written = export(run, "detectron2", tmp_path / "encoder.pth")
+    tensors = torch.load(written.path, weights_only=True)["model"]
+    # align_and_update_state_dicts (detectron2/checkpoint/c2_model_loading.py): a key of the model takes the longest one
+    # of the file that is its whole suffix, and two of them must not take the same.
+    taken = {}
+    for key in dense_pose_keys():
+        fitting = [name for name in tensors if key == name or key.endswith(f".{name}")]
+        if fitting:
+            taken[key] = max(fitting, key=len)
+    assert set(taken) == {key for key in dense_pose_keys() if key.startswith("backbone.bottom_up.")}
+    assert len(set(taken.values())) == len(taken)
+    assert {name for name in tensors if "num_batches" not in name} == set(taken.values())
+    words = shlex.split(written.usage.splitlines()[-1].removeprefix("# "))
+    # configs/ and train_net.py of projects/DensePose.
+    config = "configs/densepose_rcnn_R_50_FPN_s1x_legacy.yaml"
+    assert words[:6] == ["python", "train_net.py", "--config-file", config, "--num-gpus", "8"]
+    told = merged_from_list(words[6:])
+    assert told == {
+        "MODEL.WEIGHTS": str(written.path.absolute()),
+        "MODEL.RESNETS.DEPTH": 18,
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+        "MODEL.RESNETS.NUM_GROUPS": 1,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+        "MODEL.PIXEL_MEAN": [25.5, 51.0, 76.5],
+        "MODEL.PIXEL_STD": [102.0, 127.5, 153.0],
+        "INPUT.FORMAT": "RGB",
+        "MODEL.RESNETS.NORM": "SyncBN",
+        "MODEL.FPN.NORM": "SyncBN",
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "TEST.PRECISE_BN.ENABLED": True,
+    }
+    # The lines for Python set the same.
+    lines = [line.removeprefix("cfg.").split(" = ") for line in written.usage.splitlines() if line.startswith("cfg.")]
+    assert {name: ast.literal_eval(value) for name, value in lines} == told | {"MODEL.WEIGHTS": str(written.path)}
+
+
+def test_the_command_of_the_documentation_is_that_of_an_export() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "transfer.md").read_text()
+    shown = text[text.index("    python train_net.py") :].partition("\n\n")[0].replace("\\\n", " ")
+    assert shlex.split(shown) == shlex.split(dense_pose_command(ModelConfig(encoder="resnet50"), Path("/encoder.pth")))
 
 
 # The authors' detection/convert-pretrain-to-detectron2.py (facebookresearch/moco, 0d6137a), case by case.
