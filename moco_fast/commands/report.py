@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from moco_fast.commands.common import Device, choose_device, positive
+from moco_fast.transfer.written import is_transfer
 
 __all__ = ["Report"]
 
@@ -17,7 +18,7 @@ _COMPARISON = "comparison.html"
 class Report:
     """Write a run's report as one HTML page: curves, views, neighbors. Or a page that compares several runs.
 
-    Runs may still be running.
+    Runs may still be running. Of a folder that `moco-fast transfer` wrote, its page is written again.
     """
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN...")]
@@ -49,11 +50,16 @@ class Report:
         return self._report(out) if len(self.runs) == 1 else self._compare(out or Path(_COMPARISON))
 
     def _report(self, out: Path | None) -> int:
+        (run,) = self.runs
+        if is_transfer(Path(run)):
+            from moco_fast.report.transfers import write_transfers
+
+            print(f"Report: {write_transfers(Path(run), out=out)}")
+            return 0
         from moco_fast.report.commands import next_commands
         from moco_fast.report.record import read_run
         from moco_fast.report.report import write_report
 
-        (run,) = self.runs
         page = write_report(
             run,
             out=out,

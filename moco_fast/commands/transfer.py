@@ -127,12 +127,15 @@ class _TransferOptions:
 
     def _compare(self, name: str, preset: TransferPreset, train: Any, test: Any, notes: list[str]) -> int:
         """Train, test, print and write; return the exit code."""
-        Path(self.out).mkdir(parents=True, exist_ok=True)
+        out = Path(self.out)
+        out.mkdir(parents=True, exist_ok=True)
         from moco_fast.transfer.compare import Comparison, as_tables, compare, open_inits, say_notes
         from moco_fast.transfer.detecting import DetectorTrainings
         from moco_fast.transfer.segmenting import SegmenterTrainings
         from moco_fast.transfer.training import Machine
+        from moco_fast.transfer.written import refuse_damaged
 
+        refuse_damaged(out)
         inits = open_inits(self.init, network=self.network)
         detects = isinstance(preset, DetectPreset)
         trainings_of: Any = DetectorTrainings if detects else SegmenterTrainings
@@ -144,7 +147,7 @@ class _TransferOptions:
                 test,
                 preset,
                 machine,
-                folder=Path(self.out),
+                folder=out,
                 every_steps=self.save_every_steps,
                 num_trainings=len(inits) * self.seeds,
                 at_most_damaged=self.max_malformed,
@@ -156,14 +159,17 @@ class _TransferOptions:
                 trainings=trainings,
                 inits=inits,
                 num_seeds=self.seeds,
-                out=Path(self.out),
+                out=out,
                 notes=tuple(notes),
             )
             results = compare(comparison, machine)
         if is_first_rank():
             print(as_tables(results))
             say_notes(results)
-            print(f"written to {self.out}: results.json, per-class.csv, trained/", file=sys.stderr)
+            from moco_fast.report.transfers import write_transfers
+
+            print(f"written to {out}: results.json, per-class.csv, trained/, report.html", file=sys.stderr)
+            write_transfers(out)
         return 0
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "summarize",
     "table",
     "wilson_interval",
+    "with_interval",
     "write_results",
 ]
 
@@ -210,7 +211,7 @@ def table(results: Sequence[Result]) -> list[list[str]]:
     for result in results:
         task = f"{result.task} {result.protocol}".rstrip()
         for figure in result.figures.values():
-            rows.setdefault((task, figure.title), {})[result.encoder["name"]] = _with_interval(figure)
+            rows.setdefault((task, figure.title), {})[result.encoder["name"]] = with_interval(figure)
     lines = [["task", "figure", *encoders]]
     return lines + [[*key, *(cells.get(encoder, "-") for encoder in encoders)] for key, cells in rows.items()]
 
@@ -233,7 +234,8 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(text)
 
 
-def _with_interval(figure: Figure) -> str:
+def with_interval(figure: Figure) -> str:
+    """Return a figure as text, with its interval if it has one."""
     if figure.interval is None:
         return str(figure)
     low, high = (_written(bound, figure.unit) for bound in figure.interval)

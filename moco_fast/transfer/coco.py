@@ -27,6 +27,7 @@ from shards.sets.benchmark import AnyPath, open_benchmark
 
 __all__ = [
     "coco_precision",
+    "decoded_mask",
     "drawn_masks",
     "encoded_masks",
     "measured_objects",
@@ -421,6 +422,12 @@ def encoded_masks(masks: npt.NDArray[np.uint8]) -> list[dict[str, Any]]:
     """Return COCO's run lengths of masks (N, height, width), 0 or 1."""
     mask: Any = import_module("faster_coco_eval.core.mask")
     return list(mask.encode(np.asfortranarray(masks.transpose(1, 2, 0)))) if len(masks) else []
+
+
+def decoded_mask(runs: Mapping[str, Any]) -> npt.NDArray[np.uint8]:
+    """Return the mask of one of COCO's run lengths: (height, width), 0 or 1."""
+    mask: Any = import_module("faster_coco_eval.core.mask")
+    return mask.decode(dict(runs))
 
 
 def coco_precision(found: Detections, truth: DetectionSet) -> dict[str, list[ClassPrecision]]:

@@ -1,8 +1,6 @@
 """Comparison of initial weights: a network trained from each of them, with every seed, as results and tables."""
 
 import copy
-import csv
-import io
 import platform
 import sys
 import time
@@ -21,12 +19,12 @@ from moco_fast.encoders.formats.torchvision import RESNETS
 from moco_fast.encoders.open import open_encoder
 from moco_fast.evaluation.base import FigureCurve, FigureInfo, Measured, Outcome
 from moco_fast.evaluation.classifier import randomize
-from moco_fast.evaluation.result import Figure, Result, aligned, as_text, average_curves, summarize, write_results
+from moco_fast.evaluation.result import Figure, Result, aligned, as_text, average_curves, summarize
 from moco_fast.transfer.presets import TransferPreset
 from moco_fast.transfer.training import Machine, NetworkTrainings, Start, Trained
-from shards.ground.files import write_whole
+from moco_fast.transfer.written import class_rows, write_beside
 
-__all__ = ["Comparison", "as_tables", "compare", "open_inits", "say_notes"]
+__all__ = ["Comparison", "as_tables", "compare", "difference", "open_inits", "say_notes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +117,8 @@ def _headless(encoder: Encoder) -> Encoder:
 def compare(comparison: Comparison, machine: Machine) -> list[Result]:
     """Train and test a network from every init with every seed; collective.
 
-    The results so far are written after each init. See `NetworkTrainings.run` for what is raised.
+    The results so far are written after each init, in place of earlier ones of the preset and beside those of others.
+    See `NetworkTrainings.run` for what is raised.
 
     Returns:
         a result for each init, in their order, on every rank.
@@ -132,12 +131,11 @@ def compare(comparison: Comparison, machine: Machine) -> list[Result]:
             trained: list[Trained] = []
             for seed in range(comparison.num_seeds):
                 trained.append(trainings.run(init.start(seed), seed=seed))
-                by_class += [{"init": init.name, "seed": seed, **row} for row in trained[-1].by_class]
+                by_class += class_rows(comparison.preset_name, init.name, seed, trained[-1])
             result = _result(comparison, machine, init, trained)
             results.append(replace(result, time_s=round(time.perf_counter() - begin, 3)))
             if machine.world.rank == 0:
-                write_results(comparison.out / "results.json", results)
-                write_whole(comparison.out / "per-class.csv", _as_csv(by_class), durable=False)
+                write_beside(comparison.out, results, by_class)
     return results
 
 
@@ -188,16 +186,6 @@ def _outcome(trained: Trained) -> Outcome:
     return Outcome(figures=figures, curves={"loss": curve})
 
 
-def _as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Return rows as text, with shares in percent."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0])
-    for row in rows:
-        writer.writerow(f"{100 * value:.2f}" if isinstance(value, float) else value for value in row.values())
-    return text.getvalue()
-
-
 def as_tables(results: Sequence[Result]) -> str:
     """Return the figures of each init, and how the others differ from the first, seed by seed."""
     if len(results) == 1:
@@ -205,7 +193,7 @@ def as_tables(results: Sequence[Result]) -> str:
     first, *others = results
     lines = [[f"difference from {_short(first)}", *map(_short, others)]]
     for name, figure in first.figures.items():
-        lines.append([figure.title, *(_difference(figure, other.figures[name]) for other in others)])
+        lines.append([figure.title, *(difference(figure, other.figures[name]) for other in others)])
     return f"{as_text(results)}\n\n{aligned(lines)}"
 
 
@@ -213,7 +201,7 @@ def _short(result: Result) -> str:
     return result.encoder["name"].partition(" (")[0]
 
 
-def _difference(first: Figure, other: Figure) -> str:
+def difference(first: Figure, other: Figure) -> str:
     """Return the mean difference in points, with its 95% interval over seeds."""
     pairs = zip(first.by_seed, other.by_seed, strict=True)
     outcomes = [Outcome(figures={"": Measured(value=theirs - ours)}) for ours, theirs in pairs]

@@ -14,13 +14,14 @@ from moco_fast import distributed
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.base import FigureInfo
 from moco_fast.transfer.coco import encoded_masks
+from moco_fast.transfer.galleries import detection_gallery
 from moco_fast.transfer.layouts import learned, measured
 from moco_fast.transfer.loader import HeldOutImage, HeldOutImages, TrainingImages
 from moco_fast.transfer.metrics import OVERLAPS, ClassPrecision, Detections
 from moco_fast.transfer.network import build_detector
 from moco_fast.transfer.presets import DetectPreset
 from moco_fast.transfer.sets import DetectionSet
-from moco_fast.transfer.training import Machine, NetworkTrainings
+from moco_fast.transfer.training import Machine, NetworkTrainings, TestOutcome
 
 __all__ = ["DetectorTrainings", "find_all", "mean_values", "values"]
 
@@ -75,7 +76,7 @@ class DetectorTrainings(NetworkTrainings):
             at_most_damaged=self._at_most_damaged,
         )
 
-    def measure(self, network: nn.Module) -> tuple[dict[str, float], list[dict[str, Any]], int]:
+    def measure(self, network: nn.Module) -> TestOutcome:
         """Find objects in all test images, and measure how well."""
         found, num_untested = find_all(network, self._tested, self._preset, self._machine, stop=self.leave)
         # By one rank: each of the others would read all of COCO's annotations once more.
@@ -97,7 +98,8 @@ class DetectorTrainings(NetworkTrainings):
             for kind, of_kind in precisions.items()
             for each in of_kind
         ]
-        return figures, rows, num_untested
+        gallery = detection_gallery(found, self._tested) if is_first else None
+        return TestOutcome(figures=figures, by_class=rows, num_untested=num_untested, gallery=gallery)
 
     def infos(self) -> dict[str, FigureInfo]:
         """Return the figures of boxes, masks and keypoints, where there are; Cityscapes measures masks alone."""

@@ -40,7 +40,7 @@ class AlignedRegions(nn.Module):
         sides = (rows[:, 3] - rows[:, 1]).mul(rows[:, 4] - rows[:, 2]).clamp(min=0).sqrt()
         first = log2(self.strides[0] / 16)
         level = (torch.log2(sides / 224 + 1e-8) - first).floor().clamp(0, len(maps) - 1)
-        found = maps[0].new_zeros(len(rows), maps[0].shape[1], self.cells, self.cells)
+        found = maps[0].new_zeros(rows.shape[0], maps[0].shape[1], self.cells, self.cells)
         for number, (seen, stride) in enumerate(zip(maps, self.strides, strict=True)):
             chosen = torch.where(level == number)[0]
             found = found.index_copy(0, chosen, self._of_map(seen, rows[chosen], stride).to(found.dtype))
@@ -92,7 +92,7 @@ class BoxPredictor(nn.Module):
         """
         seen = seen if seen.ndim == 2 else seen.mean(dim=(2, 3))
         boxes = self.bbox_pred(seen).float()
-        return self.cls_score(seen).float(), torch.cat([boxes.new_zeros(len(boxes), 4), boxes], dim=1)
+        return self.cls_score(seen).float(), torch.cat([boxes.new_zeros(boxes.shape[0], 4), boxes], dim=1)
 
 
 class MaskPredictor(nn.Module):
@@ -205,8 +205,8 @@ class RegionHeads(RoIHeads):
         if self.mask_predictor is not None:
             of_classes = self._masks(features, boxes, image_shapes, None)
             classes = torch.cat(labels) - 1
-            masks = of_classes[torch.arange(len(classes), device=classes.device), classes].sigmoid()
-            for each, of_image in zip(found, masks.split([len(box) for box in boxes]), strict=True):
+            masks = of_classes[torch.arange(classes.shape[0], device=classes.device), classes].sigmoid()
+            for each, of_image in zip(found, masks.split([box.shape[0] for box in boxes]), strict=True):
                 each["masks"] = of_image[:, None]
         if self.keypoint_predictor is not None:
             maps = self._keypoint_maps(features, boxes, image_shapes).split([len(box) for box in boxes])

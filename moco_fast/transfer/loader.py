@@ -21,7 +21,7 @@ from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, as_shown, open
 from moco_fast.transfer.shuffled import ShuffledImages, ahead
 from pipelines.world import World
 
-__all__ = ["HeldOutImage", "HeldOutImages", "TargetBatch", "TrainingImages", "augmented"]
+__all__ = ["HeldOutImage", "HeldOutImages", "TargetBatch", "TrainingImages", "augmented", "decoded"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -128,7 +128,7 @@ class HeldOutImages:
     def _make(self, number: int) -> HeldOutImage:
         found, preset = self._data.images[number], self._preset
         try:
-            image: Any = _decoded(found)
+            image: Any = decoded(found)
         except (OSError, SyntaxError):
             return HeldOutImage(number=number, image=None, scale=(1.0, 1.0), size=(found.height, found.width))
         height, width = resized(found.height, found.width, side=preset.test_side, longest=preset.longest)
@@ -153,7 +153,7 @@ def augmented(
         OSError, SyntaxError: it cannot be decoded.
     """
     # Pillow resizes the image, as in detectron2, outside of the interpreter's lock.
-    image: Any = _decoded(found)
+    image: Any = decoded(found)
     corners: Any = torch.from_numpy(found.boxes)
     boxes: Any = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(found.height, found.width))  # pyright: ignore[reportCallIssue] - torch's metaclass hides it
     size = list(resized(found.height, found.width, side=side, longest=longest))
@@ -171,7 +171,8 @@ def augmented(
     return v2.pil_to_tensor(image), target
 
 
-def _decoded(found: AnnotatedImage) -> Image.Image:
+def decoded(found: AnnotatedImage) -> Image.Image:
+    """Decode an image as it is shown. Raises OSError, SyntaxError: it cannot be, or it is not as annotated."""
     with opened_image(found.path) as image:
         shown = as_shown(image)
     if shown.size != (found.width, found.height):

@@ -8,17 +8,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as v2
 
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.base import FigureInfo
+from moco_fast.transfer.galleries import pixel_gallery
 from moco_fast.transfer.order import crop_draws
 from moco_fast.transfer.pixel_network import PixelNetwork
 from moco_fast.transfer.pixel_sets import OPEN, PixelSet, read_pixels
 from moco_fast.transfer.presets import SegmentPreset
 from moco_fast.transfer.shuffled import ShuffledImages, ahead
-from moco_fast.transfer.training import Machine, NetworkTrainings
+from moco_fast.transfer.training import Machine, NetworkTrainings, TestOutcome
 
 __all__ = ["PixelBatch", "SegmenterTrainings", "TrainingCrops", "confusion_of"]
 
@@ -140,12 +142,11 @@ class SegmenterTrainings(NetworkTrainings):
             at_most_damaged=self._at_most_damaged,
         )
 
-    def measure(self, network: nn.Module) -> tuple[dict[str, float], list[dict[str, Any]], int]:
+    def measure(self, network: nn.Module) -> TestOutcome:
         """Name the pixels of all test images in their own size, and measure how many rightly."""
-        confusion, num_untested = confusion_of(network, self._tested, self._machine, stop=self.leave)
-        right, there, named = confusion.diag(), confusion.sum(1), confusion.sum(0)
-        overlap = right.double() / (there + named - right).clamp(min=1)
-        counts = there + named > 0
+        confusion, values, num_untested = confusion_of(network, self._tested, self._machine, stop=self.leave)
+        overlap, counts = _overlaps(confusion)
+        right, there = confusion.diag(), confusion.sum(1)
         if not counts.any():
             raise ValueError(
                 f"no pixel of {self._tested.where} that could be decoded has one of the classes, so there is nothing "
@@ -160,7 +161,16 @@ class SegmenterTrainings(NetworkTrainings):
             for number, name in enumerate(self._tested.class_names)
             if counts[number]
         ]
-        return figures, rows, num_untested
+        gallery = None
+        if self._machine.world.rank == 0:
+            gallery = pixel_gallery(values.numpy(), self._tested, lambda image: self._named(network, image))
+        return TestOutcome(figures=figures, by_class=rows, num_untested=num_untested, gallery=gallery)
+
+    @torch.no_grad()
+    def _named(self, network: nn.Module, image: Image.Image) -> npt.NDArray[np.int64]:
+        pixels = v2.pil_to_tensor(image).to(self._machine.device)
+        with self._machine.autocast():
+            return network(pixels[None])[0].argmax(0).cpu().numpy()
 
     def infos(self) -> dict[str, FigureInfo]:
         """Return mean intersection over union, and accuracy."""
@@ -173,7 +183,7 @@ class SegmenterTrainings(NetworkTrainings):
 
 
 @torch.no_grad()
-def confusion_of(network: nn.Module, data: PixelSet, machine: Machine, *, stop: Any) -> tuple[Tensor, int]:
+def confusion_of(network: nn.Module, data: PixelSet, machine: Machine, *, stop: Any) -> tuple[Tensor, Tensor, int]:
     """Count the pixels of each class that are named each class; collective, every rank gets the whole.
 
     Args:
@@ -183,30 +193,45 @@ def confusion_of(network: nn.Module, data: PixelSet, machine: Machine, *, stop: 
         stop: called before each image, by every rank equally often.
 
     Returns:
-        (K, K) int64, rows for what is there, and the number of this rank's images that cannot be decoded.
+        (K, K) int64, rows for what is there; (I,) float64, each image's own mean intersection over union, NaN where
+        nothing counts or it cannot be decoded; and the number of this rank's images that cannot be.
     """
     network.eval()
     num_classes, num_untested, world = len(data.class_names), 0, machine.world
-    counts = torch.zeros(num_classes**2, dtype=torch.int64, device=machine.device)
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=machine.device)
+    values = torch.zeros(len(data), dtype=torch.float64, device=machine.device)
     numbers = range(world.rank, len(data), world.world_size)
     with ThreadPoolExecutor(machine.threads) as pool:
-        for future in ahead(lambda number: pool.submit(_decoded, data, number), numbers):
+        futures = ahead(lambda number: pool.submit(_decoded, data, number), numbers)
+        for number, future in zip(numbers, futures, strict=True):
             stop()
             found = future.result()
             if found is None:
                 num_untested += 1
+                values[number] = torch.nan
                 continue
             image, classes = (each.to(machine.device) for each in found)
             with machine.autocast():
                 named = network(image[None])[0].argmax(0)
             counted = classes != OPEN
             pairs = classes[counted].long() * num_classes + named[counted]
-            counts += torch.bincount(pairs, minlength=num_classes**2)
+            of_image = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+            overlap, is_counted = _overlaps(of_image)
+            values[number] = overlap.sum() / is_counted.sum()
+            counts += of_image
     if len(numbers) * world.world_size < len(data):
         stop()  # This rank has one image less than the first.
     if world.world_size > 1:
         dist.all_reduce(counts)
-    return counts.view(num_classes, num_classes).cpu(), num_untested
+        dist.all_reduce(values)
+    return counts.cpu(), values.cpu(), num_untested
+
+
+def _overlaps(confusion: Tensor) -> tuple[Tensor, Tensor]:
+    """(K, K) -> (K,) float64 intersection over union of each class, and whether it is there or is named."""
+    right = confusion.diag()
+    union = confusion.sum(0) + confusion.sum(1) - right
+    return right.double() / union.clamp(min=1), union > 0
 
 
 def _decoded(data: PixelSet, number: int) -> tuple[Tensor, Tensor] | None:

@@ -23,6 +23,7 @@ from moco_fast.interrupt import StoppedError
 from moco_fast.methods.batchnorm import use_statistics_of_all_ranks
 from moco_fast.optimizers.optim import load_optimizer_tensors, optimizer_tensors
 from moco_fast.transfer.optimizing import build_network_optimizer, lr_at, set_lr
+from moco_fast.transfer.pictures import Gallery
 from moco_fast.transfer.precise import set_precise_statistics
 from moco_fast.transfer.presets import TransferPreset
 from pipelines.world import World
@@ -35,6 +36,7 @@ __all__ = [
     "Machine",
     "NetworkTrainings",
     "Start",
+    "TestOutcome",
     "Trained",
     "sum_of_ranks",
 ]
@@ -84,6 +86,22 @@ class Trained:
     """Images of the training set that could not be decoded."""
     num_untested: int
     """Those of the test set."""
+    name: str = ""
+    """Of its files."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TestOutcome:
+    """What a test found."""
+
+    figures: dict[str, float]
+    """In 0..1, by the names of `infos`."""
+    by_class: list[dict[str, Any]]
+    """A row of a table for each class."""
+    num_untested: int
+    """Images that this rank could not decode."""
+    gallery: Gallery | None
+    """Images to look at, on the first rank."""
 
 
 class BatchStream(Protocol):
@@ -202,12 +220,8 @@ class NetworkTrainings(SteppedWork, ABC):
         """Open this rank's batches."""
 
     @abstractmethod
-    def measure(self, network: nn.Module) -> tuple[dict[str, float], list[dict[str, Any]], int]:
-        """Test; collective. Calls `leave` for each image.
-
-        Returns:
-            figures, rows for each class, and the number of images that this rank could not decode.
-        """
+    def measure(self, network: nn.Module) -> TestOutcome:
+        """Test; collective. Calls `leave` for each image."""
 
     @abstractmethod
     def infos(self) -> dict[str, FigureInfo]:
@@ -236,12 +250,12 @@ class NetworkTrainings(SteppedWork, ABC):
             if record is None:
                 trained = self._train(start, saved, seed)
                 with refusing_alone(self._machine.world):
-                    saved.finish(asdict(trained))
+                    saved.finish({name: each for name, each in asdict(trained).items() if name != "name"})
                 return trained
         self._bar.update(self._how.steps)
         try:
             curve = [(int(step), float(loss)) for step, loss in record.pop("curve")]
-            return Trained(curve=curve, **record)
+            return Trained(curve=curve, name=saved.name, **record)
         except (KeyError, TypeError, ValueError) as error:
             path = self._folder / "trainings" / f"{saved.name}.json"
             raise ValueError(f"{path} is not what a training found ({error!r}): remove it to train again") from None
@@ -263,13 +277,14 @@ class NetworkTrainings(SteppedWork, ABC):
                 state.model.train()
                 passes = (self._pass(state.model, batch) for batch in islice(batches, preset.precise_batches))
                 set_precise_statistics(state.model, passes)
-            figures, by_class, num_untested = self.measure(state.model)
-            num_untested = sum_of_ranks(num_untested, machine.world)
+            tested = self.measure(state.model)
+            num_untested = sum_of_ranks(tested.num_untested, machine.world)
             self._refuse_untested(num_untested)
-            self._keep(state.model, saved.name)
+            self._keep(state.model, tested.gallery, saved.name)
             return Trained(
-                figures=figures,
-                by_class=by_class,
+                name=saved.name,
+                figures=tested.figures,
+                by_class=tested.by_class,
                 curve=state.curve,
                 num_damaged=sum_of_ranks(len(images.damaged), machine.world),
                 num_untested=num_untested,
@@ -359,8 +374,10 @@ class NetworkTrainings(SteppedWork, ABC):
                 "same command repeats the test alone, or allow a larger share"
             )
 
-    def _keep(self, model: nn.Module, name: str) -> None:
-        """Write the network's weights, on the first rank, under a name that no training with other options has."""
+    def _keep(self, model: nn.Module, gallery: Gallery | None, name: str) -> None:
+        """Write weights and pictures, on the first rank, under a name that no training with other options has."""
+        if gallery is not None:
+            gallery.write(self._folder / "pictures" / f"{name}.json")
         if self._machine.world.rank == 0:
             path = self._folder / "trained" / f"{name}.safetensors"
             path.parent.mkdir(exist_ok=True)

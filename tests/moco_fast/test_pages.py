@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from moco_fast.cli import main
 from moco_fast.report.compare import write_comparison
 from moco_fast.report.report import write_report
 from tests.browser import DESK, PHONE, Browser, open_browser, what_is_wrong
+from tests.moco_fast.transfer.coco_shapes import write_coco
+from tests.moco_fast.transfer.test_command import PLAIN
 
 pytestmark = pytest.mark.browser
 
@@ -56,8 +59,19 @@ def comparison(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return write_comparison(runs, folder / "comparison.html")
 
 
+@pytest.fixture(scope="module")
+def transfers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of two trainings of detectors, with masks."""
+    folder = tmp_path_factory.mktemp("transfers")
+    write_coco(folder / "coco", {"train2017": 2, "val2017": 3})
+    words = ("--network", "resnet18_quarter", "--out", str(folder / "out"), "--seeds", "2", *PLAIN)
+    data = ("--preset", "coco-c4-1x", "--data", str(folder / "coco"), "--init", "random")
+    assert main(["transfer", "detect", *data, *words, "--steps", "1"]) == 0
+    return folder / "out" / "report.html"
+
+
 @pytest.mark.parametrize("size", [PHONE, DESK])
-@pytest.mark.parametrize("name", ["report", "without_labels", "comparison"])
+@pytest.mark.parametrize("name", ["report", "without_labels", "comparison", "transfers"])
 def test_nothing_is_wrong(name: str, size: tuple[int, int], browser: Browser, request: pytest.FixtureRequest) -> None:
     page: Path = request.getfixturevalue(name)
     assert what_is_wrong(browser, page, size) == []

@@ -132,6 +132,50 @@ def test_without_what_measures_coco_its_presets_say_what_to_install(coco_folder,
     assert "pip install 'moco-fast[transfer]'" in capsys.readouterr().err
 
 
+def test_presets_in_one_folder_keep_their_results_and_share_a_page(devkit, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    for preset in ("voc-c4", "voc-c5", "voc-c4"):
+        assert transfer(devkit, out, "--preset", preset) == 0
+    assert [result.protocol for result in read_results(out / "results.json")] == ["voc-c5", "voc-c4"]
+    rows = list(csv.DictReader((out / "per-class.csv").read_text().splitlines()))
+    assert {row["preset"] for row in rows} == {"voc-c4", "voc-c5"}
+    assert {row["training"] for row in rows} == {path.stem for path in (out / "trained").iterdir()}
+    assert {path.stem for path in (out / "pictures").iterdir()} == {row["training"] for row in rows}
+    page = (out / "report.html").read_text()
+    for words in (
+        "detect voc-c4",
+        "detect voc-c5",
+        "Training loss",
+        "Best and worst",
+        "VOC2007/test_0001",
+        "classes</summary>",
+    ):
+        assert words in page
+    # Again from what is kept, wherever the images are now.
+    devkit.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert main(["report", str(out), "--out", str(tmp_path / "again.html")]) == 0
+    assert "again.html" in capsys.readouterr().out
+
+    def plain(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not line.startswith("<footer>")]
+
+    assert plain((tmp_path / "again.html").read_text()) == plain(page)
+    # Without its pictures a training says so.
+    for path in (out / "pictures").iterdir():
+        path.unlink()
+    assert main(["report", str(out)]) == 0
+    assert "tested before pictures were kept" in (out / "report.html").read_text()
+
+
+def test_results_that_cannot_be_read_are_refused_before_work(devkit, tmp_path, capsys) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text("{")
+    assert transfer(devkit, tmp_path / "out") == 2
+    assert "results.json is not a file of results" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "trainings").exists()
+
+
 def test_what_is_left_out_is_noted_and_refused_above_a_share(devkit, tmp_path, capsys) -> None:
     (devkit / "VOC2007" / "Annotations" / "trainval_0002.xml").unlink()
     assert transfer(devkit, tmp_path / "out", "--max-malformed", "0.1") == 2

@@ -140,19 +140,25 @@ def test_intersection_over_union_is_that_of_sets_of_pixels(tmp_path) -> None:
     data = sets[1]
     training = trainings(tmp_path / "out", sets)
     with training:
-        figures, rows, num_untested = training.measure(Fixed())
+        tested = training.measure(Fixed())
+    figures, rows = tested.figures, tested.by_class
     found, wanted = [], []
-    for each in data.images:
+    for number, each in enumerate(data.images):
         image, classes = read_pixels(each, data.table)
         named = Fixed()(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None])[0].argmax(0).numpy()
         found.append(named[classes != OPEN])
         wanted.append(classes[classes != OPEN])
+        of_image = [
+            ((found[-1] == label) & (wanted[-1] == label)).sum() / ((found[-1] == label) | (wanted[-1] == label)).sum()
+            for label in np.union1d(found[-1], wanted[-1])
+        ]
+        assert tested.gallery.images[number].value == pytest.approx(np.mean(of_image))
     found, wanted = np.concatenate(found), np.concatenate(wanted)
     overlaps = {
         number: ((found == number) & (wanted == number)).sum() / ((found == number) | (wanted == number)).sum()
         for number in np.union1d(found, wanted)
     }
-    assert num_untested == 0
+    assert tested.num_untested == 0
     assert figures["mIoU"] == pytest.approx(np.mean(list(overlaps.values())))
     assert figures["accuracy"] == pytest.approx((found == wanted).mean())
     assert [row["IoU"] for row in rows] == pytest.approx(list(overlaps.values()))
@@ -170,12 +176,14 @@ def test_ranks_share_a_test(tmp_path, run_ranks) -> None:
     data = two_sets(tmp_path, train=1, test=3)[1]
     broken = data.images[1].image
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
-    alone, num_untested = confusion_of(Fixed(), data, Machine(device=CPU), stop=lambda: None)
+    alone, values, num_untested = confusion_of(Fixed(), data, Machine(device=CPU), stop=lambda: None)
     of_ranks = run_ranks(counted_by_ranks, str(tmp_path))
-    assert [number for _, number in of_ranks] == [0, 1]
+    assert [number for *_, number in of_ranks] == [0, 1]
     assert num_untested == 1
-    for counts, _ in of_ranks:
+    assert values.isnan().tolist() == [False, True, False]
+    for counts, of_images, _ in of_ranks:
         assert torch.equal(counts, alone)
+        torch.testing.assert_close(of_images, values, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("build", "preset"), [(tiny_resnet, TINY_PIXELS), (tiny_vit, VIT_PIXELS)])
@@ -227,7 +235,7 @@ def test_presets_of_segmentation_take_two_steps_and_are_tested(preset, tmp_path,
     [result] = read_results(tmp_path / "out" / "results.json")
     assert list(result.figures) == ["mIoU", "accuracy"]
     rows = list(csv.DictReader((tmp_path / "out" / "per-class.csv").read_text().splitlines()))
-    assert list(rows[0]) == ["init", "seed", "class", "pixels", "IoU"]
+    assert list(rows[0]) == ["preset", "init", "seed", "training", "class", "pixels", "IoU"]
 
 
 def pixels(folder: Path, *words: str) -> int:
