@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,8 @@ _LEAST_AREA = 0.01
 
 _FOUND = (
     "Boxes of the class that overlap by {overlap:.0%} or more match. What is drawn scores {score:.2f} or more, where "
-    "F1 over the whole test set is highest; images are ranked by their own F1, of objects that are found and boxes that "
-    "are right."
+    "F1 over the whole test set is highest; images are ranked by their own F1, of objects that are found and boxes "
+    "that are right."
 )
 _NAMED = (
     "Images are ranked by their own mean intersection over union, over the classes that are in them or are named there."
@@ -128,15 +129,16 @@ def detection_gallery(found: Detections, truth: DetectionSet) -> Gallery:
             height=image.height,
             pixels=encoded_image(decoded(image)),
             value=float(matches.f1[number]),
-            truth=_truth_panel(image, truth.class_names, matches.is_found[number]),
-            found=_found_panel(found, image, truth.class_names, matches, number),
+            truth=_truth_panel(truth, number, matches),
+            found=_found_panel(found, truth, number, matches),
         )
 
     measure = _FOUND.format(overlap=_OVERLAP, score=matches.score)
     return Gallery.of(measure, matches.f1, make, then=matches.overlap)
 
 
-def _truth_panel(image: AnnotatedImage, names: tuple[str, ...], is_found: npt.NDArray[np.bool_]) -> Panel:
+def _truth_panel(truth: DetectionSet, number: int, matches: ImageMatches) -> Panel:
+    image, names, is_found = truth.images[number], truth.class_names, matches.is_found[number]
     points = image.keypoints
     marks = tuple(
         Mark(
@@ -144,7 +146,7 @@ def _truth_panel(image: AnnotatedImage, names: tuple[str, ...], is_found: npt.ND
             text=names[label] + (" (difficult)" if image.is_difficult[place] else ""),
             box=_four(image.boxes[place]),
             is_matched=bool(is_found[place] or image.is_difficult[place]),
-            keypoints=() if points is None else _seen(points[place]),
+            **_skeleton(points, place, truth),
         )
         for place, label in enumerate(image.classes.tolist())
     )
@@ -154,9 +156,8 @@ def _truth_panel(image: AnnotatedImage, names: tuple[str, ...], is_found: npt.ND
     return Panel(marks=marks, layer=_layer(list(masks), image.classes.tolist(), image))
 
 
-def _found_panel(
-    found: Detections, image: AnnotatedImage, names: tuple[str, ...], matches: ImageMatches, number: int
-) -> Panel:
+def _found_panel(found: Detections, truth: DetectionSet, number: int, matches: ImageMatches) -> Panel:
+    image, names = truth.images[number], truth.class_names
     rows = np.flatnonzero((found.image == number) & (found.scores >= matches.score))
     points = found.keypoints
     labels = found.classes[rows].tolist()
@@ -166,7 +167,7 @@ def _found_panel(
             text=f"{names[label]} {found.scores[row]:.2f}",
             box=_four(found.boxes[row]),
             is_matched=bool(matches.is_right[row]),
-            keypoints=() if points is None else _seen(points[row]),
+            **_skeleton(points, row, truth),
         )
         for row, label in zip(rows.tolist(), labels, strict=True)
     )
@@ -181,9 +182,18 @@ def _four(box: npt.NDArray[np.float32]) -> tuple[float, float, float, float]:
     return left, top, right, bottom
 
 
-def _seen(points: npt.NDArray[np.float32]) -> tuple[tuple[float, float], ...]:
-    """Return x and y of an object's keypoints, (K, 3), where the third number is above 0."""
-    return tuple((round(float(x), 1), round(float(y), 1)) for x, y in points[points[:, 2] > 0, :2])
+def _skeleton(points: npt.NDArray[np.float32] | None, place: int, truth: DetectionSet) -> dict[str, Any]:
+    """Return the keypoints of one of several objects, (N, K, 3), that are there, and the lines between them."""
+    if points is None:
+        return {}
+    seen = {
+        number: (round(float(x), 1), round(float(y), 1)) for number, (x, y, value) in enumerate(points[place]) if value
+    }
+    lines = truth.keypoints.lines if truth.keypoints is not None else ()
+    return {
+        "keypoints": tuple(seen.values()),
+        "lines": tuple((*seen[first], *seen[last]) for first, last in lines if first in seen and last in seen),
+    }
 
 
 def _layer(masks: list[npt.NDArray[np.uint8]], labels: list[int], image: AnnotatedImage) -> str:

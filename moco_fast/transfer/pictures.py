@@ -53,7 +53,9 @@ class Mark:
     is_matched: bool = True
     """Of the truth: whether it was found; of what was found: whether it is right."""
     keypoints: tuple[tuple[float, float], ...] = ()
-    """x and y of those that are seen."""
+    """x and y of those that are there."""
+    lines: tuple[tuple[float, float, float, float], ...] = ()
+    """x and y of both ends of what connects them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +167,7 @@ def _image(told: dict[str, Any]) -> ShownImage:
 
 def _mark(told: dict[str, Any]) -> Mark:
     fields: dict[str, Any] = told | {name: told[name] and tuple(told[name]) for name in ("box", "point")}
-    fields["keypoints"] = tuple((x, y) for x, y in told["keypoints"])
+    fields |= {name: tuple(map(tuple, told[name])) for name in ("keypoints", "lines")}
     return Mark(**fields)
 
 

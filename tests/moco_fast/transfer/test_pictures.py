@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from moco_fast.transfer.coco import encoded_masks
 from moco_fast.transfer.galleries import detection_gallery, match_images, pixel_gallery
+from moco_fast.transfer.keypoints import Keypoints
 from moco_fast.transfer.metrics import Detections
 from moco_fast.transfer.pictures import Gallery, choose, color_of
 from moco_fast.transfer.pixel_sets import read_pixel_sets
@@ -142,6 +144,20 @@ def test_masks_lie_over_images_where_they_are(tmp_path) -> None:
         left, top, _, _ = mark.box
         assert layer.getpixel((int(left + 2), int(top + 2)))[:3] == color_of(mark.label)
     assert layer.getpixel((0, 0))[3] == 0 or any(mark.box[:2] == (0, 0) for mark in image.truth.marks)
+
+
+def test_keypoints_are_drawn_with_the_lines_between_those_that_are_there(truth, tmp_path) -> None:
+    skeleton = Keypoints(names=("a", "b", "c"), partners=(0, 1, 2), sigmas=(0.1,) * 3, lines=((0, 1), (1, 2)))
+    points = np.array([[3, 4, 2], [10, 20, 1], [0, 0, 0]], np.float32)
+    images = [replace(image, keypoints=np.stack([points] * len(image.boxes))) for image in truth.images]
+    truth = replace(truth, keypoints=skeleton, images=images)
+    found = replace(as_found(truth), keypoints=np.concatenate([image.keypoints for image in images]))
+    gallery = detection_gallery(found, truth)
+    for panel in (gallery.images[0].truth, gallery.images[0].found):
+        assert panel.marks[0].keypoints == ((3.0, 4.0), (10.0, 20.0))
+        assert panel.marks[0].lines == ((3.0, 4.0, 10.0, 20.0),)
+    gallery.write(tmp_path / "a.json")
+    assert Gallery.read(tmp_path / "a.json") == gallery
 
 
 def opened(url: str) -> Image.Image:
