@@ -2,7 +2,8 @@
 
 import shutil
 import socket
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from shards.config import EncodeConfig
@@ -27,6 +29,9 @@ __all__ = ["NodeJob", "check_cluster", "remove_copy", "run_on_cluster"]
 _RETRIES = 5
 _CONNECT_S = 5
 _CLEAN_S = 10
+_LATE, _LATE_S = 4, 60.0
+"""How many times as long as others, and how long at least, a shard takes before it is written elsewhere, too."""
+_LOOK_S = 1.0
 _CODECS = ("simplejpeg", "pillow", "pillow-heif", "pillow-jxl-plugin", "opencv-python-headless", "numpy")
 
 
@@ -107,6 +112,9 @@ def run_on_cluster(
 ) -> Iterator[tuple[ShardTask, Finished]]:
     """Write shards on a Ray cluster. A shard whose worker or node dies is written again by another.
 
+    At the end, when CPUs are free, a shard that takes much longer than the others is written by a second worker, too;
+    both write the same bytes, and the first one counts.
+
     Args:
         job: writes one shard.
         tasks: handed out in this order.
@@ -123,27 +131,82 @@ def run_on_cluster(
         return
     ray = _connect(address)
     write = ray.remote(num_cpus=1, max_retries=_RETRIES)(_write_shard)
-    shared, left, given = ray.put(NodeJob.of(job)), deque(tasks), dict[Any, ShardTask]()
+    shared, left, given = ray.put(NodeJob.of(job)), deque(tasks), _Given()
     try:
-        while left or given:
+        while left or given.awaited():
             # Read again each time: a cluster may grow, and does so for tasks that wait.
             limit = workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
             while left and len(given) < limit:
                 task = left.popleft()
-                given[write.remote(shared, task)] = task
-            for done in ray.wait(list(given), num_returns=1, timeout=None)[0]:
-                task = given.pop(done)
-                finished, num_inputs, num_bytes = _result(ray, done)
+                given.add(write.remote(shared, task), task)
+            if not left:
+                for task in given.late()[: max(0, limit - len(given))]:
+                    given.add(write.remote(shared, task), task)
+            for done in ray.wait(given.awaited(), num_returns=1, timeout=_LOOK_S)[0]:
+                task = given.end(done)
+                try:
+                    finished, num_inputs, num_bytes = _result(ray, done)
+                except Exception:
+                    if task in given.tasks():
+                        # Another worker is at it.
+                        continue
+                    raise
+                given.finish(task)
                 tick(num_inputs, num_bytes)
                 yield task, finished
     finally:
-        if given:
+        if len(given):
             # Ends what still runs or waits. ray.cancel() may end this process instead, when a task is just done (Ray's
             # pull request 54738 says how).
             ray.shutdown()
         if isinstance(job.target, BucketTarget):
             _clean_nodes(ray, address, job.target)
         ray.shutdown()
+
+
+class _Given:
+    """Attempts at shards that have been handed out: two at a late one, of which the first that succeeds counts."""
+
+    def __init__(self) -> None:
+        self._attempts: dict[Any, ShardTask] = {}
+        self._begun_s: dict[ShardTask, float] = {}
+        self._took_s: list[float] = []
+
+    def __len__(self) -> int:
+        """Return the number of attempts under way, with those at shards that are there by now."""
+        return len(self._attempts)
+
+    def add(self, reference: Any, task: ShardTask) -> None:
+        """Note an attempt that begins, or waits for a CPU."""
+        self._attempts[reference] = task
+        self._begun_s.setdefault(task, time.monotonic())
+
+    def tasks(self) -> Counter[ShardTask]:
+        """Return how many attempts there are at each shard that is not there yet."""
+        return Counter(task for task in self._attempts.values() if task in self._begun_s)
+
+    def awaited(self) -> list[Any]:
+        """Return what to wait for."""
+        return [reference for reference, task in self._attempts.items() if task in self._begun_s]
+
+    def end(self, reference: Any) -> ShardTask:
+        """Note the end of an attempt."""
+        return self._attempts.pop(reference)
+
+    def finish(self, task: ShardTask) -> None:
+        """Note that a shard is there."""
+        self._took_s.append(time.monotonic() - self._begun_s.pop(task))
+
+    def late(self) -> list[ShardTask]:
+        """Return the shards that take much longer than others did, and have one attempt."""
+        if not self._took_s:
+            return []
+        limit_s = max(_LATE_S, _LATE * median(self._took_s))
+        return [
+            task
+            for task, num_attempts in self.tasks().items()
+            if num_attempts == 1 and time.monotonic() - self._begun_s[task] > limit_s
+        ]
 
 
 def _write_shard(job: NodeJob, task: ShardTask) -> tuple[Finished | Exception, int, int]:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import time
+import uuid
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
@@ -127,7 +128,9 @@ class WriteShard:
         more = {LABEL_SETS_SUFFIX: plan.label_sets is not None, FILES_SUFFIX: bool(plan.settings.get(ANNOTATED))}
         suffixes = (*SHARD_SUFFIXES, *(suffix for suffix, is_written in more.items() if is_written))
         begin_s = time.time()
-        temporary = {suffix: target.scratch / f"{task.split}-{stem}{suffix}.{os.getpid()}" for suffix in suffixes}
+        # Two machines may be at the same shard, in one folder and with equal process numbers.
+        own = uuid.uuid4().hex[:8]
+        temporary = {suffix: target.scratch / f"{task.split}-{stem}{suffix}.{own}" for suffix in suffixes}
         try:
             entry, beside = _write_files(plan, task, self.config, temporary, tick)
             target.publish({path_in(split, f"{stem}{suffix}"): path for suffix, path in temporary.items()})

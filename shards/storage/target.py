@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ class LocalTarget:
 
     def put(self, name: str, data: bytes) -> None:
         """Write aside, sync, rename."""
-        aside = self.scratch / f"{name.replace('/', '-')}.{os.getpid()}"
+        aside = self.scratch / f"{name.replace('/', '-')}.{uuid.uuid4().hex[:8]}"
         write_whole(Path(self.out) / name, data, durable=True, aside=aside)
 
     def get(self, name: str) -> bytes | None:

@@ -89,17 +89,24 @@ def members(session):
     return found
 
 
-def kill_a_busy_worker(session):
-    """Kill a worker of Ray in the middle of a shard; False where none is at work."""
+def stop_a_busy_worker(session):
+    """Stop a worker of Ray in the middle of a shard; its number, None where none is at work."""
     for pid, title in members(session).items():
         if title.startswith("ray::_write"):
             os.kill(pid, signal.SIGSTOP)
             # Stopped, it cannot finish what it is at.
             if members(session).get(pid, "").startswith("ray::_write"):
-                os.kill(pid, signal.SIGKILL)
-                return True
+                return pid
             os.kill(pid, signal.SIGCONT)
-    return False
+    return None
+
+
+def kill_a_busy_worker(session):
+    """Kill a worker of Ray in the middle of a shard; False where none is at work."""
+    if (pid := stop_a_busy_worker(session)) is None:
+        return False
+    os.kill(pid, signal.SIGKILL)
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +120,11 @@ def source(tmp_path_factory):
     return folder
 
 
-def start_packing(cluster, source, out):
+def start_packing(cluster, source, out, python=("-m", "shards.cli")):
     address, environment, _ = cluster
     arguments = ["pack", str(source / "in"), "--out", str(out), "--shard-samples", "3"]
     return subprocess.Popen(
-        [sys.executable, "-m", "shards.cli", *arguments, "--executor", "ray", "--ray-address", address],
+        [sys.executable, *python, *arguments, "--executor", "ray", "--ray-address", address],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -134,6 +141,19 @@ def test_a_cluster_one_of_whose_workers_is_killed_gives_the_bytes_of_one_process
     assert packer.returncode == 0, errors
     assert "48 images in 16 shards" in output
     assert contents(tmp_path / "ray") == contents(source / "one")
+
+
+@pytest.mark.slow
+def test_a_shard_that_takes_long_is_written_elsewhere_too(cluster, source, tmp_path):
+    at_once = "import sys; from shards.packing import cluster; cluster._LATE_S = 0.5; from shards.cli import main; "
+    packer = start_packing(cluster, source, tmp_path / "ray", ("-c", f"{at_once}sys.exit(main())"))
+    stopped = wait_until(lambda: stop_a_busy_worker(cluster[2]) or packer.poll() is not None)
+    output, errors = packer.communicate(timeout=60)
+    assert packer.returncode == 0, errors
+    assert "48 images in 16 shards" in output
+    assert contents(tmp_path / "ray") == contents(source / "one")
+    # Ray ends what a packer leaves behind.
+    wait_until(lambda: stopped not in members(cluster[2]))
 
 
 @pytest.mark.slow
