@@ -232,11 +232,11 @@ class PackedPath:
 
     def stat(self) -> Any:
         """Return its `st_size`. Raises FileNotFoundError."""
-        return SimpleNamespace(st_size=self.files._file(self.inner).size)  # pyright: ignore[reportPrivateUsage]
+        return SimpleNamespace(st_size=self.files._file(self.inner).size)  # pyright: ignore[reportPrivateUsage] - a path of these files
 
     def image_header(self) -> tuple[int, int, int] | None:
         """Return width, height and orientation of an image of the set, without reading it. Raises FileNotFoundError."""
-        return self.files._file(self.inner).image  # pyright: ignore[reportPrivateUsage]
+        return self.files._file(self.inner).image  # pyright: ignore[reportPrivateUsage] - a path of these files
 
 
 AnyPath = Path | PackedPath
