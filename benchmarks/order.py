@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from shards.sets.manifest import Manifest, ShardEntry, ShardTable
 from shards.storage.file_kinds import SHARD_SUFFIXES
 
 
@@ -29,8 +29,8 @@ def peak_mib() -> float:
 
 
 def write_manifest(folder: Path, num_shards: int, num_samples: int) -> None:
-    """Write manifest.json of a set that is not there."""
-    shards = tuple(
+    """Write the manifest of a set that is not there."""
+    shards = (
         ShardEntry(
             name=f"shard-{number:06d}.tar",
             num_samples=num_samples // num_shards,
@@ -46,7 +46,7 @@ def write_manifest(folder: Path, num_shards: int, num_samples: int) -> None:
         for number in range(num_shards)
     )
     manifest = Manifest(
-        shards=shards,
+        shards=ShardTable.of(shards),
         num_inputs=num_samples,
         num_samples=num_samples,
         num_rejected=0,
@@ -54,7 +54,8 @@ def write_manifest(folder: Path, num_shards: int, num_samples: int) -> None:
         max_height=500,
         max_bytes=200_000,
     )
-    (folder / MANIFEST_NAME).write_text(manifest.to_json())
+    for name, data in manifest.files():
+        (folder / name).write_bytes(data)
 
 
 def measure_ours(folder: Path, batch_size: int, world_size: int) -> dict[str, float]:

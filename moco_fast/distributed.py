@@ -1,7 +1,10 @@
 """Collectives of a run; in a single process they behave as in a world of one rank."""
 
-from collections.abc import Generator, Iterable
+import os
+import pickle
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +23,7 @@ __all__ = [
     "is_distributed",
     "leave_together",
     "leaving_together",
+    "once_per_node",
     "rank",
     "sum_over_ranks",
     "tell_all",
@@ -107,6 +111,43 @@ def leaving_together() -> Generator[None]:
             leave_together(str(error) or type(error).__name__)
         raise
     leave_together()
+
+
+def once_per_node(make: Callable[[], T]) -> T:
+    """Call `make` in one process of each machine, and return what it gave in all of that machine's; collective.
+
+    It is pickled on the way, and so is what shards.ground.memory shares. A process that cannot open the memory of
+    another, such as one in a container of its own, calls `make` itself.
+
+    Raises:
+        ValueError: on every rank, where `make` raises it on one.
+    """
+    if world_size() == 1:
+        return make()
+    machines: list[tuple[str, str]] = _gather_objects(_machine())
+    first, is_first = machines.index(_machine()), machines.index(_machine()) == rank()
+    with leaving_together():
+        made = [make()] if is_first else []
+    pickled: list[bytes] = _gather_objects(pickle.dumps(made) if is_first else b"")
+    # The first one keeps what it made until all others have it.
+    with leaving_together():
+        if not is_first:
+            try:
+                made = pickle.loads(pickled[first])  # noqa: S301 - from another rank
+            except OSError:
+                made = [make()]
+    return made[0]
+
+
+def _machine() -> tuple[str, str]:
+    """Return what processes have in common that can open each other's memory: a boot of a machine, and its processes."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")
+
+
+def _gather_objects(value: Any) -> list[Any]:
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:

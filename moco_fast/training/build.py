@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from moco_fast import distributed
 from moco_fast.config import Config
 from moco_fast.distributed import broadcast_
 from moco_fast.encoders.encoder import Encoder, build_encoder, check_image_size
@@ -54,12 +55,22 @@ class Parts:
 
 
 def open_sets(config: Config) -> RunSets:
-    """Open each of a run's sets once. Raises ValueError: one is missing or unfinished."""
-    opened = cache(open_set)
-    return RunSets(
-        training=None if tars_to_stream(config.data) else opened(config.data.shards),
-        held_out=None if config.eval.shards is None else opened(config.eval.shards),
-    )
+    """Open each of a run's sets once per machine; collective. Raises ValueError: one is missing or unfinished."""
+
+    @cache
+    def opened(where: str) -> ShardSet:
+        shards = open_set(where)
+        # Of a million shards it takes half a second: kept, it is known to all ranks.
+        assert shards.manifest.identity
+        return shards
+
+    def opened_all() -> RunSets:
+        return RunSets(
+            training=None if tars_to_stream(config.data) else opened(config.data.shards),
+            held_out=None if config.eval.shards is None else opened(config.eval.shards),
+        )
+
+    return distributed.once_per_node(opened_all)
 
 
 def build(

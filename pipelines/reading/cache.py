@@ -22,12 +22,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from shards.ground.arrays import Indices
 from shards.ground.digests import running_digest
 from shards.ground.errors import ExpiredError, PackError, UnrenewedError
 from shards.ground.locks import locked, open_locked, remove_unlocked
 from shards.ground.units import gib
 from shards.sets.manifest import Manifest, ShardEntry
-from shards.sets.record import RECORD, npy_header
+from shards.sets.record import RECORD, index_bytes, npy_header
 from shards.sets.remote import RemoteShardSet
 from shards.sets.shard_file import LocalShardFile, ShardFile
 from shards.storage.stores import open_folder
@@ -156,7 +157,7 @@ class CachedShard:
     @property
     def num_bytes(self) -> int:
         """Disk that it takes in the cache."""
-        return self.shards.cached_bytes(self.shard)
+        return int(self.shards.copied_bytes[self.shard])
 
     def fetch(self, *, cancel: threading.Event) -> None:
         """Fetch it, unless it is there. Raises as CachedShardSet.fetch."""
@@ -173,6 +174,7 @@ class CachedShardSet(RemoteShardSet):
     def __init__(self, url: str, manifest: Manifest, digest: str, folder: CacheFolder) -> None:
         super().__init__(url, manifest, digest)
         self.folder = folder
+        self._copied_bytes = manifest.shards.num_bytes + index_bytes(self.shard_sizes)
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return (CachedShardSet, (self.url, self.manifest, self.digest, self.folder))
@@ -181,10 +183,10 @@ class CachedShardSet(RemoteShardSet):
         """Return the copy of a shard in the cache."""
         return CachedShard(self, shard)
 
-    def cached_bytes(self, shard: int) -> int:
-        """Disk that a shard takes in the cache."""
-        entry = self.manifest.shards[shard]
-        return entry.num_bytes + len(npy_header(entry.num_samples)) + entry.num_samples * RECORD.itemsize
+    @property
+    def copied_bytes(self) -> Indices:
+        """(num_shards,) disk that each shard takes in the cache: the tar and its index."""
+        return self._copied_bytes
 
     def cached_name(self, shard: int) -> str:
         """Name of a shard in the cache's folder."""
@@ -200,7 +202,7 @@ class CachedShardSet(RemoteShardSet):
 
     def index(self, shard: int) -> npt.NDArray[np.void]:
         """Records of a shard from the local copy of its index, fetched with the shard if need be. Raises ValueError."""
-        header = npy_header(self.manifest.shards[shard].num_samples)
+        header = npy_header(int(self.shard_sizes[shard]))
         while True:
             self.fetch(shard)
             with suppress(FileNotFoundError):
@@ -227,14 +229,14 @@ class CachedShardSet(RemoteShardSet):
                 part.replace(copy)
 
     def _copy(self, shard: int) -> Path:
-        return self.folder.path / self.digest / self.manifest.shards[shard].name
+        return self.folder.path / self.digest / self.manifest.shards.name(shard)
 
     def _download(self, shard: int, descriptor: int, cancel: threading.Event) -> bool:
         """Write a tar to its part and its index beside it, once more after an outage; False when canceled."""
         entry, name = self.manifest.shards[shard], self.shard_name(shard)
         outage_ends, delay_s, num_wrong = time.monotonic() + _OUTAGE_S, _BACK_OFF_S, 0
         while True:
-            self._reserve(descriptor, self.cached_bytes(shard), name, cancel)
+            self._reserve(descriptor, int(self._copied_bytes[shard]), name, cancel)
             try:
                 problem = self._copy_pieces(entry, descriptor, cancel)
                 if not problem and not cancel.is_set():

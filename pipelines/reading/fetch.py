@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Self
 
 import numpy as np
@@ -20,7 +20,7 @@ from shards import ShardSet
 from shards.ground.arrays import Indices
 from shards.sets.base import RemoteSet, ShardCopy
 
-__all__ = ["STEPS_KEPT", "FetchedSteps", "cached", "num_cached_bytes"]
+__all__ = ["STEPS_KEPT", "FetchedSteps", "cached"]
 
 
 _LOG = logging.getLogger(__name__)
@@ -42,19 +42,12 @@ def cached(shards: ShardSet, folder: CacheFolder) -> ShardSet:
     return shards.with_copies(copied)
 
 
-def num_cached_bytes(shards: ShardSet) -> Indices:
-    """(num_shards,) bytes that each shard takes in a cache; 0 where it is local."""
-    copies = [shards.copy_of(shard) for shard in range(shards.num_shards)]
-    return np.array([0 if copy is None else copy.num_bytes for copy in copies], dtype=np.int64)
-
-
 class FetchedSteps(Iterator[tuple[int, Indices]]):
     """Gives the steps as they are. Where shards are cached, fetches and holds those of the coming steps."""
 
     def __init__(self, shards: ShardSet, steps: Steps) -> None:
         self._steps = iter(steps)
-        copies = {shard: copy for shard in range(shards.num_shards) if (copy := shards.copy_of(shard))}
-        self._ahead = _Ahead(shards, iter(steps), copies) if copies else None
+        self._ahead = _Ahead(shards, iter(steps)) if shards.copied_bytes.any() else None
 
     def __iter__(self) -> Self:
         return self
@@ -76,13 +69,13 @@ class FetchedSteps(Iterator[tuple[int, Indices]]):
 
 
 class _Ahead:
-    def __init__(self, shards: ShardSet, steps: Iterator[tuple[int, Indices]], copies: Mapping[int, ShardCopy]) -> None:
-        self._copies = copies
+    def __init__(self, shards: ShardSet, steps: Iterator[tuple[int, Indices]]) -> None:
+        self._shards = shards
         self._steps = steps
         self._ends: Indices = np.cumsum(shards.shard_sizes)
-        self._bytes = num_cached_bytes(shards)
+        self._bytes = shards.copied_bytes
         # All are in one folder.
-        self._holder = next(iter(copies.values())).open_holder()
+        self._holder = self._copy(int(self._bytes.argmax())).open_holder()
         self._last_use: dict[int, int] = {}
         self._wanted: deque[int] = deque()
         self._num_taken = 0
@@ -107,6 +100,11 @@ class _Ahead:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         self._holder.close()
+
+    def _copy(self, shard: int) -> ShardCopy:
+        copy = self._shards.copy_of(shard)
+        assert copy is not None
+        return copy
 
     def _walk(self) -> None:
         num_remote = int((self._bytes > 0).sum())
@@ -146,7 +144,7 @@ class _Ahead:
             self._hold()
 
     def _hold(self) -> None:
-        self._holder.hold({self._copies[shard].name for shard in self._last_use})
+        self._holder.hold({self._copy(shard).name for shard in self._last_use})
 
     def _fetch(self) -> None:
         while True:
@@ -156,7 +154,7 @@ class _Ahead:
                     return
                 shard = self._wanted.popleft()
             try:
-                self._copies[shard].fetch(cancel=self._is_closed)
+                self._copy(shard).fetch(cancel=self._is_closed)
             except (ValueError, OSError) as error:
                 # The reader that needs it tries again, and fails if that fails.
                 _LOG.warning("not fetched ahead: %s", error)

@@ -10,7 +10,7 @@ import numpy as np
 from pipelines.config import DataConfig, ViewConfig, ViewSpec
 from pipelines.plan.order import OrderPlan
 from pipelines.reading.cache import CacheFolder
-from pipelines.reading.fetch import STEPS_KEPT, cached, num_cached_bytes
+from pipelines.reading.fetch import STEPS_KEPT, cached
 from pipelines.world import World
 from shards.ground.arrays import Indices
 from shards.ground.units import gib
@@ -69,7 +69,7 @@ def cache_for_training(shards: ShardSet, data: DataConfig, plan: OrderPlan, *, w
         ValueError: the cache is smaller than what the ranks need at once.
     """
     opened = cached(shards, CacheFolder(path=_folder(data), budget_bytes=0, share_bytes=0))
-    sizes = num_cached_bytes(opened)
+    sizes = opened.copied_bytes
     if not sizes.any():
         return shards
     budget = _budget(data)
@@ -101,7 +101,7 @@ def cache_for_part(shards: ShardSet, data: DataConfig, samples: Indices, *, worl
     Otherwise samples are fetched one by one: in an order without lanes, every step would need nearly all shards.
     """
     opened = cached(shards, CacheFolder(path=_folder(data), budget_bytes=0, share_bytes=0))
-    sizes = num_cached_bytes(opened)
+    sizes = opened.copied_bytes
     if not sizes.any():
         return shards
     budget, needed = _budget(data), int(sizes[_touched(shards, samples)].sum())
@@ -122,7 +122,7 @@ def cache_for_evaluation(shards: ShardSet, data: DataConfig, samples: Indices, *
         ValueError: the cache is smaller than a few shards.
     """
     opened = cached(shards, CacheFolder(path=_folder(data), budget_bytes=0, share_bytes=0))
-    sizes = num_cached_bytes(opened)
+    sizes = opened.copied_bytes
     touched = _touched(shards, samples)
     if not sizes.any() or sizes[touched].sum() > len(samples) * _BYTES_A_REQUEST:
         return shards

@@ -1,8 +1,8 @@
 """Child processes: how one starts, what it is sent, what it answers, and how it ends.
 
 A child runs `main(connection, spec)` of a module in a fresh interpreter: a fork would inherit the threads' locks, and
-torch's and CUDA's state. The spec comes pickled in shared memory, so starting never waits for the child. After that
-both sides send messages over the connection; an Exception that the child sends is raised where its message is received
+torch's and CUDA's state. The spec comes pickled in shared memory, so starting never waits for the child; its arrays stay
+there, one copy for all children, and what a child writes into them no one else sees. After that both sides send messages over the connection; an Exception that the child sends is raised where its message is received
 (`Child.receive`). A child ends when the other end of its connection is closed.
 """
 
@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from contextlib import suppress
@@ -26,6 +27,7 @@ from shards.ground.memory import create_shared
 __all__ = ["Child", "WorkerDiedError", "serve", "start_children"]
 
 _PATIENCE_S = 5
+_ALIGNED = 64
 
 
 class WorkerDiedError(RuntimeError):
@@ -129,7 +131,7 @@ def start_children(module: str, spec: object, *, count: int = 1, what: str) -> l
         count: how many.
         what: what to call one in errors.
     """
-    memory = create_shared("moco-fast-spec", pickle.dumps(spec))
+    memory = create_shared("moco-fast-spec", _pickled(spec))
     children: list[Child] = []
     try:
         children.extend(_start(module, memory, what) for _ in range(count))
@@ -140,6 +142,28 @@ def start_children(module: str, spec: object, *, count: int = 1, what: str) -> l
     finally:
         os.close(memory)
     return children
+
+
+def _pickled(spec: object) -> bytes:
+    """Return how long the pickle and each array are, and then those, at places that suit any number."""
+    buffers: list[pickle.PickleBuffer] = []
+    stream = pickle.dumps(spec, protocol=5, buffer_callback=buffers.append)
+    parts = [memoryview(stream), *(buffer.raw() for buffer in buffers)]
+    head = struct.pack(f"<{1 + len(parts)}q", len(parts), *(part.nbytes for part in parts))
+    return b"".join(piece for part in (memoryview(head), *parts) for piece in (part, bytes(-part.nbytes % _ALIGNED)))
+
+
+def _unpickled(memory: mmap.mmap) -> object:
+    """Return a spec whose arrays are in the memory."""
+    (count,) = struct.unpack_from("<q", memory)
+    sizes = struct.unpack_from(f"<{count}q", memory, 8)
+    parts: list[memoryview] = []
+    begin = 8 * (1 + count)
+    for size in sizes:
+        begin += -begin % _ALIGNED
+        parts.append(memoryview(memory)[begin : begin + size])
+        begin += size
+    return pickle.loads(parts[0], buffers=parts[1:])  # noqa: S301 - from our own parent
 
 
 def _start(module: str, memory: int, what: str) -> Child:
@@ -172,8 +196,7 @@ def serve(module: str, descriptor: int, memory: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     connection: Connection[Any, Any] = Connection(descriptor)
     main = import_module(module).main
-    with mmap.mmap(memory, 0, access=mmap.ACCESS_READ) as pickled:
-        spec = pickle.loads(pickled)  # noqa: S301 - from our own parent
+    spec = _unpickled(mmap.mmap(memory, 0, access=mmap.ACCESS_COPY))
     os.close(memory)
     with suppress(EOFError, ConnectionResetError, BrokenPipeError):
         main(connection, spec)

@@ -3,13 +3,17 @@
 import mmap
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from shards.ground.arrays import Encoded
 
-__all__ = ["create_shared", "lend", "map_shared", "shared_path"]
+__all__ = ["SharedBytes", "create_shared", "lend", "map_shared", "shared_path"]
+
+_SMALL_BYTES = 1 << 16
 
 
 def create_shared(name: str, content: int | bytes) -> int:
@@ -39,6 +43,91 @@ def map_shared(path: str, num_bytes: int) -> mmap.mmap:
         return mmap.mmap(descriptor, num_bytes)
     finally:
         os.close(descriptor)
+
+
+class _Place(NamedTuple):
+    """Where shared bytes are, and which ones: a descriptor's number, or a file's name, may become another's."""
+
+    path: str
+    device: int
+    inode: int
+    size: int
+
+
+class SharedBytes:
+    """Bytes that never change, of which the processes of this machine have one copy.
+
+    Pickled, large ones are a path: that of a file, or that of this process's memory, which others can open for as long
+    as this object lives here.
+
+    Attributes:
+        view: the bytes.
+    """
+
+    def __init__(self, content: bytes | mmap.mmap, place: _Place | None = None, descriptor: int | None = None) -> None:
+        self.view = memoryview(content)
+        self._place = place
+        self._descriptor = descriptor
+        if descriptor is not None:
+            weakref.finalize(self, os.close, descriptor)
+
+    @classmethod
+    def of(cls, content: bytes, *, name: str) -> Self:
+        """Keep small bytes as they are, and share large ones under a name for those who look from outside."""
+        return cls(content) if len(content) <= _SMALL_BYTES else cls.filled([content], name=name)
+
+    @classmethod
+    def filled(cls, chunks: Iterable[bytes], *, name: str) -> Self:
+        """Share what comes chunk by chunk, of which this process then holds no copy of its own."""
+        descriptor = create_shared(name, 0)
+        with open(descriptor, "wb", closefd=False) as file:
+            for chunk in chunks:
+                file.write(chunk)
+        return cls._mapped(descriptor, os.fstat(descriptor))
+
+    @classmethod
+    def of_file(cls, path: Path) -> Self:
+        """Map a file. Raises OSError."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            place = _Place(str(path.absolute()), status.st_dev, status.st_ino, status.st_size)
+            return cls(_map(descriptor, status), place)
+        finally:
+            os.close(descriptor)
+
+    @classmethod
+    def _mapped(cls, descriptor: int, status: os.stat_result) -> Self:
+        place = _Place(shared_path(descriptor), status.st_dev, status.st_ino, status.st_size)
+        return cls(_map(descriptor, status), place, descriptor)
+
+    @classmethod
+    def _attach(cls, place: _Place, *, is_file: bool) -> Self:
+        """Open what another process has shared. Raises OSError: that process is gone, or its memory is not for us."""
+        descriptor = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino, status.st_size) != place[1:]:
+            os.close(descriptor)
+            raise FileNotFoundError(2, "the process that shared this memory is gone, or the file is another", place.path)
+        if not is_file:
+            return cls._mapped(descriptor, status)
+        try:
+            return cls(_map(descriptor, status), place)
+        finally:
+            os.close(descriptor)
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        if self._place is None:
+            return (SharedBytes, (bytes(self.view),))
+        return (_attach, (self._place, self._descriptor is None))
+
+
+def _attach(place: _Place, is_file: bool) -> SharedBytes:  # noqa: FBT001 - pickle passes arguments by place
+    return SharedBytes._attach(place, is_file=is_file)  # pyright: ignore[reportPrivateUsage] - of this file
+
+
+def _map(descriptor: int, status: os.stat_result) -> bytes | mmap.mmap:
+    return mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ) if status.st_size else b""
 
 
 def lend(array: Encoded, on_return: Callable[[], object]) -> Encoded:

@@ -15,7 +15,7 @@ from shards.packing.aside import read_counts
 from shards.packing.plan import PackPlan, ShardTask
 from shards.packing.records import Finished, read_notes, read_records
 from shards.packing.write import NEAR_UNIFORM, shard_stem
-from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry, ShardTable
 from shards.sets.record import ANNOTATED
 from shards.sources.benchmarks import BenchmarkSource
 from shards.storage.file_kinds import ASIDE_NAME, FILES_FOLDER, FILES_NAME, REJECTED_NAME, UNIFORM_NAME
@@ -103,7 +103,8 @@ def write_manifests(plan: PackPlan, target: Target) -> dict[str, Manifest]:
             target.put(path_in(split.name, ASIDE_NAME), (plan.folder / ASIDE_NAME).read_bytes())
         if plan.settings.get(ANNOTATED):
             _write_files(plan, target)
-        target.put(path_in(split.name, MANIFEST_NAME), manifest.to_json().encode())
+        for name, data in manifest.files():
+            target.put(path_in(split.name, name), data)
         manifests[split.name] = manifest
     return manifests
 
@@ -158,7 +159,7 @@ def _manifest(
         rejections["duplicate"] = num_duplicates
     num_samples, num_rejected = sum(s.num_samples for s in shards), sum(s.num_rejected for s in shards) + num_duplicates
     return Manifest(
-        shards=shards,
+        shards=ShardTable.of(shards),
         class_names=plan.class_names,
         has_label_sets=plan.label_sets is not None,
         num_inputs=num_samples + num_rejected,

@@ -109,6 +109,11 @@ class ShardSet(Protocol):
         """Return the local copy that a shard is read from, which may have to be fetched; None: read where it is."""
         ...
 
+    @property
+    def copied_bytes(self) -> Indices:
+        """(num_shards,) disk that the local copy of each shard takes; 0 where it is read where it is."""
+        ...
+
 
 class RemoteSet(ShardSet, Protocol):
     """A set that is not on this machine."""
@@ -120,7 +125,7 @@ class RemoteSet(ShardSet, Protocol):
 
     @property
     def digest(self) -> str:
-        """xxh3_128 of the bytes of manifest.json, in hex."""
+        """xxh3_128 of the bytes that decide what the manifest is, in hex."""
         ...
 
 
@@ -176,7 +181,7 @@ class BaseSet(ABC):
     def __init__(self, where: str, manifest: Manifest) -> None:
         self.where = where
         self.manifest = manifest
-        self.shard_sizes: Indices = np.array([shard.num_samples for shard in manifest.shards], dtype=np.int64)
+        self.shard_sizes: Indices = manifest.shards.num_samples
         """(num_shards,) samples of each shard."""
 
     def __repr__(self) -> str:
@@ -245,3 +250,8 @@ class BaseSet(ABC):
         """Return None: shards are read where they are."""
         del shard
         return None
+
+    @property
+    def copied_bytes(self) -> Indices:
+        """Return zeros: no shard is copied."""
+        return np.zeros(self.num_shards, dtype=np.int64)

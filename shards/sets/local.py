@@ -44,7 +44,7 @@ class LocalShardSet(BaseSet):
 
     def shard_path(self, shard: int) -> Path:
         """Return the path of a shard's tar."""
-        return self.path / self.manifest.shards[shard].name
+        return self.path / self.manifest.shards.name(shard)
 
     def shard_name(self, shard: int) -> str:
         """Return the path of a shard's tar, for messages."""

@@ -1,65 +1,39 @@
-"""Manifest of a set of shards, `manifest.json`. It is written last, so its presence means that the set is whole."""
+"""Manifest of a set of shards, `manifest.json`. It is written last, so its presence means that the set is whole.
+
+Where it is longer than a megabyte, that of some 2,000 shards, `manifest.npz` beside it has the list of shards in columns
+(shards.sets.shard_table); manifest.json names its digest. It only saves time: where it is absent, or not the one that is
+named, as after an earlier version wrote manifest.json again, the list in manifest.json is read.
+"""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Protocol, Self
 
-from shards.ground.digests import digest
+from shards.ground.digests import digest, digest_file, running_digest
+from shards.ground.memory import SharedBytes
 from shards.images.jpeg import ENGINE_KINDS
-from shards.storage.file_kinds import LABEL_SETS_SUFFIX, MANIFEST_NAME
+from shards.sets.manifest_text import FORMAT, FORMAT_VERSION, check_head, lines_of, parse, split_head
+from shards.sets.shard_table import ShardEntry, ShardTable
+from shards.storage.file_kinds import LABEL_SETS_SUFFIX, MANIFEST_NAME, TABLE_OF_SHARDS_NAME
+from shards.storage.stores import open_folder
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "ShardEntry", "find_tars"]
+__all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "ShardEntry", "ShardTable", "find_tars"]
 
-FORMAT = "moco-fast-shards"
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """One shard: a tar and the files beside it."""
-
-    name: str
-    """File name of the tar; the files beside it share its stem."""
-    num_samples: int
-    """Samples packed."""
-    num_rejected: int
-    """Inputs planned for this shard that could not be packed."""
-    num_bytes: int
-    """Size of the tar."""
-    digests: dict[str, str]
-    """xxh3_128, in hex, of the tar and of each file beside it, by suffix."""
-    max_width: int
-    """Widest image in pixels."""
-    max_height: int
-    """Highest image in pixels."""
-    max_bytes: int
-    """Largest image in bytes."""
-    outcomes: dict[str, int]
-    """Packed samples by what was done to them."""
-    rejections: dict[str, int]
-    """Rejected inputs by reason."""
-    jpegs: dict[str, int] = field(default_factory=dict[str, int])
-    """Packed samples by kind (shards.images.jpeg, JpegHeader.kind); empty in shards of earlier versions: unknown."""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from parsed JSON. Raises KeyError when a field is missing."""
-        return cls(**_known(cls, values))
-
-    @property
-    def stem(self) -> str:
-        """Name without `.tar`."""
-        return self.name.removesuffix(".tar")
+_SHORT_BYTES = 1 << 20
+"""What is read of a manifest at first; only longer ones have a table beside them."""
+_AT_ONCE = 1 << 12
+_NAMED = "shard_table"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A whole set of shards."""
 
-    shards: tuple[ShardEntry, ...]
+    shards: ShardTable
     """In order; dense sample numbers run through them."""
     class_names: tuple[str, ...] = ()
     """Name of each label; empty when nothing is labeled."""
@@ -95,12 +69,21 @@ class Manifest:
 
         Runs, caches of features, results and embeddings all know a set by it.
         """
-        # Labels of sets with several for an image are beside the tar, all others in it.
-        facts = [
-            (shard.num_samples, shard.digests.get(".tar"), shard.digests.get(LABEL_SETS_SUFFIX))
-            for shard in self.shards
-        ]
-        return digest(json.dumps([facts, self.class_names]).encode())
+        # Labels of sets with several for an image are beside the tar, all others in it. The text is that of JSON, as
+        # earlier versions digested it.
+        rows = zip(
+            self.shards.num_samples.tolist(),
+            self.shards.digests_json(".tar"),
+            self.shards.digests_json(LABEL_SETS_SUFFIX),
+            strict=True,
+        )
+        facts, separator = running_digest(), "[["
+        while chunk := ", ".join(f"[{count}, {tar}, {labels}]" for count, tar, labels in islice(rows, _AT_ONCE)):
+            facts.update((separator + chunk).encode())
+            separator = ", "
+        end = f"], {json.dumps(self.class_names)}]"
+        facts.update((end if separator == ", " else separator + end).encode())
+        return facts.hexdigest()
 
     @property
     def num_unknown_jpegs(self) -> int:
@@ -122,24 +105,16 @@ class Manifest:
             ValueError: not a manifest, or of a version this code does not read.
         """
         try:
-            values = json.loads(text)
-        except ValueError as error:
+            parsed, chunks = parse(text.encode() if isinstance(text, str) else text)
+            head = check_head(parsed, where)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{where} is not JSON ({error}): restore it, or pack again") from error
-        if not isinstance(values, dict) or cast("dict[str, Any]", values).get("format") != FORMAT:
-            raise ValueError(f"{where} was not written by make-shards: point to a folder that make-shards packed")
-        values = cast("dict[str, Any]", values)
-        if values.get("version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{where} has version {values.get('version')}, this code reads version {FORMAT_VERSION}: "
-                "pack again, or use the moco-fast that wrote it"
-            )
         try:
-            rest = _known(cls, values)
-            rest["shards"] = tuple(ShardEntry.from_dict(entry) for entry in values["shards"])
-            rest["class_names"] = tuple(values["class_names"])
-            return cls(**rest)
-        except (KeyError, TypeError) as error:
+            return cls._of(head, ShardTable.parsed(chunks))
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where} lacks {error}: it is damaged; restore it, or pack again") from error
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{where} is damaged ({error}): restore it, or pack again") from error
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -150,25 +125,144 @@ class Manifest:
         """
         path = Path(folder) / MANIFEST_NAME
         try:
-            text = path.read_text(encoding="utf-8")
+            return cls._read(_LocalFiles(Path(folder)), str(path))[0]
         except FileNotFoundError:
             raise ValueError(_explain_absence(Path(folder))) from None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise ValueError(f"cannot read {path}: {error}") from error
-        return cls.from_json(text, where=str(path))
+
+    @classmethod
+    def fetch(cls, url: str) -> tuple[Self, str]:
+        """Fetch the manifest of a folder in a bucket or on a web server, and what copies of its shards are kept under.
+
+        Raises:
+            ValueError: no manifest is there, or one of another version.
+            PackError: the store does not answer.
+        """
+        try:
+            return cls._read(_RemoteFiles(url), f"{url}/{MANIFEST_NAME}")
+        except FileNotFoundError:
+            raise ValueError(
+                f"{url} has no {MANIFEST_NAME}: packing has not finished there, or the sets are in folders below, such "
+                "as train/"
+            ) from None
+
+    @classmethod
+    def _read(cls, files: "_Files", where: str) -> tuple[Self, str]:
+        """Return a manifest, and a digest of the bytes that decide what it is."""
+        size = files.size(MANIFEST_NAME)
+        split = split_head(files.read_range(MANIFEST_NAME, 0, _SHORT_BYTES)) if size > _SHORT_BYTES else None
+        if split is not None:
+            head = check_head(split[0], where)
+            named = _NamedTable.of(head)
+            npz = files.table(named.digest) if named is not None and named.text_bytes == size - split[1] else None
+            if npz is not None:
+                return cls._of(head, ShardTable(npz)), digest(json.dumps(head).encode())
+        text = files.read(MANIFEST_NAME)
+        return cls.from_json(text, where=where), digest(text)
+
+    @classmethod
+    def _of(cls, head: Mapping[str, Any], shards: ShardTable) -> Self:
+        return cls(**{**_known(head), "class_names": tuple(head["class_names"])}, shards=shards)
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Give the names and contents of the files to write, manifest.json last: the same set gives the same bytes."""
+        lines = lines_of(self.shards)
+        head = self._head()
+        if len(head) + len(lines) > _SHORT_BYTES:
+            npz = bytes(self.shards.npz.view)
+            yield TABLE_OF_SHARDS_NAME, npz
+            head = self._head(_NamedTable(digest(npz), len(lines)))
+        yield MANIFEST_NAME, head + lines
 
     def to_json(self) -> str:
-        """Return the text of manifest.json: the same set gives the same bytes."""
-        values: dict[str, Any] = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
-        entries = [asdict(shard) for shard in self.shards]
-        del values["shards"]
+        """Return the text of a manifest.json that names no table."""
+        return (self._head() + lines_of(self.shards)).decode()
+
+    def _head(self, named: "_NamedTable | None" = None) -> bytes:
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shards"}
         if not self.has_label_sets:
             del values["has_label_sets"]  # as earlier versions wrote it
         if not self.left_aside:
             del values["left_aside"]
-        head = json.dumps(values, indent=1, ensure_ascii=False, sort_keys=False)
-        lines = ",\n".join("  " + json.dumps(entry, ensure_ascii=False) for entry in entries)
-        return f'{head[:-2]},\n "shards": [\n{lines}\n ]\n}}\n'
+        if named is not None:
+            values[_NAMED] = named._asdict()
+        values = {"format": FORMAT, "version": FORMAT_VERSION, **values}
+        return json.dumps(values, indent=1, ensure_ascii=False).encode()[:-2]
+
+
+class _NamedTable(NamedTuple):
+    """What manifest.json says of the table beside it."""
+
+    digest: str
+    """xxh3_128 of manifest.npz, in hex."""
+    text_bytes: int
+    """Length of the list of shards in manifest.json, which the table is made of."""
+
+    @classmethod
+    def of(cls, head: Mapping[str, Any]) -> Self | None:
+        """Return what a manifest says, if it does."""
+        try:
+            return cls(**head[_NAMED])
+        except (KeyError, TypeError):
+            return None
+
+
+class _Files(Protocol):
+    """The files that a manifest is read from."""
+
+    def size(self, name: str) -> int: ...
+
+    def read(self, name: str) -> bytes: ...
+
+    def read_range(self, name: str, start: int, count: int) -> bytes: ...
+
+    def table(self, digest: str) -> SharedBytes | None:
+        """Open the table, if it has this digest."""
+        ...
+
+
+class _LocalFiles:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def size(self, name: str) -> int:
+        return (self._folder / name).stat().st_size
+
+    def read(self, name: str) -> bytes:
+        return (self._folder / name).read_bytes()
+
+    def read_range(self, name: str, start: int, count: int) -> bytes:
+        with (self._folder / name).open("rb") as file:
+            file.seek(start)
+            return file.read(count)
+
+    def table(self, digest: str) -> SharedBytes | None:
+        path = self._folder / TABLE_OF_SHARDS_NAME
+        try:
+            return SharedBytes.of_file(path) if digest_file(path) == digest else None
+        except FileNotFoundError:
+            return None
+
+
+class _RemoteFiles:
+    def __init__(self, url: str) -> None:
+        folder = open_folder(url)
+        self.size, self.read, self.read_range, self._chunks = folder.size, folder.read, folder.read_range, folder.chunks
+
+    def table(self, digest: str) -> SharedBytes | None:
+        found = running_digest()
+
+        def noted(chunks: Iterator[bytes]) -> Iterator[bytes]:
+            for chunk in chunks:
+                found.update(chunk)
+                yield chunk
+
+        try:
+            npz = SharedBytes.filled(noted(self._chunks(TABLE_OF_SHARDS_NAME)), name="moco-fast-shards")
+        except FileNotFoundError:
+            return None
+        return npz if found.hexdigest() == digest else None
 
 
 def describe_jpegs(manifest: Manifest) -> str:
@@ -181,11 +275,11 @@ def describe_jpegs(manifest: Manifest) -> str:
     return f"JPEG engines can decode {share:.1%} of the samples ({kinds})"
 
 
-def _known(cls: type[ShardEntry | Manifest], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a class; what earlier versions did not write is empty."""
+def _known(head: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a manifest; what earlier versions did not write is empty."""
     later = ("jpegs", "has_label_sets", "left_aside")
-    found = {f.name: values[f.name] for f in fields(cls) if f.name not in later}
-    return found | {f.name: values[f.name] for f in fields(cls) if f.name in later and f.name in values}
+    names = [f.name for f in fields(Manifest) if f.name != "shards"]
+    return {name: head[name] for name in names if name not in later or name in head}
 
 
 def _explain_absence(folder: Path) -> str:

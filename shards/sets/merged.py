@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from shards.ground.arrays import LabelSets, Records
+from shards.ground.arrays import Indices, LabelSets, Records
 from shards.sets.base import BaseSet, RemoteSet, SetKind, ShardCopy, ShardSet
-from shards.sets.manifest import Manifest
+from shards.sets.manifest import Manifest, ShardTable
 from shards.sets.shard_file import ShardFile
 
 __all__ = ["MergedShardSet"]
@@ -23,19 +23,21 @@ class MergedShardSet(BaseSet):
 
     Args:
         parts: the sets, in the order of the dense sample numbers.
+        manifest: of all of them, if it is made already.
     """
 
     kind: ClassVar[SetKind] = "merged"
 
-    def __init__(self, parts: Sequence[ShardSet]) -> None:
-        super().__init__(",".join(part.where for part in parts), _merge([part.manifest for part in parts]))
+    def __init__(self, parts: Sequence[ShardSet], manifest: Manifest | None = None) -> None:
+        manifest = manifest or _merge([part.manifest for part in parts])
+        super().__init__(",".join(part.where for part in parts), manifest)
         self.parts = tuple(parts)
         counts = np.array([part.num_shards for part in parts], dtype=np.int64)
         self._ends = np.cumsum(counts)
         self._starts: list[int] = (self._ends - counts).tolist()
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return (MergedShardSet, (self.parts,))
+        return (MergedShardSet, (self.parts, self.manifest))
 
     @property
     def has_dropped_labels(self) -> bool:
@@ -49,12 +51,17 @@ class MergedShardSet(BaseSet):
 
     def with_copies(self, copy: Callable[[RemoteSet], ShardSet]) -> ShardSet:
         """Return the same set with what `copy` gives in place of each part that is not on this machine."""
-        return MergedShardSet([part.with_copies(copy) for part in self.parts])
+        return MergedShardSet([part.with_copies(copy) for part in self.parts], self.manifest)
 
     def copy_of(self, shard: int) -> ShardCopy | None:
         """Return the local copy that a shard is read from, if it is."""
         part, inner = self.part(shard)
         return part.copy_of(inner)
+
+    @property
+    def copied_bytes(self) -> Indices:
+        """(num_shards,) disk that the local copy of each shard takes; 0 where it is read where it is."""
+        return np.concatenate([part.copied_bytes for part in self.parts])
 
     def shard_name(self, shard: int) -> str:
         """Return where a shard is, for messages."""
@@ -91,7 +98,7 @@ def _merge(manifests: list[Manifest]) -> Manifest:
         jpegs.update(manifest.jpegs)
     return replace(
         manifests[0],
-        shards=tuple(shard for manifest in manifests for shard in manifest.shards),
+        shards=ShardTable.joined(manifest.shards for manifest in manifests),
         class_names=names if agree else (),
         has_label_sets=has_sets and agree,
         num_inputs=sum(manifest.num_inputs for manifest in manifests),

@@ -7,7 +7,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 
-__all__ = ["ANNOTATED", "INDEXED", "RECORD", "REFUSED", "Flag", "flag_name", "npy_header"]
+from shards.ground.arrays import Indices
+
+__all__ = ["ANNOTATED", "INDEXED", "RECORD", "REFUSED", "Flag", "flag_name", "index_bytes", "npy_header"]
 
 RECORD = np.dtype(
     [
@@ -31,6 +33,14 @@ def npy_header(num_records: int) -> bytes:
     buffer = io.BytesIO()
     write_array_header_1_0(buffer, {"descr": dtype_to_descr(RECORD), "fortran_order": False, "shape": (num_records,)})
     return buffer.getvalue()
+
+
+def index_bytes(num_records: Indices) -> Indices:
+    """Return the sizes of .npy files of so many records each, (n,) both."""
+    # A header is as long as its number has digits, or longer.
+    powers = 10 ** np.arange(1, 19, dtype=np.int64)
+    headers = np.array([len(npy_header(int(power) - 1)) for power in powers], dtype=np.int64)
+    return headers[np.searchsorted(powers, num_records, side="right")] + num_records * RECORD.itemsize
 
 
 INDEXED = "indexed"

@@ -23,7 +23,7 @@ class RemoteShardSet(BaseSet):
     Args:
         url: address of the folder that holds manifest.json.
         manifest: its content.
-        digest: xxh3_128 of its bytes, in hex.
+        digest: of the bytes that decide what it is, in hex.
     """
 
     kind: ClassVar[SetKind] = "remote"
@@ -43,14 +43,7 @@ class RemoteShardSet(BaseSet):
         """
         check_url(url)
         url = url.rstrip("/")
-        try:
-            text = open_folder(url).read(MANIFEST_NAME)
-        except FileNotFoundError:
-            raise ValueError(
-                f"{url} has no {MANIFEST_NAME}: packing has not finished there, or the sets are in folders below, such "
-                "as train/"
-            ) from None
-        return cls(url, Manifest.from_json(text, where=f"{url}/{MANIFEST_NAME}"), digest_of(text))
+        return cls(url, *Manifest.fetch(url))
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return (type(self), (self.url, self.manifest, self.digest))
@@ -61,7 +54,7 @@ class RemoteShardSet(BaseSet):
 
     def shard_name(self, shard: int) -> str:
         """Return the address of a shard's tar."""
-        return f"{self.url}/{self.manifest.shards[shard].name}"
+        return f"{self.url}/{self.manifest.shards.name(shard)}"
 
     def open_shard(self, shard: int) -> ShardFile:
         """Open a shard's tar for reading by ranges."""
@@ -103,7 +96,7 @@ class RemoteShardSet(BaseSet):
 
     def _read_index(self, shard: int) -> Records:
         data = self.index_bytes(shard)
-        return np.frombuffer(data, dtype=RECORD, offset=len(npy_header(self.manifest.shards[shard].num_samples)))
+        return np.frombuffer(data, dtype=RECORD, offset=len(npy_header(int(self.shard_sizes[shard]))))
 
 
 class _RangeFile:
@@ -114,7 +107,7 @@ class _RangeFile:
     def __init__(self, shards: RemoteShardSet, shard: int) -> None:
         self.name = shards.shard_name(shard)
         self._url = shards.url
-        self._object = shards.manifest.shards[shard].name
+        self._object = shards.manifest.shards.name(shard)
 
     def read_into(self, buffer: Encoded, offset: int) -> int:
         """Fetch a range. Raises FileNotFoundError, or PackError where the store does not answer."""

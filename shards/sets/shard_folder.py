@@ -56,20 +56,18 @@ class ShardFolder:
         """
         if not is_url(self.where):
             return Manifest.read(self.where)
-        try:
-            text = open_folder(self._url).read(MANIFEST_NAME)
-        except FileNotFoundError:
-            raise ValueError(
-                f"{self.where} has no {MANIFEST_NAME}: packing has not finished there, or the sets are in folders "
-                "below, such as train/"
-            ) from None
-        return Manifest.from_json(text, where=f"{self._url}/{MANIFEST_NAME}")
+        return Manifest.fetch(self._url)[0]
 
     def has_manifest(self) -> bool:
         """Return whether the folder is described already."""
         if not is_url(self.where):
             return (Path(self.where) / MANIFEST_NAME).exists()
         return MANIFEST_NAME in (name for name, _ in open_folder(self._url).objects())
+
+    def put_manifest(self, manifest: Manifest) -> None:
+        """Write the manifest, which makes the folder a set."""
+        for name, data in manifest.files():
+            self.put(name, data)
 
     def put(self, name: str, data: bytes) -> None:
         """Write a file, which appears whole or not at all."""

@@ -12,6 +12,7 @@ from shards.storage.file_kinds import (
     SHARD_SUFFIXES,
     SUMMARY_NAME,
     TABLE_NAME,
+    TABLE_OF_SHARDS_NAME,
     UNIFORM_NAME,
     kind_of_archive,
 )
@@ -21,10 +22,11 @@ __all__ = ["OF_SET", "describe_sets"]
 OF_SET = "of a set of shards"
 """What such files are counted as."""
 
-_OWN = frozenset(
-    name.encode()
-    for name in (MANIFEST_NAME, REJECTED_NAME, UNIFORM_NAME, ASIDE_NAME, FILES_NAME, TABLE_NAME, SUMMARY_NAME)
+_OF_SETS = (
+    *(MANIFEST_NAME, TABLE_OF_SHARDS_NAME, REJECTED_NAME, UNIFORM_NAME),
+    *(ASIDE_NAME, FILES_NAME, TABLE_NAME, SUMMARY_NAME),
 )
+_OWN = frozenset(name.encode() for name in _OF_SETS)
 _OWN_ENDS = tuple(end.encode() for end in (*SHARD_SUFFIXES[1:], LABEL_SETS_SUFFIX, FILES_SUFFIX))
 _BESIDE = {
     # mosaicml-streaming; TensorFlow Datasets; `save_to_disk` of Hugging Face's datasets.

@@ -21,6 +21,7 @@ __all__ = [
     "SHARD_SUFFIXES",
     "SUMMARY_NAME",
     "TABLE_NAME",
+    "TABLE_OF_SHARDS_NAME",
     "UNIFORM_NAME",
     "kind_of_archive",
     "litter",
@@ -89,6 +90,9 @@ FILES_FOLDER = "files"
 
 MANIFEST_NAME = "manifest.json"
 """The file that makes a folder of shards a set."""
+
+TABLE_OF_SHARDS_NAME = "manifest.npz"
+"""The file that has the manifest's shards in columns, where they are many (shards.sets.shard_table)."""
 
 REJECTED_NAME = "rejected.jsonl"
 """The file of a set that lists its rejected inputs."""

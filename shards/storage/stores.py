@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -269,19 +270,24 @@ class Folder:
             return False
         return True
 
-    def download(self, name: str, path: Path) -> None:
-        """Copy an object to a local file. Raises FileNotFoundError, without a file, or PackError."""
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Give a whole object, chunk by chunk. Raises FileNotFoundError or PackError."""
         import obstore
 
         stream = self._ask("read", name, lambda store: obstore.get(store, name).stream())
         try:
-            with path.open("wb") as file:
-                for chunk in stream:
-                    file.write(chunk)
-        except OSError:
-            raise
+            for chunk in stream:
+                yield bytes(chunk)
         except Exception as error:
             raise self._explain("read", name, error) from None
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy an object to a local file. Raises FileNotFoundError, without a file, or PackError."""
+        chunks = self.chunks(name)
+        first = next(chunks, b"")
+        with path.open("wb") as file:
+            for chunk in chain((first,), chunks):
+                file.write(chunk)
 
     def delete(self, names: list[str]) -> None:
         """Remove objects. Raises PackError."""

@@ -21,7 +21,7 @@ from shards.ground.units import counted
 from shards.packing.as_is import TALLIED, look_at
 from shards.packing.aside import LeftAside, describe_aside
 from shards.packing.labels import ClassTable
-from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry, ShardTable
 from shards.sets.record import INDEXED, RECORD, Flag, flag_name, npy_header
 from shards.sets.shard_folder import ShardFolder
 from shards.sources.base import Aside, Input, LabelSet, printable
@@ -209,7 +209,7 @@ def index_folder(
         if text:
             described.put(name, text.encode())
     manifest = _manifest(entries, class_names, sum((Counter(s.aside.counts) for s in shards), Counter[str]()))
-    described.put(MANIFEST_NAME, manifest.to_json().encode())
+    described.put_manifest(manifest)
     return _summary(manifest, shards, labels)
 
 
@@ -237,7 +237,7 @@ def _manifest(entries: list[ShardEntry], class_names: tuple[str, ...], aside: Co
         sum(entry.num_rejected for entry in entries),
     )
     return Manifest(
-        shards=tuple(entries),
+        shards=ShardTable.of(entries),
         class_names=class_names,
         num_inputs=num_samples + num_rejected,
         num_samples=num_samples,

@@ -10,7 +10,7 @@ from shards.ground.pool import run_tasks
 from shards.ground.progress import ProgressBars, Tick
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.sets.base import ShardSet
-from shards.sets.manifest import MANIFEST_NAME, Manifest
+from shards.sets.manifest import Manifest, ShardTable
 from shards.sets.registry import open_set
 from shards.sets.shard_folder import ShardFolder
 
@@ -67,11 +67,11 @@ def note_kinds(where: str, *, workers: int, progress: ProgressBars | None = None
         "looking at headers", unit=" images", total=shards.num_samples
     ) as tick:
         found = dict(run_tasks(KindsOf(shards), range(shards.num_shards), workers=workers, tick=tick))
-    entries = tuple(
+    entries = ShardTable.of(
         replace(entry, jpegs=dict(sorted(Counter(found[number]).items())))
         for number, entry in enumerate(shards.manifest.shards)
     )
     total = sum((Counter(entry.jpegs) for entry in entries), Counter[str]())
     manifest = replace(shards.manifest, shards=entries, jpegs=dict(sorted(total.items())))
-    ShardFolder(where=where, work_folder=WORK_FOLDER).put(MANIFEST_NAME, manifest.to_json().encode())
+    ShardFolder(where=where, work_folder=WORK_FOLDER).put_manifest(manifest)
     return manifest

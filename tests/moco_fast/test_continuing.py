@@ -14,7 +14,7 @@ from moco_fast.presets import PRESETS
 from moco_fast.training import loop
 from moco_fast.training.continuing import compare
 from moco_fast.training.loop import train
-from shards.sets.manifest import Manifest
+from shards.sets.manifest import Manifest, ShardTable
 
 SAMPLES = {"where": "set", "num_samples": 8, "digest": "a" * 32}
 OTHERS = {"where": "set", "num_samples": 9, "digest": "b" * 32}
@@ -84,7 +84,7 @@ def test_the_identity_of_a_set_is_that_of_its_samples_and_labels(packed_demo: An
     changed = [
         dataclasses.replace(first, digests={**first.digests, suffix: "0" * 32}) for suffix in (".tar", ".labels.npy")
     ]
-    others = [*({"shards": (shard, *rest)} for shard in changed), {"class_names": manifest.class_names[::-1]}]
+    others = [*({"shards": ShardTable.of((shard, *rest))} for shard in changed), {"class_names": manifest.class_names[::-1]}]
     assert manifest.identity not in {dataclasses.replace(manifest, **other).identity for other in others}
 
 

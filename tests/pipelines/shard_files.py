@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from shards.sets import open_set
-from shards.sets.manifest import Manifest, ShardEntry
+from shards.sets.manifest import Manifest, ShardEntry, ShardTable
 from shards.sets.record import RECORD, Flag
 
 
@@ -65,7 +65,7 @@ def write_shards(folder: Path, images: list[bytes], *, per_shard: int = 10, labe
             )
         )
     manifest = Manifest(
-        shards=tuple(entries),
+        shards=ShardTable.of(entries),
         num_inputs=len(images),
         num_samples=len(images),
         num_rejected=0,

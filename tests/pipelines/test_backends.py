@@ -183,10 +183,10 @@ def test_ffcv_without_a_beton_tells_how_to_make_one():
 @pytest.mark.parametrize(("side", "hinted"), [(500, True), (20_000, False)])
 def test_the_decoder_is_told_the_largest_size_unless_it_is_out_of_proportion(side, hinted):
     from pipelines.backends.dali import size_hints
-    from shards.sets.manifest import Manifest
+    from shards.sets.manifest import Manifest, ShardTable
 
     manifest = Manifest(
-        shards=(), num_inputs=0, num_samples=0, num_rejected=0, max_width=side, max_height=side - 1, max_bytes=0
+        shards=ShardTable.of(()), num_inputs=0, num_samples=0, num_rejected=0, max_width=side, max_height=side - 1, max_bytes=0
     )
     expected = {"preallocate_width_hint": side, "preallocate_height_hint": side - 1} if hinted else {}
     assert size_hints(manifest, 256) == expected
