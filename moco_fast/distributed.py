@@ -1,6 +1,5 @@
 """Collectives of a run; in a single process they behave as in a world of one rank."""
 
-import os
 import pickle
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
@@ -140,8 +139,8 @@ def once_per_node(make: Callable[[], T]) -> T:
 
 
 def _machine() -> tuple[str, str]:
-    """Return what processes have in common that can open each other's memory: a boot of a machine, and its processes."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")
+    """Return what processes have in common that can open each other's memory: a machine's boot, and its processes."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())
 
 
 def _gather_objects(value: Any) -> list[Any]:

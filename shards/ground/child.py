@@ -1,8 +1,9 @@
 """Child processes: how one starts, what it is sent, what it answers, and how it ends.
 
 A child runs `main(connection, spec)` of a module in a fresh interpreter: a fork would inherit the threads' locks, and
-torch's and CUDA's state. The spec comes pickled in shared memory, so starting never waits for the child; its arrays stay
-there, one copy for all children, and what a child writes into them no one else sees. After that both sides send messages over the connection; an Exception that the child sends is raised where its message is received
+torch's and CUDA's state. The spec comes pickled in shared memory, so starting never waits for the child; its arrays
+stay there, one copy for all children, and what a child writes into them no one else sees. After that both sides send
+messages over the connection; an Exception that the child sends is raised where its message is received
 (`Child.receive`). A child ends when the other end of its connection is closed.
 """
 

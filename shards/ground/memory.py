@@ -45,7 +45,7 @@ def map_shared(path: str, num_bytes: int) -> mmap.mmap:
         os.close(descriptor)
 
 
-class _Place(NamedTuple):
+class _PlaceOfBytes(NamedTuple):
     """Where shared bytes are, and which ones: a descriptor's number, or a file's name, may become another's."""
 
     path: str
@@ -64,7 +64,9 @@ class SharedBytes:
         view: the bytes.
     """
 
-    def __init__(self, content: bytes | mmap.mmap, place: _Place | None = None, descriptor: int | None = None) -> None:
+    def __init__(
+        self, content: bytes | mmap.mmap, place: _PlaceOfBytes | None = None, descriptor: int | None = None
+    ) -> None:
         self.view = memoryview(content)
         self._place = place
         self._descriptor = descriptor
@@ -81,8 +83,7 @@ class SharedBytes:
         """Share what comes chunk by chunk, of which this process then holds no copy of its own."""
         descriptor = create_shared(name, 0)
         with open(descriptor, "wb", closefd=False) as file:
-            for chunk in chunks:
-                file.write(chunk)
+            file.writelines(chunks)
         return cls._mapped(descriptor, os.fstat(descriptor))
 
     @classmethod
@@ -91,24 +92,26 @@ class SharedBytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             status = os.fstat(descriptor)
-            place = _Place(str(path.absolute()), status.st_dev, status.st_ino, status.st_size)
+            place = _PlaceOfBytes(str(path.absolute()), status.st_dev, status.st_ino, status.st_size)
             return cls(_map(descriptor, status), place)
         finally:
             os.close(descriptor)
 
     @classmethod
     def _mapped(cls, descriptor: int, status: os.stat_result) -> Self:
-        place = _Place(shared_path(descriptor), status.st_dev, status.st_ino, status.st_size)
+        place = _PlaceOfBytes(shared_path(descriptor), status.st_dev, status.st_ino, status.st_size)
         return cls(_map(descriptor, status), place, descriptor)
 
     @classmethod
-    def _attach(cls, place: _Place, *, is_file: bool) -> Self:
+    def _attach(cls, place: _PlaceOfBytes, *, is_file: bool) -> Self:
         """Open what another process has shared. Raises OSError: that process is gone, or its memory is not for us."""
         descriptor = os.open(place.path, os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(descriptor)
         if (status.st_dev, status.st_ino, status.st_size) != place[1:]:
             os.close(descriptor)
-            raise FileNotFoundError(2, "the process that shared this memory is gone, or the file is another", place.path)
+            raise FileNotFoundError(
+                2, "the process that shared this memory is gone, or the file is another", place.path
+            )
         if not is_file:
             return cls._mapped(descriptor, status)
         try:
@@ -122,7 +125,7 @@ class SharedBytes:
         return (_attach, (self._place, self._descriptor is None))
 
 
-def _attach(place: _Place, is_file: bool) -> SharedBytes:  # noqa: FBT001 - pickle passes arguments by place
+def _attach(place: _PlaceOfBytes, is_file: bool) -> SharedBytes:
     return SharedBytes._attach(place, is_file=is_file)  # pyright: ignore[reportPrivateUsage] - of this file
 
 

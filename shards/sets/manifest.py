@@ -1,8 +1,8 @@
 """Manifest of a set of shards, `manifest.json`. It is written last, so its presence means that the set is whole.
 
-Where it is longer than a megabyte, that of some 2,000 shards, `manifest.npz` beside it has the list of shards in columns
-(shards.sets.shard_table); manifest.json names its digest. It only saves time: where it is absent, or not the one that is
-named, as after an earlier version wrote manifest.json again, the list in manifest.json is read.
+Where it is longer than a megabyte, that of some 2,000 shards, `manifest.npz` beside it has the list of shards in
+columns (shards.sets.shard_table), and manifest.json names its digest. It only saves time: where it is absent, or not
+the one that is named, as after an earlier version wrote manifest.json again, the list in manifest.json is read.
 """
 
 import json
@@ -19,7 +19,7 @@ from shards.images.jpeg import ENGINE_KINDS
 from shards.sets.manifest_text import FORMAT, FORMAT_VERSION, check_head, lines_of, parse, split_head
 from shards.sets.shard_table import ShardEntry, ShardTable
 from shards.storage.file_kinds import LABEL_SETS_SUFFIX, MANIFEST_NAME, TABLE_OF_SHARDS_NAME
-from shards.storage.stores import open_folder
+from shards.storage.stores import is_url, open_folder
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "ShardEntry", "ShardTable", "find_tars"]
 
@@ -162,8 +162,34 @@ class Manifest:
         return cls.from_json(text, where=where), digest(text)
 
     @classmethod
+    def compared(cls, where: str) -> tuple[Self, str]:
+        """Read a manifest from manifest.json alone, and say what is wrong with the table beside it, if anything.
+
+        Args:
+            where: folder, or its address.
+
+        Raises:
+            ValueError: as `read` and `fetch`.
+        """
+        files = _RemoteFiles(where) if is_url(where) else _LocalFiles(Path(where))
+        text = files.read(MANIFEST_NAME)
+        manifest = cls.from_json(text, where=f"{where}/{MANIFEST_NAME}")
+        split = split_head(text)
+        named = None if split is None else _NamedTable.of(split[0])
+        if split is None or named is None:
+            return manifest, ""
+        npz = files.table(named.digest)
+        if npz is None:
+            return manifest, f"is absent, or not the one that {MANIFEST_NAME} names: without it, sets open more slowly"
+        if named.text_bytes != len(text) - split[1] or ShardTable(npz) != manifest.shards:
+            return manifest, f"has other shards than {MANIFEST_NAME}: one of them was changed"
+        return manifest, ""
+
+    @classmethod
     def _of(cls, head: Mapping[str, Any], shards: ShardTable) -> Self:
-        return cls(**{**_known(head), "class_names": tuple(head["class_names"])}, shards=shards)
+        values = _known(head)
+        values["class_names"] = tuple(values["class_names"])
+        return cls(**values, shards=shards)
 
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Give the names and contents of the files to write, manifest.json last: the same set gives the same bytes."""

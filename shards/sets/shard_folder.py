@@ -58,6 +58,15 @@ class ShardFolder:
             return Manifest.read(self.where)
         return Manifest.fetch(self._url)[0]
 
+    def compared_manifest(self) -> tuple[Manifest, str]:
+        """Return what manifest.json alone says the set holds, and what is wrong with the table beside it, if anything.
+
+        Raises:
+            ValueError: there is no finished set.
+        """
+        self.manifest()
+        return Manifest.compared(self._url if is_url(self.where) else self.where)
+
     def has_manifest(self) -> bool:
         """Return whether the folder is described already."""
         if not is_url(self.where):

@@ -24,7 +24,7 @@ from shards.sets.local import LocalShardSet
 from shards.sets.manifest import Manifest, ShardEntry
 from shards.sets.record import ANNOTATED, INDEXED, Flag
 from shards.sets.shard_folder import ShardFolder
-from shards.storage.file_kinds import FILES_FOLDER, FILES_NAME, FILES_SUFFIX
+from shards.storage.file_kinds import FILES_FOLDER, FILES_NAME, FILES_SUFFIX, TABLE_OF_SHARDS_NAME
 from shards.storage.tar import BLOCK, EndOfTar, TarError, parse_header
 
 __all__ = ["Problem", "check_image", "verify"]
@@ -95,13 +95,14 @@ def verify(
         PackError: the bucket does not answer, or a worker died.
     """
     folder = ShardFolder(where=str(path), work_folder=work_folder)
-    manifest = folder.manifest()
+    manifest, about_table = folder.compared_manifest()
     check, numbers = _CheckShard(folder=folder, manifest=manifest, decode=decode), range(len(manifest.shards))
     with (progress or ProgressBars(enabled=False)).stage(
         "verifying", unit=" images", total=manifest.num_samples
     ) as tick:
         found = dict(run_tasks(check, numbers, workers=workers, tick=tick))
-    problems = [problem for number in numbers for problem in found[number]]
+    problems = [Problem(shard=TABLE_OF_SHARDS_NAME, sample=None, what=about_table)] if about_table else []
+    problems += [problem for number in numbers for problem in found[number]]
     return [*problems, *_check_files(folder)] if manifest.settings.get(ANNOTATED) else problems
 
 

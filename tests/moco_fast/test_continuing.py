@@ -84,7 +84,10 @@ def test_the_identity_of_a_set_is_that_of_its_samples_and_labels(packed_demo: An
     changed = [
         dataclasses.replace(first, digests={**first.digests, suffix: "0" * 32}) for suffix in (".tar", ".labels.npy")
     ]
-    others = [*({"shards": ShardTable.of((shard, *rest))} for shard in changed), {"class_names": manifest.class_names[::-1]}]
+    others = [
+        *({"shards": ShardTable.of((shard, *rest))} for shard in changed),
+        {"class_names": manifest.class_names[::-1]},
+    ]
     assert manifest.identity not in {dataclasses.replace(manifest, **other).identity for other in others}
 
 

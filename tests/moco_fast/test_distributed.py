@@ -1,5 +1,7 @@
 import os
+import pickle
 import signal
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -7,6 +9,20 @@ import torch.distributed as dist
 
 from moco_fast import distributed
 from moco_fast.interrupt import StoppedError
+from shards.sets.shard_table import ShardEntry, ShardTable
+
+SHARD = ShardEntry(
+    name="shard.tar",
+    num_samples=1,
+    num_rejected=0,
+    num_bytes=1,
+    digests={},
+    max_width=1,
+    max_height=1,
+    max_bytes=1,
+    outcomes={},
+    rejections={},
+)
 
 
 def gather(batch):
@@ -156,3 +172,41 @@ def test_the_helper_replaces_ranks_that_die_or_hang(run_ranks):
     with pytest.raises(Exception, match=r"ranks \[0, 1\] did not return"):
         run_ranks(wait_for_nobody, timeout_s=10)
     assert len(run_ranks(gather, 1)) == 2
+
+
+def made_once(folder, how):
+    rank = distributed.rank()
+
+    def make():
+        (folder / f"{how}-{rank}").touch()
+        if how == "refused":
+            raise ValueError("no such set")
+        return ShardTable.of([SHARD] * 2000)
+
+    machine = (str(rank) if how == "apart" else "", "")
+    loads = walled if how == "walled" else pickle.loads
+    # Workers serve other tests after this one.
+    with patch.object(distributed, "_machine", lambda: machine), patch.object(distributed.pickle, "loads", loads):
+        try:
+            return len(distributed.once_per_node(make))
+        except ValueError as error:
+            return str(error)
+
+
+def walled(pickled):
+    raise PermissionError(13, "no", "/proc/1/fd/3")
+
+
+@pytest.mark.parametrize(
+    ("how", "made"),
+    [("together", [0]), ("refused", [0]), ("apart", [0, 1]), ("walled", [0, 1])],
+)
+def test_once_per_node(run_ranks, tmp_path, how, made):
+    found = run_ranks(made_once, tmp_path, how)
+    assert found == (["no such set"] * 2 if how == "refused" else [2000, 2000])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{how}-{rank}" for rank in made]
+
+
+def test_alone_what_is_made_once_is_made_here():
+    value = object()
+    assert distributed.once_per_node(lambda: value) is value

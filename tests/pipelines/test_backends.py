@@ -186,7 +186,13 @@ def test_the_decoder_is_told_the_largest_size_unless_it_is_out_of_proportion(sid
     from shards.sets.manifest import Manifest, ShardTable
 
     manifest = Manifest(
-        shards=ShardTable.of(()), num_inputs=0, num_samples=0, num_rejected=0, max_width=side, max_height=side - 1, max_bytes=0
+        shards=ShardTable.of(()),
+        num_inputs=0,
+        num_samples=0,
+        num_rejected=0,
+        max_width=side,
+        max_height=side - 1,
+        max_bytes=0,
     )
     expected = {"preallocate_width_hint": side, "preallocate_height_hint": side - 1} if hinted else {}
     assert size_hints(manifest, 256) == expected

@@ -26,6 +26,10 @@ def main(connection, spec):
             os._exit(7)
         if message == "threads":
             connection.send(threading.active_count())
+        if message == "write":
+            spec += 1
+            connection.send(spec)
+            continue
         try:
             if message == "unsendable":
                 raise UnsendableError("a", "b")

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,6 +34,18 @@ def test_children_share_one_spec_and_end_with_their_connection():
     for child in children:
         child.close()
     assert [child.process.returncode for child in children] == [0, 0]
+
+
+def test_arrays_of_a_spec_are_shared_until_a_child_writes():
+    spec = np.arange(100_000)
+    children = start_children(MODULE, spec, count=2, what="test process")
+    assert all(np.array_equal(child.receive()[1], spec) for child in children)
+    # What one writes, no one else sees.
+    for child in children:
+        child.send("write")
+        assert np.array_equal(child.receive(), spec + 1)
+    for child in children:
+        child.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
