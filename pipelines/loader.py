@@ -433,6 +433,9 @@ def _open_epochs(shards: ShardSet, asked: _Asked, among: Indices | None) -> Load
 def _open_samples(shards: ShardSet, asked: _Asked, samples: Indices, epoch: int, *, divided: bool) -> ListLoader:
     mine = _part_of(samples, asked.world if divided else World(), shards)
     shards = cache_for_evaluation(shards, asked.data, mine, world=asked.world)
+    if shards.reads_ranges:
+        # Here, where the set stays open: the processes that read end with the list, and would ask again for each.
+        shards.records_of(mine)
     batch_size = max(1, asked.data.batch_size // asked.world.world_size)
     backend = _Decoding.choose(shards, asked, max_batch=batch_size)
     return _open_list(backend, ListedSteps(samples=mine, batch_size=batch_size, epoch=epoch))

@@ -149,7 +149,10 @@ class Known(Protocol):
         ...
 
     def label_counts(self, split: Split) -> "npt.NDArray[np.int64]":
-        """Return how many samples of a set have each label: (C,), C classes, some of which may have no sample."""
+        """Return how many samples of a set have each label: (C,), C classes, some of which may have no sample.
+
+        In a run, of those samples that its evaluations look at.
+        """
         ...
 
 

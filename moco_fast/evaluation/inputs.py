@@ -397,6 +397,8 @@ class TaskInputs(KnownSets):
     seed: int = 0
     world: World = World()
     saving: Saving | None = None
+    at_most: Mapping[Split, int] = field(default_factory=dict[Split, int])
+    """Bounds the samples of a set that are looked at."""
     _kept: dict[Any, Features] = field(default_factory=dict[Any, Features], repr=False)
 
     @property

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ _NAMES = 3  # classes that a note names
 
 class KnownSets(ABC):
     """What tasks may ask of sets; see moco_fast.evaluation.base.Known."""
+
+    at_most: Mapping[Split, int]
+    """Bounds the samples of a set that are looked at."""
 
     @property
     @abstractmethod
@@ -46,8 +49,8 @@ class KnownSets(ABC):
         return np.concatenate([shards.label_sets(shard) for shard in range(shards.num_shards)])
 
     def label_counts(self, split: Split) -> npt.NDArray[np.int64]:
-        """Return how many samples of a set have each label."""
-        return label_counts(self.sets[split])
+        """Return how many samples of a set have each label, of those that are looked at."""
+        return label_counts(self.sets[split], self.at_most.get(split))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,8 @@ class OpenSets(KnownSets):
     """Sets, without an encoder."""
 
     opened: Mapping[Split, ShardSet]
+    at_most: Mapping[Split, int] = field(default_factory=dict[Split, int])
+    """Bounds the samples of a set that are looked at."""
 
     @property
     def sets(self) -> Mapping[Split, ShardSet]:

@@ -7,32 +7,73 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moco_fast import distributed
+from moco_fast.evaluation.features import evenly
+from shards.ground.arrays import Records
+from shards.ground.threads import mapped
 from shards.sets import ShardSet
 
-__all__ = ["choice_split", "common_classes", "label_counts", "may_have_labels", "mean_per_class"]
+__all__ = [
+    "choice_split",
+    "common_classes",
+    "count_labels_together",
+    "label_counts",
+    "may_have_labels",
+    "mean_per_class",
+]
 
 
-_COUNTED: WeakKeyDictionary[ShardSet, npt.NDArray[np.int64]] = WeakKeyDictionary()
+_COUNTED: WeakKeyDictionary[ShardSet, dict[int, npt.NDArray[np.int64]]] = WeakKeyDictionary()
+_INDEXES_AT_A_TIME = 16
 
 
-def label_counts(shards: ShardSet) -> npt.NDArray[np.int64]:
+def label_counts(shards: ShardSet, at_most: int | None = None) -> npt.NDArray[np.int64]:
     """Return how many samples of a set have each label, (C,): as many classes as have names, or as labels ask for.
 
     A set is counted once: every task asks, and the indexes of a billion samples take minutes.
+
+    Args:
+        shards: the set.
+        at_most: counts among so many samples, evenly spread; None: among all.
     """
-    if shards not in _COUNTED:
-        _COUNTED[shards] = _count(shards)
-    return _COUNTED[shards]
+    counted, num_counted = _counted(shards, at_most)
+    if num_counted not in counted:
+        counted[num_counted] = _count(shards, num_counted)
+    return counted[num_counted]
 
 
-def _count(shards: ShardSet) -> npt.NDArray[np.int64]:
-    counts = np.zeros(len(shards.class_names), dtype=np.int64)
-    for shard in range(shards.num_shards):
-        labels = shards.index(shard)["label"]
-        of_shard = np.bincount(labels[labels >= 0], minlength=len(counts))
+def count_labels_together(shards: ShardSet, at_most: int | None = None) -> None:
+    """Let the first rank count for all, which `label_counts` knows on every rank from then on; collective."""
+    with distributed.leaving_together():
+        counts = label_counts(shards, at_most) if distributed.rank() == 0 else None
+    counted, num_counted = _counted(shards, at_most)
+    counts = distributed.tell_all(counts)
+    assert counts is not None
+    counted[num_counted] = counts
+
+
+def _counted(shards: ShardSet, at_most: int | None) -> tuple[dict[int, npt.NDArray[np.int64]], int]:
+    """Return what is known of a set, by the number of samples that were counted, and which of it is asked for."""
+    num_samples = shards.num_samples
+    return _COUNTED.setdefault(shards, {}), num_samples if at_most is None else min(at_most, num_samples)
+
+
+def _count(shards: ShardSet, num_counted: int) -> npt.NDArray[np.int64]:
+    num_classes = len(shards.class_names)
+    if num_counted < shards.num_samples:
+        return _bincount(shards.records_of(evenly(shards.num_samples, num_counted)), num_classes)
+    counts = np.zeros(num_classes, dtype=np.int64)
+    numbers = range(shards.num_shards)
+    for _, records in mapped(shards.index, numbers, threads=_INDEXES_AT_A_TIME, ahead=_INDEXES_AT_A_TIME):
+        of_shard = _bincount(records, len(counts))
         of_shard[: len(counts)] += counts
         counts = of_shard
     return counts
+
+
+def _bincount(records: Records, num_classes: int) -> npt.NDArray[np.int64]:
+    labels = records["label"]
+    return np.bincount(labels[labels >= 0], minlength=num_classes)
 
 
 def common_classes(bank: ShardSet, queries: ShardSet) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from moco_fast.evaluation.base import FigureInfo, Outcome, RunSets, Split, Task
 from moco_fast.evaluation.front import why_not
 from moco_fast.evaluation.inputs import LiveFeatures, Subject, TaskInputs, measure_on
 from moco_fast.evaluation.known import OpenSets, notes_on, why_sets_do_not_allow
-from moco_fast.evaluation.labels import may_have_labels
+from moco_fast.evaluation.labels import count_labels_together, may_have_labels
 from moco_fast.evaluation.online import HeldOutProbe
 from pipelines.world import World
 from shards.sets import ShardSet
@@ -34,7 +34,7 @@ def measure(tasks: Sequence[Task], subject: Subject, *, at_most: Mapping[Split, 
         ValueError: encoder or sets do not allow a task, or features are not finite.
     """
     source = LiveFeatures(subject=subject, at_most=at_most)
-    inputs = TaskInputs(subject=subject, source=source, world=subject.world)
+    inputs = TaskInputs(subject=subject, source=source, world=subject.world, at_most=at_most)
     for task in tasks:
         if reason := why_not(task, inputs):
             raise ValueError(f"{task.name} cannot be measured: {reason}")
@@ -72,9 +72,8 @@ class RunEvaluation:
             device=device,
             world=world,
         )
-        bounds: dict[Split, int] = {"train": config.eval.max_bank, "test": config.eval.max_held_out}
         found: dict[str, float] = {}
-        for task, outcome in zip(tasks, measure(tasks, subject, at_most=bounds), strict=True):
+        for task, outcome in zip(tasks, measure(tasks, subject, at_most=_bounds(config)), strict=True):
             figures = {name: measured.value for name, measured in outcome.figures.items()}
             found |= {f"{task.name}/{name}": value for name, value in (figures | dict(outcome.facts)).items()}
         return found
@@ -116,13 +115,20 @@ def open_tasks(tasks: Sequence[Task], config: Config, sets: RunSets, *, without_
             f"`make-shards index {config.data.shards}` does, or leave out --eval.shards"
         )
     kept: dict[Split, ShardSet] = {split: shards for split, shards in opened.items() if split in needed}
-    known = OpenSets(opened=kept)
+    known = OpenSets(opened=kept, at_most=_bounds(config))
+    for split, shards in kept.items():
+        if any(task.needs_labels for task in possible):
+            count_labels_together(shards, known.at_most.get(split))
     for task in possible:
         if reason := why_sets_do_not_allow(task, known):
             raise ValueError(f"--eval.tasks {task.name} cannot be measured: {reason}")
     about_sets = dict.fromkeys(f"evaluation: {note}" for task in possible for note in notes_on(task, known))
     notes = (*((_about(left_out, possible, unlabeled),) if left_out else ()), *about_sets)
     return RunEvaluation(tasks=tuple(possible), sets=kept, config=config, notes=notes)
+
+
+def _bounds(config: Config) -> dict[Split, int]:
+    return {"train": config.eval.max_bank, "test": config.eval.max_held_out}
 
 
 def _about(left_out: Sequence[Task], measured: Sequence[Task], unlabeled: Mapping[Split, str]) -> str:

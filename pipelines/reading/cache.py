@@ -22,11 +22,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shards.ground.arrays import Indices
+from shards.ground.arrays import Indices, Records
 from shards.ground.digests import running_digest
 from shards.ground.errors import ExpiredError, PackError, UnrenewedError
 from shards.ground.locks import locked, open_locked, remove_unlocked
 from shards.ground.units import gib
+from shards.sets.base import BaseSet
 from shards.sets.manifest import Manifest, ShardEntry
 from shards.sets.record import RECORD, index_bytes, npy_header
 from shards.sets.remote import RemoteShardSet
@@ -178,6 +179,15 @@ class CachedShardSet(RemoteShardSet):
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return (CachedShardSet, (self.url, self.manifest, self.digest, self.folder))
+
+    @property
+    def reads_ranges(self) -> bool:
+        """Return False: shards are copied."""
+        return False
+
+    def records_of(self, samples: Indices) -> Records:
+        """Return the records of samples from the local copies of their shards' indexes. Raises ValueError."""
+        return BaseSet.records_of(self, samples)
 
     def copy_of(self, shard: int) -> CachedShard:
         """Return the copy of a shard in the cache."""

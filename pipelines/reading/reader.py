@@ -13,6 +13,9 @@ import numpy.typing as npt
 from shards import ShardSet
 from shards.ground.arrays import Encoded, Indices
 from shards.ground.digests import crc32c
+from shards.sets.base import grouped
+from shards.sets.record import RECORD
+from shards.sets.remote import RANGE_THREADS
 from shards.sets.shard_file import ShardFile
 
 __all__ = ["READ_THREADS", "DamagedSampleError", "Outcome", "PendingBytes", "Reader", "name_sample"]
@@ -70,9 +73,11 @@ class Reader:
         self._starts: Indices = np.cumsum(sizes) - sizes
         self._records = _RecordCache(shards)
         self._files: OrderedDict[int, ShardFile] = OrderedDict()
-        self._num_threads = num_threads
+        self._reads_ranges = shards.reads_ranges
+        self._num_threads = max(num_threads, RANGE_THREADS) if self._reads_ranges else num_threads
+        self._shortest_run = 1 if self._reads_ranges else _SHORTEST_RUN
         self._asked_s = time.monotonic()
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="read-shards")
+        self._pool = ThreadPoolExecutor(self._num_threads, thread_name_prefix="read-shards")
 
     def locate(self, samples: Indices) -> tuple[Indices, Indices]:
         """Turn dense sample numbers into (shard, number within the shard), both (n,) int64."""
@@ -81,6 +86,8 @@ class Reader:
 
     def records(self, samples: Indices) -> npt.NDArray[np.void]:
         """Index records of samples: (n,) of shards.sets.record.RECORD."""
+        if self._reads_ranges:
+            return self._shards.records_of(samples)
         shard, local = self.locate(samples)
         return self._records.gather(shard, local)
 
@@ -109,7 +116,7 @@ class Reader:
             _Wanted(place, self._open(shards[place]), images[place], offsets[place], checksums[place])
             for place in places
         ]
-        num_runs = max(1, min(self._num_threads, len(wanted) // _SHORTEST_RUN))
+        num_runs = max(1, min(self._num_threads, len(wanted) // self._shortest_run))
         bounds = [len(wanted) * run // num_runs for run in range(num_runs + 1)]
         runs = [wanted[begin:end] for begin, end in pairwise(bounds)]
         return PendingBytes(images, [self._pool.submit(_read_all, run, samples, records) for run in runs])
@@ -203,17 +210,11 @@ class _RecordCache:
         self._lock = threading.Lock()
 
     def gather(self, shard: Indices, local: Indices) -> npt.NDArray[np.void]:
-        by_shard = np.argsort(shard, kind="stable")
-        unique, begins = np.unique(shard[by_shard], return_index=True)
+        records = np.empty(len(shard), dtype=RECORD)
         with self._lock:
-            pieces = [
-                self._of(int(s))[local[places]]
-                for s, places in zip(unique, np.split(by_shard, begins[1:]), strict=True)
-            ]
-        records = np.concatenate(pieces)
-        result = np.empty_like(records)
-        result[by_shard] = records
-        return result
+            for number, places in grouped(shard):
+                records[places] = self._of(number)[local[places]]
+        return records
 
     def _of(self, shard: int) -> npt.NDArray[np.void]:
         kept = self._kept.get(shard)

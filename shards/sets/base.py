@@ -2,7 +2,7 @@
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from threading import Event
 from typing import ClassVar, Literal, Protocol
 
@@ -11,13 +11,21 @@ import numpy as np
 from shards.ground.arrays import Indices, LabelSets, Records
 from shards.ground.digests import digest
 from shards.sets.manifest import Manifest
+from shards.sets.record import RECORD
 from shards.sets.shard_file import ShardFile
 from shards.storage.file_kinds import LABEL_SETS_SUFFIX
 
-__all__ = ["BaseSet", "CopyHolder", "RemoteSet", "SetKind", "ShardCopy", "ShardSet"]
+__all__ = ["BaseSet", "CopyHolder", "RemoteSet", "SetKind", "ShardCopy", "ShardSet", "grouped"]
 
 SetKind = Literal["local", "remote", "merged", "beton"]
 """A folder on this machine, one in a bucket or on a web server, several sets as one, a file of FFCV's."""
+
+
+def grouped(numbers: Indices) -> Iterator[tuple[int, Indices]]:
+    """Give each number that is there, with the places where it is; numbers rise, and so do places."""
+    by_number = np.argsort(numbers, kind="stable")
+    unique, begins = np.unique(numbers[by_number], return_index=True)
+    yield from zip(unique.tolist(), np.split(by_number, begins[1:]) if len(unique) else (), strict=True)
 
 
 class ShardSet(Protocol):
@@ -70,6 +78,19 @@ class ShardSet(Protocol):
 
         Raises:
             ValueError: the index is absent, damaged, or not that of this manifest, or the store does not answer.
+        """
+        ...
+
+    @property
+    def reads_ranges(self) -> bool:
+        """Whether shards stay where they are, over a network: each sample and each record is a request of its own."""
+        ...
+
+    def records_of(self, samples: Indices) -> Records:
+        """Return the records of samples by their dense numbers, (n,) of shards.sets.record.RECORD.
+
+        Raises:
+            ValueError: as `index`.
         """
         ...
 
@@ -210,6 +231,21 @@ class BaseSet(ABC):
     @abstractmethod
     def index(self, shard: int) -> Records:
         """Return the records of a shard."""
+
+    @property
+    def reads_ranges(self) -> bool:
+        """Return False: shards are on this machine, or will be."""
+        return False
+
+    def records_of(self, samples: Indices) -> Records:
+        """Return the records of samples by their dense numbers, (n,) of RECORD. Raises ValueError."""
+        found = np.empty(len(samples), dtype=RECORD)
+        ends = np.cumsum(self.shard_sizes)
+        shard = np.searchsorted(ends, samples, side="right")
+        local = samples - (ends - self.shard_sizes)[shard]
+        for number, places in grouped(shard):
+            found[places] = self.index(number)[local[places]]
+        return found
 
     def label_sets(self, shard: int) -> LabelSets:
         """Return the classes of a shard's samples where labels are sets; see ShardSet."""

@@ -8,8 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from shards.ground.arrays import Indices, LabelSets, Records
-from shards.sets.base import BaseSet, RemoteSet, SetKind, ShardCopy, ShardSet
+from shards.sets.base import BaseSet, RemoteSet, SetKind, ShardCopy, ShardSet, grouped
 from shards.sets.manifest import Manifest, ShardTable
+from shards.sets.record import RECORD
 from shards.sets.shard_file import ShardFile
 
 __all__ = ["MergedShardSet"]
@@ -77,6 +78,22 @@ class MergedShardSet(BaseSet):
         """Open a shard's tar. Raises FileNotFoundError."""
         part, inner = self.part(shard)
         return part.open_shard(inner)
+
+    @property
+    def reads_ranges(self) -> bool:
+        """Whether the shards of some part stay where they are, over a network."""
+        return any(part.reads_ranges for part in self.parts)
+
+    def records_of(self, samples: Indices) -> Records:
+        """Return the records of samples by their dense numbers, (n,) of RECORD. Raises ValueError."""
+        found = np.empty(len(samples), dtype=RECORD)
+        ends = np.cumsum([part.num_samples for part in self.parts])
+        for number, places in grouped(np.searchsorted(ends, samples, side="right")):
+            part = self.parts[number]
+            found[places] = part.records_of(samples[places] - (ends[number] - part.num_samples))
+        if self.has_dropped_labels:
+            found["label"] = -1
+        return found
 
     def index(self, shard: int) -> Records:
         """Return the records of a shard, (shard_sizes[shard],) of RECORD. Raises ValueError."""

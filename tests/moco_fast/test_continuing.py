@@ -82,7 +82,7 @@ def test_the_identity_of_a_set_is_that_of_its_samples_and_labels(packed_demo: An
     assert {dataclasses.replace(manifest, **other).identity for other in same} == {manifest.identity}
     first, *rest = manifest.shards
     changed = [
-        dataclasses.replace(first, digests={**first.digests, suffix: "0" * 32}) for suffix in (".tar", ".labels.npy")
+        dataclasses.replace(first, digests={**first.digests, suffix: "1" * 32}) for suffix in (".tar", ".labels.npy")
     ]
     others = [
         *({"shards": ShardTable.of((shard, *rest))} for shard in changed),
