@@ -57,7 +57,13 @@ class WorkerViews:
     def __init__(self, job: Job, steps: Steps) -> None:
         self._steps = FetchedSteps(job.shards, steps)
         self._device = job.device
-        spec = WorkerSpec(shards=job.shards, draw=job.draw, sizes=tuple(view.size for view in job.views), skip=job.skip)
+        spec = WorkerSpec(
+            shards=job.shards,
+            shards_in_use=steps.shards_in_use,
+            draw=job.draw,
+            sizes=tuple(view.size for view in job.views),
+            skip=job.skip,
+        )
         max_batch, num_workers = job.max_batch, job.num_threads
         self._ahead = job.prefetch + 1
         self._task_size = max(1, min(_LARGEST_TASK, -(-max_batch // (2 * num_workers))))

@@ -29,6 +29,8 @@ class WorkerSpec:
     """What a worker needs to know once."""
 
     shards: ShardSet
+    shards_in_use: int
+    """Shards that are read side by side, at most."""
     draw: Draw
     """Gives the views' tables from (epoch, samples, records)."""
     sizes: tuple[int, ...]
@@ -100,7 +102,7 @@ def main(connection: "Connection[Any, Any]", spec: WorkerSpec) -> None:
 
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    reader = Reader(spec.shards, num_threads=1)
+    reader = Reader(spec.shards, num_threads=1, in_use=spec.shards_in_use)
     slots: dict[int, SlotArrays] = {}
     waiting: deque[_BegunViews] = deque()
     try:

@@ -103,6 +103,32 @@ class OrderPlan:
         """
         return max(1, min(self.lanes, self.num_steps * self.batch_size // self.window_samples))
 
+    @property
+    def num_windows(self) -> int:
+        """Windows that a lane is cut into."""
+        return max(1, round(self._longest_lane / self.window_samples))
+
+    @property
+    def window(self) -> int:
+        """Samples in a window: a lane is cut evenly."""
+        return -(-self._longest_lane // self.num_windows)
+
+    @property
+    def _longest_lane(self) -> int:
+        return -(-self.num_steps * self.batch_size // self.num_lanes)
+
+    def rank_lanes(self, world_size: int) -> int:
+        """Lanes that a rank takes samples of, at most: where the numbers do not divide, one at each end is shared."""
+        return -(-self.num_lanes // world_size) + (self.num_lanes % world_size > 0)
+
+    def shards_in_use(self, world_size: int) -> int:
+        """Shards that a rank reads side by side, if all are of mean size: in each lane those of a window and a step."""
+        lanes = self.rank_lanes(world_size)
+        of_step = -(-self.batch_size // self.num_lanes)
+        # A step begins and ends within windows.
+        samples = of_step + self.window + min(of_step, self.window)
+        return lanes * (-(-samples * len(self.shard_sizes) // self.num_samples) + 2)
+
     def order(self, epoch: int) -> "EpochOrder":
         """Return the order of an epoch."""
         return EpochOrder(self, epoch)
@@ -128,12 +154,10 @@ class EpochOrder:
         # Places g = lane, lane + num_lanes, ... below `used`: the first lanes may be one sample longer.
         self._lane_sizes = (used - np.arange(num_lanes) + num_lanes - 1) // num_lanes
         self._lane_starts = np.cumsum(self._lane_sizes) - self._lane_sizes
-        longest = int(self._lane_sizes[0])
-        num_windows = max(1, round(longest / plan.window_samples))
-        self._window = -(-longest // num_windows)
+        self._window = plan.window
         # Windows begin at different steps in different lanes, so that new shards are needed one by one.
         self._phases = (
-            np.arange(num_lanes) * self._window // num_lanes if num_windows > 1 else np.zeros(num_lanes, np.int64)
+            np.arange(num_lanes) * self._window // num_lanes if plan.num_windows > 1 else np.zeros(num_lanes, np.int64)
         )
         self._shuffled: dict[int, tuple[int, Indices]] = {}
 

@@ -47,6 +47,11 @@ class PartPlan:
         """Steps in an epoch, the same on every rank; less than a batch is left out, other samples in every epoch."""
         return self.num_samples // self.batch_size
 
+    def shards_in_use(self, world_size: int) -> int:
+        """Shards that a rank reads side by side: each sample may be in another one."""
+        del world_size
+        return self.num_samples
+
     def order(self, epoch: int) -> "PartOrder":
         """Return the order of an epoch."""
         return PartOrder(self, epoch)

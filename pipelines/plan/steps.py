@@ -20,6 +20,16 @@ class Steps(Protocol):
         """Give (epoch, dense sample numbers) of each batch."""
         ...
 
+    @property
+    def num_steps(self) -> int:
+        """Batches until they end, or until all samples come again."""
+        ...
+
+    @property
+    def shards_in_use(self) -> int:
+        """Shards that are read side by side, at most."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class EpochSteps:
@@ -29,6 +39,16 @@ class EpochSteps:
     epoch: int
     step: int
     world: World
+
+    @property
+    def num_steps(self) -> int:
+        """Batches of an epoch."""
+        return self.plan.num_steps
+
+    @property
+    def shards_in_use(self) -> int:
+        """Shards that are read side by side, at most."""
+        return self.plan.shards_in_use(self.world.world_size)
 
     def __iter__(self) -> Iterator[tuple[int, Indices]]:
         """Give (epoch, dense sample numbers) of each batch."""
@@ -45,6 +65,16 @@ class ListedSteps:
     samples: Indices
     batch_size: int
     epoch: int
+
+    @property
+    def num_steps(self) -> int:
+        """All batches."""
+        return -(-len(self.samples) // self.batch_size)
+
+    @property
+    def shards_in_use(self) -> int:
+        """As many as a batch has samples."""
+        return self.batch_size
 
     def __iter__(self) -> Iterator[tuple[int, Indices]]:
         """Give (epoch, dense sample numbers) of each batch."""

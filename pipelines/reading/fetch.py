@@ -47,7 +47,7 @@ class FetchedSteps(Iterator[tuple[int, Indices]]):
 
     def __init__(self, shards: ShardSet, steps: Steps) -> None:
         self._steps = iter(steps)
-        self._ahead = _Ahead(shards, iter(steps)) if shards.copied_bytes.any() else None
+        self._ahead = _Ahead(shards, steps) if shards.copied_bytes.any() else None
 
     def __iter__(self) -> Self:
         return self
@@ -69,9 +69,10 @@ class FetchedSteps(Iterator[tuple[int, Indices]]):
 
 
 class _Ahead:
-    def __init__(self, shards: ShardSet, steps: Iterator[tuple[int, Indices]]) -> None:
+    def __init__(self, shards: ShardSet, steps: Steps) -> None:
         self._shards = shards
-        self._steps = steps
+        self._steps = iter(steps)
+        self._most_ahead = steps.num_steps
         self._ends: Indices = np.cumsum(shards.shard_sizes)
         self._bytes = shards.copied_bytes
         # All are in one folder.
@@ -117,13 +118,17 @@ class _Ahead:
                 return
 
     def _admit(self, step: int, needed: list[int]) -> None:
-        """Hold the shards of a step, once there is room for them in this rank's share or the step is due."""
+        """Hold the shards of a step, once there is room for them in this rank's share or the step is due.
+
+        Not more than an epoch ahead: where the whole set has room, there is nothing to gain by walking on.
+        """
         with self._changed:
             while not self._is_closed.is_set():
                 self._release(needed)
                 new = [shard for shard in needed if shard not in self._last_use]
                 num_bytes = int(self._bytes[[*self._last_use, *new]].sum())
-                if not new or num_bytes <= self._holder.share_bytes or step <= self._num_taken:
+                is_near = step <= self._num_taken + self._most_ahead
+                if is_near and (not new or num_bytes <= self._holder.share_bytes or step <= self._num_taken):
                     break
                 self._changed.wait()
             else:

@@ -79,8 +79,7 @@ def cache_for_training(shards: ShardSet, data: DataConfig, plan: OrderPlan, *, w
     if sizes.sum() <= usable:
         share = int(sizes.sum())
     else:
-        # Neighboring ranks take neighboring lanes; where the numbers do not divide, one at each end is shared.
-        lanes = -(-plan.num_lanes // world.world_size) + (plan.num_lanes % world.world_size > 0)
+        lanes = plan.rank_lanes(world.world_size)
         a_step = plan.batch_size / plan.num_lanes / (plan.num_samples / len(plan.shard_sizes))
         num_shards, largest = plan.window_shards + 2 + int((STEPS_KEPT + 1) * a_step), int(sizes.max())
         needed = lanes * num_shards * largest

@@ -134,7 +134,7 @@ class _Reading:
         self._spec = spec
         self._connection = connection
         self._taken = taken
-        self._reader = Reader(spec.shards, num_threads=spec.num_threads)
+        self._reader = Reader(spec.shards, num_threads=spec.num_threads, in_use=spec.steps.shards_in_use)
         self._fetched = FetchedSteps(spec.shards, spec.steps)
         self._drawn = self._draw_ahead()
         self._may_begin = spec.ahead

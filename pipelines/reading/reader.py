@@ -1,5 +1,7 @@
 """Reader of samples' bytes in shards: positioned reads by a few threads, each sample checked against its crc32c."""
 
+import resource
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -25,7 +27,8 @@ READ_THREADS = 4
 
 
 # Records of the shards in use are kept in memory, not mapped: a mapping costs a file descriptor, and a step touches
-# several shards a lane.
+# several shards of each lane. Where more are in use than this is for, they are kept as well: else every step would open
+# its shards again.
 _RECORDS_BYTES = 128 << 20
 _OPEN_SHARDS = 256
 # Reads that a thread is woken for. The threads that a small batch leaves over have those of the next one.
@@ -65,13 +68,22 @@ class PendingBytes:
 
 
 class Reader:
-    """Samples of a set by their dense numbers. `records` and `submit` belong to one thread; the reads run in others."""
+    """Samples of a set by their dense numbers. `records` and `submit` belong to one thread; the reads run in others.
 
-    def __init__(self, shards: ShardSet, *, num_threads: int = READ_THREADS) -> None:
+    Args:
+        shards: the set.
+        num_threads: that read.
+        in_use: shards that are read side by side; so many stay open, with their records in memory, as far as the
+            process may have files open.
+    """
+
+    def __init__(self, shards: ShardSet, *, num_threads: int = READ_THREADS, in_use: int = 0) -> None:
         self._shards = shards
         sizes = shards.shard_sizes
         self._starts: Indices = np.cumsum(sizes) - sizes
-        self._records = _RecordCache(shards)
+        in_use = min(in_use, shards.num_shards, _most_files())
+        self._most_open = max(in_use, _OPEN_SHARDS)
+        self._records = _RecordCache(shards, max(_RECORDS_BYTES, in_use * int(sizes.max()) * RECORD.itemsize))
         self._files: OrderedDict[int, ShardFile] = OrderedDict()
         self._reads_ranges = shards.reads_ranges
         self._num_threads = max(num_threads, RANGE_THREADS) if self._reads_ranges else num_threads
@@ -140,7 +152,7 @@ class Reader:
         file = self._files.get(shard)
         if file is None:
             file = self._files[shard] = self._shards.open_shard(shard)
-            if len(self._files) > _OPEN_SHARDS:
+            if len(self._files) > self._most_open:
                 self._files.popitem(last=False)
         else:
             self._files.move_to_end(shard)
@@ -200,11 +212,18 @@ def _damaged(name: str, sample: int, record: np.void, reason: str) -> DamagedSam
     )
 
 
+def _most_files() -> int:
+    """Three quarters of the files that this process may have open: the rest is for its libraries."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft * 3 // 4
+
+
 class _RecordCache:
     """Index records of the shards used last, up to a number of bytes."""
 
-    def __init__(self, shards: ShardSet) -> None:
+    def __init__(self, shards: ShardSet, most_bytes: int) -> None:
         self._shards = shards
+        self._most_bytes = most_bytes
         self._kept: OrderedDict[int, npt.NDArray[np.void]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -224,6 +243,6 @@ class _RecordCache:
         records = np.array(self._shards.index(shard))
         self._kept[shard] = records
         self._bytes += records.nbytes
-        while self._bytes > _RECORDS_BYTES and len(self._kept) > 1:
+        while self._bytes > self._most_bytes and len(self._kept) > 1:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes
         return records

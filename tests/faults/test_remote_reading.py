@@ -1,6 +1,7 @@
 """Training from a bucket: the cache on local disk, and what goes wrong on the way."""
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from pipelines.loader import open_loader
 from pipelines.plan.steps import ListedSteps
 from pipelines.reading import cache as cache_module
 from pipelines.reading.cache import CachedShardSet, CacheFolder, CacheFullError, FetchError, Holder
-from pipelines.reading.fetch import FetchedSteps, cached
+from pipelines.reading.fetch import FetchedSteps, _Ahead, cached
 from pipelines.reading.reader import Reader
 from shards.ground.errors import ExpiredError
 from shards.sets import ShardSet, open_set
@@ -459,3 +460,31 @@ def test_evaluation_and_a_shard_that_never_comes(store, local, tmp_path):
     with pytest.raises(ValueError, match=r"cannot read s3://bucket/set/shard-000023\.tar"):
         list(loader)
     loader.close()
+
+
+class Counted:
+    """Steps without end over half of the shards, three to an epoch; notes how far they were walked."""
+
+    num_steps = 3
+    shards_in_use = 1
+    walked = 0
+
+    def __iter__(self):
+        for self.walked in itertools.count(1):
+            yield 0, np.arange(4) + self.walked % 12 * PER_SHARD
+
+
+def test_a_walk_is_an_epoch_ahead_at_most_where_the_cache_holds_the_set(store, local, tmp_path):
+    shards, steps = open_cached(tmp_path / "cache", local=local), Counted()
+    ahead = _Ahead(shards, steps)
+    try:
+        for taken in range(1, 40):
+            ahead.advance()
+            deadline = time.monotonic() + 30
+            # The last step that is walked waits to be admitted.
+            while steps.walked < taken + steps.num_steps + 2:
+                assert time.monotonic() < deadline
+                threading.Event().wait(0.001)
+            assert steps.walked == taken + steps.num_steps + 2
+    finally:
+        ahead.close()

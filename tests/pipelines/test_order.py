@@ -146,6 +146,35 @@ def test_uneven_shards_mix_as_well_as_even_ones():
     assert classes_in_a_step(uneven) > 0.7 * classes_in_a_step(even)
 
 
+@pytest.mark.parametrize(("lanes", "world_size", "batch_size"), [(64, 1, 256), (64, 8, 256), (8, 3, 96), (4, 1, 4096)])
+def test_shards_in_use_are_as_many_as_steps_need(lanes, world_size, batch_size):
+    per_shard = 50
+    order = EpochOrder(plan([per_shard] * 2000, batch_size, lanes=lanes, window_shards=4), 1)
+    stated = order.plan.shards_in_use(world_size)
+    for rank in range(world_size):
+        steps = [set((order.rank_step(step, rank, world_size) // per_shard).tolist()) for step in range(24)]
+        kept = LeastRecent(stated)
+        opened = [{shard for shard in sorted(shards) if kept.opens(shard)} for shards in steps]
+        # What a step and the next one both read stays open in between.
+        assert not any(before & now for before, now in zip(steps, opened[1:], strict=False))
+    assert stated <= 3 * max(len(shards) for shards in steps)
+
+
+class LeastRecent:
+    """Shards that stay open."""
+
+    def __init__(self, size):
+        self._size = size
+        self._kept = {}
+
+    def opens(self, shard):
+        is_new = shard not in self._kept
+        self._kept[shard] = self._kept.pop(shard, None)
+        if len(self._kept) > self._size:
+            del self._kept[next(iter(self._kept))]
+        return is_new
+
+
 def test_several_sets_are_ordered_as_one_with_all_their_shards():
     # Windows are of the rank's lanes in one ring: a small set's samples come among the large one's.
     merged = plan([100] * 90 + [20] * 50, 100, window_shards=2)

@@ -1,4 +1,6 @@
+import resource
 import threading
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -103,6 +105,30 @@ def test_few_shards_stay_open_and_none_after_closing(odd_shards, monkeypatch):
         assert 0 < len(open_shards(odd_shards.path)) <= 2
     reader.close()
     assert not open_shards(odd_shards.path)
+
+
+@pytest.mark.parametrize(
+    ("in_use", "limit", "opened"),
+    [(5, 10**6, 5), (5, resource.RLIM_INFINITY, 5), (5, 4, 10), (0, 10**6, 10), (10**9, 10**6, 5)],
+)
+def test_shards_in_use_stay_open_with_their_records_within_the_limit(odd_shards, monkeypatch, in_use, limit, opened):
+    monkeypatch.setattr(reader_module, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(reader_module, "_RECORDS_BYTES", 9 * 40)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    calls = Counter()
+    for name in ("open_shard", "index"):
+
+        def counting(shard, name=name):
+            calls[name] += 1
+            return getattr(type(odd_shards), name)(odd_shards, shard)
+
+        monkeypatch.setattr(odd_shards, name, counting)
+    reader = Reader(odd_shards, in_use=in_use)
+    # Twice through five shards, one after the other.
+    read(reader, *[0, 4, 8, 12, 16])
+    read(reader, *[0, 4, 8, 12, 16])
+    assert calls == {"open_shard": opened, "index": opened}
+    reader.close()
 
 
 def test_the_record_cache_keeps_the_shards_used_last(odd_shards, monkeypatch):

@@ -181,6 +181,7 @@ def test_a_sample_is_decoded_once_for_all_its_views(small_shards, monkeypatch):
     views = SETS["multi-crop"]
     spec = view_process.WorkerSpec(
         shards=open_set(small_shards),
+        shards_in_use=1,
         draw=lambda epoch, samples, records: draw_views(epoch, samples, records, views=views, seed=0),
         sizes=tuple(view.size for view in views),
         skip=False,
