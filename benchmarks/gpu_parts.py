@@ -124,7 +124,7 @@ def data(job: Job) -> Outcome:
     from shards.sets import open_set
 
     shards = open_set(job.shards())
-    num_bytes = sum(shard.num_bytes for shard in shards.manifest.shards)
+    num_bytes = int(shards.manifest.shards.num_bytes.sum())
     row = {
         "part": job.name,
         "samples": f"{shards.num_samples:,}",

@@ -139,7 +139,7 @@ def main() -> None:
         parts = {name: median(each[name] for each in found) for name in found[0]}
         share = (parts["take"] + parts["feed"]) * options.rate / 1000
         print(f"| {batch} | {' | '.join(f'{value:.4f}' for value in parts.values())} | {share:.1%} |")
-    mean_bytes = sum(entry.num_bytes for entry in shards.manifest.shards) / shards.num_samples
+    mean_bytes = int(shards.manifest.shards.num_bytes.sum()) / shards.num_samples
     print(f"\nCPU seconds per 1,000 samples of {mean_bytes / 1000:.0f} kB.\n\n{claims_table(claims)}")
     write_claims(options.json, claims)
 

@@ -127,7 +127,7 @@ def main() -> None:
             "reading beside a busy interpreter, against the goal", busy, [GOAL] * len(busy), unit="samples/s", goal=1
         )
     )
-    mean_bytes = sum(entry.num_bytes for entry in shards.manifest.shards) / shards.num_samples
+    mean_bytes = int(shards.manifest.shards.num_bytes.sum()) / shards.num_samples
     print(header())
     print(f"Batches of {options.batch_size}, {mean_bytes / 1000:.0f} kB a sample.\n\n{claims_table(claims)}")
     write_claims(options.json, claims)

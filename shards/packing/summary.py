@@ -24,7 +24,7 @@ _SHOWN = 3
 def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> int:
     """Print what was packed and rejected; returns the exit status: 3 where too much was rejected."""
     for name, manifest in manifests.items():
-        size = sum(shard.num_bytes for shard in manifest.shards)
+        size = int(manifest.shards.num_bytes.sum())
         folder = f"{out.rstrip('/')}/{name}".rstrip("/")
         images, files = counted(manifest.num_samples, "image"), counted(len(manifest.shards), "shard")
         print(f"{folder}: {images} in {files}, {format_bytes(size)}", end="")

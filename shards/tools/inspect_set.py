@@ -28,7 +28,7 @@ def describe(shards: ShardSet, *, where: str | None = None) -> Iterator[str]:
         where: what to call it; None: where it is.
     """
     manifest = shards.manifest
-    num_bytes = sum(entry.num_bytes for entry in manifest.shards)
+    num_bytes = int(manifest.shards.num_bytes.sum())
     size = (
         f"{counted(shards.num_samples, 'sample')} in {counted(shards.num_shards, 'shard')}, {format_bytes(num_bytes)}"
     )

@@ -167,7 +167,7 @@ def _without_plan(target: Target, sizes: dict[str, int]) -> PackStatus:
     if not names and not target.work.exists():
         raise ValueError(f"nothing is packed at {target.out}: give what was given to `make-shards pack` as --out")
     manifests = [read_manifest(target, name) for name in names]
-    entries = [entry for manifest in manifests for entry in manifest.shards]
+    num_shards = sum(len(manifest.shards) for manifest in manifests)
     rejections = sum((Counter(manifest.rejections) for manifest in manifests), Counter[str]())
     num_duplicates = rejections.pop("duplicate", 0)
     num_inputs = sum(manifest.num_inputs for manifest in manifests) - num_duplicates
@@ -181,9 +181,9 @@ def _without_plan(target: Target, sizes: dict[str, int]) -> PackStatus:
         num_rejected=sum(manifest.num_rejected for manifest in manifests) - num_duplicates,
         num_duplicates=num_duplicates,
         rejections=dict(rejections),
-        num_shards=len(entries),
-        num_shards_done=len(entries),
-        num_bytes=sum(entry.num_bytes for entry in entries),
+        num_shards=num_shards,
+        num_shards_done=num_shards,
+        num_bytes=sum(int(manifest.shards.num_bytes.sum()) for manifest in manifests),
         num_writing=0,
         writing_bytes=0,
         parts=(),

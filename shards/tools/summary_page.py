@@ -106,7 +106,7 @@ def page_of(facts: SummaryFacts) -> str:
 
 def _head(facts: SummaryFacts) -> str:
     manifest = facts.manifest
-    num_bytes = sum(entry.num_bytes for entry in manifest.shards)
+    num_bytes = int(manifest.shards.num_bytes.sum())
     share = manifest.num_rejected / max(1, manifest.num_inputs)
     tiles = [
         ("Samples", f"{manifest.num_samples:,}", f"of {counted(manifest.num_inputs, 'input')}"),
