@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
-from shards.ground.arrays import Records
+from shards.ground.arrays import Indices, Records
 from shards.sets.base import BaseSet, SetKind
 from shards.sets.manifest import Manifest
 from shards.sets.record import RECORD
@@ -131,8 +131,7 @@ class BetonSet(BaseSet):
             path, dtype=RECORD, mode="r", offset=layout.records_at, shape=(layout.num_samples,)
         )
         """(num_samples,) of RECORD, by dense sample number; offsets are those in this file."""
-        ends = np.cumsum(self.shard_sizes)
-        self._ends: list[int] = ends.tolist()
+        self._ends: Indices = np.cumsum(self.shard_sizes)
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -168,7 +167,7 @@ class BetonSet(BaseSet):
 
     def index(self, shard: int) -> Records:
         """Return the records of what was a shard, (shard_sizes[shard],) of RECORD, memory-mapped read-only."""
-        end = self._ends[shard]
+        end = int(self._ends[shard])
         return self.records[end - int(self.shard_sizes[shard]) : end]
 
 

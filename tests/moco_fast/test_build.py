@@ -2,20 +2,22 @@
 
 import os
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from moco_fast.config import BatchNormConfig, Config, ModelConfig, OptimConfig, RunConfig, validate
+from moco_fast.config import BatchNormConfig, Config, EvalConfig, ModelConfig, OptimConfig, RunConfig, validate
 from moco_fast.methods.batchnorm import average_batch_statistics
 from moco_fast.methods.end_to_end import EndToEnd
 from moco_fast.methods.memory_bank import MemoryBank
 from moco_fast.methods.momentum_contrast import MomentumContrast, MomentumContrastV3
 from moco_fast.methods.prediction import Byol, SimSiam
 from moco_fast.optimizers.optim import load_optimizer_tensors, optimizer_tensors
-from moco_fast.training.build import build
+from moco_fast.training.build import build, open_sets
 from moco_fast.training.runtime import start
 from pipelines.config import VIEWS, DataConfig
+from shards.sets.manifest import Manifest
 
 METHODS = {
     "queue": MomentumContrast(dim=8, queue_size=100),
@@ -113,3 +115,24 @@ def test_a_method_trains_and_continues_bit_for_bit(packed_demo, name, monkeypatc
 def test_parts_that_do_not_go_together_are_refused(packed_demo, sections, message):
     with pytest.raises(ValueError, match=message):
         validate(replace(configuration(packed_demo, "queue"), **sections))
+
+
+def opened_sets(config):
+    read = []
+
+    def noting(folder, read_manifest=Manifest.read):
+        read.append(str(folder))
+        return read_manifest(folder)
+
+    with patch.object(Manifest, "read", noting):
+        sets = open_sets(config)
+    return read, *(vars(shards.manifest)["identity"] for shards in (sets.training, sets.held_out))
+
+
+def test_the_ranks_of_a_machine_read_each_manifest_once(run_ranks, packed_demo):
+    config = replace(configuration(packed_demo, "queue"), eval=EvalConfig(shards=str(packed_demo.val)))
+    expected = [Manifest.read(folder).identity for folder in (packed_demo.train, packed_demo.val)]
+    first, second = run_ranks(opened_sets, config)
+    # Nor does the second compute what tells one set from another.
+    assert first == ([str(packed_demo.train), str(packed_demo.val)], *expected)
+    assert second == ([], *expected)
