@@ -163,6 +163,7 @@ def _index(command: IndexCommand) -> int:
     from shards.ground.progress import ProgressBars
     from shards.sets.manifest import describe_jpegs
     from shards.sets.shard_folder import ShardFolder
+    from shards.storage.file_kinds import TABLE_OF_SHARDS_NAME
     from shards.tools.index import advice, index_folder
     from shards.tools.jpeg_kinds import note_kinds
 
@@ -176,6 +177,9 @@ def _index(command: IndexCommand) -> int:
     if described.has_manifest() and described.manifest().num_unknown_jpegs:
         manifest = note_kinds(command.folder, workers=workers, progress=ProgressBars())
         print(f"{command.folder}: {describe_jpegs(manifest)}")
+        return 0
+    if described.has_manifest() and described.add_table():
+        print(f"{command.folder}: wrote {TABLE_OF_SHARDS_NAME}, with which a set of so many shards opens at once")
         return 0
     options = SourceOptions(members=command.members)
     indexed = index_folder(

@@ -162,8 +162,8 @@ class Manifest:
         return cls.from_json(text, where=where), digest(text)
 
     @classmethod
-    def compared(cls, where: str) -> tuple[Self, str]:
-        """Read a manifest from manifest.json alone, and say what is wrong with the table beside it, if anything.
+    def compared(cls, where: str) -> tuple[Self, str | None]:
+        """Read a manifest from manifest.json alone, and say what is wrong with its table; None: it names none.
 
         Args:
             where: folder, or its address.
@@ -177,10 +177,13 @@ class Manifest:
         split = split_head(text)
         named = None if split is None else _NamedTable.of(split[0])
         if split is None or named is None:
-            return manifest, ""
+            return manifest, None
         npz = files.table(named.digest)
         if npz is None:
-            return manifest, f"is absent, or not the one that {MANIFEST_NAME} names: without it, sets open more slowly"
+            return (
+                manifest,
+                f"is absent, or not the one that {MANIFEST_NAME} names: `make-shards index {where}` writes it",
+            )
         if named.text_bytes != len(text) - split[1] or ShardTable(npz) != manifest.shards:
             return manifest, f"has other shards than {MANIFEST_NAME}: one of them was changed"
         return manifest, ""

@@ -58,8 +58,8 @@ class ShardFolder:
             return Manifest.read(self.where)
         return Manifest.fetch(self._url)[0]
 
-    def compared_manifest(self) -> tuple[Manifest, str]:
-        """Return what manifest.json alone says the set holds, and what is wrong with the table beside it, if anything.
+    def compared_manifest(self) -> tuple[Manifest, str | None]:
+        """Return what manifest.json alone says the set holds, and what is wrong with its table; None: it names none.
 
         Raises:
             ValueError: there is no finished set.
@@ -77,6 +77,18 @@ class ShardFolder:
         """Write the manifest, which makes the folder a set."""
         for name, data in manifest.files():
             self.put(name, data)
+
+    def add_table(self) -> bool:
+        """Write the table of a long manifest that lacks it, as in sets of earlier versions. Returns whether it did.
+
+        Raises:
+            ValueError: there is no finished set.
+        """
+        manifest, about_table = self.compared_manifest()
+        if about_table == "" or len(list(manifest.files())) == 1:
+            return False
+        self.put_manifest(manifest)
+        return True
 
     def put(self, name: str, data: bytes) -> None:
         """Write a file, which appears whole or not at all."""

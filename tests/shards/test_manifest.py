@@ -203,6 +203,20 @@ def test_manifest_json_is_what_counts(long, parsed, change, is_told):
     assert bool(Manifest.compared(str(folder))[1]) == is_told
 
 
+def test_index_writes_a_table_that_is_missing(long, parsed, capsys):
+    folder, manifest = long
+    manifest = dataclasses.replace(manifest, jpegs={"4:2:0": manifest.num_samples})
+    write(manifest, folder)
+    complete = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for change in (by_an_earlier_version, absent, another):
+        change(folder, manifest)
+        assert main(["index", str(folder)]) == 0
+        assert "wrote manifest.npz" in capsys.readouterr().out
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == complete
+    # There is nothing more to do.
+    assert main(["index", str(folder)]) == 2
+
+
 def test_verify_names_a_table_that_is_not_the_manifest_s(long, capsys):
     folder, _ = long
     (folder / "manifest.npz").unlink()
