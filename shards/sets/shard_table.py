@@ -157,8 +157,6 @@ class ShardTable(Sequence[ShardEntry]):
             return NotImplemented
         return len(self) == len(other) and (self.npz.view == other.npz.view or all(map(ShardEntry.__eq__, self, other)))
 
-    __hash__ = None  # pyright: ignore[reportAssignmentType] - as of all that is compared by content
-
     def __repr__(self) -> str:
         return f"<ShardTable of {len(self)} shards>"
 
