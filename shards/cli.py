@@ -17,7 +17,7 @@ from shards.ground.units import counted
 from shards.storage.addresses import refuse_addresses
 from shards.storage.file_kinds import BETON_SUFFIX
 
-__all__ = ["TAKE_ADDRESSES", "main"]
+__all__ = ["TAKE_ADDRESSES", "PackCommand", "main", "parse_pack"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,22 +355,37 @@ def _with_file(words: Sequence[str]) -> tuple[list[str], Any]:
     return rest, PackCommand(**vars(values))
 
 
+def parse_pack(words: Sequence[str]) -> PackCommand:
+    """Read what is given to `make-shards pack`, without doing it.
+
+    Raises:
+        SystemExit: 2 when an option is wrong (the message is on stderr), 0 after `--help`.
+        ValueError: the options cannot work together, or the file of options is wrong.
+    """
+    return _parse(["pack", *words])
+
+
+def _parse(words: Sequence[str]) -> Any:
+    words, default = _with_file(words)
+    command: Any = parse_words(
+        _Commands,
+        words,
+        prog="make-shards",
+        default=default,
+        description="Images in, shards out: what MoCo training reads. `make-shards --version` prints the version.",
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
+    refuse_addresses(command, taken_by=TAKE_ADDRESSES)
+    return command
+
+
 def _run(words: Sequence[str]) -> int:
     if words == ["--version"]:
         print(f"make-shards {version('moco-fast')}")
         return 0
     command: Any = None
     try:
-        words, default = _with_file(words)
-        command = parse_words(
-            _Commands,
-            words,
-            prog="make-shards",
-            default=default,
-            description="Images in, shards out: what MoCo training reads. `make-shards --version` prints the version.",
-            config=(tyro.conf.OmitSubcommandPrefixes,),
-        )
-        refuse_addresses(command, taken_by=TAKE_ADDRESSES)
+        command = _parse(words)
         return _ACTIONS[type(command)](command)
     except PackError as error:
         return _fail(str(error), 1)

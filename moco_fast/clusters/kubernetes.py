@@ -1,46 +1,35 @@
-"""Kubernetes: an indexed Job with one pod per node, which find each other through a headless Service."""
+"""Kubernetes: indexed Jobs. A pod per node that trains, which meet through a Service; a pod per part that is packed."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from moco_fast.clusters.job import GRACE_S, ClusterJob, shell_command
-from moco_fast.clusters.yaml_text import yaml_text
+from moco_fast.clusters.job import ClusterJob, PackingJob, commented, node_script
+from moco_fast.clusters.pod import IGNORE_DISRUPTION, PodPlan
+from moco_fast.clusters.yaml_text import documents
 
 __all__ = ["Kubernetes"]
-
-_HEAD = """\
-# Start with: kubectl apply -f {file}
-# Follow with: kubectl logs -f job/{name}
-# A pod that ends early is started again, and the run goes on from its newest checkpoint.
-"""
-_CACHE, _TEMPORARY, _SHARED_MEMORY = "/var/cache/moco", "/tmp", "/dev/shm"  # noqa: S108 - of the container
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kubernetes:
-    """A Job and a Service for `kubectl apply`."""
+    """Objects for `kubectl apply`."""
 
-    image: str
-    claim: str
-    """Volume claim that all pods mount at `mount`: shards, and folders of runs."""
-    mount: str
-    namespace: str | None = None
+    pods: PodPlan
     retries: int = 20
     """How many pods may fail before the Job does."""
 
     def text(self, job: ClusterJob) -> str:
-        """Return the two objects."""
-        head = _HEAD.format(file=job.file or f"{job.name}.yaml", name=job.name)
-        return head + "---\n".join(yaml_text(each) for each in (self._service(job), self._job(job)))
-
-    def _metadata(self, job: ClusterJob) -> dict[str, Any]:
-        return {"name": job.name} | ({} if self.namespace is None else {"namespace": self.namespace})
-
-    def _service(self, job: ClusterJob) -> dict[str, Any]:
-        return {
+        """Return a Service and the Job that trains."""
+        head = commented(
+            job,
+            f"Start with: kubectl apply -f {job.file}",
+            f"Follow with: {self.pods.kubectl} logs -f job/{job.name}",
+            "A pod that ends early is started again, and the run goes on from its newest checkpoint.",
+        )
+        service = {
             "apiVersion": "v1",
             "kind": "Service",
-            "metadata": self._metadata(job),
+            "metadata": self.pods.metadata(job.name),
             "spec": {
                 "clusterIP": "None",
                 # Ranks look for each other before any of them is ready.
@@ -48,56 +37,34 @@ class Kubernetes:
                 "selector": {"job-name": job.name},
             },
         }
+        script = node_script(job, rank='"$JOB_COMPLETION_INDEX"', first=f"{job.name}-0.{job.name}")
+        resources = {"limits": {"nvidia.com/gpu": job.gpus}}
+        pod = {"subdomain": job.name} | self.pods.spec(script, container="train", resources=resources)
+        indexed = {"completionMode": "Indexed", "completions": job.nodes, "parallelism": job.nodes}
+        return head + documents(service, self._job(job.name, indexed, pod))
 
-    def _job(self, job: ClusterJob) -> dict[str, Any]:
+    def packing(self, job: PackingJob) -> str:
+        """Return the Job that packs, a pod for each part, and the one that finishes, which waits until it is let go."""
+        finishing, kubectl = f"{job.name}-finish", self.pods.kubectl
+        head = commented(
+            job,
+            f"Start with: kubectl apply -f {job.file}",
+            f"When it is done: {kubectl} wait --for=condition=complete --timeout=-1s job/{job.name}",
+            f'                 {kubectl} patch job/{finishing} -p \'{{"spec": {{"suspend": false}}}}\'',
+            "A pod that ends early is started again, and its part goes on where it was.",
+        )
+        pod, last = (
+            self.pods.spec(f"exec {command}\n", container="pack", resources={"limits": {"cpu": cpus}})
+            for command, cpus in ((job.command("$JOB_COMPLETION_INDEX"), job.cpus), (job.finish, 1))
+        )
+        indexed = {"completionMode": "Indexed", "completions": job.parts, "parallelism": min(job.nodes, job.parts)}
+        return head + documents(self._job(job.name, indexed, pod), self._job(finishing, {"suspend": True}, last))
+
+    def _job(self, name: str, options: dict[str, Any], pod: dict[str, Any]) -> dict[str, Any]:
+        rest = {"backoffLimit": self.retries, "podFailurePolicy": IGNORE_DISRUPTION, "template": {"spec": pod}}
         return {
             "apiVersion": "batch/v1",
             "kind": "Job",
-            "metadata": self._metadata(job),
-            "spec": {
-                "completionMode": "Indexed",
-                "completions": job.nodes,
-                "parallelism": job.nodes,
-                "backoffLimit": self.retries,
-                # A pod that is moved off its node is no failure.
-                "podFailurePolicy": {
-                    "rules": [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
-                },
-                "template": {"spec": self._pod(job)},
-            },
-        }
-
-    def _pod(self, job: ClusterJob) -> dict[str, Any]:
-        first = f"{job.name}-0.{job.name}"
-        command = shell_command(job, rank='"$JOB_COMPLETION_INDEX"', first=first)
-        return {
-            "subdomain": job.name,
-            "restartPolicy": "Never",
-            "terminationGracePeriodSeconds": GRACE_S,
-            "securityContext": {"runAsNonRoot": True, "runAsUser": 10001, "fsGroup": 10001},
-            "containers": [
-                {
-                    "name": "train",
-                    "image": self.image,
-                    # Not `command`: the image keeps its entry point.
-                    "args": ["bash", "-c", f"exec {command}\n"],
-                    "workingDir": self.mount,
-                    "resources": {"limits": {"nvidia.com/gpu": job.gpus}},
-                    "securityContext": {"readOnlyRootFilesystem": True, "allowPrivilegeEscalation": False},
-                    "volumeMounts": [
-                        {"name": "data", "mountPath": self.mount},
-                        # Caches of compiled code and of shards in buckets.
-                        {"name": "cache", "mountPath": _CACHE},
-                        {"name": "tmp", "mountPath": _TEMPORARY},
-                        # NCCL and worker processes share memory; the default is 64 MB.
-                        {"name": "shm", "mountPath": _SHARED_MEMORY},
-                    ],
-                }
-            ],
-            "volumes": [
-                {"name": "data", "persistentVolumeClaim": {"claimName": self.claim}},
-                {"name": "cache", "emptyDir": {}},
-                {"name": "tmp", "emptyDir": {}},
-                {"name": "shm", "emptyDir": {"medium": "Memory"}},
-            ],
+            "metadata": self.pods.metadata(name),
+            "spec": options | rest,
         }

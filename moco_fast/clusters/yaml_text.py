@@ -4,11 +4,16 @@ from typing import Any
 
 import yaml
 
-__all__ = ["yaml_text"]
+__all__ = ["documents"]
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as blocks."""
+    """Writes texts of several lines as blocks, and no part as a reference to an equal one."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        """Return that nothing is written as a reference."""
+        del data
+        return True
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -19,6 +24,6 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def yaml_text(value: dict[str, Any]) -> str:
-    """Return a document."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=1000)
+def documents(*values: dict[str, Any]) -> str:
+    """Return documents, one after the other."""
+    return "---\n".join(yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=1000) for value in values)

@@ -1,89 +1,24 @@
 """What `moco-fast launch` writes: run by stand-ins of the schedulers, and read by the parsers that will read it."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
-from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
 
-import moco_fast
 from moco_fast.cli import main
+from moco_fast.clusters.registry import PACKS, TRAINS
 from moco_fast.commandline import parse
+from tests.moco_fast.clusters.forms import COMPOSE, SKY_TASK, TRAIN_JOB, TRAINING_RUNTIME, problems
+from tests.moco_fast.clusters.scheduler_tools import RECIPE, asked_of_accelerate, tools, written
 
-RECIPE = ["moco-v2", "--data.shards", "shards/my train", "--data.batch-size", "1024", "--eval.tasks", "health"]
-
-# What each of these does of its own: srun starts a task on every node, scontrol lists nodes and queues again.
-TOOLS = {
-    "srun": """\
-#!/bin/bash
-printf '%s\\n' "$@" > srun.txt
-while [[ $1 == --container* ]]; do shift; done
-if [[ $1 == apptainer ]]; then while [[ $1 != bash ]]; do shift; done; fi
-for ((SLURM_NODEID = 0; SLURM_NODEID < SLURM_NNODES; SLURM_NODEID++)); do
-    export SLURM_NODEID
-    "$@" || failed=1
-done
-exit ${failed:-0}
-""",
-    "scontrol": """\
-#!/bin/bash
-case "$1 $2" in
-    "show hostnames") printf 'node%s\\n' 7 8 9 ;;
-    requeue*) echo "$2" >> requeued.txt ;;
-    *) exit 1 ;;
-esac
-""",
-    "moco-fast": """\
-#!/bin/bash
-[[ $1 == config-path ]] && echo "{launch}/$2.yaml"
-""",
-    "accelerate": """\
-#!/bin/bash
-for word in "$@"; do printf '%s\\0' "$word"; done > "words-${{SLURM_NODEID:-$JOB_COMPLETION_INDEX}}"
-while [[ $# -gt 0 ]]; do [[ $1 == --run.out ]] && run=$2; shift; done
-mkdir -p "$run" && printf '{{\\n "outcome": "{outcome}",\\n "step": 3\\n}}\\n' > "$run/outcome.json"
-exit {status}
-""",
-}
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to submit from, with the schedulers' tools in PATH; `tools` fills in what training does."""
-    (tmp_path / "bin").mkdir()
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    for name, value in {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[7-9]", "SLURM_NNODES": "3"}.items():
-        monkeypatch.setenv(name, value)
-    return tmp_path
-
-
-def tools(folder: Path, *, outcome: str = "finished", status: int = 0) -> None:
-    launch = Path(moco_fast.__file__).parent / "launch"
-    for name, text in TOOLS.items():
-        file = folder / "bin" / name
-        is_form = "{launch}" in text or "{outcome}" in text
-        file.write_text(text.format(launch=launch, outcome=outcome, status=status) if is_form else text)
-        file.chmod(0o755)
-
-
-def written(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(["launch", *words]) == 0
-    return capsys.readouterr().out
-
-
-def asked_of_accelerate(folder: Path, node: int) -> tuple[Any, Any]:
-    """Return what accelerate and training read of the words that a node was given."""
-    words = (folder / f"words-{node}").read_text().split("\0")[:-1]
-    assert words[0] == "launch"
-    options = launch_command_parser().parse_args(words[1:])
-    assert options.module
-    assert options.training_script == "moco_fast.train"
-    return options, parse(options.training_script_args, here=False)
+ROOT = Path(__file__).parents[3]
+EXAMPLES = sorted((ROOT / "deploy" / "clusters").iterdir())
 
 
 def test_slurm_starts_one_launcher_per_node(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,6 +144,145 @@ def test_kubernetes_accepts_the_job_and_its_pods_find_each_other(
         assert (config.data.shards, config.run.out) == ("shards/my train", "runs/first-run")
 
 
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_the_examples_are_what_their_commands_write(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = path.read_text()
+    [line] = [line for line in text.splitlines() if line.startswith("# Made by: ")]
+    program, *words = shlex.split(line.removeprefix("# Made by: "))
+    assert program == "moco-fast"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deploy" / "clusters").mkdir(parents=True)
+    assert main(words) == 0
+    assert (tmp_path / path.relative_to(ROOT)).read_text() == text
+
+
+def test_there_is_an_example_for_every_scheduler() -> None:
+    commands = [path.read_text().partition("# Made by: ")[2].split(" ")[:3] for path in EXAMPLES]
+    assert {command[2].removeprefix("--") for command in commands} == {*TRAINS, *PACKS}
+
+
+@pytest.mark.parametrize("word", ["a\nrm -rf x", "a\r\nb"])
+def test_nothing_of_the_options_leaves_the_comments(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script = written(["--slurm", "--", *RECIPE, "--run.out", word], capsys)
+    before = script.partition("\nset -u\n")[0]
+    assert all(line.startswith("#") or not line for line in before.splitlines())
+
+
+def test_kubeflow_accepts_the_job_and_its_pods_find_each_other(
+    cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools(cluster)
+    words = ["--trainjob", "--image", "reg/moco:1", "--claim", "data", "--nodes", "2", "--secret", "keys"]
+    runtime, job = yaml.safe_load_all(written([*words, "--namespace", "vision", "--", *RECIPE], capsys))
+    assert problems(runtime, TRAINING_RUNTIME) == problems(job, TRAIN_JOB) == []
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    assert job["metadata"]["namespace"] == runtime["metadata"]["namespace"] == "vision"
+    [node] = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    # What Trainer looks for: pkg/constants/constants.go.
+    assert node["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    pod = node["template"]["spec"]["template"]["spec"]
+    inner = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": node["template"]["spec"]}
+    kubernetes_validate.validate(inner, "1.34", strict=True)
+    [container] = pod["containers"]
+    assert container["name"] == "node"
+    assert pod["terminationGracePeriodSeconds"] == 120
+    assert {"name": "shm", "emptyDir": {"medium": "Memory"}} in pod["volumes"]
+    for rank in range(2):
+        # Trainer's torch plugin sets these (pkg/runtime/framework/plugins/torch/torch.go).
+        env = {"PET_NODE_RANK": str(rank), "PET_MASTER_ADDR": "j-node-0-0.j", "PET_MASTER_PORT": "29500"}
+        subprocess.run(container["args"], cwd=cluster, env={"PATH": os.environ["PATH"], **env}, check=True)
+        options, config = asked_of_accelerate(cluster, rank)
+        assert (options.num_machines, options.num_processes, options.machine_rank) == (2, 16, rank)
+        assert (options.main_process_ip, options.main_process_port) == ("j-node-0-0.j", 29500)
+        assert config.run.out == "runs/moco-fast"
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_skypilot_accepts_the_task_and_its_machines_find_each_other(
+    nodes: int, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools(cluster)
+    words = ["--sky", "--spot", "--gpu", "A100", "--infra", "aws/us-east-1", "--nodes", str(nodes)]
+    mirror = ["--checkpoint.mirror", "s3://bucket/first"]
+    volume = ["--claim", "shared", "--mount", str(cluster)] if nodes == 2 else []
+    task = yaml.safe_load(written([*words, *volume, "--", *RECIPE, *mirror], capsys))
+    assert problems(task, SKY_TASK) == []
+    assert task["resources"] == {"accelerators": "A100:8", "use_spot": True, "infra": "aws/us-east-1"}
+    assert task.get("volumes", {}) == ({str(cluster): "shared"} if nodes == 2 else {})
+    for rank in range(nodes):
+        # sky/skylet/constants.py
+        env = {"SKYPILOT_NODE_RANK": str(rank), "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+        subprocess.run(["bash", "-c", task["run"]], cwd=cluster, env={"PATH": os.environ["PATH"], **env}, check=True)
+        options, config = asked_of_accelerate(cluster, rank)
+        expected = (2, 16, rank, "10.0.0.1") if nodes == 2 else (None, 8, None, None)
+        found = (options.num_machines, options.num_processes, options.machine_rank, options.main_process_ip)
+        assert found == expected
+        assert config.checkpoint.mirror == "s3://bucket/first"
+
+
+def test_compose_accepts_the_file_and_starts_the_ranks(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tools(cluster)
+    file = yaml.safe_load(written(["--compose", "--image", "moco-fast", "--gpus", "4", "--", *RECIPE], capsys))
+    assert problems(file, COMPOSE) == []
+    service = file["services"]["train"]
+    assert {volume.partition(":")[0] for volume in service["volumes"]} - set(file["volumes"]) == {"."}
+    assert service["read_only"]
+    # Compose makes one sign of two, and a variable of what follows a single one.
+    command = [word.replace("$$", "\0") for word in service["command"]]
+    assert not any("$" in word for word in command)
+    words = [word.replace("\0", "$") for word in command]
+    subprocess.run(words, cwd=cluster, env={"PATH": os.environ["PATH"]}, check=True)
+    options, config = asked_of_accelerate(cluster, 0)
+    assert (options.num_processes, Path(options.config_file).name) == (4, "gpu-8.yaml")
+    assert config.data.shards == "shards/my train"
+
+
+@pytest.mark.parametrize("restarts", [0, 2])
+def test_torchrun_is_started_on_each_host_by_its_number(
+    restarts: int, cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools(cluster)
+    words = ["--torchrun", "--nodes", "2", "--first-node", "node0", "--restarts", str(restarts), "--interface", "eth1"]
+    script = written([*words, "--", *RECIPE], capsys)
+    (cluster / "env.sh").write_text("#!/bin/bash\n" + script)
+    for rank in range(2):
+        subprocess.run(["bash", "env.sh", str(rank)], cwd=cluster, check=True)
+        [words_file] = cluster.glob("words-of-*")
+        given = words_file.read_text().split("\0")[:-1]
+        words_file.unlink()
+        options = get_args_parser().parse_args(given)
+        assert (options.nnodes, options.nproc_per_node, options.module) == ("2", "8", True)
+        config = parse(options.training_script_args, here=False)
+        assert (config.data.shards, config.run.out) == ("shards/my train", "runs/moco-fast")
+        if restarts:
+            meeting = (options.rdzv_backend, options.rdzv_endpoint, options.rdzv_conf, options.max_restarts)
+            assert meeting == ("c10d", "node0:29500", f"is_host={1 - rank}", 2)
+        else:
+            assert (options.node_rank, options.master_addr, options.master_port) == (rank, "node0", 29500)
+    failed = subprocess.run(["bash", "env.sh"], cwd=cluster, check=False, capture_output=True, text=True)
+    assert failed.returncode != 0
+    assert "the number of this host, from 0 to 1, is missing" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "more"),
+    [
+        ("--slurm", []),
+        ("--torchrun", ["--first-node", "a"]),
+        ("--sky", ["--claim", "x"]),
+        ("--kubernetes", ["--image", "x", "--claim", "x"]),
+    ],
+)
+def test_the_network_is_named_for_gloo_and_nccl(
+    scheduler: str, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = written([scheduler, *more, "--nodes", "2", "--interface", "eth1", "--", *RECIPE], capsys)
+    # NCCL would take eth1 for eth10, too; gloo takes a name as it is.
+    assert "GLOO_SOCKET_IFNAME=eth1 NCCL_SOCKET_IFNAME==eth1\n" in text.replace("'\\''", "")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -223,7 +297,17 @@ def test_kubernetes_accepts_the_job_and_its_pods_find_each_other(
         (["--slurm", *RECIPE], "moco-v2 and its options are read after `--`"),
         (["--slurm", "--", *RECIPE, "--run.out"], "--run.out needs"),
         (["--slurm", "--out", "{there}", "--", *RECIPE], "is a folder: give the name of a file"),
-        (["--slurm", "--claim", "x", "--", *RECIPE], "--claim is of --kubernetes"),
+        (["--slurm", "--claim", "x", "--", *RECIPE], "--claim is of --kubernetes, --trainjob, --sky and does"),
+        (
+            ["--slurm", "--parts", "3", "--", *RECIPE],
+            "--parts is for `make-shards pack` and does nothing with a recipe",
+        ),
+        (["--ray", "--", *RECIPE], "--ray starts `make-shards pack`, not a recipe: for that use --slurm, --kubernetes"),
+        (["--compose", "--image", "x", "--nodes", "2", "--", *RECIPE], "--nodes is of --slurm"),
+        (["--compose", "--", *RECIPE], "--image is missing"),
+        (["--torchrun", "--", *RECIPE], "--first-node is missing"),
+        (["--sky", "--", *RECIPE], "lost with its machine: give --checkpoint.mirror"),
+        (["--sky", "--nodes", "2", "--", *RECIPE, "--checkpoint.mirror", "s3://b/x"], "--claim is missing"),
         (["--slurm", "--time", "soon", "--", *RECIPE], "--time soon: give it as Slurm does"),
         (["--slurm", "--partition", "a b", "--", *RECIPE], "no space"),
         (["--kubernetes", "--image", "x", "--claim", "x", "--time", "1", "--", *RECIPE], "--time is of --slurm"),
