@@ -2,15 +2,14 @@
 
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from datetime import timedelta
 from types import FrameType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from moco_fast.host_exchange import HostExchange, open_exchange
 from moco_fast.interrupt import forget_interrupt, interrupt
 from moco_fast.relay import relaying
 
@@ -21,9 +20,9 @@ class StopSignal:
     """Listens for SIGTERM, SIGHUP, SIGUSR1 and SIGINT, and agrees with the other ranks on when to stop.
 
     `poll` is called once per step on every rank. It returns what the ranks agreed on in the previous call, so the
-    exchange (two integers over gloo, on the host) overlaps the step and nothing waits for the GPU. In work that takes
-    long, `reaching_all` takes its place. A second SIGINT interrupts immediately. SIGHUP stays ignored where it is, as
-    under nohup.
+    exchange (two integers on the host, host_exchange.py) overlaps the step and nothing waits for the GPU. In work that
+    takes long, `reaching_all` takes its place. A second SIGINT interrupts immediately. SIGHUP stays ignored where it
+    is, as under nohup.
 
     Args:
         timeout_s: seconds that ranks wait for each other.
@@ -36,37 +35,37 @@ class StopSignal:
         self._received, self._is_own = 0, False
         self._relayed = 0  # on its way from the thread that knows of it to the handler
         self._interrupts = interrupts
-        self._group: dist.ProcessGroup | None = None
+        self._exchange: HostExchange | None = None
         if dist.is_initialized():
-            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-            # new_group returns a number to ranks outside the group, but this group contains all ranks.
-            assert isinstance(group, dist.ProcessGroup)
-            self._group = group
+            self._exchange = open_exchange(timeout_s=timeout_s)
         self._asked = self._granted = 0
-        self._agreed = torch.zeros(2, dtype=torch.int32)  # a signal, and what was asked for
-        self._exchange: dist.Work | None = None
+        self._agreement: Callable[[], list[int]] | None = None  # on a signal, and on what was asked for
         is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         self._heard = [number for number in self.SIGNALS if not (is_ignored and number == signal.SIGHUP)]
         self._before: dict[int, Any] = {number: signal.signal(number, self._receive) for number in self._heard}
 
+    @property
+    def note(self) -> str | None:
+        """A line for the user about how ranks agree; None: as usual."""
+        return None if self._exchange is None else self._exchange.note
+
     def poll(self) -> int:
         """Return the signal that all ranks have agreed to stop for, or 0."""
-        if self._group is None:
+        if self._exchange is None:
             self._granted, self._asked = max(self._granted, self._asked), 0
             return self._received
         agreed = self._wait()
-        self._agreed[0], self._agreed[1], self._asked = self._received, self._asked, 0
-        self._exchange = dist.all_reduce(self._agreed, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._agreement, self._asked = self._exchange.begin_max([self._received, self._asked]), 0
         return agreed
 
     @contextmanager
     def reaching_all(self) -> Generator[None]:
         """Let a signal to one rank be one to all of them, within a second, in a block that no rank polls in."""
-        if self._group is None:
+        if self._exchange is None:
             yield
             return
         store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] - there is no other way
-        key = f"moco_fast/signal/{self._group.group_name}"
+        key = f"moco_fast/signal/{self._exchange.name}"
         with relaying(store, key, self._heard, known=self._received, deliver=self._deliver):
             yield
 
@@ -91,11 +90,10 @@ class StopSignal:
         forget_interrupt()
 
     def _wait(self) -> int:
-        if self._exchange is None:
+        if self._agreement is None:
             return 0
-        self._exchange.wait()
-        self._exchange = None
-        agreed, granted = self._agreed.tolist()
+        agreed, granted = self._agreement()
+        self._agreement = None
         self._granted = max(self._granted, granted)
         return agreed
 

@@ -4,17 +4,16 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moco_fast import checkpoint, distributed
 from moco_fast.checkpoint import Checkpoint
 from moco_fast.config import CheckpointConfig
+from moco_fast.host_exchange import HostExchange, open_exchange
 from moco_fast.saving.due import Due
 from moco_fast.saving.mirror import Mirror
 from moco_fast.saving.staging import NoRoomError, Staging
@@ -63,12 +62,7 @@ class Saver:
     ) -> None:
         self._folder, self._config, self._device = folder, config, device
         self._before, self._mirror, self._say = before, mirror, say
-        self._group: dist.ProcessGroup | None = None
-        if distributed.world_size() > 1:
-            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-            # new_group returns a number to ranks outside the group, but this group contains all ranks.
-            assert isinstance(group, dist.ProcessGroup)
-            self._group = group
+        self._exchange = open_exchange(timeout_s=timeout_s) if distributed.world_size() > 1 else None
         self.due = Due(config)
         """When; tests give it another clock."""
         self._staging = Staging(device)
@@ -116,7 +110,7 @@ class Saver:
         began = time.perf_counter()
         self.due.began()
         self._is_asked_for = False
-        states = _States(checkpoint.generator_states(distributed.rank(), self._device), self._group)
+        states = _States(checkpoint.generator_states(distributed.rank(), self._device), self._exchange)
         self._wait_for_the_one_before()
         self._states = states
         if state is None or self._failure() is not None:
@@ -215,29 +209,22 @@ class Saver:
 class _States:
     """States of the generators of all ranks, on their way to the first one; nothing waits for them before `wait`."""
 
-    def __init__(self, own: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    def __init__(self, own: Mapping[str, Tensor], exchange: HostExchange | None) -> None:
         self._own = dict(own)
-        self._work: dist.Work | None = None
-        self._of_ranks: list[Tensor] = []
-        if group is None:
-            return
-        flat = torch.cat([own[name] for name in sorted(own)])
-        if distributed.rank() == 0:
-            self._of_ranks = [torch.empty_like(flat) for _ in range(distributed.world_size())]
-        self._flat = flat
-        self._work = dist.gather(flat, self._of_ranks or None, dst=0, group=group, async_op=True)
+        self._gathered: Callable[[], list[Tensor]] | None = None
+        if exchange is not None:
+            self._gathered = exchange.begin_gather(torch.cat([own[name] for name in sorted(own)]))
 
     def wait(self) -> dict[str, Tensor]:
         """Return them by the names under which a checkpoint keeps them; on other ranks only their own."""
-        if self._work is not None:
-            self._work.wait()
-        if not self._of_ranks:
+        of_ranks = [] if self._gathered is None else self._gathered()
+        if not of_ranks:
             return self._own
         sizes = [len(self._own[name]) for name in sorted(self._own)]
         kinds = [name.partition(".")[2] for name in sorted(self._own)]
         return {
             f"{rank}.{kind}": part
-            for rank, flat in enumerate(self._of_ranks)
+            for rank, flat in enumerate(of_ranks)
             for kind, part in zip(kinds, flat.split(sizes), strict=True)
         }
 

@@ -303,6 +303,8 @@ class RunLoop:
         self._evaluation = evaluation
         self._heartbeat = None if folder is None else folder.heartbeat
         self._stop = StopSignal(timeout_s=config.run.timeout_s, interrupts=True)
+        if self._stop.note is not None and runtime.rank == 0:
+            console.print_notes([self._stop.note])
         self._saver = Saver(
             _checkpoints(config),
             config.checkpoint,
