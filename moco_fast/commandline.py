@@ -185,7 +185,7 @@ def _run(words: Sequence[str], prog: str) -> int:
             print(f"error: {how_to_install(error)}", file=sys.stderr)
         return 2
     except ValueError as error:
-        if is_first_rank():
+        if is_first_rank() or isinstance(error, process.NotMetError):
             print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -7,9 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["command_of", "is_launcher", "prepare"]
+__all__ = ["NotMetError", "command_of", "is_launcher", "prepare"]
 
 _PR_SET_PDEATHSIG = 1
+
+
+class NotMetError(ValueError):
+    """What a rank raises that did not find the others; each says so itself, for none can say it for another."""
 
 
 def prepare() -> None:

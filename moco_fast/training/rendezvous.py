@@ -1,18 +1,24 @@
 """Meeting of a run's processes: ranks that Slurm knows, the network that gloo uses, restarts by the launcher."""
 
 import fcntl
+import ipaddress
 import os
 import re
 import socket
 import struct
 from collections.abc import Callable, Generator, Mapping, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage] - documented there
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-__all__ = ["INIT_METHOD", "address_towards", "choose_interface", "interfaces", "local_ranks", "resolve"]
+from moco_fast.training.process import NotMetError
+
+__all__ = ["INIT_METHOD", "address_towards", "choose_interface", "interfaces", "local_ranks", "meeting", "resolve"]
 
 INIT_METHOD = "restartable://"
 """Of `torch.distributed.init_process_group`: env://, but ranks that were restarted do not find what the dead left."""
@@ -87,7 +93,8 @@ def choose_interface(
 ) -> str | None:
     """Set GLOO_SOCKET_IFNAME where gloo would choose an address that other nodes cannot reach.
 
-    gloo binds to what the hostname resolves to, which on Debian is often 127.0.1.1.
+    gloo binds to what the hostname resolves to, which on Debian is often 127.0.1.1. The network is the one that
+    NCCL_SOCKET_IFNAME names, else the one that leads to the first node, else the only one.
 
     Args:
         env: the environment, which is changed.
@@ -99,30 +106,87 @@ def choose_interface(
         a line that says what was chosen; None: nothing had to be.
 
     Raises:
-        ValueError: it is not clear which network the nodes share.
+        NotMetError: it is not clear which network the nodes share, or GLOO_SOCKET_IFNAME names none of this machine's.
     """
     on_one_node = int(env.get("WORLD_SIZE", "1")) == int(env.get("LOCAL_WORLD_SIZE", "1"))
     master = env.get("MASTER_ADDR", "localhost")
-    if on_one_node or "GLOO_SOCKET_IFNAME" in env or master == "localhost" or _is_loopback(master):
+    if on_one_node or master == "localhost" or _is_loopback(master):
         return None
     own = os.uname().nodename
+    if (named := env.get("GLOO_SOCKET_IFNAME")) is not None:
+        _check_named(named, addresses(), own)
+        return None
     address = address_of(own)
     if address is not None and not _is_loopback(address):
         return None
-    found = addresses()
+    found = _of_nccl(env.get("NCCL_SOCKET_IFNAME", ""), addresses())
     first_node = address_of(master)
     if first_node is not None and not _is_loopback(first_node):
         used = towards(first_node)
         found = {name: each for name, each in found.items() if each == used} or found
     if len(found) != 1:
-        seen = ", ".join(f"{name} ({each})" for name, each in found.items()) or "none but loopback"
-        raise ValueError(
+        raise NotMetError(
             f"the name of this machine, {own}, resolves to {address or 'nothing'}, which other nodes cannot reach: set "
-            f"GLOO_SOCKET_IFNAME to the interface of the network that the nodes share; here are {seen}"
+            f"GLOO_SOCKET_IFNAME to the interface of the network that the nodes share; here are {_listed(found)}"
         )
     [name] = found
     env["GLOO_SOCKET_IFNAME"] = name
     return f"network: gloo uses {name}, since {own} resolves to {address or 'nothing'} (GLOO_SOCKET_IFNAME decides)"
+
+
+def _check_named(named: str, found: Mapping[str, str], own: str) -> None:
+    if unknown := [name for name in named.split(",") if name not in found and name != "lo"]:
+        raise NotMetError(
+            f"GLOO_SOCKET_IFNAME is {named}, but {own} has no interface {', '.join(unknown)} with an address: name the "
+            f"one of the network that the nodes share; here are {_listed(found)}"
+        )
+
+
+def _of_nccl(named: str, found: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the interfaces that NCCL_SOCKET_IFNAME allows, all if none.
+
+    It is a list of prefixes, or after `=` of whole names; `^` before either makes it a list of those that are not meant
+    (NCCL's documentation of its environment variables).
+    """
+    mark = re.match(r"\^?=?", named)
+    assert mark is not None
+    names = [name for name in named[mark.end() :].split(",") if name]
+    matches = str.__eq__ if "=" in mark[0] else str.startswith
+    is_meant = {interface: any(matches(interface, name) for name in names) for interface in found}
+    return {name: each for name, each in found.items() if is_meant[name] != ("^" in mark[0])} or found
+
+
+def _listed(found: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({each})" for name, each in found.items()) or "none but loopback"
+
+
+@contextmanager
+def meeting(env: Mapping[str, str]) -> Generator[None]:
+    """Say, where the ranks cannot be connected in the block, which addresses were tried and what to set.
+
+    Raises:
+        NotMetError: in place of torch's, gloo's or NCCL's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's errors have no class of their own.
+        if int(env.get("WORLD_SIZE", "1")) == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise NotMetError(_not_met(error, env)) from error
+
+
+def _not_met(error: RuntimeError, env: Mapping[str, str]) -> str:
+    own, master, port = os.uname().nodename, env.get("MASTER_ADDR", "localhost"), env.get("MASTER_PORT", "?")
+    reason = str(error).strip().partition("\n")[0][:200]
+    named = env.get("GLOO_SOCKET_IFNAME")
+    offered = f"interface {named}" if named else f"{own}, which is {resolve(own) or 'no address'}"
+    return (
+        f"rank {env.get('RANK', '?')} of {env['WORLD_SIZE']} did not find the others ({reason}): it tried the first "
+        f"node at {master} port {port}, which is {resolve(master) or 'no address'}, and offers {offered}. If others "
+        "reach these by another address, give it as --main_process_ip, and the interface of the network that the nodes "
+        f"share as GLOO_SOCKET_IFNAME and, on GPUs, NCCL_SOCKET_IFNAME; here are {_listed(interfaces())}"
+    )
 
 
 def _is_loopback(address: str) -> bool:
@@ -149,7 +213,7 @@ def address_towards(address: str) -> str | None:
 
 
 def interfaces() -> dict[str, str]:
-    """Return this machine's IPv4 addresses by interface, without loopback."""
+    """Return this machine's addresses by interface, without loopback: IPv4, or IPv6 where there is no other."""
     found: dict[str, str] = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
@@ -160,4 +224,10 @@ def interfaces() -> dict[str, str]:
             address = socket.inet_ntoa(answer[20:24])
             if not _is_loopback(address):
                 found[name] = address
-    return found
+    return _global_ipv6() | found
+
+
+def _global_ipv6(table: Path = Path("/proc/net/if_inet6")) -> dict[str, str]:
+    """Return addresses of global scope; Linux gives each line address, index, prefix length, scope, flags and name."""
+    lines = [line.split() for line in table.read_text().splitlines()] if table.exists() else []
+    return {line[5]: str(ipaddress.IPv6Address(int(line[0], 16))) for line in lines if line[3] == "00"}

@@ -36,12 +36,14 @@ from torch import Tensor, nn
 
 from moco_fast.config import RunConfig
 from moco_fast.training.affinity import stay_near_gpu
+from moco_fast.training.process import NotMetError
 from moco_fast.training.rendezvous import (
     INIT_METHOD,
     address_towards,
     choose_interface,
     interfaces,
     local_ranks,
+    meeting,
     resolve,
 )
 from pipelines.world import World
@@ -152,8 +154,8 @@ def start(config: RunConfig, *, env: MutableMapping[str, str] = os.environ) -> R
     if reason := alone_by_mistake(env):
         raise ValueError(reason)
     env.update(local_ranks(env))
-    network = choose_interface(env, address_of=resolve, addresses=interfaces, towards=address_towards)
     on_cpu = _choose_cpu(config.device, env)
+    network = _choose_network(env, on_cpu=on_cpu)
     has_bf16 = not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False)
     precision, note = choose_precision(config.precision, env.get("ACCELERATE_MIXED_PRECISION"), has_bf16=has_bf16)
     if precision == "tf32" and on_cpu:
@@ -167,16 +169,7 @@ def start(config: RunConfig, *, env: MutableMapping[str, str] = os.environ) -> R
     if config.cuda_graphs and on_cpu:
         raise ValueError("--run.cuda-graphs needs a GPU: on the CPU use --run.compile")
     compile_options, compile_note = choose_compile(config, env.get("ACCELERATE_DYNAMO_BACKEND"))
-    # accelerate queries NVML by a number that ignores CUDA_VISIBLE_DEVICES, and fails where a CPU is not allowed.
-    with patch_environment(ACCELERATE_CPU_AFFINITY="false"):
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision=_ACCELERATE_NAMES[precision],
-            dynamo_plugin=TorchDynamoPlugin(backend="no"),  # pyright: ignore[reportArgumentType] - a name will do
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s), init_method=INIT_METHOD)
-            ],
-        )
+    accelerator = _join(config, precision, env, on_cpu=on_cpu)
     notes = [note, *filter(None, (compile_note, network))]
     if not on_cpu and env.get("ACCELERATE_CPU_AFFINITY", "").lower() in ("1", "true"):
         notes.append(stay_near_gpu(accelerator.device))
@@ -200,6 +193,34 @@ def start(config: RunConfig, *, env: MutableMapping[str, str] = os.environ) -> R
         compile_options=compile_options,
         notes=tuple(notes),
     )
+
+
+def _join(config: RunConfig, precision: str, env: Mapping[str, str], *, on_cpu: bool) -> Accelerator:
+    """Connect this process with the others. Raises NotMetError: it cannot find them."""
+    # accelerate queries NVML by a number that ignores CUDA_VISIBLE_DEVICES, and fails where a CPU is not allowed.
+    with meeting(env), patch_environment(ACCELERATE_CPU_AFFINITY="false"):
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=_ACCELERATE_NAMES[precision],
+            dynamo_plugin=TorchDynamoPlugin(backend="no"),  # pyright: ignore[reportArgumentType] - a name will do
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s), init_method=INIT_METHOD)
+            ],
+        )
+        if not on_cpu:
+            # NCCL connects at its first collective.
+            accelerator.wait_for_everyone()
+    return accelerator
+
+
+def _choose_network(env: MutableMapping[str, str], *, on_cpu: bool) -> str | None:
+    """Choose gloo's network, and return a line about it; without one, a GPU's steps have NCCL's all the same."""
+    try:
+        return choose_interface(env, address_of=resolve, addresses=interfaces, towards=address_towards)
+    except NotMetError as error:
+        if on_cpu:
+            raise
+        return f"network: {error}"
 
 
 def _leave_default_stream(device: torch.device) -> None:

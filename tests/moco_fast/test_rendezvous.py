@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 
 from moco_fast import checkpoint
-from moco_fast.training.rendezvous import address_towards, choose_interface, interfaces, local_ranks, resolve
+from moco_fast.training.rendezvous import (
+    _global_ipv6,
+    address_towards,
+    choose_interface,
+    interfaces,
+    local_ranks,
+    resolve,
+)
 from moco_fast.training.state import read_lines, run_state
 
 SLURM = {"WORLD_SIZE": "11", "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3"}
@@ -81,6 +88,7 @@ def test_a_first_node_whose_name_is_its_own_takes_its_only_network_or_asks() -> 
         {},
         {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "first"},
         {**TWO_NODES, "GLOO_SOCKET_IFNAME": "ib0"},
+        {**TWO_NODES, "GLOO_SOCKET_IFNAME": "eth0,ib0"},
         {**TWO_NODES, "MASTER_ADDR": "127.0.0.1"},
         {**TWO_NODES, "MASTER_ADDR": "localhost"},
     ],
@@ -90,6 +98,64 @@ def test_gloo_is_left_alone_where_it_chooses_well(env: dict[str, str]) -> None:
     assert choose(env) is None
     assert env == before
     assert choose(dict(TWO_NODES), own="10.0.0.5") is None
+
+
+@pytest.mark.parametrize(
+    ("named", "chosen"), [("ib", "ib0"), ("=ib0", "ib0"), ("^ib0", "eth0"), ("^=ib0", "eth0"), ("ib0,ib1", "ib0")]
+)
+def test_the_network_that_is_named_for_nccl_is_gloo_s_too(named: str, chosen: str) -> None:
+    env = {**TWO_NODES, "NCCL_SOCKET_IFNAME": named}
+    assert choose(env, first="127.0.1.1") is not None
+    assert env["GLOO_SOCKET_IFNAME"] == chosen
+
+
+@pytest.mark.parametrize("named", ["", "=ib", "^=ib", "^ib,eth", "en"])
+def test_a_name_for_nccl_that_decides_nothing_leaves_the_question(named: str) -> None:
+    with pytest.raises(ValueError, match=r"here are eth0 \(10\.0\.0\.5\), ib0 \(192\.168\.1\.5\)"):
+        choose({**TWO_NODES, "NCCL_SOCKET_IFNAME": named}, first="127.0.1.1")
+
+
+def test_an_interface_that_is_not_there_is_refused_by_its_name() -> None:
+    with pytest.raises(ValueError, match=r"GLOO_SOCKET_IFNAME is eth0,eth7, .* has no interface eth7 .* here are eth0"):
+        choose({**TWO_NODES, "GLOO_SOCKET_IFNAME": "eth0,eth7"})
+
+
+def test_a_machine_with_ipv6_alone_has_its_addresses(tmp_path: Path) -> None:
+    table = tmp_path / "if_inet6"
+    # Of Linux: address, index, prefix length, scope, flags, name.
+    table.write_text(
+        "00000000000000000000000000000001 01 80 10 80       lo\n"
+        "fe8000000000000000fc00fffe000001 04 40 20 80     eth0\n"
+        "fd000000000000000000000000000002 04 40 00 82     eth0\n"
+    )
+    assert _global_ipv6(table) == {"eth0": "fd00::2"}
+    assert _global_ipv6(tmp_path / "none") == {}
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"MASTER_ADDR": "127.0.0.1"}, "it tried the first node at 127.0.0.1 port {port}, which is 127.0.0.1"),
+        ({"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}, "and offers interface lo"),
+        ({"MASTER_ADDR": "no-such-name.invalid", "GLOO_SOCKET_IFNAME": "nosuch0"}, "has no interface nosuch0"),
+    ],
+)
+def test_a_rank_that_finds_no_other_says_where_it_looked_and_what_to_set(
+    more: dict[str, str], says: str, packed_demo: Any, tmp_path: Path, warm_python: Any
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    # Rank 1, since every rank has to say it.
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": str(port)}
+    env = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
+    options = ("--data.shards", str(packed_demo.train), "--run.out", str(tmp_path / "run"), "--run.timeout-s", "2")
+    done = warm_python.run("-m", "moco_fast.train", "demo", *options, *SMALL, env=env | ranks | more)
+    assert done.returncode == 2, done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert says.format(port=port) in error
+    assert "GLOO_SOCKET_IFNAME" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_this_machine_has_addresses() -> None:
