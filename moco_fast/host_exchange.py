@@ -106,8 +106,8 @@ def _agree(store: Store, reason: str) -> str:
         store.set("reason", f"rank {dist.get_rank()}: {reason}")
     total = store.add("ranks", 1 + (_ONE_SAYS if reason else 0))
     if total % _ONE_SAYS == dist.get_world_size():
-        store.set("done", store.get("reason") if total >= _ONE_SAYS else "")
-    return store.get("done").decode(errors="replace")
+        store.set("done", store.get("reason").decode() if total >= _ONE_SAYS else "")
+    return store.get("done").decode()
 
 
 class _OverGloo:

@@ -1,6 +1,7 @@
 """Training loop of a run: load, step, log, evaluate, save."""
 
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -36,6 +37,7 @@ from moco_fast.training.folder import RunFolder, open_folder
 from moco_fast.training.gauges import Gauges, PendingGauges
 from moco_fast.training.headspace import Headspace, PendingHeadspace
 from moco_fast.training.heartbeat import RunLostError
+from moco_fast.training.job_status import open_job_status
 from moco_fast.training.launch import launch_facts
 from moco_fast.training.metrics import Average, MetricsFile, Pending
 from moco_fast.training.runtime import Runtime, start
@@ -211,7 +213,9 @@ def _run(
             console.print_opening(config, runtime, parts, progress.step, init_from=progress.init_from)
             if folder.changes is not None:
                 console.print_changes(folder.changes)
-            metrics = MetricsFile(folder.path, step=progress.step, trackers=trackers or Trackers())
+            job_status = open_job_status(os.environ, num_steps=parts.num_steps)
+            trackers = trackers or Trackers()
+            metrics = MetricsFile(folder.path, step=progress.step, trackers=trackers, job_status=job_status)
         run = RunLoop(config, runtime, parts, progress, metrics, evaluation, folder)
         try:
             stopped_by = run.catch_up() or run.loop()

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moco_fast.training.job_status import JobStatus
 from moco_fast.training.state import read_lines
 from moco_fast.training.trackers import Trackers
 from shards.ground.files import write_whole
@@ -67,18 +68,23 @@ class Pending:
 
 
 class MetricsFile:
-    """Writer of `metrics.jsonl` and of trackers; lines after the step that a run resumes from are dropped."""
+    """Writer of `metrics.jsonl`, of trackers and of a TrainJob's status.
 
-    def __init__(self, folder: Path, *, step: int, trackers: Trackers):
+    Lines after the step that a run resumes from are dropped.
+    """
+
+    def __init__(self, folder: Path, *, step: int, trackers: Trackers, job_status: JobStatus | None = None):
         self._path = folder / "metrics.jsonl"
         _keep_until(self._path, step)
         self._file = self._path.open("a", buffering=1)
-        self._trackers = trackers
+        self._trackers, self._job_status = trackers, job_status
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line, which must contain `step`."""
         self._file.write(json.dumps(line) + "\n")
         self._trackers.log(line)
+        if self._job_status is not None:
+            self._job_status.tell(line)
 
     def show(self, views: tuple[Tensor, ...], *, step: int) -> None:
         """Send a picture of the first samples' views, (B, 3, H, W) uint8, to the trackers; waits for the device."""
@@ -93,6 +99,8 @@ class MetricsFile:
         """Flush and close all, within a limit."""
         self._file.close()
         self._trackers.close()
+        if self._job_status is not None:
+            self._job_status.close()
 
 
 def sheet_of(views: tuple[Tensor, ...], *, num_samples: int = 8) -> npt.NDArray[np.uint8]:

@@ -135,8 +135,10 @@ def test_a_machine_with_ipv6_alone_has_its_addresses(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"MASTER_ADDR": "127.0.0.1"}, "it tried the first node at 127.0.0.1 port {port}, which is 127.0.0.1"),
-        ({"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}, "and offers interface lo"),
+        (
+            {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"},
+            "it tried the first node at 127.0.0.1 port {port}, which is 127.0.0.1, and offers interface lo",
+        ),
         ({"MASTER_ADDR": "no-such-name.invalid", "GLOO_SOCKET_IFNAME": "nosuch0"}, "has no interface nosuch0"),
     ],
 )

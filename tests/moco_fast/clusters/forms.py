@@ -65,6 +65,14 @@ TRAIN_JOB = {
     },
 }
 
+# trainjob_types.go, TrainerStatus
+TRAINER_STATUS = {
+    "progressPercentage": int,
+    "estimatedRemainingSeconds": int,
+    "metrics": [{"name": re.compile(r".{1,64}"), "value": re.compile(r".{1,64}")}],
+    "lastUpdatedTime": re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d)"),
+}
+
 _RULE = {
     "name": str,
     "action": frozenset({"FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts", "RestartJob"}),
