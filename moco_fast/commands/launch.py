@@ -63,7 +63,7 @@ class Launch:
     ray: _Flag = False
     """A cluster for `ray up`, on which `make-shards pack` hands out its shards."""
     nodes: int = 1
-    """Number of machines; of --parts at a time."""
+    """Machines; for packing, parts that are written at a time."""
     gpus: int = 8
     """GPUs per machine."""
     name: str = "moco-fast"

@@ -49,7 +49,7 @@ def exchanged(failing: int) -> Any:
     return exchange.note, second.note, exchange.name != second.name, largest, gathered
 
 
-@pytest.mark.parametrize("failing", [2, 1, 0])
+@pytest.mark.parametrize("failing", [2, 1])
 def test_all_ranks_exchange_the_same_way_and_get_the_same(run_ranks: Callable[..., Any], failing: int) -> None:
     of_ranks = run_ranks(exchanged, failing)
     gathered = [[[10 * step] * 3, [10 * step + 1] * 3] for step in range(2) for _ in range(2)]
