@@ -125,7 +125,16 @@ class _TransferOptions:
         _say([note])
         return [note]
 
-    def _compare(self, name: str, preset: TransferPreset, train: Any, test: Any, notes: list[str]) -> int:
+    def _compare(
+        self,
+        name: str,
+        preset: TransferPreset,
+        train: Any,
+        test: Any,
+        notes: list[str],
+        *,
+        decode: Literal["auto", "cpu"] = "cpu",
+    ) -> int:
         """Train, test, print and write; return the exit code."""
         out = Path(self.out)
         out.mkdir(parents=True, exist_ok=True)
@@ -141,7 +150,7 @@ class _TransferOptions:
         trainings_of: Any = DetectorTrainings if detects else SegmenterTrainings
         with place(None, device=self.device, precision=self.precision) as (device, world, precision):
             threads = self.threads or min(16, available_cpus(world.local_world_size))
-            machine = Machine(device=device, world=world, precision=precision, threads=threads)
+            machine = Machine(device=device, world=world, precision=precision, threads=threads, decode=decode)
             trainings = trainings_of(
                 train,
                 test,
@@ -215,6 +224,9 @@ class Detect(_TransferOptions):
     repeat_threshold: float | None = None
     """Share of the training images below which a class is rare, and its images are repeated within an epoch; 0: none
     are."""
+    decode: Literal["auto", "cpu"] = "auto"
+    """Where training images are decoded and resized. `auto`: whole baseline JPEGs on a GPU where there is one, whose
+    pixels differ a little from Pillow's; all others, and test images, on the CPU."""
     precise_batches: int | None = None
     """Batches that batch-norm statistics are averaged over before the test."""
     masks: bool | None = None
@@ -247,7 +259,7 @@ class Detect(_TransferOptions):
             notes += self._note(each.malformed_objects, num_objects, each.where, "object")
         refuse_unmarked(train, test, preset)
         notes += self._note_shared((each.path for each in train.images), (each.path for each in test.images))
-        return self._compare(self.preset, preset, train, test, notes)
+        return self._compare(self.preset, preset, train, test, notes, decode=self.decode)
 
     def _preset(self) -> DetectPreset:
         """Return the preset with the options. Raises ValueError: one that cannot be."""

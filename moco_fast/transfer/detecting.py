@@ -14,6 +14,7 @@ from moco_fast import distributed
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.base import FigureInfo
 from moco_fast.transfer.coco import encoded_masks
+from moco_fast.transfer.device_decoding import open_decoder
 from moco_fast.transfer.galleries import detection_gallery
 from moco_fast.transfer.layouts import learned, measured
 from moco_fast.transfer.loader import HeldOutImage, HeldOutImages, TrainingImages
@@ -67,10 +68,13 @@ class DetectorTrainings(NetworkTrainings):
     def images(self, encoder: Encoder, *, seed: int) -> TrainingImages:
         """Open this rank's batches of images with boxes."""
         del encoder
+        share = self._preset.batch_size // self._machine.world.world_size
+        is_wanted = self._machine.decode == "auto"
         return TrainingImages(
             self._learned,
             self._preset,
             seed=seed,
+            decoder=open_decoder(self._machine.device, batch_size=share) if is_wanted else None,
             world=self._machine.world,
             threads=self._machine.threads,
             at_most_damaged=self._at_most_damaged,

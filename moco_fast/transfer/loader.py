@@ -14,6 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as v2
 
 from moco_fast.transfer.coco import drawn_masks
+from moco_fast.transfer.device_decoding import DeviceDecoder, is_plain
 from moco_fast.transfer.keypoints import moved_keypoints
 from moco_fast.transfer.order import repeat_factors, resized, training_draws
 from moco_fast.transfer.presets import DetectPreset
@@ -37,11 +38,18 @@ class TargetBatch:
     def to(self, device: torch.device) -> "TargetBatch":
         """Copy to a device."""
         return TargetBatch(
-            images=[image.to(device, non_blocking=True) for image in self.images],
+            images=[_moved(image, device) for image in self.images],
             targets=[
                 {name: value.to(device, non_blocking=True) for name, value in target.items()} for target in self.targets
             ],
         )
+
+
+def _moved(image: Tensor, device: torch.device) -> Tensor:
+    if image.is_cuda:
+        # Made on a stream of its own: its memory is free for others only once this stream's work is done.
+        image.record_stream(torch.cuda.current_stream(image.device))
+    return image.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,17 +66,26 @@ class HeldOutImage:
     """Its own height and width."""
 
 
-class TrainingImages(ShuffledImages[tuple[Tensor, dict[str, Tensor]]]):
+class TrainingImages(ShuffledImages["_Item"]):
     """Images with boxes, in batches; grouped by whether they lie or stand.
 
     Args:
         data: all of its images have boxes.
         preset: batch size, sizes of images.
         seed: of order and augmentation.
+        decoder: of plain JPEGs, on a GPU; None: all are decoded on the CPU.
         more: world, threads, at_most_damaged, as of `ShuffledImages`.
     """
 
-    def __init__(self, data: DetectionSet, preset: DetectPreset, *, seed: int, **more: Any) -> None:
+    def __init__(
+        self,
+        data: DetectionSet,
+        preset: DetectPreset,
+        *,
+        seed: int,
+        decoder: DeviceDecoder | None = None,
+        **more: Any,
+    ) -> None:
         super().__init__(
             where=data.where,
             keys=[image.key for image in data.images],
@@ -80,21 +97,61 @@ class TrainingImages(ShuffledImages[tuple[Tensor, dict[str, Tensor]]]):
             **more,
         )
         self._data, self._preset, self._seed = data, preset, seed
+        self._decoder, self._by_pillow = decoder, set[int]()
 
     def draws(self, numbers: npt.NDArray[np.int64], *, epoch: int) -> list[tuple[int, bool]]:
         """Return shorter sides, and whether images are mirrored."""
         return training_draws(numbers, self._preset.sides, seed=self._seed, epoch=epoch)
 
-    def make(self, number: int, drawn: tuple[int, bool]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Resize and mirror an image and what is marked in it."""
+    def make(self, number: int, drawn: tuple[int, bool]) -> "_Item":
+        """Resize and mirror an image and what is marked in it; what a device will decode is only read."""
         side, is_mirrored = drawn
         found, keypoints = self._data.images[number], self._data.keypoints
         partners = () if keypoints is None else keypoints.partners
-        return augmented(found, side=side, longest=self._preset.longest, is_mirrored=is_mirrored, partners=partners)
+        size = resized(found.height, found.width, side=side, longest=self._preset.longest)
+        if self._decoder is None or number in self._by_pillow:
+            image = _pictured(found, size, is_mirrored=is_mirrored)
+        else:
+            data = found.path.read_bytes()
+            is_theirs = is_plain(data, (found.width, found.height))
+            encoded = _EncodedImage(number=number, drawn=drawn, data=data, size=size)
+            image = encoded if is_theirs else _pictured(found, size, is_mirrored=is_mirrored)
+        return image, _marked(found, size, is_mirrored=is_mirrored, partners=partners)
 
-    def together(self, items: list[tuple[Tensor, dict[str, Tensor]]]) -> TargetBatch:
+    def together(self, items: "list[_Item]") -> TargetBatch:
         """Keep images apart, since they have sizes of their own."""
-        return TargetBatch(images=[image for image, _ in items], targets=[target for _, target in items])
+        while waiting := [image for image, _ in items if isinstance(image, _EncodedImage)]:
+            items = self._decoded_on_device(items, waiting)
+        images = [image for image, _ in items if isinstance(image, Tensor)]
+        return TargetBatch(images=images, targets=[target for _, target in items])
+
+    def _decoded_on_device(self, items: "list[_Item]", waiting: "list[_EncodedImage]") -> "list[_Item]":
+        assert self._decoder is not None
+        encoded, sizes = [each.data for each in waiting], [each.size for each in waiting]
+        try:
+            images = iter(self._decoder.resized(encoded, sizes, [each.drawn[1] for each in waiting]))
+        except RuntimeError:
+            # It does not say which one cannot be decoded: Pillow will, or replaces it.
+            self._by_pillow |= {each.number for each in waiting}
+            return [
+                self.made(image.number, image.drawn) if isinstance(image, _EncodedImage) else (image, target)
+                for image, target in items
+            ]
+        return [(next(images) if isinstance(image, _EncodedImage) else image, target) for image, target in items]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _EncodedImage:
+    """An image that waits to be decoded on a device."""
+
+    number: int
+    drawn: tuple[int, bool]
+    data: bytes
+    size: tuple[int, int]
+    """Height and width that it gets."""
+
+
+_Item = tuple[Tensor | _EncodedImage, dict[str, Tensor]]
 
 
 def _factors(data: DetectionSet, preset: DetectPreset) -> npt.NDArray[np.float64] | None:
@@ -152,14 +209,29 @@ def augmented(
     Raises:
         OSError, SyntaxError: it cannot be decoded.
     """
+    size = resized(found.height, found.width, side=side, longest=longest)
+    image = _pictured(found, size, is_mirrored=is_mirrored)
+    return image, _marked(found, size, is_mirrored=is_mirrored, partners=partners)
+
+
+def _pictured(found: AnnotatedImage, size: tuple[int, int], *, is_mirrored: bool) -> Tensor:
+    """Decode, resize and mirror an image, on the CPU."""
     # Pillow resizes the image, as in detectron2, outside of the interpreter's lock.
     image: Any = decoded(found)
+    pixels = np.asarray(v2.resize(image, list(size)))
+    # One copy mirrors, and may be written to; Pillow's own mirroring and torchvision's conversion make three.
+    return torch.from_numpy((pixels[:, ::-1] if is_mirrored else pixels).copy()).permute(2, 0, 1)
+
+
+def _marked(
+    found: AnnotatedImage, size: tuple[int, int], *, is_mirrored: bool, partners: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return what is marked in an image, once that is resized and mirrored."""
     corners: Any = torch.from_numpy(found.boxes)
     boxes: Any = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(found.height, found.width))  # pyright: ignore[reportCallIssue] - torch's metaclass hides it
-    size = list(resized(found.height, found.width, side=side, longest=longest))
-    image, boxes = v2.resize(image, size), v2.resize(boxes, size)
+    boxes = v2.resize(boxes, list(size))
     if is_mirrored:
-        image, boxes = v2.horizontal_flip(image), v2.horizontal_flip(boxes)
+        boxes = v2.horizontal_flip(boxes)
     target = {"boxes": boxes.as_subclass(Tensor), "labels": torch.from_numpy(found.classes + 1)}
     if found.outlines is not None:
         # Drawn in the size that is wanted: what is drawn first and resized then has coarser edges.
@@ -168,7 +240,7 @@ def augmented(
         scale = (size[1] / found.width, size[0] / found.height)
         moved = moved_keypoints(found.keypoints, scale=scale, width=size[1], is_mirrored=is_mirrored, partners=partners)
         target["keypoints"] = torch.from_numpy(moved)
-    return v2.pil_to_tensor(image), target
+    return target
 
 
 def decoded(found: AnnotatedImage) -> Image.Image:

@@ -21,6 +21,9 @@ Item = TypeVar("Item")
 
 # Batches, or test images, that are decoded ahead of the one that is wanted.
 _AHEAD = 4
+# Threads that decode take the interpreter for moments, some ten times per image, and would each time wait 5 ms for a
+# busy one: beside it two threads gave 51 images/s, and with this 68 (benchmarks/transfer_loader.py).
+_SWITCHING_S = 1e-3
 
 
 class ShuffledImages(ABC, Generic[T]):
@@ -68,6 +71,9 @@ class ShuffledImages(ABC, Generic[T]):
                 "smaller --batch-size"
             )
         self._pool = ThreadPoolExecutor(threads)
+        # Batches are put together in their order, beside the training.
+        self._gatherer = ThreadPoolExecutor(1)
+        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
         self._at_most_damaged = at_most_damaged * len(keys)
         self.damaged: dict[str, str] = {}
         """Images that this rank has replaced, with the reason."""
@@ -85,34 +91,46 @@ class ShuffledImages(ABC, Generic[T]):
         """Make a batch of this rank's images."""
 
     def __enter__(self) -> Self:
+        self._switching_s = sys.getswitchinterval()
+        sys.setswitchinterval(min(_SWITCHING_S, self._switching_s))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+        self._gatherer.shutdown(cancel_futures=True)
+        sys.setswitchinterval(self._switching_s)
 
     def batches(self, step: int) -> Generator[Any]:
         """Give this rank's part of each batch, from that of a step on."""
-        # One batch is one task for each of its images, so that threads share it.
-        for futures in ahead(self._begin, count(step)):
-            yield self.together([future.result() for future in futures])
+        for batch in ahead(self._begin, count(step)):
+            yield batch.result()
 
-    def _begin(self, step: int) -> list[Future[T]]:
+    def _begin(self, step: int) -> Future[Any]:
         epoch, row = divmod(step, self._steps)
-        order = epoch_batches(
-            self._kinds,
-            seed=self._seed,
-            epoch=epoch,
-            batch_size=self._batch_size,
-            group=self._group,
-            factors=self._factors,
-        )
         share = self._batch_size // self._world.world_size
-        entries = order[row, self._world.rank * share :][:share]
+        entries = self._order_of(epoch)[row, self._world.rank * share :][:share]
         draws = self.draws(entries, epoch=epoch)
         numbers = entries % len(self._keys)
-        return [self._pool.submit(self._made, int(number), drawn) for number, drawn in zip(numbers, draws, strict=True)]
+        # One batch is one task for each of its images, so that threads share it.
+        pairs = zip(numbers, draws, strict=True)
+        futures = [self._pool.submit(self.made, int(number), drawn) for number, drawn in pairs]
+        return self._gatherer.submit(lambda: self.together([future.result() for future in futures]))
 
-    def _made(self, number: int, drawn: Any) -> T:
+    def _order_of(self, epoch: int) -> npt.NDArray[np.int64]:
+        if self._order is None or self._order[0] != epoch:
+            order = epoch_batches(
+                self._kinds,
+                seed=self._seed,
+                epoch=epoch,
+                batch_size=self._batch_size,
+                group=self._group,
+                factors=self._factors,
+            )
+            self._order = (epoch, order)
+        return self._order[1]
+
+    def made(self, number: int, drawn: Any) -> T:
+        """Make an image, or the next one of its kind that can be decoded. Raises ValueError: too many cannot."""
         while True:
             try:
                 return self.make(number, drawn)

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,8 @@ class Machine:
     precision: str = "fp32"
     threads: int = 4
     """That decode, for this rank."""
+    decode: Literal["auto", "cpu"] = "auto"
+    """Where training images of detectors are decoded; `auto`: plain JPEGs on the device, if it is a GPU."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context in which the network computes in the precision."""
