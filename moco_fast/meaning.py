@@ -114,7 +114,7 @@ _RULES = (
     _Rule(("eval.every_steps", "eval.max_held_out"), _without_evaluation, "name held-out shards"),
     _Rule(("log.name", "log.tags"), _without_trackers, "name some"),
     _Rule(("log.project",), _without_names, "add --log.trackers wandb, mlflow or trackio"),
-    _Rule(("data.cache", "data.cache_gib"), _local_shards, "name shards in a bucket"),
+    _Rule(("data.cache", "data.cache_gib", "data.fetchers"), _local_shards, "name shards in a bucket"),
     _Rule(("data.lanes", "data.window_shards"), _streamed, "index the tars (make-shards index)"),
 )
 

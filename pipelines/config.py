@@ -65,6 +65,8 @@ class DataConfig:
     """Folder on local disk for shards of a bucket, shared by all runs; unset: ~/.cache/moco-fast/shards."""
     cache_gib: float | None = field(default=None, metadata=FREELY)
     """Size of that folder; what was used least recently makes room. Unset: four fifths of what the disk has left."""
+    fetchers: int | None = field(default=None, metadata=FREELY)
+    """Shards of a bucket that a rank fetches at once. Unset: 4, and up to 32 where that many are faster."""
     hw_decoder_load: float | None = field(default=None, metadata=FREELY)
     """`dali`: share of the JPEGs that the GPU's own engines decode; CUDA decodes the others. Unset: 0.9 where there are
     several engines (H100), 0.65 where there is one (A100)."""
@@ -81,6 +83,7 @@ class DataConfig:
             "prefetch",
             "num_threads",
             "stream_samples",
+            "fetchers",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

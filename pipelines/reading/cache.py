@@ -61,6 +61,8 @@ class CacheFolder:
     budget_bytes: int
     share_bytes: int
     """What one rank holds for now and later."""
+    fetchers: tuple[int, int] = (4, 32)
+    """Shards that a rank fetches at once: to begin with, and at most."""
 
     @contextmanager
     def locked(self) -> Generator[None]:
@@ -125,6 +127,7 @@ class Holder:
     def __init__(self, folder: CacheFolder) -> None:
         self.share_bytes = folder.share_bytes
         """What this process may hold at once."""
+        self.fetchers = folder.fetchers
         self._folder = folder
         folder.sweep()
         self._path = folder.path / f"{os.getpid()}.{uuid.uuid4().hex}.held"
@@ -160,9 +163,9 @@ class CachedShard:
         """Disk that it takes in the cache."""
         return int(self.shards.copied_bytes[self.shard])
 
-    def fetch(self, *, cancel: threading.Event) -> None:
-        """Fetch it, unless it is there. Raises as CachedShardSet.fetch."""
-        self.shards.fetch(self.shard, cancel=cancel)
+    def fetch(self, *, cancel: threading.Event) -> bool:
+        """Fetch it, unless it is there, and return whether this did. Raises as CachedShardSet.fetch."""
+        return self.shards.fetch(self.shard, cancel=cancel)
 
     def open_holder(self) -> Holder:
         """Return a new holder of shards in the cache's folder."""
@@ -218,8 +221,10 @@ class CachedShardSet(RemoteShardSet):
             with suppress(FileNotFoundError):
                 return np.frombuffer(_index_of(self._copy(shard)).read_bytes(), dtype=RECORD, offset=len(header))
 
-    def fetch(self, shard: int, *, cancel: threading.Event | None = None) -> None:
+    def fetch(self, shard: int, *, cancel: threading.Event | None = None) -> bool:
         """Make sure that a shard is on this machine; others that want it at the same time wait for the same copy.
+
+        Returns whether it had to be fetched, and was.
 
         Args:
             shard: its number.
@@ -231,12 +236,14 @@ class CachedShardSet(RemoteShardSet):
         """
         copy = self._copy(shard)
         if _touch(copy):
-            return
+            return False
         copy.parent.mkdir(parents=True, exist_ok=True)
         with _part_of(copy) as (part, descriptor):
             # The process that held the lock before us may have wanted the same.
-            if not _touch(copy) and self._download(shard, descriptor, cancel or threading.Event()):
-                part.replace(copy)
+            if _touch(copy) or not self._download(shard, descriptor, cancel or threading.Event()):
+                return False
+            part.replace(copy)
+            return True
 
     def _copy(self, shard: int) -> Path:
         return self.folder.path / self.digest / self.manifest.shards.name(shard)

@@ -1,21 +1,23 @@
 """Steps of a rank, while the shards of the coming ones are fetched: the order is known, and so is what comes next.
 
 A second walk through the steps runs ahead of the first as far as the rank's share of the cache reaches. What it has
-passed and the first has not is held; fetching is in that order, by a few threads. Nothing here waits: a reader
-that needs a shard which is not there yet waits for it, or fetches it, in `CachedShardSet.open_shard`.
+passed and the first has not is held; fetching is in that order, by as many threads as `Pace` says. Nothing here waits:
+a reader that needs a shard which is not there yet waits for it, or fetches it, in `CachedShardSet.open_shard`.
 """
 
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Self
 
 import numpy as np
 
 from pipelines.plan.steps import Steps
 from pipelines.reading.cache import CachedShardSet, CacheFolder
+from pipelines.reading.pace import Pace
 from shards import ShardSet
 from shards.ground.arrays import Indices
 from shards.sets.base import RemoteSet, ShardCopy
@@ -29,7 +31,6 @@ STEPS_KEPT = 4
 """Steps whose shards are held after they were taken: their samples may not be read yet."""
 
 
-_FETCHERS = 4
 _PATIENCE_S = 5
 
 
@@ -82,11 +83,11 @@ class _Ahead:
         self._num_taken = 0
         self._changed = threading.Condition()
         self._is_closed = threading.Event()
-        # Daemons: a store that does not answer must not keep the process from ending.
-        targets = [self._walk, *[self._fetch] * _FETCHERS]
-        self._threads = [threading.Thread(target=target, name="fetch-shards", daemon=True) for target in targets]
-        for thread in self._threads:
-            thread.start()
+        self._pace = Pace(*self._holder.fetchers)
+        self._threads: list[threading.Thread] = []
+        self._start(self._walk)
+        for number in range(self._pace.num_fetchers):
+            self._start(partial(self._fetch, number))
 
     def advance(self) -> None:
         with self._changed:
@@ -151,15 +152,38 @@ class _Ahead:
     def _hold(self) -> None:
         self._holder.hold({self._copy(shard).name for shard in self._last_use})
 
-    def _fetch(self) -> None:
+    def _start(self, target: Callable[[], None]) -> None:
+        # A daemon: a store that does not answer must not keep the process from ending.
+        thread = threading.Thread(target=target, name="fetch-shards", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _fetch(self, number: int) -> None:
+        def is_needed() -> bool:
+            return bool(self._wanted) and number < self._pace.num_fetchers
+
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_closed.is_set() or self._wanted)
+                if not self._wanted:
+                    self._pace.rest()
+                self._changed.wait_for(lambda: self._is_closed.is_set() or is_needed())
                 if self._is_closed.is_set():
                     return
                 shard = self._wanted.popleft()
             try:
-                self._copy(shard).fetch(cancel=self._is_closed)
+                if self._copy(shard).fetch(cancel=self._is_closed):
+                    self._note(shard)
             except (ValueError, OSError) as error:
                 # The reader that needs it tries again, and fails if that fails.
                 _LOG.warning("not fetched ahead: %s", error)
+
+    def _note(self, shard: int) -> None:
+        """Note that a shard was fetched, and have more fetchers where that is of use."""
+        with self._changed:
+            before = self._pace.num_fetchers
+            self._pace.note(int(self._bytes[shard]), time.monotonic())
+            if self._is_closed.is_set():
+                return
+            # Threads that were too many before wait, and are not started again.
+            for number in range(max(before, len(self._threads) - 1), self._pace.num_fetchers):
+                self._start(partial(self._fetch, number))

@@ -68,7 +68,7 @@ def cache_for_training(shards: ShardSet, data: DataConfig, plan: OrderPlan, *, w
     Raises:
         ValueError: the cache is smaller than what the ranks need at once.
     """
-    opened = cached(shards, CacheFolder(path=_folder(data), budget_bytes=0, share_bytes=0))
+    opened = cached(shards, _cache(data))
     sizes = opened.copied_bytes
     if not sizes.any():
         return shards
@@ -91,7 +91,7 @@ def cache_for_training(shards: ShardSet, data: DataConfig, plan: OrderPlan, *, w
                 f"{local_world_size * needed / _FOR_TRAINING / (1 << 30):.3g}, or lower --data.lanes, or pack smaller "
                 "shards"
             )
-    return cached(shards, CacheFolder(path=_folder(data), budget_bytes=budget, share_bytes=share))
+    return cached(shards, _cache(data, budget=budget, share=share))
 
 
 def cache_for_part(shards: ShardSet, data: DataConfig, samples: Indices, *, world: World) -> ShardSet:
@@ -99,14 +99,14 @@ def cache_for_part(shards: ShardSet, data: DataConfig, samples: Indices, *, worl
 
     Otherwise samples are fetched one by one: in an order without lanes, every step would need nearly all shards.
     """
-    opened = cached(shards, CacheFolder(path=_folder(data), budget_bytes=0, share_bytes=0))
+    opened = cached(shards, _cache(data))
     sizes = opened.copied_bytes
     if not sizes.any():
         return shards
     budget, needed = _budget(data), int(sizes[_touched(shards, samples)].sum())
     if needed > int(_FOR_TRAINING * budget) // world.local_world_size:
         return shards
-    return cached(shards, CacheFolder(path=_folder(data), budget_bytes=budget, share_bytes=needed))
+    return cached(shards, _cache(data, budget=budget, share=needed))
 
 
 def _touched(shards: ShardSet, samples: Indices) -> Indices:
@@ -120,7 +120,7 @@ def cache_for_evaluation(shards: ShardSet, data: DataConfig, samples: Indices, *
     Raises:
         ValueError: the cache is smaller than a few shards.
     """
-    opened = cached(shards, CacheFolder(path=_folder(data), budget_bytes=0, share_bytes=0))
+    opened = cached(shards, _cache(data))
     sizes = opened.copied_bytes
     touched = _touched(shards, samples)
     if not sizes.any() or sizes[touched].sum() > len(samples) * _BYTES_A_REQUEST:
@@ -133,7 +133,12 @@ def cache_for_evaluation(shards: ShardSet, data: DataConfig, samples: Indices, *
             f"{world.local_world_size} ranks here x 2 shards x {gib(int(sizes.max()))} in {1 - _FOR_TRAINING:.0%} of "
             "it; raise --data.cache-gib"
         )
-    return cached(shards, CacheFolder(path=_folder(data), budget_bytes=budget, share_bytes=share))
+    return cached(shards, _cache(data, budget=budget, share=share))
+
+
+def _cache(data: DataConfig, *, budget: int = 0, share: int = 0) -> CacheFolder:
+    fetchers = {} if data.fetchers is None else {"fetchers": (data.fetchers, data.fetchers)}
+    return CacheFolder(path=_folder(data), budget_bytes=budget, share_bytes=share, **fetchers)
 
 
 def _folder(data: DataConfig) -> Path:

@@ -158,6 +158,11 @@ class CopyHolder(Protocol):
         """What this process may hold at once."""
         ...
 
+    @property
+    def fetchers(self) -> tuple[int, int]:
+        """Copies that this process fetches at once: to begin with, and at most."""
+        ...
+
     def hold(self, names: set[str]) -> None:
         """Hold exactly these copies from now on."""
         ...
@@ -180,8 +185,11 @@ class ShardCopy(Protocol):
         """Disk that it takes."""
         ...
 
-    def fetch(self, *, cancel: Event) -> None:
-        """Fetch it, unless it is there; stop between two pieces once `cancel` is set. Raises ValueError or OSError."""
+    def fetch(self, *, cancel: Event) -> bool:
+        """Fetch it, unless it is there, and return whether this did; stop soon once `cancel` is set.
+
+        Raises ValueError or OSError.
+        """
         ...
 
     def open_holder(self) -> CopyHolder:

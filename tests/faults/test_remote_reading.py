@@ -12,6 +12,7 @@ import urllib.request
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,10 @@ from pipelines.config import DataConfig, ViewsConfig
 from pipelines.loader import open_loader
 from pipelines.plan.steps import ListedSteps
 from pipelines.reading import cache as cache_module
+from pipelines.reading import fetch as fetch_module
 from pipelines.reading.cache import CachedShardSet, CacheFolder, CacheFullError, FetchError, Holder
 from pipelines.reading.fetch import FetchedSteps, _Ahead, cached
+from pipelines.reading.pace import Pace
 from pipelines.reading.reader import Reader
 from shards.ground.errors import ExpiredError
 from shards.sets import ShardSet, open_set
@@ -48,6 +51,9 @@ class Store(Web):
     reads: list[str]
     refused = expired = ""
     changed = 0
+    together: threading.Barrier | None = None
+    """Tars are given to so many readers at once, or none, after the first `alone` of them."""
+    alone = 0
 
     def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
         self.reads.append(self.path)
@@ -57,6 +63,8 @@ class Store(Web):
         if self.expired and self.expired in self.path and "=test/" in self.headers["Authorization"]:
             self.answer(400, b"<Error><Code>ExpiredToken</Code></Error>")
             return
+        if self.together is not None and self.path.endswith(".tar") and len(tars_read(type(self))) > self.alone:
+            self.together.wait(timeout=20)
         super().do_GET()
 
     def answer(self, status, data, headers=None):
@@ -99,9 +107,10 @@ def tar_bytes(local: Path) -> int:
     return max(path.stat().st_size for path in local.glob("*.tar")) + 40 * PER_SHARD + 1000
 
 
-def open_cached(folder: Path, *, shards: float = NUM_SHARDS, local: Path) -> CachedShardSet:
+def open_cached(folder: Path, *, shards: float = NUM_SHARDS, local: Path, **options: Any) -> CachedShardSet:
     budget = int(shards * tar_bytes(local))
-    opened = cached(open_set("s3://bucket/set"), CacheFolder(path=folder, budget_bytes=budget, share_bytes=budget))
+    cache = CacheFolder(path=folder, budget_bytes=budget, share_bytes=budget, **options)
+    opened = cached(open_set("s3://bucket/set"), cache)
     assert isinstance(opened, CachedShardSet)
     return opened
 
@@ -393,6 +402,36 @@ def test_the_coming_steps_are_fetched_ahead_in_their_order_within_the_share(stor
     # Each shard once: what is about to be used is not thrown out.
     assert tars_read(store) == [f"shard-{number:06d}.tar" for number in range(NUM_SHARDS)]
     assert not list(tmp_path.glob("cache/*.held"))
+
+
+def walk_all(shards):
+    """Take the steps, one for each shard, as a reader does."""
+    walk = FetchedSteps(shards, ListedSteps(samples=np.arange(NUM_SHARDS * PER_SHARD), batch_size=PER_SHARD, epoch=0))
+    try:
+        for _, samples in walk:
+            shards.fetch(int(samples[0]) // PER_SHARD)
+    finally:
+        walk.close()
+
+
+def test_as_many_shards_are_fetched_at_once_as_is_said(store, local, tmp_path):
+    shards = open_cached(tmp_path / "cache", local=local, fetchers=(6, 6))
+    store.together = threading.Barrier(6)
+    walk_all(shards)
+    assert len(tars_read(store)) == NUM_SHARDS
+    assert store.together.n_waiting == 0
+
+
+def test_fetchers_become_more(store, local, tmp_path, monkeypatch):
+    class Growing(Pace):
+        def note(self, num_bytes, now_s):
+            self.num_fetchers = 4
+
+    monkeypatch.setattr(fetch_module, "Pace", Growing)
+    # This thread fetches, too, what it needs and is not there yet.
+    store.together, store.alone = threading.Barrier(4), 4
+    walk_all(open_cached(tmp_path / "cache", local=local, fetchers=(1, 8)))
+    assert len(tars_read(store)) == NUM_SHARDS
 
 
 def batches(shards, tmp_path, *, state=None, num=10**6, cache_gib=None, **options) -> list[str]:

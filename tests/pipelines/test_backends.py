@@ -34,7 +34,7 @@ USED = {
 SOME = {"read_threads": 8, "hw_decoder_load": 0.5}
 EVERYWHERE = {"shards", "batch_size", "lanes", "window_shards", "backend", "num_threads", "on_bad_sample", "prefetch"}
 # Whether they mean something is a matter of where the data lies (tests/moco_fast/test_meaning.py).
-BY_PLACE = {"cache", "cache_gib", "stream_samples"}
+BY_PLACE = {"cache", "cache_gib", "fetchers", "stream_samples"}
 
 
 def test_of_every_option_it_is_known_who_uses_it():
