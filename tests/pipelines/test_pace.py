@@ -9,11 +9,10 @@ from pipelines.reading.pace import Pace
 def simulate(pace: Pace, *, of_each: float, of_all: float, num_shards: int = 400) -> list[int]:
     """Fetchers after each of some shards of 1 to 2 units; connections share what the whole gives."""
     now, left, numbers = 0.0, [], []
-    size_of = lambda number: 1 + number % 7 / 6  # noqa: E731
     begun = 0
     while len(numbers) < num_shards:
         while len(left) < pace.num_fetchers:
-            left.append([size_of(begun), size_of(begun)])
+            left.append([1 + begun % 7 / 6] * 2)
             begun += 1
         rate = min(of_each, of_all / len(left))
         first = min(range(len(left)), key=lambda place: left[place][0])
