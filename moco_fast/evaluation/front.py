@@ -49,7 +49,7 @@ class Plan:
 def why_not(task: Task, inputs: TaskInputs) -> str | None:
     """Say why encoder or sets do not allow a settled task; None: they do."""
     subject = inputs.subject
-    if reason := why_sets_do_not_allow(task, inputs):
+    if reason := why_sets_do_not_allow(task, inputs.for_task(task)):
         return reason
     try:
         shapes = layer_shapes(subject.encoder, [want.layer for want in task.wants()], size=subject.size)
@@ -128,7 +128,7 @@ def _measure(plan: Plan, task: Task, asked: Result, source: CachedFeatures) -> R
     inputs = TaskInputs(subject=plan.subject, source=source, world=plan.subject.world, saving=_saving(plan))
     outcomes = [measure_on(task, replace(inputs, seed=seed)) for seed in asked.seeds]
     chosen = tuple(dict(outcome.chosen) for outcome in outcomes)
-    notes = (*notes_on(task, inputs), *(note for outcome in outcomes for note in outcome.notes))
+    notes = (*notes_on(task, inputs.for_task(task)), *(note for outcome in outcomes for note in outcome.notes))
     return replace(
         asked,
         figures=summarize(task.figures(), outcomes),

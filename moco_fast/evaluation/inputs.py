@@ -431,6 +431,16 @@ class TaskInputs(KnownSets):
         """The sets of the subject."""
         return self.subject.sets
 
+    def for_task(self, task: Task) -> "TaskInputs":
+        """Return the same, of no more samples than a task looks at."""
+        bounds = {
+            split: max(want.at_most for want in wants if want.at_most is not None)
+            for split, wants in _by_split(task.wants()).items()
+            if all(want.at_most is not None for want in wants)
+        }
+        tighter = {split: min(most, self.at_most.get(split, most)) for split, most in bounds.items()}
+        return replace(self, at_most={**self.at_most, **tighter})
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Return a context in which the encoder computes in the evaluation's precision."""
         return self.subject.autocast()

@@ -19,10 +19,11 @@ from moco_fast import distributed
 from moco_fast.config import Layer, ModelConfig
 from moco_fast.encoders.encoder import Encoder, build_encoder
 from moco_fast.evaluation import knn
-from moco_fast.evaluation.base import Outcome
+from moco_fast.evaluation.base import Outcome, Split
 from moco_fast.evaluation.features import Features, extract, gather, set_features, spread
-from moco_fast.evaluation.inputs import Subject
+from moco_fast.evaluation.inputs import LiveFeatures, Subject, TaskInputs
 from moco_fast.evaluation.knn import classify
+from moco_fast.evaluation.known import notes_on
 from moco_fast.evaluation.live import measure
 from moco_fast.evaluation.tasks.knn import Knn
 from moco_fast.methods.momentum_contrast import MomentumContrast
@@ -286,6 +287,28 @@ def test_a_bank_smaller_than_k_is_noted(encoder: Encoder, packed_demo: Any) -> N
     result = knn_of(encoder, packed_demo.train, packed_demo.val, replace(KNN, k=(200,), max_bank=30))
     assert result.facts["num_bank"] == 30
     assert "the bank holds 30" in result.notes[0]
+
+
+@pytest.mark.parametrize(("max_bank", "at_most", "num_bank"), [(None, {}, 288), (9, {}, 9), (9, {"train": 5}, 5)])
+def test_classes_that_the_bank_lacks_are_noted(
+    encoder: Encoder, packed_demo: Any, max_bank: int | None, at_most: dict[Split, int], num_bank: int
+) -> None:
+    train = open_set(packed_demo.train)
+    subject = Subject(
+        encoder=encoder,
+        sets={"train": train, "test": open_set(packed_demo.val)},
+        size=32,
+        crop=1.0,
+        data=DataConfig(shards=str(packed_demo.train)),
+        device=CPU,
+    )
+    task = replace(KNN, max_bank=max_bank)
+    inputs = TaskInputs(subject=subject, source=LiveFeatures(subject=subject), at_most=at_most).for_task(task)
+    labels = train.index(0)["label"][np.arange(num_bank) * 288 // num_bank]
+    assert inputs.label_counts("train").tolist() == np.bincount(labels, minlength=18).tolist()
+    num_unseen = 18 - len(set(labels.tolist()))
+    notes = notes_on(task, inputs)
+    assert [note.split()[0] for note in notes] == ([str(num_unseen)] if num_unseen else [])
 
 
 def test_the_bank_is_spread_over_the_whole_set(packed_demo: Any) -> None:
