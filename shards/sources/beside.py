@@ -15,9 +15,10 @@ from shards.storage.file_kinds import (
     TABLE_OF_SHARDS_NAME,
     UNIFORM_NAME,
     kind_of_archive,
+    may_be_archive,
 )
 
-__all__ = ["OF_SET", "describe_sets"]
+__all__ = ["OF_SET", "describe_sets", "may_describe"]
 
 OF_SET = "of a set of shards"
 """What such files are counted as."""
@@ -34,8 +35,18 @@ _BESIDE = {
     b"tfrecord": (b"dataset_info.json", b"features.json"),
     b".arrow": (b"dataset_info.json", b"state.json"),
 }
+_DICTIONARY = b"dataset_dict.json"
 _STATISTICS = b"_stats.json"
 """img2dataset writes this beside each tar, and a table of what was tried."""
+_NAMES = _OWN.union([_DICTIONARY], *_BESIDE.values())
+_ENDS = (b".tar", b".parquet", b".labels.txt", _STATISTICS, *_OWN_ENDS)
+_INSIDE_NAMES = (*_BESIDE, b"tfrecord")
+
+
+def may_describe(name: bytes) -> bool:
+    """Return whether `describe_sets` looks at a file, judged by its name alone: it leaves out nearly all images."""
+    base = name.rpartition(b"/")[2]
+    return base in _NAMES or base.endswith(_ENDS) or any(each in base for each in _INSIDE_NAMES) or may_be_archive(base)
 
 
 def describe_sets(names: Iterable[bytes]) -> set[bytes]:
@@ -48,8 +59,8 @@ def describe_sets(names: Iterable[bytes]) -> set[bytes]:
 
 
 def _in_folder(bases: set[bytes]) -> Iterator[bytes]:
-    if b"dataset_dict.json" in bases:
-        yield b"dataset_dict.json"
+    if _DICTIONARY in bases:
+        yield _DICTIONARY
     for ending, describing in _BESIDE.items():
         if not bases.isdisjoint(describing) and any(ending in base for base in bases):
             yield from bases.intersection(describing)

@@ -1,6 +1,7 @@
 """Objects below a prefix of a bucket."""
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from shards.config import SourceOptions
 from shards.ground.errors import Rejected
 from shards.images.sniff import SNIFFED_BYTES
 from shards.sources.base import Aside, Input, Source, folder_of, printable
-from shards.sources.beside import OF_SET, describe_sets
+from shards.sources.beside import OF_SET, describe_sets, may_describe
 from shards.sources.registry import nested_source
 from shards.sources.samples import SeveralImages, sifted
+from shards.storage.file_kinds import may_be_archive
+from shards.storage.sorted_names import SortedNames
 from shards.storage.stores import Folder, open_bytes, open_folder
 
 __all__ = ["ObjectsSource"]
@@ -40,22 +43,28 @@ class ObjectsSource:
 
     def inputs(self, spool: Path) -> Iterator[Input | Source | Aside]:
         """List all objects, sorted by name; archives and tables among them are sources of their own."""
-        del spool
         nested: list[Source] = []
-        sizes, several = dict(sorted(self._folder().objects())), SeveralImages()
-        describing = describe_sets(map(os.fsencode, sizes))
-        for item in sifted(map(os.fsencode, sizes), self._options.members, several, self._begin):
+        objects = SortedNames(((os.fsencode(name), size) for name, size in self._folder().objects()), spool)
+        describing = describe_sets(name for name, _ in objects if may_describe(name))
+        several, sizes = SeveralImages(), deque[int]()
+        for item in sifted(_names(objects, sizes), self._options.members, several, self._begin):
+            size = sizes.popleft()
             if isinstance(item, Aside) or item in describing:
                 yield item if isinstance(item, Aside) else Aside(OF_SET, item)
                 continue
-            name = os.fsdecode(item)
-            source = nested_source(f"{self.path.rstrip('/')}/{name}", self._options)
+            source = self._nested(item)
             if source is not None:
                 nested.append(source)
             else:
-                yield Input(item, folder_of(item), None, -1, sizes[name])
+                yield Input(item, folder_of(item), None, -1, size)
+        objects.remove()
         several.refuse(self.path)
         yield from nested
+
+    def _nested(self, name: bytes) -> Source | None:
+        if not may_be_archive(name):
+            return None
+        return nested_source(f"{self.path.rstrip('/')}/{os.fsdecode(name)}", self._options)
 
     def _begin(self, name: bytes) -> bytes:
         return open_bytes(f"{self.path.rstrip('/')}/{os.fsdecode(name)}").read(0, SNIFFED_BYTES)
@@ -71,3 +80,10 @@ class ObjectsSource:
     def describe(self, name: bytes) -> str:
         """Return the URL of the object."""
         return f"{printable(os.fsencode(self.path.rstrip('/')))}/{printable(name)}"
+
+
+def _names(objects: SortedNames, sizes: deque[int]) -> Iterator[bytes]:
+    """Return the names, and note the size of each."""
+    for name, size in objects:
+        sizes.append(size)
+        yield name
