@@ -62,12 +62,10 @@ def describe_aside(counts: dict[str, int]) -> str:
     return f"left aside {sum(counts.values()):,} ({kinds})"
 
 
-def read_counts(folder: Path) -> dict[str, int]:
-    """Return the counts of a plan's left-aside.jsonl, which there is if anything was left aside."""
+def read_counts(text: bytes) -> dict[str, int]:
+    """Return the counts of a left-aside.jsonl, sorted by kind."""
     tally: Counter[str] = Counter()
-    if not (folder / ASIDE_NAME).exists():
-        return {}
-    for line in (folder / ASIDE_NAME).read_text(encoding="utf-8").splitlines():
+    for line in text.decode().splitlines():
         values = json.loads(line)
         tally[values["kind"]] += values["count"]
     return dict(sorted(tally.items()))

@@ -15,11 +15,10 @@ from statistics import median
 from typing import Any
 
 from shards.config import EncodeConfig
-from shards.ground.digests import short_digest
 from shards.ground.errors import PackError, portable
 from shards.ground.locks import locked
 from shards.ground.progress import Tick
-from shards.packing.plan import ShardTask
+from shards.packing.plan import ShardTask, cached_plan
 from shards.packing.records import Finished
 from shards.packing.write import WriteShard
 from shards.storage.target import BucketTarget, LocalTarget
@@ -40,8 +39,6 @@ class NodeJob:
     """The job of writing one shard on a node that may be another machine, in another folder, with other packages."""
 
     job: WriteShard
-    plan_digest: str
-    """xxh3_64 of plan.json."""
     versions: tuple[str, ...]
     """Of the packages that decide which bytes are written, where the packing was started."""
 
@@ -51,9 +48,7 @@ class NodeJob:
         target = job.target
         if isinstance(target, LocalTarget):
             target = replace(target, out=str(Path(target.out).absolute()))
-        job = WriteShard(job.plan.absolute(), target, job.config)
-        digest = short_digest((job.plan / "plan.json").read_bytes())
-        return cls(job=job, plan_digest=digest, versions=_versions(job.config))
+        return cls(job=WriteShard(job.plan, target, job.config), versions=_versions(job.config))
 
     def __call__(self, task: ShardTask, tick: Tick) -> Finished:
         """Write a shard, and return its record.
@@ -67,7 +62,7 @@ class NodeJob:
                 pairs = zip(here, self.versions, strict=True)
                 shown = ", ".join(f"{ours}, not {theirs}" for ours, theirs in pairs if ours != theirs)
                 raise PackError(f"has {shown}: its shards could differ; install the same versions on all nodes")
-            self._fetch_plan()
+            self._make_ready()
             return self.job(task, tick)
         except PackError as error:
             raise PackError(f"node {socket.gethostname()}: {error}") from None
@@ -75,22 +70,18 @@ class NodeJob:
             what = f"{error.filename or self.job.target.work}: {error.strerror or error}"
             raise PackError(f"node {socket.gethostname()}: {what}: fix this and run the same command again") from None
 
-    def _fetch_plan(self) -> None:
-        target, plan = self.job.target, self.job.plan
+    def _make_ready(self) -> None:
+        target = self.job.target
+        plan = target.address(self.job.plan)
         if isinstance(target, BucketTarget):
             target.work.mkdir(parents=True, exist_ok=True)
-            # Other workers of this node need it too.
-            with locked(target.work / "lock-plan", holder="the plan", wait=True):
-                target.fetch_plan(plan)
         try:
-            found = short_digest((plan / "plan.json").read_bytes())
+            cached_plan(plan, target.work / "spools")
         except OSError as error:
             raise PackError(
                 f"cannot read {plan} ({error.strerror}): with --executor ray, --out must be a folder that every node "
                 "has under the same path, or a bucket"
             ) from None
-        if found != self.plan_digest:
-            raise PackError(f"{plan} holds another plan here: --out must be one folder, shared by all nodes")
         target.scratch.mkdir(exist_ok=True)
 
 
@@ -279,7 +270,7 @@ def _no_cluster(address: str, error: Exception) -> ValueError:
 
 
 def _clean_nodes(ray: Any, address: str, target: BucketTarget) -> None:
-    """Remove the copy of the plan from every node but this one, whose owner does it."""
+    """Remove the local folder of every node but this one, whose owner does it."""
     strategy: Any = import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
     with suppress(Exception):
         if not ray.is_initialized():
@@ -292,7 +283,7 @@ def _clean_nodes(ray: Any, address: str, target: BucketTarget) -> None:
 
 
 def remove_copy(target: BucketTarget) -> None:
-    """Remove this node's copy of a bucket's plan."""
+    """Remove what this node has of a packing to a bucket."""
     # A process that packs to the same place from that machine holds the lock.
     with suppress(PackError, FileNotFoundError), locked(target.work / "lock", holder=target.out):
         shutil.rmtree(target.work)

@@ -19,12 +19,19 @@ _TRIED = 128
 
 
 def choose_depth(config: PackConfig, plan: PackPlan, progress: ProgressBars) -> str:
-    """Return EncodeConfig.depth_range without `auto`: decided by inputs that are spread evenly over the listing."""
+    """Return EncodeConfig.depth_range without `auto`: decided by inputs that are spread evenly over the listing.
+
+    Args:
+        config: of the packing.
+        plan: the listing.
+        progress: takes what was found.
+    """
     if config.depth_range != "auto" or config.annotations:
         return config.depth_range
-    tried = np.unique(np.linspace(0, plan.num_inputs - 1, min(_TRIED, plan.num_inputs)).astype(np.int64))
+    num_inputs = plan.num_positions
+    tried = np.unique(np.linspace(0, num_inputs - 1, min(_TRIED, num_inputs)).astype(np.int64))
     found: list[Values] = []
-    with closing(read_inputs(plan, plan.listed(0, plan.num_inputs)[tried])) as inputs:
+    with closing(read_inputs(plan, plan.rows_at(tried))) as inputs:
         for item in inputs:
             if isinstance(item.data, bytes) and may_be_deep(item.data):
                 # What crashes here is rejected when it is packed.

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -18,9 +17,10 @@ from shards.ground.units import counted, format_bytes, format_duration
 from shards.images.libraries import decode_jpeg
 from shards.packing.as_is import packed_image
 from shards.packing.inputs import read_inputs
-from shards.packing.listing import make_plan
 from shards.packing.plan import PackPlan
+from shards.packing.planning import make_plan
 from shards.storage.tar import BLOCK, padding
+from shards.storage.target import LocalTarget
 
 __all__ = ["Estimate", "estimate"]
 
@@ -88,7 +88,10 @@ def estimate(config: PackConfig, progress: ProgressBars | None = None) -> Estima
         ValueError: as `pack`.
     """
     with tempfile.TemporaryDirectory(dir=config.work_folder) as folder:
-        plan = make_plan(replace(config, part=None), Path(folder) / "plan", progress or ProgressBars(enabled=False))
+        target = LocalTarget(folder)
+        target.scratch.mkdir(parents=True)
+        target.begin([])
+        plan = make_plan(replace(config, part=None), target, progress or ProgressBars(enabled=False))
         return _probe(config, plan)
 
 
@@ -97,14 +100,15 @@ def _tar_bytes(size: int) -> int:
 
 
 def _probe(config: PackConfig, plan: PackPlan) -> Estimate:
-    probed = np.unique(np.linspace(0, plan.num_inputs - 1, min(_PROBED, plan.num_inputs)).astype(np.int64))
+    num_planned = plan.num_positions
+    probed = np.unique(np.linspace(0, num_planned - 1, min(_PROBED, num_planned)).astype(np.int64))
     outcomes: Counter[str] = Counter()
     rejections: Counter[str] = Counter()
     packed: list[bytes] = []
     encoding = replace(config.encoding(), depth_range=plan.depth_range)
     sides: list[int] = []
     begin = time.perf_counter()
-    with closing(read_inputs(plan, plan.listed(0, plan.num_inputs)[probed])) as inputs:
+    with closing(read_inputs(plan, plan.rows_at(probed))) as inputs:
         for item in inputs:
             try:
                 if isinstance(item.data, Rejected):

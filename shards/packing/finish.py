@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from shards.config import WORK_FOLDER
@@ -12,16 +12,16 @@ from shards.ground.errors import PackError
 from shards.ground.files import sync
 from shards.ground.locks import locked
 from shards.packing.aside import read_counts
-from shards.packing.plan import PackPlan, ShardTask
+from shards.packing.plan import HEADER_NAME, PackPlan, ShardTask, open_plan
 from shards.packing.records import Finished, read_notes, read_records
 from shards.packing.write import NEAR_UNIFORM, shard_stem
 from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry, ShardTable
 from shards.sets.record import ANNOTATED
 from shards.sources.benchmarks import BenchmarkSource
 from shards.storage.file_kinds import ASIDE_NAME, FILES_FOLDER, FILES_NAME, REJECTED_NAME, UNIFORM_NAME
-from shards.storage.target import Target, open_target, path_in
+from shards.storage.target import PLAN_NAME, WORK_NAME, Target, open_target, path_in
 
-__all__ = ["finish", "plan_folder", "read_manifest", "write_manifests"]
+__all__ = ["finish", "read_manifest", "refuse_earlier_version", "write_manifests"]
 
 
 def finish(out: str, *, work_folder: str = WORK_FOLDER) -> dict[str, Manifest]:
@@ -35,7 +35,7 @@ def finish(out: str, *, work_folder: str = WORK_FOLDER) -> dict[str, Manifest]:
 
     Args:
         out: what was given to `pack`.
-        work_folder: local folder for a bucket's plan.
+        work_folder: local folder for what is unfinished, where the target is a bucket.
 
     Returns:
         The manifest of each split by its name, as `pack`.
@@ -45,26 +45,31 @@ def finish(out: str, *, work_folder: str = WORK_FOLDER) -> dict[str, Manifest]:
         PackError: shards are missing.
     """
     target = open_target(out, work_folder=work_folder)
-    if not target.has_plan():
+    if not target.has(PLAN_NAME):
         finished = [name for name in target.sizes() if name.rpartition("/")[2] == MANIFEST_NAME]
         if finished:
             if target.work.exists():
                 with locked(target.work / "lock", holder=out):
                     target.remove_work()
             return {name.rpartition("/")[0]: read_manifest(target, name.rpartition("/")[0]) for name in finished}
+        refuse_earlier_version(target)
         raise ValueError(f"{out} has no plan to finish: begin with `make-shards pack SOURCE --out {out} --part 0/N`")
     target.work.mkdir(parents=True, exist_ok=True)
     with locked(target.work / "lock", holder=out):
         target.scratch.mkdir(exist_ok=True)
-        target.fetch_plan(plan_folder(target))
-        manifests = write_manifests(PackPlan.open(plan_folder(target)), target)
+        manifests = write_manifests(open_plan(target), target)
         target.remove_work()
     return manifests
 
 
-def plan_folder(target: Target) -> Path:
-    """Return where the plan of an unfinished packing is."""
-    return target.work / "plan"
+def refuse_earlier_version(target: Target) -> None:
+    """Refuse a folder in which an earlier version, whose plan was elsewhere, has begun a packing. Raises PackError."""
+    place = f"{WORK_NAME}/plan"
+    if target.has(f"{place}/{HEADER_NAME}"):
+        raise PackError(
+            f"{target.address(place)} was written by an earlier version of make-shards: finish the packing with that "
+            f"version, or remove {target.address(WORK_NAME)} and pack again"
+        )
 
 
 def read_manifest(target: Target, split: str) -> Manifest:
@@ -91,16 +96,16 @@ def write_manifests(plan: PackPlan, target: Target) -> dict[str, Manifest]:
     manifests: dict[str, Manifest] = {}
     for number, split in enumerate(plan.splits):
         own = [task for task in tasks if task.split == number]
-        left_aside = read_counts(plan.folder) if number == 0 else {}
+        left_aside = plan.left_aside() if number == 0 else b""
         shards = tuple(records[task].entry for task in own)
-        manifest = _manifest(plan, shards, num_duplicates=plan.num_duplicates(number), left_aside=left_aside)
-        assert manifest.num_inputs == split.num_positions + plan.num_duplicates(number)
-        _write_lines(target, path_in(split.name, REJECTED_NAME), _rejected(plan, number, target, own, records))
+        manifest = _manifest(plan, shards, num_duplicates=split.num_duplicates, left_aside=read_counts(left_aside))
+        assert manifest.num_inputs == split.num_positions + split.num_duplicates
+        _write_pieces(target, path_in(split.name, REJECTED_NAME), _rejected(plan, number, target, own, records))
         if manifest.outcomes.get(NEAR_UNIFORM):
             with_some = [task for task in own if records[task].entry.outcomes.get(NEAR_UNIFORM)]
-            _write_lines(target, path_in(split.name, UNIFORM_NAME), read_notes(target, with_some, "uniform"))
+            _write_pieces(target, path_in(split.name, UNIFORM_NAME), _lines(read_notes(target, with_some, "uniform")))
         if left_aside:
-            target.put(path_in(split.name, ASIDE_NAME), (plan.folder / ASIDE_NAME).read_bytes())
+            target.put(path_in(split.name, ASIDE_NAME), left_aside)
         if plan.settings.get(ANNOTATED):
             _write_files(plan, target)
         for name, data in manifest.files():
@@ -130,17 +135,21 @@ def _write_files(plan: PackPlan, target: Target) -> None:
 
 def _rejected(
     plan: PackPlan, split: int, target: Target, tasks: list[ShardTask], records: Mapping[ShardTask, Finished]
-) -> Iterator[dict[str, Any]]:
-    for source, first in plan.duplicates(split):
-        yield {"key": None, "source": source, "reason": "duplicate", "detail": f"same bytes as {first}"}
-    yield from read_notes(target, [task for task in tasks if records[task].entry.num_rejected], "rejected")
+) -> Iterator[bytes]:
+    yield from plan.duplicates(split)
+    yield from _lines(read_notes(target, [task for task in tasks if records[task].entry.num_rejected], "rejected"))
 
 
-def _write_lines(target: Target, name: str, lines: Iterator[dict[str, Any]]) -> None:
-    """Write a file of JSON lines, of which there may be more than memory holds."""
+def _lines(values: Iterator[dict[str, Any]]) -> Iterator[bytes]:
+    for each in values:
+        yield json.dumps(each, ensure_ascii=False).encode() + b"\n"
+
+
+def _write_pieces(target: Target, name: str, pieces: Iterator[bytes]) -> None:
+    """Write a file that memory may not hold."""
     aside = target.scratch / name.replace("/", "-")
     with aside.open("wb") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+        file.writelines(pieces)
     sync(aside)
     target.publish({name: aside})
 

@@ -4,12 +4,9 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from shards.ground.errors import Rejected
 from shards.ground.threads import mapped
-from shards.packing.plan import PackPlan
+from shards.packing.plan import PackPlan, PlanRows
 from shards.sources import Source
 
 __all__ = ["ReadInput", "read_inputs"]
@@ -34,7 +31,7 @@ def _read(source: Source, name: bytes, offset: int, size: int) -> bytes | Reject
         return rejected
 
 
-def read_inputs(plan: PackPlan, rows: NDArray[np.void]) -> Generator[ReadInput]:
+def read_inputs(plan: PackPlan, rows: PlanRows) -> Generator[ReadInput]:
     """Read some rows of a plan, in their order."""
     listing = plan.inputs(rows)
     if not plan.is_remote:

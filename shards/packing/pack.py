@@ -1,25 +1,27 @@
 """Command `pack`: plan, write every shard, then the manifest. The same call continues an unfinished packing."""
 
+import os
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from shards.config import PackConfig
-from shards.ground.locks import locked
+from shards.ground.locks import locked, take_lock
 from shards.ground.progress import ProgressBars
 from shards.ground.units import counted
 from shards.images.transcode import transcoder
 from shards.packing.executors import executor
-from shards.packing.finish import plan_folder, read_manifest, write_manifests
-from shards.packing.listing import make_plan
-from shards.packing.plan import PackPlan, ShardTask, difference
+from shards.packing.finish import read_manifest, refuse_earlier_version, write_manifests
+from shards.packing.plan import PackPlan, ShardTask
+from shards.packing.planning import LISTED_NAME, make_plan, refuse_changes
 from shards.packing.records import RecordGroups, read_records
 from shards.packing.write import WriteShard, shard_stem
 from shards.sets.manifest import MANIFEST_NAME, Manifest
 from shards.sources import open_source
 from shards.storage.stores import is_url
-from shards.storage.target import BucketTarget, LocalTarget, Target, open_target, path_in
+from shards.storage.target import PLAN_NAME, WORK_NAME, Target, open_target, path_in
 
 __all__ = ["pack"]
 
@@ -62,10 +64,10 @@ def pack(config: PackConfig, progress: ProgressBars | None = None) -> dict[str, 
         executor(config)
         if config.progressive == "transcode":
             transcoder()
-    target.work.mkdir(parents=True, exist_ok=True)
+    refuse_earlier_version(target)
     if config.part is not None:
         return _pack_part(config, target, progress)
-    with locked(target.work / "lock", holder=config.out):
+    with _working(target, config):
         finished = _finished(config, target)
         if finished is None:
             plan = _open_plan(config, target, progress)
@@ -73,6 +75,21 @@ def pack(config: PackConfig, progress: ProgressBars | None = None) -> dict[str, 
             finished = write_manifests(plan, target)
         target.remove_work()
     return finished
+
+
+@contextmanager
+def _working(target: Target, config: PackConfig, *, shared: bool = False) -> Generator[None]:
+    """Hold the local folder of a target."""
+    while True:
+        target.work.mkdir(parents=True, exist_ok=True)
+        # Another part may remove it as it ends, between the two.
+        with suppress(FileNotFoundError):
+            descriptor = take_lock(target.work / "lock", shared=shared, holder=config.out)
+            break
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _refuse_file_as_target(out: str) -> None:
@@ -90,80 +107,51 @@ def _refuse_target_inside(source: str, out: str) -> None:
 
 
 def _pack_part(config: PackConfig, target: Target, progress: ProgressBars) -> None:
-    """Write one part of the plan, beside other processes that write theirs. The first one makes the plan."""
+    """Write one part of the plan, beside other processes that write theirs. All of them make the plan together."""
     number, _, count = (config.part or "").partition("/")
     with (
-        locked(target.work / "lock", shared=True, holder=config.out),
+        _working(target, config, shared=True),
         locked(target.work / f"lock-{number}-of-{count}", holder=f"part {config.part} of {config.out}"),
     ):
-        with locked(target.work / "lock-plan", holder="the plan", wait=True):
-            if _finished(config, target) is not None:
-                # `finish` was killed while it cleared away.
-                return
-            plan = _open_plan(config, target, progress)
+        if _finished(config, target) is not None:
+            # `finish` was killed while it cleared away.
+            return
+        plan = _open_plan(config, target, progress)
         _write_missing(plan, plan.tasks()[int(number) :: int(count)], config, target, progress)
-        shutil.rmtree(target.scratch)
+    target.leave()
 
 
 def _finished(config: PackConfig, target: Target) -> dict[str, Manifest] | None:
     """Return the manifests of an earlier packing with the same settings."""
     names = config.split_names()
-    if target.has_plan() or any(target.get(path_in(name, MANIFEST_NAME)) is None for name in names):
+    if target.has(PLAN_NAME) or any(target.get(path_in(name, MANIFEST_NAME)) is None for name in names):
         return None
     manifests = {name: read_manifest(target, name) for name in names}
-    _refuse_changes(manifests[names[0]].settings, config)
+    refuse_changes(config, manifests[names[0]].settings)
     return manifests
 
 
-def _refuse_changes(old: dict[str, Any], config: PackConfig) -> None:
-    changes = difference(old, config.settings())
-    if changes:
-        raise ValueError(
-            f"{config.out} was begun with other settings: {changes}. Use the settings of before, another folder, "
-            f"or remove {config.out} to start over"
-        )
-
-
-def _open_plan(config: PackConfig, target: LocalTarget | BucketTarget | Target, progress: ProgressBars) -> PackPlan:
+def _open_plan(config: PackConfig, target: Target, progress: ProgressBars) -> PackPlan:
     """Return the plan to follow: the one that is there, or a new one."""
     if target.scratch.exists():
         shutil.rmtree(target.scratch)
     target.scratch.mkdir()
-    folder = plan_folder(target)
-    if target.has_plan():
-        target.fetch_plan(folder)
-        plan = PackPlan.open(folder)
-        _refuse_changes(plan.settings, config)
-        if config.part is None:
-            listed = counted(plan.num_inputs, "input")
-            progress.say(f"continuing with the {listed} that were listed before: files added since are not among them")
-    else:
-        plan = _new_plan(config, target, progress)
+    is_new = not target.has(PLAN_NAME)
+    first = {path_in(name, f"{shard_stem(0)}.tar") for name in config.split_names()}
+    try:
+        if is_new and not target.has(LISTED_NAME) and any(target.has(name) for name in first):
+            raise ValueError(f"{config.out} holds shards of unknown origin: choose an empty folder, or remove them")
+        target.begin([])
+        plan = make_plan(config, target, progress)
+    except ValueError:
+        if config.part is None and not target.has(LISTED_NAME):
+            target.discard()
+        raise
+    if config.part is None and not is_new:
+        listed = counted(plan.num_inputs, "input")
+        progress.say(f"continuing with the {listed} that were listed before: files added since are not among them")
     target.begin([split.name for split in plan.splits])
     return plan
-
-
-def _new_plan(config: PackConfig, target: Target, progress: ProgressBars) -> PackPlan:
-    folder = plan_folder(target)
-    try:
-        first = {path_in(name, f"{shard_stem(0)}.tar") for name in config.split_names()}
-        if any(target.get(name) is not None for name in first):
-            raise ValueError(f"{config.out} holds shards of unknown origin: choose an empty folder, or remove them")
-        make_plan(config, folder, progress)
-        target.share_plan(folder)
-    except ValueError:
-        _discard_work(target)
-        raise
-    plan = PackPlan.open(folder)
-    _refuse_changes(plan.settings, config)
-    return plan
-
-
-def _discard_work(target: Target) -> None:
-    """Leave the target as it was before a packing that never got a plan."""
-    shutil.rmtree(target.work)
-    if isinstance(target, LocalTarget) and not any(Path(target.out).iterdir()):
-        Path(target.out).rmdir()
 
 
 def _write_missing(
@@ -178,7 +166,9 @@ def _write_missing(
     try:
         encoding = replace(config.encoding(), depth_range=plan.depth_range)
         with progress.stage("packing", unit=" images", total=total, done=total - todo, done_bytes=done_bytes) as tick:
-            for task, finished in run_tasks(WriteShard(plan.folder, target, encoding), missing, tick=tick):
+            for task, finished in run_tasks(
+                WriteShard(f"{WORK_NAME}/{plan.name}", target, encoding), missing, tick=tick
+            ):
                 groups.add(task, finished)
         groups.flush()
     finally:

@@ -1,43 +1,54 @@
-"""Plan of a packing: one table on disk that says which input goes to which position of which shard.
+"""Plan of a packing: tables in the target that say which input goes to which position of which shard.
 
-    .pack/plan/plan.json    settings, sources, splits, class names; written last
-    .pack/plan/rows.bin     one ROW for each listed input, in the order of the listing
-    .pack/plan/names.bin    the names that the rows point into
-    .pack/plan/order.bin    the row at each planned position, split after split (<u8)
-    .pack/plan/dropped.bin  inputs that have no position since an earlier one has the same content (DROPPED)
-    .pack/plan/left-aside.jsonl  what of the sources is not an input
-    .pack/plan/label-sets.npy    where inputs have sets of classes: every different one; a row's label is its number
+    .pack/plan.json                   the name of the plan that everyone follows: `plan-ID`
+    .pack/plan-ID/plan.json           settings, sources, splits, class names
+    .pack/plan-ID/rows.bin            one ROW for each planned position, split after split
+    .pack/plan-ID/names.bin           the names that the rows point into, in the same order
+    .pack/plan-ID/duplicates-0.jsonl  of each split, what has no position since an earlier input has the same content
 
-Any process that has the plan can write any of its shards, in any order, with the same bytes.
+    .pack/listed.json                 the name of the listing that the plan is made of: `listed-ID`
+    .pack/listed-ID/                  the same tables, in the order of the listing, and beside them
+      left-aside.jsonl                what of the sources is not an input
+      label-sets.npy                  where inputs have sets of classes: every different one, which labels number
+      spool-3                         what of source 3 cannot be read where it is
+
+Any process that reaches the target can write any of the plan's shards, in any order, with the same bytes. It reads the
+rows that it needs alone: those of a shard lie next to each other, and so do their names.
 """
 
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards.ground.arrays import LabelSets
 from shards.ground.errors import PackError
+from shards.ground.locks import locked
 from shards.sources import Source, reopen_source
+from shards.storage.file_kinds import ASIDE_NAME
+from shards.storage.stores import is_url, open_bytes, open_folder
+from shards.storage.target import PLAN_NAME, Target
 
 __all__ = [
-    "DROPPED",
+    "HEADER_NAME",
     "LABEL_SETS_NAME",
     "ROW",
-    "Duplicates",
     "Header",
     "PackPlan",
+    "PlanRows",
     "ShardTask",
     "Split",
     "TableWriter",
     "cached_plan",
     "difference",
-    "shuffled",
+    "duplicates_name",
+    "open_plan",
     "tasks_of",
 ]
 
@@ -51,11 +62,16 @@ ROW = np.dtype(
         ("size", "<i8"),
     ]
 )
-DROPPED = np.dtype([("row", "<u8"), ("first", "<u8"), ("split", "<u4")])
-"""A row, the earlier row of the same content, and the split that both belong to."""
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+_PIECE_BYTES = 16 << 20
+HEADER_NAME = "plan.json"
 LABEL_SETS_NAME = "label-sets.npy"
+
+
+def duplicates_name(split: int) -> str:
+    """Return the name of the file of a split's duplicates."""
+    return f"duplicates-{split}.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +81,12 @@ class Split:
     name: str
     """Folder below the target; empty: the target itself."""
     first: int
-    """Where the split begins in order.bin."""
+    """Where the split begins in rows.bin."""
     num_positions: int
     shard_samples: int
-    """Planned positions a shard."""
+    """Planned positions per shard."""
+    num_duplicates: int = 0
+    """Inputs that have no position."""
 
     @property
     def num_shards(self) -> int:
@@ -94,52 +112,73 @@ def tasks_of(splits: Sequence[Split]) -> list[ShardTask]:
     return [ShardTask(split=s, shard=i) for s, split in enumerate(splits) for i in range(split.num_shards)]
 
 
+class PlanRows(NamedTuple):
+    """Some rows of a plan, with their names."""
+
+    table: NDArray[np.void]
+    """(N,) of ROW, whose names lie one after the other."""
+    names: bytes
+
+
 class PackPlan:
-    """A plan that was written earlier, memory-mapped.
+    """A plan that was written earlier, or the listing that one is made of. Tables are read when they are needed.
 
     Args:
-        folder: where its files are.
+        place: folder or address of its files.
         header: content of plan.json.
+        spools: local folder for copies of spools, where these are in a bucket.
     """
 
-    def __init__(self, folder: Path, header: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, place: str, header: dict[str, Any], spools: Path | None) -> None:
+        self.place = place
         self.settings: dict[str, Any] = header["settings"]
         self.source_specs: list[dict[str, Any]] = header["sources"]
         self.class_names: tuple[str, ...] = tuple(header["class_names"])
         self.depth_range: str = header["depth_range"]
         self.splits = [Split(**split) for split in header["splits"]]
-        self._rows = np.memmap(folder / "rows.bin", dtype=ROW, mode="r")
-        self._names = memoryview(cast("Any", np.memmap(folder / "names.bin", dtype=np.uint8, mode="r")))
-        # Nothing can be mapped where every input is a duplicate or none was listed; that is refused before.
-        self._order = np.memmap(folder / "order.bin", dtype="<u8", mode="r")
+        self.has_label_sets: bool = header["has_label_sets"]
+        self._listed = f"{place.rpartition('/')[0]}/{header['listed']}" if header["listed"] else place
+        self._spools = spools
         self._sources: dict[int, Source] = {}
-        has_sets = (folder / LABEL_SETS_NAME).exists()
-        self.label_sets: LabelSets | None = np.load(folder / LABEL_SETS_NAME) if has_sets else None
+        self.label_sets: LabelSets | None = None
         """(S, C), each different set, where labels are sets: then a row's label is the number of one."""
+        if self.has_label_sets:
+            self.label_sets = np.load(io.BytesIO(_read_whole(f"{self._listed}/{LABEL_SETS_NAME}")))
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, place: str, spools: Path | None = None) -> Self:
         """Open a plan.
 
         Raises:
+            FileNotFoundError: there is none.
             PackError: of another version, or damaged.
         """
-        path = folder / "plan.json"
+        path, work = f"{place}/{HEADER_NAME}", place.rpartition("/")[0]
         try:
-            header = json.loads(path.read_bytes())
+            header = json.loads(_read_whole(path))
             if header["version"] != PLAN_VERSION:
-                raise PackError(f"{path} was written by another version: remove {folder.parent} and pack again")
-            return cls(folder, header)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, PackError):
-                raise
-            raise PackError(f"{path} is damaged ({error}): remove {folder.parent} and pack again") from error
+                raise PackError(
+                    f"{path} was written by another version of make-shards: finish the packing with that version, or "
+                    f"remove {work} and pack again"
+                )
+            return cls(place, header, spools)
+        except (ValueError, KeyError, TypeError) as error:
+            raise PackError(f"{path} is damaged ({error}): remove {work} and pack again") from error
+
+    @property
+    def name(self) -> str:
+        """Name of the plan's folder."""
+        return self.place.rpartition("/")[2]
+
+    @property
+    def num_positions(self) -> int:
+        """PlanRows of the table."""
+        return sum(split.num_positions for split in self.splits)
 
     @property
     def num_inputs(self) -> int:
-        """Rows of the table."""
-        return len(self._rows)
+        """Inputs that were listed."""
+        return self.num_positions + sum(split.num_duplicates for split in self.splits)
 
     @property
     def is_remote(self) -> bool:
@@ -154,57 +193,105 @@ class PackPlan:
         """Return the planned positions of a shard within its split."""
         return self.splits[task.split].positions(task.shard)
 
-    def listed(self, start: int, stop: int) -> NDArray[np.void]:
-        """Return the rows in the order of the listing."""
-        return self._rows[start:stop]
-
-    def duplicates(self, split: int) -> Iterator[tuple[str, str]]:
-        """Return (source, source of the earlier input with the same content) of each input left out of a split."""
-        dropped = np.fromfile(self.folder / "dropped.bin", dtype=DROPPED)
-        dropped = dropped[dropped["split"] == split]
-        for start in range(0, len(dropped), 4096):
-            chunk = dropped[start : start + 4096]
-            pairs = (self.inputs(self._rows[chunk[column]]) for column in ("row", "first"))
-            for (source, name, *_), (first_source, first_name, *_) in zip(*pairs, strict=True):
-                yield source.describe(name), first_source.describe(first_name)
-
-    def num_duplicates(self, split: int) -> int:
-        """Return how many inputs were left out of a split."""
-        return int((np.fromfile(self.folder / "dropped.bin", dtype=DROPPED)["split"] == split).sum())
-
-    def rows(self, task: ShardTask) -> NDArray[np.void]:
-        """Return the rows of a shard, (len(positions(task)),) of ROW."""
+    def shard(self, task: ShardTask) -> PlanRows:
+        """Return the rows of a shard, as many as positions(task)."""
         positions, first = self.positions(task), self.splits[task.split].first
-        return self._rows[self._order[first + positions.start : first + positions.stop]]
+        return self.rows(first + positions.start, first + positions.stop)
 
-    def inputs(self, rows: NDArray[np.void]) -> Iterator[tuple[Source, bytes, int, int, int]]:
+    def rows(self, start: int, stop: int) -> PlanRows:
+        """Return rows that lie next to each other."""
+        data = open_bytes(f"{self.place}/rows.bin").read(start * ROW.itemsize, (stop - start) * ROW.itemsize)
+        table = np.frombuffer(data, dtype=ROW)
+        if len(table) != stop - start:
+            raise PackError(f"{self.place}/rows.bin is cut: remove {self.place.rpartition('/')[0]} and pack again")
+        if not len(table):
+            return PlanRows(table, b"")
+        begin, end = int(table["name_at"][0]), int(table["name_at"][-1] + table["name_size"][-1])
+        return PlanRows(table, open_bytes(f"{self.place}/names.bin").read(begin, end - begin) if end > begin else b"")
+
+    def rows_at(self, positions: NDArray[np.int64]) -> PlanRows:
+        """Return a few rows that lie anywhere."""
+        single = [self.rows(position, position + 1) for position in positions.tolist()]
+        return PlanRows(np.concatenate([rows.table for rows in single]), b"".join(rows.names for rows in single))
+
+    def inputs(self, rows: PlanRows) -> Iterator[tuple[Source, bytes, int, int, int]]:
         """Return (source, name, offset, size, label) of each row."""
-        columns = (rows[name].tolist() for name in ("source", "name_at", "name_size", "offset", "size", "label"))
-        for source, name_at, name_size, offset, size, label in zip(*columns, strict=True):
-            yield self.source(source), self._names[name_at : name_at + name_size].tobytes(), offset, size, label
+        columns = (rows.table[name].tolist() for name in ("source", "name_size", "offset", "size", "label"))
+        at = 0
+        for source, name_size, offset, size, label in zip(*columns, strict=True):
+            yield self.source(source), rows.names[at : at + name_size], offset, size, label
+            at += name_size
 
     def source(self, number: int) -> Source:
         """Return one of the plan's sources, opened once per process."""
         if number not in self._sources:
-            self._sources[number] = reopen_source(self.source_specs[number], self.folder)
+            spec = self.source_specs[number]
+            folder = self._with_spool(spec["spool"]) if "spool" in spec else Path(self._listed)
+            self._sources[number] = reopen_source(spec, folder)
         return self._sources[number]
 
+    def _with_spool(self, name: str) -> Path:
+        """Return a local folder that holds a spool; out of a bucket it is copied once per machine."""
+        if not is_url(self._listed):
+            return Path(self._listed)
+        assert self._spools is not None
+        folder = self._spools / self._listed.rpartition("/")[2]
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / f"lock-{name}", holder=name, wait=True):
+            if not (folder / name).exists():
+                open_folder(self._listed).download(name, folder / f"{name}.partial")
+                (folder / f"{name}.partial").rename(folder / name)
+        return folder
 
-def cached_plan(folder: Path) -> PackPlan:
-    """Open a plan, or take the one opened before if it is still the same; a worker asks for it with every task."""
-    status = (folder / "plan.json").stat()
-    return _open_cached(folder, (status.st_dev, status.st_ino, status.st_mtime_ns))
+    def left_aside(self) -> bytes:
+        """Return the content of left-aside.jsonl; empty where nothing is left aside."""
+        return _read_if_there(f"{self._listed}/{ASIDE_NAME}")
+
+    def duplicates(self, split: int) -> Iterator[bytes]:
+        """Return the lines of rejected.jsonl for what has no position in a split, in pieces."""
+        if self.splits[split].num_duplicates:
+            file = open_bytes(f"{self.place}/{duplicates_name(split)}")
+            for start in range(0, file.size, _PIECE_BYTES):
+                yield file.read(start, _PIECE_BYTES)
+
+
+def _read_whole(path: str) -> bytes:
+    file = open_bytes(path)
+    return file.read(0, file.size)
+
+
+def _read_if_there(path: str) -> bytes:
+    try:
+        return _read_whole(path)
+    except FileNotFoundError:
+        return b""
+
+
+def open_plan(target: Target, pointer: str = PLAN_NAME) -> PackPlan:
+    """Open the plan that everyone follows.
+
+    Args:
+        target: of the packing, which was begun.
+        pointer: file that names the plan, or the listing.
+
+    Raises:
+        FileNotFoundError: the packing was finished, or removed, meanwhile.
+        PackError: of another version, or damaged.
+    """
+    name = target.get(pointer)
+    if name is None:
+        raise FileNotFoundError(2, "no packing is going on there any more", target.address(pointer))
+    return PackPlan.open(target.address(name.decode()), target.work / "spools")
 
 
 @lru_cache(maxsize=1)
-def _open_cached(folder: Path, identity: tuple[int, ...]) -> PackPlan:
-    # A later packing in the same process may have put another plan in the same place.
-    del identity
-    return PackPlan.open(folder)
+def cached_plan(place: str, spools: Path | None = None) -> PackPlan:
+    """Open a plan, or take the one opened before; a worker asks for it with every task. No two plans have one name."""
+    return PackPlan.open(place, spools)
 
 
 class TableWriter:
-    """Writes rows.bin and names.bin while the sources are being listed, in bounded memory.
+    """Writes rows.bin and names.bin, in bounded memory.
 
     Args:
         folder: where to.
@@ -228,12 +315,23 @@ class TableWriter:
         if len(self._pending) >= self._CHUNK:
             self._flush()
 
+    def extend(self, table: NDArray[np.void], names: bytes) -> None:
+        """Append rows whose names lie one after the other; where they lie in the whole is set."""
+        self._flush()
+        table = table.copy()
+        table["name_at"] = self._names_bytes + np.cumsum(table["name_size"], dtype=np.uint64) - table["name_size"]
+        self._write(table, names)
+        self._names_bytes += len(names)
+
     def _flush(self) -> None:
-        self._rows.write(np.array(self._pending, dtype=ROW).tobytes())
-        self._names.write(b"".join(self._pending_names))
-        self.num_rows += len(self._pending)
+        self._write(np.array(self._pending, dtype=ROW), b"".join(self._pending_names))
         self._pending.clear()
         self._pending_names.clear()
+
+    def _write(self, table: NDArray[np.void], names: bytes) -> None:
+        self._rows.write(table.tobytes())
+        self._names.write(names)
+        self.num_rows += len(table)
 
     def __enter__(self) -> Self:
         return self
@@ -244,83 +342,25 @@ class TableWriter:
                 self._flush()
 
 
-@dataclass(frozen=True)
-class Duplicates:
-    """The inputs that get no position."""
-
-    dropped: NDArray[np.void]
-    """(N,) of DROPPED."""
-
-    @classmethod
-    def none(cls) -> Self:
-        """Keep everything."""
-        return cls(np.empty(0, dtype=DROPPED))
-
-    @classmethod
-    def of(cls, firsts: NDArray[np.int64], split: NDArray[np.int64]) -> Self:
-        """Return every row but the first of its content.
-
-        Args:
-            firsts: (num_rows,) first row of the same content.
-            split: (num_rows,) split of each row.
-        """
-        rows = np.flatnonzero(firsts != np.arange(len(firsts)))
-        dropped = np.empty(len(rows), dtype=DROPPED)
-        dropped["row"], dropped["first"], dropped["split"] = rows, firsts[rows], split[rows]
-        return cls(dropped)
-
-    def write(self, folder: Path) -> None:
-        """Write dropped.bin."""
-        self.dropped.tofile(folder / "dropped.bin")
-
-
-def shuffled(num_rows: int, seed: int) -> NDArray[np.uint64]:
-    """Return a permutation of range(num_rows) that no library's release can change.
-
-    Rows are sorted by splitmix64 of their number (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
-    generators"), with the seed hashed into where the counter starts.
-
-    Returns:
-        (num_rows,) uint64.
-    """
-    start = _splitmix64(np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))
-    keys = np.arange(num_rows, dtype=np.uint64)
-    keys += start
-    return np.argsort(_splitmix64(keys), kind="stable").view(np.uint64)
-
-
-def _splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z ^= z >> np.uint64(30)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z ^= z >> np.uint64(27)
-    z *= np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    return z
-
-
 @dataclass(frozen=True, kw_only=True)
 class Header:
     """Content of plan.json."""
 
     settings: dict[str, Any]
-    sources: list[Source]
+    sources: Sequence[dict[str, Any]]
+    """What each source is opened by."""
     class_names: tuple[str, ...]
     splits: list[Split]
-    depth_range: str = "full"
+    depth_range: str
     """As EncodeConfig's, without `auto`."""
+    has_label_sets: bool
+    listed: str | None = None
+    """Name of the folder of the listing; None: this is the listing."""
 
     def write(self, folder: Path) -> None:
         """Write plan.json."""
-        values = {
-            "version": PLAN_VERSION,
-            "settings": self.settings,
-            "sources": [source.spec() for source in self.sources],
-            "class_names": self.class_names,
-            "depth_range": self.depth_range,
-            "splits": [asdict(split) for split in self.splits],
-        }
-        (folder / "plan.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+        values = {"version": PLAN_VERSION} | asdict(self)
+        (folder / HEADER_NAME).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], *, render: Callable[[Any], str] | None = None) -> str:

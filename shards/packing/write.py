@@ -117,13 +117,15 @@ class _Beside:
 class WriteShard:
     """The job of writing one shard, for a worker process. Same plan, same bytes."""
 
-    plan: Path
+    plan: str
+    """Name of its folder in the target."""
     target: Target
     config: EncodeConfig
 
     def __call__(self, task: ShardTask, tick: Tick) -> Finished:
         """Write a shard, then the record that it is finished, which is returned."""
-        plan, target, stem = cached_plan(self.plan), self.target, shard_stem(task.shard)
+        target, stem = self.target, shard_stem(task.shard)
+        plan = cached_plan(target.address(self.plan), target.work / "spools")
         split = plan.splits[task.split].name
         more = {LABEL_SETS_SUFFIX: plan.label_sets is not None, FILES_SUFFIX: bool(plan.settings.get(ANNOTATED))}
         suffixes = (*SHARD_SUFFIXES, *(suffix for suffix, is_written in more.items() if is_written))
@@ -149,7 +151,7 @@ def _write_files(
     fd = os.open(paths[".tar"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     tar = TarWriter(fd)
     try:
-        with closing(read_inputs(plan, plan.rows(task))) as inputs:
+        with closing(read_inputs(plan, plan.shard(task))) as inputs:
             for position, (source, name, label, data) in zip(plan.positions(task), inputs, strict=True):
                 try:
                     if isinstance(data, Rejected):

@@ -207,7 +207,7 @@ class Folder:
         self._store, self._has_fixed_credentials = _connect(url)
 
     def objects(self) -> Iterator[tuple[str, int]]:
-        """Return (name, size) of every object below, in the store's order."""
+        """Return (name, size) of every object below, in the store's order, which for buckets is that of the names."""
         import obstore
 
         try:

@@ -3,22 +3,25 @@
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from shards.ground.digests import short_digest
 from shards.ground.errors import PackError
-from shards.ground.files import publish, sync, write_whole
-from shards.ground.locks import is_locked
+from shards.ground.files import appearing, publish, remove, write_whole
+from shards.ground.locks import is_locked, locked
+from shards.storage.claims import BucketClaims, Claims, LocalClaims
 from shards.storage.stores import check_url, is_url, open_folder
 
-__all__ = ["WORK_NAME", "Target", "open_target", "path_in"]
+__all__ = ["PLAN_NAME", "WORK_NAME", "Target", "open_target", "path_in"]
 
 WORK_NAME = ".pack"
-_PLAN_HEADER = "plan.json"
+PLAN_NAME = f"{WORK_NAME}/plan.json"
+"""Its content names the folder of the plan that everyone follows."""
+_LEASES = f"{WORK_NAME}/leases"
 
 
 def path_in(split: str, name: str) -> str:
@@ -41,7 +44,7 @@ class Target(Protocol):
 
     @property
     def work(self) -> Path:
-        """Local folder for the plan, the lock, and files that are being written."""
+        """Local folder for locks, and for files that are being written."""
         ...
 
     @property
@@ -69,24 +72,36 @@ class Target(Protocol):
         """Return the size of every file."""
         ...
 
-    def share_plan(self, plan: Path) -> None:
-        """Let other machines have a plan; afterwards the folder `plan` holds the one that all follow."""
+    def address(self, name: str) -> str:
+        """Return the path or address of a file or folder, for `open_bytes`."""
         ...
 
-    def plan_place(self) -> str | None:
-        """Return the folder of the plan, as a name; None: no packing was begun, or it is finished."""
+    def has(self, name: str) -> bool:
+        """Return whether a file is there."""
         ...
 
-    def has_plan(self) -> bool:
-        """Return whether a packing was begun and not finished."""
+    def put_first(self, name: str, data: bytes) -> bool:
+        """Write a file that the first one decides on; False where it is there already. The caller holds a claim."""
+        ...
+
+    def sharing(self, name: str) -> AbstractContextManager[Path]:
+        """Give an empty local folder, whose files are in the target's folder `name` once the block has ended."""
+        ...
+
+    def claims(self) -> Claims:
+        """Return what decides who does what is to be done once."""
         ...
 
     def is_held(self) -> bool:
         """Return whether a packer of this machine is at work here, as far as one can see."""
         ...
 
-    def fetch_plan(self, plan: Path) -> None:
-        """Bring the plan that is being followed to the folder `plan`."""
+    def leave(self) -> None:
+        """Remove what this process and its workers have in local folders of their own."""
+        ...
+
+    def discard(self) -> None:
+        """Leave the target as it was before a packing that never got a plan."""
         ...
 
     def remove_work(self) -> None:
@@ -146,28 +161,51 @@ class LocalTarget:
                     found[name if inner == "." else f"{inner}/{name}"] = size
         return found
 
-    def share_plan(self, plan: Path) -> None:
-        """Do nothing but check: a process that sees the folder has the plan."""
-        assert plan.is_relative_to(self.work)
+    def address(self, name: str) -> str:
+        """Return a path."""
+        return f"{self.out.rstrip('/')}/{name}"
 
-    def plan_place(self) -> str | None:
-        """Look for plan.json."""
-        return f"{WORK_NAME}/plan" if (self.work / "plan" / _PLAN_HEADER).exists() else None
+    def has(self, name: str) -> bool:
+        """Look for it."""
+        return (Path(self.out) / name).exists()
 
-    def has_plan(self) -> bool:
-        """Look for plan.json."""
-        return self.plan_place() is not None
+    def put_first(self, name: str, data: bytes) -> bool:
+        """Look whether it is there: a claim is a lock here."""
+        if self.has(name):
+            return False
+        (Path(self.out) / name).parent.mkdir(exist_ok=True)
+        self.put(name, data)
+        return True
+
+    @contextmanager
+    def sharing(self, name: str) -> Generator[Path]:
+        """Rename the folder."""
+        aside = self.scratch / f"{name.rpartition('/')[2]}.{os.getpid()}"
+        with appearing(Path(self.out) / name, durable=True, aside=aside) as folder:
+            folder.mkdir()
+            yield folder
+
+    def claims(self) -> LocalClaims:
+        """Return lock files."""
+        return LocalClaims(self.work)
 
     def is_held(self) -> bool:
         """Look at the locks."""
         return _any_held(self.work)
 
-    def fetch_plan(self, plan: Path) -> None:
-        """Do nothing: the plan is there."""
+    def leave(self) -> None:
+        """Remove the scratch folder."""
+        shutil.rmtree(self.scratch)
+
+    def discard(self) -> None:
+        """Remove `.pack`, and the folder if it is empty then."""
+        shutil.rmtree(self.work)
+        if not any(Path(self.out).iterdir()):
+            Path(self.out).rmdir()
 
     def remove_work(self) -> None:
         """Remove `.pack`; without its plan, what a kill leaves of it is not mistaken for an unfinished packing."""
-        (self.work / "plan" / _PLAN_HEADER).unlink(missing_ok=True)
+        (Path(self.out) / PLAN_NAME).unlink(missing_ok=True)
         shutil.rmtree(self.work)
 
 
@@ -175,8 +213,8 @@ class LocalTarget:
 class BucketTarget:
     """A prefix of a bucket. Shards are written to a local folder first, one for each worker at a time.
 
-    Packers on several machines may write to one bucket without a lock: the first plan that arrives is everyone's, and
-    any process that writes a shard of it writes the same bytes.
+    Packers on several machines may write to one bucket without a lock: they share the planning, the first plan that
+    arrives is everyone's, and any process that writes a shard of it writes the same bytes.
     """
 
     out: str
@@ -217,52 +255,63 @@ class BucketTarget:
         """List."""
         return dict(open_folder(self.out.rstrip("/")).objects())
 
-    def share_plan(self, plan: Path) -> None:
-        """Upload it, unless someone else was faster; plan.json goes last, and only if there is none."""
-        folder = open_folder(self.out.rstrip("/"))
-        # Other machines may be uploading another plan: its files must not mix with ours.
-        header = (plan / _PLAN_HEADER).read_bytes()
-        prefix = f"{WORK_NAME}/plan-{short_digest(header)}"
-        for path in sorted(plan.iterdir()):
-            folder.put(f"{prefix}/{path.name}", path)
-        if not folder.put(f"{WORK_NAME}/{_PLAN_HEADER}", prefix.encode(), only_if_new=True):
-            self.fetch_plan(plan)
+    def address(self, name: str) -> str:
+        """Return an address."""
+        return f"{self.out.rstrip('/')}/{name}"
 
-    def plan_place(self) -> str | None:
-        """Read the plan's name."""
-        place = self.get(f"{WORK_NAME}/{_PLAN_HEADER}")
-        return None if place is None else place.decode()
+    def has(self, name: str) -> bool:
+        """Ask for its size."""
+        try:
+            open_folder(self.out.rstrip("/")).size(name)
+        except FileNotFoundError:
+            return False
+        return True
 
-    def has_plan(self) -> bool:
-        """Look for the plan's name."""
-        return self.plan_place() is not None
+    def put_first(self, name: str, data: bytes) -> bool:
+        """Upload, on the condition that there is none."""
+        return open_folder(self.out.rstrip("/")).put(name, data, only_if_new=True)
+
+    @contextmanager
+    def sharing(self, name: str) -> Generator[Path]:
+        """Upload each file."""
+        aside = self.scratch / f"{name.rpartition('/')[2]}.{os.getpid()}"
+        aside.mkdir()
+        try:
+            yield aside
+            for path in sorted(aside.iterdir()):
+                open_folder(self.out.rstrip("/")).put(f"{name}/{path.name}", path)
+        finally:
+            remove(aside)
+
+    def claims(self) -> BucketClaims:
+        """Return leases."""
+        return BucketClaims(open_folder(self.out.rstrip("/")), _LEASES, self.work)
 
     def is_held(self) -> bool:
         """Look at the locks of this machine."""
         return _any_held(self.work)
 
-    def fetch_plan(self, plan: Path) -> None:
-        """Download it, unless it is here already."""
+    def leave(self) -> None:
+        """Remove the local folder, unless others of this machine are at work."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        # The last one to leave removes it; a process that begins meanwhile makes it again.
+        gone = self.work.with_name(f"{self.work.name}.{os.getpid()}")
+        with suppress(PackError, FileNotFoundError):
+            with locked(self.work / "lock", holder=self.out):
+                # At once, so that no one finds the lock taken.
+                self.work.rename(gone)
+            shutil.rmtree(gone)
+
+    def discard(self) -> None:
+        """Remove the leases, without which others do some work twice at most, and the local folder."""
         folder = open_folder(self.out.rstrip("/"))
-        prefix = self.plan_place() or ""
-        wanted = self.get(f"{prefix}/{_PLAN_HEADER}")
-        if wanted is None:
-            raise PackError(f"{self.out}/{prefix} has no {_PLAN_HEADER}: remove {self.out}/{WORK_NAME} and pack again")
-        header = plan / _PLAN_HEADER
-        if header.exists() and header.read_bytes() == wanted:
-            return
-        shutil.rmtree(plan, ignore_errors=True)
-        plan.mkdir(parents=True)
-        names = [name for name in self.sizes() if name.startswith(f"{prefix}/")]
-        # plan.json last: a folder without it is fetched again.
-        for name in sorted(names, key=lambda name: name.endswith(_PLAN_HEADER)):
-            folder.download(name, plan / name.rpartition("/")[2])
-        sync(plan)
+        folder.delete([name for name in self.sizes() if name.startswith(f"{_LEASES}/")])
+        shutil.rmtree(self.work)
 
     def remove_work(self) -> None:
         """Remove what is below `.pack`, its plan first, and the local folder."""
         folder = open_folder(self.out.rstrip("/"))
-        folder.delete([f"{WORK_NAME}/{_PLAN_HEADER}"])
+        folder.delete([PLAN_NAME])
         folder.delete([name for name in self.sizes() if name.startswith(f"{WORK_NAME}/")])
         shutil.rmtree(self.work, ignore_errors=True)
 

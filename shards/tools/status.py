@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from shards.config import WORK_FOLDER
-from shards.ground.errors import PackError
 from shards.ground.units import counted, format_bytes, format_duration
-from shards.packing.finish import read_manifest
-from shards.packing.plan import DROPPED, ShardTask, Split, tasks_of
+from shards.packing.finish import read_manifest, refuse_earlier_version
+from shards.packing.plan import ShardTask, Split, open_plan, tasks_of
 from shards.packing.records import Finished, read_records
 from shards.sets.manifest import MANIFEST_NAME
-from shards.storage.target import WORK_NAME, Target, open_target
+from shards.storage.target import PLAN_NAME, WORK_NAME, Target, open_target
 
 __all__ = ["PackStatus", "PartStatus", "describe_status", "read_status"]
 
@@ -80,23 +79,18 @@ def read_status(out: str, *, work_folder: str = WORK_FOLDER) -> PackStatus:
         PackError: the plan is damaged, or the bucket does not answer.
     """
     target = open_target(out, work_folder=work_folder)
-    place, sizes = target.plan_place(), target.sizes()
-    if place is None:
+    sizes = target.sizes()
+    if PLAN_NAME not in sizes:
+        refuse_earlier_version(target)
         return _without_plan(target, sizes)
-    header = target.get(f"{place}/plan.json")
-    if header is None:
+    try:
+        splits = open_plan(target).splits
+    except FileNotFoundError:
         # Finished between two looks.
         return _without_plan(target, target.sizes())
-    try:
-        splits: list[Split] = [Split(**split) for split in json.loads(header)["splits"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise PackError(
-            f"{out}/{place}/plan.json is damaged ({error}): remove {out}/{WORK_NAME} and pack again"
-        ) from None
     tasks = tasks_of(splits)
     records = read_records(target, splits, tasks, sizes)
-    num_duplicates = sizes.get(f"{place}/dropped.bin", 0) // DROPPED.itemsize
-    return _status(target, splits, records, sizes, num_duplicates)
+    return _status(target, splits, records, sizes)
 
 
 def _status(
@@ -104,7 +98,6 @@ def _status(
     splits: Sequence[Split],
     records: dict[ShardTask, Finished],
     sizes: dict[str, int],
-    num_duplicates: int,
 ) -> PackStatus:
     tasks = tasks_of(splits)
     num_inputs = sum(split.num_positions for split in splits)
@@ -121,7 +114,7 @@ def _status(
         num_done=num_done,
         num_packed=sum(entry.num_samples for entry in entries),
         num_rejected=sum(entry.num_rejected for entry in entries),
-        num_duplicates=num_duplicates,
+        num_duplicates=sum(split.num_duplicates for split in splits),
         rejections=dict(sum((Counter(entry.rejections) for entry in entries), Counter[str]())),
         num_shards=len(tasks),
         num_shards_done=len(records),

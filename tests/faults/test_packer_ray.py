@@ -19,9 +19,9 @@ from shards.config import PackConfig
 from shards.ground.errors import PackError
 from shards.ground.progress import ProgressBars
 from shards.packing.cluster import NodeJob
-from shards.packing.listing import make_plan
 from shards.packing.pack import pack
 from shards.packing.plan import ShardTask
+from shards.packing.planning import make_plan
 from shards.packing.write import WriteShard
 from shards.storage.target import LocalTarget
 from tests.shards.benchmark_files import cifar_files, voc_files, write_files
@@ -210,19 +210,18 @@ def job(tmp_path):
     (tmp_path / "in" / "0.png").write_bytes(encoded(picture(), "PNG"))
     config = PackConfig(sources=(str(tmp_path / "in"),), out=str(tmp_path / "out"), shard_samples=1, workers=1)
     target = LocalTarget(config.out)
-    target.work.mkdir(parents=True)
-    make_plan(config, target.work / "plan", ProgressBars(enabled=False))
+    target.scratch.mkdir(parents=True)
     target.begin([])
-    return NodeJob.of(WriteShard(target.work / "plan", target, config))
+    plan = make_plan(config, target, ProgressBars(enabled=False))
+    target.leave()
+    return NodeJob.of(WriteShard(f".pack/{plan.name}", target, config))
 
 
 def test_a_node_without_the_shared_folder_says_what_it_lacks(job, tmp_path):
     task = ShardTask(split=0, shard=0)
-    away = replace(job, job=replace(job.job, plan=tmp_path / "nowhere" / ".pack" / "plan"))
+    away = replace(job, job=replace(job.job, target=LocalTarget(str(tmp_path / "nowhere"))))
     with pytest.raises(PackError, match=rf"node {socket.gethostname()}: cannot read .*nowhere.*every node has"):
         away(task, print)
-    with pytest.raises(PackError, match=r"holds another plan here: --out must be one folder"):
-        replace(job, plan_digest="0")(task, print)
     with pytest.raises(PackError, match=r"has simplejpeg [\d.]+, not simplejpeg 0.0: .*install the same versions"):
         replace(job, versions=("simplejpeg 0.0", *job.versions[1:]))(task, print)
     scratch = job.job.target.scratch

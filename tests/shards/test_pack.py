@@ -265,7 +265,8 @@ def test_planning_a_long_list_takes_little_memory_and_time(tmp_path):
 import resource, time
 from pathlib import Path
 from shards.config import PackConfig
-from shards.packing.listing import make_plan
+from shards.packing.planning import make_plan
+from shards.storage.target import LocalTarget
 from shards.ground.progress import ProgressBars
 from shards.sources import open_source
 config = PackConfig(sources=({str(path)!r},), out="unused", shard_samples=10_000)
@@ -273,7 +274,10 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 begin = time.process_time()
 num_inputs = sum(1 for _ in open_source({str(path)!r}, config.source_options()).inputs(Path("unused")))
 middle = time.process_time()
-plan = make_plan(config, Path({str(tmp_path / "plan")!r}), ProgressBars(enabled=False))
+target = LocalTarget({str(tmp_path / "out")!r})
+target.scratch.mkdir(parents=True)
+target.begin([])
+plan = make_plan(config, target, ProgressBars(enabled=False))
 end = time.process_time()
 assert plan.num_inputs == num_inputs == {count}
 assert len(plan.class_names) == 1000 and len(plan.tasks()) == 50

@@ -123,11 +123,33 @@ def test_before_there_is_a_plan_and_where_there_is_nothing(tmp_path, capsys):
     (tmp_path / "out" / ".pack").mkdir(parents=True)
     assert main(["status", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out'}: listing; no packer of this machine is at work\n"
-    plan = tmp_path / "out" / ".pack" / "plan"
-    plan.mkdir()
-    (plan / "plan.json").write_text("{}")
+    work = tmp_path / "out" / ".pack"
+    (work / "plan-1").mkdir()
+    (work / "plan-1" / "plan.json").write_text("{}")
+    (work / "plan.json").write_text(".pack/plan-1")
     with pytest.raises(PackError, match=r"plan\.json is damaged"):
         read_status(str(tmp_path / "out"))
+
+
+def test_a_packing_that_an_earlier_version_began_is_refused(tmp_path, capsys):
+    source, out = fill(tmp_path / "in", 2), tmp_path / "out"
+    (out / ".pack" / "plan").mkdir(parents=True)
+    (out / ".pack" / "plan" / "plan.json").write_text('{"version": 1}')
+    before = contents(out)
+    for words in (
+        ["pack", str(source), "--out", str(out)],
+        ["pack", str(source), "--out", str(out), "--part", "0/2"],
+        ["finish", str(out)],
+        ["status", str(out)],
+    ):
+        assert main(words) == 1
+        assert "by an earlier version of make-shards: finish the packing with that version" in capsys.readouterr().err
+    assert contents(out) == before
+    # In a bucket, and from now on, the version is in the plan.
+    (out / ".pack" / "plan").rename(out / ".pack" / "plan-1")
+    (out / ".pack" / "plan.json").write_text(".pack/plan-1")
+    with pytest.raises(PackError, match=r"plan-1/plan\.json was written by another version"):
+        pack(config(source, out))
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 10)), max_size=8))
