@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ from PIL import Image
 from moco_fast.transfer.cityscapes import cityscapes_precision, read_cityscapes
 from moco_fast.transfer.coco import encoded_masks, result_rows
 from moco_fast.transfer.lvis import lvis_precision, read_lvis
-from moco_fast.transfer.metrics import Detections
+from moco_fast.transfer.metrics import ClassPrecision, Detections
 from moco_fast.transfer.sets import DetectionSet
 
 # Names of numpy that the benchmarks' code still uses; neither runs with the numpy of today without them.
@@ -96,7 +96,7 @@ def theirs_of_cities(folder: Path, found: Detections, data: DetectionSet) -> dic
     own.args.quiet, own.args.JSONOutput = True, False
     own.writeDict2JSON = lambda *_: None  # Of what it matched; it fails with the numbers of today's numpy.
     classes = own.evaluateImgLists(predicted, truth, own.args)["averages"]["classes"]
-    return {name: float(each["ap"]) for name, each in classes.items() if not np.isnan(each["ap"])}
+    return {f"mask {name}": float(each["ap"]) for name, each in classes.items() if not np.isnan(each["ap"])}
 
 
 def long_tail(folder: Path, num_images: int, per_image: int) -> tuple[DetectionSet, Detections]:
@@ -137,14 +137,19 @@ def long_tail(folder: Path, num_images: int, per_image: int) -> tuple[DetectionS
 def theirs_of_long_tail(folder: Path, found: Detections, data: DetectionSet) -> dict[str, float]:
     from lvis import LVIS, LVISEval, LVISResults
 
-    truth = LVIS(str(folder / "lvis_val.json"))
-    rows = [row | {"segmentation": dict(row["segmentation"])} for row in result_rows(found, data, "segm")]
-    measure = LVISEval(truth, LVISResults(truth, rows), "segm")
-    measure.evaluate()
-    measure.accumulate()
-    precision = measure.eval["precision"][:, :, :, 0]
-    means = precision.mean(axis=(0, 1))
-    return {name: float(mean) for name, mean in zip(data.class_names, means, strict=True) if mean > -1}
+    truth, means = LVIS(str(folder / "lvis_val.json")), {}
+    for kind, name in (("box", "bbox"), ("mask", "segm")):
+        rows = result_rows(found, data, name)
+        measure = LVISEval(truth, LVISResults(truth, rows), name)
+        measure.evaluate()
+        measure.accumulate()
+        of_classes = measure.eval["precision"][:, :, :, 0].mean(axis=(0, 1)).tolist()
+        means |= {f"{kind} {each}": mean for each, mean in zip(data.class_names, of_classes, strict=True) if mean > -1}
+    return means
+
+
+def means_of(precisions: Mapping[str, Sequence[ClassPrecision]]) -> dict[str, float]:
+    return {f"{kind} {each.name}": each.mean for kind, of_kind in precisions.items() for each in of_kind}
 
 
 def timed(call: Callable[[], dict[str, float]]) -> tuple[dict[str, float], float]:
@@ -165,14 +170,12 @@ def main() -> None:
     ):
         with TemporaryDirectory() as folder:
             data, found = made(Path(folder), number, per_image)
-            masks, own_s = timed(lambda: {each.name: each.mean for each in measure(found, data)["mask"]})  # noqa: B023 - called before they change
+            ours, own_s = timed(lambda: means_of(measure(found, data)))  # noqa: B023 - called before they change
             official, their_s = timed(lambda: theirs(Path(folder), found, data))  # noqa: B023 - called before they change
-        apart = max(abs(masks[each] - official[each]) for each in official)
-        if masks.keys() != official.keys() or apart > 1e-9:
-            sys.exit(f"{name}: figures are up to {apart:g} apart, of {len(masks)} and {len(official)} classes")
-        print(
-            f"{name}: AP of {len(masks)} classes, mean {np.mean(list(masks.values())):.4f}, at most {apart:.1g} apart"
-        )
+        apart = max(abs(ours[each] - official[each]) for each in official)
+        if ours.keys() != official.keys() or apart > 1e-9:
+            sys.exit(f"{name}: figures are up to {apart:g} apart, of {len(ours)} and {len(official)}")
+        print(f"{name}: {len(ours)} APs of classes, mean {np.mean(list(ours.values())):.4f}, at most {apart:.1g} apart")
         title = f"measure of {name}, {number} images with {per_image} detections each, against its benchmark's code"
         claims.append(compare(title, [own_s], [their_s], unit="s", less_is_better=True))
     print(f"{header()}\n\n{claims_table(claims)}")
