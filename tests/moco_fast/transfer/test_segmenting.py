@@ -203,11 +203,15 @@ def test_a_stopped_training_of_pixels_goes_on_to_the_same_bits(tmp_path, monkeyp
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_tiny_network_learns_to_name_pixels(tmp_path) -> None:
-    preset = replace(TINY_PIXELS, steps=40)
+@pytest.mark.parametrize(
+    ("build", "given"),
+    [(tiny_resnet, {}), (tiny_vit, {"optimizer": "adamw", "lr": 5e-3, "warmup_steps": 5})],
+)
+def test_a_tiny_network_learns_to_name_pixels(tmp_path, build, given) -> None:
+    preset = settled(TINY_PIXELS, given, steps=40)
     sets = two_sets(tmp_path, train=20, test=4)
     with trainings(tmp_path / "out", sets, preset) as learning:
-        found = learning.run(start(), seed=3)
+        found = learning.run(start(build), seed=3)
     losses = [loss for _, loss in found.curve]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
     # Of four classes that are there, guessing the background alone gives less than 0.2.
