@@ -247,7 +247,8 @@ class Detect(_TransferOptions):
 
         train, test = read_sets(self.data, preset, class_names=self.classes)
         preset, train, test, notes = without_masks(preset, train, test, asked=bool(self.masks))
-        if train.keypoints and not train.keypoints.is_mirrored and self.keypoint_pairs is None:
+        keypoints = train.keypoints
+        if keypoints and len(keypoints) > 1 and not keypoints.is_mirrored and self.keypoint_pairs is None:
             notes.append(
                 f"no keypoint of {train.where} is named left or right, so none change places in mirrored images: "
                 "--keypoint-pairs names those that do"

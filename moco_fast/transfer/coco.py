@@ -37,6 +37,7 @@ __all__ = [
     "result_rows",
 ]
 
+_NO_NUMBERS = (TypeError, ValueError, OverflowError)  # of whatever JSON has instead
 _NO_KEYPOINTS = np.empty((0, 3), dtype=np.float32)
 _NUM_POINTS = 6  # numbers in the smallest polygon
 _HALF_PIXEL = 0.5  # Keypoints of files are numbers of pixels, boxes and outlines places between them.
@@ -258,7 +259,7 @@ def _box(told: Mapping[str, Any], width: int, height: int) -> tuple[float, ...]:
 def _four(told: Mapping[str, Any]) -> tuple[float, ...]:
     try:
         x, y, wide, high = (float(value) for value in told["bbox"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, *_NO_NUMBERS):
         raise _Unusable("has a box without four numbers") from None
     if not all(map(math.isfinite, (x, y, wide, high))):
         raise _Unusable("has a box without four numbers")
@@ -280,7 +281,7 @@ def _outline(told: Mapping[str, Any], size: tuple[int, int]) -> Outline:
     try:
         polygons = [each for each in outline or () if len(each) >= _NUM_POINTS and len(each) % 2 == 0]
         found = [np.array(each, dtype=np.float32).reshape(-1, 2) for each in polygons]
-    except (TypeError, ValueError):
+    except _NO_NUMBERS:
         raise _Unusable("has an outline that is not of numbers") from None
     if not found:
         raise _NoOutlineError("has no outline (--masks False does without)")
@@ -305,7 +306,7 @@ def _keypoints(told: Mapping[str, Any], num_keypoints: int) -> npt.NDArray[np.fl
     """Return (K, 3) x, y and visibility as a file has them; an object without any has none that is marked."""
     try:
         numbers = np.array(told.get("keypoints") or [0] * 3 * num_keypoints, dtype=np.float32)
-    except (TypeError, ValueError):
+    except _NO_NUMBERS:
         raise _Unusable("has keypoints that are not numbers") from None
     if numbers.shape != (3 * num_keypoints,):
         raise _Unusable("has another number of keypoints than its category")
@@ -390,13 +391,15 @@ def _measured_outline(told: Mapping[str, Any], size: tuple[int, int]) -> Any:
 
 def _measured_keypoints(told: Mapping[str, Any], num_keypoints: int, box: Sequence[float]) -> dict[str, Any]:
     found = _keypoints(told, num_keypoints)
-    area = told.get("area")
-    has_area = isinstance(area, int | float) and 0 < area < math.inf
+    try:
+        area = float(told.get("area") or 0)
+    except _NO_NUMBERS:
+        area = 0.0
     return {
         "keypoints": found.ravel().tolist(),
         # An object without a marked keypoint counts neither as found nor as missed.
         "num_keypoints": int((found[:, 2] > 0).sum()),
-        "area": float(area) if has_area else _SHARE_OF_BOX * box[2] * box[3],  # pyright: ignore[reportArgumentType] - a number
+        "area": area if 0 < area < math.inf else _SHARE_OF_BOX * box[2] * box[3],
     }
 
 

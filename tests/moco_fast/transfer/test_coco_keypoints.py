@@ -7,6 +7,8 @@ from signal import SIGTERM
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moco_fast.cli import main
 from moco_fast.encoders.formats.base import digest_of
@@ -30,6 +32,11 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def people(tmp_path: Path) -> Path:
     return write_people(tmp_path / "people", {"train2017": 6, "val2017": 3})
+
+
+@pytest.fixture
+def one_person(tmp_path: Path) -> Path:
+    return write_people(tmp_path / "one", {"val2017": 1})
 
 
 def sets_of(folder: Path, preset=TINY_KEYPOINTS):
@@ -84,6 +91,27 @@ def test_an_object_whose_keypoints_cannot_be_used_is_left_out_with_a_reason(peop
     assert len(found.images[0].boxes) == before
     # And the test goes on; what has no area counts as in COCO's own code.
     assert set(coco_precision(all_of(found), found)) == {"keypoint", "box"}
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.sampled_from(["size", "counts"]), inner),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(["bbox", "keypoints", "segmentation", "category_id", "area"]), ANYTHING))
+def test_whatever_an_object_has_it_is_read_or_left_out_with_a_reason(one_person, fields) -> None:
+    path = one_person / "annotations" / "person_keypoints_val2017.json"
+    told = json.loads(path.read_text())
+    told["annotations"][1:] = [person() | fields]
+    path.write_text(json.dumps(told))
+    data = read(one_person)
+    assert len(data.images[0].boxes) + len(data.malformed_objects) == 2
+    assert np.isfinite(data.images[0].keypoints).all()
+    precisions = coco_precision(all_of(data), data)
+    assert all(np.isfinite(each.at).all() for of_kind in precisions.values() for each in of_kind)
 
 
 def test_infinite_keypoints_are_no_numbers(people) -> None:
@@ -367,20 +395,20 @@ def test_a_tiny_network_learns_keypoints(tmp_path, monkeypatch) -> None:
     narrow(monkeypatch)
     preset = replace(
         TINY_KEYPOINTS,
-        steps=150,
+        steps=60,
         lr=0.05,
         warmup_steps=10,
         sides=(64,),
         test_side=64,
         longest=96,
         precise_batches=8,
-        batch_size=4,
         regions=16,
+        train_proposals=(100, 30),
     )
-    sets = sets_of(write_people(tmp_path / "people", {"train2017": 80, "val2017": 16}), preset)
+    sets = sets_of(write_people(tmp_path / "people", {"train2017": 60, "val2017": 8}), preset)
     with trainings(tmp_path / "out", sets, preset) as learning:
         found = learning.run(start(), seed=3)
     untrained = build_detector(tiny_resnet(), preset, num_classes=1, seed=3, num_keypoints=3)
     chance, _ = find_all(untrained, sets[1], preset, Machine(device=CPU), stop=lambda: None)
-    assert coco_precision(chance, sets[1])["keypoint"][0].mean < 0.05
-    assert found.figures["keypoint AP"] > 0.3
+    assert coco_precision(chance, sets[1])["keypoint"][0].at[0] < 0.05
+    assert found.figures["keypoint AP50"] > 0.2
