@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moco_fast.embedding.api import Embeddings, embed
     from moco_fast.exporters.write import export
     from moco_fast.loading import load_encoder
+    from moco_fast.transfer.opening import load_trained
     from pipelines.loader import open_loader
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "evaluate",
     "export",
     "load_encoder",
+    "load_trained",
     "open_loader",
     "train",
 ]
@@ -39,6 +41,7 @@ _MODULES = {
     "evaluate": "moco_fast.api",
     "export": "moco_fast.exporters.write",
     "load_encoder": "moco_fast.loading",
+    "load_trained": "moco_fast.transfer.opening",
     "open_loader": "pipelines.loader",
     "train": "moco_fast.api",
 }

@@ -25,7 +25,7 @@ from shards.ground.units import counted
 if TYPE_CHECKING:
     from moco_fast.transfer.sets import Malformed
 
-__all__ = ["Detect", "Segment", "TransferPresets", "transfer_commands"]
+__all__ = ["Detect", "Segment", "TransferExport", "TransferPresets", "transfer_commands"]
 
 
 _OF_KEYPOINTS: tuple[str, ...] = ("min_keypoints", "keypoint_pairs", "keypoint_sigmas")
@@ -379,10 +379,33 @@ def _say(notes: Iterable[str]) -> None:
             print(f"note: {note}", file=sys.stderr)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TransferExport:
+    """Write a trained network as a program for images of any size, load it again, and compare what both give."""
+
+    network: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+    """File of OUT/trained."""
+    out: Annotated[str, tyro.conf.arg(metavar="FILE")]
+    """File to write (torch-export: .pt2, onnx: .onnx)."""
+    format: Literal["torch-export", "onnx"] = "torch-export"
+    """torch.export's program, or ONNX's."""
+
+    def execute(self) -> int:
+        """Export; return the exit code."""
+        from moco_fast.transfer.programs import export_trained, usage_of
+
+        trained, num_compared = export_trained(self.network, self.format, self.out)
+        what = "object" if isinstance(trained.preset, DetectPreset) else "image"
+        print(f"{self.out}: the same as the network for {counted(num_compared, what)} in images of several sizes")
+        print(f"\n{usage_of(trained, self.format, self.out)}")
+        return 0
+
+
 def transfer_commands() -> Any:
     """Return the union of the subcommands of `moco-fast transfer`, for tyro."""
     return (
         Annotated[Detect, tyro.conf.subcommand("detect")]
         | Annotated[Segment, tyro.conf.subcommand("segment")]
+        | Annotated[TransferExport, tyro.conf.subcommand("export")]
         | Annotated[TransferPresets, tyro.conf.subcommand("presets")]
     )

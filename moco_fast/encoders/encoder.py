@@ -26,6 +26,7 @@ __all__ = [
     "Encoder",
     "build_backbone",
     "build_encoder",
+    "build_stemmed",
     "check_image_size",
     "sine_cosine_positions",
     "unit_vectors",
@@ -146,9 +147,7 @@ def build_encoder(model: ModelConfig, method: Method, *, image_size: int = 224, 
         ValueError: an encoder that neither we nor timm know, one that takes no images of this size, or one without the
             stem that was asked for.
     """
-    backbone = build_backbone(model.encoder, image_size=image_size, channels=model.channels)
-    if model.stem == "cifar":
-        _use_cifar_stem(backbone, model.encoder)
+    backbone = build_stemmed(model, image_size=image_size)
     if model.zero_init_residual:
         _zero_last_scales(backbone, model.encoder)
     if model.freeze_patch_projection:
@@ -167,6 +166,14 @@ def build_encoder(model: ModelConfig, method: Method, *, image_size: int = 224, 
         crop=crop,
         channels=model.channels,
     )
+
+
+def build_stemmed(model: ModelConfig, *, image_size: int) -> nn.Module:
+    """Build a backbone with its stem, as `build_encoder` does. Raises ValueError as that."""
+    backbone = build_backbone(model.encoder, image_size=image_size, channels=model.channels)
+    if model.stem == "cifar":
+        _use_cifar_stem(backbone, model.encoder)
+    return backbone
 
 
 def check_image_size(encoder: Encoder, name: str, size: int, *, option: str = "--views.size") -> None:

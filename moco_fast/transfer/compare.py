@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moco_fast.config import ModelConfig
 from moco_fast.encoders.encoder import Encoder, build_backbone, width_of
 from moco_fast.encoders.formats.base import digest_of, without_head
 from moco_fast.encoders.formats.torchvision import RESNETS
@@ -34,6 +35,8 @@ class Init:
     name: str
     """For people."""
     encoder: Encoder
+    model: ModelConfig | None = None
+    """What its backbone is built of; None: only another library builds it."""
     step: int | None = None
     """Optimizer steps that a run of ours had done."""
     is_random: bool = False
@@ -43,7 +46,8 @@ class Init:
         """Return the weights for a seed."""
         if self.is_random:
             randomize(self.encoder.backbone, seed=seed)
-        return Start(name=self.name.partition(" (")[0], encoder=self.encoder, digest=digest_of(self.encoder))
+        name = self.name.partition(" (")[0]
+        return Start(name=name, encoder=self.encoder, digest=digest_of(self.encoder), model=self.model)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,7 +90,8 @@ def open_inits(names: Sequence[str], *, network: str | None) -> list[Init]:
     for name in names:
         if name == "random":
             encoder = _plain(network) if first is None else _headless(first.encoder)
-            inits.append(Init(name=f"random ({network})", encoder=encoder, is_random=True))
+            model = ModelConfig(encoder=network) if first is None else first.model
+            inits.append(Init(name=f"random ({network})", encoder=encoder, model=model, is_random=True))
         elif name == "supervised":
             if network not in RESNETS:
                 raise ValueError(
@@ -94,10 +99,12 @@ def open_inits(names: Sequence[str], *, network: str | None) -> list[Init]:
                 )
             # Trained by the recipe of the paper's time: later weights are of longer training with more augmentation.
             supervised = open_encoder(f"torchvision:{network}.IMAGENET1K_V1")
-            inits.append(Init(name=f"supervised ({supervised.name})", encoder=_headless(supervised.encoder)))
+            encoder = _headless(supervised.encoder)
+            inits.append(Init(name=f"supervised ({supervised.name})", encoder=encoder, model=supervised.model))
         else:
             found = opened[name]
-            inits.append(Init(name=found.name, encoder=_headless(found.encoder), step=found.step))
+            encoder = _headless(found.encoder)
+            inits.append(Init(name=found.name, encoder=encoder, model=found.model, step=found.step))
     return inits
 
 

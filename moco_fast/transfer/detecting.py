@@ -24,7 +24,7 @@ from moco_fast.transfer.presets import DetectPreset
 from moco_fast.transfer.sets import DetectionSet
 from moco_fast.transfer.training import Machine, NetworkTrainings, TestOutcome
 
-__all__ = ["DetectorTrainings", "find_all", "mean_values", "values"]
+__all__ = ["DetectorTrainings", "find_all", "in_own_pixels", "mean_values", "values"]
 
 _CAPTIONS = {
     "AP50": "Mean over the classes of the average precision where {} overlap by more than 50%.",
@@ -64,6 +64,11 @@ class DetectorTrainings(NetworkTrainings):
             seed=seed,
             num_keypoints=len(self._learned.keypoints or ()),
         )
+
+    @property
+    def keypoint_names(self) -> tuple[str, ...]:
+        """Of the set's keypoints, if the preset has them."""
+        return self._learned.keypoints.names if self._preset.keypoints and self._learned.keypoints else ()
 
     def images(self, encoder: Encoder, *, seed: int) -> TrainingImages:
         """Open this rank's batches of images with boxes."""
@@ -192,15 +197,23 @@ def _all_of(of_images: Sequence[tuple[Any, ...]], preset: DetectPreset, num_keyp
     )
 
 
+def in_own_pixels(found: dict[str, Tensor], image: HeldOutImage) -> dict[str, Tensor]:
+    """Return what a detector found in an image, in the image's own pixels; masks (D, height, width) bool."""
+    boxes = found["boxes"].float() * found["boxes"].new_tensor(image.scale * 2, dtype=torch.float32)
+    own = {"boxes": boxes, "labels": found["labels"], "scores": found["scores"].float()}
+    if "masks" in found:
+        # (D, 1, height, width) 0..1
+        own["masks"] = paste_masks_in_image(found["masks"], boxes, image.size)[:, 0] >= 0.5
+    if "keypoints" in found:
+        own["keypoints"] = found["keypoints"] * found["keypoints"].new_tensor((*image.scale, 1.0))
+    return own
+
+
 def _as_arrays(found: dict[str, Tensor], image: HeldOutImage) -> tuple[Any, ...]:
     """Return image, boxes, classes, scores, keypoints and masks of an image's detections, in its own pixels."""
-    boxes = found["boxes"].float() * found["boxes"].new_tensor(image.scale * 2, dtype=torch.float32)
-    keypoints = found.get("keypoints", boxes.new_empty(len(boxes), 0, 3))
-    places = keypoints * keypoints.new_tensor((*image.scale, 1.0))
-    masks: list[Any] = []
-    if "masks" in found:
-        pasted = paste_masks_in_image(found["masks"], boxes, image.size)  # (D, 1, height, width) 0..1
-        masks = encoded_masks((pasted[:, 0] >= 0.5).to(torch.uint8).cpu().numpy())
-    classes, scores = found["labels"].cpu().numpy() - 1, found["scores"].float().cpu().numpy()
-    arrays = (boxes.cpu().numpy(), classes, scores, places.cpu().numpy())
+    own = {name: value.cpu().numpy() for name, value in in_own_pixels(found, image).items()}
+    boxes = own["boxes"]
+    keypoints = own.get("keypoints", np.empty((len(boxes), 0, 3), np.float32))
+    masks = encoded_masks(own["masks"].astype(np.uint8)) if "masks" in own else list[Any]()
+    arrays = (boxes, own["labels"] - 1, own["scores"], keypoints)
     return np.full(len(boxes), image.number), *arrays, masks

@@ -22,7 +22,7 @@ from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, as_shown, open
 from moco_fast.transfer.shuffled import ShuffledImages, ahead
 from pipelines.world import World
 
-__all__ = ["HeldOutImage", "HeldOutImages", "TargetBatch", "TrainingImages", "augmented", "decoded"]
+__all__ = ["HeldOutImage", "HeldOutImages", "TargetBatch", "TrainingImages", "augmented", "decoded", "held_out"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -185,13 +185,19 @@ class HeldOutImages:
     def _make(self, number: int) -> HeldOutImage:
         found, preset = self._data.images[number], self._preset
         try:
-            image: Any = decoded(found)
+            image = decoded(found)
         except (OSError, SyntaxError):
             return HeldOutImage(number=number, image=None, scale=(1.0, 1.0), size=(found.height, found.width))
-        height, width = resized(found.height, found.width, side=preset.test_side, longest=preset.longest)
-        pixels = v2.pil_to_tensor(v2.resize(image, [height, width]))
-        scale = (found.width / width, found.height / height)
-        return HeldOutImage(number=number, image=pixels, scale=scale, size=(found.height, found.width))
+        return held_out(image, number, preset)
+
+
+def held_out(image: Image.Image, number: int, preset: DetectPreset) -> HeldOutImage:
+    """Resize an image, as it is shown, to the size in which it is tested; `number` is its own in its set."""
+    height, width = resized(image.height, image.width, side=preset.test_side, longest=preset.longest)
+    picture: Any = image
+    pixels = v2.pil_to_tensor(v2.resize(picture, [height, width]))
+    scale = (image.width / width, image.height / height)
+    return HeldOutImage(number=number, image=pixels, scale=scale, size=(image.height, image.width))
 
 
 def augmented(

@@ -28,6 +28,7 @@ __all__ = [
     "ShownNumbers",
     "choose",
     "color_of",
+    "decoded_image",
     "encoded_image",
     "encoded_layer",
 ]
@@ -192,6 +193,11 @@ def encoded_image(image: Image.Image) -> str:
     small = image.convert("RGB")
     small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     return _url(small, "jpeg", quality=85, optimize=True)
+
+
+def decoded_image(url: str) -> Image.Image:
+    """Return what `encoded_image` made."""
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
 
 
 def encoded_layer(labels: npt.NDArray[np.int64]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moco_fast.checkpoint import Checkpoint, part
+from moco_fast.config import ModelConfig
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.base import FigureInfo, Saving
 from moco_fast.evaluation.saving import SavedTraining
@@ -22,6 +23,7 @@ from moco_fast.evaluation.training import SteppedWork, on_all_ranks, refusing_al
 from moco_fast.interrupt import StoppedError
 from moco_fast.methods.batchnorm import use_statistics_of_all_ranks
 from moco_fast.optimizers.optim import load_optimizer_tensors, optimizer_tensors
+from moco_fast.transfer.described import described
 from moco_fast.transfer.optimizing import build_network_optimizer, lr_at, set_lr
 from moco_fast.transfer.pictures import Gallery
 from moco_fast.transfer.precise import set_precise_statistics
@@ -72,6 +74,8 @@ class Start:
     encoder: Encoder
     digest: str
     """Of the encoder."""
+    model: ModelConfig | None = None
+    """What its backbone is built of; None: only another library builds it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -282,7 +286,7 @@ class NetworkTrainings(SteppedWork, ABC):
             tested = self.measure(state.model)
             num_untested = sum_of_ranks(tested.num_untested, machine.world)
             self._refuse_untested(num_untested)
-            self._keep(state.model, tested.gallery, saved.name)
+            self._keep(state.model, tested.gallery, saved.name, start)
             return Trained(
                 name=saved.name,
                 figures=tested.figures,
@@ -376,7 +380,12 @@ class NetworkTrainings(SteppedWork, ABC):
                 "same command repeats the test alone, or allow a larger share"
             )
 
-    def _keep(self, model: nn.Module, gallery: Gallery | None, name: str) -> None:
+    @property
+    def keypoint_names(self) -> tuple[str, ...]:
+        """Of what is found, where objects have keypoints."""
+        return ()
+
+    def _keep(self, model: nn.Module, gallery: Gallery | None, name: str, start: Start) -> None:
         """Write weights and pictures, on the first rank, under a name that no training with other options has."""
         if gallery is not None:
             gallery.write(self._folder / "pictures" / f"{name}.json")
@@ -385,7 +394,8 @@ class NetworkTrainings(SteppedWork, ABC):
             path.parent.mkdir(exist_ok=True)
             tensors = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
             with appearing(path, durable=False) as aside:
-                save_file(tensors, aside, metadata={"classes": "\n".join(self.train_set.class_names)})
+                header = described(self._how, self.train_set.class_names, self.keypoint_names, start)
+                save_file(tensors, aside, metadata=header)
 
 
 def _is_finite(model: nn.Module) -> bool:
