@@ -10,5 +10,5 @@ def test_the_site_builds_strictly_and_shows_the_api(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "site" / "api" / "index.html").read_text()
-    for name in ("load_encoder", "embed", "configure", "train", "evaluate", "export", "open_loader"):
+    for name in ("load_encoder", "load_trained", "embed", "configure", "train", "evaluate", "export", "open_loader"):
         assert f'.{name}"' in page

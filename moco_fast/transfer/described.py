@@ -1,7 +1,6 @@
 """Header of a trained network's file: all that the network is built of, beside its weights.
 
-In safetensors' metadata, `moco_fast` is JSON with `task`, `preset`, `classes`, `keypoints` and `encoder`, and `classes`
-has a name on each line.
+In safetensors' metadata, `moco_fast` is JSON with `task`, `preset`, `classes`, `keypoints` and `encoder`.
 """
 
 import json
@@ -35,4 +34,5 @@ def described(
             "pixel_shift": encoder.pixel_shift.tolist(),
         },
     }
-    return {HEADER: json.dumps(told), "classes": "\n".join(class_names)}
+    # One entry: safetensors writes several in any order, and files of equal trainings are to be equal.
+    return {HEADER: json.dumps(told)}

@@ -1,3 +1,4 @@
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from signal import SIGTERM
@@ -110,7 +111,7 @@ def test_a_trained_detector_can_be_opened_again(tmp_path) -> None:
     figures = {name: np.mean([values(each)[name] for each in voc_precision(again, sets[1])]) for name in found.figures}
     assert figures == pytest.approx(found.figures)
     with safe_open(path, framework="pt") as file:
-        assert file.metadata()["classes"] == "bus\ncar\ncat"
+        assert json.loads(file.metadata()["moco_fast"])["classes"] == ["bus", "car", "cat"]
 
 
 def on_two_ranks(folder):
