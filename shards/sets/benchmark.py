@@ -246,6 +246,8 @@ AnyPath = Path | PackedPath
 @lru_cache(maxsize=8)
 def _opened(where: str) -> BenchmarkFiles:
     shards = open_set(where)
+    if shards.kind == "merged":
+        raise ValueError(f"{where}: benchmarks in several sets are given with spaces between them, not with commas")
     if not shards.manifest.settings.get(ANNOTATED):
         raise ValueError(
             f"{where} is a set of shards without annotations: give the benchmark's folder, or pack that with "

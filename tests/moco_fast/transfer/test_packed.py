@@ -179,6 +179,8 @@ def test_years_that_were_packed_apart_are_read_together(tmp_path) -> None:
     apart = [packed(tmp_path / "data" / year, tmp_path / year) for year in ("VOC2007", "VOC2012")]
     together = packed(tmp_path / "data", tmp_path / "both")
     of_folder = read_sets([str(tmp_path / "data")], preset, class_names=None)
+    with pytest.raises(ValueError, match="are given with spaces between them, not with commas"):
+        open_benchmark(",".join(apart))
     for where in (apart, [together]):
         of_shards = read_sets(where, preset, class_names=None)
         assert [each.identity for each in of_shards] == [each.identity for each in of_folder]
@@ -249,3 +251,15 @@ def test_a_packed_path_finds_what_pathlib_finds(tmp_path) -> None:
     assert not (inner / "town" / "x.png").exists()
     with pytest.raises(FileNotFoundError):
         (inner / "town" / "x.png").read_bytes()
+
+
+def test_files_of_lvis_may_lie_beside_shards_of_coco(tmp_path) -> None:
+    write_lvis(tmp_path / "coco", {"train": 4, "val": 2})
+    (tmp_path / "lvis").mkdir()
+    wanted = [each.identity for each in read_sets([str(tmp_path / "coco")], tiny("lvis-fpn-2x"), class_names=None)]
+    for path in (tmp_path / "coco").glob("lvis_*.json"):
+        path.rename(tmp_path / "lvis" / path.name)
+    (tmp_path / "coco" / "annotations" / "instances_train2017.json").write_text("{}")
+    out = packed(tmp_path / "coco", tmp_path / "out")
+    of_shards = read_sets([out, str(tmp_path / "lvis")], tiny("lvis-fpn-2x"), class_names=None)
+    assert [each.identity for each in of_shards] == wanted
