@@ -2,18 +2,21 @@
 
 import os
 import shutil
+import time
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from shards.config import PackConfig
+from shards.ground.cpus import available_cpus
 from shards.ground.locks import locked, take_lock
 from shards.ground.progress import ProgressBars
 from shards.ground.units import counted
 from shards.images.transcode import transcoder
 from shards.packing.executors import executor
 from shards.packing.finish import read_manifest, refuse_earlier_version, write_manifests
+from shards.packing.late import late_tasks
 from shards.packing.plan import PackPlan, ShardTask
 from shards.packing.planning import LISTED_NAME, make_plan, refuse_changes
 from shards.packing.records import RecordGroups, read_records
@@ -117,8 +120,39 @@ def _pack_part(config: PackConfig, target: Target, progress: ProgressBars) -> No
             # `finish` was killed while it cleared away.
             return
         plan = _open_plan(config, target, progress)
-        _write_missing(plan, plan.tasks()[int(number) :: int(count)], config, target, progress)
+        tasks = plan.tasks()
+        _write_missing(plan, tasks[int(number) :: int(count)], config, target, progress)
+        _write_late(plan, tasks, config, target, progress, num_parts=int(count))
     target.leave()
+
+
+def _write_late(
+    plan: PackPlan,
+    tasks: list[ShardTask],
+    config: PackConfig,
+    target: Target,
+    progress: ProgressBars,
+    *,
+    num_parts: int,
+) -> None:
+    """Write what parts that fell silent have left, each shard by one of those that are done with their own."""
+    claims, tried = target.claims(), set[ShardTask]()
+    workers = config.workers or available_cpus()
+    while True:
+        records = read_records(target, plan.splits, tasks, target.sizes())
+        late = [task for task in late_tasks(tasks, records, num_parts, now_s=time.time()) if task not in tried]
+        with ExitStack() as held:
+            ours: list[ShardTask] = []
+            for task in late:
+                tried.add(task)
+                if held.enter_context(claims.hold(f"late-{task.split}-{task.shard}")):
+                    ours.append(task)
+                if len(ours) == workers:
+                    break
+            if not ours:
+                return
+            progress.say(f"writing {counted(len(ours), 'shard')} of parts that have finished none for long")
+            _write_missing(plan, ours, config, target, progress)
 
 
 def _finished(config: PackConfig, target: Target) -> dict[str, Manifest] | None:
@@ -161,7 +195,7 @@ def _write_missing(
     missing = [task for task in tasks if task not in done]
     total, todo = (sum(len(plan.positions(task)) for task in some) for some in (tasks, missing))
     done_bytes = sum(finished.entry.num_bytes for finished in done.values())
-    groups = RecordGroups(target)
+    groups, worker_s = RecordGroups(target), 0.0
     run_tasks = executor(config)
     try:
         encoding = replace(config.encoding(), depth_range=plan.depth_range)
@@ -170,7 +204,10 @@ def _write_missing(
                 WriteShard(f"{WORK_NAME}/{plan.name}", target, encoding), missing, tick=tick
             ):
                 groups.add(task, finished)
+                worker_s += finished.span[1] - finished.span[0] if finished.span else 0.0
         groups.flush()
+        if worker_s:
+            progress.say(f"{todo / worker_s:,.0f} inputs/s per worker, each of which is a CPU")
     finally:
         # Workers that were ended could not remove what they were writing.
         for path in target.scratch.iterdir():

@@ -56,6 +56,8 @@ class PackStatus:
     inputs_per_s: float | None
     """While at least one shard was being written; None: not known yet."""
     bytes_per_s: float | None
+    inputs_per_worker_s: float | None
+    """Inputs per second of one worker, which is one CPU."""
     time_left_s: float | None
     last_done_s: float | None
     """Seconds since 1970 when the newest shard was finished."""
@@ -106,7 +108,9 @@ def _status(
     num_done = sum(len(splits[task.split].positions(task.shard)) for task in records)
     timed = {task: record for task, record in records.items() if record.span is not None}
     seconds = _covered_s([record.span for record in timed.values() if record.span is not None])
-    rate = sum(len(splits[task.split].positions(task.shard)) for task in timed) / seconds if seconds else None
+    num_timed = sum(len(splits[task.split].positions(task.shard)) for task in timed)
+    rate = num_timed / seconds if seconds else None
+    worker_s = sum(record.span[1] - record.span[0] for record in timed.values() if record.span is not None)
     return PackStatus(
         state="packing" if len(records) < len(tasks) else "to be finished",
         is_held=target.is_held(),
@@ -123,6 +127,7 @@ def _status(
         writing_bytes=sum(writing),
         inputs_per_s=rate,
         bytes_per_s=sum(record.entry.num_bytes for record in timed.values()) / seconds if seconds else None,
+        inputs_per_worker_s=num_timed / worker_s if worker_s else None,
         time_left_s=(num_inputs - num_done) / rate if rate else None,
         last_done_s=max((record.span[1] for record in timed.values() if record.span is not None), default=None),
         parts=_parts(tasks, records),
@@ -164,7 +169,9 @@ def _without_plan(target: Target, sizes: dict[str, int]) -> PackStatus:
     rejections = sum((Counter(manifest.rejections) for manifest in manifests), Counter[str]())
     num_duplicates = rejections.pop("duplicate", 0)
     num_inputs = sum(manifest.num_inputs for manifest in manifests) - num_duplicates
-    values: dict[str, Any] = dict.fromkeys(("inputs_per_s", "bytes_per_s", "time_left_s", "last_done_s"))
+    values: dict[str, Any] = dict.fromkeys(
+        ("inputs_per_s", "bytes_per_s", "inputs_per_worker_s", "time_left_s", "last_done_s")
+    )
     return PackStatus(
         state="finished" if names else "listing",
         is_held=target.is_held(),
@@ -215,5 +222,7 @@ def describe_status(status: PackStatus, out: str, *, now_s: float | None = None)
     elif status.inputs_per_s and status.bytes_per_s and status.time_left_s is not None and status.last_done_s:
         ago = max(0.0, (time.time() if now_s is None else now_s) - status.last_done_s)
         rate = f"{status.inputs_per_s:,.0f} inputs/s, {format_bytes(status.bytes_per_s)}/s"
+        if status.inputs_per_worker_s:
+            rate += f" ({status.inputs_per_worker_s:,.0f} inputs/s per worker)"
         left = f"about {format_duration(status.time_left_s)} left at this rate"
         yield f"  {rate}, {left}; the newest shard is from {format_duration(ago)} ago"
