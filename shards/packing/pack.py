@@ -170,10 +170,10 @@ def _open_plan(config: PackConfig, target: Target, progress: ProgressBars) -> Pa
     if target.scratch.exists():
         shutil.rmtree(target.scratch)
     target.scratch.mkdir()
-    is_new = not target.has(PLAN_NAME)
+    is_new = not (target.has(PLAN_NAME) or target.has(LISTED_NAME))
     first = {path_in(name, f"{shard_stem(0)}.tar") for name in config.split_names()}
     try:
-        if is_new and not target.has(LISTED_NAME) and any(target.has(name) for name in first):
+        if is_new and any(target.has(name) for name in first):
             raise ValueError(f"{config.out} holds shards of unknown origin: choose an empty folder, or remove them")
         target.begin([])
         plan = make_plan(config, target, progress)

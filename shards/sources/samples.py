@@ -70,6 +70,8 @@ class SeveralImages:
             by_repetition: extensions that several keys have in common make samples too, not only `a.jpg` beside
                 `a.seg.png`.
         """
+        if len(names) < 2:
+            return
         extensions = sorted({extension(name) for name in names})
         is_certain = any("." not in each for each in extensions)
         if len(extensions) < 2 or not (is_certain or by_repetition):

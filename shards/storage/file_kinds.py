@@ -141,6 +141,7 @@ def litter(name: bytes, *, is_image: bool = False) -> str | None:
     return "litter (._*)" if base.startswith(b"._") else f"litter ({base.decode('ascii', 'replace').strip()})"
 
 
+@lru_cache(maxsize=64)  # each name is asked for twice, one time after the other
 def may_be_archive(name: bytes) -> bool:
     """Return whether a file is called an archive, a table, or something compressed."""
     if name.lower().endswith(_as_bytes((*ARCHIVES, *OTHER_ARCHIVES, *COMPRESSED))):
