@@ -178,8 +178,9 @@ def _run(words: Sequence[str], prog: str) -> int:
     try:
         config = parse(words, prog=prog)
         from moco_fast.training.loop import train
+        from moco_fast.training.startup import StartUp
 
-        return train(config)
+        return train(config, start_up=StartUp.of_command())
     except ModuleNotFoundError as error:
         if is_first_rank():
             print(f"error: {how_to_install(error)}", file=sys.stderr)

@@ -71,7 +71,7 @@ class Loader:
         self.description = description
         self.num_replaced = 0
         self._num_steps = plan.num_steps
-        self._start = start
+        self._make_stream = start
         self._epoch = 0
         self._step = 0
         self._kept = _HandedOver(device)
@@ -113,6 +113,15 @@ class Loader:
         self._stop()
         self._epoch, self._step = (epoch + 1, 0) if step == self._num_steps else (epoch, step)
 
+    def start(self) -> Stream:
+        """Begin to make batches, unless it has begun: processes and memory are there before the first is asked for."""
+        if self._closed:
+            raise ValueError("this loader is closed: open another one")
+        if self._stream is None:
+            self._stream = self._make_stream(self._epoch, self._step)
+            self._finalizer = _close_with(self, self._stream)
+        return self._stream
+
     def close(self) -> None:
         """End all threads and free what is ready. May be called twice, and in mid-epoch."""
         self._closed = True
@@ -120,13 +129,9 @@ class Loader:
         self._kept.clear()
 
     def _next(self) -> Batch:
-        if self._closed:
-            raise ValueError("this loader is closed: open another one")
+        stream = self.start()
         self._kept.mark()
-        if self._stream is None:
-            self._stream = self._start(self._epoch, self._step)
-            self._finalizer = _close_with(self, self._stream)
-        made = self._stream.get()
+        made = stream.get()
         for reason in made.replaced:
             self.num_replaced += 1
             _LOG.warning("replaced by the next good sample: %s", reason)

@@ -23,7 +23,7 @@ from torch import Tensor
 from moco_fast.evaluation.features import Features
 from moco_fast.evaluation.room import FEATURES_SUFFIX, make_room
 from shards.ground.digests import short_digest
-from shards.ground.files import appearing, aside_of
+from shards.ground.files import appearing, aside_of, cache_folder
 from shards.ground.locks import locked
 
 __all__ = ["FeatureCache", "FeatureKey", "RowsFile", "default_folder"]
@@ -33,7 +33,7 @@ _FORMAT = 1
 
 def default_folder() -> Path:
     """Return the user's own folder for features."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moco-fast" / "features"
+    return cache_folder("features")
 
 
 @dataclass(frozen=True, kw_only=True)

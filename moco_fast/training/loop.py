@@ -42,6 +42,7 @@ from moco_fast.training.launch import launch_facts
 from moco_fast.training.metrics import Average, MetricsFile, Pending
 from moco_fast.training.runtime import Runtime, start
 from moco_fast.training.schedule import describe_lr, lr_at
+from moco_fast.training.startup import StartUp
 from moco_fast.training.supply import Supply
 from moco_fast.training.trackers import About, Trackers, open_trackers
 from pipelines.config import tars_to_stream
@@ -87,8 +88,12 @@ class Progress:
     """Of the weights that the run started from, if they were not random (`InitialWeights.facts`)."""
 
 
-def train(config: Config) -> int:
+def train(config: Config, *, start_up: StartUp | None = None) -> int:
     """Start or continue the configured run; this process is one of its ranks.
+
+    Args:
+        config: of the run.
+        start_up: clock of the command; None: the start is this call.
 
     Returns:
         the exit code: 0 when the run is finished, 128 + signal when a signal stopped it (and it was saved).
@@ -97,6 +102,7 @@ def train(config: Config) -> int:
         ValueError: the configuration cannot work; nothing has been trained.
         FloatingPointError: the loss is not finite.
     """
+    start_up = start_up or StartUp()
     runtime = start(config.run)
     folder = None
     try:
@@ -112,7 +118,7 @@ def train(config: Config) -> int:
         config = _with_lanes(config, runtime, folder)
         parts = build(config, runtime, sets.training, initial=initial and initial.tensors)
         progress = begin(config, runtime, best, data, initial)
-        return _run(config, runtime, folder, parts, evaluation, progress)
+        return _run(config, runtime, folder, parts, evaluation, progress, start_up)
     except BaseException as error:
         if folder is not None:
             folder.note_failure(error)
@@ -195,12 +201,14 @@ def _run(
     parts: Parts,
     evaluation: Evaluation | None,
     progress: Progress,
+    start_up: StartUp,
 ) -> int:
     try:
         restore(config, runtime, parts, progress, newest=folder and folder.found.newest)
         metrics = None
         hosts = runtime.gather(platform.node())
         trackers = _on_first_rank(runtime, lambda: _open_trackers(config, progress))
+        start_up.lap("sets and model")
         if folder is not None:
             environment = console.environment(runtime, parts) | {"hosts": hosts, "launch": launch_facts()}
             # Before anything else is written: until then the files tell when the last start was alive.
@@ -213,10 +221,11 @@ def _run(
             console.print_opening(config, runtime, parts, progress.step, init_from=progress.init_from)
             if folder.changes is not None:
                 console.print_changes(folder.changes)
+            console.say(start_up.describe("ready"))
             job_status = open_job_status(os.environ, num_steps=parts.num_steps)
             trackers = trackers or Trackers()
             metrics = MetricsFile(folder.path, step=progress.step, trackers=trackers, job_status=job_status)
-        run = RunLoop(config, runtime, parts, progress, metrics, evaluation, folder)
+        run = RunLoop(config, runtime, parts, progress, metrics, evaluation, folder, start_up)
         try:
             stopped_by = run.catch_up() or run.loop()
         finally:
@@ -301,7 +310,9 @@ class RunLoop:
         metrics: MetricsFile | None,
         evaluation: Evaluation | None,
         folder: RunFolder | None,
+        start_up: StartUp,
     ):
+        self._start_up: StartUp | None = start_up
         self.config, self.runtime, self.parts, self.progress = config, runtime, parts, progress
         self._metrics = metrics
         self._evaluation = evaluation
@@ -333,7 +344,11 @@ class RunLoop:
         """Do the evaluation that is due before the next step; return the signal that interrupted it, or 0."""
         if not self.progress.is_evaluation_due:
             return 0
+        # Worker processes take seconds to import torch: they do it beside the evaluation.
+        self.parts.loader.start()
         is_best, stopped_by = self.evaluate()
+        if self._start_up is not None and self._evaluation is not None:
+            self._start_up.lap("evaluation")
         if is_best or stopped_by:
             self.save()
         if stopped_by:
@@ -382,6 +397,7 @@ class RunLoop:
             now = time.perf_counter()
             progress.interval_s += now - clock
             clock = now
+            self._note_first_step()
             self._bar.step()
             if progress.step % config.log.every_steps == 0:
                 self._log({"lr": lr, **scheduled})
@@ -401,6 +417,13 @@ class RunLoop:
             progress.headspace = self._headspace.after(progress.step) or progress.headspace
             clock = time.perf_counter()  # The time since the step was not spent on training.
         return 0
+
+    def _note_first_step(self) -> None:
+        """Say once how long it took until the first step, which compiles, was done or given to the GPU."""
+        if self._start_up is not None and self._metrics is not None:
+            self._start_up.lap("first step")
+            console.say(self._start_up.describe("first step"))
+        self._start_up = None
 
     def _poll(self) -> tuple[int, bool]:
         """Return the signal that all ranks stop for, or 0, and whether one asked for a checkpoint.

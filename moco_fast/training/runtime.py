@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from moco_fast.config import RunConfig
 from moco_fast.training.affinity import stay_near_gpu
+from moco_fast.training.compiled import keep_compiled
 from moco_fast.training.process import NotMetError
 from moco_fast.training.rendezvous import (
     INIT_METHOD,
@@ -169,6 +170,8 @@ def start(config: RunConfig, *, env: MutableMapping[str, str] = os.environ) -> R
     if config.cuda_graphs and on_cpu:
         raise ValueError("--run.cuda-graphs needs a GPU: on the CPU use --run.compile")
     compile_options, compile_note = choose_compile(config, env.get("ACCELERATE_DYNAMO_BACKEND"))
+    if compile_options is not None and compile_options["backend"] == "inductor":
+        compile_note = f"{compile_note}; compiled code: {keep_compiled(env)}"
     accelerator = _join(config, precision, env, on_cpu=on_cpu)
     notes = [note, *filter(None, (compile_note, network))]
     if not on_cpu and env.get("ACCELERATE_CPU_AFFINITY", "").lower() in ("1", "true"):

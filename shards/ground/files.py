@@ -2,11 +2,26 @@
 
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["appearing", "aside_of", "publish", "remove", "sync", "uncache", "write_synced", "write_whole"]
+__all__ = [
+    "appearing",
+    "aside_of",
+    "cache_folder",
+    "publish",
+    "remove",
+    "sync",
+    "uncache",
+    "write_synced",
+    "write_whole",
+]
+
+
+def cache_folder(name: str, env: Mapping[str, str] = os.environ) -> Path:
+    """Return a folder in the user's own cache, which need not be there: the XDG base directory's `moco-fast/NAME`."""
+    return Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moco-fast" / name
 
 
 def aside_of(final: Path) -> Path:

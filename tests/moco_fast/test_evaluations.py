@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -235,6 +236,11 @@ def test_without_labels_only_what_needs_none_is_measured(
     note = f"evaluation: {others / 'unlabeled'} holds no labels, so health is measured, not {left_out}"
     assert said.count("holds no labels") == 1
     assert note in said[: said.index("resnet18_quarter")]  # before what a run says once it has its folder
+    ready, *rest = (line for line in said.splitlines() if line.startswith("start-up: "))
+    assert re.fullmatch(r"start-up: ready after [\d.]+ s \(sets and model [\d.]+\)", ready)
+    assert len(rest) == 1
+    parts = r"sets and model [\d.]+, evaluation [\d.]+, first step [\d.]+"
+    assert re.fullmatch(rf"start-up: first step after [\d.]+ s \({parts}\)", rest[0])
     record = read_run(tmp_path / "run")
     assert [step for step, _ in record.curve("health/rankme")] == [0, 2]
     assert all(name.partition("/")[0] in ("health", name) for line in record.evaluations for name in line)
