@@ -157,6 +157,22 @@ def test_closing_leaves_no_thread_at_any_time(small_shards, taken):
         next(iter(loader))
 
 
+def test_starting_ahead_of_need_changes_no_batch(small_shards, loader):
+    with open_small(small_shards) as ahead:
+        ahead.start()
+        assert our_threads()
+        assert ahead.state_dict() == {"epoch": 0, "step": 0}
+        ahead.start()
+        assert same(next(iter(loader)), next(iter(ahead)))
+        # One that goes elsewhere, as a resume does, starts there.
+        for each in (loader, ahead):
+            each.load_state_dict({"epoch": 1, "step": 2})
+        ahead.start()
+        assert same(next(iter(loader)), next(iter(ahead)))
+    with pytest.raises(ValueError, match="this loader is closed"):
+        ahead.start()
+
+
 def test_a_dropped_loader_closes_itself(small_shards):
     loader = open_small(small_shards)
     next(iter(loader))
