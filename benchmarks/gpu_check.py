@@ -104,6 +104,7 @@ def _on_a_gpu() -> list[Part]:
         _tests("step", 100, "step", select="not compiled"),
         _tests("views", 120, "views", "colors"),
         _tests("world-and-apex", 90, "world_of_one", "apex"),
+        _tests("transfer", 60, "transfer_decoding"),
         _profile("beside-the-loader", 50, batch=256, beside=True),
         Part(name="jpeg-kinds", kind="jpeg_kinds", limit_s=90, options={"batch": 64, "rounds": 5}),
         Part(name="momentum", kind="momentum", limit_s=30, options={"encoder": "resnet50"}),

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -94,7 +95,10 @@ class Source(Protocol):
 
 def folder_of(name: bytes) -> str | None:
     """Return the folders of a name, as `Input.folder`."""
-    return os.fsdecode(name.rpartition(b"/")[0]) or None
+    return _as_text(name.rpartition(b"/")[0]) or None
+
+
+_as_text = lru_cache(maxsize=256)(os.fsdecode)  # images of one folder are mostly next to each other
 
 
 def printable(name: bytes) -> str:

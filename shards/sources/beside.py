@@ -1,5 +1,6 @@
 """Files that describe the archives and tables beside them: those of our own sets, and those that other tools write."""
 
+import re
 from collections.abc import Iterable, Iterator
 
 from shards.storage.file_kinds import (
@@ -14,6 +15,7 @@ from shards.storage.file_kinds import (
     TABLE_NAME,
     TABLE_OF_SHARDS_NAME,
     UNIFORM_NAME,
+    ends_as_image,
     kind_of_archive,
     may_be_archive,
 )
@@ -41,10 +43,13 @@ _STATISTICS = b"_stats.json"
 _NAMES = _OWN.union([_DICTIONARY], *_BESIDE.values())
 _ENDS = (b".tar", b".parquet", b".labels.txt", _STATISTICS, *_OWN_ENDS)
 _INSIDE_NAMES = (*_BESIDE, b"tfrecord")
+_INSIDE = re.compile(b"|".join(map(re.escape, _INSIDE_NAMES)))
 
 
 def may_describe(name: bytes) -> bool:
     """Return whether `describe_sets` looks at a file, judged by its name alone: it leaves out nearly all images."""
+    if ends_as_image(name):
+        return _INSIDE.search(name) is not None
     base = name.rpartition(b"/")[2]
     return base in _NAMES or base.endswith(_ENDS) or any(each in base for each in _INSIDE_NAMES) or may_be_archive(base)
 

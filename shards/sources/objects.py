@@ -44,8 +44,9 @@ class ObjectsSource:
     def inputs(self, spool: Path) -> Iterator[Input | Source | Aside]:
         """List all objects, sorted by name; archives and tables among them are sources of their own."""
         nested: list[Source] = []
-        objects = SortedNames(((os.fsencode(name), size) for name, size in self._folder().objects()), spool)
-        describing = describe_sets(name for name, _ in objects if may_describe(name))
+        beside: list[bytes] = []
+        objects = SortedNames(self._listed(beside), spool)
+        describing = describe_sets(beside)
         several, sizes = SeveralImages(), deque[int]()
         for item in sifted(_names(objects, sizes), self._options.members, several, self._begin):
             size = sizes.popleft()
@@ -60,6 +61,14 @@ class ObjectsSource:
         objects.remove()
         several.refuse(self.path)
         yield from nested
+
+    def _listed(self, beside: list[bytes]) -> Iterator[tuple[bytes, int]]:
+        """Return name and size of every object; those that may describe others are added to `beside`."""
+        for text, size in self._folder().objects():
+            name = text.encode("utf-8", "surrogateescape")
+            if may_describe(name):
+                beside.append(name)
+            yield name, size
 
     def _nested(self, name: bytes) -> Source | None:
         if not may_be_archive(name):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from shards.ground.units import counted
 from shards.images.sniff import is_image
 from shards.sources.base import Aside, printable
-from shards.storage.file_kinds import IMAGE_SUFFIXES, litter, may_be_archive
+from shards.storage.file_kinds import IMAGE_SUFFIXES, key_of_plain_image, litter, may_be_archive
 
 __all__ = ["ALL_MEMBERS", "Named", "SeveralImages", "extension", "is_chosen", "sifted", "split_name"]
 
@@ -110,6 +110,13 @@ def sifted(
     """
     last, images = None, list[bytes]()
     for name in names:
+        if not members and (key := key_of_plain_image(name)):
+            yield name
+            if key != last:
+                several.note(images, by_repetition=False)
+                last, images = key, []
+            images.append(name)
+            continue
         kind = litter(name)
         if kind is not None and litter(name, is_image=True) is None and is_image(read(name)):
             kind = None
@@ -122,9 +129,10 @@ def sifted(
         else:
             yield name
             split = split_name(name)
-            if split[:2] != last:
+            key = split.folder + split.key
+            if key != last:
                 several.note(images, by_repetition=False)
-                last, images = split[:2], []
+                last, images = key, []
             if (
                 split.key
                 and split.extension.rpartition(b".")[2].lower().decode("ascii") in IMAGE_SUFFIXES

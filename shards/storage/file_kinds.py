@@ -23,6 +23,8 @@ __all__ = [
     "TABLE_NAME",
     "TABLE_OF_SHARDS_NAME",
     "UNIFORM_NAME",
+    "ends_as_image",
+    "key_of_plain_image",
     "kind_of_archive",
     "litter",
     "may_be_archive",
@@ -72,6 +74,12 @@ _IMAGES = (
 )
 IMAGE_SUFFIXES = frozenset(_IMAGES.split(" "))
 """Endings of images. Content decides what is one; what only has such a name is a damaged one, not something else."""
+
+_IMAGE_ENDS = frozenset(suffix.encode() for suffix in IMAGE_SUFFIXES)
+# Neither the folders nor the names of litter, no archive, and one dot: what nearly all images of large sets are.
+_PLAIN_IMAGE = re.compile(
+    rb"((?:[A-Z0-9][\w-]*/)*[A-Z0-9][\w-]*)\.(?:%b)" % "|".join(IMAGE_SUFFIXES).encode(), re.IGNORECASE
+)
 
 SHARD_SUFFIXES = (".tar", ".index.npy", ".sources.txt", ".idx")
 """The files of a shard, each after its stem."""
@@ -141,9 +149,28 @@ def litter(name: bytes, *, is_image: bool = False) -> str | None:
     return "litter (._*)" if base.startswith(b"._") else f"litter ({base.decode('ascii', 'replace').strip()})"
 
 
-@lru_cache(maxsize=64)  # each name is asked for twice, one time after the other
+def key_of_plain_image(name: bytes) -> bytes | None:
+    """Return folders and key of an image's usual name, which other rules say nothing else of; None for others.
+
+    It is for speed: a bucket may hold a billion of them.
+    """
+    found = _PLAIN_IMAGE.fullmatch(name)
+    return found and found[1]
+
+
+def ends_as_image(name: bytes) -> bool:
+    """Return whether a name ends as an image's: then it is called no archive."""
+    return name.rpartition(b".")[2].lower() in _IMAGE_ENDS
+
+
 def may_be_archive(name: bytes) -> bool:
     """Return whether a file is called an archive, a table, or something compressed."""
+    # First, since a bucket may hold a billion images.
+    return not ends_as_image(name) and _may_be_archive(name)
+
+
+@lru_cache(maxsize=64)  # each name is asked for twice, one time after the other
+def _may_be_archive(name: bytes) -> bool:
     if name.lower().endswith(_as_bytes((*ARCHIVES, *OTHER_ARCHIVES, *COMPRESSED))):
         return True
     return _RECORDS.search(name) is not None or _DATA.fullmatch(name.rpartition(b"/")[2]) is not None

@@ -56,14 +56,16 @@ class Store(Web):
     alone = 0
 
     def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
-        self.reads.append(self.path)
+        with self.turns:
+            self.reads.append(self.path)
+            number = len(tars_read(type(self)))
         if self.refused and self.refused in self.path:
             self.answer(403, b"<Error><Code>AccessDenied</Code></Error>")
             return
         if self.expired and self.expired in self.path and "=test/" in self.headers["Authorization"]:
             self.answer(400, b"<Error><Code>ExpiredToken</Code></Error>")
             return
-        if self.together is not None and self.path.endswith(".tar") and len(tars_read(type(self))) > self.alone:
+        if self.together is not None and self.path.endswith(".tar") and number > self.alone:
             self.together.wait(timeout=20)
         super().do_GET()
 
