@@ -35,7 +35,7 @@ def with_gloo() -> None:
 def exchanged(failing: int) -> Any:
     without_gloo(failing)
     try:
-        exchange, second = (open_exchange(timeout_s=30) for _ in range(2))
+        exchange, second = (open_exchange(timeout_s=90) for _ in range(2))
     finally:
         with_gloo()
     rank = dist.get_rank()
@@ -69,7 +69,7 @@ def test_all_ranks_exchange_the_same_way_and_get_the_same(run_ranks: Callable[..
 def keys_left() -> int:
     without_gloo(0)
     try:
-        exchange = open_exchange(timeout_s=30)
+        exchange = open_exchange(timeout_s=90)
     finally:
         with_gloo()
     store = dist.distributed_c10d._get_default_store()
@@ -91,7 +91,7 @@ def test_a_run_leaves_no_heap_of_keys_in_the_store(run_ranks: Callable[..., Any]
 def signal_seen() -> Any:
     without_gloo(1)
     try:
-        stop = StopSignal(timeout_s=30)
+        stop = StopSignal(timeout_s=90)
     finally:
         with_gloo()
     seen = []
@@ -107,7 +107,7 @@ def signal_seen() -> Any:
     with stop.reaching_all():
         if dist.get_rank() == 0:
             os.kill(os.getpid(), signal.SIGHUP)
-        elif not reached.wait(30):
+        elif not reached.wait(90):
             raise AssertionError("the signal to the first rank did not come")
     stop.close()
     return stop.note is None, seen
