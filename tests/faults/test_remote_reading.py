@@ -20,6 +20,7 @@ import torch
 
 from pipelines.config import DataConfig, ViewsConfig
 from pipelines.loader import open_loader
+from pipelines.plan.order import OrderPlan
 from pipelines.plan.steps import ListedSteps
 from pipelines.reading import cache as cache_module
 from pipelines.reading import fetch as fetch_module
@@ -414,6 +415,30 @@ def walk_all(shards):
             shards.fetch(int(samples[0]) // PER_SHARD)
     finally:
         walk.close()
+
+
+def test_each_node_fetches_the_shards_of_its_lanes_once_an_epoch(store, local, tmp_path):
+    num_nodes, batch_size = 2, 8
+    sizes = open_set("s3://bucket/set").shard_sizes
+    order = OrderPlan(shard_sizes=sizes, seed=1, batch_size=batch_size, lanes=num_nodes, window_shards=2).order(0)
+    fetched = []
+    for node in range(num_nodes):
+        samples = np.concatenate([order.rank_step(step, node, num_nodes) for step in range(order.plan.num_steps)])
+        wanted = {f"shard-{shard:06d}.tar" for shard in order.locate(samples)[0].tolist()}
+        # About half of what the node needs in an epoch.
+        shards = open_cached(tmp_path / f"node-{node}", shards=len(wanted) / 2 + 1, local=local)
+        store.reads.clear()
+        walk = FetchedSteps(shards, ListedSteps(samples=samples, batch_size=batch_size // num_nodes, epoch=0))
+        try:
+            for _, some in walk:
+                for shard in np.unique(order.locate(some)[0]).tolist():
+                    shards.open_shard(shard)
+        finally:
+            walk.close()
+        assert tars_read(store) == sorted(wanted)
+        fetched += wanted
+    # Shared are those that an end of a lane cuts through.
+    assert NUM_SHARDS <= len(fetched) <= NUM_SHARDS + num_nodes
 
 
 def test_as_many_shards_are_fetched_at_once_as_is_said(store, local, tmp_path):
