@@ -218,7 +218,7 @@ def _image(
     keypoints: list[npt.NDArray[np.float32]] = []
     num_keypoints = len(details.keypoints or ())
     for each in objects:
-        if each.get("iscrowd"):
+        if _is_crowd(each):
             continue
         try:
             found = (
@@ -267,10 +267,15 @@ def _four(told: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 def _class(told: Mapping[str, Any], numbers: Mapping[int, int]) -> int:
-    category = told.get("category_id")
-    if not isinstance(category, int) or category not in numbers:
-        raise _Unusable("is of an unknown category")
-    return numbers[category]
+    try:
+        return numbers[int(told["category_id"])]
+    except (KeyError, *_NO_NUMBERS):
+        raise _Unusable("is of an unknown category") from None
+
+
+def _is_crowd(told: Mapping[str, Any]) -> bool:
+    # Some tools write numbers as text, and "0" is true in Python.
+    return told.get("iscrowd") not in (None, 0, "0", "")
 
 
 def _outline(told: Mapping[str, Any], size: tuple[int, int]) -> Outline:
@@ -278,21 +283,26 @@ def _outline(told: Mapping[str, Any], size: tuple[int, int]) -> Outline:
     if isinstance(outline, dict):
         _check_runs(outline, size)  # pyright: ignore[reportUnknownArgumentType] - of JSON
         return outline  # pyright: ignore[reportUnknownVariableType] - of JSON
-    try:
-        polygons = [each for each in outline or () if len(each) >= _NUM_POINTS and len(each) % 2 == 0]
-        found = [np.array(each, dtype=np.float32).reshape(-1, 2) for each in polygons]
-    except _NO_NUMBERS:
-        raise _Unusable("has an outline that is not of numbers") from None
-    if not found:
+    polygons = [each for each in _polygons(outline) if len(each) >= _NUM_POINTS and len(each) % 2 == 0]
+    if not polygons:
         raise _NoOutlineError("has no outline (--masks False does without)")
-    if not all(np.isfinite(each).all() for each in found):
-        raise _Unusable("has an outline that is not of numbers")
+    return [each.astype(np.float32).reshape(-1, 2) for each in polygons]
+
+
+def _polygons(outline: Any) -> list[npt.NDArray[np.float64]]:
+    """Return each polygon's numbers (2 * corners,), also those of too few."""
+    try:
+        found = [np.array(each, dtype=np.float64) for each in outline or ()]
+    except _NO_NUMBERS:
+        raise _Unusable("has an outline that is not lists of numbers") from None
+    if not all(each.ndim == 1 and np.isfinite(each).all() for each in found):
+        raise _Unusable("has an outline that is not lists of numbers")
     return found
 
 
 def _has_outline(told: Any) -> bool:
     """Return whether an object has an outline, if only one that cannot be used."""
-    if not isinstance(told, Mapping) or told.get("iscrowd"):  # pyright: ignore[reportUnknownMemberType] - of JSON
+    if not isinstance(told, Mapping) or _is_crowd(told):  # pyright: ignore[reportUnknownArgumentType] - of JSON
         return False
     try:
         return isinstance(told.get("segmentation"), Mapping) or bool(_outline(told, (0, 0)))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType] - of JSON
@@ -356,7 +366,7 @@ def measured_objects(truth: DetectionSet, *, masks: bool) -> list[dict[str, Any]
         if (image := images.get(int(told["image_id"]))) is None:
             continue
         try:
-            _class(told, numbers)
+            category = truth.category_ids[_class(told, numbers)]
             box = _four(told)
             more: dict[str, Any] = {}
             if masks:
@@ -369,11 +379,11 @@ def measured_objects(truth: DetectionSet, *, masks: bool) -> list[dict[str, Any]
             {
                 "id": len(kept) + 1,
                 "image_id": image.image_id,
-                "category_id": told["category_id"],
+                "category_id": category,
                 "bbox": list(box),
                 # Only averages by size, of which none is stated, and keypoints need it.
                 "area": box[2] * box[3],
-                "iscrowd": int(bool(told.get("iscrowd"))),
+                "iscrowd": int(_is_crowd(told)),
                 **more,
             }
         )
@@ -385,8 +395,9 @@ def _measured_outline(told: Mapping[str, Any], size: tuple[int, int]) -> Any:
         _outline(told, size)
     except _NoOutlineError:
         # COCO's own code takes polygons of four numbers, too.
-        return [each for each in told.get("segmentation") or () if isinstance(each, list) and len(each) == 4]  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType] - of JSON
-    return told["segmentation"]
+        return [each.tolist() for each in _polygons(told.get("segmentation")) if len(each) == 4]
+    outline = told["segmentation"]
+    return outline if isinstance(outline, Mapping) else [each.tolist() for each in _polygons(outline)]  # pyright: ignore[reportUnknownVariableType] - of JSON
 
 
 def _measured_keypoints(told: Mapping[str, Any], num_keypoints: int, box: Sequence[float]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from moco_fast.transfer.metrics import ClassPrecision, Detections, voc_precision
 from moco_fast.transfer.presets import DetectPreset
 from moco_fast.transfer.sets import DetectionSet
 
+_SHARES = 2  # Where left and top, width and height are shares, right and bottom are at most this.
+
 __all__ = ["learned", "measured", "read_sets", "refuse_unmarked", "without_masks"]
 
 
@@ -93,6 +95,14 @@ def refuse_unmarked(train: DetectionSet, test: DetectionSet, preset: DetectPrese
         raise ValueError(f"no image of {train.where} has a box, so there is nothing to learn: name another --train")
     if not learned(train, preset).images:
         raise ValueError(
+    for data in (train, test):
+        if max((float(image.boxes.max(initial=0)) for image in data.images), default=0) <= _SHARES and any(
+            len(image.boxes) for image in data.images
+        ):
+            raise ValueError(
+                f"all boxes of {data.where} lie within the first {_SHARES} pixels of their images, as shares of width "
+                "and height would: multiply them by these, since boxes are in pixels"
+            )
             f"no image of {train.where} has {preset.min_keypoints} or more marked keypoints, so there is nothing to "
             "learn: name another --train, or give a smaller --min-keypoints"
         )

@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from moco_fast.transfer.coco import coco_precision, drawn_masks, encoded_masks, read_coco
 from moco_fast.transfer.detecting import find_all
 from moco_fast.transfer.heads import AlignedRegions, mask_loss, mask_targets
-from moco_fast.transfer.layouts import read_sets, without_masks
+from moco_fast.transfer.layouts import read_sets, refuse_unmarked, without_masks
 from moco_fast.transfer.loader import augmented
 from moco_fast.transfer.metrics import OVERLAPS, Detections
 from moco_fast.transfer.network import build_detector
@@ -59,7 +59,7 @@ BROKEN = {
     "has a box without four numbers": {"bbox": [3, 3, 9]},
     "is of an unknown category": {"category_id": 8},
     "has no outline (--masks False does without)": {"segmentation": [[1, 2, 3, 4]]},
-    "has an outline that is not of numbers": {"segmentation": [["a"] * 6]},
+    "has an outline that is not lists of numbers": {"segmentation": [["a"] * 6]},
     "has run lengths that cannot be read": {"segmentation": {"size": [64, 96]}},
     "has run lengths of another size than its image": {"segmentation": {"size": [64, 96], "counts": [3, 4]}},
 }
@@ -95,6 +95,44 @@ def test_objects_need_no_numbers_of_their_own(coco, numbers) -> None:
     data = read(coco)
     counted = {kind: {each.mean for each in found} for kind, found in coco_precision(all_of(data), data).items()}
     assert counted == {"box": {1}, "mask": {1}}
+
+
+def test_numbers_may_be_text(coco) -> None:
+    before = read(coco)
+    path = coco / "annotations" / "instances_val2017.json"
+    told = json.loads(path.read_text())
+    for each in told["annotations"]:
+        each |= {name: str(each[name]) for name in ("category_id", "image_id", "iscrowd", "area")}
+        each |= {"bbox": [*map(str, each["bbox"])], "segmentation": [[*map(str, each["segmentation"][0])]]}
+    path.write_text(json.dumps(told))
+    data = read(coco)
+    assert data.malformed_objects == []
+    for image, same in zip(before.images, data.images, strict=True):
+        np.testing.assert_array_equal(image.boxes, same.boxes)
+        np.testing.assert_array_equal(image.classes, same.classes)
+    counted = {kind: {each.mean for each in found} for kind, found in coco_precision(all_of(data), data).items()}
+    assert counted == {"box": {1}, "mask": {1}}
+
+
+@pytest.mark.parametrize(
+    "outline", [[[[5, 5], [25, 5], [25, 25]] * 2], [5, 5, 25, 5, 25, 25], [[5, 5, 25, None, 25, 25]]]
+)
+def test_an_outline_of_another_form_is_neither_learned_nor_measured(coco, outline) -> None:
+    change(coco, annotations=[an_object(999, 100, 7, (5, 5, 20, 20), outline)])
+    data = read(coco)
+    assert [each.reason for each in data.malformed_objects] == ["has an outline that is not lists of numbers"]
+    assert {each.mean for each in coco_precision(all_of(data), data)["mask"]} == {1}
+
+
+def test_boxes_that_are_shares_are_refused(coco) -> None:
+    path = coco / "annotations" / "instances_val2017.json"
+    told = json.loads(path.read_text())
+    for each in told["annotations"]:
+        each["bbox"] = [side / 96 for side in each["bbox"]]
+    path.write_text(json.dumps(told))
+    train, test = read_sets([str(coco)], PRESETS["coco-c4-1x"], class_names=None)
+    with pytest.raises(ValueError, match=r"all boxes of .*val2017 lie within the first 2 pixels"):
+        refuse_unmarked(train, test, PRESETS["coco-c4-1x"])
 
 
 def drop_outlines(coco: Path, *parts: str) -> None:
