@@ -29,7 +29,7 @@ def read_sets(
     if preset.layout != "voc":
         from moco_fast.transfer.cityscapes import read_cityscapes
         from moco_fast.transfer.coco import needs_coco, read_coco
-        from moco_fast.transfer.lvis import read_lvis
+        from moco_fast.transfer.lvis import read_lvis, refuse_unlisted
 
         needs_coco()
         if class_names is not None:
@@ -43,6 +43,8 @@ def read_sets(
         read = {"coco": partial(read_coco, **how), "lvis": read_lvis, "cityscapes": read_cityscapes}[preset.layout]
         train = read(folders, preset.train, option="--train")
         test = read(folders, preset.test, option="--test")
+        if preset.layout == "lvis":
+            refuse_unlisted(test)
         if train.class_names != test.class_names:
             raise ValueError(f"{train.where} and {test.where} have other categories: they must be the same")
         if train.keypoints != test.keypoints:

@@ -20,12 +20,17 @@ from moco_fast.transfer.metrics import OVERLAPS, ClassPrecision, Detections
 from moco_fast.transfer.sets import DetectionSet
 from shards.sets.benchmark import AnyPath, open_benchmark
 
-__all__ = ["lvis_precision", "read_lvis"]
+__all__ = ["lvis_precision", "read_lvis", "refuse_unlisted"]
 
 _FOLDERS = ("train2017", "val2017")
 _FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}
 _MOST_PER_IMAGE = 300
 _ALL_SIZES = [0, 1e10]
+# What is known of each image's classes, and what would be wrong without it.
+_LISTS = {
+    "neg_category_ids": "what is wrongly found there would not count, and its figures would be too high",
+    "not_exhaustive_category_ids": "objects that are not marked would count as wrong, and its figures would be too low",
+}
 
 
 def read_lvis(folders: Sequence[str], parts: Sequence[str], *, option: str) -> DetectionSet:
@@ -73,6 +78,33 @@ def _place(told: Mapping[str, Any], roots: Sequence[AnyPath]) -> tuple[str, AnyP
     return f"{path.parent.name}/{own}", path
 
 
+def refuse_unlisted(truth: DetectionSet) -> None:
+    """Refuse a test set that does not say which classes can be counted in which image.
+
+    Raises:
+        ValueError: an image is without one of the lists, or has something else in it than numbers.
+    """
+    _with_lists(truth)
+
+
+def _with_lists(truth: DetectionSet) -> list[dict[str, Any]]:
+    """Return what the file says of its images, with numbers where some tools write text. Raises as its caller."""
+    assert truth.annotations is not None
+    images: list[dict[str, Any]] = []
+    for told in json.loads(truth.annotations.read_bytes())["images"]:
+        lists: dict[str, list[int]] = {}
+        for name, what in _LISTS.items():
+            try:
+                lists[name] = [int(category) for category in told[name]]
+            except (KeyError, TypeError, ValueError, OverflowError):
+                raise ValueError(
+                    f"{truth.annotations} has no list {name} of its image {told['id']}, so {what}: take the file as "
+                    "LVIS publishes it, or a preset of COCO, which counts every class in every image"
+                ) from None
+        images.append(told | lists | {"id": int(told["id"])})
+    return images
+
+
 def lvis_precision(found: Detections, truth: DetectionSet) -> dict[str, list[ClassPrecision]]:
     """Return the average precisions of each class of which the set has objects, of boxes and of masks.
 
@@ -87,13 +119,13 @@ def lvis_precision(found: Detections, truth: DetectionSet) -> dict[str, list[Cla
     assert truth.annotations is not None
     objects = measured_objects(truth, masks=found.masks is not None)
     known = {image.image_id for image in truth.images}
-    told = [each for each in json.loads(truth.annotations.read_bytes())["images"] if each["id"] in known]
+    told = [each for each in _with_lists(truth) if each["id"] in known]
     looked_at: dict[int, set[int]] = defaultdict(set)
     for each in objects:
         looked_at[each["category_id"]].add(each["image_id"])
     counts = Counter(each["category_id"] for each in objects if not each["iscrowd"])
     for each in told:
-        for category in each.get("neg_category_ids", ()):
+        for category in each["neg_category_ids"]:
             looked_at[category].add(each["id"])
     package: Any = import_module("faster_coco_eval")
     letters = {word: letter for letter, word in _FREQUENCIES.items()}

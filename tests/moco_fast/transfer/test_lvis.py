@@ -79,6 +79,27 @@ def test_what_is_not_lvis_is_refused(lvis) -> None:
         read(lvis)
 
 
+@pytest.mark.parametrize(
+    ("name", "consequence"), [("neg_category_ids", "too high"), ("not_exhaustive_category_ids", "too low")]
+)
+def test_a_test_set_that_does_not_list_classes_is_refused_before_the_training(lvis, name, consequence) -> None:
+    parts = ("lvis_v0.5_val",)
+    preset = replace(PRESETS["lvis-fpn-2x"], train=parts, test=parts)
+    for spoil in (lambda image: image.update({name: None}), lambda image: image.pop(name)):
+        change(lvis, lambda told, spoil=spoil: spoil(told["images"][2]))
+        with pytest.raises(ValueError, match=rf"has no list {name} of its image 102, .* {consequence}"):
+            read_sets([str(lvis)], preset, class_names=None)
+
+
+def test_lists_of_classes_may_be_text(lvis) -> None:
+    data = read(lvis)
+    found = found_in(data, np.random.default_rng(0))
+    before = lvis_precision(found, data)
+    for name in ("neg_category_ids", "not_exhaustive_category_ids"):
+        change(lvis, lambda told, name=name: [each.update({name: [*map(str, each[name])]}) for each in told["images"]])
+    assert lvis_precision(found, data) == before
+
+
 def found_in(data, rng: np.random.Generator, *, per_object: int = 3) -> Detections:
     """Objects as they are, moved, or under another class, with scores that are often equal."""
     rows = []
