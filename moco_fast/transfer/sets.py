@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 _MOST_NAMED = 3
+_DEEP = "has more than 8 bits per channel: convert it to 8"
 _LYING_DOWN = (5, 6, 7, 8)  # orientations of EXIF in which height and width change places
 
 
@@ -158,13 +159,28 @@ def read_list(path: AnyPath) -> list[str]:
 
 
 def as_shown(image: Image.Image) -> Image.Image:
-    """Return an opened image as RGB, turned as its EXIF orientation says: so detectron2 reads it."""
+    """Return an opened image as RGB, turned as its EXIF orientation says: so detectron2 reads it.
+
+    Raises:
+        OSError: it cannot be decoded, or has more than 8 bits per channel, which Pillow would cut off at 255.
+    """
+    if is_deep(image):
+        raise OSError(f"it {_DEEP}")
     return (image if orientation_of(image) == 1 else ImageOps.exif_transpose(image)).convert("RGB")
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Return whether an opened image has one channel of 16 or 32 bits."""
+    return image.mode.startswith(("I", "F"))
 
 
 def opened_image(path: AnyPath) -> Image.Image:
     """Open an image to decode it; in shards, its bytes are checked first. Raises what Pillow raises."""
     return Image.open(BytesIO(path.read_bytes()) if isinstance(path, PackedPath) else path)
+
+
+class _DeepError(OSError):
+    pass
 
 
 def size_as_shown(path: AnyPath, told: tuple[int, int] | None = None) -> tuple[int, int] | str:
@@ -178,6 +194,8 @@ def size_as_shown(path: AnyPath, told: tuple[int, int] | None = None) -> tuple[i
         width, height, orientation = _header(path)
     except FileNotFoundError:
         return "has no image"
+    except _DeepError:
+        return _DEEP
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return "is no image"
     shown = (height, width) if orientation in _LYING_DOWN else (width, height)
@@ -193,6 +211,8 @@ def _header(path: AnyPath) -> tuple[int, int, int]:
     if known is not None:
         return known
     with path.open("rb") as file, Image.open(file) as image:
+        if is_deep(image):
+            raise _DeepError
         return *image.size, orientation_of(image)
 
 

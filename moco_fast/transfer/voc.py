@@ -145,7 +145,7 @@ def _read_marked(folder: AnyPath, name: str, key: str) -> _Marked:
     # Tools that write this layout leave 0 or nothing where they do not know.
     size = size_as_shown(path, (int(told[0]), int(told[1])) if all(0 < side < math.inf for side in told) else None)
     if isinstance(size, str):
-        raise _MalformedError(size)
+        raise _MalformedError("has no .jpg of its name in JPEGImages" if size == "has no image" else size)
     width, height = size
     objects = tree.findall("object")
     return _Marked(

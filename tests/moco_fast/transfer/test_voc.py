@@ -7,7 +7,7 @@ from PIL import Image
 from moco_fast.transfer.layouts import read_sets, refuse_unmarked
 from moco_fast.transfer.loader import augmented
 from moco_fast.transfer.presets import PRESETS
-from moco_fast.transfer.sets import refuse_malformed
+from moco_fast.transfer.sets import as_shown, refuse_malformed
 from moco_fast.transfer.voc import VOC_CLASSES, find_parts, read_voc
 from tests.moco_fast.transfer.shapes import annotation, write_year
 
@@ -72,8 +72,11 @@ def test_other_classes_than_those_of_voc_are_the_ones_that_are_marked(tmp_path) 
 
 
 BROKEN = {
-    "has no image": lambda year, key: (year / "JPEGImages" / f"{key}.jpg").unlink(),
+    "has no .jpg of its name in JPEGImages": lambda year, key: (year / "JPEGImages" / f"{key}.jpg").unlink(),
     "is no image": lambda year, key: (year / "JPEGImages" / f"{key}.jpg").write_bytes(b"GIF87"),
+    "has more than 8 bits per channel: convert it to 8": lambda year, key: Image.new("I;16", (9, 9)).save(
+        year / "JPEGImages" / f"{key}.jpg", format="PNG"
+    ),
     "has no annotation": lambda year, key: (year / "Annotations" / f"{key}.xml").unlink(),
     "has an annotation that is not XML": lambda year, key: (year / "Annotations" / f"{key}.xml").write_text("<a"),
     "is of another size than its annotation says": lambda year, key: annotate(year, key, 500, 375, []),
@@ -169,3 +172,9 @@ def test_sets_without_anything_to_learn_or_to_measure_are_refused(year) -> None:
 def test_a_class_that_is_named_twice_is_refused(year) -> None:
     with pytest.raises(ValueError, match="give each once"):
         read_sets([str(year)], PRESETS["voc-c4"], class_names=("cat", "cat"))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "F"])
+def test_pixels_of_more_than_8_bits_are_not_cut_off_at_255(mode) -> None:
+    with pytest.raises(OSError, match="more than 8 bits per channel"):
+        as_shown(Image.new(mode, (3, 3)))
