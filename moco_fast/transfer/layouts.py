@@ -95,8 +95,6 @@ def refuse_unmarked(train: DetectionSet, test: DetectionSet, preset: DetectPrese
     """Refuse sets of which nothing could be learned or measured, before the training. Raises ValueError."""
     if not train.with_boxes.images:
         raise ValueError(f"no image of {train.where} has a box, so there is nothing to learn: name another --train")
-    if not learned(train, preset).images:
-        raise ValueError(
     for data in (train, test):
         if max((float(image.boxes.max(initial=0)) for image in data.images), default=0) <= _SHARES and any(
             len(image.boxes) for image in data.images
@@ -105,6 +103,8 @@ def refuse_unmarked(train: DetectionSet, test: DetectionSet, preset: DetectPrese
                 f"all boxes of {data.where} lie within the first {_SHARES} pixels of their images, as shares of width "
                 "and height would: multiply them by these, since boxes are in pixels"
             )
+    if not learned(train, preset).images:
+        raise ValueError(
             f"no image of {train.where} has {preset.min_keypoints} or more marked keypoints, so there is nothing to "
             "learn: name another --train, or give a smaller --min-keypoints"
         )

@@ -31,6 +31,7 @@ __all__ = ["OPEN", "PixelSet", "PixelsOfImage", "read_pixel_sets", "read_pixels"
 OPEN = 255
 """Class of pixels that are neither learned from nor tested."""
 
+_UNKNOWN = 254
 _MODES = ("P", "L")  # of files with numbers of classes
 
 
@@ -71,9 +72,10 @@ class PixelSet:
 
     @cached_property
     def table(self) -> npt.NDArray[np.uint8]:
-        """(256,) class of what a file has; `OPEN` for what is not a class."""
-        table = np.full(256, OPEN, dtype=np.uint8)
+        """(256,) class of what a file has; `OPEN` for what does not count, `_UNKNOWN` for what the layout has not."""
+        table = np.full(256, _UNKNOWN, dtype=np.uint8)
         numbers = self.numbers or range(len(self.class_names))
+        table[: max(numbers) + 1] = table[OPEN] = OPEN
         table[list(numbers)] = np.arange(len(self.class_names))
         return table
 
@@ -151,7 +153,7 @@ def read_pixels(found: PixelsOfImage, table: npt.NDArray[np.uint8]) -> tuple[Ima
     """Decode an image and the classes of its pixels, (H, W).
 
     Raises:
-        OSError, SyntaxError: one of them cannot be decoded, or they are of two sizes.
+        OSError, SyntaxError: one of them cannot be decoded, they are of two sizes, or a pixel's class is unknown.
     """
     with opened_image(found.image) as image:
         pixels = as_shown(image)
@@ -161,4 +163,8 @@ def read_pixels(found: PixelsOfImage, table: npt.NDArray[np.uint8]) -> tuple[Ima
         classes = np.asarray(image)
     if classes.shape != (pixels.height, pixels.width):
         raise OSError(f"{found.classes.name} is of another size than its image")
-    return pixels, table[classes]
+    named = table[classes]
+    if (named == _UNKNOWN).any():
+        number = int(classes[named == _UNKNOWN][0])
+        raise OSError(f"{found.classes.name} has pixels of class {number}, which its layout does not have")
+    return pixels, named

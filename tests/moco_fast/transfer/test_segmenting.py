@@ -290,6 +290,9 @@ BROKEN = {
     "has classes of pixels that are no image": lambda image, classes: classes.write_bytes(b""),
     "has no classes of pixels": lambda image, classes: classes.unlink(),
     "is no image": lambda image, classes: image.write_bytes(b""),
+    "has more than 8 bits per channel: convert it to 8": lambda image, classes: Image.new("I;16", (64, 48)).save(
+        image, format="PNG"
+    ),
     "has no image": lambda image, classes: image.unlink(),
 }
 
@@ -301,6 +304,17 @@ def test_what_cannot_be_used_is_found_before_the_training(tmp_path, reason) -> N
     again = read_pixel_sets([str(tmp_path)], TINY_PIXELS)[1]
     assert [(each.key, each.reason) for each in again.malformed] == [(found.key, reason)]
     assert len(again) == 2
+
+
+@pytest.mark.parametrize(("number", "is_known"), [(20, True), (21, False), (254, False), (255, True)])
+def test_classes_that_voc_does_not_have_are_not_passed_over(tmp_path, number, is_known) -> None:
+    data = two_sets(tmp_path, train=2, test=1)[1]
+    Image.fromarray(np.full((48, 64), number, np.uint8)).save(data.images[0].classes)
+    if is_known:
+        assert set(read_pixels(data.images[0], data.table)[1].ravel()) == {number}
+        return
+    with pytest.raises(OSError, match=rf"has pixels of class {number}, which its layout does not have"):
+        read_pixels(data.images[0], data.table)
 
 
 def test_lists_of_deeplab_have_paths(tmp_path) -> None:
