@@ -4,10 +4,11 @@ Sources: `paper` is the MoCo paper of the version, `authors` its code's README, 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 
 from moco_fast.evaluation.result import Figure, Result, aligned
+from moco_fast.transfer.presets import PRESETS, SEGMENT_PRESETS
 
 __all__ = ["BENCHMARKS", "PUBLISHED", "Benchmark", "Published", "beside_published"]
 
@@ -96,6 +97,8 @@ _PRETRAININGS = {
     "v3_300": "MoCo v3, 300 epochs",
     "v3_1000": "MoCo v3, 1000 epochs",
 }
+
+_OURS = "measured here"
 
 _SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 _BOXES = ("AP50", "AP", "AP75")
@@ -198,16 +201,18 @@ PUBLISHED: tuple[Published, ...] = (
 def beside_published(results: Sequence[Result]) -> str:
     """Return a table of published figures, ours above those of the same benchmark, task and figure.
 
-    Which benchmark a result is of is told by the number of its classes and test samples. Without results: all that
-    is published.
+    Which benchmark a result is of is told by the number of its classes and test samples. Where settings of a transfer
+    are others than its preset's, a line says which. Without results: all that is published.
     """
     lines = [["benchmark", "task", "figure", "encoder", "trained by", "figure in %", "source"]]
     unknown: list[str] = []
+    others: list[str] = []
     for result in results:
         benchmark = _benchmark(result)
         if benchmark is None:
             unknown.append(f"{result.task} of {result.encoder['name']}: {_described(result)} is no published benchmark")
             continue
+        num_lines = len(lines)
         for name, figure in _figures(result).items():
             same = [
                 each
@@ -216,11 +221,35 @@ def beside_published(results: Sequence[Result]) -> str:
             ]
             if same or figure is result.headline:
                 ours = f"{100 * figure.value:.2f}" if figure.unit == "share" else f"{figure.value:.4g}"
-                lines.append([benchmark, _task(result), name, result.encoder["name"], "", ours, "measured here"])
+                lines.append([benchmark, _task(result), name, result.encoder["name"], "", ours, _OURS])
                 lines += map(_line, same)
+        is_compared = any(line[-1] != _OURS for line in lines[num_lines:])
+        if is_compared and (settings := _other_settings(result)):
+            what = f"{_task(result)} of {result.encoder['name']}"
+            others.append(f"note: {what} has other settings than the published figures beside it: {settings}")
     if not results:
         lines += map(_line, PUBLISHED)
-    return "\n".join([*([aligned(lines)] if len(lines) > 1 else []), *unknown])
+    return "\n".join([*([aligned(lines)] if len(lines) > 1 else []), *unknown, *others])
+
+
+def _other_settings(result: Result) -> str:
+    """Return the settings of a transfer that are not its preset's, with the preset's; empty: there are none."""
+    preset = (SEGMENT_PRESETS if result.task == "segment" else PRESETS).get(result.protocol)
+    if result.task not in ("detect", "segment") or preset is None:
+        return ""
+    own = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(preset).items()}
+    told = {name: list(value) if isinstance(value, tuple) else value for name, value in result.settings.items()}
+    return "; ".join(
+        f"{name.replace('_', '-')} {_written(told[name])} in place of {_written(value)}"
+        for name, value in own.items()
+        if name != "title" and name in told and told[name] != value
+    )
+
+
+def _written(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_written, value))  # pyright: ignore[reportUnknownArgumentType] - of JSON
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _line(published: Published) -> list[str]:

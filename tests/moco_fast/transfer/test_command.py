@@ -1,6 +1,6 @@
 import csv
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -234,6 +234,13 @@ def test_a_result_of_the_benchmark_stands_beside_the_published_one(devkit, tmp_p
     assert "VOC07+12   detect voc-c4  AP50" in shown
     assert "measured here" in shown
     assert "82.4" in shown
+    assert "note: detect voc-c4 of random (resnet18_quarter) has other settings than the published" in shown
+    assert "steps 2 in place of 24000; " in shown
+    assert "test-side 48 in place of 800" in shown
+    whole = asdict(PRESETS["voc-c4"])
+    told["results"][0]["settings"] = whole
+    path.write_text(json.dumps(told))
+    assert "note:" not in beside_published(read_results(path))
     told["results"][0]["settings"]["optimizer"] = "adamw"
     path.write_text(json.dumps(told))
     shown = beside_published(read_results(path))
