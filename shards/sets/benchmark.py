@@ -2,6 +2,7 @@
 
 import io
 import json
+import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -160,8 +161,9 @@ class PackedPath:
         return _opened(self.where)
 
     def __truediv__(self, name: str) -> "PackedPath":
-        path = PurePosixPath(self.inner, name)
-        return PackedPath(self.where, "" if path == PurePosixPath() else str(path))
+        # Annotations may name an image as ../train2017/000000000009.jpg.
+        path = posixpath.normpath(PurePosixPath(self.inner, name))
+        return PackedPath(self.where, "" if path == "." else path)
 
     def __lt__(self, other: "PackedPath") -> bool:
         # As pathlib sorts: part by part.

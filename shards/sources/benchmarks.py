@@ -25,7 +25,7 @@ from shards.ground.units import counted
 from shards.sources.base import Aside, Found, Input, Source, printable
 from shards.sources.folder import read_file
 from shards.sources.samples import extension
-from shards.storage.file_kinds import litter
+from shards.storage.file_kinds import IMAGE_SUFFIXES, litter
 from shards.storage.stores import is_url
 
 __all__ = ["AnnotationFile", "BenchmarkSource", "refuse_shared"]
@@ -171,7 +171,10 @@ class BenchmarkSource:
         return printable(os.fsencode(self._shown) + b"/" + name)
 
     def _is_image(self, path: str) -> bool:
-        return litter(os.fsencode(path)) is None and self._how.image.fullmatch(path) is not None
+        # Notes, labels of other tools and the like beside images are left aside, not rejected as damaged images.
+        ending = Path(path).suffix.lower().removeprefix(".")
+        may_be = not ending or ending in IMAGE_SUFFIXES
+        return may_be and litter(os.fsencode(path)) is None and self._how.image.fullmatch(path) is not None
 
     def _places(self, image: str) -> dict[str, str]:
         match = self._how.image.fullmatch(image)

@@ -67,6 +67,20 @@ def test_every_file_is_as_it_was_and_the_rest_is_counted(tmp_path) -> None:
     assert next(describe(shards)).startswith(f"{tmp_path / 'out'}: 5 samples in 3 shards")
 
 
+def test_what_is_beside_images_is_left_aside_and_damaged_images_are_rejected(tmp_path) -> None:
+    coco = tmp_path / "coco"
+    for folder in ("annotations", "train2017", "labels/train2017"):
+        (coco / folder).mkdir(parents=True)
+    (coco / "annotations" / "instances_train2017.json").write_text("{}")
+    for name in ("1.jpg", "2.JPEG", "3"):
+        (coco / "train2017" / name).write_bytes(jpeg(int(name[0])))
+    (coco / "train2017" / "4.jpg").write_bytes(b"no image")
+    (coco / "train2017" / "notes.md").write_text("text")
+    (coco / "labels" / "train2017" / "1.txt").write_text("0 0.5 0.5 0.1 0.1")
+    manifest = packed(coco, tmp_path / "out", max_rejected=1).manifest
+    assert (manifest.num_samples, manifest.num_rejected, manifest.left_aside) == (3, 1, {"md": 1, "txt": 1})
+
+
 def test_shards_are_samples_of_webdataset(tmp_path) -> None:
     packed(benchmark(tmp_path / "devkit"), tmp_path / "out", shuffle=False, shard_samples=5)
     with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:

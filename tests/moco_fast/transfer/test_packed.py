@@ -249,6 +249,8 @@ def test_a_packed_path_finds_what_pathlib_finds(tmp_path) -> None:
     assert (inner.name, inner.parent.name, inner.is_dir(), inner.is_file()) == ("val", "leftImg8bit", True, False)
     assert (inner / "town" / "x.png").stem == "x"
     assert not (inner / "town" / "x.png").exists()
+    assert (inner / "../train" / "town").is_dir()
+    assert inner / "." / "../.." == path
     with pytest.raises(FileNotFoundError):
         (inner / "town" / "x.png").read_bytes()
 
