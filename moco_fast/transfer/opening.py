@@ -133,7 +133,14 @@ def load_trained(path: str | Path, *, encoder: Encoder | None = None) -> Trained
         if isinstance(preset, DetectPreset)
         else PixelNetwork(encoder, preset, num_classes=len(names), seed=0)
     )
-    network.load_state_dict(load_file(path))
+    try:
+        network.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        first = str(error).partition("\n\t")[2].partition("\n")[0]
+        raise ValueError(
+            f"{path} has other weights than the network that its header describes ({first}): copy it again, or give "
+            "another file of OUT/trained"
+        ) from None
     return TrainedNetwork(network=network.eval(), preset=preset, class_names=names, keypoint_names=keypoints)
 
 

@@ -95,6 +95,11 @@ def test_what_was_not_trained_here_is_refused(tmp_path, finished_run) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         moco_fast.load_trained(tmp_path / "nowhere")
     [init] = open_inits(["random"], network="resnet18_quarter")
+    network = PixelNetwork(init.encoder, PRESETS["pixels"], num_classes=3, seed=1)
+    told = described(PRESETS["pixels"], NAMES[:2], (), init.start(0))
+    save_file(network.state_dict(), tmp_path / "b", metadata=told)
+    with pytest.raises(ValueError, match=r"has other weights than .* describes \(size mismatch for head"):
+        moco_fast.load_trained(tmp_path / "b")
     start = replace(init.start(0), model=None)
     network = PixelNetwork(start.encoder, PRESETS["pixels"], num_classes=3, seed=1)
     save_file(network.state_dict(), tmp_path / "a", metadata=described(PRESETS["pixels"], NAMES, (), start))
