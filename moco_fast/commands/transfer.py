@@ -330,13 +330,14 @@ class Segment(_TransferOptions):
     def execute(self) -> int:
         """Train, test, print and write; return the exit code."""
         preset = self._preset()
-        from moco_fast.transfer.pixel_sets import read_pixel_sets
+        from moco_fast.transfer.pixel_sets import read_pixel_sets, refuse_open
 
         train, test = read_pixel_sets(self.data, preset)
         notes = [note for each in (train, test) for note in self._note(each.malformed, len(each), each.where, "image")]
         for each in (train, test):
             if not len(each):
                 raise ValueError(f"all images of {each.where} are left out: there is nothing to train or to test on")
+            refuse_open(each)
         notes += self._note_shared((each.image for each in train.images), (each.image for each in test.images))
         return self._compare(self.preset, preset, train, test, notes)
 

@@ -23,6 +23,7 @@ from PIL import Image
 from moco_fast.transfer.keypoints import Keypoints, keypoints_of
 from moco_fast.transfer.metrics import OVERLAPS, ClassPrecision, Detections
 from moco_fast.transfer.sets import AnnotatedImage, DetectionSet, Malformed, Outline, size_as_shown
+from shards.ground.units import counted
 from shards.sets.benchmark import AnyPath, open_benchmark
 
 __all__ = [
@@ -88,8 +89,8 @@ def read_coco(
     """
     if len(folders) != 1 or len(parts) != 1:
         raise ValueError(
-            f"COCO is one folder with one part to train on and one to test on, not {len(folders)} folders and {option} "
-            f"{' '.join(parts)}"
+            "COCO is one folder with one part to train on and one to test on, not "
+            f"{counted(len(folders), 'folder')} and {option} {' '.join(parts)}"
         )
     folder, part = open_benchmark(folders[0]), parts[0]
     kind = "person_keypoints" if keypoints else "instances"

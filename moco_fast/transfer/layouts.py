@@ -73,7 +73,8 @@ def without_masks(
     Raises:
         ValueError: a user asked for masks that cannot be.
     """
-    bare = [each.where for each in (train, test) if not each.has_outlines]
+    # Why a set has no image at all is said by what left them out.
+    bare = [each.where for each in (train, test) if each.images and not each.has_outlines]
     if preset.masks and not bare:
         return preset, train, test, []
     if asked:

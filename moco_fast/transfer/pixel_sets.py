@@ -26,7 +26,7 @@ from shards.ground.digests import running_digest
 from shards.ground.errors import PackError
 from shards.sets.benchmark import AnyPath
 
-__all__ = ["OPEN", "PixelSet", "PixelsOfImage", "read_pixel_sets", "read_pixels"]
+__all__ = ["OPEN", "PixelSet", "PixelsOfImage", "read_pixel_sets", "read_pixels", "refuse_open"]
 
 OPEN = 255
 """Class of pixels that are neither learned from nor tested."""
@@ -147,6 +147,25 @@ def _why_not(found: PixelsOfImage) -> str | None:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return "has classes of pixels that are no image"
+
+
+def refuse_open(data: PixelSet) -> None:
+    """Refuse a set without a pixel that counts, before a training. Looks at images up to the first that has one.
+
+    Raises:
+        ValueError: there is none, as in the files that stand for Cityscapes' secret test set.
+    """
+    for each in data.images:
+        try:
+            if (read_pixels(each, data.table)[1] != OPEN).any():
+                return
+        except (OSError, SyntaxError):
+            continue
+    raise ValueError(
+        f"no pixel of {data.where} that can be decoded has one of the classes, so there is nothing to learn or to "
+        "measure: are its files whole, and those that docs/transfer.md names? Classes of Cityscapes' test images are "
+        "not published"
+    )
 
 
 def read_pixels(found: PixelsOfImage, table: npt.NDArray[np.uint8]) -> tuple[Image.Image, npt.NDArray[np.uint8]]:

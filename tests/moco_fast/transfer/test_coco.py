@@ -165,6 +165,14 @@ def test_sets_without_any_outline_are_trained_and_tested_on_boxes_alone(coco) ->
     assert {kind: {each.mean for each in found} for kind, found in coco_precision(found, test).items()} == {"box": {1}}
 
 
+def test_a_set_of_which_no_image_is_left_is_not_said_to_have_no_outline(coco) -> None:
+    for path in (coco / "val2017").iterdir():
+        path.unlink()
+    preset = PRESETS["coco-c4-1x"]
+    found, _, test, notes = without_masks(preset, *read_sets([str(coco)], preset, class_names=None), asked=False)
+    assert (found.masks, len(test), notes) == (True, 0, [])
+
+
 def test_masks_that_are_not_asked_for_are_not_read(coco) -> None:
     change(coco, annotations=[an_object(999, 100, 7, (5, 5, 20, 20), [["a"] * 6])])
     preset = replace(PRESETS["coco-fpn-1x"], masks=False)

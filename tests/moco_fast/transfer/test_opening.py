@@ -95,13 +95,13 @@ def test_what_was_not_trained_here_is_refused(tmp_path, finished_run) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         moco_fast.load_trained(tmp_path / "nowhere")
     [init] = open_inits(["random"], network="resnet18_quarter")
-    network = PixelNetwork(init.encoder, PRESETS["pixels"], num_classes=3, seed=1)
-    told = described(PRESETS["pixels"], NAMES[:2], (), init.start(0))
+    start = init.start(0)
+    network = PixelNetwork(start.encoder, PRESETS["pixels"], num_classes=3, seed=1)
+    told = described(PRESETS["pixels"], NAMES[:2], (), start)
     save_file(network.state_dict(), tmp_path / "b", metadata=told)
     with pytest.raises(ValueError, match=r"has other weights than .* describes \(size mismatch for head"):
         moco_fast.load_trained(tmp_path / "b")
-    start = replace(init.start(0), model=None)
-    network = PixelNetwork(start.encoder, PRESETS["pixels"], num_classes=3, seed=1)
+    start = replace(start, model=None)
     save_file(network.state_dict(), tmp_path / "a", metadata=described(PRESETS["pixels"], NAMES, (), start))
     with pytest.raises(ValueError, match="give an encoder of it as `encoder`"):
         moco_fast.load_trained(tmp_path / "a")

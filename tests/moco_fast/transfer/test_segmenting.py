@@ -14,7 +14,7 @@ from moco_fast.encoders.formats.base import digest_of
 from moco_fast.evaluation.result import read_results
 from moco_fast.interrupt import StoppedError
 from moco_fast.transfer.optimizing import lr_at
-from moco_fast.transfer.pixel_sets import OPEN, read_pixel_sets, read_pixels
+from moco_fast.transfer.pixel_sets import OPEN, read_pixel_sets, read_pixels, refuse_open
 from moco_fast.transfer.presets import SEGMENT_PRESETS, settled
 from moco_fast.transfer.segmenting import (
     SegmenterTrainings,
@@ -240,6 +240,20 @@ def test_presets_of_segmentation_take_two_steps_and_are_tested(preset, tmp_path,
     assert list(result.figures) == ["mIoU", "accuracy"]
     rows = list(csv.DictReader((tmp_path / "out" / "per-class.csv").read_text().splitlines()))
     assert list(rows[0]) == ["preset", "init", "seed", "training", "class", "pixels", "IoU"]
+
+
+def test_a_test_set_without_a_pixel_that_counts_is_refused_before_the_training(tmp_path, capsys) -> None:
+    data = write_cityscapes(tmp_path / "data", {"train": 2, "test": 2})
+    labels = sorted((data / "gtFine" / "test").rglob("*.png"))
+    for path in labels:
+        Image.new("L", (64, 48)).save(path)
+    words = ["--preset", "cityscapes-semantic", "--test", "test", "--steps", "1"]
+    assert pixels(tmp_path, *words) == 2
+    assert "no pixel of" in (told := capsys.readouterr().err)
+    assert "Cityscapes' test images" in told
+    assert not (tmp_path / "out").exists()
+    Image.new("L", (64, 48), 7).save(labels[1])
+    refuse_open(read_pixel_sets([str(data)], replace(SEGMENT_PRESETS["cityscapes-semantic"], test=("test",)))[1])
 
 
 def pixels(folder: Path, *words: str) -> int:
