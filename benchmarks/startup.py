@@ -12,7 +12,6 @@ A run says itself where the seconds go; here its lines are read, and the whole i
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -52,10 +51,15 @@ def first_step(shards: Path, out: Path, *options: str, cache: Path) -> tuple[flo
         for line in process.stderr:
             if line.startswith("start-up: first step"):
                 took = time.perf_counter() - began
-                parts = line[line.index("(") + 1 : line.rindex(")")]
                 process.stderr.read()
-                return took, {what: float(spent) for what, spent in re.findall(r"([a-z ]+?) ([\d.]+)", parts)}
+                return took, parts_of(line)
     raise RuntimeError(f"the run ended with {process.returncode} before its first step")
+
+
+def parts_of(line: str) -> dict[str, float]:
+    """Return the seconds of each part of a line that a run says about its start."""
+    parts = line[line.index("(") + 1 : line.rindex(")")]
+    return {what: float(spent) for what, _, spent in (part.rpartition(" ") for part in parts.split(", "))}
 
 
 def imports(script: Path, cache: Path) -> float:
