@@ -150,13 +150,18 @@ def colorless(table: ViewTable) -> ViewTable:
     return replace(table, factors=factors, matrix=None, grayscale=off, solarize=off)
 
 
+def without_blur(tables: Sequence[ViewTable]) -> tuple[ViewTable, ...]:
+    """The same with no view blurred."""
+    return tuple(replace(table, sigma=np.zeros_like(table.sigma)) for table in tables)
+
+
 def cost(shards: ShardSet, samples: np.ndarray, recipe: str) -> tuple[str, str, list[Claim]]:
     """Time a recipe's colors, and its whole views with and without them: a line of both tables, and claims."""
     views = RECIPES[recipe]
     encoded, tables = drawn(shards, samples, views)
     _, linear = drawn(shards, samples, replace(views, color="linear"))
     without = tuple(colorless(table) for table in tables)
-    sharp = tuple(replace(table, sigma=np.zeros_like(table.sigma)) for table in without)
+    sharp = without_blur(without)
     plain = rendered(encoded, without, views.size)
     pictures = [[Image.fromarray(pixels) for pixels in of_view] for of_view in plain]
     tensors = [[F.pil_to_tensor(picture) for picture in of_view] for of_view in pictures]

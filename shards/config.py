@@ -51,7 +51,9 @@ class EncodeConfig:
     """How an image is encoded."""
 
     resize: int | None = field(default=None, metadata={"metavar": "PIXELS"})
-    """Pixels of the side that --resize-mode names, after shrinking; unset: no image is resized."""
+    """Pixels of the side that --resize-mode names, after shrinking; unset: no image is resized. At 256, photos of
+    ImageNet's size take 27% of the bytes and 55% of the processor time for their views, and small crops lose detail
+    (docs/packing.md, stored size)."""
     resize_mode: Literal["shorter", "longer", "exact"] = "shorter"
     """`shorter`, `longer`: that side is shrunk to `resize`, never enlarged. `exact`: both sides become `resize`."""
     quality: int = 90

@@ -93,6 +93,27 @@ def test_results_hold_no_path_of_this_machine(run_all):
     assert all(of_one for of_one in json.loads(file.read_text()).values())
 
 
+def test_a_stored_size_is_held_to_its_goal():
+    stored = load("stored_size")
+    rates = {"full": [100.0, 100.0], "320": [150.0, 150.0], "256": [190.0, 190.0]}
+    costs = {name: [2.0, 2.0] for name in rates}
+    claims = stored.claims_of(rates, costs, {"full": 110e3, "320": 44e3, "256": 27.5e3})
+    assert [(each.ratio, each.goal, each.holds) for each in claims if each.claim.endswith(": loader")] == [
+        (1.5, None, None),
+        (1.9, 1.8, True),
+    ]
+    assert [each.ratio for each in claims if each.claim.endswith(": bytes")] == [2.5, 4.0]
+
+
+def test_the_parts_of_a_start_are_read_from_what_a_run_says():
+    from moco_fast.training.startup import StartUp
+
+    start_up = StartUp({"launcher": 5.5, "imports": 3.5}, clock=lambda: 10.0)
+    start_up.lap("sets and model")
+    parts = load("startup").parts_of(start_up.describe("first step"))
+    assert parts == {"launcher": 2.0, "imports": 3.5, "sets and model": 0.0}
+
+
 def test_the_suite_s_page_has_the_table_and_what_was_compared():
     from moco_fast.evaluation.result import Figure, Result
 

@@ -19,6 +19,7 @@ from shards.packing.as_is import packed_image
 from shards.packing.inputs import read_inputs
 from shards.packing.plan import PackPlan
 from shards.packing.planning import make_plan
+from shards.packing.stored_size import describe_stored_size
 from shards.storage.tar import BLOCK, padding
 from shards.storage.target import LocalTarget
 
@@ -79,6 +80,16 @@ class Estimate:
                 f"about {gain:.0f} times as fast to decode. It costs one more JPEG generation, and detail in the "
                 "smallest crops"
             )
+        elif line := self._about_stored_size(config):
+            yield f"  {line}"
+
+    def _about_stored_size(self, config: PackConfig) -> str | None:
+        return describe_stored_size(
+            config.encoding(),
+            bytes_per_image=self.bytes_per_sample,
+            resized_share=self.outcomes.get("resized", 0) / self.num_probed,
+            has_annotations=config.annotations,
+        )
 
 
 def estimate(config: PackConfig, progress: ProgressBars | None = None) -> Estimate:

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
-from shards.config import WORK_FOLDER
+from shards.config import WORK_FOLDER, EncodeConfig
 from shards.ground.units import counted, format_bytes
 from shards.images.formats import ARCHIVE
 from shards.packing.aside import describe_aside
+from shards.packing.stored_size import describe_stored_size
 from shards.packing.write import NEAR_UNIFORM
 from shards.sets.manifest import Manifest
+from shards.sets.record import ANNOTATED
 from shards.sources.links import LINK_REASONS
 from shards.storage.file_kinds import ASIDE_NAME, REJECTED_NAME, UNIFORM_NAME
 from shards.storage.target import open_target, path_in
@@ -32,6 +34,8 @@ def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> 
         print(f", {'sets of ' if manifest.has_label_sets else ''}{classes}" if manifest.class_names else ", no labels")
         if manifest.outcomes:
             print("  " + ", ".join(f"{what} {count:,}" for what, count in manifest.outcomes.items()))
+        if line := _about_stored_size(manifest, size):
+            print(f"  {line}")
     left_aside = sum((Counter(manifest.left_aside) for manifest in manifests.values()), Counter[str]())
     if left_aside:
         print(f"  {describe_aside(left_aside)}: see {ASIDE_NAME}")
@@ -71,6 +75,16 @@ def summarize(out: str, manifests: dict[str, Manifest], max_rejected: float) -> 
         file=sys.stderr,
     )
     return 3
+
+
+def _about_stored_size(manifest: Manifest, num_bytes: int) -> str | None:
+    settings, num_samples = manifest.settings, max(1, manifest.num_samples)
+    return describe_stored_size(
+        EncodeConfig(resize=settings.get("resize"), resize_mode=settings.get("resize_mode", "shorter")),
+        bytes_per_image=num_bytes / num_samples,
+        resized_share=manifest.outcomes.get("resized", 0) / num_samples,
+        has_annotations=bool(settings.get(ANNOTATED)),
+    )
 
 
 def _first_uniform(out: str, manifests: dict[str, Manifest]) -> Iterator[str]:
