@@ -170,8 +170,8 @@ def start(config: RunConfig, *, env: MutableMapping[str, str] = os.environ) -> R
     if config.cuda_graphs and on_cpu:
         raise ValueError("--run.cuda-graphs needs a GPU: on the CPU use --run.compile")
     compile_options, compile_note = choose_compile(config, env.get("ACCELERATE_DYNAMO_BACKEND"))
-    # For a CPU, inductor lets the compiler write under the final name: a start that is killed leaves half a library, which
-    # no later start can load.
+    # For a CPU, inductor lets the compiler write under the final name: a start that is killed leaves half a library,
+    # which no later start can load.
     if compile_options is not None and compile_options["backend"] == "inductor" and not on_cpu:
         compile_note = f"{compile_note}; compiled code: {keep_compiled(env)}"
     accelerator = _join(config, precision, env, on_cpu=on_cpu)
