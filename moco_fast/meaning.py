@@ -115,7 +115,7 @@ _RULES = (
     _Rule(("log.name", "log.tags"), _without_trackers, "name some"),
     _Rule(("log.project",), _without_names, "add --log.trackers wandb, mlflow or trackio"),
     _Rule(("data.cache", "data.cache_gib", "data.fetchers"), _local_shards, "name shards in a bucket"),
-    _Rule(("data.lanes", "data.window_shards"), _streamed, "index the tars (make-shards index)"),
+    _Rule(("data.lanes", "data.window_shards", "data.cache_decoded"), _streamed, "index the tars (make-shards index)"),
 )
 
 

@@ -65,6 +65,12 @@ class DataConfig:
     """Folder on local disk for shards of a bucket, shared by all runs; unset: ~/.cache/moco-fast/shards."""
     cache_gib: float | None = field(default=None, metadata=FREELY)
     """Size of that folder; what was used least recently makes room. Unset: four fifths of what the disk has left."""
+    cache_decoded: float | None = field(default=None, metadata=FREELY)
+    """`torch`: GiB of decoded pixels to keep on each machine, at most, so that later epochs decode only what did not
+    fit; an image takes 3 bytes per pixel."""
+    cache_decoded_in: str | None = field(default=None, metadata=FREELY)
+    """Folder for them, shared by all processes of the machine: on local disk, or in memory (/dev/shm). Unset:
+    ~/.cache/moco-fast/decoded."""
     fetchers: int | None = field(default=None, metadata=FREELY)
     """Shards of a bucket that a rank fetches at once. Unset: 4, and up to 32 where that many are faster."""
     hw_decoder_load: float | None = field(default=None, metadata=FREELY)
@@ -88,8 +94,15 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} is {value}: it must be 1 or more")
-        if self.cache_gib is not None and self.cache_gib <= 0:
-            raise ValueError(f"data.cache_gib is {self.cache_gib}: it must lie above 0")
+        for name in ("cache_gib", "cache_decoded"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"data.{name} is {value}: it must lie above 0")
+        if self.cache_decoded_in is not None and self.cache_decoded is None:
+            raise ValueError(
+                f"--data.cache-decoded-in {self.cache_decoded_in} means nothing without --data.cache-decoded GIB: give "
+                "both, or leave it out"
+            )
         if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"data.hw_decoder_load is {self.hw_decoder_load}: a share lies in 0 .. 1")
 

@@ -24,6 +24,7 @@ from pipelines.reading.prepare import (
     cache_for_evaluation,
     cache_for_part,
     cache_for_training,
+    keep_decoded,
     refuse_unreadable,
     refuse_without_means,
 )
@@ -31,7 +32,7 @@ from pipelines.reading.reader import READ_THREADS
 from pipelines.world import World
 from shards.ground.arrays import Indices
 from shards.ground.cpus import available_cpus
-from shards.ground.units import counted
+from shards.ground.units import counted, gib
 from shards.sets import ShardSet, open_set
 from shards.sets.manifest import describe_jpegs
 
@@ -399,6 +400,8 @@ class _Decoding:
             text += f"; {describe_engines(self.engines, self.job.hw_decoder_load)}"
             if self.engines.count:
                 text += f"; {describe_jpegs(self.job.shards.manifest)}"
+        if self.job.decoded is not None:
+            text += f"; keeps up to {gib(self.job.decoded.budget_bytes)} of decoded pixels in {self.job.decoded.path}"
         return text
 
 
@@ -428,6 +431,7 @@ def _open_epochs(shards: ShardSet, asked: _Asked, among: Indices | None) -> Load
         shards, num_lanes = cache_for_part(shards, data, among, world=world), 1
     backend = _Decoding.choose(shards, asked, max_batch=data.batch_size // world.world_size)
     refuse_unused(data, backend.name, on_gpu=asked.device.type == "cuda")
+    backend = replace(backend, job=replace(backend.job, decoded=keep_decoded(shards, data)))
 
     def start(epoch: int, step: int) -> Stream:
         return backend.start(EpochSteps(plan=plan, epoch=epoch, step=step, world=world))
@@ -481,6 +485,11 @@ def _open_streamed(tars: tuple[str, ...], asked: _Asked, *, by_number: bool) -> 
         raise ValueError(
             f"--data.backend {data.backend} needs an index: {_index_first(data)}; tars without one are streamed by the "
             f"{STREAMING} backend"
+        )
+    if data.cache_decoded is not None:
+        raise ValueError(
+            f"--data.cache-decoded {data.cache_decoded} means nothing beside --data.stream-samples, whose samples have "
+            f"no numbers: leave it out, or index the tars ({_index_first(data)})"
         )
     refuse_unused(data, STREAMING, on_gpu=asked.device.type == "cuda")
     # Not above: webdataset and torch's workers are only loaded by those who stream.

@@ -73,4 +73,12 @@ def data_of(run: "Config | None", device: "torch.device") -> DataConfig:
     """
     data = DataConfig(shards="") if run is None else run.data
     hw_decoder_load = data.hw_decoder_load if device.type == "cuda" else None
-    return replace(data, shards="", stream_samples=None, read_threads=None, hw_decoder_load=hw_decoder_load)
+    return replace(
+        data,
+        shards="",
+        stream_samples=None,
+        read_threads=None,
+        cache_decoded=None,
+        cache_decoded_in=None,
+        hw_decoder_load=hw_decoder_load,
+    )

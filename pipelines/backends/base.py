@@ -7,6 +7,7 @@ import torch
 
 from pipelines.config import ViewSpec
 from pipelines.plan.draw import Draw
+from pipelines.reading.decoded import DecodedCache
 from shards import ShardSet
 from shards.ground.arrays import Indices
 
@@ -62,3 +63,5 @@ class Job:
     """Batches kept ready."""
     hw_decoder_load: float = 0.65
     """Share of the JPEGs for the GPU's own engines."""
+    decoded: DecodedCache | None = None
+    """Where decoded pixels are kept."""

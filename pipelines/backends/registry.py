@@ -63,12 +63,14 @@ def _start_ffcv(job: "Job", steps: "Steps") -> "Stream":
 
 
 _DECODES_ON_CPU = "which decodes on the CPU"
+_KEEPS_NO_PIXELS = "which decodes and makes views in one"
 
 BACKENDS: dict[Backend, BackendEntry] = {
     "dali": BackendEntry(
         start=_start_dali,
         needs=("nvidia.dali",),
         how=" (pip install 'moco-fast[gpu]')",
+        unused={"cache_decoded": _KEEPS_NO_PIXELS},
         decodes_on_gpu=True,
         # Each thread of DALI's decoder holds 16 MiB on the device and twice 8 MiB of pinned memory
         # (device_memory_padding, host_memory_padding of fn.decoders.image): 3 GiB each for the 192 CPUs of a large
@@ -79,7 +81,11 @@ BACKENDS: dict[Backend, BackendEntry] = {
         start=_start_ffcv,
         needs=("ffcv", "numba"),
         how=" (docs/data.md says how)",
-        unused={"read_threads": "which maps the file into memory", "hw_decoder_load": _DECODES_ON_CPU},
+        unused={
+            "read_threads": "which maps the file into memory",
+            "hw_decoder_load": _DECODES_ON_CPU,
+            "cache_decoded": _KEEPS_NO_PIXELS,
+        },
         only_kind="beton",
     ),
     "torch": BackendEntry(

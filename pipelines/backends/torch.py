@@ -63,6 +63,7 @@ class WorkerViews:
             draw=job.draw,
             sizes=tuple(view.size for view in job.views),
             skip=job.skip,
+            decoded=job.decoded,
         )
         max_batch, num_workers = job.max_batch, job.num_threads
         self._ahead = job.prefetch + 1

@@ -14,6 +14,7 @@ import numpy as np
 from pipelines.backends.layout import num_view_bytes, split_views
 from pipelines.plan.augment import ViewTable
 from pipelines.plan.draw import Draw
+from pipelines.reading.decoded import DecodedCache, DecodedFile, PendingDecoded
 from pipelines.reading.reader import Reader
 from pipelines.reading.samples import PendingSamples
 from shards import ShardSet
@@ -37,6 +38,8 @@ class WorkerSpec:
     """Height and width of each view."""
     skip: bool
     """Replace samples that are damaged, instead of failing."""
+    decoded: DecodedCache | None = None
+    """Where decoded pixels are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +106,14 @@ def main(connection: "Connection[Any, Any]", spec: WorkerSpec) -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     reader = Reader(spec.shards, num_threads=1, in_use=spec.shards_in_use)
+    kept = None if spec.decoded is None else DecodedFile(spec.decoded)
     slots: dict[int, SlotArrays] = {}
     waiting: deque[_BegunViews] = deque()
     try:
         while True:
             # The bytes of the next task are read while this one is worked on.
             while not waiting or (len(waiting) < 2 and connection.poll()):
-                waiting.append(_BegunViews(connection.recv(), reader))
+                waiting.append(_BegunViews(connection.recv(), reader, kept))
             begun = waiting.popleft()
             slot = begun.task.slot
             if slot.number not in slots:
@@ -131,11 +135,12 @@ def main(connection: "Connection[Any, Any]", spec: WorkerSpec) -> None:
 class _BegunViews:
     """A task whose bytes are on their way, or the error that kept them from being asked for."""
 
-    def __init__(self, task: ViewTask, reader: Reader) -> None:
+    def __init__(self, task: ViewTask, reader: Reader, kept: DecodedFile | None = None) -> None:
         self.task = task
-        self.pending: PendingSamples | Exception
+        self.pending: PendingSamples | PendingDecoded | Exception
         try:
-            self.pending = PendingSamples(reader, task.samples)
+            whole = kept is None
+            self.pending = PendingSamples(reader, task.samples) if whole else PendingDecoded(reader, task.samples, kept)
         except Exception as error:
             self.pending = error
 

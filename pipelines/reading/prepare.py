@@ -10,6 +10,7 @@ import numpy as np
 from pipelines.config import DataConfig, ViewConfig, ViewSpec
 from pipelines.plan.order import OrderPlan
 from pipelines.reading.cache import CacheFolder
+from pipelines.reading.decoded import DecodedCache
 from pipelines.reading.fetch import STEPS_KEPT, cached
 from pipelines.world import World
 from shards.ground.arrays import Indices
@@ -17,7 +18,14 @@ from shards.ground.units import gib
 from shards.sets import ShardSet
 from shards.sets.record import REFUSED, Flag, flag_name
 
-__all__ = ["cache_for_evaluation", "cache_for_part", "cache_for_training", "refuse_unreadable", "refuse_without_means"]
+__all__ = [
+    "cache_for_evaluation",
+    "cache_for_part",
+    "cache_for_training",
+    "keep_decoded",
+    "refuse_unreadable",
+    "refuse_without_means",
+]
 
 
 # The rest is for evaluation, which comes between a run's steps.
@@ -109,6 +117,14 @@ def cache_for_part(shards: ShardSet, data: DataConfig, samples: Indices, *, worl
     return cached(shards, _cache(data, budget=budget, share=needed))
 
 
+def keep_decoded(shards: ShardSet, data: DataConfig) -> DecodedCache | None:
+    """Make room for decoded pixels where some are to be kept. Raises ValueError as DecodedCache.of."""
+    if data.cache_decoded is None:
+        return None
+    folder = _cache_home() / "decoded" if data.cache_decoded_in is None else Path(data.cache_decoded_in).absolute()
+    return DecodedCache.of(shards, folder, budget_bytes=int(data.cache_decoded * (1 << 30)))
+
+
 def _touched(shards: ShardSet, samples: Indices) -> Indices:
     """Return the numbers of the shards that have some of the samples."""
     return np.unique(np.searchsorted(shards.shard_sizes.cumsum(), samples, side="right"))
@@ -144,7 +160,11 @@ def _cache(data: DataConfig, *, budget: int = 0, share: int = 0) -> CacheFolder:
 def _folder(data: DataConfig) -> Path:
     if data.cache is not None:
         return Path(data.cache).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "moco-fast" / "shards"
+    return _cache_home() / "shards"
+
+
+def _cache_home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "moco-fast"
 
 
 def _budget(data: DataConfig) -> int:

@@ -39,6 +39,7 @@ def test_every_preset_says_of_each_option_how_it_may_change() -> None:
         assert set(rules) | {"method.name"} == set(flatten(to_dict(config)))
         assert {rules[name] for name in ("optim.lr", "run.steps", "run.seed", "views.size")} == {"if allowed"}
         assert {rules[name] for name in ("run.out", "data.cache", "data.cache_gib", "checkpoint.keep")} == {"freely"}
+        assert {rules[name] for name in ("data.cache_decoded", "data.cache_decoded_in")} == {"freely"}
         assert {rules[name] for name in ("eval.k", "data.on_bad_sample")} == {"with a note"}
 
 

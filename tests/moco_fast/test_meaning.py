@@ -210,6 +210,10 @@ def shards(tmp_path: Any) -> str:
         ("moco-v2 --data.cache /tmp", "which is on this machine"),
         ("demo --data.backend torch --data.hw-decoder-load 0.5", "beside --data.backend torch"),
         ("moco-v2 --run.device cpu --data.hw-decoder-load 0.5", "means nothing beside a CPU"),
+        (
+            "moco-v2 --data.backend dali --data.cache-decoded 8",
+            "--data.cache-decoded 8.0 means nothing beside --data.b",
+        ),
         ("moco-v2 --data.backend torch --data.read-threads 8", "--data.read-threads 8 means nothing beside"),
         ("moco-v1 --views.query.blur-sigma 0.1 1", "beside --views.query.blur-p 0"),
         ("moco-v2 --views.query.jitter-p 0 --views.query.hue 0.2", "beside --views.query.jitter-p 0"),
@@ -228,11 +232,16 @@ def test_what_means_nothing_is_refused_where_it_is_given(
 
 @pytest.mark.parametrize(
     ("option", "beside"),
-    [("lanes", "stream-samples 500"), ("window-shards", "stream-samples 500"), ("read-threads", "backend torch")],
+    [
+        ("lanes", "stream-samples 500"),
+        ("window-shards", "stream-samples 500"),
+        ("cache-decoded", "stream-samples 500"),
+        ("read-threads", "backend torch"),
+    ],
 )
 def test_streamed_tars_have_neither_lanes_nor_readers(tmp_path: Any, option: str, beside: str) -> None:
     words = ["moco-v2", "--data.shards", str(tmp_path), "--data.stream-samples", "500"]
-    with pytest.raises(ValueError, match=rf"--data\.{option} 8 means nothing beside --data\.{beside}"):
+    with pytest.raises(ValueError, match=rf"--data\.{option} 8(\.0)? means nothing beside --data\.{beside}"):
         parse([*words, f"--data.{option}", "8"])
 
 

@@ -22,19 +22,19 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 # Options that not every backend uses, and who does, by backend and whether there is a GPU.
 USED = {
-    ("torch", False): set[str](),
-    ("torch", True): set[str](),
+    ("torch", False): {"cache_decoded"},
+    ("torch", True): {"cache_decoded"},
     ("ffcv", False): set[str](),
     ("ffcv", True): set[str](),
     ("dali", False): {"read_threads"},
     ("dali", True): {"read_threads", "hw_decoder_load"},
-    ("auto", False): {"read_threads"},
-    ("auto", True): {"read_threads", "hw_decoder_load"},
+    ("auto", False): {"read_threads", "cache_decoded"},
+    ("auto", True): {"read_threads", "hw_decoder_load", "cache_decoded"},
 }
-SOME = {"read_threads": 8, "hw_decoder_load": 0.5}
+SOME = {"read_threads": 8, "hw_decoder_load": 0.5, "cache_decoded": 2.0}
 EVERYWHERE = {"shards", "batch_size", "lanes", "window_shards", "backend", "num_threads", "on_bad_sample", "prefetch"}
 # Whether they mean something is a matter of where the data lies (tests/moco_fast/test_meaning.py).
-BY_PLACE = {"cache", "cache_gib", "fetchers", "stream_samples"}
+BY_PLACE = {"cache", "cache_gib", "cache_decoded_in", "fetchers", "stream_samples"}
 
 
 def test_of_every_option_it_is_known_who_uses_it():
