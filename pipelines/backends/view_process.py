@@ -139,8 +139,8 @@ class _BegunViews:
         self.task = task
         self.pending: PendingSamples | PendingDecoded | Exception
         try:
-            whole = kept is None
-            self.pending = PendingSamples(reader, task.samples) if whole else PendingDecoded(reader, task.samples, kept)
+            samples = task.samples
+            self.pending = PendingDecoded(reader, samples, kept) if kept else PendingSamples(reader, samples)
         except Exception as error:
             self.pending = error
 
