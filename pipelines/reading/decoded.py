@@ -129,7 +129,7 @@ class DecodedFile:
             self._buffer = np.empty(num_bytes, dtype=np.uint8)
         pixels = self._buffer[:num_bytes]
         try:
-            num_read = os.preadv(self._descriptor, [pixels], int(entry["offset"]))
+            num_read = os.preadv(self._descriptor, [pixels.data], int(entry["offset"]))
         except OSError:
             return None
         is_whole = num_read == num_bytes and crc32c(pixels) == entry["crc32c"]
@@ -233,4 +233,4 @@ def _write(descriptor: int, content: Encoded, offset: int) -> None:
     """Write all bytes: where a disk is nearly full, a call writes some of them and the next one says so."""
     begin = 0
     while begin < len(content):
-        begin += os.pwrite(descriptor, content[begin:], offset + begin)
+        begin += os.pwrite(descriptor, content.data[begin:], offset + begin)
