@@ -11,6 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,12 +60,12 @@ def main() -> None:
     rows: dict[str, list[tuple[float, float]]] = {"without": [], "filling": [], "kept": []}
     with tempfile.TemporaryDirectory() as temporary:
         shards = photograph_shards(Path(temporary), num=400, photos=options.photos)
-        data = {"shards": str(shards), "batch_size": options.batch_size, "backend": "torch"}
+        data, num_bytes = DataConfig(shards=str(shards), batch_size=options.batch_size, backend="torch"), 0
         for _ in range(options.rounds):
-            with open_loader(DataConfig(**data), VIEWS["moco-v2"], seed=1) as loader:
+            with open_loader(data, VIEWS["moco-v2"], seed=1) as loader:
                 rows["without"].append(epochs(loader, 1)[0])
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-                kept = DataConfig(**data, cache_decoded=2.0, cache_decoded_in=folder)
+                kept = replace(data, cache_decoded=2.0, cache_decoded_in=folder)
                 with open_loader(kept, VIEWS["moco-v2"], seed=1) as loader:
                     filling, later = epochs(loader, 2)
                 [file] = Path(folder).iterdir()
