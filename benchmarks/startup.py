@@ -73,8 +73,8 @@ def imports(script: Path, cache: Path) -> float:
 def environment(cache: Path) -> dict[str, str]:
     """Return the environment of a start, with compiled code kept in `cache`."""
     num_cpus = str(len(os.sched_getaffinity(0)))
-    inherited = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
-    return {"OMP_NUM_THREADS": num_cpus} | inherited | {"XDG_CACHE_HOME": str(cache)}
+    caches = {"XDG_CACHE_HOME": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "compiled")}
+    return {"OMP_NUM_THREADS": num_cpus} | os.environ | caches
 
 
 def table(starts: Sequence[tuple[float, dict[str, float]]]) -> str:
