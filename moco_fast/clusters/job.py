@@ -22,6 +22,9 @@ GRACE_S = 120
 """Seconds from a scheduler's signal to its kill. torch's launcher gives its ranks 30 s of these to save."""
 PORT = 29500
 """On which the first node is met; as in moco_fast/launch/multi-node.yaml."""
+_VARIABLE = re.compile(r"\$([A-Za-z_]|\{[A-Za-z_][^{}]*\})")
+_NOT_PLAIN = re.compile(rf'["`\\]|(?!{_VARIABLE.pattern})\$')
+"""What a backslash is needed before, between double quotes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +131,13 @@ def _lines(words: Sequence[str]) -> list[list[str]]:
 
 
 def quoted(word: str) -> str:
-    """Return a word as the shell reads it; what has a $ is a variable of the scheduler's, which it is to fill in."""
-    if "$" not in word:
+    """Return a word as the shell reads it; $NAME and ${NAME} are variables of the scheduler's, which it is to fill in.
+
+    Any other $, as of a command, stays what it is.
+    """
+    if _VARIABLE.search(word) is None:
         return shlex.quote(word)
-    return '"' + re.sub(r'(["`\\])', r"\\\1", word) + '"'
+    return '"' + _NOT_PLAIN.sub(r"\\\g<0>", word) + '"'
 
 
 def commented(job: ClusterJob | PackingJob, *lines: str) -> str:

@@ -1,5 +1,7 @@
 """Ray: a cluster of rented or own machines on which packing hands out its shards."""
 
+import re
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +30,7 @@ class RayCluster:
         head = commented(
             job,
             f"Start with: ray up {job.file}",
-            f"Pack with: ray exec {job.file} {_in_double_quotes(pack)}",
+            f"Pack with: ray exec {job.file} {_one_word(pack)}",
             f"End with: ray down {job.file}",
         )
         cluster: dict[str, Any] = {"cluster_name": job.name}
@@ -61,5 +63,6 @@ class RayCluster:
         }
 
 
-def _in_double_quotes(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+def _one_word(command: str) -> str:
+    """Return a command as one word of this machine's shell, which leaves what is in it to the cluster's."""
+    return shlex.quote(command) if re.search(r'["`$!\\]', command) else f'"{command}"'

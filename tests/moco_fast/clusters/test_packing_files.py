@@ -143,6 +143,55 @@ def test_ray_accepts_the_cluster_and_packs_on_it(
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["it's", 'a"b', "a`touch made`b", "a\\b", "x=y z;#", "!x", "$5", "a$", "$(touch made)", "`a$(touch made)'b\""],
+)
+@pytest.mark.parametrize("scheduler", [["--slurm"], ["--kubernetes", "--image", "i"], ["--ray", "--hosts", "a"]])
+def test_names_reach_the_command_as_they_are(
+    scheduler: list[str], name: str, cluster: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools(cluster)
+    monkeypatch.setenv("SLURM_NNODES", "1")
+    words = ["pack", f"photos/{name}", "--labels", "none", "--out", f"shards/{name}"]
+    text = written([*scheduler, "--", "make-shards", *words], capsys)
+    if scheduler[0] == "--slurm":
+        [line] = [line for line in text.splitlines() if "--wrap" in line]
+        commands = [["bash", "-c", text], ["bash", "-c", shlex.split(line.removeprefix("#"))[-1]]]
+    elif scheduler[0] == "--kubernetes":
+        jobs = yaml.safe_load_all(text)
+        commands = [job["spec"]["template"]["spec"]["containers"][0]["args"] for job in jobs]
+    else:
+        [line] = [line for line in text.splitlines() if line.startswith("# Pack with: ")]
+        # The shell here first, as it is what starts `ray exec`.
+        (cluster / "bin" / "ray").write_text('#!/bin/bash\nexec bash -c "$3"\n')
+        (cluster / "bin" / "ray").chmod(0o755)
+        commands = [["bash", "-c", line.removeprefix("# Pack with: ")]]
+    for command in commands:
+        env = os.environ | {"SLURM_ARRAY_TASK_ID": "0", "JOB_COMPLETION_INDEX": "0"}
+        subprocess.run(command, cwd=cluster, env=env, check=True)
+    packed, *finished = packings(cluster)
+    assert packed[: len(words)] == words
+    assert finished in ([], [["finish", f"shards/{name}"]])
+    assert not (cluster / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["$HOME/x y", "${HOME}/`x`$5"])
+def test_variables_are_those_of_the_machines(
+    name: str, cluster: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools(cluster)
+    monkeypatch.setenv("HOME", "/root/there")
+    text = written(["--kubernetes", "--image", "i", "--", "make-shards", "pack", name, "--out", "out"], capsys)
+    args = next(yaml.safe_load_all(text))["spec"]["template"]["spec"]["containers"][0]["args"]
+    subprocess.run(args, cwd=cluster, env=os.environ | {"JOB_COMPLETION_INDEX": "0"}, check=True)
+    text = written(["--ray", "--hosts", "a", "--", "make-shards", "pack", name, "--out", "out"], capsys)
+    [line] = [line for line in text.splitlines() if line.startswith("# Pack with: ")]
+    subprocess.run(["bash", "-c", shlex.split(line.removeprefix("# "))[-1]], cwd=cluster, check=True)
+    expected = name.replace("${HOME}", "$HOME").replace("$HOME", "/root/there")
+    assert [words[1] for words in packings(cluster)] == [expected, expected]
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--slurm", "--", *PACK, "--part", "0/3"], "--part is what this command writes"),
