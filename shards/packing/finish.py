@@ -68,7 +68,7 @@ def refuse_earlier_version(target: Target) -> None:
     if target.has(f"{place}/{HEADER_NAME}"):
         raise PackError(
             f"{target.address(place)} was written by an earlier version of make-shards: finish the packing with that "
-            f"version, or remove {target.address(WORK_NAME)} and pack again"
+            f"version, or remove {target.out} to start over"
         )
 
 

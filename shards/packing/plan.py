@@ -153,17 +153,17 @@ class PackPlan:
             FileNotFoundError: there is none.
             PackError: of another version, or damaged.
         """
-        path, work = f"{place}/{HEADER_NAME}", place.rpartition("/")[0]
+        path, out = f"{place}/{HEADER_NAME}", _target_of(place)
         try:
             header = json.loads(_read_whole(path))
             if header["version"] != PLAN_VERSION:
                 raise PackError(
                     f"{path} was written by another version of make-shards: finish the packing with that version, or "
-                    f"remove {work} and pack again"
+                    f"remove {out} to start over"
                 )
             return cls(place, header, spools)
         except (ValueError, KeyError, TypeError) as error:
-            raise PackError(f"{path} is damaged ({error}): remove {work} and pack again") from error
+            raise PackError(f"{path} is damaged ({error}): remove {out} to start over") from error
 
     @property
     def name(self) -> str:
@@ -203,7 +203,7 @@ class PackPlan:
         data = open_bytes(f"{self.place}/rows.bin").read(start * ROW.itemsize, (stop - start) * ROW.itemsize)
         table = np.frombuffer(data, dtype=ROW)
         if len(table) != stop - start:
-            raise PackError(f"{self.place}/rows.bin is cut: remove {self.place.rpartition('/')[0]} and pack again")
+            raise PackError(f"{self.place}/rows.bin is cut: remove {_target_of(self.place)} to start over")
         if not len(table):
             return PlanRows(table, b"")
         begin, end = int(table["name_at"][0]), int(table["name_at"][-1] + table["name_size"][-1])
@@ -253,6 +253,11 @@ class PackPlan:
             file = open_bytes(f"{self.place}/{duplicates_name(split)}")
             for start in range(0, file.size, _PIECE_BYTES):
                 yield file.read(start, _PIECE_BYTES)
+
+
+def _target_of(place: str) -> str:
+    """Return the target that a plan is in: without its plan, the shards there are of no use."""
+    return place.rpartition("/")[0].rpartition("/")[0]
 
 
 def _read_whole(path: str) -> bytes:

@@ -6,6 +6,7 @@ the one that is named, as after an earlier version wrote manifest.json again, th
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -20,13 +21,24 @@ from shards.sets.manifest_text import FORMAT, FORMAT_VERSION, check_head, lines_
 from shards.sets.shard_table import ShardEntry, ShardTable
 from shards.storage.file_kinds import LABEL_SETS_SUFFIX, MANIFEST_NAME, TABLE_OF_SHARDS_NAME
 from shards.storage.stores import is_url, open_folder
+from shards.storage.target import WORK_NAME
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST_NAME", "Manifest", "ShardEntry", "ShardTable", "find_tars"]
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "Manifest",
+    "ShardEntry",
+    "ShardTable",
+    "find_tars",
+    "packing_of",
+]
 
 _SHORT_BYTES = 1 << 20
 """What is read of a manifest at first; only longer ones have a table beside them."""
 _AT_ONCE = 1 << 12
 _NAMED = "shard_table"
+_PACKED = re.compile(r"shard-\d{6,}\.tar")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,9 +326,9 @@ def _known(head: Mapping[str, Any]) -> dict[str, Any]:
 def _explain_absence(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder} is not a folder: give the folder that make-shards wrote"
-    if (folder / ".pack").exists():
+    if (target := packing_of(folder)) is not None:
         return (
-            f"{folder} is not finished: run the same `make-shards pack` command again, or `make-shards finish {folder}`"
+            f"{folder} is not finished: run the same `make-shards pack` command again, or `make-shards finish {target}`"
         )
     inner = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
     if inner:
@@ -328,9 +340,19 @@ def _explain_absence(folder: Path) -> str:
     return f"{folder} has no {MANIFEST_NAME}: {way_out}"
 
 
+def packing_of(folder: Path) -> Path | None:
+    """Return the target of the unfinished packing that a folder's shards are of; None: they are of none."""
+    if (folder / WORK_NAME).exists():
+        return folder
+    # The folder of a split, if nothing but shards of ours is in it.
+    target = folder.absolute().parent
+    is_ours = all(_PACKED.fullmatch(tar.name) for tar in folder.glob("*.tar"))
+    return target if is_ours and (target / WORK_NAME).exists() else None
+
+
 def find_tars(path: str) -> tuple[str, ...]:
-    """Return the tars of a local folder that no manifest describes; none where there is a manifest, or no folder."""
+    """Return the tars of a local folder that no manifest describes; none where there is one, or packing goes on."""
     folder = Path(path)
-    if not folder.is_dir() or (folder / MANIFEST_NAME).exists():
+    if not folder.is_dir() or (folder / MANIFEST_NAME).exists() or packing_of(folder) is not None:
         return ()
     return tuple(str(tar.absolute()) for tar in sorted(folder.glob("*.tar")))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from shards.ground.files import write_whole
 from shards.sets.local import LocalShardSet
-from shards.sets.manifest import MANIFEST_NAME, Manifest
+from shards.sets.manifest import MANIFEST_NAME, Manifest, packing_of
 from shards.storage.file_kinds import kind_of_archive
-from shards.storage.stores import ByteFile, is_url, open_bytes, open_folder
+from shards.storage.stores import ByteFile, is_url, open_bytes, open_folder, split_url
+from shards.storage.target import PLAN_NAME, WORK_NAME
 
 __all__ = ["ShardFolder"]
 
@@ -72,6 +73,22 @@ class ShardFolder:
         if not is_url(self.where):
             return (Path(self.where) / MANIFEST_NAME).exists()
         return MANIFEST_NAME in (name for name, _ in open_folder(self._url).objects())
+
+    def packing(self) -> str | None:
+        """Return the target of the unfinished packing that the shards here are of; None: they are of none."""
+        if not is_url(self.where):
+            target = packing_of(Path(self.where))
+            return None if target is None else str(target)
+        if any(name.startswith(f"{WORK_NAME}/") for name, _ in open_folder(self._url).objects()):
+            return self._url
+        parent, _ = split_url(self._url)
+        if parent.endswith("/") or not is_url(parent):
+            return None
+        try:
+            open_folder(parent).size(PLAN_NAME)
+        except FileNotFoundError:
+            return None
+        return parent
 
     def put_manifest(self, manifest: Manifest) -> None:
         """Write the manifest, which makes the folder a set."""

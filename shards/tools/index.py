@@ -188,6 +188,11 @@ def index_folder(
     described = ShardFolder(where=folder, work_folder=work_folder)
     if described.has_manifest():
         raise ValueError(f"{folder} has a {MANIFEST_NAME} already: `make-shards verify {folder}` checks it")
+    if (target := described.packing()) is not None:
+        raise ValueError(
+            f"{folder} is not finished, so a manifest of what is there would be one of a part: run the same "
+            f"`make-shards pack` command again, or `make-shards finish {target}`"
+        )
     names = described.tars()
     if not names:
         raise ValueError(f"{folder} holds no .tar: give the folder of the shards")

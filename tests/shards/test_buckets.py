@@ -285,6 +285,8 @@ def test_parts_on_machines_that_share_only_the_bucket(bucket, tmp_path):
         (tmp_path / f"machine{i}").mkdir()
         assert pack(config(source, out=out, part=f"{i}/3", work_folder=str(tmp_path / f"machine{i}"))) is None
         assert "manifest.json" not in objects(out)
+        with pytest.raises(ValueError, match=f"is not finished.*`make-shards finish {out}`"):
+            index_folder(out, workers=1)
         # What a part needs of the plan it reads in the bucket.
         assert not list((tmp_path / f"machine{i}").iterdir())
     with pytest.raises(ValueError, match="--seed was 0, is 1"):
@@ -292,6 +294,15 @@ def test_parts_on_machines_that_share_only_the_bucket(bucket, tmp_path):
     (tmp_path / "machine3").mkdir()
     finish(out, work_folder=str(tmp_path / "machine3"))
     assert objects(out) == contents(tmp_path / "local")
+
+
+def test_a_part_of_the_shards_of_a_split_is_not_taken_for_a_set_of_others(bucket, tmp_path):
+    source, out = fill(tmp_path / "in", 30), bucket + "/out"
+    pack(config(source, out=out, part="0/2", val_fraction=0.3, work_folder=str(tmp_path)))
+    for name in ("train", "val"):
+        assert any(each.startswith(f"{name}/shard-") for each in objects(out))
+        with pytest.raises(ValueError, match=f"is not finished.*`make-shards finish {out}`"):
+            index_folder(f"{out}/{name}", workers=1)
 
 
 def test_a_node_of_a_cluster_that_shares_only_the_bucket_reads_the_plan_there(bucket, tmp_path):

@@ -13,6 +13,8 @@ from shards.packing.content import DIGEST, first_of_each, split_of
 from shards.packing.finish import finish
 from shards.packing.pack import pack
 from shards.sets import open_set
+from shards.sets.manifest import find_tars
+from shards.tools.index import index_folder
 from shards.tools.verify import verify
 from tests.shards.pictures import contents, fill, jpeg
 
@@ -162,3 +164,24 @@ def test_finish_names_the_missing_shards(tmp_path, capsys):
     assert "no plan to finish" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--part 2/2"):
         config(source, tmp_path / "out", part="2/2")
+
+
+@pytest.mark.parametrize("splits", [{}, {"val_fraction": 0.3}])
+def test_a_part_of_the_shards_is_not_taken_for_a_set_of_others(splits, tmp_path):
+    source, out = fill(tmp_path / "in", 30), tmp_path / "out"
+    pack(config(source, out, part="0/2", **splits))
+    before = contents(out)
+    for folder in (out / name for name in ("train", "val")) if splits else (out,):
+        assert list(folder.glob("*.tar"))
+        with pytest.raises(ValueError, match=f"is not finished.*`make-shards finish {out}`"):
+            index_folder(str(folder), workers=1)
+        with pytest.raises(ValueError, match=f"is not finished.*`make-shards finish {out}`"):
+            open_set(folder)
+        # No training streams them.
+        assert find_tars(str(folder)) == ()
+    assert contents(out) == before
+    # Tars of others beside the folder are none of it.
+    other = out / "other"
+    other.mkdir()
+    (other / "images.tar").write_bytes(next((out / "train" if splits else out).glob("*.tar")).read_bytes())
+    index_folder(str(other), workers=1)
