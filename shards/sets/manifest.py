@@ -7,12 +7,12 @@ the one that is named, as after an earlier version wrote manifest.json again, th
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, cast, get_origin, get_type_hints
 
 from shards.ground.digests import digest, digest_file, running_digest
 from shards.ground.memory import SharedBytes
@@ -121,12 +121,7 @@ class Manifest:
             head = check_head(parsed, where)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{where} is not JSON ({error}): restore it, or pack again") from error
-        try:
-            return cls._of(head, ShardTable.parsed(chunks))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where} lacks {error}: it is damaged; restore it, or pack again") from error
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"{where} is damaged ({error}): restore it, or pack again") from error
+        return cls._of(head, lambda: ShardTable.parsed(chunks), where)
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -169,7 +164,7 @@ class Manifest:
             named = _NamedTable.of(head)
             npz = files.table(named.digest) if named is not None and named.text_bytes == size - split[1] else None
             if npz is not None:
-                return cls._of(head, ShardTable(npz)), digest(json.dumps(head).encode())
+                return cls._of(head, lambda: ShardTable(npz), where), digest(json.dumps(head).encode())
         text = files.read(MANIFEST_NAME)
         return cls.from_json(text, where=where), digest(text)
 
@@ -201,10 +196,26 @@ class Manifest:
         return manifest, ""
 
     @classmethod
-    def _of(cls, head: Mapping[str, Any], shards: ShardTable) -> Self:
-        values = _known(head)
-        values["class_names"] = tuple(values["class_names"])
-        return cls(**values, shards=shards)
+    def _of(cls, head: Mapping[str, Any], shards: Callable[[], ShardTable], where: str) -> Self:
+        """Build from what was parsed, which anyone may have edited. Raises ValueError."""
+        try:
+            table, values = shards(), _known(head)
+            _refuse_other_types(values)
+            values["class_names"] = tuple(values["class_names"])
+            manifest = cls(**values, shards=table)
+            manifest._refuse_other_shards()
+        except KeyError as error:
+            raise ValueError(f"{where} lacks {error}: it is damaged; restore it, or pack again") from error
+        except (TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{where} is damaged ({error}): restore it, or pack again") from error
+        return manifest
+
+    def _refuse_other_shards(self) -> None:
+        """Refuse a list of shards that is not the one which the totals are of. Raises ValueError."""
+        if (listed := int(self.shards.num_samples.sum())) != self.num_samples:
+            raise ValueError(f"num_samples is {self.num_samples}, but the shards that it lists have {listed}")
+        if not self.shards.has_plain_names():
+            raise ValueError("the name of a shard is empty, or leads out of the folder")
 
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Give the names and contents of the files to write, manifest.json last: the same set gives the same bytes."""
@@ -321,6 +332,23 @@ def _known(head: Mapping[str, Any]) -> dict[str, Any]:
     later = ("jpegs", "has_label_sets", "left_aside")
     names = [f.name for f in fields(Manifest) if f.name != "shards"]
     return {name: head[name] for name in names if name not in later or name in head}
+
+
+def _refuse_other_types(values: Mapping[str, Any]) -> None:
+    """Refuse what is of another type than make-shards writes. Raises TypeError."""
+    kinds: dict[type, Callable[[Any], bool]] = {
+        int: lambda value: type(value) is int and value >= 0,
+        dict: lambda value: isinstance(value, dict),
+        tuple: lambda value: (
+            isinstance(value, list) and all(isinstance(name, str) for name in cast("list[Any]", value))
+        ),
+        bool: lambda value: isinstance(value, bool),
+    }
+    types = get_type_hints(Manifest)
+    for name, value in values.items():
+        kind: type = get_origin(types[name]) or types[name]
+        if not kinds[kind](value):
+            raise TypeError(f"{name} is {value!r:.80}")
 
 
 def _explain_absence(folder: Path) -> str:

@@ -170,6 +170,13 @@ class ShardTable(Sequence[ShardEntry]):
         """(num_shards,) size of each tar."""
         return self._columns["num_bytes"].astype(np.int64)
 
+    def has_plain_names(self) -> bool:
+        """Return whether no name is empty or has a folder in it."""
+        if not len(self):
+            return True
+        letters = np.ascontiguousarray(self._names).view(np.uint8).reshape(len(self), -1)
+        return bool(letters[:, 0].all() and not (letters == ord("/")).any())
+
     def name(self, shard: int) -> str:
         """Return the file name of a tar."""
         return _text(self._names[shard])

@@ -21,7 +21,7 @@ from shards.images.isolation import Limits, run_codecs
 from shards.images.jpeg import JpegError, is_jpeg, parse_jpeg
 from shards.images.libraries import decode_jpeg
 from shards.sets.local import LocalShardSet
-from shards.sets.manifest import Manifest, ShardEntry
+from shards.sets.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from shards.sets.record import ANNOTATED, INDEXED, Flag
 from shards.sets.shard_folder import ShardFolder
 from shards.storage.file_kinds import FILES_FOLDER, FILES_NAME, FILES_SUFFIX, TABLE_OF_SHARDS_NAME
@@ -102,8 +102,19 @@ def verify(
     ) as tick:
         found = dict(run_tasks(check, numbers, workers=workers, tick=tick))
     problems = [Problem(shard=TABLE_OF_SHARDS_NAME, sample=None, what=about_table)] if about_table else []
+    problems += [Problem(shard=MANIFEST_NAME, sample=None, what=what) for what in _check_totals(manifest)]
     problems += [problem for number in numbers for problem in found[number]]
     return [*problems, *_check_files(folder)] if manifest.settings.get(ANNOTATED) else problems
+
+
+def _check_totals(manifest: Manifest) -> Iterator[str]:
+    """Compare what the manifest says of all shards with what it says of each."""
+    most = dict.fromkeys(("max_width", "max_height", "max_bytes"), 0)
+    for entry in manifest.shards:
+        most = {name: max(value, getattr(entry, name)) for name, value in most.items()}
+    for name, value in most.items():
+        if getattr(manifest, name) != value:
+            yield f"has changed since it was packed: {name} is {getattr(manifest, name)}, but {value} in its shards"
 
 
 def verify_shard(shards: LocalShardSet, number: int, *, decode: bool) -> list[Problem]:
@@ -114,6 +125,10 @@ def verify_shard(shards: LocalShardSet, number: int, *, decode: bool) -> list[Pr
         records = shards.index(number)
     except ValueError as error:
         return [*problems, Problem(shard=entry.name, sample=None, what=str(error))]
+    num_classes, label = len(shards.manifest.class_names), int(records["label"].max(initial=-1))
+    if label >= num_classes:
+        what = f"has the label {label}, but {MANIFEST_NAME} names {num_classes} classes: class_names was changed"
+        problems.append(Problem(shard=entry.name, sample=None, what=what))
     settings = shards.manifest.settings
     # Tars that others wrote have other names and members.
     check = _check_images_only if settings.get(INDEXED) else _check_samples

@@ -13,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.cli import main
+from shards.config import PackConfig
 from shards.ground.digests import digest
+from shards.packing.pack import pack
 from shards.sets import manifest as manifest_module
 from shards.sets import open_set
 from shards.sets.manifest import Manifest, ShardEntry, ShardTable
+from tests.shards.pictures import fill
 from tests.shards.web import Web, serving
 
 DIGESTS = st.integers(1, 2**128 - 1).map(lambda number: f"{number:032x}")
@@ -186,7 +189,9 @@ def without_a_line(folder, manifest):
     path = folder / "manifest.json"
     lines = path.read_text().splitlines(keepends=True)
     at = next(number for number, line in enumerate(lines) if "shard-000004" in line)
-    path.write_text("".join(lines[:at] + lines[at + 1 :]))
+    left = manifest.num_samples - manifest.shards[4].num_samples
+    text = "".join(lines[:at] + lines[at + 1 :])
+    path.write_text(text.replace(f' "num_samples": {manifest.num_samples}', f' "num_samples": {left}', 1))
 
 
 @pytest.mark.parametrize(
@@ -201,6 +206,53 @@ def test_manifest_json_is_what_counts(long, parsed, change, is_told):
     assert list(read.shards) == expected
     assert parsed == [1]
     assert bool(Manifest.compared(str(folder))[1]) == is_told
+
+
+def without_a_shard(values):
+    del values["shards"][1]
+
+
+def with_a_shard_twice(values):
+    values["shards"].append(values["shards"][0])
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (without_a_shard, "num_samples is 9, but the shards that it lists have 6"),
+        (with_a_shard_twice, "num_samples is 9, but the shards that it lists have 12"),
+        (lambda values: values.update(num_samples=8), "num_samples is 8, but"),
+        (lambda values: values.update(num_samples="9"), "num_samples is '9'"),
+        (lambda values: values.update(class_names="ab"), "class_names is 'ab'"),
+        (lambda values: values.update(settings=[]), r"settings is \[\]"),
+        (lambda values: values["shards"][1].update(name="../other/shard-000001.tar"), "leads out of the folder"),
+        (lambda values: values["shards"][1].update(name=""), "is empty"),
+    ],
+)
+def test_an_edited_manifest_is_refused(edit, message, tmp_path):
+    pack(PackConfig(sources=(str(fill(tmp_path / "in", 9)),), out=str(tmp_path / "out"), shard_samples=3, workers=1))
+    path = tmp_path / "out" / "manifest.json"
+    values = json.loads(path.read_text())
+    edit(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"manifest\.json is damaged \(.*{message}"):
+        Manifest.read(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"max_bytes": 5}, "manifest.json: has changed since it was packed: max_bytes is 5, but"),
+        ({"class_names": ["a"]}, "has the label 1, but manifest.json names 1 classes"),
+    ],
+)
+def test_verify_names_what_was_edited(edit, message, tmp_path, capsys):
+    source, out = fill(tmp_path / "in", 9, classes=2), tmp_path / "out"
+    pack(PackConfig(sources=(str(source),), out=str(out), shard_samples=3, workers=1))
+    values = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(values | edit))
+    assert main(["verify", str(out), "--workers", "1"]) == 1
+    assert message in capsys.readouterr().out
 
 
 def test_index_writes_a_table_that_is_missing(long, parsed, capsys):
