@@ -102,6 +102,12 @@ def _named(profile: str | None) -> str:
     return f"profile {profile} of AWS" if profile else "the default profile of AWS"
 
 
+def _explained(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"its credential_process printed something else than JSON ({error})"
+    return str(error)
+
+
 class _AwsProfile:
     """A profile of AWS: keys, roles, single sign-on and commands (`credential_process`), by botocore."""
 
@@ -111,10 +117,10 @@ class _AwsProfile:
         self._url, self._profile = url, profile
         try:
             settings, region = self._open()
-        except BotoCoreError as error:
+        except (BotoCoreError, OSError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"cannot open {url}: {error}; name another profile with AWS_PROFILE, or write this one with "
-                "`aws configure`"
+                f"cannot open {url} with {_named(profile)}: {_explained(error)}; name another profile with "
+                "AWS_PROFILE, or write this one with `aws configure`"
             ) from None
         config: dict[str, Any] = {}
         if region and not _is_set("AWS_REGION", "AWS_DEFAULT_REGION"):
@@ -152,8 +158,8 @@ class _AwsProfile:
             if not isinstance(self._credentials, RefreshableCredentials):
                 self._open()
             keys: Any = self._credentials.get_frozen_credentials()
-        except BotoCoreError as error:
-            raise ValueError(f"{_named(self._profile)}: {error}") from None
+        except (BotoCoreError, OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{_named(self._profile)}: {_explained(error)}") from None
         return {
             "access_key_id": keys.access_key,
             "secret_access_key": keys.secret_key,
@@ -200,7 +206,13 @@ def _of_google(url: str) -> Credentials:
     with warnings.catch_warnings():
         # It warns of files that strangers gave; this is the user's own, as google.auth.default would find it.
         warnings.simplefilter("ignore", DeprecationWarning)
-        loaded, _ = auth.load_credentials_from_file(str(file))
+        try:
+            loaded, _ = auth.load_credentials_from_file(str(file))
+        except auth.exceptions.GoogleAuthError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"cannot open {url}: {reason}; name another file with GOOGLE_APPLICATION_CREDENTIALS"
+            ) from None
     # Not given above, where they would make it ask Google for the project's name.
     scopes = ["https://www.googleapis.com/auth/devstorage.read_write"]
     return Credentials(provider=GoogleCredentialProvider(scoped.with_scopes_if_required(loaded, scopes)))

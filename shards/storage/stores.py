@@ -343,15 +343,26 @@ class Folder:
 open_folder = lru_cache(maxsize=64)(Folder)
 
 
+def _is_web(address: str) -> bool:
+    try:
+        parts = urlsplit(address)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def _connect(url: str) -> "tuple[ObjectStore, bool]":
     """Return a store, and whether its credentials cannot change. Raises ValueError."""
     from obstore.store import from_url
 
     credentials = find_credentials(url)
     options = CLIENT_OPTIONS.copy()
-    endpoints = [os.environ.get(name, "") for name in _ENDPOINTS.get(url.partition(":")[0], ())]
-    endpoints.append(credentials.config.get("endpoint", ""))
-    if any(address.startswith("http://") for address in (url, *endpoints)):
+    endpoints = {name: os.environ.get(name, "") for name in _ENDPOINTS.get(url.partition(":")[0], ())}
+    endpoints["endpoint_url"] = credentials.config.get("endpoint", "")
+    for name, address in endpoints.items():
+        if address and not _is_web(address):
+            raise ValueError(f"cannot open {url}: {name} is {address}, which is no address: write it as https://HOST")
+    if any(address.startswith("http://") for address in (url, *endpoints.values())):
         options["allow_http"] = True
     more: dict[str, Any] = {"client_options": options, "retry_config": RETRIES}
     if credentials.provider:
@@ -359,5 +370,8 @@ def _connect(url: str) -> "tuple[ObjectStore, bool]":
     try:
         store = from_url(url, **more, **credentials.config)
     except Exception as error:
-        raise ValueError(f"cannot open {url}: {str(error).strip().partition(chr(10))[0][:300]}") from None
+        reason = str(error).strip().partition("\n")[0][:300]
+        no_account = "set AZURE_STORAGE_ACCOUNT_NAME to the name of the storage account"
+        hint = no_account if "Account must be" in reason else "correct the credentials that it is opened with"
+        raise ValueError(f"cannot open {url}: {reason}; {hint}") from None
     return store, credentials.are_fixed

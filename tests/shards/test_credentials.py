@@ -272,7 +272,9 @@ def test_the_metadata_service_is_not_asked_where_something_is_configured(cloud, 
     ("config", "problem"),
     [
         ("[profile team]\nregion=eu-west-1\n", "the default profile of AWS has no credentials; name another"),
-        ("no ini file", "cannot open s3://bucket/x: Unable to parse config file"),
+        ("no ini file", "cannot open s3://bucket/x with the default profile of AWS: Unable to parse config file"),
+        ("[default]\ncredential_process=echo no json\n", "its credential_process printed something else than JSON"),
+        ("[default]\ncredential_process=/not/there\n", "No such file or directory: '/not/there'; name another"),
     ],
 )
 def test_profiles_that_give_nothing_are_refused(cloud, tmp_path, monkeypatch, config, problem):
@@ -295,6 +297,36 @@ def test_a_file_that_is_none_of_google_s_is_refused(cloud, tmp_path, monkeypatch
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "login.json"))
     with pytest.raises(ValueError, match=r"login\.json cannot be read as credentials of Google's; name another"):
         Folder("gs://bucket/x")
+
+
+@pytest.mark.parametrize("kind", ["external_account", "of_another_kind"])
+def test_a_login_of_google_that_is_not_whole_is_refused(cloud, tmp_path, monkeypatch, kind):
+    (tmp_path / "login.json").write_text(json.dumps({"type": kind}))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "login.json"))
+    with pytest.raises(ValueError, match=r"cannot open gs://bucket/x: .*login\.json.*; name another file"):
+        Folder("gs://bucket/x")
+
+
+@pytest.mark.parametrize("address", ["localhost:9000", "nonsense", "http://", "http://[::1", "http://host:port"])
+def test_an_endpoint_that_is_no_address_is_refused(cloud, monkeypatch, address):
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    with pytest.raises(ValueError, match=r"AWS_ENDPOINT_URL is .*, which is no address: write it as https://HOST"):
+        Folder("s3://bucket/x")
+
+
+@pytest.mark.parametrize(
+    ("url", "names", "problem"),
+    [
+        ("s3://bucket/x", ["AWS_ACCESS_KEY_ID"], "SecretAccessKey; correct the credentials"),
+        ("az://container/x", ["AZURE_STORAGE_ACCOUNT_KEY"], "set AZURE_STORAGE_ACCOUNT_NAME"),
+    ],
+)
+def test_half_of_the_credentials_is_refused(cloud, monkeypatch, url, names, problem):
+    for name in names:
+        monkeypatch.setenv(name, "YWJj")
+    with pytest.raises(ValueError, match=f"cannot open {url}: .*{problem}"):
+        Folder(url)
 
 
 @pytest.mark.parametrize(("hidden", "extra"), [("botocore", "aws"), ("google", "gcs")])
