@@ -180,14 +180,14 @@ def test_variables_are_those_of_the_machines(
     name: str, cluster: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tools(cluster)
-    monkeypatch.setenv("HOME", "/root/there")
+    monkeypatch.setenv("HOME", "/there")
     text = written(["--kubernetes", "--image", "i", "--", "make-shards", "pack", name, "--out", "out"], capsys)
     args = next(yaml.safe_load_all(text))["spec"]["template"]["spec"]["containers"][0]["args"]
     subprocess.run(args, cwd=cluster, env=os.environ | {"JOB_COMPLETION_INDEX": "0"}, check=True)
     text = written(["--ray", "--hosts", "a", "--", "make-shards", "pack", name, "--out", "out"], capsys)
     [line] = [line for line in text.splitlines() if line.startswith("# Pack with: ")]
     subprocess.run(["bash", "-c", shlex.split(line.removeprefix("# "))[-1]], cwd=cluster, check=True)
-    expected = name.replace("${HOME}", "$HOME").replace("$HOME", "/root/there")
+    expected = name.replace("${HOME}", "$HOME").replace("$HOME", "/there")
     assert [words[1] for words in packings(cluster)] == [expected, expected]
 
 
