@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shards.config import PackConfig
 from shards.ground.cpus import available_cpus
+from shards.ground.errors import PackError
 from shards.ground.locks import locked, take_lock
 from shards.ground.progress import ProgressBars
 from shards.ground.units import counted
@@ -121,8 +122,16 @@ def _pack_part(config: PackConfig, target: Target, progress: ProgressBars) -> No
             return
         plan = _open_plan(config, target, progress)
         tasks = plan.tasks()
-        _write_missing(plan, tasks[int(number) :: int(count)], config, target, progress)
-        _write_late(plan, tasks, config, target, progress, num_parts=int(count))
+        try:
+            _write_missing(plan, tasks[int(number) :: int(count)], config, target, progress)
+            _write_late(plan, tasks, config, target, progress, num_parts=int(count))
+        except (OSError, PackError):
+            # Without a lock that all see, others may write this part's shards and finish the set, which ends the plan.
+            if not is_url(config.out) or _finished(config, target) is None:
+                raise
+            progress.say(f"{config.out} was finished meanwhile: others have written the shards of this part")
+            target.remove_work()
+            return
     target.leave()
 
 

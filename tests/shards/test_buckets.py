@@ -24,6 +24,7 @@ from shards.cli import main
 from shards.config import PackConfig
 from shards.ground.errors import PackError
 from shards.ground.progress import ProgressBars
+from shards.packing import pack as pack_module
 from shards.packing.cluster import NodeJob, remove_copy
 from shards.packing.finish import finish
 from shards.packing.pack import pack
@@ -294,6 +295,31 @@ def test_parts_on_machines_that_share_only_the_bucket(bucket, tmp_path):
     (tmp_path / "machine3").mkdir()
     finish(out, work_folder=str(tmp_path / "machine3"))
     assert objects(out) == contents(tmp_path / "local")
+
+
+def test_a_part_that_was_overtaken_until_the_set_is_finished_ends_well(bucket, tmp_path, monkeypatch, capsys):
+    source, out = fill(tmp_path / "in", 12), bucket + "/out"
+    pack(config(source, out=tmp_path / "local"))
+    write_missing = pack_module._write_missing
+
+    def overtaken(plan, tasks, options, target, progress):
+        monkeypatch.setattr(pack_module, "_write_missing", write_missing)
+        for part in ("0/2", "1/2"):
+            (tmp_path / "other").mkdir(exist_ok=True)
+            pack(config(source, out=out, part=part, work_folder=str(tmp_path / "other")))
+        finish(out, work_folder=str(tmp_path / "other"))
+        # What it was writing comes late.
+        target.put(".pack/done/late.json", b"{}")
+        write_missing(plan, tasks, options, target, progress)
+
+    monkeypatch.setattr(pack_module, "_write_missing", overtaken)
+    (tmp_path / "slow").mkdir()
+    progress = ProgressBars(enabled=False)
+    monkeypatch.setattr(progress, "say", print)
+    assert pack(config(source, out=out, part="0/2", work_folder=str(tmp_path / "slow")), progress) is None
+    assert "was finished meanwhile: others have written the shards of this part" in capsys.readouterr().out
+    assert objects(out) == contents(tmp_path / "local")
+    assert not list((tmp_path / "slow").iterdir())
 
 
 def test_a_part_of_the_shards_of_a_split_is_not_taken_for_a_set_of_others(bucket, tmp_path):
