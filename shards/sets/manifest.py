@@ -214,8 +214,6 @@ class Manifest:
         """Refuse a list of shards that is not the one which the totals are of. Raises ValueError."""
         if (listed := int(self.shards.num_samples.sum())) != self.num_samples:
             raise ValueError(f"num_samples is {self.num_samples}, but the shards that it lists have {listed}")
-        if not self.shards.has_plain_names():
-            raise ValueError("the name of a shard is empty, or leads out of the folder")
 
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Give the names and contents of the files to write, manifest.json last: the same set gives the same bytes."""

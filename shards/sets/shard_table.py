@@ -170,13 +170,6 @@ class ShardTable(Sequence[ShardEntry]):
         """(num_shards,) size of each tar."""
         return self._columns["num_bytes"].astype(np.int64)
 
-    def has_plain_names(self) -> bool:
-        """Return whether no name is empty or has a folder in it."""
-        if not len(self):
-            return True
-        letters = np.ascontiguousarray(self._names).view(np.uint8).reshape(len(self), -1)
-        return bool(letters[:, 0].all() and not (letters == ord("/")).any())
-
     def name(self, shard: int) -> str:
         """Return the file name of a tar."""
         return _text(self._names[shard])
@@ -240,6 +233,9 @@ def _hex_of(column: NDArray[Any]) -> Iterator[str | None]:
 
 
 def _columns_of(rows: Sequence[Mapping[str, Any]]) -> Columns:
+    for row in rows:
+        if not row["name"] or "/" in row["name"]:
+            raise ValueError(f"the shard {row['name']!r} has no name of a file in its folder")
     columns: Columns = {"name": np.array([row["name"].encode("utf-8", "surrogateescape") for row in rows], dtype="S")}
     for name, dtype in _NUMBERS.items():
         columns[name] = np.array([row[name] for row in rows], dtype=dtype)

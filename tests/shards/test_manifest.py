@@ -225,8 +225,11 @@ def with_a_shard_twice(values):
         (lambda values: values.update(num_samples="9"), "num_samples is '9'"),
         (lambda values: values.update(class_names="ab"), "class_names is 'ab'"),
         (lambda values: values.update(settings=[]), r"settings is \[\]"),
-        (lambda values: values["shards"][1].update(name="../other/shard-000001.tar"), "leads out of the folder"),
-        (lambda values: values["shards"][1].update(name=""), "is empty"),
+        (
+            lambda values: values["shards"][1].update(name="../other/shard-000001.tar"),
+            "the shard '../other/shard-000001.tar' has no name of a file",
+        ),
+        (lambda values: values["shards"][1].update(name=""), "the shard '' has no name of a file"),
     ],
 )
 def test_an_edited_manifest_is_refused(edit, message, tmp_path):
