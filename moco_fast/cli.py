@@ -26,6 +26,7 @@ from moco_fast.commands.transfer import transfer_commands
 from moco_fast.interrupt import StoppedError
 from moco_fast.meaning import refuse_renamed
 from moco_fast.needs import how_to_install
+from moco_fast.speaking import says
 from moco_fast.training import process
 from shards.ground.options import ending_quietly, parse_words
 from shards.storage.addresses import refuse_addresses
@@ -151,13 +152,16 @@ def _run(words: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except ModuleNotFoundError as error:
-        print(f"error: {how_to_install(error)}", file=sys.stderr)
+        if says(error):
+            print(f"error: {how_to_install(error)}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if says(error) or isinstance(error, process.NotMetError):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except StoppedError as error:
-        print(error, file=sys.stderr)
+        if says(error):
+            print(error, file=sys.stderr)
         return 128 + error.number
     except KeyboardInterrupt:
         return 130

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moco_fast.interrupt import StoppedError
+from moco_fast.speaking import is_known, note_known
 
 __all__ = [
     "LeftTogetherError",
@@ -86,14 +87,20 @@ def leave_together(reason: str = "", *, stopped_by: int = 0) -> None:
         of_ranks *= world_size()
         dist.all_gather_object(of_ranks, (reason, stopped_by))
     if signal := max(number for _, number in of_ranks):
-        raise StoppedTogetherError(signal)
+        stopped = StoppedTogetherError(signal)
+        note_known(stopped)
+        raise stopped
     if first := next(filter(None, (reason for reason, _ in of_ranks)), ""):
-        raise LeftTogetherError(first)
+        left = LeftTogetherError(first)
+        note_known(left)
+        raise left
 
 
 @contextmanager
 def leaving_together() -> Generator[None]:
     """Leave the block on every rank when one raises ValueError, OSError or StoppedError in it; collective at the end.
+
+    Blocks may lie in each other.
 
     Raises:
         StoppedTogetherError: on every rank, if one of them raised StoppedError.
@@ -106,8 +113,13 @@ def leaving_together() -> Generator[None]:
     except StoppedError as error:
         leave_together(stopped_by=error.number)
     except (ValueError, OSError) as error:
+        # Of a block within this one, which all ranks have left.
+        if is_known(error):
+            raise
         with suppress(LeftTogetherError):
             leave_together(str(error) or type(error).__name__)
+        if world_size() > 1:
+            note_known(error)
         raise
     leave_together()
 

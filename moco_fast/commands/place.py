@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from moco_fast.commands.common import Device, choose_device
+from moco_fast.speaking import note_met
 from pipelines.config import DataConfig
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def place(
     asked = precision or of_run
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         runtime = start(RunConfig(device=device, precision=asked, timeout_s=_WEEK_S))
+        note_met()
         try:
             yield runtime.device, runtime.world, runtime.precision
         finally:

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +63,23 @@ class SavedTraining:
     @contextmanager
     def held(self) -> Generator[None]:
         """Keep other processes from doing the same training; waits for those that do."""
-        if self._saving is None or self._world.rank > 0:
-            yield
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with locked(self._beside("lock"), holder=str(self._folder), wait=True):
-            checkpoint.sweep(self._folder)
+        with ExitStack() as stack:
+            with distributed.leaving_together():
+                if self._writes:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(locked(self._beside("lock"), holder=str(self._folder), wait=True))
+                    checkpoint.sweep(self._folder)
             yield
 
     def record(self) -> dict[str, Any] | None:
         """Return what the training found if it was finished earlier."""
         found = None
-        if self._saving is not None and self._world.rank == 0 and self._record.is_file():
-            try:
-                found = json.loads(self._record.read_text())
-            except ValueError as error:
-                raise ValueError(f"{self._record} is damaged ({error}): remove it") from None
+        with distributed.leaving_together():
+            if self._writes and self._record.is_file():
+                try:
+                    found = json.loads(self._record.read_text())
+                except ValueError as error:
+                    raise ValueError(f"{self._record} is damaged ({error}): remove it") from None
         return self._tell_all(found)
 
     def newest(self) -> Checkpoint | None:
@@ -93,11 +94,12 @@ class SavedTraining:
         of_first = self._tell_all(None if found is None else found.name)
         if of_first is None:
             return None
-        if found is None or found.name != of_first:
-            raise ValueError(
-                f"rank {self._world.rank} does not see {self._folder}/{of_first}: --cache (of transfer: --out) must be "
-                "on storage that all ranks share"
-            )
+        with distributed.leaving_together():
+            if found is None or found.name != of_first:
+                raise ValueError(
+                    f"rank {self._world.rank} does not see {self._folder}/{of_first}: --cache (of transfer: --out) "
+                    "must be on storage that all ranks share"
+                )
         state = load_together(found, is_first_of_node=self._world.rank % self._world.local_world_size == 0)
         checkpoint.set_generator_states(state.rng, self._world.rank, self._device)
         return state
@@ -109,21 +111,31 @@ class SavedTraining:
     def save(
         self, step: int, *, model: dict[str, Tensor], optimizer: dict[str, Tensor], numbers: dict[str, Any]
     ) -> None:
-        """Write a state in place of the one before, whole or not at all. Raises OSError: the disk is full."""
+        """Write a state in place of the one before, whole or not at all.
+
+        Raises:
+            OSError: on the first rank, such as that of a full disk; others raise LeftTogetherError with its text.
+        """
         if self._saving is None:
             return
         rng = self._gathered(checkpoint.generator_states(self._world.rank, self._device))
-        if self._world.rank == 0:
-            state = Checkpoint(step=step, config=self._what, model=model, optimizer=optimizer, rng=rng, numbers=numbers)
-            checkpoint.save(self._folder, state, keep=1)
-        self._tell_all(None)
+        with distributed.leaving_together():
+            if self._writes:
+                state = Checkpoint(
+                    step=step, config=self._what, model=model, optimizer=optimizer, rng=rng, numbers=numbers
+                )
+                checkpoint.save(self._folder, state, keep=1)
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """Write what the training found, and remove its states."""
-        if self._saving is not None and self._world.rank == 0:
-            write_whole(self._record, json.dumps(record, indent=1) + "\n", durable=True)
-            self._remove()
-        self._tell_all(None)
+        """Write what the training found, and remove its states. Raises as `save`."""
+        with distributed.leaving_together():
+            if self._writes:
+                write_whole(self._record, json.dumps(record, indent=1) + "\n", durable=True)
+                self._remove()
+
+    @property
+    def _writes(self) -> bool:
+        return self._saving is not None and self._world.rank == 0
 
     @property
     def _record(self) -> Path:

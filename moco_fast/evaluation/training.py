@@ -1,10 +1,9 @@
 """Training of a backbone and a classifier on live, augmented views: by all ranks together, resumable."""
 
-import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from tqdm import tqdm
 
+from moco_fast import distributed
 from moco_fast.checkpoint import Checkpoint, part
 from moco_fast.evaluation.base import Inputs, Split
 from moco_fast.evaluation.classifier import BackboneClassifier, build_classifier
 from moco_fast.evaluation.features import Features, gather
 from moco_fast.evaluation.labels import mean_per_class
+from moco_fast.evaluation.progress import StepProgress
 from moco_fast.evaluation.recipes import Recipe, build_recipe_optimizer, loss_of, mix
 from moco_fast.evaluation.saving import SavedTraining
 from moco_fast.interrupt import StoppedError
@@ -32,6 +32,8 @@ from pipelines.world import World
 from shards.ground.digests import digest
 
 __all__ = ["Scores", "SteppedWork", "Training", "Trainings", "on_all_ranks", "refusing_alone"]
+
+T = TypeVar("T")
 
 _WEEK_S = 7 * 24 * 3600.0
 
@@ -109,35 +111,69 @@ class _State:
 
 
 class SteppedWork:
-    """Work in steps by all ranks: its stop signal and its progress bar; a context that ends both.
+    """Work in steps by all ranks: its stop signal and its progress; a context that ends both.
+
+    A rank that cannot go on takes part in the others' steps until all know of it: then all leave, with its reason.
 
     Args:
-        world: the ranks; the first one shows the bar.
+        world: the ranks; the first one shows the progress.
         num_steps: for the time left.
     """
 
     def __init__(self, world: World, *, num_steps: int) -> None:
-        self._rank = world.rank
         self._stop = StopSignal(timeout_s=_WEEK_S)
-        self._bar = tqdm(
-            total=num_steps,
-            unit="step",
-            disable=world.rank > 0,
-            delay=3,
-            mininterval=0.5 if sys.stderr.isatty() else 10.0,
-        )
+        self._progress = StepProgress(num_steps, shown=world.rank == 0)
+        self._reason = ""  # why this rank cannot go on
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        self._progress.close()
         self._stop.close()
 
-    def say(self, line: str) -> None:
-        """Print a line on the first rank, above the progress bar."""
-        if self._rank == 0:
-            self._bar.write(line, file=sys.stderr)
+    def lasting(self, batches: Iterator[T]) -> Generator[T]:
+        """Give this rank's batches; where one cannot be had, the last one again, until all ranks leave.
+
+        Raises:
+            ValueError, OSError: by the first batch, on every rank, where one has none.
+        """
+        with distributed.leaving_together():
+            last = next(batches)
+        while True:
+            yield last
+            if not self._reason:
+                try:
+                    last = next(batches)
+                except (ValueError, OSError) as error:
+                    if distributed.world_size() == 1:
+                        raise
+                    self._reason = str(error) or type(error).__name__
+
+    def poll(self, reason: str = "") -> int:
+        """Return the signal that all ranks have agreed to stop for, or 0; collective, beside the step.
+
+        Args:
+            reason: why this rank cannot go on; empty: it can.
+
+        Raises:
+            LeftTogetherError: on every rank, where one had a reason by the call before.
+        """
+        self._reason = self._reason or reason
+        if self._reason:
+            self._stop.ask(1)
+        stopped_by = self._stop.poll()
+        if self._stop.granted():
+            self.agree()
+        return stopped_by
+
+    def agree(self, reason: str = "") -> None:
+        """Leave on every rank now, where one of them cannot go on; collective, and all wait for each other.
+
+        Raises:
+            LeftTogetherError: one has a reason.
+        """
+        distributed.leave_together(self._reason or reason)
 
 
 class Trainings(SteppedWork):
@@ -161,45 +197,50 @@ class Trainings(SteppedWork):
 
         Raises:
             ValueError: the encoder or the samples do not fit the recipe.
-            RuntimeError: one of several ranks failed while they trained.
+            OSError: on one rank, such as that of a full disk; the others raise ValueError with its text.
+            RuntimeError: one of several ranks failed within a step.
             StoppedError: a signal asked for it; the state is saved.
         """
         inputs = self._inputs
         known = training.as_known(inputs.seed)
         saved = SavedTraining(inputs.saving, training.name, known, world=inputs.world, device=inputs.device)
-        self._bar.set_description(training.name)
+        self._progress.begin(training.name)
         with saved.held():
             record = saved.record()
             if record is None:
                 tested = self._train(training, saved)
-                with refusing_alone(inputs.world):
-                    saved.finish(asdict(tested))
+                saved.finish(asdict(tested))
             else:
                 tested = replace(Scores(**record), curve=tuple(record["curve"]))
-                self._bar.update(training.num_steps)
+                self._progress.skip(training.num_steps)
         where = "the test set" if training.tested_on == "test" else "a part of the training set"
-        self.say(f"{training.name}: {100 * tested.top1:.2f}% of {where}")
+        self._progress.say(f"{training.name}: {100 * tested.top1:.2f}% of {where}")
         return tested
 
     def _train(self, training: Training, saved: SavedTraining) -> Scores:
         inputs = self._inputs
         on_gpu = [inputs.device] if inputs.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=on_gpu), self._loader(training) as loader, refusing_alone(inputs.world):
+        with torch.random.fork_rng(devices=on_gpu), self._loader(training) as loader:
             state = self._begin(training)
             # Of the blocks that are left out, which ranks draw for their own samples.
             torch.manual_seed((inputs.seed << 20) + inputs.world.rank)
             newest = saved.newest()
             if newest is not None:
                 state.restore(newest, loader)
-                self._bar.update(state.step)
+                self._progress.skip(state.step)
             query = on_all_ranks(state.model, inputs.world)
-            num_steps, batches = training.num_steps, _endless(loader)
+            num_steps, batches = training.num_steps, self.lasting(_endless(loader))
             while state.step < num_steps:
-                self._step(state, query, next(batches), training)
-                self._bar.update()
+                batch = next(batches)
+                with refusing_alone(inputs.world):
+                    self._step(state, query, batch, training)
+                self._progress.step()
                 if training.every_epoch and state.step % len(loader) == 0:
+                    self.agree()
                     state.curve.append(self._test(state.model, training).top1)
-                stopped_by = self._stop.poll()
+                stopped_by = self.poll()
+                if stopped_by or state.step == num_steps or saved.is_due(state.step):
+                    self.agree()
                 if stopped_by or (state.step < num_steps and saved.is_due(state.step)):
                     saved.save(
                         state.step,
@@ -286,7 +327,8 @@ def score_classifier(
     model.eval()
     found = [torch.empty(0, top + 1, dtype=torch.int64, device=inputs.device)]
     index = [torch.empty(0, dtype=torch.int64)]
-    with inputs.images(split, np.flatnonzero(labels.numpy() >= 0)) as loader, inputs.autocast():
+    samples = np.flatnonzero(labels.numpy() >= 0)
+    with distributed.leaving_together(), inputs.images(split, samples) as loader, inputs.autocast():
         for batch in loader:
             logits = model(batch.views[0]).float()
             is_broken = ~logits.isfinite().all(dim=1, keepdim=True)
@@ -332,7 +374,7 @@ def on_all_ranks(model: nn.Module, world: World) -> nn.Module:
 
 @contextmanager
 def refusing_alone(world: World) -> Generator[None]:
-    """Make the failure of one of several ranks end all: the others wait for it in the next step's collectives."""
+    """Make the failure of one of several ranks within a step end all: the others wait for it in its collectives."""
     try:
         yield
     except (ValueError, OSError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moco_fast import distributed
 from moco_fast.config import ModelConfig
 from moco_fast.encoders.encoder import Encoder, build_backbone, width_of
 from moco_fast.encoders.formats.base import digest_of, without_head
@@ -141,8 +142,9 @@ def compare(comparison: Comparison, machine: Machine) -> list[Result]:
                 by_class += class_rows(comparison.preset_name, init.name, seed, trained[-1])
             result = _result(comparison, machine, init, trained)
             results.append(replace(result, time_s=round(time.perf_counter() - begin, 3)))
-            if machine.world.rank == 0:
-                write_beside(comparison.out, results, by_class)
+            with distributed.leaving_together():
+                if machine.world.rank == 0:
+                    write_beside(comparison.out, results, by_class)
     return results
 
 

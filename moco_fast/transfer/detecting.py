@@ -1,6 +1,7 @@
 """Detection as a transfer task: what is built, trained on and measured."""
 
 from collections.abc import Callable, Sequence
+from math import ceil
 from statistics import fmean
 from typing import Any
 
@@ -22,7 +23,7 @@ from moco_fast.transfer.metrics import OVERLAPS, ClassPrecision, Detections
 from moco_fast.transfer.network import build_detector
 from moco_fast.transfer.presets import DetectPreset
 from moco_fast.transfer.sets import DetectionSet
-from moco_fast.transfer.training import Machine, NetworkTrainings, TestOutcome
+from moco_fast.transfer.training import Machine, NetworkTrainings, TestOutcome, in_turn
 
 __all__ = ["DetectorTrainings", "find_all", "in_own_pixels", "mean_values", "values"]
 
@@ -90,7 +91,9 @@ class DetectorTrainings(NetworkTrainings):
         found, num_untested = find_all(network, self._tested, self._preset, self._machine, stop=self.leave)
         # By one rank: each of the others would read all of COCO's annotations once more.
         is_first = self._machine.world.rank == 0
-        precisions = distributed.tell_all(measured(found, self._tested) if is_first else {})
+        with distributed.leaving_together():
+            own = measured(found, self._tested) if is_first else {}
+        precisions = distributed.tell_all(own)
         figures = {
             self._name(kind, name): value
             for kind, of_kind in precisions.items()
@@ -107,7 +110,8 @@ class DetectorTrainings(NetworkTrainings):
             for kind, of_kind in precisions.items()
             for each in of_kind
         ]
-        gallery = detection_gallery(found, self._tested) if is_first else None
+        with distributed.leaving_together():
+            gallery = detection_gallery(found, self._tested) if is_first else None
         return TestOutcome(figures=figures, by_class=rows, num_untested=num_untested, gallery=gallery)
 
     def infos(self) -> dict[str, FigureInfo]:
@@ -147,7 +151,7 @@ def mean_values(precisions: Sequence[ClassPrecision], names: Sequence[str]) -> d
 
 @torch.no_grad()
 def find_all(
-    model: nn.Module, data: DetectionSet, preset: DetectPreset, machine: Machine, *, stop: Callable[[], None]
+    model: nn.Module, data: DetectionSet, preset: DetectPreset, machine: Machine, *, stop: Callable[[str], None]
 ) -> tuple[Detections, int]:
     """Find objects in all images of a set; collective, every rank gets all of them.
 
@@ -156,7 +160,7 @@ def find_all(
         data: the set.
         preset: sizes of images.
         machine: where; ranks share the images.
-        stop: called before each image, by every rank equally often.
+        stop: as of `in_turn`, called before each image.
 
     Returns:
         what was found, and the number of this rank's images that cannot be decoded.
@@ -165,16 +169,17 @@ def find_all(
     parts: list[tuple[Any, ...]] = []
     num_untested = 0
     images = HeldOutImages(data, preset, world=machine.world, threads=machine.threads)
-    for each in images:
-        stop()
+
+    def find(each: HeldOutImage) -> None:
+        nonlocal num_untested
         if each.image is None:
             num_untested += 1
-            continue
+            return
         with machine.autocast():
             [found] = model([each.image.to(machine.device)])
         parts.append(_as_arrays(found, each))
-    if len(images) * machine.world.world_size < len(data):
-        stop()  # This rank has one image less than the first.
+
+    in_turn(images, find, num_turns=ceil(len(data) / machine.world.world_size), stop=stop)
     of_ranks = [parts]
     if machine.world.world_size > 1:
         of_ranks *= machine.world.world_size

@@ -1,7 +1,9 @@
 """Semantic segmentation as a transfer task: its images, and mean intersection over union."""
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as v2
 
+from moco_fast import distributed
 from moco_fast.encoders.encoder import Encoder
 from moco_fast.evaluation.base import FigureInfo
 from moco_fast.transfer.galleries import pixel_gallery
@@ -20,7 +23,7 @@ from moco_fast.transfer.pixel_network import PixelNetwork
 from moco_fast.transfer.pixel_sets import OPEN, PixelSet, read_pixels
 from moco_fast.transfer.presets import SegmentPreset
 from moco_fast.transfer.shuffled import ShuffledImages, ahead
-from moco_fast.transfer.training import Machine, NetworkTrainings, TestOutcome
+from moco_fast.transfer.training import Machine, NetworkTrainings, TestOutcome, in_turn
 
 __all__ = ["PixelBatch", "SegmenterTrainings", "TrainingCrops", "confusion_of"]
 
@@ -162,8 +165,9 @@ class SegmenterTrainings(NetworkTrainings):
             if counts[number]
         ]
         gallery = None
-        if self._machine.world.rank == 0:
-            gallery = pixel_gallery(values.numpy(), self._tested, lambda image: self._named(network, image))
+        with distributed.leaving_together():
+            if self._machine.world.rank == 0:
+                gallery = pixel_gallery(values.numpy(), self._tested, lambda image: self._named(network, image))
         return TestOutcome(figures=figures, by_class=rows, num_untested=num_untested, gallery=gallery)
 
     @torch.no_grad()
@@ -183,14 +187,16 @@ class SegmenterTrainings(NetworkTrainings):
 
 
 @torch.no_grad()
-def confusion_of(network: nn.Module, data: PixelSet, machine: Machine, *, stop: Any) -> tuple[Tensor, Tensor, int]:
+def confusion_of(
+    network: nn.Module, data: PixelSet, machine: Machine, *, stop: Callable[[str], None]
+) -> tuple[Tensor, Tensor, int]:
     """Count the pixels of each class that are named each class; collective, every rank gets the whole.
 
     Args:
         network: on the machine's device; it is left in evaluation mode.
         data: the set; ranks share its images.
         machine: where.
-        stop: called before each image, by every rank equally often.
+        stop: as of `in_turn`, called before each image.
 
     Returns:
         (K, K) int64, rows for what is there; (I,) float64, each image's own mean intersection over union, NaN where
@@ -201,26 +207,29 @@ def confusion_of(network: nn.Module, data: PixelSet, machine: Machine, *, stop: 
     counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=machine.device)
     values = torch.zeros(len(data), dtype=torch.float64, device=machine.device)
     numbers = range(world.rank, len(data), world.world_size)
+
+    def count(turn: tuple[int, Future[tuple[Tensor, Tensor] | None]]) -> None:
+        nonlocal num_untested
+        number, future = turn
+        found = future.result()
+        if found is None:
+            num_untested += 1
+            values[number] = torch.nan
+            return
+        image, classes = (each.to(machine.device) for each in found)
+        with machine.autocast():
+            named = network(image[None])[0].argmax(0)
+        counted = classes != OPEN
+        pairs = classes[counted].long() * num_classes + named[counted]
+        of_image = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+        overlap, is_counted = _overlaps(of_image)
+        values[number] = overlap.sum() / is_counted.sum()
+        counts.add_(of_image)
+
     with ThreadPoolExecutor(machine.threads) as pool:
         futures = ahead(lambda number: pool.submit(_decoded, data, number), numbers)
-        for number, future in zip(numbers, futures, strict=True):
-            stop()
-            found = future.result()
-            if found is None:
-                num_untested += 1
-                values[number] = torch.nan
-                continue
-            image, classes = (each.to(machine.device) for each in found)
-            with machine.autocast():
-                named = network(image[None])[0].argmax(0)
-            counted = classes != OPEN
-            pairs = classes[counted].long() * num_classes + named[counted]
-            of_image = torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-            overlap, is_counted = _overlaps(of_image)
-            values[number] = overlap.sum() / is_counted.sum()
-            counts += of_image
-    if len(numbers) * world.world_size < len(data):
-        stop()  # This rank has one image less than the first.
+        turns = zip(numbers, futures, strict=True)
+        in_turn(turns, count, num_turns=ceil(len(data) / world.world_size), stop=stop)
     if world.world_size > 1:
         dist.all_reduce(counts)
         dist.all_reduce(values)

@@ -1,12 +1,12 @@
 """Training and test of networks: by all ranks together, one after the other, resumable at any step."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moco_fast import distributed
 from moco_fast.checkpoint import Checkpoint, part
 from moco_fast.config import ModelConfig
 from moco_fast.encoders.encoder import Encoder
@@ -40,8 +41,11 @@ __all__ = [
     "Start",
     "TestOutcome",
     "Trained",
+    "in_turn",
     "sum_of_ranks",
 ]
+
+T = TypeVar("T")
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CURVE_POINTS = 100
@@ -238,7 +242,8 @@ class NetworkTrainings(SteppedWork, ABC):
 
         Raises:
             ValueError: the encoder does not fit, or too many images are damaged.
-            RuntimeError: one of several ranks failed while they trained.
+            OSError: on one rank, such as that of a full disk; the others raise ValueError with its text.
+            RuntimeError: one of several ranks failed within a step.
             StoppedError: a signal asked for it; the state is saved.
         """
         name = f"{start.name} seed {seed}"
@@ -250,15 +255,14 @@ class NetworkTrainings(SteppedWork, ABC):
             "seed": seed,
         }
         saved = SavedTraining(saving, name, known, world=self._machine.world, device=self._machine.device)
-        self._bar.set_description(name, refresh=False)
+        self._progress.begin(name)
         with saved.held():
             record = saved.record()
             if record is None:
                 trained = self._train(start, saved, seed)
-                with refusing_alone(self._machine.world):
-                    saved.finish({name: each for name, each in asdict(trained).items() if name != "name"})
+                saved.finish({name: each for name, each in asdict(trained).items() if name != "name"})
                 return trained
-        self._bar.update(self._how.steps)
+        self._progress.skip(self._how.steps)
         try:
             curve = [(int(step), float(loss)) for step, loss in record.pop("curve")]
             return Trained(curve=curve, name=saved.name, **record)
@@ -270,23 +274,25 @@ class NetworkTrainings(SteppedWork, ABC):
         machine, preset = self._machine, self._how
         on_gpu = [machine.device] if machine.device.type == "cuda" else []
         images = self.images(start.encoder, seed=seed)
-        with torch.random.fork_rng(devices=on_gpu), images, refusing_alone(machine.world):
+        with torch.random.fork_rng(devices=on_gpu), images:
             state = self._begin(start, seed)
             # What the network draws itself, such as regions.
             torch.manual_seed((seed << 20) + machine.world.rank)
             if (newest := saved.newest()) is not None:
                 state.restore(newest)
-                self._bar.update(state.step)
-            batches = (batch.to(machine.device) for batch in images.batches(state.step))
+                self._progress.skip(state.step)
+            batches = self.lasting(batch.to(machine.device) for batch in images.batches(state.step))
             self._take_steps(state, batches, saved)
             if preset.precise_batches:
                 state.model.train()
-                passes = (self._pass(state.model, batch) for batch in islice(batches, preset.precise_batches))
+                passes = (self._pass(state.model, batches) for _ in range(preset.precise_batches))
                 set_precise_statistics(state.model, passes)
+                self.agree()
             tested = self.measure(state.model)
             num_untested = sum_of_ranks(tested.num_untested, machine.world)
             self._refuse_untested(num_untested)
-            self._keep(state.model, tested.gallery, saved.name, start)
+            with distributed.leaving_together():
+                self._keep(state.model, tested.gallery, saved.name, start)
             return Trained(
                 name=saved.name,
                 figures=tested.figures,
@@ -314,38 +320,38 @@ class NetworkTrainings(SteppedWork, ABC):
         parallel = on_all_ranks(state.model, self._machine.world)
         every = max(1, preset.steps // _CURVE_POINTS)
         while state.step < preset.steps:
-            self._step(state, parallel, next(batches))
-            self._bar.update()
-            stopped_by = self._stop.poll()
+            batch = next(batches)
+            with refusing_alone(self._machine.world):
+                self._step(state, parallel, batch)
+            self._progress.step()
+            stopped_by = self.poll()
             is_saved = stopped_by or saved.is_due(state.step) or state.step == preset.steps
             if is_saved or state.step % every == 0:
-                self._refuse_diverged(state)
+                # Before its state takes the place of the one that still learned.
+                self.agree(self._why_diverged(state))
             if state.step % every == 0:
                 if bool(state.loss.isfinite().item()):
                     state.curve.append((state.step, state.loss.item() / every))
-                    self._bar.set_postfix(loss=f"{state.curve[-1][1]:.3f}", refresh=False)
+                    self._progress.note(f"loss {state.curve[-1][1]:.3f}")
                 state.loss.zero_()
             if is_saved:
                 state.save(saved)
             if stopped_by:
                 raise StoppedError(stopped_by)
 
-    def _refuse_diverged(self, state: _NetworkState) -> None:
-        """Leave a training that learns nothing more, before its state takes the place of the one that still did.
-
-        Raises:
-            ValueError: some rank's loss, or a weight in the end, is not a number.
-        """
+    def _why_diverged(self, state: _NetworkState) -> str:
+        """Return why a training learns nothing more, if this rank's loss, or a weight in the end, is not a number."""
         is_number = bool(state.loss.isfinite().item())
         # fp16 skips steps whose gradients are no numbers, and goes on with the weights before.
         is_lost = not is_number and not state.scaler.is_enabled()
         if not is_number or state.step == self._how.steps:
             is_lost = is_lost or not _is_finite(state.model)
-        if sum_of_ranks(int(is_lost), self._machine.world):
-            raise ValueError(
-                f"the loss or a weight is not a number after step {state.step:,}: the training diverged, and its "
-                f"figures would mean nothing; give a smaller --lr than {self._how.lr:g}"
-            )
+        if not is_lost:
+            return ""
+        return (
+            f"the loss or a weight is not a number after step {state.step:,}: the training diverged, and its "
+            f"figures would mean nothing; give a smaller --lr than {self._how.lr:g}"
+        )
 
     def _step(self, state: _NetworkState, parallel: nn.Module, batch: Any) -> None:
         set_lr(state.optimizer, lr_at(self._how, state.step))
@@ -359,17 +365,25 @@ class NetworkTrainings(SteppedWork, ABC):
         state.loss += loss.detach()
         state.step += 1
 
-    def _pass(self, model: nn.Module, batch: Any) -> Callable[[], object]:
+    def _pass(self, model: nn.Module, batches: Iterator[Any]) -> Callable[[], object]:
         def run() -> object:
             self.leave()
+            batch = next(batches)
             with self._machine.autocast():
                 return model(batch.images, batch.targets)
 
         return run
 
-    def leave(self) -> None:
-        """Leave a test where a signal asks for it; it is done again from the last state."""
-        if stopped_by := self._stop.poll():
+    def leave(self, reason: str = "") -> None:
+        """Leave a test where a signal asks for it, or a rank cannot go on; it is done again from the last state.
+
+        Args:
+            reason: why this rank cannot; empty: it can.
+
+        Raises:
+            StoppedError, LeftTogetherError: on every rank.
+        """
+        if stopped_by := self.poll(reason):
             raise StoppedError(stopped_by)
 
     def _refuse_untested(self, num_untested: int) -> None:
@@ -400,6 +414,31 @@ class NetworkTrainings(SteppedWork, ABC):
 
 def _is_finite(model: nn.Module) -> bool:
     return all(value.isfinite().all().item() for value in model.state_dict().values())
+
+
+def in_turn(items: Iterable[T], do: Callable[[T], None], *, num_turns: int, stop: Callable[[str], None]) -> None:
+    """Do something with each of this rank's items; a rank that fails goes along until all leave. Collective at the end.
+
+    Args:
+        items: `num_turns` at most.
+        do: must not be collective.
+        num_turns: the same on all ranks.
+        stop: called before each turn, with why this rank cannot go on; empty: it can.
+
+    Raises:
+        ValueError, OSError: on every rank, where one of them has failed.
+    """
+    rest, reason = iter(items), ""
+    for _ in range(num_turns):
+        stop(reason)
+        try:
+            for item in () if reason else islice(rest, 1):
+                do(item)
+        except (ValueError, OSError) as error:
+            if distributed.world_size() == 1:
+                raise
+            reason = str(error) or type(error).__name__
+    distributed.leave_together(reason)
 
 
 def sum_of_ranks(number: int, world: World) -> int:

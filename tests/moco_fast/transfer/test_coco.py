@@ -420,7 +420,7 @@ def test_every_head_trains_all_of_its_parameters_and_detects(head, coco) -> None
     torch.stack(list(losses.values())).sum().backward()
     assert [name for name, value in detector.named_parameters() if value.grad is None] == []
     first = replace(data, images=data.images[:1])
-    found, _ = find_all(detector, first, preset, Machine(device=CPU), stop=lambda: None)
+    found, _ = find_all(detector, first, preset, Machine(device=CPU), stop=lambda _: None)
     assert (found.masks is not None) == preset.masks
     if preset.masks:
         assert len(found.masks) == len(found)

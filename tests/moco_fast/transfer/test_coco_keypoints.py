@@ -299,7 +299,7 @@ def on_two_ranks(folder: str):
         with trainings(Path(folder) / "out", sets, machine=machine) as training:
             figures = training.run(start(), seed=3).figures
         detector = build_detector(tiny_resnet(), TINY_KEYPOINTS, num_classes=1, seed=1, num_keypoints=3)
-        return figures, find_all(detector, sets[1], TINY_KEYPOINTS, machine, stop=lambda: None)[0]
+        return figures, find_all(detector, sets[1], TINY_KEYPOINTS, machine, stop=lambda _: None)[0]
 
 
 def test_ranks_share_training_and_test_of_keypoints(people, run_ranks, monkeypatch) -> None:
@@ -307,7 +307,7 @@ def test_ranks_share_training_and_test_of_keypoints(people, run_ranks, monkeypat
     (first, found), (second, again) = run_ranks(on_two_ranks, str(people))
     assert first == second
     detector = build_detector(tiny_resnet(), TINY_KEYPOINTS, num_classes=1, seed=1, num_keypoints=3)
-    alone, _ = find_all(detector, sets_of(people)[1], TINY_KEYPOINTS, Machine(device=CPU), stop=lambda: None)
+    alone, _ = find_all(detector, sets_of(people)[1], TINY_KEYPOINTS, Machine(device=CPU), stop=lambda _: None)
     order = np.argsort(found.image, kind="stable")
     np.testing.assert_array_equal(found.keypoints, again.keypoints)
     np.testing.assert_allclose(found.keypoints[order], alone.keypoints, rtol=1e-4, atol=1e-3)
@@ -409,6 +409,6 @@ def test_a_tiny_network_learns_keypoints(tmp_path, monkeypatch) -> None:
     with trainings(tmp_path / "out", sets, preset) as learning:
         found = learning.run(start(), seed=3)
     untrained = build_detector(tiny_resnet(), preset, num_classes=1, seed=3, num_keypoints=3)
-    chance, _ = find_all(untrained, sets[1], preset, Machine(device=CPU), stop=lambda: None)
+    chance, _ = find_all(untrained, sets[1], preset, Machine(device=CPU), stop=lambda _: None)
     assert coco_precision(chance, sets[1])["keypoint"][0].at[0] < 0.05
     assert found.figures["keypoint AP50"] > 0.2

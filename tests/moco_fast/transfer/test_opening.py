@@ -50,7 +50,9 @@ def test_a_detector_is_opened_from_its_file_alone_and_finds_the_same(tmp_path) -
     truth = two_sets(tmp_path, train=1, test=2)[1]
     trained = moco_fast.load_trained(write(tmp_path, "c5"))
     assert (trained.class_names, trained.preset) == (NAMES, PRESETS["c5"])
-    found, _ = find_all(trained.network, truth, trained.preset, Machine(device=torch.device("cpu")), stop=lambda: None)
+    found, _ = find_all(
+        trained.network, truth, trained.preset, Machine(device=torch.device("cpu")), stop=lambda _: None
+    )
     for number, image in enumerate(truth.images):
         own = trained.detect(image.path)
         assert len(own.boxes) > 0

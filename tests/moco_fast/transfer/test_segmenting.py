@@ -169,14 +169,14 @@ def counted_by_ranks(folder):
     data = read_pixel_sets([folder], TINY_PIXELS)[1]
     rank = torch.distributed.get_rank()
     machine = Machine(device=CPU, world=World(rank=rank, world_size=2, local_world_size=2), threads=1)
-    return confusion_of(Fixed(), data, machine, stop=lambda: None)
+    return confusion_of(Fixed(), data, machine, stop=lambda _: None)
 
 
 def test_ranks_share_a_test(tmp_path, run_ranks) -> None:
     data = two_sets(tmp_path, train=1, test=3)[1]
     broken = data.images[1].image
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
-    alone, values, num_untested = confusion_of(Fixed(), data, Machine(device=CPU), stop=lambda: None)
+    alone, values, num_untested = confusion_of(Fixed(), data, Machine(device=CPU), stop=lambda _: None)
     of_ranks = run_ranks(counted_by_ranks, str(tmp_path))
     assert [number for *_, number in of_ranks] == [0, 1]
     assert num_untested == 1

@@ -70,7 +70,7 @@ def test_a_tiny_detector_learns_shapes(tmp_path) -> None:
     losses = [loss for _, loss in found.curve]
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
     untrained = build_detector(tiny_resnet(), preset, num_classes=3, seed=3)
-    chance, _ = find_all(untrained, sets[1], preset, Machine(device=CPU), stop=lambda: None)
+    chance, _ = find_all(untrained, sets[1], preset, Machine(device=CPU), stop=lambda _: None)
     assert np.mean([each.at[0] for each in voc_precision(chance, sets[1])]) < 0.05
     assert found.figures["AP50"] > 0.4
 
@@ -107,7 +107,7 @@ def test_a_trained_detector_can_be_opened_again(tmp_path) -> None:
     [path] = (tmp_path / "out" / "trained").iterdir()
     detector = build_detector(tiny_resnet(5), TINY, num_classes=3, seed=9)
     detector.load_state_dict(load_file(path))
-    again, _ = find_all(detector.eval(), sets[1], TINY, Machine(device=CPU), stop=lambda: None)
+    again, _ = find_all(detector.eval(), sets[1], TINY, Machine(device=CPU), stop=lambda _: None)
     figures = {name: np.mean([values(each)[name] for each in voc_precision(again, sets[1])]) for name in found.figures}
     assert figures == pytest.approx(found.figures)
     with safe_open(path, framework="pt") as file:
@@ -121,7 +121,7 @@ def on_two_ranks(folder):
     with trainings(Path(folder) / "out", sets, replace(TINY, steps=2), machine=machine) as training:
         found = training.run(start(), seed=3)
     detector = build_detector(tiny_resnet(), TINY, num_classes=3, seed=1)
-    return found.figures, find_all(detector, sets[1], TINY, machine, stop=lambda: None)
+    return found.figures, find_all(detector, sets[1], TINY, machine, stop=lambda _: None)
 
 
 def two_sets_of(folder):
@@ -139,7 +139,7 @@ def test_ranks_share_training_and_test(tmp_path, run_ranks) -> None:
     (first, found), (second, again) = run_ranks(on_two_ranks, str(tmp_path))
     assert first == second
     detector = build_detector(tiny_resnet(), TINY, num_classes=3, seed=1)
-    alone, num_untested = find_all(detector, sets[1], TINY, Machine(device=CPU), stop=lambda: None)
+    alone, num_untested = find_all(detector, sets[1], TINY, Machine(device=CPU), stop=lambda _: None)
     assert num_untested == found[1] == again[1] == 0
     order = np.argsort(found[0].image, kind="stable")
     for name in ("image", "boxes", "classes", "scores"):
@@ -226,7 +226,7 @@ def test_a_damaged_test_image_has_no_detections(tmp_path) -> None:
     test = two_sets(tmp_path, train=2, test=3)[1]
     test.images[1].path.write_bytes(b"\xff\xd8")
     detector = build_detector(tiny_resnet(), TINY, num_classes=3, seed=1)
-    found, num_untested = find_all(detector, test, TINY, Machine(device=CPU), stop=lambda: None)
+    found, num_untested = find_all(detector, test, TINY, Machine(device=CPU), stop=lambda _: None)
     assert num_untested == 1
     assert set(found.image) == {0, 2}
 

@@ -1,0 +1,36 @@
+"""Which of several ranks says an error: the first one of each machine, where all ranks know it. Imports no torch."""
+
+import os
+
+__all__ = ["is_known", "note_known", "note_met", "says"]
+
+_KNOWN = "all ranks leave with this"
+
+
+class _Ranks:
+    have_met = False
+
+
+def note_met() -> None:
+    """Note that this process has met the other ranks: from then on it may fail alone."""
+    _Ranks.have_met = True
+
+
+def note_known(error: BaseException) -> None:
+    """Note that all ranks know an error of this one's."""
+    if not is_known(error):
+        error.add_note(_KNOWN)
+
+
+def is_known(error: BaseException) -> bool:
+    """Return whether all ranks know an error."""
+    return _KNOWN in getattr(error, "__notes__", ())
+
+
+def says(error: BaseException) -> bool:
+    """Return whether this process is the one to print an error.
+
+    Before ranks meet, they check what all of them were told, and find the same.
+    """
+    is_first = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
+    return is_first or (_Ranks.have_met and not is_known(error))
