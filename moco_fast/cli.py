@@ -26,7 +26,7 @@ from moco_fast.commands.transfer import transfer_commands
 from moco_fast.interrupt import StoppedError
 from moco_fast.meaning import refuse_renamed
 from moco_fast.needs import how_to_install
-from moco_fast.speaking import says
+from moco_fast.speaking import note_met, says
 from moco_fast.training import process
 from shards.ground.options import ending_quietly, parse_words
 from shards.storage.addresses import refuse_addresses
@@ -136,6 +136,7 @@ def _run(words: Sequence[str]) -> int:
     if words[:1] == ["bench"]:
         return bench.main(words[1:], prog="moco-fast bench")
     process.prepare()
+    note_met(False)
     try:
         refuse_renamed(words)
         if words[:1] == ["launch"]:
@@ -151,20 +152,23 @@ def _run(words: Sequence[str]) -> int:
         return command.execute()
     except BrokenPipeError:
         raise
-    except ModuleNotFoundError as error:
-        if says(error):
-            print(f"error: {how_to_install(error)}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        if says(error) or isinstance(error, process.NotMetError):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except StoppedError as error:
-        if says(error):
-            print(error, file=sys.stderr)
-        return 128 + error.number
+    except (ModuleNotFoundError, ValueError, OSError, StoppedError) as error:
+        return _ended_by(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _ended_by(error: Exception) -> int:
+    """Print why a command ended, once where all ranks know it; return the exit code."""
+    is_said = says(error) or isinstance(error, process.NotMetError)
+    if isinstance(error, StoppedError):
+        line, code = str(error), 128 + error.number
+    else:
+        reason = how_to_install(error) if isinstance(error, ModuleNotFoundError) else " ".join(str(error).split())
+        line, code = f"error: {reason}", 2
+    if is_said:
+        print(line, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

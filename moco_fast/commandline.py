@@ -214,7 +214,7 @@ def check(config: Config, base: Config, *, here: bool = True) -> None:
     check_mirror(config.checkpoint.mirror)
     if not here:
         return
-    check_installed(config.log)
+    check_installed(config.log.trackers)
     tars_to_stream(config.data)
     for option, shards in (("--data.shards", config.data.shards), ("--eval.shards", config.eval.shards)):
         is_streamed = option == "--data.shards" and config.data.stream_samples is not None

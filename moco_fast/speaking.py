@@ -7,13 +7,13 @@ __all__ = ["is_known", "note_known", "note_met", "says"]
 _KNOWN = "all ranks leave with this"
 
 
-class _Ranks:
+class _Met:
     have_met = False
 
 
-def note_met() -> None:
-    """Note that this process has met the other ranks: from then on it may fail alone."""
-    _Ranks.have_met = True
+def note_met(have_met: bool = True) -> None:
+    """Note that this process has met the other ranks, from when on it may fail alone; or not, as a command begins."""
+    _Met.have_met = have_met
 
 
 def note_known(error: BaseException) -> None:
@@ -33,4 +33,4 @@ def says(error: BaseException) -> bool:
     Before ranks meet, they check what all of them were told, and find the same.
     """
     is_first = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
-    return is_first or (_Ranks.have_met and not is_known(error))
+    return is_first or (_Met.have_met and not is_known(error))

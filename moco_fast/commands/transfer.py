@@ -1,8 +1,9 @@
 """`moco-fast transfer`: networks trained from encoders, by the papers' protocols."""
 
 import sys
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ import tyro
 from moco_fast.commandline import is_first_rank
 from moco_fast.commands.common import Device, positive
 from moco_fast.commands.place import Precision, place
+from moco_fast.config import Tracker
 from moco_fast.transfer.presets import (
     PRESETS,
     SEGMENT_PRESETS,
@@ -23,6 +25,7 @@ from shards.ground.cpus import available_cpus
 from shards.ground.units import counted
 
 if TYPE_CHECKING:
+    from moco_fast.evaluation.result import Result
     from moco_fast.transfer.sets import Malformed
 
 __all__ = ["Detect", "Segment", "TransferExport", "TransferPresets", "transfer_commands"]
@@ -68,6 +71,10 @@ class _TransferOptions:
     """Share of the images that may be left out since they, or what is marked in them, cannot be used."""
     save_every_steps: int = 500
     """Steps after which a training saves its state."""
+    trackers: tuple[Tracker, ...] = ()
+    """Where loss, learning rate and figures of each training go, besides the files of --out. No names: nowhere."""
+    project: str = "moco-fast"
+    """Name of the project (wandb, trackio) or experiment (mlflow) that the trainings are part of."""
     threads: int | None = None
     """Threads per rank that decode. Unset: one per CPU, 16 at most, shared by the ranks of a machine."""
     precision: Precision | None = None
@@ -101,6 +108,9 @@ class _TransferOptions:
             raise ValueError(f"--max-malformed is {self.max_malformed}, but must be a share: between 0 and 1")
         if not self.init or len(set(self.init)) < len(self.init):
             raise ValueError(f"--init {' '.join(self.init)}: give one or more, each once")
+        from moco_fast.training.trackers import check_installed
+
+        check_installed(self.trackers, option="--trackers")
 
     def _steps(self) -> dict[str, object]:
         """Return what is given on how steps are taken."""
@@ -128,39 +138,47 @@ class _TransferOptions:
     def _compare(
         self,
         name: str,
-        preset: TransferPreset,
-        train: Any,
-        test: Any,
-        notes: list[str],
+        read: Callable[[], tuple[TransferPreset, Any, Any, list[str]]],
         *,
         decode: Literal["auto", "cpu"] = "cpu",
     ) -> int:
-        """Train, test, print and write; return the exit code."""
+        """Read the sets, train, test, print and write; return the exit code.
+
+        Args:
+            name: of the preset.
+            read: gives it with what the sets settle, the sets, and notes on them.
+            decode: as of `Machine`.
+        """
         out = Path(self.out)
-        out.mkdir(parents=True, exist_ok=True)
-        from moco_fast.transfer.compare import Comparison, as_tables, compare, open_inits, say_notes
+        from moco_fast.distributed import leaving_together
+        from moco_fast.transfer.compare import Comparison, compare, open_inits
         from moco_fast.transfer.detecting import DetectorTrainings
         from moco_fast.transfer.segmenting import SegmenterTrainings
         from moco_fast.transfer.training import Machine
         from moco_fast.transfer.written import refuse_damaged
 
-        refuse_damaged(out)
-        inits = open_inits(self.init, network=self.network)
-        detects = isinstance(preset, DetectPreset)
-        trainings_of: Any = DetectorTrainings if detects else SegmenterTrainings
         with place(None, device=self.device, precision=self.precision) as (device, world, precision):
+            with leaving_together():
+                preset, train, test, notes = read()
+                out.mkdir(parents=True, exist_ok=True)
+                refuse_damaged(out)
+                inits = open_inits(self.init, network=self.network)
+            detects = isinstance(preset, DetectPreset)
+            trainings_of: Any = DetectorTrainings if detects else SegmenterTrainings
             threads = self.threads or min(16, available_cpus(world.local_world_size))
             machine = Machine(device=device, world=world, precision=precision, threads=threads, decode=decode)
-            trainings = trainings_of(
-                train,
-                test,
-                preset,
-                machine,
-                folder=out,
-                every_steps=self.save_every_steps,
-                num_trainings=len(inits) * self.seeds,
-                at_most_damaged=self.max_malformed,
-            )
+            with leaving_together():
+                trainings = trainings_of(
+                    train,
+                    test,
+                    preset,
+                    machine,
+                    folder=out,
+                    every_steps=self.save_every_steps,
+                    num_trainings=len(inits) * self.seeds,
+                    at_most_damaged=self.max_malformed,
+                    watch=self._watch(name, device) if world.rank == 0 else None,
+                )
             comparison = Comparison(
                 task="detect" if detects else "segment",
                 preset_name=name,
@@ -173,13 +191,31 @@ class _TransferOptions:
             )
             results = compare(comparison, machine)
         if is_first_rank():
-            print(as_tables(results))
-            say_notes(results)
-            from moco_fast.report.transfers import write_transfers
-
-            print(f"written to {out}: results.json, per-class.csv, trained/, report.html", file=sys.stderr)
-            write_transfers(out)
+            self._show(results)
         return 0
+
+    def _show(self, results: "Sequence[Result]") -> None:
+        from moco_fast.report.transfers import write_transfers
+        from moco_fast.transfer.compare import as_tables, say_notes
+
+        print(as_tables(results))
+        say_notes(results)
+        print(f"written to {self.out}: results.json, per-class.csv, trained/, report.html", file=sys.stderr)
+        write_transfers(Path(self.out))
+
+    def _watch(self, preset_name: str, device: Any) -> Any:
+        if not self.trackers:
+            return None
+        from moco_fast.commands.tracking import tracked
+
+        return partial(
+            tracked,
+            names=self.trackers,
+            project=self.project,
+            preset=preset_name,
+            out=Path(self.out),
+            device=device,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +279,9 @@ class Detect(_TransferOptions):
     def execute(self) -> int:
         """Train, test, print and write; return the exit code."""
         preset = self._preset()
+        return self._compare(self.preset, lambda: self._read(preset), decode=self.decode)
+
+    def _read(self, preset: DetectPreset) -> tuple[DetectPreset, Any, Any, list[str]]:
         from moco_fast.transfer.layouts import read_sets, refuse_unmarked, without_masks
 
         train, test = read_sets(self.data, preset, class_names=self.classes)
@@ -260,7 +299,7 @@ class Detect(_TransferOptions):
             notes += self._note(each.malformed_objects, num_objects, each.where, "object")
         refuse_unmarked(train, test, preset)
         notes += self._note_shared((each.path for each in train.images), (each.path for each in test.images))
-        return self._compare(self.preset, preset, train, test, notes, decode=self.decode)
+        return preset, train, test, notes
 
     def _preset(self) -> DetectPreset:
         """Return the preset with the options. Raises ValueError: one that cannot be."""
@@ -330,6 +369,9 @@ class Segment(_TransferOptions):
     def execute(self) -> int:
         """Train, test, print and write; return the exit code."""
         preset = self._preset()
+        return self._compare(self.preset, lambda: self._read(preset))
+
+    def _read(self, preset: SegmentPreset) -> tuple[SegmentPreset, Any, Any, list[str]]:
         from moco_fast.transfer.pixel_sets import read_pixel_sets, refuse_open
 
         train, test = read_pixel_sets(self.data, preset)
@@ -339,7 +381,7 @@ class Segment(_TransferOptions):
                 raise ValueError(f"all images of {each.where} are left out: there is nothing to train or to test on")
             refuse_open(each)
         notes += self._note_shared((each.image for each in train.images), (each.image for each in test.images))
-        return self._compare(self.preset, preset, train, test, notes)
+        return preset, train, test, notes
 
     def _preset(self) -> SegmentPreset:
         """Return the preset with the options. Raises ValueError: one that cannot be."""

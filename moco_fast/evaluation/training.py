@@ -132,6 +132,10 @@ class SteppedWork:
         self._progress.close()
         self._stop.close()
 
+    def say(self, line: str) -> None:
+        """Print a line on the first rank; a progress bar stays below it."""
+        self._progress.say(line)
+
     def lasting(self, batches: Iterator[T]) -> Generator[T]:
         """Give this rank's batches; where one cannot be had, the last one again, until all ranks leave.
 
@@ -214,7 +218,7 @@ class Trainings(SteppedWork):
                 tested = replace(Scores(**record), curve=tuple(record["curve"]))
                 self._progress.skip(training.num_steps)
         where = "the test set" if training.tested_on == "test" else "a part of the training set"
-        self._progress.say(f"{training.name}: {100 * tested.top1:.2f}% of {where}")
+        self.say(f"{training.name}: {100 * tested.top1:.2f}% of {where}")
         return tested
 
     def _train(self, training: Training, saved: SavedTraining) -> Scores:

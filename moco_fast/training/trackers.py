@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from moco_fast.config import Config, LogConfig, flatten, to_dict
+from moco_fast.config import Config, flatten, to_dict
 from shards.ground.errors import InUseError
 from shards.ground.files import write_whole
 from shards.ground.locks import locked
@@ -44,7 +44,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What trackers are told of a run."""
+    """What trackers are told of a run, or of another training."""
 
     folder: Path
     project: str
@@ -54,6 +54,10 @@ class About:
     """The configuration, by option."""
     step: int = 0
     """That this start continues from."""
+    option: str = "--log.trackers"
+    """That names its trackers."""
+    kept_in: str = "metrics.jsonl"
+    """File that has every line, whatever trackers take; empty: there is none."""
 
     @classmethod
     def run(cls, config: Config, folder: Path, *, step: int = 0) -> Self:
@@ -265,15 +269,15 @@ TRACKERS: dict[str, type[TrackerKind]] = {
     "mlflow": Mlflow,
     "trackio": Trackio,
 }
-"""By the names of --log.trackers."""
+"""By the names of --log.trackers, and of --trackers of `moco-fast transfer`."""
 
 
-def check_installed(log: LogConfig) -> None:
+def check_installed(names: Sequence[str], *, option: str = "--log.trackers") -> None:
     """Refuse trackers that are not installed. Raises ValueError: says what to install."""
-    for name in log.trackers:
+    for name in names:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
-                f"--log.trackers {name}: {name} is not installed, so nothing would be tracked: pip install "
+                f"{option} {name}: {name} is not installed, so nothing would be tracked: pip install "
                 f"{TRACKERS[name].install}, or leave it out"
             )
 
@@ -285,6 +289,7 @@ class _Thread:
     name: str
     kind: TrackerKind
     say: Callable[[str], None]
+    kept_in: str
     tracker: "GeneralTracker | None" = None
     num_lost: int = 0
     _has_warned: bool = False
@@ -342,13 +347,15 @@ class _Thread:
         if self._thread.is_alive():
             self._lose(f"it has not finished after {_CLOSING_S:.0f} s")
         elif self.num_lost > 1:
-            self.say(f"{self.name} did not take {self.num_lost} lines; metrics.jsonl has them all")
+            has_all = f"; {self.kept_in} has them all" if self.kept_in else ""
+            self.say(f"{self.name} did not take {self.num_lost} lines{has_all}")
 
     def _lose(self, reason: str) -> None:
         self.num_lost += 1
         if not self._has_warned:
             self._has_warned = True
-            self.say(f"warning: {self.name} fails ({reason}); the run goes on, and metrics.jsonl has every line")
+            has_all = f", and {self.kept_in} has every line" if self.kept_in else ""
+            self.say(f"warning: {self.name} fails ({reason}); the run goes on{has_all}")
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -407,7 +414,7 @@ def open_trackers(names: Sequence[str], about: About, *, say: Callable[[str], No
     all_known: dict[str, Known] = _read(path)
     opened: list[_Thread] = []
     for name in names:
-        thread = _Thread(name=name, kind=TRACKERS[name](), say=say)
+        thread = _Thread(name=name, kind=TRACKERS[name](), say=say, kept_in=about.kept_in)
         known = dict(all_known.get(name, {}))
         try:
             thread.open(about, known)
@@ -417,7 +424,7 @@ def open_trackers(names: Sequence[str], about: About, *, say: Callable[[str], No
                 Trackers(opened).close()
                 offline = thread.kind.when_offline
                 way_out = f"{offline}, or leave it out" if offline else "leave it out"
-                raise ValueError(f"--log.trackers {name} cannot be opened ({reason}): {way_out}") from error
+                raise ValueError(f"{about.option} {name} cannot be opened ({reason}): {way_out}") from error
             say(f"warning: {name} cannot be opened ({reason}); the run goes on without it")
             continue
         opened.append(thread)

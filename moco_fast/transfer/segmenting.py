@@ -150,11 +150,12 @@ class SegmenterTrainings(NetworkTrainings):
         confusion, values, num_untested = confusion_of(network, self._tested, self._machine, stop=self.leave)
         overlap, counts = _overlaps(confusion)
         right, there = confusion.diag(), confusion.sum(1)
-        if not counts.any():
-            raise ValueError(
-                f"no pixel of {self._tested.where} that could be decoded has one of the classes, so there is nothing "
-                "to measure: are its files whole, and those that docs/transfer.md names?"
-            )
+        with distributed.leaving_together():
+            if not counts.any():
+                raise ValueError(
+                    f"no pixel of {self._tested.where} that could be decoded has one of the classes, so there is "
+                    "nothing to measure: are its files whole, and those that docs/transfer.md names?"
+                )
         figures = {
             "mIoU": overlap[counts].mean().item(),
             "accuracy": (right.sum() / confusion.sum().clamp(min=1)).item(),

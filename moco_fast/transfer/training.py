@@ -1,8 +1,8 @@
 """Training and test of networks: by all ranks together, one after the other, resumable at any step."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -36,6 +36,7 @@ from shards.ground.units import counted
 __all__ = [
     "AnySet",
     "BatchStream",
+    "Course",
     "Machine",
     "NetworkTrainings",
     "Start",
@@ -112,6 +113,23 @@ class TestOutcome:
     """Images that this rank could not decode."""
     gallery: Gallery | None
     """Images to look at, on the first rank."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Course:
+    """A training that begins, or goes on from a state."""
+
+    name: str
+    """Of its files."""
+    title: str
+    """Init and seed, for people."""
+    settings: Mapping[str, Any]
+    step: int
+    """That it goes on from."""
+
+
+Log = Callable[[Mapping[str, float]], None]
+Watch = Callable[[Course], AbstractContextManager[Log]]
 
 
 class BatchStream(Protocol):
@@ -194,6 +212,7 @@ class NetworkTrainings(SteppedWork, ABC):
         every_steps: steps between two states.
         num_trainings: for the time left.
         at_most_damaged: share of the training images that may be undecodable.
+        watch: opens what is sent loss, learning rate and figures of a training, each with its `step`; None: nothing is.
 
     Raises:
         ValueError: the batch cannot be divided among the ranks.
@@ -210,6 +229,7 @@ class NetworkTrainings(SteppedWork, ABC):
         every_steps: int,
         num_trainings: int,
         at_most_damaged: float,
+        watch: Watch | None = None,
     ) -> None:
         if preset.batch_size % machine.world.world_size:
             raise ValueError(
@@ -219,6 +239,7 @@ class NetworkTrainings(SteppedWork, ABC):
         self.train_set, self.test_set = train, test
         self._how, self._machine = preset, machine
         self._folder, self._every_steps, self._at_most_damaged = folder, every_steps, at_most_damaged
+        self._watch = watch
         super().__init__(machine.world, num_steps=num_trainings * preset.steps)
 
     @abstractmethod
@@ -273,16 +294,20 @@ class NetworkTrainings(SteppedWork, ABC):
     def _train(self, start: Start, saved: SavedTraining, seed: int) -> Trained:
         machine, preset = self._machine, self._how
         on_gpu = [machine.device] if machine.device.type == "cuda" else []
-        images = self.images(start.encoder, seed=seed)
-        with torch.random.fork_rng(devices=on_gpu), images:
-            state = self._begin(start, seed)
+        with distributed.leaving_together():
+            images = self.images(start.encoder, seed=seed)
+        with torch.random.fork_rng(devices=on_gpu), images, ExitStack() as stack:
+            with distributed.leaving_together():
+                state = self._begin(start, seed)
             # What the network draws itself, such as regions.
             torch.manual_seed((seed << 20) + machine.world.rank)
             if (newest := saved.newest()) is not None:
                 state.restore(newest)
                 self._progress.skip(state.step)
             batches = self.lasting(batch.to(machine.device) for batch in images.batches(state.step))
-            self._take_steps(state, batches, saved)
+            with distributed.leaving_together():
+                log = stack.enter_context(self._watched(start, saved, seed, state.step))
+            self._take_steps(state, batches, saved, log)
             if preset.precise_batches:
                 state.model.train()
                 passes = (self._pass(state.model, batches) for _ in range(preset.precise_batches))
@@ -290,7 +315,14 @@ class NetworkTrainings(SteppedWork, ABC):
                 self.agree()
             tested = self.measure(state.model)
             num_untested = sum_of_ranks(tested.num_untested, machine.world)
-            self._refuse_untested(num_untested)
+            with distributed.leaving_together():
+                self._refuse_untested(num_untested)
+            log(
+                {
+                    "step": state.step,
+                    **{f"test/{name.replace(' ', '_')}": each for name, each in tested.figures.items()},
+                }
+            )
             with distributed.leaving_together():
                 self._keep(state.model, tested.gallery, saved.name, start)
             return Trained(
@@ -301,6 +333,14 @@ class NetworkTrainings(SteppedWork, ABC):
                 num_damaged=sum_of_ranks(len(images.damaged), machine.world),
                 num_untested=num_untested,
             )
+
+    def _watched(self, start: Start, saved: SavedTraining, seed: int, step: int) -> AbstractContextManager[Log]:
+        if self._watch is None:
+            return nullcontext(_log_nowhere)
+        more = {"init": start.name, "seed": seed, "precision": self._machine.precision}
+        more |= {"train_digest": self.train_set.identity, "test_digest": self.test_set.identity}
+        title = f"{start.name} seed {seed}"
+        return self._watch(Course(name=saved.name, title=title, settings=asdict(self._how) | more, step=step))
 
     def _begin(self, start: Start, seed: int) -> _NetworkState:
         machine = self._machine
@@ -315,7 +355,7 @@ class NetworkTrainings(SteppedWork, ABC):
             loss=torch.zeros((), device=machine.device),
         )
 
-    def _take_steps(self, state: _NetworkState, batches: Generator[Any], saved: SavedTraining) -> None:
+    def _take_steps(self, state: _NetworkState, batches: Generator[Any], saved: SavedTraining, log: Log) -> None:
         preset = self._how
         parallel = on_all_ranks(state.model, self._machine.world)
         every = max(1, preset.steps // _CURVE_POINTS)
@@ -332,7 +372,9 @@ class NetworkTrainings(SteppedWork, ABC):
             if state.step % every == 0:
                 if bool(state.loss.isfinite().item()):
                     state.curve.append((state.step, state.loss.item() / every))
-                    self._progress.note(f"loss {state.curve[-1][1]:.3f}")
+                    loss = state.curve[-1][1]
+                    self._progress.note(f"loss {loss:.3f}")
+                    log({"step": state.step, "loss": loss, "lr": lr_at(preset, state.step - 1)})
                 state.loss.zero_()
             if is_saved:
                 state.save(saved)
@@ -410,6 +452,10 @@ class NetworkTrainings(SteppedWork, ABC):
             with appearing(path, durable=False) as aside:
                 header = described(self._how, self.train_set.class_names, self.keypoint_names, start)
                 save_file(tensors, aside, metadata=header)
+
+
+def _log_nowhere(line: Mapping[str, float]) -> None:
+    del line
 
 
 def _is_finite(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from moco_fast import distributed
 from moco_fast.interrupt import StoppedError
+from moco_fast.speaking import is_known
 from shards.sets.shard_table import ShardEntry, ShardTable
 
 SHARD = ShardEntry(
@@ -137,6 +138,24 @@ def stop(inner):
 @pytest.mark.parametrize("inner", [True, False])
 def test_a_signal_to_one_rank_ends_the_block_on_all(run_ranks, inner):
     assert run_ranks(stop, inner) == [signal.SIGTERM, signal.SIGTERM]
+
+
+def fail_within(failing):
+    """An error in a block within another one, whose end another rank has not reached."""
+    try:
+        with distributed.leaving_together():
+            with distributed.leaving_together():
+                if distributed.rank() in failing:
+                    raise OSError("the disk is full")
+            dist.barrier()  # Not of the ranks that have left.
+    except (ValueError, OSError) as error:
+        return type(error).__name__, str(error), is_known(error)
+
+
+@pytest.mark.parametrize("failing", [(0,), (1,), (0, 1)])
+def test_an_error_in_a_block_within_a_block_ends_both_on_all_ranks(run_ranks, failing):
+    names = ["OSError" if rank in failing else "LeftTogetherError" for rank in range(2)]
+    assert run_ranks(fail_within, failing) == [(name, "the disk is full", True) for name in names]
 
 
 def fail_on_rank_1():

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moco_fast.config import LogConfig
 from moco_fast.training import trackers as module
 from moco_fast.training.trackers import TRACKERS, About, TrackerKind, Trackers, add_rows, check_installed, open_trackers
 
@@ -261,11 +260,11 @@ def test_what_takes_nothing_beside_training_says_so(failing: Failing, tmp_path: 
 
 
 def test_one_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_installed(LogConfig(trackers=tuple(TRACKERS)))
+    check_installed(tuple(TRACKERS))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name in TRACKERS:
         with pytest.raises(ValueError, match=rf"--log.trackers {name}: .*pip install '?(moco-fast\[)?{name}"):
-            check_installed(LogConfig(trackers=(name,)))
+            check_installed((name,))
 
 
 def test_without_trackers_nothing_is_written(tmp_path: Path) -> None:
