@@ -106,7 +106,7 @@ def signal_seen() -> Any:
     stop._received = 0
     with stop.reaching_all():
         if dist.get_rank() == 0:
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
         elif not reached.wait(90):
             raise AssertionError("the signal to the first rank did not come")
     stop.close()
