@@ -215,7 +215,8 @@ def _write_missing(
                 groups.add(task, finished)
                 worker_s += finished.span[1] - finished.span[0] if finished.span else 0.0
         groups.flush()
-        if worker_s:
+        # Of less, it says how long starting takes.
+        if worker_s >= 1:
             progress.say(f"{todo / worker_s:,.0f} inputs/s per worker, each of which is a CPU")
     finally:
         # Workers that were ended could not remove what they were writing.
