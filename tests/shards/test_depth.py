@@ -1,7 +1,6 @@
 """Images with more than 8 bits per channel: the right pixels, by one range for the whole set."""
 
 import io
-import json
 import struct
 from pathlib import Path
 
@@ -18,7 +17,9 @@ from shards.images.depth import DepthRange, Values, range_of, to_pixels
 from shards.images.encode import encode
 from shards.packing.finish import finish
 from shards.packing.pack import pack
+from shards.packing.plan import open_plan
 from shards.sets import open_set
+from shards.storage.target import LocalTarget
 from tests.shards.pictures import contents, encoded, jpeg, picture
 
 
@@ -130,7 +131,7 @@ def test_parts_and_a_resume_read_the_range_from_the_plan(tmp_path):
     source, out = tmp_path / "in", tmp_path / "parts"
     config = {"sources": (str(source),), "out": str(out), "workers": 1, "quality": 98, "shard_samples": 2}
     assert pack(PackConfig(part="1/3", **config)) is None
-    assert json.loads((out / ".pack" / "plan" / "plan.json").read_text())["depth_range"] == "12,0:1"
+    assert open_plan(LocalTarget(str(out))).depth_range == "12,0:1"
     # Nothing is measured again.
     said = Said()
     for part in ("0/3", "2/3"):
