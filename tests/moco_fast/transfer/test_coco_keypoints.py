@@ -390,7 +390,7 @@ def test_options_that_mean_nothing_or_cannot_be_are_refused(reason, tmp_path, ca
     assert reason in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_network_learns_keypoints(tmp_path, monkeypatch) -> None:
     narrow(monkeypatch)
     preset = replace(

@@ -39,7 +39,7 @@ def states(out: Path) -> list[int]:
     return [int(path.name.partition("-")[2]) for path in (out / "trainings").glob("*/step-*") if path.suffix == ""]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.faults
 def test_a_killed_transfer_of_two_ranks_goes_on_to_the_same_bits(tmp_path) -> None:
     data = write_voc_pixels(tmp_path / "VOC2012", {"train_aug": 6, "val": 3}).parent
