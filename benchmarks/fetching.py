@@ -17,6 +17,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -166,7 +167,7 @@ def main() -> None:
             rates: dict[str, list[float]] = {"ours": [], "4 fetchers": []}
             for number in range(options.rounds + 1):
                 for name, copy in (("ours", by_ours), ("boto3", by_boto3)):
-                    seconds = cpu_per_gb(lambda: copy(folder / "copy"))  # noqa: B023 - called before it changes
+                    seconds = cpu_per_gb(partial(copy, folder / "copy"))
                     (folder / "copy").unlink()
                     cpu[name] += [seconds] * (number > 0)
             for number in range(options.rounds):

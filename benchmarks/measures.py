@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -148,8 +149,11 @@ def theirs_of_long_tail(folder: Path, found: Detections, data: DetectionSet) -> 
     return means
 
 
-def means_of(precisions: Mapping[str, Sequence[ClassPrecision]]) -> dict[str, float]:
-    return {f"{kind} {each.name}": each.mean for kind, of_kind in precisions.items() for each in of_kind}
+Measure = Callable[[Detections, DetectionSet], Mapping[str, Sequence[ClassPrecision]]]
+
+
+def means_of(measure: Measure, found: Detections, data: DetectionSet) -> dict[str, float]:
+    return {f"{kind} {each.name}": each.mean for kind, of_kind in measure(found, data).items() for each in of_kind}
 
 
 def timed(call: Callable[[], dict[str, float]]) -> tuple[dict[str, float], float]:
@@ -170,8 +174,8 @@ def main() -> None:
     ):
         with TemporaryDirectory() as folder:
             data, found = made(Path(folder), number, per_image)
-            ours, own_s = timed(lambda: means_of(measure(found, data)))  # noqa: B023 - called before they change
-            official, their_s = timed(lambda: theirs(Path(folder), found, data))  # noqa: B023 - called before they change
+            ours, own_s = timed(partial(means_of, measure, found, data))
+            official, their_s = timed(partial(theirs, Path(folder), found, data))
         apart = max(abs(ours[each] - official[each]) for each in official)
         if ours.keys() != official.keys() or apart > 1e-9:
             sys.exit(f"{name}: figures are up to {apart:g} apart, of {len(ours)} and {len(official)}")

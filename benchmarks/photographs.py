@@ -23,7 +23,7 @@ def photograph_shards(
     name = f"shards-of-{photos.stem}" if photos else f"shards-{num}-of-{size[0]}x{size[1]}"
     shards = folder / (name if mean_rgb else f"{name}-without-means")
     if not (shards / "manifest.json").is_file():
-        source = photos or _written(folder / "photographs", num, size)
+        source = photos or write_photographs(folder / "photographs", num, size)
         command = [sys.executable, "-c", "import sys; from shards.cli import main; sys.exit(main())"]
         words = [*command, "pack", str(source), "--out", str(shards), *(["--mean-rgb"] if mean_rgb else [])]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
@@ -51,7 +51,7 @@ def _noise(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray((128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8))
 
 
-def _written(folder: Path, num: int, size: tuple[int, int]) -> Path:
+def write_photographs(folder: Path, num: int, size: tuple[int, int]) -> Path:
     """Write JPEGs of `size`, or turned: about the size and the detail of ImageNet's."""
     photographs = _originals()
     folder.mkdir(parents=True, exist_ok=True)

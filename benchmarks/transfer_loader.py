@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from alternating import Claim, claims_table, compare, header, write_claims
-from photographs import _written  # pyright: ignore[reportPrivateUsage] - the same photographs
+from photographs import write_photographs
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.io import ImageReadMode, decode_image
@@ -50,7 +50,7 @@ def write_coco(folder: Path, *, num: int, photos: Path | None) -> None:
     """Write a part of a set in COCO's layout: photographs with boxes and outlines at random places."""
     place = folder / "train2017"
     if photos is None:
-        _written(place, num, (640, 480))
+        write_photographs(place, num, (640, 480))
     else:
         place.mkdir(parents=True)
         with tarfile.open(photos) as tar:
