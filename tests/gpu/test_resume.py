@@ -32,7 +32,8 @@ def train(shards, out, device) -> str:
     words += ["--run.out", out, "--run.steps", 5, "--run.device", device.type, "--run.precision", "fp32"]
     words += ["--checkpoint.every-steps", 2, "--checkpoint.keep", 3, "--log.every-steps", 1, "--log.trackers"]
     words += ["--run.deterministic"]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-m", "moco_fast.train", *map(str, words)],
         env=os.environ | environment,
