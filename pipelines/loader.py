@@ -13,13 +13,21 @@ import torch
 
 from pipelines.backends.base import Job, Made, Stream
 from pipelines.backends.engines import Engines, choose_load, describe_engines, find_engines
-from pipelines.backends.registry import BACKENDS, STREAMING, choose, choose_num_threads, refuse_unused
+from pipelines.backends.registry import (
+    BACKENDS,
+    STREAMING,
+    choose,
+    choose_batches_at_once,
+    choose_num_threads,
+    refuse_unused,
+)
+from pipelines.backends.together import start_together
 from pipelines.batch import Batch
 from pipelines.config import Backend, DataConfig, ViewsConfig, ViewSpec, tars_to_stream
 from pipelines.plan.draw import draw_views
 from pipelines.plan.order import OrderPlan, check_ranks, choose_lanes
 from pipelines.plan.part import PartPlan
-from pipelines.plan.steps import EpochSteps, ListedSteps, Steps
+from pipelines.plan.steps import EpochSteps, ListedSteps
 from pipelines.reading.prepare import (
     cache_for_evaluation,
     cache_for_part,
@@ -57,6 +65,7 @@ class Loader:
         batch_size: samples in a global step.
         description: which backend runs, and why, in one line.
         num_replaced: damaged samples of this rank that were replaced by others (`on_bad_sample`).
+        most_ready: batches that may have been made before they are asked for.
     """
 
     def __init__(
@@ -66,11 +75,13 @@ class Loader:
         *,
         device: torch.device,
         description: str,
+        most_ready: int,
     ):
         self.num_samples = plan.num_samples
         self.batch_size = plan.batch_size
         self.description = description
         self.num_replaced = 0
+        self.most_ready = most_ready
         self._num_steps = plan.num_steps
         self._make_stream = start
         self._epoch = 0
@@ -361,6 +372,8 @@ class _Decoding:
     reason: str
     job: Job
     engines: Engines | None
+    at_once: int
+    """Batches that it makes together."""
 
     @classmethod
     def choose(cls, shards: ShardSet, asked: _Asked, *, max_batch: int) -> "_Decoding":
@@ -386,16 +399,31 @@ class _Decoding:
             prefetch=data.prefetch,
             hw_decoder_load=load,
         )
-        return cls(name=name, reason=reason, job=job, engines=engines)
+        at_once = choose_batches_at_once(name, max_batch, device=device)
+        return cls(name=name, reason=reason, job=job, engines=engines, at_once=at_once)
 
-    def start(self, steps: Steps) -> Stream:
-        """Start the backend."""
-        return BACKENDS[self.name].start(self.job, steps)
+    def start_epochs(self, steps: EpochSteps) -> Stream:
+        """Start the backend on a run's steps."""
+        drop = steps.step % self.at_once
+        first = replace(steps, step=steps.step - drop)
+        return start_together(BACKENDS[self.name].start, self.job, first, at_once=self.at_once, drop=drop)
+
+    def start_list(self, steps: ListedSteps) -> Stream:
+        """Start the backend on a list."""
+        at_once = max(1, min(self.at_once, steps.num_steps))
+        return start_together(BACKENDS[self.name].start, self.job, steps, at_once=at_once)
+
+    @property
+    def most_ready(self) -> int:
+        """Batches that it and a loader may hold ready: those of the backend's queue and those being handed over."""
+        return self.at_once * (2 * self.job.prefetch + 2)
 
     def describe(self, num_lanes: int) -> str:
         """Say in one line what runs, and why."""
         text = f"{self.name} ({self.reason}), {self.job.num_threads} {BACKENDS[self.name].workers} per rank"
         text += f", {counted(num_lanes, 'lane')}"
+        if self.at_once > 1:
+            text += f", {self.at_once} batches at once"
         if self.engines is not None:
             text += f"; {describe_engines(self.engines, self.job.hw_decoder_load)}"
             if self.engines.count:
@@ -434,9 +462,10 @@ def _open_epochs(shards: ShardSet, asked: _Asked, among: Indices | None) -> Load
     backend = replace(backend, job=replace(backend.job, decoded=keep_decoded(shards, data)))
 
     def start(epoch: int, step: int) -> Stream:
-        return backend.start(EpochSteps(plan=plan, epoch=epoch, step=step, world=world))
+        return backend.start_epochs(EpochSteps(plan=plan, epoch=epoch, step=step, world=world))
 
-    return Loader(plan, start, device=asked.device, description=backend.describe(num_lanes))
+    description = backend.describe(num_lanes)
+    return Loader(plan, start, device=asked.device, description=description, most_ready=backend.most_ready)
 
 
 def _open_samples(shards: ShardSet, asked: _Asked, samples: Indices, epoch: int, *, divided: bool) -> ListLoader:
@@ -451,8 +480,7 @@ def _open_samples(shards: ShardSet, asked: _Asked, samples: Indices, epoch: int,
 
 
 def _open_list(backend: _Decoding, steps: ListedSteps) -> ListLoader:
-    num_batches = -(-len(steps.samples) // steps.batch_size)
-    return ListLoader(partial(backend.start, steps), num_batches, backend.job.device)
+    return ListLoader(partial(backend.start_list, steps), steps.num_steps, backend.job.device)
 
 
 def _part_of(samples: Indices, world: World, shards: ShardSet) -> Indices:
@@ -514,7 +542,8 @@ def _open_streamed(tars: tuple[str, ...], asked: _Asked, *, by_number: bool) -> 
         f"{STREAMING} ({len(tars)} tars without an index, streamed), {num_workers} processes per rank; shards are "
         "drawn with replacement, and a resumed run goes on with other samples"
     )
-    return Loader(plan, start, device=asked.device, description=description)
+    most_ready = 2 * data.prefetch + 2
+    return Loader(plan, start, device=asked.device, description=description, most_ready=most_ready)
 
 
 def make_views(

@@ -13,7 +13,7 @@ from moco_fast.bench.loading import can_read, decoding, made_on_device, reading,
 from moco_fast.bench.parts import on_a_clock
 from moco_fast.bench.result import BenchResult, Rate
 from moco_fast.bench.stopwatch import Job, Stopwatch
-from moco_fast.bench.turns import Round, Turns, made_ahead
+from moco_fast.bench.turns import Round, Turns
 from moco_fast.config import Config
 from moco_fast.methods.shuffle import resolve_policy
 from moco_fast.training import console
@@ -108,14 +108,16 @@ class _Bench:
                 num_bytes += next(batches)
                 num_batches += 1
 
-            rate = self._rate(read, _SHARES["reading"] * self.round_s)
+            ahead = self.config.data.prefetch + 1
+            rate = self._rate(read, _SHARES["reading"] * self.round_s, ahead=ahead)
         bytes_a_sample = num_bytes / (num_batches * (self.config.data.batch_size // self._runtime.world_size))
         return {"reading": rate, "read_bytes_per_s": self._runtime.tell_all(bytes_a_sample) * rate.median}
 
     def decoding(self, shards: ShardSet) -> dict[str, Any]:
         with closing(decoding(self.config, self._runtime, shards)) as loader:
             batches = (batch for _ in iter(int, 1) for batch in loader)
-            return {"decoding": self._rate(lambda: next(batches), _SHARES["decoding"] * self.round_s)}
+            seconds = _SHARES["decoding"] * self.round_s
+            return {"decoding": self._rate(lambda: next(batches), seconds, ahead=loader.most_ready)}
 
     def in_turns(self, stages: Collection[str], loader: Loader) -> dict[str, Any]:
         """Measure the loader, the step and both in turns, so that disturbances affect all of them equally."""
@@ -149,11 +151,11 @@ class _Bench:
     def _hand_over(self, size: int) -> Rate:
         batch = resident_batch(self.config, self._runtime, size, torch.device("cpu"))
         device = self._runtime.device
-        return self._rate(lambda: [view.to(device) for view in batch.views], 0.1 * self.round_s)
+        return self._rate(lambda: [view.to(device) for view in batch.views], 0.1 * self.round_s, ahead=1)
 
-    def _rate(self, job: Job, seconds: float) -> Rate:
-        """Return the rate over rounds of a job that processes one batch; prefetched batches are not counted."""
-        self.stopwatch.time(job, made_ahead(self.config))
+    def _rate(self, job: Job, seconds: float, *, ahead: int) -> Rate:
+        """Return the rate over rounds of a job that processes one batch; `ahead` of them, made before, do not count."""
+        self.stopwatch.time(job, ahead)
         calls = self.stopwatch.calls_for(job, seconds)
         return Rate.of([calls * self.config.data.batch_size / self.stopwatch.time(job, calls) for _ in range(_ROUNDS)])
 

@@ -12,7 +12,7 @@ from moco_fast.training.step import TrainStep
 from pipelines.batch import Batch
 from pipelines.loader import Loader
 
-__all__ = ["Round", "Turns", "made_ahead"]
+__all__ = ["Round", "Turns"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,7 @@ class Turns:
     ):
         self._config, self._stopwatch, self._step, self._clock = config, stopwatch, step, clock
         self._batches = _endless(loader)
+        self._most_ready = loader.most_ready
         self._resident = resident
         self._round_s = round_s
         self._num_calls: dict[str, int] = {}
@@ -68,7 +69,7 @@ class Turns:
 
         if "step" not in self._num_calls:
             self._prepare("step", train, self._round_s)
-        fill_s = made_ahead(self._config) * self._call_s.get("loader", 0.0) / self._config.optim.accumulate
+        fill_s = self._most_ready * self._call_s.get("loader", 0.0) / self._config.optim.accumulate
         self._stopwatch.time(train, int(min(fill_s, self._round_s) / self._call_s["step"]))
         return self._round("step", train, self._round_s)
 
@@ -103,7 +104,7 @@ class Turns:
         return list(islice(self._batches, self._config.optim.accumulate))
 
     def _drain(self) -> None:
-        self._stopwatch.time(lambda: next(self._batches), made_ahead(self._config))
+        self._stopwatch.time(lambda: next(self._batches), self._most_ready)
 
     def _prepare(self, name: str, job: Job, seconds: float) -> None:
         self._num_calls[name] = self._stopwatch.calls_for(job, seconds)
@@ -119,11 +120,6 @@ class Turns:
         samples = calls * self._config.data.batch_size * self._config.optim.accumulate
         parts_s = {part: of_all_s / calls for part, of_all_s in self._clock.read().items()}
         return Round(samples_per_s=samples / took_s, parts_s=parts_s)
-
-
-def made_ahead(config: Config) -> int:
-    """Return the number of batches that a loader may hold ready: the backend's queue and ours."""
-    return 2 * config.data.prefetch + 2
 
 
 def _endless(loader: Loader) -> Iterator[Batch]:
