@@ -1,11 +1,9 @@
 """Front of all tasks: features made once, tasks measured with every seed, results that say how to repeat them."""
 
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from moco_fast.evaluation.inputs import CachedFeatures, Subject, TaskInputs, mea
 from moco_fast.evaluation.kept import KeptResults
 from moco_fast.evaluation.known import notes_on, why_sets_do_not_allow
 from moco_fast.evaluation.result import Result, average_curves, settings_of, summarize
+from moco_fast.versions import versions_of
 from shards.ground.digests import digest
 from shards.sets import ShardSet
 
@@ -119,7 +118,7 @@ def _asked(plan: Plan, task: Task) -> Result:
         world_size=subject.world.world_size,
         seeds=tuple(range(plan.seeds)) if task.draws else (0,),
         figures={},
-        versions=_versions(),
+        versions=versions_of("torch", "timm", "numpy", "scikit-learn"),
     )
 
 
@@ -162,8 +161,3 @@ def _describe(shards: ShardSet) -> dict[str, Any]:
         "num_samples": shards.num_samples,
         "num_classes": len(shards.class_names),
     }
-
-
-def _versions() -> dict[str, str]:
-    names = ("moco-fast", "torch", "timm", "numpy", "scikit-learn")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}

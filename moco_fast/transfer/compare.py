@@ -1,12 +1,10 @@
 """Comparison of initial weights: a network trained from each of them, with every seed, as results and tables."""
 
 import copy
-import platform
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from moco_fast.evaluation.result import Figure, Result, aligned, as_text, averag
 from moco_fast.transfer.presets import TransferPreset
 from moco_fast.transfer.training import Machine, NetworkTrainings, Start, Trained
 from moco_fast.transfer.written import class_rows, write_beside
+from moco_fast.versions import versions_of
 
 __all__ = ["Comparison", "as_tables", "compare", "difference", "open_inits", "say_notes"]
 
@@ -178,8 +177,7 @@ def _result(comparison: Comparison, machine: Machine, init: Init, trained: Seque
         figures=summarize(trainings.infos(), [_outcome(each) for each in trained]),
         curves=average_curves([_outcome(each) for each in trained]),
         notes=(*comparison.notes, *(f"{number} {what}" for what, number in damaged.items() if number)),
-        versions={"python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("moco-fast", "torch", "torchvision")},
+        versions=versions_of("torch", "torchvision"),
     )
 
 

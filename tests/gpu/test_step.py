@@ -23,7 +23,7 @@ from moco_fast.optimizers.optim import build_optimizer
 from moco_fast.training.runtime import allow_tf32, start
 from moco_fast.training.step import TrainStep
 from tests.batches import random_batch
-from tests.gpu.waiting import ABOUT_TF32, no_host_sync
+from tests.gpu.waiting import ABOUT_EMPTY_GRAPH, ABOUT_TF32, no_host_sync
 from tests.leaks import NewTensors
 
 pytestmark = pytest.mark.gpu
@@ -188,6 +188,7 @@ def test_memory_does_not_grow(device):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings(f"ignore:{ABOUT_TF32}:UserWarning")
+@pytest.mark.filterwarnings(f"ignore:{ABOUT_EMPTY_GRAPH}:UserWarning")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_encoders_give_the_same_losses(device, mode):
     # `reduce-overhead` is --run.cuda-graphs: steps enough to warm up, to record, and to replay more than once.
