@@ -65,6 +65,11 @@ def _end_to_end(name: str, limit_s: float, **options: object) -> Part:
     return Part(name=f"end-to-end-{name}", kind="end_to_end", limit_s=limit_s, options=base | options)
 
 
+def _beside(name: str, batch: int, **data: object) -> Part:
+    options = WHOLE | {"batch": batch, "seconds": 3, "data": data}
+    return Part(name=f"beside-{name}", kind="beside", limit_s=40, options=options)
+
+
 def _decode(name: str, load: float) -> Part:
     options = {"batch": 256, "load": load, "seconds": 4.5}
     return Part(name=f"decode-{name}", kind="decode_rate", limit_s=40, options=options)
@@ -92,6 +97,10 @@ def _on_a_gpu() -> list[Part]:
         _loader("engines-65", hw_decoder_load=0.65),
         _loader("engines-100", hw_decoder_load=1.0),
         _step("256-bf16", 60),
+        _beside("256-engines-90", 256, hw_decoder_load=0.9),
+        _beside("256-engines-0", 256, hw_decoder_load=0.0),
+        _beside("256-torch", 256, backend="torch"),
+        _beside("32-engines-90", 32, hw_decoder_load=0.9),
         _end_to_end("256-engines-65", 40, data={"hw_decoder_load": 0.65}, **short),
         _end_to_end("256-engines-90", 40, data={"hw_decoder_load": 0.9}, **short),
         _end_to_end("256-engines-100", 40, data={"hw_decoder_load": 1.0}, **short),

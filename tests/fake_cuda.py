@@ -47,6 +47,7 @@ PROPERTIES = {
 class State:
     """What the driver would remember."""
 
+    capturing = False
     sync_mode = 0
     has_warned = False
     compiled = 0
@@ -216,6 +217,24 @@ def _in_every_thread():
     OnTheCpu().__enter__()
 
 
+class Graph:
+    """A graph that was recorded; playing it does nothing, where a GPU would do its work again."""
+
+    def replay(self):
+        assert not State.capturing
+
+
+@contextlib.contextmanager
+def record_graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
+    """What runs in here runs, where a GPU would only take it down."""
+    assert isinstance(cuda_graph, Graph)
+    State.capturing = True
+    try:
+        yield
+    finally:
+        State.capturing = False
+
+
 FUNCTIONS = {
     "is_available": lambda: True,
     "device_count": lambda: 1,
@@ -242,7 +261,9 @@ FUNCTIONS = {
     "get_rng_state": lambda device="cuda": torch.get_rng_state(),
     "set_rng_state": lambda new_state, device="cuda": torch.set_rng_state(new_state),
     "manual_seed_all": lambda seed: None,
-    "is_current_stream_capturing": lambda: False,
+    "is_current_stream_capturing": lambda: State.capturing,
+    "CUDAGraph": Graph,
+    "graph": record_graph,
     "_sleep": lambda cycles: None,
     "Event": Event,
     "Stream": Stream,

@@ -199,7 +199,7 @@ def test_every_test_for_the_gpu_belongs_to_a_part():
 
 
 def test_time_is_idle_where_no_kernel_runs():
-    parts = load("gpu_parts")
+    parts = load("gpu_profile")
 
     def event(name, begin, end, lane=1, category="kernel"):
         return {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": end - begin, "tid": lane}
@@ -211,6 +211,7 @@ def test_time_is_idle_where_no_kernel_runs():
         event("other", 0, 90, category="cpu_op"),
     ]
     assert parts.busy(events, ("kernel",)) == (0.25, 40, {"a": 20, "b": 15})
+    assert parts.waits(events, ("kernel",)) == {"a in lane 1": 10}
     nested = [event("outer", 0, 10), event("inner", 2, 5), event("innermost", 3, 4), event("inner", 6, 7)]
     assert parts.busy(nested, ("kernel",)) == (0, 10, {"outer": 6, "inner": 3, "innermost": 1})
     with pytest.raises(ValueError, match="no event of kernel"):

@@ -22,8 +22,9 @@ __all__ = ["PlanRun"]
 _SMALL_SIDE, _SMALL_SHARE = 256, 0.29
 """Pixels of the shorter side, and the share of a photo's bytes that is left at it (docs/packing.md)."""
 _UTILIZATION = {"convolutional": 0.11, "transformer": 0.35}
-"""Share of a GPU's peak that a step reaches where it was not measured. ResNet-50 with MoCo v2 in bf16 waits for memory:
-3,600 samples/s on an H100 are 11%. Transformers: what trainers of vision transformers report."""
+"""Share of a GPU's peak that training reaches where it was not measured. ResNet-50 with MoCo v2 in bf16 waits for
+memory: 3,574 samples/s beside the loader, compiled, are 12% of an H200, 2,655 without compilation 9%
+(benchmarks/results/2026-11-26-H200.md). Transformers: what trainers of vision transformers report."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from shards.ground.units import counted, format_duration
 
 __all__ = [
     "ProgressLine",
-    "advice_on_launches",
+    "advice_on_speed",
     "environment",
     "print_changes",
     "print_closing",
@@ -32,9 +32,9 @@ __all__ = [
     "say",
 ]
 
-SMALL_BATCH = 48
-"""Images per GPU. Launching the kernels of a ResNet-50 step takes 15 to 20 ms of host time; running them takes 13 ms at
-32 images on an H100, and in proportion: derived, not measured yet (docs/performance.md)."""
+SMALL_BATCH = 64
+"""Images per GPU. Launching the kernels of a ResNet-50 step takes 26 to 37 ms of host time; running them takes 13.5 ms
+at 32 images on an H200, and in proportion (benchmarks/results/2026-11-26-H200.md)."""
 
 
 def environment(runtime: Runtime, parts: Parts) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def print_opening(
         say(note)
     on_gpu = runtime.device.type == "cuda"
     # The launcher may also have requested compilation.
-    if not runtime.compile and (note := advice_on_launches(config, on_gpu=on_gpu, world_size=runtime.world_size)):
+    if not runtime.compile and (note := advice_on_speed(config, on_gpu=on_gpu, world_size=runtime.world_size)):
         say(note)
     policy = resolve_policy(config.bn)
     say(f"batch norm: {policy}" + (f", {config.bn.num_groups} groups" if policy == "virtual" else ""))
@@ -105,11 +105,16 @@ def print_notes(notes: Iterable[str]) -> None:
         say(note)
 
 
-def advice_on_launches(config: Config, *, on_gpu: bool, world_size: int) -> str | None:
-    """Return advice if batches are so small that launching kernels takes longer than running them, else None."""
-    per_gpu = config.data.batch_size // world_size
-    if not on_gpu or per_gpu > SMALL_BATCH or config.run.compile or config.run.cuda_graphs:
+def advice_on_speed(config: Config, *, on_gpu: bool, world_size: int) -> str | None:
+    """Return the option that makes a GPU's step faster, and why; None where it is set, or there is no GPU."""
+    if not on_gpu or config.run.compile or config.run.cuda_graphs:
         return None
+    per_gpu = config.data.batch_size // world_size
+    if per_gpu > SMALL_BATCH:
+        return (
+            "note: --run.compile makes convolutional encoders faster (ResNet-50's step on an H200: 1.6 times), after "
+            "about a minute of compiling at the first start"
+        )
     one_backward = config.method.backward_passes * config.optim.accumulate == 1
     option = "--run.cuda-graphs" if one_backward else "--run.compile"
     return f"note: with {per_gpu} images per GPU, launching kernels takes longer than running them: try {option}"

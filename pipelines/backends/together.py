@@ -1,6 +1,6 @@
 """Several batches decoded at once, and handed over one by one: where a batch is too small to keep a decoder busy.
 
-A GPU needs 8 to 10 ms for the views of 32 images and 27 ms for those of 256 (benchmarks/results/2026-11-27-H200.md).
+A GPU needs 8 to 10 ms for the views of 32 images and 27 ms for those of 256 (benchmarks/results/2026-11-26-H200.md).
 Batches that are decoded together are always the same ones, counted from the beginning of their epoch: which decoder an
 image gets may depend on its neighbors, and a resumed run must see the views that it would have seen.
 """

@@ -4,7 +4,7 @@ import pytest
 
 from moco_fast.config import validate
 from moco_fast.presets import PRESETS
-from moco_fast.training.console import ProgressLine, advice_on_launches
+from moco_fast.training.console import ProgressLine, advice_on_speed
 from shards.ground.units import format_duration
 
 
@@ -19,14 +19,13 @@ def recipe(*, batch=256, symmetric=False, **run):
     [
         (recipe(), {"on_gpu": True, "world_size": 8}, "cuda_graphs"),
         (recipe(symmetric=True), {"on_gpu": True, "world_size": 8}, "compile"),
-        (recipe(), {"on_gpu": True, "world_size": 1}, None),
         (recipe(), {"on_gpu": False, "world_size": 8}, None),
         (recipe(compile=True), {"on_gpu": True, "world_size": 8}, None),
         (recipe(cuda_graphs=True), {"on_gpu": True, "world_size": 8}, None),
     ],
 )
 def test_small_batches_on_a_gpu_are_told_of_the_option_that_works_for_them(config, where, option):
-    advice = advice_on_launches(config, **where)
+    advice = advice_on_speed(config, **where)
     assert (advice is None) == (option is None)
     if advice is not None:
         assert advice == (
@@ -34,6 +33,13 @@ def test_small_batches_on_a_gpu_are_told_of_the_option_that_works_for_them(confi
             f"try --run.{option.replace('_', '-')}"
         )
         validate(replace(config, run=replace(config.run, **{option: True})))
+
+
+def test_large_batches_on_a_gpu_are_told_of_compilation():
+    advice = advice_on_speed(recipe(), on_gpu=True, world_size=1)
+    assert advice is not None
+    assert "--run.compile" in advice
+    assert advice_on_speed(recipe(compile=True), on_gpu=True, world_size=1) is None
 
 
 @pytest.mark.parametrize("shown", [True, False])
