@@ -30,12 +30,12 @@ def beside(
     with open_loader(config.data, config.views, seed=0, device=device) as loader:
         backend = backend_of(loader.description, config.data.backend)
         batches = (each for _ in iter(int, 1) for each in loader)
-        num = max(loader.most_ready, 2048 // batch)
         for _ in range(loader.most_ready):
             next(batches)
-        begin = time.perf_counter()
-        for _ in range(num):
+        begin, num = time.perf_counter(), 0
+        while num < 2 or time.perf_counter() - begin < seconds / 3:
             next(batches)
+            num += 1
         loader_ms = 1e3 * (time.perf_counter() - begin) / num
         step = captured(Ours(setting, setting.views()).step, device)
         alone_ms = step_ms(step, None, seconds / 3, device)
