@@ -1,9 +1,8 @@
 """Versions that a result was made with."""
 
 import platform
+import sys
 from importlib import metadata
-
-from moco_fast import __version__
 
 __all__ = ["versions_of"]
 
@@ -14,7 +13,9 @@ def versions_of(*names: str) -> dict[str, str]:
     This project's is its own: run from a checkout that is only on the path, it has no metadata. Another distribution
     without any is "unknown".
     """
-    return {"python": platform.python_version(), "moco-fast": __version__} | {name: _version(name) for name in names}
+    # From the package as it is loaded: importing it by name would count as a dependence on all that it exports.
+    own: str = sys.modules[__package__].__version__
+    return {"python": platform.python_version(), "moco-fast": own} | {name: _version(name) for name in names}
 
 
 def _version(name: str) -> str:
