@@ -14,7 +14,7 @@ def versions_of(*names: str) -> dict[str, str]:
     without any is "unknown".
     """
     # From the package as it is loaded: importing it by name would count as a dependence on all that it exports.
-    own: str = sys.modules[__package__].__version__
+    own: str = sys.modules["moco_fast"].__version__
     return {"python": platform.python_version(), "moco-fast": own} | {name: _version(name) for name in names}
 
 
