@@ -18,7 +18,7 @@ HAS_GPU = $(shell $(VENV)/bin/python -c 'import torch; print("yes" if torch.cuda
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup setup-ffcv demo test test-long test-matrix format lock gpu-check docs image image-rehearsal clean \
-	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint bench demo-steps
+	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint bench bench-loaders demo-steps
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -95,6 +95,14 @@ lock: setup ## Resolve pyproject.toml again into requirements.lock and requireme
 
 bench: setup ## Every benchmark that a CPU can run, in 15 minutes: benchmarks/results and the README's table
 	python benchmarks/run_all.py $(if $(PHOTOS),--photos $(PHOTOS))
+
+# Peers pin what others need elsewhere: they get an environment of their own, on top of .venv (whose torch they share).
+PEERS := build/bench-loaders
+bench-loaders: setup-ffcv ## Our loader beside what others take today, in 15 minutes: benchmarks/results/peers.md
+	$$(command -v uv || echo .uv/bin/uv) venv --quiet --allow-existing --python $(VENV)/bin/python $(PEERS)
+	$(PEERS)/bin/python benchmarks/loaders/beside.py $(VENV)
+	$$(command -v uv || echo .uv/bin/uv) pip install --quiet --python $(PEERS) --no-deps --requirement benchmarks/requirements-loaders.txt
+	$(PEERS)/bin/python benchmarks/run_all.py --only peers $(if $(PHOTOS),--photos $(PHOTOS))
 
 # No set-up: machines that have a GPU often have their own Python and torch, and no network.
 gpu-check: ## On a GPU: its tests and figures into OUT in 9 minutes; DEVICE=cpu for a small version

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from alternating import Claim, alternate, claims_table, compare, header, write_claims
-from loader import EncodedPhotos
+from loaders.base import EncodedPhotos
 from photographs import photograph_shards
 from PIL import Image
 from torch import Tensor, nn

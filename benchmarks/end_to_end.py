@@ -3,9 +3,9 @@
     python benchmarks/end_to_end.py [--photos FILE.tar | --shards DIR] [--encoder resnet18_quarter] [--size 224]
 
 `ours` is a run of the recipe moco-v2: its loader and its step. `authors'` is what their code does: PIL and
-torchvision's transforms in a DataLoader with a worker a CPU (loader.py), then their step (step.py), on the same bytes.
-Both train the same encoder at the same batch, in this process, on the same cores. Beside it stands the overlap that
-`moco-fast bench` finds: ours end to end over our step alone.
+torchvision's transforms in a DataLoader with a worker per CPU (loaders/pillow_authors.py), then their step (step.py),
+on the same bytes. Both train the same encoder at the same batch, in this process, on the same cores. Beside it stands
+the overlap that `moco-fast bench` finds: ours end to end over our step alone.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 from alternating import Claim, alternate, bars, claims_table, compare, header, write_claims
-from loader import Options, open_contestant
+from loaders.base import Options
+from loaders.registry import open_contestant
 from photographs import photograph_shards
 from step import Authors, Setting
 

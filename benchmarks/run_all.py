@@ -34,6 +34,8 @@ class Benchmark:
     """Its file, if it is not called like the benchmark."""
     plot: bool = False
     """Whether it draws one."""
+    runs: bool = False
+    """Whether it keeps every run beside its page."""
 
 
 BENCHMARKS = (
@@ -41,7 +43,12 @@ BENCHMARKS = (
     Benchmark(name="pack", words="--photos {photos} --rounds 3", limit_s=110),
     Benchmark(name="reading", words="--shards {shards} --seconds 2 --rounds 3", limit_s=45),
     Benchmark(name="host", words="--shards {shards} --seconds 1 --rounds 3", limit_s=30),
-    Benchmark(name="loader", words="--shards {shards} --seconds 3 --rounds 3", limit_s=185, plot=True),
+    Benchmark(
+        name="loader",
+        words="--shards {shards} --seconds 2 --rounds 3 --only torch dali ffcv linear pil tv2 dali-stock",
+        limit_s=185,
+        plot=True,
+    ),
     Benchmark(name="color", words="--shards {shards} --num 10", limit_s=30),
     Benchmark(name="step", words="--encoder resnet18 --batch 64 --rounds 4", limit_s=135, plot=True),
     Benchmark(name="momentum", words="--encoder resnet50 --rounds 20", limit_s=25, plot=True),
@@ -49,6 +56,17 @@ BENCHMARKS = (
     Benchmark(name="watching", words="--encoder resnet18 --size 64 --batch 32", limit_s=45),
     Benchmark(name="checkpoints", words="--encoder resnet50", limit_s=100),
     Benchmark(name="end_to_end", words="--shards {shards} --seconds 30", limit_s=135, plot=True),
+)
+
+
+# Needs what `make bench-loaders` installs, and time of its own; run only if it is named.
+PEERS = Benchmark(
+    name="peers",
+    script="loader",
+    words="--shards {shards} --seconds 2 --rounds 3 --peers",
+    limit_s=900,
+    plot=True,
+    runs=True,
 )
 
 
@@ -60,6 +78,8 @@ def run(benchmark: Benchmark, places: dict[str, str], results: Path, build: Path
     words = [script, *benchmark.words.split()]
     if benchmark.plot:
         words += ["--plot", str(results / f"{benchmark.name}.svg")]
+    if benchmark.runs:
+        words += ["--runs", str(results / f"{benchmark.name}.json")]
     filled = [word.format_map(places) for word in [*words, "--json", str(claims)]]
     log = build / f"{benchmark.name}.log"
     with log.open("w") as errors:
@@ -136,7 +156,7 @@ def run_all(chosen: Sequence[Benchmark], places: dict[str, str], results: Path, 
         well = well and not missed
         print(f"{benchmark.name}: {took}{''.join(f'; MISSED: {claim}' for claim in missed)}", flush=True)
         every = read_claims(file) | {benchmark.name: found}
-        order = [each.name for each in BENCHMARKS]
+        order = [each.name for each in (*BENCHMARKS, PEERS)]
         listed = {name: [vars(each) for each in every[name]] for name in sorted(every, key=order.index)}
         file.write_text(json.dumps(listed, indent=1) + "\n")
     return well
@@ -146,7 +166,7 @@ def main() -> int:
     """Run, write, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, help="tar of photographs instead of scikit-image's")
-    parser.add_argument("--only", nargs="+", choices=[each.name for each in BENCHMARKS], help="these")
+    parser.add_argument("--only", nargs="+", choices=[each.name for each in (*BENCHMARKS, PEERS)], help="these")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "bench", help="for what is no result")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="where the table goes")
@@ -154,7 +174,7 @@ def main() -> int:
     build, results = options.build.resolve(), options.results.resolve()
     for folder in (build, results):
         folder.mkdir(parents=True, exist_ok=True)
-    chosen = [each for each in BENCHMARKS if options.only is None or each.name in options.only]
+    chosen = [each for each in (*BENCHMARKS, PEERS) if each.name in (options.only or [one.name for one in BENCHMARKS])]
     takes_photos = any("{" in each.words for each in chosen)
     well = run_all(chosen, places_of(options.photos, build) if takes_photos else {}, results, build)
     write_readme(options.readme, read_claims(results / "claims.json"))

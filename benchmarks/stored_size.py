@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from alternating import Claim, alternate, claims_table, compare, header, write_claims
 from color import colorless, drawn, rendered, without_blur
-from loader import Options, measure
+from loaders.base import Options
+from loaders.fresh import measure_fresh
 from photographs import photograph_shards
 
 from pipelines.backends.colors import recolor
@@ -124,7 +125,8 @@ def main() -> None:
         records = {name: records_of(open_set(path)) for name, path in paths.items()}
         for _ in range(asked.rounds):
             for name, path in paths.items():
-                rate, cost = measure("torch", Options(str(path), 224, 64), asked.seconds)
+                figures = measure_fresh("torch", Options(str(path), 224, 64), asked.seconds)
+                rate, cost = figures.samples_per_s, figures.cpu_ms
                 rates[name].append(rate)
                 costs[name].append(cost)
                 print(f"{name:<8}{rate:9.0f} samples/s{cost:8.2f} ms of processor time per sample", flush=True)
