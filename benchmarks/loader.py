@@ -51,7 +51,8 @@ def take_turns(names: list[str], options: Options, *, rounds: int, seconds: floa
             except RuntimeError as error:
                 if number or CONTESTANTS[name].ours:
                     raise
-                print(f"{name} is left out: it failed ({error}); {CONTESTANTS[name].install}", flush=True)
+                remedy = f"; {CONTESTANTS[name].install}" if CONTESTANTS[name].needs else ""
+                print(f"{name} is left out: it failed ({error}){remedy}", flush=True)
                 del runs[name]
                 continue
             runs[name].append(one)

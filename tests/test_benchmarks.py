@@ -172,3 +172,112 @@ def test_the_set_of_textured_shapes_has_the_same_objects_as_boxes_and_as_pixels(
             assert (classes[part] != 0).any(axis=1).all()
             covered[part] = True
         assert (classes[~covered] == 0).all()
+
+
+@pytest.fixture(scope="module")
+def loaders():
+    """The registry, what times a contestant, and the script, as benchmarks/loader.py imports them."""
+    return load("loaders.registry"), load("loaders.fresh"), load("loader")
+
+
+def test_loaders_of_others_are_timed_and_every_run_is_kept(warm_python, loaders, tmp_path):
+    names = ["pil", "tv2", "webdataset"]
+    shards = load("photographs").photograph_shards(tmp_path, num=6, size=(160, 120))
+    script = ROOT / "benchmarks" / "loader.py"
+    small = f"--shards {shards} --size 32 --batch-size 4 --rounds 2 --seconds 0.01".split()
+    done = warm_python.run(script, *small, "--only", *names, "--runs", tmp_path / "runs.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((tmp_path / "runs.json").read_text())
+    assert list(kept["contestants"]) == names
+    assert kept["data"]["photos"] == 6
+    for name, each in kept["contestants"].items():
+        described = loaders[0].CONTESTANTS[name].views
+        assert each["views"] == described
+        assert set(each["versions"]) == set(loaders[0].CONTESTANTS[name].packages)
+        assert f"| {name} |" in done.stdout
+        assert len(each["runs"]) == 2
+        for one in each["runs"]:
+            assert one["shape"] == [4, 3, 32, 32]
+            assert one["dtype"] == ("float32" if "normalized float" in described else "uint8")
+            assert one["samples_per_s"] > 0
+
+
+def test_views_that_are_not_two_different_ones_are_refused(loaders):
+    import torch
+
+    _, fresh, _ = loaders
+    options = load("loaders.base").Options("", 8, 2)
+    views = torch.arange(2 * 2 * 3 * 8 * 8).reshape(2, 2, 3, 8, 8)
+    assert fresh.check_views(list(views), options) == ("int64", (2, 3, 8, 8))
+    for wrong in (views[:1], views[:, :1], views[:, :, :, :4], torch.stack([views[0], views[0]])):
+        with pytest.raises(ValueError, match="two views"):
+            fresh.check_views(list(wrong), options)
+
+
+# From 3.12 on, Python warns of a fork where threads run; this one only fails, exits or sleeps.
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_loader_that_fails_dies_or_hangs_is_named(loaders, monkeypatch):
+    import os
+    import time
+
+    _, fresh, _ = loaders
+    options = load("loaders.base").Options("", 8, 2)
+
+    def fail(*_):
+        raise ValueError("no such set")
+
+    for opens, said in (
+        (fail, "pil: ValueError: no such set"),
+        (lambda *_: os._exit(3), "pil: its process died"),
+        (lambda *_: time.sleep(60), "pil: no figures after 0 s"),
+    ):
+        monkeypatch.setattr(fresh, "open_contestant", opens)
+        limit_s = 0.2 if "no figures" in said else 60
+        with pytest.raises(RuntimeError, match=said):
+            fresh.measure_fresh("pil", options, 0.0, limit_s=limit_s)
+
+
+def test_a_peer_that_fails_is_left_out_and_one_of_ours_is_not(loaders, monkeypatch, capsys):
+    _, fresh, script = loaders
+    figures = fresh.Figures(samples_per_s=2.0, cpu_ms=1.0, open_s=0.1, dtype="uint8", shape=(1,))
+
+    def measured(name, *_):
+        if name in failing:
+            raise RuntimeError(f"{name}: no FFmpeg")
+        return figures
+
+    monkeypatch.setattr(script, "measure_fresh", measured)
+    failing = {"spdl"}
+    runs = script.take_turns(["torch", "spdl", "pil"], None, rounds=2, seconds=1)
+    assert {name: len(each) for name, each in runs.items()} == {"torch": 2, "pil": 2}
+    assert "spdl is left out: it failed (spdl: no FFmpeg)" in capsys.readouterr().out
+    failing = {"torch"}
+    with pytest.raises(RuntimeError, match="torch: no FFmpeg"):
+        script.take_turns(["torch", "pil"], None, rounds=1, seconds=1)
+
+
+def test_the_fastest_peer_is_what_the_torch_backend_is_held_to(loaders):
+    rates = {"torch": [300.0, 330.0], "pil": [100.0, 100.0], "spdl": [400.0, 440.0]}
+    first, second = loaders[2].peer_claims_of(rates, 224)
+    assert first.claim == "two views at 224 pixels: torch backend / spdl, the fastest of 2 peers"
+    assert (first.ratio, first.goal, first.holds) == (0.75, 1.0, False)
+    assert (second.ratio, second.goal, second.holds) == (3.15, None, None)
+
+
+def test_every_loader_has_its_file_and_its_packages_are_pinned(loaders):
+    registry = loaders[0]
+    files = {path.stem for path in (ROOT / "benchmarks" / "loaders").glob("*.py")}
+    pinned = [
+        re.findall(r"^([\w.-]+)==(\S+)", (ROOT / file).read_text(), re.MULTILINE)
+        for file in ("requirements.lock", "requirements-ffcv.lock", "benchmarks/requirements-loaders.txt")
+    ]
+    names = {name for each in pinned for name, _ in each}
+    for name, contestant in registry.CONTESTANTS.items():
+        module, function = contestant.opens.split(":")
+        assert module in files, name
+        assert f"def {function}(" in (ROOT / "benchmarks" / "loaders" / f"{module}.py").read_text()
+        assert set(contestant.packages) <= names, name
+        assert "uint8" in contestant.views or "float" in contestant.views
+    assert dict(pinned[0]).keys() & dict(pinned[2]).keys() == {"antlr4-python3-runtime"}
+    others = (ROOT / "benchmarks" / "requirements.txt").read_text()
+    assert f"lightly=={dict(pinned[2])['lightly']}" in others

@@ -70,7 +70,7 @@ def measure(name: str, options: Options, seconds: float) -> Figures:
     open_s = time.perf_counter() - begin
     for _ in range(WARMUP - 1):
         next(batches)
-    begin, cpu, num = time.perf_counter(), cpu_seconds(), 0
+    cpu, num, begin = cpu_seconds(), 0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
         next(batches)
         num += options.batch_size
@@ -98,13 +98,14 @@ def measure_fresh(name: str, options: Options, seconds: float, *, limit_s: float
     process = context.Process(target=_send, args=(sender, name, options, seconds))
     process.start()
     sender.close()
+    ended = receiver.poll(limit_s + seconds)
     try:
-        found = receiver.recv() if receiver.poll(limit_s + seconds) else f"no figures after {limit_s + seconds:.0f} s"
+        found = receiver.recv() if ended else f"no figures after {limit_s + seconds:.0f} s"
     except EOFError:
         found = "its process died"
-    process.join(10)
+    # Figures are sent when the loader is closed; what then still runs are workers that wait to be ended.
+    process.join(10 if ended else 0)
     if process.is_alive():
-        # Figures are sent when the loader is closed; what then still runs are workers that wait to be ended.
         for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             each.kill()
         process.join()
