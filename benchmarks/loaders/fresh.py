@@ -14,8 +14,10 @@ import torch
 
 from loaders.base import Options
 from loaders.registry import open_contestant
+from shards.ground.cpus import available_cpus
 
-WARMUP = 3
+WARMUP = 2
+"""Batches per worker before the clock starts."""
 LIMIT_S = 180.0
 """For opening, a first conversion and the slowest loader's batches; the time that is measured comes on top."""
 
@@ -68,12 +70,15 @@ def measure(name: str, options: Options, seconds: float) -> Figures:
     batches, close = open_contestant(name, options)
     dtype, shape = check_views(next(batches), options)
     open_s = time.perf_counter() - begin
-    for _ in range(WARMUP - 1):
+    # Workers that began together finish their batches together: only whole rounds of them are a rate.
+    workers = available_cpus()
+    for _ in range(WARMUP * workers - 1):
         next(batches)
     cpu, num, begin = cpu_seconds(), 0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
-        next(batches)
-        num += options.batch_size
+        for _ in range(workers):
+            next(batches)
+        num += workers * options.batch_size
     wall, cpu = time.perf_counter() - begin, cpu_seconds() - cpu
     close()
     return Figures(samples_per_s=num / wall, cpu_ms=1e3 * cpu / num, open_s=open_s, dtype=dtype, shape=shape)
