@@ -98,7 +98,7 @@ bench: setup ## Every benchmark that a CPU can run, in 15 minutes: benchmarks/re
 
 # Peers pin what others need elsewhere: they get an environment of their own, on top of .venv (whose torch they share).
 PEERS := build/bench-loaders
-bench-loaders: setup-ffcv ## Our loader beside what others take today, in 15 minutes: benchmarks/results/peers.md
+bench-loaders: setup-ffcv ## Our loader beside what others take today, in 10 minutes: benchmarks/results/peers.md
 	$$(command -v uv || echo .uv/bin/uv) venv --quiet --allow-existing --python $(VENV)/bin/python $(PEERS)
 	$(PEERS)/bin/python benchmarks/loaders/beside.py $(VENV)
 	$$(command -v uv || echo .uv/bin/uv) pip install --quiet --python $(PEERS) --no-deps --requirement benchmarks/requirements-loaders.txt
