@@ -1,4 +1,4 @@
-"""LitData: chunks of the same JPEGs by its `optimize`, decoded and augmented as by torchvision_v2."""
+"""LitData: chunks of the same JPEGs by its `optimize`, decoded and augmented as by pillow_authors."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Any
 
 import litdata
 
-from loaders.base import EncodedPhotos, Opened, Options, decoded, tensor_views, written_beside
+from loaders.base import EncodedPhotos, Opened, Options, written_beside
+from loaders.pillow_authors import pil_views
 from shards.ground.cpus import available_cpus
 
 
@@ -26,11 +27,11 @@ def open_batches(options: Options) -> Opened:
         )
 
     path = written_beside(options.shards, "litdata", write)
-    views = tensor_views(options.size)
+    views = pil_views(options.size)
     endlessly = litdata.ParallelStreamingDataset(
         [litdata.StreamingDataset(str(path), shuffle=True, drop_last=True)],
         length=float("inf"),
-        transform=lambda samples: views(decoded(samples[0]["jpg"])),
+        transform=lambda samples: views(samples[0]["jpg"]),
     )
     loader = litdata.StreamingDataLoader(
         endlessly, batch_size=options.batch_size, num_workers=available_cpus(), multiprocessing_context="fork"

@@ -1,4 +1,4 @@
-"""mosaic streaming: MDS shards of the same JPEGs, decoded and augmented as by torchvision_v2."""
+"""mosaic streaming: MDS shards of the same JPEGs, decoded and augmented as by pillow_authors."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 
-from loaders.base import NO_END, EncodedPhotos, Opened, Options, decoded, tensor_views, written_beside
+from loaders.base import NO_END, EncodedPhotos, Opened, Options, written_beside
+from loaders.pillow_authors import pil_views
 from shards.ground.cpus import available_cpus
 
 
@@ -22,10 +23,10 @@ class MosaicPhotos(StreamingDataset):
             epoch_size=NO_END // 100,
             sampling_method="balanced",
         )
-        self._views = tensor_views(options.size)
+        self._views = pil_views(options.size)
 
     def __getitem__(self, at: Any) -> Any:
-        return self._views(decoded(super().__getitem__(at)["jpg"]))
+        return self._views(super().__getitem__(at)["jpg"])
 
 
 def open_batches(options: Options) -> Opened:

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
-from loaders.base import MEAN, STD, Opened, Options, open_data_loader
+from loaders.base import MEAN, STD, Opened, Options, Views, open_data_loader
 
 
 class PilBlur:
@@ -18,11 +18,11 @@ class PilBlur:
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
 
 
-def open_batches(options: Options) -> Opened:
-    """Open a DataLoader of its views."""
+def pil_views(size: int) -> Views:
+    """Both views by torchvision's transforms of PIL images, from encoded bytes or an image that is decoded already."""
     transform = transforms.Compose(
         [
-            transforms.RandomResizedCrop(options.size, scale=(0.2, 1.0)),
+            transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
             transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([PilBlur()], p=0.5),
@@ -32,8 +32,13 @@ def open_batches(options: Options) -> Opened:
         ]
     )
 
-    def views(encoded: bytes) -> Any:
-        image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    def views(encoded: bytes | Image.Image) -> Any:
+        image = encoded if isinstance(encoded, Image.Image) else Image.open(io.BytesIO(encoded)).convert("RGB")
         return transform(image), transform(image)
 
-    return open_data_loader(options, views)
+    return views
+
+
+def open_batches(options: Options) -> Opened:
+    """Open a DataLoader of its views."""
+    return open_data_loader(options, pil_views(options.size))

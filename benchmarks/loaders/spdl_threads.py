@@ -1,4 +1,4 @@
-"""SPDL: its pipeline of threads in a subprocess and its decoder, torchvision's v2 transforms."""
+"""SPDL: its pipeline of threads in a subprocess and its decoder, the views of pillow_authors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import spdl.io
 import torch
+from PIL import Image
 from spdl.pipeline import PipelineBuilder, run_pipeline_in_subprocess
 
-from loaders.base import EncodedPhotos, Opened, Options, tensor_views
+from loaders.base import EncodedPhotos, Opened, Options
+from loaders.pillow_authors import pil_views
 from shards.ground.cpus import available_cpus
 
 
@@ -31,11 +33,11 @@ def open_batches(options: Options) -> Opened:
     """Run the views in a thread per CPU of one subprocess."""
     # The views are the threads' work; an operation of torch that starts more would only be in their way.
     torch.set_num_threads(1)
-    transform = tensor_views(options.size)
+    transform = pil_views(options.size)
 
     def views(encoded: bytes) -> Any:
         pixels = spdl.io.load_image(encoded, filter_desc=spdl.io.get_video_filter_desc(pix_fmt="rgb24"))
-        return transform(spdl.io.to_torch(pixels).permute(2, 0, 1))
+        return transform(Image.fromarray(spdl.io.to_numpy(pixels)))
 
     def stack(samples: list[Any]) -> Any:
         return [torch.stack(view) for view in zip(*samples, strict=True)]
