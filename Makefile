@@ -18,7 +18,7 @@ HAS_GPU = $(shell $(VENV)/bin/python -c 'import torch; print("yes" if torch.cuda
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help setup setup-ffcv demo test test-long test-matrix format lock gpu-check docs image image-rehearsal clean \
-	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint bench bench-loaders demo-steps
+	checks ruff-format ruff-check pyright lint-imports hadolint pytest lint bench bench-all bench-loaders demo-steps
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
@@ -95,6 +95,9 @@ lock: setup ## Resolve pyproject.toml again into requirements.lock and requireme
 
 bench: setup ## Every benchmark that a CPU can run, in 15 minutes: benchmarks/results and the README's table
 	python benchmarks/run_all.py $(if $(PHOTOS),--photos $(PHOTOS))
+
+bench-all: setup ## These and the longer ones; PYTHONS="mosaic=PYTHON ..." for what needs an environment of its own
+	python benchmarks/run_all.py --more $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(PYTHONS),--python $(PYTHONS))
 
 # Peers pin what others need elsewhere: they get an environment of their own, on top of .venv (whose torch they share).
 PEERS := build/bench-loaders

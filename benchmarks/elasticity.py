@@ -8,8 +8,9 @@ theirs, three go on from those. The global batch stays as large. Are all samples
 batches those that the four would have had?
 
 `seek`: a fresh process opens a loader at a saved place of a longer epoch. Timed is opening it until its first batch
-(without imports), near the epoch's beginning and near its end, by turns. Ours makes two views of each sample in that
-time, the others hand over bytes. Whether that batch is the one that would have come is checked.
+(without imports), near the epoch's beginning and near its end, and there also from what two ranks saved, by turns. Ours
+makes two views of each sample in that time, the others hand over bytes. Whether that batch is the one that would have
+come is checked.
 
 Each loader is set up as its documents say (elastic_loaders.py), every rank is a process. Peers that are not installed
 are left out: benchmarks/requirements.txt has them.
@@ -46,15 +47,35 @@ class Peer:
     title: str
     module: str
     promise: str
+    is_elastic: bool
+    """Whether one state is enough for any number of ranks."""
 
 
 LOADERS = {
-    "ours": Peer("ours", "pipelines", "the samples of a global step do not depend on the number of ranks"),
-    "litdata": Peer("LitData", "litdata", "other ranks, workers and batch sizes go on from one state, none twice"),
-    "mosaic": Peer("MosaicML streaming", "streaming", "samples in the same order on any number of ranks and workers"),
-    "grain": Peer("grain, ElasticIterator", "grain", "the state of any rank restores all after a change of ranks"),
-    "torchdata": Peer("torchdata, map-style", "torchdata", "each rank's state for the same rank; nothing across ranks"),
-    "webdataset": Peer("webdataset in torchdata", "webdataset", "nothing: skips what was read before, per rank"),
+    "ours": Peer(
+        "ours", "pipelines", "the samples of a global step do not depend on the number of ranks", is_elastic=True
+    ),
+    "litdata": Peer(
+        "LitData", "litdata", "other ranks, workers and batch sizes go on from one state, none twice", is_elastic=True
+    ),
+    "mosaic": Peer(
+        "MosaicML streaming",
+        "streaming",
+        "samples in the same order on any number of ranks and workers",
+        is_elastic=True,
+    ),
+    "grain": Peer(
+        "grain, ElasticIterator", "grain", "the state of any rank restores all after a change of ranks", is_elastic=True
+    ),
+    "torchdata": Peer(
+        "torchdata, map-style",
+        "torchdata",
+        "each rank's state for the same rank; nothing across ranks",
+        is_elastic=False,
+    ),
+    "webdataset": Peer(
+        "webdataset in torchdata", "webdataset", "nothing: skips what was read before, per rank", is_elastic=False
+    ),
 }
 
 
@@ -136,8 +157,7 @@ def free_port() -> int:
 def saved_state(loader: str, states: Path, rank: int) -> Path:
     """Which state a rank goes on from: the first rank's, or of a loader whose ranks have their own its own if any."""
     saved = sorted(states.glob("rank-*"), key=lambda path: int(path.name.removeprefix("rank-")))
-    own = loader in ("torchdata", "webdataset")
-    return saved[rank % len(saved) if own else 0]
+    return saved[0 if LOADERS[loader].is_elastic else rank % len(saved)]
 
 
 def global_batches(found: list[Any]) -> list[list[int]]:
@@ -218,66 +238,90 @@ def title(loader: str, versions: dict[str, str]) -> str:
     return LOADERS[loader].title + (f" {versions[loader]}" if loader != "ours" else "")
 
 
-def prepare_seek(bench: Bench, loader: str, steps: list[int]) -> dict[int, list[int]]:
-    """Save places after `steps`; the batch that comes next at each."""
+@dataclass(frozen=True)
+class Place:
+    """A saved place: by how many ranks, after which step. One rank goes on from there."""
+
+    ranks: int
+    step: int
+
+    def describe(self) -> str:
+        """The head of a column."""
+        return f"step {self.step:,}" + (f", saved by {self.ranks} ranks" if self.ranks > 1 else "")
+
+
+def places_of(loader: str, steps: list[int]) -> list[Place]:
+    """The places that a loader is sent to."""
+    changed = [Place(2, max(steps))] if LOADERS[loader].is_elastic else []
+    return [*(Place(1, step) for step in steps), *changed]
+
+
+def prepare_seek(bench: Bench, loader: str, steps: list[int]) -> dict[Place, list[int]]:
+    """Save the places; the samples that come next at each."""
     folder = bench.set_of(loader, SEEK_SAMPLES, SEEK_PER_FILE)
-    kept = folder / "next.json"
-    if not kept.is_file():
-        words = ["--folder", folder, "--global-batch", SEEK_BATCH, "--save-at", *steps, "--states", folder]
-        found = bench.read(loader, 1, [*words, "--stop", max(steps) + 1], None)
-        if isinstance(found, Failure):
-            raise RuntimeError(f"{loader}: {found.reason}")
-        kept.write_text(json.dumps({step: found[0]["batches"][step] for step in steps}))
-    return {int(step): batch for step, batch in json.loads(kept.read_text()).items()}
-
-
-def seek(bench: Bench, loaders: list[str], steps: list[int], rounds: int) -> dict[tuple[str, int], list[float]]:
-    """Seconds until the first batch at each step, loaders by turns."""
-    following = {loader: prepare_seek(bench, loader, steps) for loader in loaders}
-    seconds: dict[tuple[str, int], list[float]] = {(loader, step): [] for loader in loaders for step in steps}
-    for number in range(rounds):
-        for (loader, step), found_s in seconds.items():
-            folder = bench.set_of(loader, SEEK_SAMPLES, SEEK_PER_FILE)
-            words: list[object] = ["--folder", folder, "--global-batch", SEEK_BATCH, "--stop", 1]
-            found = bench.read(loader, 1, words, folder / f"step-{step}")
+    places = places_of(loader, steps)
+    following: dict[Place, list[int]] = {}
+    for ranks in dict.fromkeys(each.ranks for each in places):
+        states = folder / f"states-of-{ranks}"
+        kept = states / f"next-{'-'.join(map(str, steps))}.json"
+        if not kept.is_file():
+            states.mkdir(exist_ok=True)
+            words: list[object] = ["--folder", folder, "--global-batch", SEEK_BATCH, "--states", states]
+            found = bench.read(loader, ranks, [*words, "--stop", max(steps) + 1, "--save-at", *steps], None)
             if isinstance(found, Failure):
                 raise RuntimeError(f"{loader}: {found.reason}")
-            if sorted(found[0]["batches"][0]) != sorted(following[loader][step]):
-                raise RuntimeError(f"{loader}: after a seek to step {step} another batch came")
+            batches = global_batches(found)
+            kept.write_text(json.dumps([batches[step] for step in steps]))
+        batches_then = dict(zip(steps, json.loads(kept.read_text()), strict=True))
+        following |= {each: sorted(batches_then[each.step]) for each in places if each.ranks == ranks}
+    return following
+
+
+Seconds = dict[tuple[str, Place], list[float]]
+
+
+def seek(bench: Bench, loaders: list[str], steps: list[int], rounds: int) -> Seconds:
+    """Seconds until the first batch at each place, loaders by turns."""
+    following = {(loader, at): it for loader in loaders for at, it in prepare_seek(bench, loader, steps).items()}
+    seconds: Seconds = {key: [] for key in following}
+    for number in range(rounds):
+        for (loader, at), found_s in seconds.items():
+            folder = bench.set_of(loader, SEEK_SAMPLES, SEEK_PER_FILE)
+            words: list[object] = ["--folder", folder, "--global-batch", SEEK_BATCH, "--stop", 1]
+            found = bench.read(loader, 1, words, folder / f"states-of-{at.ranks}" / f"step-{at.step}")
+            if isinstance(found, Failure):
+                raise RuntimeError(f"{loader}: {found.reason}")
+            if sorted(found[0]["batches"][0]) != following[loader, at]:
+                raise RuntimeError(f"{loader} went on with other samples after a seek to {at}")
             found_s.append(found[0]["first_s"])
-            print(f"  round {number + 1}: {loader} at step {step:,}: {found_s[-1]:.2f} s", file=sys.stderr)
+            print(f"  round {number + 1}: {loader} at {at.describe()}: {found_s[-1]:.2f} s", file=sys.stderr)
     return seconds
 
 
-def seek_table(seconds: dict[tuple[str, int], list[float]], steps: list[int], versions: dict[str, str]) -> str:
+def seek_table(seconds: Seconds, steps: list[int], versions: dict[str, str]) -> str:
     """Markdown: a line per loader."""
-    heads = " | ".join(f"step {step:,}, s" for step in steps)
-    lines = [f"| first batch at | {heads} | the later one takes longer by, s |", "|---|" + "---|" * (len(steps) + 1)]
+    columns = places_of("ours", steps)
+    heads = " | ".join(each.describe() for each in columns)
+    lines = [f"| seconds until the first batch at | {heads} |", "|---|" + "---|" * len(columns)]
     for loader in dict.fromkeys(loader for loader, _ in seconds):
-        at = [seconds[loader, step] for step in steps]
-        cells = [f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})" for values in at]
-        later = median(b - a for a, b in zip(at[0], at[-1], strict=True))
-        lines.append(f"| {title(loader, versions)} | {' | '.join(cells)} | {later:.2f} |")
+        found = [seconds.get((loader, at)) for at in columns]
+        cells = [f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f})" if each else "" for each in found]
+        lines.append(f"| {title(loader, versions)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def claims_of(seconds: dict[tuple[str, int], list[float]], steps: list[int]) -> list[Claim]:
+def claims_of(seconds: Seconds, steps: list[int]) -> list[Claim]:
     """Ours against each other loader, near the end of the epoch."""
-    loaders = dict.fromkeys(loader for loader, _ in seconds)
-    if "ours" not in loaders:
-        return []
-    last = steps[-1]
-    what = f"first batch after a seek to step {last:,} of {SEEK_SAMPLES // SEEK_BATCH:,}"
     return [
         compare(
-            f"{what}: ours / {LOADERS[loader].title}",
-            seconds["ours", last],
-            seconds[loader, last],
+            f"first batch at {at.describe()}: ours / {LOADERS[loader].title}",
+            seconds["ours", at],
+            theirs,
             unit="s",
             less_is_better=True,
         )
-        for loader in loaders
-        if loader != "ours"
+        for (loader, at), theirs in seconds.items()
+        if loader != "ours" and at.step == max(steps) and ("ours", at) in seconds
     ]
 
 

@@ -1,6 +1,6 @@
 """Packers side by side: photographs into shards, copied and shrunk, by two workers of each, in alternating rounds.
 
-    python benchmarks/packers.py --photos FILE.tar [--rounds 3] [--json FILE]
+    python benchmarks/packers.py --photos FILE.tar [--rounds 2] [--json FILE]
     python benchmarks/packers.py --photos FILE.tar --python mosaic=PATH img2dataset=PATH
 
 What a user would take instead of `make-shards pack`: LitData's `optimize`, MosaicML's MDSWriter (a writer in each of
@@ -139,7 +139,11 @@ def in_tars(out: Path) -> int:
     """Photographs in the tars of a folder."""
     import tarfile
 
-    return sum(name.endswith("jpg") for path in out.glob("*.tar") for name in tarfile.open(path).getnames())
+    num = 0
+    for path in out.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            num += sum(name.endswith("jpg") for name in tar.getnames())
+    return num
 
 
 PACKERS: dict[str, tuple[str, str, Callable[..., None], Callable[[Path], int]]] = {
@@ -265,7 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", required=True, help="tar of photographs")
     parser.add_argument("--files", type=int, default=2000, help="at least so many are packed")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--python", nargs="+", default=[], metavar="PACKER=PATH", help="interpreters of peers")
     parser.add_argument("--folder", help="where to work; the disk matters")
