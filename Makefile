@@ -96,7 +96,7 @@ lock: setup ## Resolve pyproject.toml again into requirements.lock and requireme
 bench: setup ## Every benchmark that a CPU can run, in 15 minutes: benchmarks/results and the README's table
 	python benchmarks/run_all.py $(if $(PHOTOS),--photos $(PHOTOS))
 
-bench-all: setup ## These and the longer ones; PYTHONS="mosaic=PYTHON ..." for what needs an environment of its own
+bench-all: setup ## These and the longer ones; PYTHONS="mosaic=PATH ..." for what needs an environment of its own
 	python benchmarks/run_all.py --more $(if $(PHOTOS),--photos $(PHOTOS)) $(if $(PYTHONS),--python $(PYTHONS))
 
 # Peers pin what others need elsewhere: they get an environment of their own, on top of .venv (whose torch they share).

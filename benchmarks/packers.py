@@ -298,7 +298,7 @@ def main() -> None:
                 tables.append(table)
                 claims += of_job
             server.kill()
-    print(f"{header()}; {len(files):,} photographs, {WORKERS} workers, {options.rounds} rounds\n")
+    print(f"{header()}; {len(files):,} photographs, {WORKERS} workers, {options.rounds} round(s)\n")
     print("\n\n".join([*tables, claims_table(claims)]))
     write_claims(options.json, claims)
 
