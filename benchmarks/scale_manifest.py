@@ -42,7 +42,6 @@ def main() -> None:
     if options.only is not None:
         print(json.dumps(_measure(options.only, options.folder)))
         return
-    print(f"    python benchmarks/scale_manifest.py --shards {' '.join(map(str, options.shards))}\n")
     print(
         "| shards | process | s | MB of its own | MB shared | MB read | bytes pickled |\n|---|---|---|---|---|---|---|"
     )
