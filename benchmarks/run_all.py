@@ -98,6 +98,7 @@ PEERS = Benchmark(
 )
 
 ELSEWHERE = {
+    "2026-11-26-H200": ("gpu_check",),
     "cifar10": ("cifar10",),
     "cifar10-lightly": ("cifar10",),
     "demo-seeds": ("demo_seeds",),
