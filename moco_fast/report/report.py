@@ -28,7 +28,7 @@ from moco_fast.report.pictures import show_views
 from moco_fast.report.record import RunRecord, read_run
 from moco_fast.report.words import configuration_table, environment_table, headline, tiles
 from shards.ground.files import write_whole
-from shards.ground.pages import page_style
+from shards.ground.pages import page_style, prose
 
 __all__ = ["DrawnChart", "charts_of", "open_template", "write_report"]
 
@@ -116,7 +116,12 @@ def open_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    pages.filters |= {"prose": _prose, "sentence": lambda text: _prose(text[:1].upper() + text[1:])}
     return pages.get_template(name, globals={"page_style": Markup(page_style())})  # noqa: S704 - a file of ours
+
+
+def _prose(text: str) -> Markup:
+    return Markup(prose(text))  # noqa: S704 - escaped there
 
 
 def _pictures(record: RunRecord, device: torch.device, num_samples: int, max_bank: int) -> dict[str, Any]:

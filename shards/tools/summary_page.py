@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from shards.ground.pages import page_style
+from shards.ground.pages import page_style, prose
 from shards.ground.units import counted, format_bytes
 from shards.sets.manifest import Manifest
 from shards.storage.file_kinds import ASIDE_NAME, REJECTED_NAME
@@ -202,7 +202,7 @@ def _pictures(pictures: Sequence[CaptionedPicture]) -> str:
             if picture.url is None
             else f'<img src="{escape(picture.url)}" alt="{escape(picture.title)}">'
         )
-        title, below = escape(picture.title), escape(picture.below)
+        title, below = escape(picture.title), prose(picture.below)
         return f'<div><div class="frame">{inner}</div><b title="{title}">{title}</b>{below}</div>'
 
     return f'<div class="found">{"".join(map(cell, pictures))}</div>'

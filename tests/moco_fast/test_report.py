@@ -249,6 +249,18 @@ def test_a_page_without_labels_shows_neighbors_and_says_that_nothing_judges_them
     assert page.html.count('<div class="hit"') == 2 * 6 * 2
 
 
+def test_commands_in_messages_are_code(run: Path, page: Page) -> None:
+    assert "its features have not been computed: <code>moco-fast report RUN --map</code> does it" in page.html
+    assert "`" not in page.text
+    warning = {"step": 3, "about": "lag", "warning": "`moco-fast runs '<i>'` says more; one ` stays"}
+    (run / "warnings.jsonl").write_text(json.dumps(warning) + "\n")
+    error = "no number; `moco-fast replay RUN` & look"
+    (run / "outcome.json").write_text(json.dumps({"outcome": "failed", "error": error}))
+    html = write(run, num_samples=1).html
+    assert "<code>moco-fast runs &#x27;&lt;i&gt;&#x27;</code> says more; one ` stays." in html
+    assert "no number; <code>moco-fast replay RUN</code> &amp; look; the same command" in html
+
+
 def test_warnings_are_on_the_page_and_markup_in_them_is_text(run: Path, page: Page) -> None:
     assert "What it warned of" not in page.text
     lines = [

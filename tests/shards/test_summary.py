@@ -1,6 +1,8 @@
 import base64
 import io
+import json
 import re
+import shutil
 import tarfile
 from html import unescape
 
@@ -69,6 +71,16 @@ def test_the_page_says_what_the_manifest_says_and_shows_pictures(packed, capsys)
     assert write_summary(str(packed), with_near_duplicates=True).read_text() == page
     again = pack(PackConfig(sources=(str(packed),), out=str(packed.parent / "again"), workers=1))[""]
     assert (again.num_samples, again.num_rejected) == (manifest.num_samples, 0)
+
+
+def test_commands_in_the_details_of_a_rejection_are_code(packed, tmp_path):
+    lines = (packed / "rejected.jsonl").read_text().splitlines()
+    changed = shutil.copytree(packed, tmp_path / "set")
+    detail = "HEIC: install what reads it with `pip install '<heic>'`"
+    lines = [json.dumps(json.loads(line) | {"detail": detail}) for line in lines]
+    (changed / "rejected.jsonl").write_text("\n".join(lines) + "\n")
+    page = write_summary(str(changed)).read_text()
+    assert page.count("install what reads it with <code>pip install &#x27;&lt;heic&gt;&#x27;</code></div>") == 3
 
 
 def test_nothing_of_the_page_comes_from_elsewhere_or_runs(packed, tmp_path):
