@@ -4,6 +4,7 @@
 
 Writes results/NAME.md (and .svg) for each, its claims into results/claims.json, and from those the table in the README.
 What a page says below the line `<!-- by hand -->` is kept.
+With the project's own README, figures in other documents become the results' as well (stated.py), and are listed.
 A benchmark that fails or takes too long leaves its log in build/bench, and its claims as they were.
 """
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import stated
 from alternating import Claim, claims_table, header
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -261,6 +263,9 @@ def main() -> int:
     well = run_all(chosen, places, results, build, options.python)
     write_readme(options.readme, read_claims(results / "claims.json"))
     print(f"written to {results} and {options.readme}")
+    if (options.readme.resolve(), results) == (ROOT / "README.md", ROOT / stated.RESULTS):
+        changes = stated.write(ROOT, stated.read_statements())
+        print("\n".join([*changes, *(["read these sentences again: is what they say still so?"] if changes else [])]))
     return 0 if well else 1
 
 

@@ -73,7 +73,7 @@ class EncodeConfig:
     """Images whose longer side is more than this many times the shorter are rejected."""
     mean_rgb: bool = False
     """Store each image's mean color, which only --views.color linear needs. This decodes every image that is copied at
-    an eighth of its size: six times slower, but damage is found that no marker shows."""
+    an eighth of its size and takes 7 times as long, but damage is found that no marker shows."""
     annotations: bool = False
     """Pack benchmarks for `moco-fast transfer`: folders of VOC, COCO or Cityscapes as they are published. Images are
     copied whatever they are, with their annotations beside them in the shards; lists and .json files become files of

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PlanRun"]
 
-_SMALL_SIDE, _SMALL_SHARE = 256, 0.29
+_SMALL_SIDE, _SMALL_SHARE = 256, 0.27
 """Pixels of the shorter side, and the share of a photo's bytes that is left at it (docs/packing.md)."""
 _UTILIZATION = {"convolutional": 0.11, "transformer": 0.35}
 """Share of a GPU's peak that training reaches where it was not measured. ResNet-50 with MoCo v2 in bf16 waits for

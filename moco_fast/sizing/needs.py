@@ -14,7 +14,8 @@ __all__ = ["MLPERF_BYTES_PER_S", "Machines", "Needs", "Workload", "needs"]
 MLPERF_BYTES_PER_S = 205e6
 """What MLPerf Storage lets one H100 read for its ResNet-50: 1,786 images/s."""
 _FETCH_CPU_S_PER_BYTE = 3.25e-9
-"""CPU seconds of fetching from an object store, mostly the kernel's: 3.0 to 3.5 s per GB (docs/performance.md)."""
+"""CPU seconds of fetching from an object store, mostly the kernel's: 3.0 to 3.5 s per GB, measured with whole pieces.
+Chunks take 1.2 on one machine without TLS (benchmarks/results/fetching.md); with TLS nothing was measured."""
 _LOAD_CPU_S_PER_SAMPLE = 67e-6
 """CPU seconds of reading and checking a sample and drawing its views, while the GPU decodes: at 32 images per rank, the
 dearest of benchmarks/results/host.md."""
