@@ -93,6 +93,7 @@ class PlanRun:
         from moco_fast.sizing.recipe import recipe_cost
 
         config = self._config()
+        self._check_batch(config)
         cost = recipe_cost(config, num_samples=round(self.images))
         step_per_s, source = self._step_rate(config, cost)
         machines = self._machines(step_per_s)
@@ -128,6 +129,27 @@ class PlanRun:
             raise ValueError(f"--images is {self.images:g}: give the number of images, such as 1e9")
         if self.recipe not in PRESETS:
             raise ValueError(f"--recipe {self.recipe} is not a recipe: choose one of {', '.join(PRESETS)}")
+
+    def _check_batch(self, config: "Config") -> None:
+        """Refuse what training refuses: a batch that the ranks cannot share, or that the images do not fill."""
+        from pipelines.plan.order import check_ranks
+        from shards.ground.units import counted
+
+        batch_size = config.data.batch_size
+        said = f"--batch-size {batch_size:,}" if self.batch_size else f"{self.recipe}'s batch of {batch_size:,}"
+        try:
+            check_ranks(batch_size, self.nodes * self.gpus)
+        except ValueError as error:
+            where = f"{counted(self.nodes, 'node')} of {counted(self.gpus, 'GPU')}, a rank each"
+            raise ValueError(f"{said} does not fit {where}: {error}") from None
+        if batch_size > self.images:
+            ranks = self.nodes * self.gpus
+            most = int(self.images) // ranks * ranks
+            way = f"a --batch-size of {most:,} or less" if most else f"fewer ranks than {ranks:,}"
+            raise ValueError(
+                f"--images {self.images:,.0f} is less than one batch of {batch_size:,}: an epoch would have no steps; "
+                f"give {way}"
+            )
 
     def _config(self) -> "Config":
         config = PRESETS[self.recipe][1]

@@ -67,9 +67,8 @@ def randomize(backbone: nn.Module, *, seed: int) -> None:
     What training does not change stays: parameters that need no gradient, such as MoCo v3's fixed positions.
 
     Raises:
-        ValueError: a parameter belongs to a module that does not know how to draw it.
+        ValueError: a parameter belongs to a module that does not know how to draw it; the network is as it was.
     """
-    fixed = {name: value.detach().clone() for name, value in backbone.named_parameters() if not value.requires_grad}
     module: Any = backbone
     device = next((value.device for value in backbone.parameters()), None)
     if device is None:
@@ -78,6 +77,8 @@ def randomize(backbone: nn.Module, *, seed: int) -> None:
         torch.manual_seed(seed)
         backbone.cpu()
         before = {name: value.detach().clone() for name, value in backbone.named_parameters()}
+        for value in backbone.parameters():
+            value.fill_(torch.nan)  # It shows what is not drawn.
         for each in backbone.modules():
             if hasattr(each, "reset_parameters"):
                 each.reset_parameters()  # pyright: ignore[reportCallIssue] - torch's convention, which no type has
@@ -86,14 +87,13 @@ def randomize(backbone: nn.Module, *, seed: int) -> None:
                 nn.init.kaiming_normal_(each.weight, mode="fan_out", nonlinearity="relu")
         if hasattr(module, "patch_embed") and hasattr(module, "init_weights"):
             module.init_weights()  # Tokens and positions, which belong to no layer.
-        # A scale of 1 or a bias of 0 may be what it was; nothing else is, unless it was left alone.
-        kept = [
-            name
-            for name, value in backbone.named_parameters()
-            if name not in fixed and torch.equal(value, before[name]) and len(value.unique()) > 1
-        ]
-        for name, value in fixed.items():
-            backbone.get_parameter(name).copy_(value)
+        not_drawn = {name: value for name, value in backbone.named_parameters() if value.isnan().any()}
+        not_drawn |= {name: value for name, value in backbone.named_parameters() if not value.requires_grad}
+        # A scale that is one number throughout is what it began with.
+        kept = [name for name, value in not_drawn.items() if value.requires_grad and len(before[name].unique()) > 1]
+        for name, value in backbone.named_parameters():
+            if kept or name in not_drawn:
+                value.copy_(before[name])
         backbone.to(device)
     if kept:
         raise ValueError(

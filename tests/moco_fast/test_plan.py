@@ -62,7 +62,25 @@ def test_a_run_by_steps_does_not_depend_on_the_number_of_images(capsys: pytest.C
     ("words", "says"),
     [
         (["--images", "0"], "--images is 0"),
+        (
+            ["--images", "255"],
+            "--images 255 is less than one batch of 256: an epoch would have no steps; give a --batch-size of 192",
+        ),
+        (["--images", "63"], "give fewer ranks than 64"),
         (["--images", "inf"], "--images is inf"),
+        (
+            ["--nodes", "3"],
+            "moco-v2's batch of 256 does not fit 3 nodes of 8 GPUs, a rank each: a batch of 256 cannot be",
+        ),
+        (["--nodes", "3", "--batch-size", "100"], "over 24 ranks: choose a batch size of 96 or 120, or one of 1, 2,"),
+        (
+            ["--batch-size", "32"],
+            "--batch-size 32 does not fit 8 nodes of 8 GPUs, a rank each: a batch of 32 cannot be",
+        ),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--batch-size", "-64"], "--batch-size is -64"),
+        (["--passes", "nan"], "--passes is nan"),
+        (["--gpus", "0"], "--gpus is 0"),
         (["--images", "nan"], "--images is nan"),
         (["--image-kb", "-1"], "--image-kb is -1"),
         (["--nodes", "0"], "--nodes is 0"),

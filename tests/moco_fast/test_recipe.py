@@ -1,5 +1,6 @@
 """Parts of a training of backbone and classifier: optimizer groups, mixing, first weights."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -177,12 +178,29 @@ def test_random_weights_are_drawn_as_before_training_and_forget_what_was_learned
         assert torch.equal(value, fresh.get_buffer(key)), key
 
 
+@pytest.mark.parametrize("name", ["resnet18_quarter", "vit"])
+def test_the_seed_that_a_network_was_built_with_draws_it_again(name: str) -> None:
+    torch.manual_seed(0)
+    built = small_vit(num_classes=0) if name == "vit" else build_backbone(name)
+    other = copy.deepcopy(built)
+    randomize(built, seed=0)
+    randomize(other, seed=1)
+    randomize(other, seed=0)
+    for (key, one), (_, again) in zip(built.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(one, again), key
+
+
 def test_what_no_one_knows_how_to_draw_is_refused_and_what_is_fixed_stays() -> None:
     backbone = tiny_encoder().backbone
     backbone[0].weight.requires_grad_(False)
     before = backbone[0].weight.detach().clone()
     randomize(backbone, seed=0)
     assert torch.equal(backbone[0].weight, before)
+    backbone.register_parameter("scale", nn.Parameter(torch.full((3,), 0.1)))
+    randomize(backbone, seed=1)
+    assert backbone.get_parameter("scale").tolist() == torch.full((3,), 0.1).tolist()
     backbone.register_parameter("prompt", nn.Parameter(torch.randn(7)))
+    before = copy.deepcopy(backbone.state_dict())
     with pytest.raises(ValueError, match="nothing says how prompt begins"):
         randomize(backbone, seed=0)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
