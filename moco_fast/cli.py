@@ -26,7 +26,7 @@ from moco_fast.commands.transfer import transfer_commands
 from moco_fast.interrupt import StoppedError
 from moco_fast.meaning import refuse_renamed
 from moco_fast.needs import how_to_install
-from moco_fast.speaking import note_met, says
+from moco_fast.speaking import FailedAloneError, note_met, says
 from moco_fast.training import process
 from shards.ground.options import ending_quietly, parse_words
 from shards.storage.addresses import refuse_addresses
@@ -152,7 +152,7 @@ def _run(words: Sequence[str]) -> int:
         return command.execute()
     except BrokenPipeError:
         raise
-    except (ModuleNotFoundError, ValueError, OSError, StoppedError) as error:
+    except (ModuleNotFoundError, ValueError, OSError, StoppedError, FailedAloneError) as error:
         return _ended_by(error)
     except KeyboardInterrupt:
         return 130

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moco_fast.interrupt import StoppedError
-from moco_fast.speaking import is_known, note_known
+from moco_fast.speaking import FailedAloneError, is_known, note_known
 
 __all__ = [
     "LeftTogetherError",
@@ -20,6 +20,8 @@ __all__ = [
     "average_",
     "broadcast_",
     "exchange_rows",
+    "failed_alone",
+    "failing_alone",
     "is_distributed",
     "leave_together",
     "leaving_together",
@@ -122,6 +124,33 @@ def leaving_together() -> Generator[None]:
             note_known(error)
         raise
     leave_together()
+
+
+_FAILED = "moco_fast/failed"
+
+
+def failing_alone(reason: str) -> FailedAloneError:
+    """Leave word for the other ranks of why this one fails, as they wait for it in collectives; return what to raise.
+
+    They wait until its connections end, as they do at the end of its process.
+    """
+    store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] - there is no other way
+    is_first = store.add(f"{_FAILED}/ranks", 1) == 1
+    if is_first:
+        store.set(f"{_FAILED}/reason", reason)
+    return FailedAloneError(reason, is_own=is_first)
+
+
+def failed_alone() -> FailedAloneError | None:
+    """Return what to raise where another rank has left word of why it failed; None: none has."""
+    if world_size() == 1:
+        return None
+    store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] - there is no other way
+    # The store ends with the process that holds it.
+    with suppress(RuntimeError):
+        if store.check([f"{_FAILED}/reason"]):
+            return FailedAloneError(store.get(f"{_FAILED}/reason").decode(), is_own=False)
+    return None
 
 
 def once_per_node(make: Callable[[], T]) -> T:

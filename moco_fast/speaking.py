@@ -2,9 +2,22 @@
 
 import os
 
-__all__ = ["is_known", "note_known", "note_met", "says"]
+__all__ = ["FailedAloneError", "is_known", "note_known", "note_met", "says"]
 
 _KNOWN = "all ranks leave with this"
+
+
+class FailedAloneError(RuntimeError):
+    """What ends all ranks where one fails while the others wait for it in collectives: its text is that rank's reason.
+
+    Args:
+        reason: why that rank cannot go on.
+        is_own: whether this rank is the one, and the first if there are several.
+    """
+
+    def __init__(self, reason: str, *, is_own: bool) -> None:
+        super().__init__(reason)
+        self.is_own = is_own
 
 
 class _Met:
@@ -32,5 +45,7 @@ def says(error: BaseException) -> bool:
 
     Before ranks meet, they check what all of them were told, and find the same.
     """
+    if isinstance(error, FailedAloneError):
+        return error.is_own
     is_first = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
     return is_first or (_Met.have_met and not is_known(error))

@@ -84,10 +84,12 @@ class StopSignal:
 
     def close(self) -> None:
         """Restore the previous signal handlers."""
-        self._wait()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        forget_interrupt()
+        try:
+            self._wait()
+        finally:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            forget_interrupt()
 
     def _wait(self) -> int:
         if self._agreement is None:

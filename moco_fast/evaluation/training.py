@@ -24,6 +24,7 @@ from moco_fast.evaluation.saving import SavedTraining
 from moco_fast.interrupt import StoppedError
 from moco_fast.methods.batchnorm import use_statistics_of_all_ranks
 from moco_fast.optimizers.optim import load_optimizer_tensors, optimizer_tensors
+from moco_fast.speaking import FailedAloneError
 from moco_fast.stop import StopSignal
 from pipelines.batch import Batch
 from pipelines.config import ViewSpec
@@ -128,9 +129,19 @@ class SteppedWork:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         self._progress.close()
-        self._stop.close()
+        failed: FailedAloneError | None = None
+        # What a collective raises where the rank that it waits for has gone.
+        if isinstance(error, RuntimeError) and not isinstance(error, FailedAloneError):
+            failed = distributed.failed_alone()
+        try:
+            self._stop.close()
+        except RuntimeError:
+            if failed is None:
+                raise
+        if failed is not None:
+            raise failed from error
 
     def say(self, line: str) -> None:
         """Print a line on the first rank; a progress bar stays below it."""
@@ -378,10 +389,14 @@ def on_all_ranks(model: nn.Module, world: World) -> nn.Module:
 
 @contextmanager
 def refusing_alone(world: World) -> Generator[None]:
-    """Make the failure of one of several ranks within a step end all: the others wait for it in its collectives."""
+    """Make the failure of one of several ranks within a step end all: the others wait for it in its collectives.
+
+    Raises:
+        FailedAloneError: with the reason of this rank, where there are others.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
         if world.world_size == 1:
             raise
-        raise RuntimeError(f"training failed on rank {world.rank}: {error}") from error
+        raise distributed.failing_alone(str(error) or type(error).__name__) from error

@@ -116,12 +116,16 @@ def open_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    pages.filters |= {"prose": _prose, "sentence": lambda text: _prose(text[:1].upper() + text[1:])}
+    pages.filters |= {"prose": _prose, "sentence": _sentence}
     return pages.get_template(name, globals={"page_style": Markup(page_style())})  # noqa: S704 - a file of ours
 
 
 def _prose(text: str) -> Markup:
     return Markup(prose(text))  # noqa: S704 - escaped there
+
+
+def _sentence(text: str) -> Markup:
+    return _prose(text[:1].upper() + text[1:])
 
 
 def _pictures(record: RunRecord, device: torch.device, num_samples: int, max_bank: int) -> dict[str, Any]:

@@ -264,7 +264,7 @@ class NetworkTrainings(SteppedWork, ABC):
         Raises:
             ValueError: the encoder does not fit, or too many images are damaged.
             OSError: on one rank, such as that of a full disk; the others raise ValueError with its text.
-            RuntimeError: one of several ranks failed within a step.
+            FailedAloneError: one of several ranks failed within a step.
             StoppedError: a signal asked for it; the state is saved.
         """
         name = f"{start.name} seed {seed}"
@@ -411,7 +411,7 @@ class NetworkTrainings(SteppedWork, ABC):
         def run() -> object:
             self.leave()
             batch = next(batches)
-            with self._machine.autocast():
+            with refusing_alone(self._machine.world), self._machine.autocast():
                 return model(batch.images, batch.targets)
 
         return run

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from moco_fast import checkpoint
 from moco_fast.cli import main
 from moco_fast.transfer import segmenting
+from moco_fast.transfer.pixel_network import PixelNetwork
 from moco_fast.transfer.segmenting import TrainingCrops
 from tests.moco_fast.transfer.pixel_shapes import write_voc_pixels
 
@@ -79,6 +80,34 @@ def test_what_one_rank_cannot_do_ends_both_with_one_message(
     # No state has learned from batches that are not its own.
     states = {path.name for path in Path(out).glob("trainings/*/step-*")}
     assert not states if fault in ("first batch", "batch", "state") else states == {"step-00000004"}
+
+
+def with_a_failing_forward(data: str, out: str, ranks: list[int], error: type[Exception]) -> tuple[int, list[str]]:
+    plain, calls = PixelNetwork.forward, [0]
+
+    def forward(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise error("the boxes of an image have no height")
+        return plain(*arguments)
+
+    if int(os.environ["RANK"]) not in ranks:
+        return transfer(data, out)
+    PixelNetwork.forward = forward
+    try:
+        return transfer(data, out)
+    finally:
+        PixelNetwork.forward = plain
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]])
+def test_a_forward_pass_that_fails_ends_both_with_one_message(
+    run_ranks: Callable[..., Any], data: str, tmp_path: Path, ranks: list[int], error: type[Exception]
+) -> None:
+    outcomes = run_ranks(with_a_failing_forward, data, str(tmp_path / "out"), ranks, error)
+    assert [code for code, _ in outcomes] == [2, 2]
+    assert [line for _, said in outcomes for line in said] == ["error: the boxes of an image have no height"]
 
 
 def of_ranks(data: str, out: str, *words: str) -> tuple[int, list[str]]:
