@@ -2,8 +2,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -171,28 +169,35 @@ SAVES_FOR_EVER = """
 import sys, torch
 from pathlib import Path
 from moco_fast.checkpoint import Checkpoint, save
-for step in range(1, 10_000):
+for step in range(1, 1_000_000):
     save(Path(sys.argv[1]), Checkpoint(step=step, config={}, model={"w": torch.full((200_000,), float(step))},
                                        optimizer={}, rng={}), keep=1)
-    print(step, flush=True)
+    with open(sys.argv[1] + ".saved", "a") as saved:
+        saved.write(f"{step}\\n")
 """
+
+
+def newest_said(folder):
+    """The last step that the process said to have saved; 0: none yet."""
+    said = folder.with_name(f"{folder.name}.saved")
+    whole = said.read_text().rpartition("\n")[0] if said.exists() else ""
+    return int(whole.rpartition("\n")[2] or 0)
 
 
 @pytest.mark.faults
 @pytest.mark.slow
-def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+def test_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, warm_python):
     for round_ in range(6):
         folder = tmp_path / str(round_)
-        process = subprocess.Popen([sys.executable, "-c", SAVES_FOR_EVER, folder], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        saved = int(process.stdout.readline())
+        process = warm_python.start("-c", SAVES_FOR_EVER, folder)
+        while not newest_said(folder):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.001)
         # The moments differ from round to round, so that kills fall into writing, syncing, renaming and pruning.
-        deadline = time.monotonic() + 0.013 * round_
-        while time.monotonic() < deadline:
-            saved = int(process.stdout.readline())
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        time.sleep(0.013 * round_)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        saved = newest_said(folder)
         newest = checkpoint.find_newest(folder)
         assert newest is not None
         read = checkpoint.load(newest)

@@ -178,7 +178,7 @@ SMALL = (
         "--views.size",
         "32",
         "--data.backend",
-        "torch",
+        "dali",
     ),
     *("--data.num-threads", "1", "--method.queue-size", "64", "--run.steps", "60", "--log.every-steps", "1"),
     *("--checkpoint.every-steps", "3", "--run.device", "cpu", "--log.trackers"),
