@@ -1,6 +1,7 @@
 """Kills a packing at each of its file operations in turn, and packs again; test_packer.py runs it.
 
-Usage: packer_kills.py SOURCE REFERENCE FOLDER OPTIONS NUM_PARTS: options of PackConfig as JSON; 0 parts: all at once
+Usage: packer_kills.py SOURCE REFERENCE FOLDER OPTIONS NUM_PARTS EVERY: options of PackConfig as JSON; 0 parts: all at
+once; EVERY: 1, or that only one operation of so many is tried
 """
 
 import json
@@ -81,15 +82,15 @@ def run(config: PackConfig, num_parts: int, operation: int | None) -> int:
 
 def main() -> None:
     source, reference, folder = sys.argv[1:4]
-    options, num_parts = json.loads(sys.argv[4]), int(sys.argv[5])
+    options, num_parts, every = json.loads(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6])
     out = Path(folder) / "out"
     expected = contents(Path(reference))
     # Its files are what is killed here; a process for codecs in each of the many that die would take half the time.
     encode.run_codecs = lambda function, limits, data, *arguments: function(data, *arguments)
     config = PackConfig(sources=(source,), out=str(out), workers=1, **options)
-    operation = 0
+    operation = 1 - every
     while True:
-        operation += 1
+        operation += every
         status = run(config, num_parts, operation)
         found = (
             {name: data for name, data in contents(out).items() if not name.startswith(".pack")} if out.exists() else {}

@@ -76,10 +76,11 @@ def in_memory():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("options", "num_parts"), [({"split": ["val=0.4"], "dedup": True}, 0), ({}, 2)], ids=["whole", "parts"]
 )
-def test_killed_at_any_file_operation_the_next_run_ends_with_the_same_bytes(in_memory, options, num_parts):
+def test_killed_at_any_file_operation_the_next_run_ends_with_the_same_bytes(in_memory, options, num_parts, every):
     tmp_path = in_memory
     source = fill(tmp_path / "in", 4, classes=2)
     (source / "broken.jpg").write_bytes(b"\xff\xd8\xff")
@@ -96,6 +97,7 @@ def test_killed_at_any_file_operation_the_next_run_ends_with_the_same_bytes(in_m
             tmp_path / "kills",
             json.dumps(options),
             str(num_parts),
+            str(every),
         ],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
