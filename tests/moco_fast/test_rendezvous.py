@@ -237,7 +237,7 @@ def test_after_a_kill_of_one_rank_the_launcher_continues_the_run(packed_demo: An
     check_that_it_went_on(out, said)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.faults
 def test_after_the_loss_of_a_node_the_others_continue_the_run(packed_demo: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"

@@ -143,8 +143,12 @@ def test_onnx_runs_a_detector_with_masks(tmp_path, capsys) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "target"),
-    # A pyramid takes a minute and a half; its masks' head is that of c4.
-    [("c5", "torch-export"), pytest.param("fpn", "onnx", marks=pytest.mark.long), ("pixels", "onnx")],
+    # A pyramid takes a minute and a half; its masks' head is that of c4, as are proposals and boxes of c5.
+    [
+        pytest.param("c5", "torch-export", marks=pytest.mark.long),
+        pytest.param("fpn", "onnx", marks=pytest.mark.long),
+        ("pixels", "onnx"),
+    ],
 )
 def test_every_head_is_exported(name, target, tmp_path) -> None:
     _, num_compared = export_trained(write(tmp_path, name), target, tmp_path / "out")

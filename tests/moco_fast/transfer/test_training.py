@@ -61,7 +61,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, monkeypatch) -> N
         assert asdict(known.run(start(), seed=3)) == asdict(wanted)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_detector_learns_shapes(tmp_path) -> None:
     preset = replace(TINY, steps=120, lr=0.05, warmup_steps=10, sides=(64,), precise_batches=8)
     sets = two_sets(tmp_path, preset, train=100, test=20)
