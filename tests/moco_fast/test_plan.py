@@ -40,7 +40,7 @@ def test_the_table_names_the_bottleneck_and_what_smaller_images_change(capsys: p
     assert price == pytest.approx(2 * hours, abs=1)
     assert "Stored at 256 pixels (make-shards pack --resize 256) it would run 2.4 times as fast." in printed
     assert "A batch of 256 is 4 samples per GPU" in printed
-    assert "--batch-size 4,096" in printed
+    assert "--batch-size 8,192" in printed
 
 
 def test_measured_rates_come_from_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
