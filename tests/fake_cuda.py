@@ -305,8 +305,8 @@ def _replace_dali():
         # DALI tells a pipeline's own arguments from its graph's by this.
         build_on_cpu.__signature__ = inspect.signature(build)
         fn.decoders.image, pipeline.Pipeline.__init__ = decode_on_cpu, build_on_cpu
-    # Two batches of four, or one of more: an image takes Triton's interpreter 50 ms.
-    registry.BACKENDS["dali"] = replace(registry.BACKENDS["dali"], gpu_images_at_once=8)
+    # An image takes Triton's interpreter 50 ms. Batches that are decoded together: tests/pipelines/test_together.py.
+    registry.BACKENDS["dali"] = replace(registry.BACKENDS["dali"], gpu_images_at_once=1)
 
 
 def _interpret_kernels():
