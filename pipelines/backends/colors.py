@@ -42,7 +42,7 @@ def _jitter(table: ViewTable, row: int, out: Pixels) -> None:
         elif stage == Stage.CONTRAST and contrast != 1:
             num_pixels = out.shape[0] * out.shape[1]
             pivot = int(LUMA @ cv2.sumElems(out)[:3] / num_pixels + 0.5)
-            cv2.addWeighted(out, contrast, out, 0, (1 - contrast) * pivot + _TRUNCATE, dst=out)
+            _scale(out, contrast, (1 - contrast) * pivot + _TRUNCATE)
         # The other two leave gray as it is.
         elif stage == Stage.SATURATION and saturation != 1 and not is_gray:
             matrix = np.full((3, 4), _TRUNCATE)
@@ -52,6 +52,14 @@ def _jitter(table: ViewTable, row: int, out: Pixels) -> None:
             _shift_hue(out, turns)
     if table.grayscale[row] and not is_gray:
         _drop_color(out)
+
+
+def _scale(out: Pixels, factor: float, offset: float) -> None:
+    if offset < _TRUNCATE:
+        cv2.addWeighted(out, factor, out, 0, offset, dst=out)
+    else:
+        # The same values in two thirds of the time; but it gives what lies below zero without its sign.
+        cv2.convertScaleAbs(out, dst=out, alpha=factor, beta=offset)
 
 
 def _drop_color(out: Pixels) -> None:

@@ -13,7 +13,7 @@ from pipelines.backends.colors import recolor
 from pipelines.plan.augment import ViewTable
 from shards.ground.arrays import Pixels
 
-__all__ = ["decode", "finish", "render"]
+__all__ = ["crop", "decode", "finish", "render"]
 
 
 def decode(encoded: npt.NDArray[np.uint8]) -> Pixels:
@@ -30,14 +30,19 @@ def decode(encoded: npt.NDArray[np.uint8]) -> Pixels:
 
 
 def render(image: Pixels, table: ViewTable, row: int, out: Pixels) -> None:
-    """Write one view of an image to `out`, (S, S, 3) uint8: crop, resize, flip, blur, colors.
+    """Write one view of an image to `out`, (S, S, 3) uint8: crop, resize, flip, blur, colors."""
+    crop(image, table, row, out)
+    finish(table, row, out)
+
+
+def crop(image: Pixels, table: ViewTable, row: int, out: Pixels) -> None:
+    """Write the first part of a view to `out`, (S, S, 3) uint8: crop, resize, flip.
 
     Unlike DALI and PIL, torch's resize reads no pixel outside the crop.
     """
     _crop_and_resize(image, table, row, out)
     if table.flip[row]:
         cv2.flip(out, 1, dst=out)
-    finish(table, row, out)
 
 
 def finish(table: ViewTable, row: int, out: Pixels) -> None:
@@ -50,8 +55,8 @@ def _crop_and_resize(image: Pixels, table: ViewTable, row: int, out: Pixels) -> 
     x, y, w, h = table.box[row].tolist()
     size = out.shape[0]
     # Contiguous, or torch makes it so, in twice the time.
-    crop = np.ascontiguousarray(image[y : y + h, x : x + w])
-    region = torch.from_numpy(crop).permute(2, 0, 1)[None]
+    cut = np.ascontiguousarray(image[y : y + h, x : x + w])
+    region = torch.from_numpy(cut).permute(2, 0, 1)[None]
     # channels_last in and out: torch has a fast path for it, and `out` is filled in place.
     view = torch.from_numpy(out).permute(2, 0, 1)[None]
     torch.ops.aten._upsample_bilinear2d_aa.out(region, [size, size], False, None, None, out=view)

@@ -169,6 +169,27 @@ def test_ten_crops_are_the_corners_and_the_center_twice(width, height):
     assert [bool(table.flip[0]) for table in tables] == [False] * 5 + [True] * 5
 
 
+def filled_by_a_worker(shards, views, samples):
+    """A slot that a worker process's code has filled with the views of samples."""
+    spec = view_process.WorkerSpec(
+        shards=shards,
+        shards_in_use=1,
+        draw=lambda epoch, samples, records: draw_views(epoch, samples, records, views=views, seed=0),
+        sizes=tuple(view.size for view in views),
+        skip=False,
+    )
+    num = len(samples)
+    arrays = view_process.SlotArrays(np.zeros(16 * num + num_view_bytes(spec.sizes, num), dtype=np.uint8), spec, num)
+    slot = view_process.ViewSlot(path="", number=0, capacity=num)
+    task = view_process.ViewTask(slot=slot, begin=0, epoch=0, samples=samples)
+    reader = view_process.Reader(spec.shards, num_threads=1)
+    try:
+        view_process._fill(view_process._BegunViews(task, reader), spec, arrays)
+    finally:
+        reader.close()
+    return arrays
+
+
 def test_a_sample_is_decoded_once_for_all_its_views(small_shards, monkeypatch):
     num_decoded = 0
 
@@ -178,23 +199,24 @@ def test_a_sample_is_decoded_once_for_all_its_views(small_shards, monkeypatch):
         return decode(encoded)
 
     monkeypatch.setattr(pixels, "decode", counting)
-    views = SETS["multi-crop"]
-    spec = view_process.WorkerSpec(
-        shards=open_set(small_shards),
-        shards_in_use=1,
-        draw=lambda epoch, samples, records: draw_views(epoch, samples, records, views=views, seed=0),
-        sizes=tuple(view.size for view in views),
-        skip=False,
-    )
-    memory = np.zeros(16 * 4 + num_view_bytes(spec.sizes, 4), dtype=np.uint8)
-    slot = view_process.ViewSlot(path="", number=0, capacity=4)
-    task = view_process.ViewTask(slot=slot, begin=0, epoch=0, samples=np.arange(4))
-    reader = view_process.Reader(spec.shards, num_threads=1)
-    try:
-        view_process._fill(view_process._BegunViews(task, reader), spec, view_process.SlotArrays(memory, spec, 4))
-    finally:
-        reader.close()
+    filled_by_a_worker(open_set(small_shards), SETS["multi-crop"], np.arange(4))
     assert num_decoded == 4
+
+
+@pytest.mark.parametrize("together", [1, 3, 8])
+def test_views_that_are_finished_together_are_those_that_are_made_one_by_one(together, small_shards, monkeypatch):
+    # Eleven: the last go is never a whole one but for `together` 1.
+    shards, views, samples = open_set(small_shards), SETS["two sizes"], np.arange(11)
+    monkeypatch.setattr(view_process, "_FINISHED_TOGETHER", together)
+    arrays = filled_by_a_worker(shards, views, samples)
+    tables = draw_views(0, samples, shards.index(0)[:11], views=views, seed=0)
+    reader = view_process.Reader(shards, num_threads=1)
+    for row, encoded in enumerate(reader.submit(samples, reader.records(samples)).result()):
+        for table, made in zip(tables, arrays.views, strict=True):
+            alone = np.empty_like(made[row])
+            pixels.render(pixels.decode(encoded), table, row, alone)
+            assert np.array_equal(made[row], alone)
+    reader.close()
 
 
 @pytest.mark.parametrize(
