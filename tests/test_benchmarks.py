@@ -128,6 +128,41 @@ def test_a_stored_size_is_held_to_its_goal():
     assert [each.ratio for each in claims if each.claim.endswith(": bytes")] == [2.5, 4.0]
 
 
+def test_the_parts_of_views_are_what_each_stage_adds():
+    parts = load("view_parts")
+    ms = {"reading, checking": [0.1] * 3, "drawing": [0.25] * 3, "one by one": [4.0] * 3}
+    ms |= {stage: [1.0 + number, 2.0 + number, 9.0 + 2 * number] for number, stage in enumerate(parts.STAGES)}
+    found = parts.parts_of(ms)
+    assert list(found) == ["reading, checking", "drawing", "entropy decoding", "rest of decoding", *parts.STAGES[2:]]
+    assert list(found.values()) == [0.1, 0.25, 2.0, *[1.0] * 5]
+    assert "| drawing | 0.25 | 3% |" in parts.as_table(found)
+    assert [claim.theirs for claim in parts.claims_of(ms)] == [4.0, 3.0]
+
+
+def test_views_without_the_later_stages_have_no_trace_of_them():
+    import numpy as np
+
+    from pipelines.config import ViewConfig, ViewsConfig
+    from pipelines.plan.draw import draw_views
+    from shards.sets.record import RECORD
+
+    parts = load("view_parts")
+    records = np.zeros(20, dtype=RECORD)
+    records["width"], records["height"] = 50, 40
+    recipe = ViewConfig(solarize_p=0.5)
+    tables = draw_views(0, np.arange(20), records, views=ViewsConfig(query=recipe, key=recipe).specs, seed=1)
+    for stage, flips, blurs, colors in (
+        ("crop, resize", 0, 0, 0),
+        ("flip", 1, 0, 0),
+        ("blur", 1, 1, 0),
+        ("colors", 1, 1, 1),
+    ):
+        for table in parts.up_to(stage, tables):
+            assert (table.flip.any(), table.sigma.any()) == (flips, blurs)
+            recolored = (table.factors != [1, 1, 1, 0]).any(), table.grayscale.any(), table.solarize.any()
+            assert recolored == (colors, colors, colors)
+
+
 def test_the_parts_of_a_start_are_read_from_what_a_run_says():
     from moco_fast.training.startup import StartUp
 

@@ -22,13 +22,23 @@ from shards.ground.arrays import Indices, Pixels
 from shards.ground.errors import portable
 from shards.ground.memory import map_shared
 
-__all__ = ["SlotArrays", "TaskReport", "ViewSlot", "ViewTask", "WorkerSpec", "main", "map_slot", "slot_bytes"]
+__all__ = [
+    "FINISHED_TOGETHER",
+    "SlotArrays",
+    "TaskReport",
+    "ViewSlot",
+    "ViewTask",
+    "WorkerSpec",
+    "main",
+    "map_slot",
+    "slot_bytes",
+]
 
 
 # Samples whose views are blurred and recolored in one go, after all of them are decoded and cropped: in turns, the two
 # push each other's code out of the caches of the core (7% of the time of two MoCo v2 views). More samples gain 1%, but
 # their views (0.3 MB per sample) would outgrow a core's share of the last cache on many machines.
-_FINISHED_TOGETHER = 8
+FINISHED_TOGETHER = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +181,7 @@ def _fill(begun: _BegunViews, spec: WorkerSpec, arrays: SlotArrays) -> tuple[str
         for view, table in zip(arrays.views, tables, strict=True):
             crop(good.image, table, row_of_table, view[place])
             unfinished.append((table, row_of_table, view[place]))
-        if (row + 1) % _FINISHED_TOGETHER == 0 or row + 1 == len(task.samples):
+        if (row + 1) % FINISHED_TOGETHER == 0 or row + 1 == len(task.samples):
             for table, row_of_view, out in unfinished:
                 finish(table, row_of_view, out)
             unfinished.clear()

@@ -207,7 +207,7 @@ def test_a_sample_is_decoded_once_for_all_its_views(small_shards, monkeypatch):
 def test_views_that_are_finished_together_are_those_that_are_made_one_by_one(together, small_shards, monkeypatch):
     # Eleven: the last go is never a whole one but for `together` 1.
     shards, views, samples = open_set(small_shards), SETS["two sizes"], np.arange(11)
-    monkeypatch.setattr(view_process, "_FINISHED_TOGETHER", together)
+    monkeypatch.setattr(view_process, "FINISHED_TOGETHER", together)
     arrays = filled_by_a_worker(shards, views, samples)
     tables = draw_views(0, samples, shards.index(0)[:11], views=views, seed=0)
     reader = view_process.Reader(shards, num_threads=1)
