@@ -292,6 +292,11 @@ def _moco_v2_multi_crop() -> ViewsConfig:
     return ViewsConfig(size=224, query=large, key=large, num_small=6)
 
 
+def _dino() -> ViewsConfig:
+    views = _v3((0.4, 1.0))
+    return replace(views, num_small=8, small=replace(views.query, crop_scale=(0.05, 0.4), blur_p=0.5))
+
+
 VIEWS: dict[str, ViewsConfig] = {
     "moco-v1": _same(ViewConfig(jitter_p=1.0, hue=0.4, grayscale_first=True, blur_p=0.0), 224),
     "moco-v2": _same(ViewConfig(), 224),
@@ -301,6 +306,8 @@ VIEWS: dict[str, ViewsConfig] = {
     "multi-crop": _multi_crop(),
     # MoCo v2's at SwAV's scales (Wang et al. 2022; main_moco.py of facebookresearch/asym-siam).
     "moco-v2-multicrop": _moco_v2_multi_crop(),
+    # DINO's (Caron et al. 2021, section 3.2 and the defaults of main_dino.py in facebookresearch/dino).
+    "dino": _dino(),
     "cifar10": _same(ViewConfig(crop_scale=(0.08, 1.0), blur_p=0.0), 32),
 }
 """The published recipes by name."""

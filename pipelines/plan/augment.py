@@ -27,6 +27,8 @@ __all__ = [
     "color_matrix",
     "draw_view",
     "hue_map",
+    "table_of",
+    "view_numbers",
 ]
 
 Floats = npt.NDArray[np.float64]
@@ -134,10 +136,22 @@ def draw_view(
     The distributions are those of torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale and of the blur and
     solarization of MoCo v2 and v3.
     """
+    numbers = view_numbers(seed=seed, epoch=epoch, view=view, index=index)
+    return table_of(config, numbers, width=width, height=height, mean_rgb=mean_rgb)
+
+
+def view_numbers(*, seed: int, epoch: int | Indices, view: int | Indices, index: Indices) -> Floats:
+    """Draw the random numbers of views, whatever their recipes, as (n, 36) in [0, 1); arguments as of draw_view."""
     blocks = np.asarray(index, dtype=np.uint64)[:, None] * np.uint64(_BLOCKS) + np.arange(_BLOCKS, dtype=np.uint64)
     epoch_of_row, view_of_row = (np.asarray(each, dtype=np.uint64).reshape(-1, 1) for each in (epoch, view))
     words = philox4x64((blocks, epoch_of_row, view_of_row, 0), (seed, _PURPOSE)).reshape(len(index), 4 * _BLOCKS)
-    u = uniform(words)
+    return uniform(words)
+
+
+def table_of(
+    config: ViewConfig, u: Floats, *, width: Indices, height: Indices, mean_rgb: Floats | None = None
+) -> ViewTable:
+    """Turn the random numbers of n views of one recipe, (n, 36), into their parameters; arguments as of draw_view."""
     jitter = u[:, _JITTER] < config.jitter_p
     factors = _factors(config, u, jitter)
     order = _PERMUTATIONS[(u[:, _ORDER] * len(_PERMUTATIONS)).astype(np.int64)]

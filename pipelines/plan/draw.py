@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.config import FixedCrop, ViewSpec
-from pipelines.plan.augment import ViewTable, draw_view
+from pipelines.config import Color, FixedCrop, ViewConfig, ViewSpec
+from pipelines.plan.augment import ViewTable, table_of, view_numbers
 from shards.ground.arrays import Indices, Records
 from shards.sets.record import Flag
 
@@ -31,26 +31,51 @@ def draw_views(
     """
     width, height = records["width"].astype(np.int64), records["height"].astype(np.int64)
     tables: dict[int, ViewTable] = {}
-    # Views of one recipe in one call, for on a few samples numpy takes its time by the call.
-    for recipe, color in dict.fromkeys((view.recipe, view.color) for view in views):
-        numbers = [number for number, view in enumerate(views) if (view.recipe, view.color) == (recipe, color)]
-        if isinstance(recipe, FixedCrop):
-            tables |= dict.fromkeys(numbers, _fixed(recipe, width, height))
-            continue
-        num = len(numbers)
-        together = draw_view(
-            recipe,
+    by_recipe: dict[tuple[ViewConfig, Color], list[int]] = {}
+    for number, view in enumerate(views):
+        if isinstance(view.recipe, FixedCrop):
+            tables[number] = _fixed(view.recipe, width, height)
+        else:
+            by_recipe.setdefault((view.recipe, view.color), []).append(number)
+    if by_recipe:
+        mean_rgb = _mean_rgb(records) if any(color == "linear" for _, color in by_recipe) else None
+        numbers = [number for of_recipe in by_recipe.values() for number in of_recipe]
+        u = view_numbers(
             seed=seed,
-            epoch=np.tile(np.broadcast_to(epoch, len(samples)), num),
+            epoch=np.tile(np.broadcast_to(epoch, len(samples)), len(numbers)),
             view=np.repeat(numbers, len(samples)),
-            index=np.tile(samples, num),
+            index=np.tile(samples, len(numbers)),
+        )
+        tables |= _drawn(by_recipe, u, width, height, mean_rgb)
+    return tuple(tables[number] for number in range(len(views)))
+
+
+def _drawn(
+    by_recipe: dict[tuple[ViewConfig, Color], list[int]],
+    u: npt.NDArray[np.float64],
+    width: Indices,
+    height: Indices,
+    mean_rgb: npt.NDArray[np.float64] | None,
+) -> dict[int, ViewTable]:
+    """Turn the random numbers of all views, recipe after recipe, into tables: views of one recipe in one call.
+
+    On a few samples numpy takes its time by the call, so the numbers of all recipes come from one as well.
+    """
+    tables: dict[int, ViewTable] = {}
+    num_samples = len(width)
+    for (recipe, color), numbers in by_recipe.items():
+        num = len(numbers)
+        together = table_of(
+            recipe,
+            u[: num * num_samples],
             width=np.tile(width, num),
             height=np.tile(height, num),
-            mean_rgb=np.tile(_mean_rgb(records), (num, 1)) if color == "linear" else None,
+            mean_rgb=np.tile(mean_rgb, (num, 1)) if mean_rgb is not None and color == "linear" else None,
         )
+        u = u[num * num_samples :]
         for place, number in enumerate(numbers):
-            tables[number] = together.rows(slice(place * len(samples), (place + 1) * len(samples)))
-    return tuple(tables[number] for number in range(len(views)))
+            tables[number] = together.rows(slice(place * num_samples, (place + 1) * num_samples))
+    return tables
 
 
 def _mean_rgb(records: Records) -> npt.NDArray[np.float64]:

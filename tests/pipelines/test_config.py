@@ -38,6 +38,11 @@ def test_the_recipes_hold_the_published_numbers():
     assert (v3.query.saturation, v3.query.blur_p, v3.query.solarize_p) == (0.2, 1.0, 0.0)
     assert v3.key == replace(v3.query, blur_p=0.1, solarize_p=0.2)
     assert VIEWS["moco-v3-vit"].key == replace(v3.key, crop_scale=(0.08, 1.0))
+    dino = VIEWS["dino"]
+    assert (dino.size, dino.num_small, dino.small_size) == (224, 8, 96)
+    assert dino.query == replace(v3.query, crop_scale=(0.4, 1.0))
+    assert dino.key == replace(v3.key, crop_scale=(0.4, 1.0))
+    assert dino.small == replace(v3.query, crop_scale=(0.05, 0.4), blur_p=0.5)
     assert (cifar.size, cifar.query.crop_scale, cifar.query.blur_p) == (32, (0.08, 1.0), 0.0)
 
 
