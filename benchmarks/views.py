@@ -76,14 +76,16 @@ def dino_view(size: int, scale: tuple[float, float], *, blur_p: float, solarize_
     )
 
 
-def dino_views() -> Transform:
+def dino_transforms() -> list[Any]:
     """2 x 224 + 6 x 96 as DINO's authors make them."""
     local = dino_view(96, (0.05, 0.4), blur_p=0.5)
-    views = [
-        dino_view(224, (0.4, 1.0), blur_p=1.0),
-        dino_view(224, (0.4, 1.0), blur_p=0.1, solarize_p=0.2),
-        *[local] * 6,
-    ]
+    first = dino_view(224, (0.4, 1.0), blur_p=1.0)
+    second = dino_view(224, (0.4, 1.0), blur_p=0.1, solarize_p=0.2)
+    return [first, second, *[local] * 6]
+
+
+def dino_views() -> Transform:
+    views = dino_transforms()
     return lambda image: [view(image) for view in views]
 
 

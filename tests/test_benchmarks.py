@@ -163,6 +163,45 @@ def test_views_without_the_later_stages_have_no_trace_of_them():
             assert recolored == (colors, colors, colors)
 
 
+@pytest.mark.parametrize("name", ["dino", "k4"])
+def test_those_who_make_views_are_asked_for_the_same_ones(name):
+    import torch
+    from PIL import Image
+
+    view_set = load("views").SETS[name]
+    peer = next(make for who, make in view_set.peers.items() if who != "lightly")
+    made = peer()(Image.new("RGB", (60, 40), (90, 120, 30)))
+    assert [tuple(view.shape) for view in made] == [(3, spec.size, spec.size) for spec in view_set.ours]
+    assert all(view.dtype == torch.float32 for view in made)
+
+
+def test_dinos_authors_transforms_have_the_numbers_of_our_recipe():
+    views = load("views")
+    specs = views.SETS["dino"].ours
+    for view, spec in zip(views.dino_transforms(), specs, strict=True):
+        crop, flip, jitter, gray, blur, *rest = view.transforms
+        recipe = spec.recipe
+        assert (crop.size, crop.scale, flip.p) == ((spec.size, spec.size), recipe.crop_scale, recipe.flip_p)
+        [colors] = jitter.transforms
+        strengths = (recipe.brightness, recipe.contrast, recipe.saturation)
+        assert (colors.brightness, colors.contrast, colors.saturation) == tuple((1 - s, 1 + s) for s in strengths)
+        assert (colors.hue, jitter.p, gray.p) == ((-recipe.hue, recipe.hue), recipe.jitter_p, recipe.grayscale_p)
+        assert (blur.p, rest[0].p if len(rest) == 3 else 0.0) == (recipe.blur_p, recipe.solarize_p)
+
+
+def test_the_torch_backend_s_rate_is_held_to_the_goal_of_views():
+    rates = {"torch": [100.0, 120.0], "dali": [60.0, 60.0], "dino": [20.0, 30.0]}
+    costs = {"torch": [4.0, 4.0], "dali": [6.0, 6.0], "dino": [24.0, 24.0]}
+    claims = load("views").claims_of("all", rates, costs)
+    found = [(each.claim, each.ratio, each.goal, each.holds) for each in claims]
+    assert found == [
+        ("all: torch backend / dino", 4.5, 4.0, True),
+        ("all: torch backend / dino, processor time", 6.0, None, None),
+        ("all: dali backend / dino", 2.5, None, None),
+        ("all: dali backend / dino, processor time", 4.0, None, None),
+    ]
+
+
 def test_the_parts_of_a_start_are_read_from_what_a_run_says():
     from moco_fast.training.startup import StartUp
 

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -179,6 +180,32 @@ def test_preview_writes_a_sheet(
     with Image.open(out) as written:
         assert np.array_equal(np.asarray(written), np.asarray(expected))
     assert "seed 5" in capsys.readouterr().out
+
+
+def test_preview_draws_the_views_and_the_seed_of_a_run(packed_demo: Any, tmp_path: Path) -> None:
+    from pipelines.preview import draw, sheet
+    from shards.sets import open_set
+
+    file, out = tmp_path / "run.yaml", tmp_path / "sheet.png"
+    small = {"crop_scale": [0.05, 0.25]}
+    views = {"size": 48, "num_small": 3, "small_size": 24, "small": small}
+    file.write_text(json.dumps({"recipe": "moco-v2-multicrop", "views": views, "run": {"seed": 7}}))
+    assert main(["preview", str(packed_demo.train), "--config", str(file), "--num", "2", "--out", str(out)]) == 0
+    recipe = VIEWS["moco-v2-multicrop"]
+    wanted = replace(recipe, size=48, num_small=3, small_size=24, small=replace(recipe.small, crop_scale=(0.05, 0.25)))
+    previews = draw(open_set(packed_demo.train), wanted, seed=7, epoch=0, indices=[0, 287])
+    assert [view.shape[0] for view in previews[0].views] == [48, 48, 24, 24, 24]
+    with Image.open(out) as written:
+        assert np.array_equal(np.asarray(written), np.asarray(sheet(previews)))
+
+
+def test_preview_leaves_out_views_that_the_method_does_not_use(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("recipe: memory-bank")
+    asked = Preview(shards="", out="", config=str(file))
+    assert asked._specs_and_seed() == (PRESETS["memory-bank"][1].views.specs[:1], 0)
+    with pytest.raises(ValueError, match="--views moco-v1 means nothing beside --config"):
+        replace(asked, views="moco-v1").execute()
 
 
 @pytest.mark.parametrize("name", sorted({*VIEWS, *PRESETS}))

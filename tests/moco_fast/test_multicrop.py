@@ -8,6 +8,7 @@ import math
 import shutil
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moco_fast import checkpoint, distributed
 from moco_fast.bench.loading import resident_batch
+from moco_fast.commandline import parse
 from moco_fast.config import BatchNormConfig, ModelConfig, OptimConfig, validate
 from moco_fast.encoders.encoder import build_encoder
 from moco_fast.meaning import refuse_meaningless
@@ -327,6 +329,17 @@ def test_a_transformer_without_positions_for_small_views_refuses_them(packed_dem
         parts.loader.close()
     finally:
         runtime.close()
+
+
+def test_the_documented_command_trains_on_the_small_views_that_it_names(packed_demo):
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    words = text.split("-m moco_fast.train moco-v2-multicrop ")[1].split("\n\n")[0].replace("\\\n", "").split()
+    config = parse(
+        ["moco-v2-multicrop", *(str(packed_demo.train) if word == "shards/train" else word for word in words)]
+    )
+    specs = config.method.views_of(config.views)
+    assert [spec.size for spec in specs] == [224, 224, 112, 112, 112, 112]
+    assert specs[2].recipe == replace(config.views.query, crop_scale=(0.05, 0.25))
 
 
 def test_colors_of_small_views_that_mean_nothing_are_refused():

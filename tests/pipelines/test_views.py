@@ -3,7 +3,10 @@
 import doctest
 import io
 import tarfile
+import textwrap
 from dataclasses import replace
+from itertools import takewhile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from tests.pipelines.photos import NAMES, photo
 from tests.pipelines.shard_files import jpeg, write_shards
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 ALL = replace(VIEWS["moco-v2"].query, solarize_p=0.2)
 FLIP = ViewConfig(jitter_p=0, grayscale_p=0, blur_p=0, flip_p=1.0)
 LABELED = ViewConfig(crop_scale=(0.08, 1.0), jitter_p=0, grayscale_p=0, blur_p=0)
@@ -251,3 +255,16 @@ def test_the_example_of_open_loader_runs(small_shards, tmp_path, monkeypatch):
     [example] = doctest.DocTestFinder().find(open_loader, "open_loader", globs={})
     assert len(example.examples) > 5
     assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_the_documented_multi_crop_loader_runs(small_shards, tmp_path, monkeypatch):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "train").symlink_to(small_shards)
+    monkeypatch.chdir(tmp_path)
+    lines = (ROOT / "docs" / "data.md").read_text().split("holds the large ones first):\n\n")[1].splitlines()
+    code = "\n".join(takewhile(lambda line: not line or line.startswith("    "), lines))
+    found = {}
+    # Views of DALI, for they need no worker process.
+    exec(textwrap.dedent(code).replace('"shards/train"', '"shards/train", backend="dali"'), found)
+    assert [each.shape for each in (found["first"], found["second"])] == [(64, 3, 224, 224)] * 2
+    assert [each.shape for each in found["small"]] == [(64, 3, 96, 96)] * 6
