@@ -109,8 +109,9 @@ ELSEWHERE = {
     "free_threading": ("free_threading",),
     "soak": ("soak",),
     "transfer": ("transfer_table", "transfer_compile"),
+    "views": ("views",),
 }
-"""Pages of what runs for hours, or with other data or interpreters: the scripts whose commands they begin with."""
+"""Pages of what runs for hours, with other data or interpreters, or in parts: the scripts whose commands they have."""
 
 BY_HAND = "<!-- by hand -->"
 
