@@ -71,7 +71,7 @@ BENCHMARKS = (
 MORE = (
     Benchmark(name="packers", words="--photos {photos}", limit_s=900, interpreters=True),
     Benchmark(name="elasticity", words="", limit_s=900, interpreters=True),
-    Benchmark(name="view_parts", words="--shards {shards} --num 200 --rounds 4 --seconds 4", limit_s=300),
+    Benchmark(name="view_parts", words="--shards {shards} --num 200 --rounds 4 --seconds 4", limit_s=155),
     Benchmark(name="fetching", words="", limit_s=240),
     Benchmark(name="stored_size", words="--photos {photos}", limit_s=300),
     Benchmark(name="decoded", words="--photos {photos}", limit_s=300),
