@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
@@ -22,10 +21,11 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing import get_context
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cifar_files import unpack_cifar
 from gpu_beside import beside
 from gpu_decoding import decode_rate, jpeg_kinds
 from gpu_job import Job, Outcome, Row, backend_of, cpu_seconds, processors, recipe, repeated
@@ -367,17 +367,7 @@ def _pack_cifar(archive: Path, split: str, folder: Path) -> Path:
     images, shards = folder / "images" / split, folder / "shards" / split
     if (shards / "manifest.json").is_file():
         return shards
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            name = PurePosixPath(member.name)
-            if member.isfile() and split in name.parts[:-1]:
-                target = images / name.parts[-2] / name.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                source = tar.extractfile(member)
-                assert source is not None
-                target.write_bytes(source.read())
-    if not images.is_dir():
-        raise ValueError(f"{archive} has no {split}/: its images lie by split and class")
+    unpack_cifar(archive, split, images)
     command = [sys.executable, "-c", "import sys; from shards.cli import main; sys.exit(main())"]
     subprocess.run([*command, "pack", str(images), "--out", str(shards)], check=True, cwd=ROOT)
     return shards

@@ -108,6 +108,7 @@ ELSEWHERE = {
     "facts": ("cifar10", "facts"),
     "free_threading": ("free_threading",),
     "soak": ("soak",),
+    "stored_accuracy": ("stored_accuracy",),
     "transfer": ("transfer_table", "transfer_compile"),
     "views": ("views",),
 }

@@ -26,12 +26,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from alternating import Claim, bars, claims_table, compare, header, write_claims
+from loaders.base import PhotoViews, endless
 from photographs import photograph_shards
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
@@ -40,7 +42,6 @@ from torchvision.transforms import InterpolationMode
 from pipelines.config import VIEWS, DataConfig, ViewSpec
 from pipelines.loader import open_loader
 from shards.ground.cpus import available_cpus
-from shards.sets import open_set
 
 GOAL = 4.0
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -155,38 +156,15 @@ SETS = {
 }
 
 
-class TransformedPhotos(torch.utils.data.Dataset[Any]):
-    """Views of each photograph of packed shards by a transform of a Pillow image, as of a folder of files."""
-
-    def __init__(self, shards: str, transform: Transform) -> None:
-        opened = open_set(shards)
-        self._transform = transform
-        self._places = [
-            (opened.shard_path(shard), int(record["offset"]), int(record["size"]))
-            for shard in range(opened.num_shards)
-            for record in opened.index(shard)
-        ]
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> list[torch.Tensor]:
-        path, offset, size = self._places[index]
-        with path.open("rb") as file:
-            file.seek(offset)
-            encoded = file.read(size)
-        return list(self._transform(Image.open(io.BytesIO(encoded)).convert("RGB")))
-
-
-def endless(loader: Any) -> Iterator[Any]:
-    while True:
-        yield from loader
+def transformed(transform: Transform, encoded: bytes) -> list[torch.Tensor]:
+    """Views of a photograph by a transform of a Pillow image."""
+    return list(transform(Image.open(io.BytesIO(encoded)).convert("RGB")))
 
 
 def open_peer(shards: str, transform: Transform, batch_size: int) -> Iterator[Any]:
     """Batches of a DataLoader with a worker per CPU, whose workers run from now on."""
     loader = torch.utils.data.DataLoader(
-        TransformedPhotos(shards, transform),
+        PhotoViews(shards, partial(transformed, transform)),
         batch_size=batch_size,
         shuffle=True,
         drop_last=True,

@@ -128,6 +128,18 @@ def test_a_stored_size_is_held_to_its_goal():
     assert [each.ratio for each in claims if each.claim.endswith(": bytes")] == [2.5, 4.0]
 
 
+def test_a_stored_sizes_accuracy_is_held_against_the_same_seed_at_full_size():
+    stored = load("stored_accuracy")
+
+    def row(side, seed, trained, num_bytes):
+        return stored.Row(side=side, seed=seed, trained=trained, untrained=0.4, num_bytes=num_bytes)
+
+    rows = [row("full", 0, 0.6, 100), row("64", 0, 0.55, 40), row("full", 1, 0.7, 100), row("64", 1, 0.71, 40)]
+    *_, full, small = stored.as_markdown(rows).splitlines()
+    assert full == "| full | 100% | 65.0% (60.0%, 70.0%) | 40.0% |  |"
+    assert small == "| 64 | 40% | 63.0% (55.0%, 71.0%) | 40.0% | -2.0 (-5.0 to +1.0) |"
+
+
 def test_the_parts_of_views_are_what_each_stage_adds():
     parts = load("view_parts")
     ms = {"reading, checking": [0.1] * 3, "drawing": [0.25] * 3, "one by one": [4.0] * 3}
