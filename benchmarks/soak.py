@@ -132,8 +132,19 @@ def last_step(metrics: Path) -> int:
 
 
 def look_at(pid: int) -> dict[str, float]:
-    """Return the figures of a process and all that it has started."""
-    tree = [pid, *descendants(pid)]
+    """Return the figures of a process and all that it has started.
+
+    Raises:
+        OSError: the process is gone.
+    """
+    # What it has started may end while it is looked at: look again without that.
+    for _ in range(5):
+        with suppress(OSError, StopIteration):
+            return _look_at(pid, [pid, *descendants(pid)])
+    return _look_at(pid, [pid, *descendants(pid)])
+
+
+def _look_at(pid: int, tree: list[int]) -> dict[str, float]:
     return {
         "PSS, MiB": sum(kilobytes(each, "smaps_rollup", kind) for each in tree for kind in ("Pss_Anon", "Pss_Shmem"))
         / 1024,
