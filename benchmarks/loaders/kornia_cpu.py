@@ -22,7 +22,8 @@ def open_batches(options: Options) -> Opened:
 
     def crops(encoded: bytes) -> Any:
         pixels = torch.from_numpy(np.asarray(decode_image_jpeg(encoded))).permute(2, 0, 1)
-        image = pixels[None].float() / 255
+        # Gray photos have one channel.
+        image = pixels.expand(3, -1, -1)[None].float() / 255
         return crop(image), crop(image)
 
     @torch.no_grad()
