@@ -3,10 +3,10 @@
     python benchmarks/stored_accuracy.py                        # patches of the demo's photographs, cut larger
     python benchmarks/stored_accuracy.py --cifar ARCHIVE        # CIFAR-10 as files, split/class/number.jpg
 
-Patches of 107 pixels have to the demo's views of 64 the proportion that ImageNet's 375 have to views of 224; they are
-stored as they are and at 91, 73 and 64, as photographs would be at 320, 256 and 224. CIFAR-10's images have no pixel
-more than a view: they show what storing below the views' size costs. Training and test images are stored alike, and a
-seed's runs have the same batches and crops. Interrupted, the same command goes on where it was.
+All sizes are a quarter of ImageNet's: patches of 96 pixels, stored as they are and at 80, 64 and 56, and views of 56,
+as photographs of 384 pixels would be at 320, 256 and 224, with views of 224. CIFAR-10's images have no pixel more than
+a view: they show what storing below the views' size costs. Training and test images are stored alike, and a seed's runs
+have the same batches. Interrupted, the same command goes on where it was.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def run(source: Source, side: int | None, seed: int, folder: Path) -> Row:
     out = folder / name / f"seed-{seed}"
     if not (out / "knn.json").is_file():
         words = [*source.words, "--data.shards", str(shards["train"]), "--run.out", str(out), "--run.seed", str(seed)]
-        run_module("moco_fast.train", *words, "--eval.tasks", "none", "--log.trackers")
+        run_module("moco_fast.train", *words, "--log.trackers")
         words = ["eval", "knn", "--encoder", str(out), "--beside", "untrained", "--cache", str(folder / "cache")]
         sets = ["--train", str(shards["train"]), "--test", str(shards["val"]), "--out", str(out / "knn.json")]
         run_module("moco_fast.cli", *words, *sets)
@@ -108,9 +108,9 @@ def source_of(options: argparse.Namespace) -> Source:
             unpack_cifar(options.cifar, split, images / name, of_class=options.of_class)
         small = ("--model.encoder", "resnet18_quarter", "--model.stem", "cifar", "--data.batch-size", "128")
         return Source(images=images, sides=(28, 24, 16), words=("cifar10", *small, *steps))
-    cut = ("--size", "107", "--num-train", str(options.of_class), "--num-held-out", str(options.of_class // 4))
+    cut = ("--size", "96", "--num-train", str(options.of_class), "--num-held-out", str(options.of_class // 4))
     run_module("moco_fast.demo", str(images), *cut)
-    return Source(images=images, sides=(91, 73, 64), words=("demo", *steps))
+    return Source(images=images, sides=(80, 64, 56), words=("demo", "--views.size", "56", *steps))
 
 
 def main() -> None:
