@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage] - documented there
 
 from moco_fast.interrupt import StoppedError
 from moco_fast.speaking import FailedAloneError, is_known, note_known
@@ -27,6 +28,7 @@ __all__ = [
     "leaving_together",
     "once_per_node",
     "rank",
+    "ranks_store",
     "sum_over_ranks",
     "tell_all",
     "world_size",
@@ -126,6 +128,11 @@ def leaving_together() -> Generator[None]:
     leave_together()
 
 
+def ranks_store() -> Store:
+    """Return the store by which the ranks have met; it ends with the process that holds it."""
+    return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] - there is no other way
+
+
 _FAILED = "moco_fast/failed"
 
 
@@ -134,7 +141,7 @@ def failing_alone(reason: str) -> FailedAloneError:
 
     They wait until its connections end, as they do at the end of its process.
     """
-    store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] - there is no other way
+    store = ranks_store()
     is_first = store.add(f"{_FAILED}/ranks", 1) == 1
     if is_first:
         store.set(f"{_FAILED}/reason", reason)
@@ -145,7 +152,7 @@ def failed_alone() -> FailedAloneError | None:
     """Return what to raise where another rank has left word of why it failed; None: none has."""
     if world_size() == 1:
         return None
-    store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] - there is no other way
+    store = ranks_store()
     # The store ends with the process that holds it.
     with suppress(RuntimeError):
         if store.check([f"{_FAILED}/reason"]):

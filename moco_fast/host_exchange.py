@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage] - documented there
 
+from moco_fast.distributed import ranks_store
+
 __all__ = ["CONNECTING_S", "HostExchange", "open_exchange"]
 
 CONNECTING_S = 60.0
@@ -83,8 +85,7 @@ _NOTE = (
 
 def _own_connection(timeout_s: float) -> Store:
     """Return the ranks' store by a connection on which no other thread waits, under names of the exchange's own."""
-    store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] - there is no other way
-    own = PrefixStore("moco_fast/host_exchange", store.clone())
+    own = PrefixStore("moco_fast/host_exchange", ranks_store().clone())
     own.set_timeout(timedelta(seconds=timeout_s))
     return own
 

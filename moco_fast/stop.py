@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from moco_fast.distributed import ranks_store
 from moco_fast.host_exchange import HostExchange, open_exchange
 from moco_fast.interrupt import forget_interrupt, interrupt
 from moco_fast.relay import relaying
@@ -64,9 +65,8 @@ class StopSignal:
         if self._exchange is None:
             yield
             return
-        store = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage] - there is no other way
         key = f"moco_fast/signal/{self._exchange.name}"
-        with relaying(store, key, self._heard, known=self._received, deliver=self._deliver):
+        with relaying(ranks_store(), key, self._heard, known=self._received, deliver=self._deliver):
             yield
 
     def ask(self, what: int) -> None:
