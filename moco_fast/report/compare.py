@@ -299,4 +299,4 @@ def _draw(name: str, chart: Chart, axis: _Axis, records: Sequence[RunRecord], *,
         percent=chart.percent,
         from_zero=chart.from_zero,
     )
-    return Markup(svg)  # noqa: S704 - matplotlib escapes its text
+    return Markup(svg)  # noqa: S704 - figures.py and matplotlib escape text

@@ -155,5 +155,5 @@ def _chart(explored: Explored) -> DrawnChart:
     return DrawnChart(
         title="Similarity to the nearest neighbor",
         caption="Number of images. A bump at the right end is near-duplicates: put --threshold where it begins.",
-        svg=Markup(svg),  # noqa: S704 - matplotlib escapes its text
+        svg=Markup(svg),  # noqa: S704 - figures.py and matplotlib escape text
     )

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from itertools import groupby
 
 import matplotlib as mpl
@@ -315,7 +316,9 @@ def _for_page(svg: str, alt: str) -> str:
     """Extract the SVG element from its document and leave colors, fonts and size to the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{alt}"', svg, count=1)
+    # A title of someone else's results may hold anything: no quote ends the attribute, no backslash is a group's.
+    role = f' role="img" aria-label="{escape(alt)}"'
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', lambda found: found[1] + role, svg, count=1)
     svg = re.sub(r"font-family: [^;\"]+;? ?", "", svg)
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<g/>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<g id=\"(of-run-\d+)\"", r'<g class="\1"', svg)

@@ -217,7 +217,7 @@ def _result_curves(results: Sequence[Result]) -> list[DrawnChart]:
             percent=first.unit == "share",
             from_zero=True,
         )
-        safe = Markup(svg)  # noqa: S704 - matplotlib escapes its text
+        safe = Markup(svg)  # noqa: S704 - figures.py and matplotlib escape text
         charts.append(DrawnChart(title=first.title, caption=first.caption, svg=safe))
     return charts
 
@@ -246,6 +246,6 @@ def _drawn(
                 percent=chart.percent,
                 from_zero=chart.from_zero,
             )
-            safe = Markup(svg)  # noqa: S704 - matplotlib escapes its text
+            safe = Markup(svg)  # noqa: S704 - figures.py and matplotlib escape text
             figures.append(DrawnChart(title=chart.title, caption=chart.caption, svg=safe))
     return figures

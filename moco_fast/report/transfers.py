@@ -174,7 +174,7 @@ def _charts(results: Sequence[Result]) -> list[DrawnChart]:
             end = max(curve.x[-1] for curve in curves)
             alt = f"{first.title} over {first.over}"
             svg = draw_runs(curves, alt=alt, x_max=end, percent=first.unit == "share", from_zero=True)
-            safe = Markup(svg)  # noqa: S704 - matplotlib escapes its text
+            safe = Markup(svg)  # noqa: S704 - figures.py and matplotlib escape text
             title = first.title[:1].upper() + first.title[1:]
             charts.append(DrawnChart(title=title, caption=first.caption, svg=safe))
     return charts

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 import shutil
+import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,13 @@ def test_without_a_price_hours_are_counted(pair: tuple[Path, Path], tmp_path: Pa
     assert 'aria-label="Loss over rank hours"' in page
     assert "Cost:" not in page
     assert "over cost" not in page
+
+
+def test_whatever_a_title_holds_a_chart_is_described_by_it():
+    alt = r'loss "<script>" \1 \g<x> & more'
+    curve = RunCurve(run=0, x=[0.0, 1.0], values=[1.0, 2.0])
+    svg = ElementTree.fromstring(draw_runs([curve], alt=alt, x_max=1))
+    assert svg.get("aria-label") == alt
 
 
 def test_ends_of_axes_say_where_values_are() -> None:
